@@ -1,0 +1,251 @@
+# tpshard and tpengine: build, tests and checks. `make help` lists the targets.
+#
+# New files plug in by their place and name; this file need not change:
+#   formats/*.c kernels/*.c kernels/scalar/*.c kernels/cpu/*.c   both programs (suffix _avx2, _avx512, _amx: see "Sources")
+#   shard/*.c, engine/*.c                                         one program each, with its main in main.c
+#   tests/test_*.c, tests/test_*.sh, tests/test_*.py              run by `make test`; other tests/*.c are helpers of all tests
+#   tests/fuzz/fuzz_<name>.c with tests/fuzz/corpus/<name>/       replayed by `make test`, explored by `make fuzz`
+#   bench/bench_*.c, bench/bench_*.sh                             run by `make bench`
+#   kernels/cuda/*.cu                                             the CUDA backend, built when nvcc is there
+#
+# Variables for the command line: CC, CFLAGS, LDFLAGS (added to the house's own), BUILD (output folder), PREFIX, DESTDIR,
+# V=1 (show commands), ONLY (make test: name patterns), WERROR= (let newer compilers warn), SANITIZE.
+
+VERSION = 0.1.0
+
+ifeq ($(origin CC),default)
+CC = gcc
+endif
+BUILD ?= build
+PREFIX ?= /usr/local
+PKG_CONFIG ?= pkg-config
+NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
+CLANG_FORMAT ?= $(firstword $(notdir $(shell command -v clang-format-14)) clang-format)
+CLANG_TIDY ?= $(firstword $(notdir $(shell command -v clang-tidy-14)) clang-tidy)
+
+OPTIMIZE ?= -O3 -g
+WERROR ?= -Werror
+SANITIZE ?=
+WARNINGS = -Wall -Wextra -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wvla $(WERROR)
+# Sanitizers replace the hardening: fortified calls would hide from them.
+ifeq ($(SANITIZE),)
+HARDENING = -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2 -fstack-protector-strong
+HARDENING_LD = -Wl,-z,relro,-z,now
+endif
+
+# One call for all libraries: where pkg-config or one of its files is missing, the plain names are used for all of them.
+LIBRARIES_CFLAGS := $(shell $(PKG_CONFIG) --cflags jansson libpcre2-8 libutf8proc libzstd 2>/dev/null)
+LIBRARIES := $(shell $(PKG_CONFIG) --libs jansson libpcre2-8 libutf8proc libzstd 2>/dev/null \
+                     || echo -ljansson -lpcre2-8 -lutf8proc -lzstd)
+CMOCKA := $(shell $(PKG_CONFIG) --libs cmocka 2>/dev/null || echo -lcmocka)
+
+# Never -ffast-math, never -march=native: results and files must not depend on the machine that compiled.
+HOUSE_CFLAGS = -std=gnu11 -D_GNU_SOURCE -I. -I$(BUILD) $(OPTIMIZE) -ffp-contract=off -fno-math-errno -fPIE \
+               $(WARNINGS) $(HARDENING) $(SANITIZE) $(LIBRARIES_CFLAGS)
+HOUSE_LDFLAGS = -pie $(HARDENING_LD) $(SANITIZE) -Wl,--as-needed
+LDLIBS = $(LIBRARIES) -lpthread -ldl -lm
+
+# ---- Sources -------------------------------------------------------------------------------------------------------
+
+ISA_avx2 = -mavx2 -mfma -mf16c
+ISA_avx512 = -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni $(ISA_avx2)
+ISA_amx = -mamx-tile -mamx-int8 -mamx-bf16 $(ISA_avx512)
+ISA_NAMES = avx2 avx512 amx
+ISA_FILES = $(foreach isa,$(ISA_NAMES),%_$(isa).c)
+
+FORMATS_SRC := $(wildcard formats/*.c)
+KERNELS_SRC := $(wildcard kernels/*.c kernels/scalar/*.c kernels/cpu/*.c)
+SHARD_SRC := $(filter-out shard/main.c,$(wildcard shard/*.c))
+ENGINE_SRC := $(filter-out engine/main.c,$(wildcard engine/*.c))
+CUDA_SRC := $(wildcard kernels/cuda/*.cu)
+TEST_SRC := $(wildcard tests/test_*.c)
+TEST_HELPER_SRC := $(filter-out $(TEST_SRC),$(wildcard tests/*.c))
+FUZZ_SRC := $(wildcard tests/fuzz/fuzz_*.c)
+BENCH_SRC := $(wildcard bench/bench_*.c)
+BENCH_HELPER_SRC := $(filter-out $(BENCH_SRC),$(wildcard bench/*.c))
+
+ifeq ($(filter x86_64%,$(shell $(CC) -dumpmachine 2>/dev/null)),)
+FORMATS_SRC := $(filter-out $(ISA_FILES),$(FORMATS_SRC))
+KERNELS_SRC := $(filter-out $(ISA_FILES),$(KERNELS_SRC))
+endif
+
+objects = $(patsubst %.c,$(BUILD)/obj/%.o,$(1))
+LIB_OBJ := $(call objects,$(FORMATS_SRC) $(KERNELS_SRC))
+ALL_OBJ := $(LIB_OBJ) $(call objects,$(SHARD_SRC) $(ENGINE_SRC))
+
+# A program is built as soon as its main exists.
+PROGRAMS := $(if $(wildcard shard/main.c),$(BUILD)/tpshard) $(if $(wildcard engine/main.c),$(BUILD)/tpengine)
+TEST_PROGRAMS := $(TEST_SRC:%.c=$(BUILD)/%)
+TEST_SCRIPTS := $(wildcard tests/test_*.sh tests/test_*.py)
+FUZZ_PROGRAMS := $(FUZZ_SRC:tests/fuzz/%.c=$(BUILD)/tests/%)
+BENCH_PROGRAMS := $(BENCH_SRC:%.c=$(BUILD)/%)
+CUDA_BACKEND := $(if $(and $(NVCC),$(CUDA_SRC)),$(BUILD)/libtpengine_cuda.so)
+
+ifeq ($(V),)
+say = @printf '  %-5s %s\n' "$(1)" "$(2)";
+else
+say =
+endif
+
+.DEFAULT_GOAL := all
+.DELETE_ON_ERROR:
+.SECONDARY:
+.PHONY: FORCE all programs tests demo test check bench gpu-check install uninstall fuzz check-fresh format clean man help
+
+all: programs ## build the programs, and the CUDA backend where nvcc is there (the default)
+programs: $(PROGRAMS) $(CUDA_BACKEND) $(ALL_OBJ)
+tests: programs $(TEST_PROGRAMS) $(FUZZ_PROGRAMS)
+
+# ---- Compiling and linking -----------------------------------------------------------------------------------------
+
+# Both files change only when their text does, so that nothing is rebuilt without need: a new commit touches what
+# includes version.h, another compiler or flag everything.
+write_if_changed = @mkdir -p $(@D); printf '%b' '$(1)' > $@.new; \
+	if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+COMMIT = $(shell git describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)
+
+$(BUILD)/version.h: FORCE
+	$(call write_if_changed,#define TPSHARD_VERSION "$(VERSION)"\n#define TPSHARD_COMMIT "$(COMMIT)"\n)
+$(BUILD)/flags: FORCE
+	$(call write_if_changed,$(CC) $(HOUSE_CFLAGS) $(CFLAGS) $(HOUSE_LDFLAGS) $(LDFLAGS) $(LDLIBS)\n)
+FORCE:
+
+isa_flags = $(foreach isa,$(ISA_NAMES),$(if $(filter %_$(isa).c,$(1)),$(ISA_$(isa))))
+$(BUILD)/obj/%.o: %.c $(BUILD)/flags | $(BUILD)/version.h
+	$(call say,CC,$<) mkdir -p $(@D) && $(CC) $(HOUSE_CFLAGS) $(call isa_flags,$<) $(CFLAGS) -MMD -MP -c -o $@ $<
+
+link = $(call say,LINK,$@) mkdir -p $(@D) && $(CC) $(HOUSE_LDFLAGS) $(1) $(LDFLAGS) -o $@ $(filter %.o,$^) $(2) $(LDLIBS)
+
+$(BUILD)/tpshard: $(BUILD)/obj/shard/main.o $(call objects,$(SHARD_SRC)) $(LIB_OBJ)
+	$(call link)
+# The CUDA backend is loaded at run time and finds error.c and its like in the program: -rdynamic.
+$(BUILD)/tpengine: $(BUILD)/obj/engine/main.o $(call objects,$(ENGINE_SRC)) $(LIB_OBJ)
+	$(call link,-rdynamic)
+$(TEST_PROGRAMS): $(BUILD)/%: $(BUILD)/obj/%.o $(call objects,$(TEST_HELPER_SRC)) $(ALL_OBJ)
+	$(call link,-rdynamic,$(CMOCKA))
+$(FUZZ_PROGRAMS): $(BUILD)/tests/%: $(BUILD)/obj/tests/fuzz/%.o $(BUILD)/obj/tests/fuzz/replay_main.o $(ALL_OBJ)
+	$(call link)
+$(BENCH_PROGRAMS): $(BUILD)/%: $(BUILD)/obj/%.o $(call objects,$(BENCH_HELPER_SRC)) $(ALL_OBJ)
+	$(call link,-rdynamic)
+
+-include $(shell find $(BUILD)/obj -name '*.d' 2>/dev/null)
+
+# ---- CUDA ----------------------------------------------------------------------------------------------------------
+
+# Every architecture of the list that this nvcc knows.
+CUDA_ARCHS ?= $(filter 80 86 89 90 120,$(patsubst compute_%,%,$(shell $(NVCC) --list-gpu-arch 2>/dev/null)))
+NVCC_FLAGS = -std=c++17 -O3 -lineinfo --fmad=false -I. -I$(BUILD) -Xcompiler -fPIC,-Wall,-Wextra --Werror all-warnings
+
+$(BUILD)/obj/%.cu.o: %.cu $(BUILD)/flags | $(BUILD)/version.h
+	$(call say,NVCC,$<) mkdir -p $(@D) && $(NVCC) $(NVCC_FLAGS) \
+	    $(foreach arch,$(CUDA_ARCHS),-gencode arch=compute_$(arch),code=sm_$(arch)) -MMD -MP -c -o $@ $<
+$(BUILD)/libtpengine_cuda.so: $(CUDA_SRC:%=$(BUILD)/obj/%.o)
+	$(call say,LINK,$@) $(NVCC) -shared -o $@ $^
+
+# The header that both backends share must mean the same to nvcc.
+.PHONY: cuda cuda-headers
+cuda: $(CUDA_BACKEND)
+	@:
+cuda-headers:
+	@if [ -z "$(NVCC)" ]; then echo 'SKIP: no nvcc here'; \
+	elif [ ! -e formats/number_formats.h ]; then echo 'SKIP: no formats/number_formats.h here'; \
+	else mkdir -p $(BUILD)/cuda && echo '#include "formats/number_formats.h"' > $(BUILD)/cuda/headers.cu && \
+	    $(NVCC) $(NVCC_FLAGS) -arch=sm_90 -c -o $(BUILD)/cuda/headers.o $(BUILD)/cuda/headers.cu && \
+	    echo 'nvcc: formats/number_formats.h compiles as CUDA'; fi
+
+gpu-check: ## on a machine with a GPU: build, tests on the device, benchmarks, a JSON report
+	@MAKE="$(MAKE)" NVCC="$(NVCC)" scripts/gpu_check
+
+# ---- Static analysis -----------------------------------------------------------------------------------------------
+
+CPPCHECK ?= cppcheck
+LINT_SRC = $(wildcard formats/*.c kernels/*.c kernels/*/*.c shard/*.c engine/*.c tests/*.c tests/fuzz/*.c bench/*.c)
+
+# One mark per file, newer than its object: a changed header brings the file back. Sizes of tests and benchmarks are
+# small and known: there a product of two ints may widen afterwards.
+TIDY_FLAGS = --quiet $(if $(filter tests/% bench/%,$<),--checks=-bugprone-implicit-widening-of-multiplication-result)
+.PHONY: tidy cppcheck
+tidy: $(LINT_SRC:%.c=$(BUILD)/tidy/%.ok)
+$(BUILD)/tidy/%.ok: %.c $(BUILD)/obj/%.o .clang-tidy
+	$(call say,TIDY,$<) mkdir -p $(@D) && if $(CLANG_TIDY) $(TIDY_FLAGS) $< -- $(HOUSE_CFLAGS) $(call isa_flags,$<) > $@.log 2>&1; \
+	    then mv $@.log $@; else cat $@.log; exit 1; fi
+
+cppcheck:
+	@mkdir -p $(BUILD)/cppcheck
+	@$(CPPCHECK) --quiet --error-exitcode=1 --enable=warning,performance,portability --inline-suppr --std=c11 \
+	    --library=posix,gnu --cppcheck-build-dir=$(BUILD)/cppcheck -I. -I$(BUILD) -D__x86_64__=1 -D__linux__=1 \
+	    --suppress=missingIncludeSystem --suppress=normalCheckLevelMaxBranches -j $(shell nproc) $(LINT_SRC)
+
+# ---- Running -------------------------------------------------------------------------------------------------------
+
+demo: programs ## shard the bundled model for two ranks and generate text with it
+	$(BUILD)/tpshard --force --tp 2 --quant int4 tests/model $(BUILD)/demo
+	$(BUILD)/tpengine generate $(BUILD)/demo --prompt "$(PROMPT)" --max-tokens 80
+PROMPT = In the beginning
+
+test: tests ## run every test that this machine can run (ONLY='test_json*' selects)
+	@BUILD="$(BUILD)" tests/run_tests $(if $(ONLY),--only '$(ONLY)') $(TEST_PROGRAMS) $(FUZZ_PROGRAMS) $(TEST_SCRIPTS)
+
+# What ThreadSanitizer runs.
+.PHONY: test-threads benchmarks
+THREAD_TESTS := $(foreach test,$(TEST_PROGRAMS),$(if $(strip $(foreach word,thread comm,$(findstring $(word),$(test)))),$(test)))
+test-threads: $(THREAD_TESTS)
+	@BUILD="$(BUILD)" tests/run_tests --if-any $(THREAD_TESTS)
+benchmarks: programs $(BENCH_PROGRAMS)
+
+check: ## formatting, include direction, static analysis, clang, sanitizers
+	@MAKE="$(MAKE)" scripts/check
+
+check-fresh: ## the README's two commands in a bare Debian root (needs root and debootstrap)
+	@scripts/check_fresh
+
+bench: benchmarks ## run the benchmarks, one result line per run
+	@set -e; for program in $(BENCH_PROGRAMS) $(wildcard bench/bench_*.sh); do BUILD="$(BUILD)" $$program; done
+
+SECONDS ?= 60
+fuzz: ## explore one fuzz target: make fuzz NAME=json SECONDS=60 (needs clang)
+	@test -e "tests/fuzz/fuzz_$(NAME).c" || { echo 'usage: make fuzz NAME=<name> SECONDS=60, where NAME is one of:' \
+	    $(FUZZ_SRC:tests/fuzz/fuzz_%.c=%) >&2; exit 2; }
+	@$(MAKE) CC=clang BUILD=build/libfuzzer OPTIMIZE='-O1 -g' \
+	    SANITIZE='-fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all' build/libfuzzer/explore_$(NAME)
+	@mkdir -p build/libfuzzer/corpus/$(NAME) tests/fuzz/corpus/$(NAME)
+	build/libfuzzer/explore_$(NAME) -max_total_time=$(SECONDS) -timeout=10 -rss_limit_mb=2048 \
+	    -artifact_prefix=build/libfuzzer/$(NAME)- build/libfuzzer/corpus/$(NAME) tests/fuzz/corpus/$(NAME)
+$(BUILD)/explore_%: $(BUILD)/obj/tests/fuzz/fuzz_%.o $(ALL_OBJ)
+	$(call link,-fsanitize=fuzzer)
+
+format: ## apply clang-format to every source
+	$(CLANG_FORMAT) -i $$(find $(wildcard formats kernels shard engine tests bench) -regex '.*\.\(c\|h\|cu\|cuh\)')
+
+# ---- Installing ----------------------------------------------------------------------------------------------------
+
+# Man pages and completions come from the programs' own option tables.
+PROGRAM_NAMES := $(notdir $(PROGRAMS))
+MAN_PAGES := $(PROGRAM_NAMES:%=$(BUILD)/man/%.1)
+COMPLETIONS := $(PROGRAM_NAMES:%=$(BUILD)/completions/%)
+man: $(MAN_PAGES) $(COMPLETIONS) ## man pages and bash completions into build/man and build/completions
+$(BUILD)/man/%.1: $(BUILD)/%
+	$(call say,MAN,$@) mkdir -p $(@D) && $< --help-man > $@
+$(BUILD)/completions/%: $(BUILD)/%
+	$(call say,COMPL,$@) mkdir -p $(@D) && $< --help-completion-bash > $@
+
+bindir = $(DESTDIR)$(PREFIX)/bin
+libdir = $(DESTDIR)$(PREFIX)/lib
+mandir = $(DESTDIR)$(PREFIX)/share/man/man1
+completiondir = $(DESTDIR)$(PREFIX)/share/bash-completion/completions
+install: all man ## install programs, man pages and completions under PREFIX
+	install -d $(bindir) $(mandir) $(completiondir) $(if $(CUDA_BACKEND),$(libdir))
+	install -m 755 $(PROGRAMS) $(bindir)
+	install -m 644 $(MAN_PAGES) $(mandir)
+	install -m 644 $(COMPLETIONS) $(completiondir)
+	$(if $(CUDA_BACKEND),install -m 755 $(CUDA_BACKEND) $(libdir))
+uninstall: ## remove what install put under PREFIX
+	rm -f $(PROGRAM_NAMES:%=$(bindir)/%) $(PROGRAM_NAMES:%=$(mandir)/%.1) $(PROGRAM_NAMES:%=$(completiondir)/%) \
+	    $(libdir)/libtpengine_cuda.so
+
+clean: ## remove everything that was built
+	rm -rf $(BUILD)
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | sort | \
+	    awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'

@@ -1,0 +1,134 @@
+// tpengine bench: one result line for prefill and decode of random tokens, as a user would run them.
+#include "engine/commands.h"
+
+#include <jansson.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static struct {
+    int64_t prompt_tokens, gen_tokens, batch;
+} options = {.prompt_tokens = 512, .gen_tokens = 128, .batch = 1};
+
+const struct option_spec bench_options[] = {
+    {"prompt-tokens", OPTION_INT, &options.prompt_tokens, "N", 1, 1 << 24, "tokens of each prompt"},
+    {"gen-tokens", OPTION_INT, &options.gen_tokens, "N", 2, 1 << 24, "tokens to generate for each prompt"},
+    {"batch", OPTION_INT, &options.batch, "N", 1, MAX_SEQUENCES, "sequences that run together"},
+    SESSION_OPTION_LINES,
+    {NULL, OPTION_FLAG, NULL, NULL, 0, 0, NULL},
+};
+
+struct result {
+    double load_s, first_token_s, prefill_tokens_per_s, decode_tokens_per_s;
+    int64_t rss_bytes, file_bytes;
+    uint32_t last_token; // a hash of the run: faster but different shows
+};
+
+static uint32_t next_random(uint32_t *state)
+{
+    *state = *state * 1664525u + 1013904223u;
+    return *state >> 8;
+}
+
+static bool take(void *arg, int64_t sequence, const uint32_t *tokens, int64_t count)
+{
+    uint32_t *hash = arg;
+    for (int64_t i = 0; i < count; i++)
+        *hash = (*hash ^ (tokens[i] + (uint32_t)sequence * 0x9e3779b9u)) * 16777619u;
+    return true;
+}
+
+static int measure(struct session *session, struct result *out, double opened_s, struct error *err)
+{
+    struct generation generations[MAX_SEQUENCES];
+    struct shared_area *shared = session_shared(session);
+    const struct manifest *manifest = session_manifest(session);
+    int64_t vocab = manifest->model.vocab_size;
+    uint32_t state = 1, hash = 2166136261u;
+    uint32_t *prompt = malloc((size_t)options.prompt_tokens * sizeof *prompt);
+    if (!prompt)
+        return error_set(err, ERR_MEMORY, "no memory for a prompt of %lld tokens", (long long)options.prompt_tokens);
+    for (int64_t i = 0; i < options.prompt_tokens; i++)
+        prompt[i] = next_random(&state) % (uint32_t)vocab;
+    for (int64_t i = 0; i < options.batch; i++)
+        generations[i] = (struct generation){.prompt = prompt,
+                                             .prompt_count = options.prompt_tokens,
+                                             .max_tokens = options.gen_tokens,
+                                             .ignore_eos = true,
+                                             .sampling = {.top_p = 1, .repetition_penalty = 1},
+                                             .on_tokens = take,
+                                             .arg = &hash};
+    int rc = session_generate(session, generations, options.batch, err);
+    free(prompt);
+    if (rc)
+        return rc;
+    double begin = 1e-9 * (double)atomic_load(&shared->command_ns),
+           first = 1e-9 * (double)atomic_load(&shared->first_token_ns);
+    double end = 1e-9 * (double)atomic_load(&shared->finished_ns);
+    out->load_s = 1e-9 * (double)(atomic_load(&shared->loaded_ns) - atomic_load(&shared->started_ns));
+    out->first_token_s = first - opened_s;
+    out->prefill_tokens_per_s = (double)(options.prompt_tokens * options.batch) / (first - begin);
+    out->decode_tokens_per_s = (double)((options.gen_tokens - 1) * options.batch) / (end - first);
+    for (uint32_t r = 0; r < manifest->tp_size; r++) {
+        out->rss_bytes += atomic_load(&shared->rank_rss_bytes[r]);
+        out->file_bytes += (int64_t)manifest->ranks[r].bytes;
+    }
+    if (strcmp(session_options.ranks, "thread") == 0) // one process holds all ranks
+        out->rss_bytes /= manifest->tp_size;
+    out->last_token = hash;
+    return 0;
+}
+
+static int report(struct session *session, const struct result *r, struct error *err)
+{
+    const struct manifest *m = session_manifest(session);
+    if (!common_options.json) {
+        printf("bench quant=%s tp_size=%u ranks=%s threads=%d kernels=%s wire=%s batch=%lld prompt_tokens=%lld "
+               "gen_tokens=%lld "
+               "load_s=%.3f first_token_s=%.3f prefill_tokens_per_s=%.1f decode_tokens_per_s=%.2f rss_mib=%.0f "
+               "file_mib=%.0f "
+               "tokens=%08x\n",
+               weight_kind_name(m->quant.linear), m->tp_size, session_options.ranks, session_threads(session),
+               session_backend(session), session_wire(session), (long long)options.batch,
+               (long long)options.prompt_tokens, (long long)options.gen_tokens, r->load_s, r->first_token_s,
+               r->prefill_tokens_per_s, r->decode_tokens_per_s, (double)r->rss_bytes / 0x1p20,
+               (double)r->file_bytes / 0x1p20, r->last_token);
+        return 0;
+    }
+    json_t *object =
+        json_pack("{s:i, s:s, s:i, s:s, s:i, s:s, s:s, s:I, s:I, s:I}", "schema_version", 1, "quant",
+                  weight_kind_name(m->quant.linear), "tp_size", (int)m->tp_size, "ranks", session_options.ranks,
+                  "threads", session_threads(session), "kernels", session_backend(session), "wire",
+                  session_wire(session), "batch", (json_int_t)options.batch, "prompt_tokens",
+                  (json_int_t)options.prompt_tokens, "gen_tokens", (json_int_t)options.gen_tokens);
+    json_t *figures = json_pack("{s:f, s:f, s:f, s:f, s:I, s:I, s:I}", "load_s", r->load_s, "first_token_s",
+                                r->first_token_s, "prefill_tokens_per_s", r->prefill_tokens_per_s,
+                                "decode_tokens_per_s", r->decode_tokens_per_s, "rss_bytes", (json_int_t)r->rss_bytes,
+                                "file_bytes", (json_int_t)r->file_bytes, "tokens_hash", (json_int_t)r->last_token);
+    char *text = NULL;
+    if (object && figures && json_object_update(object, figures) == 0)
+        text = json_dumps(object, JSON_INDENT(2));
+    json_decref(object);
+    json_decref(figures);
+    if (!text)
+        return error_set(err, ERR_MEMORY, "no memory for the report");
+    puts(text);
+    free(text);
+    return 0;
+}
+
+int bench_run(int argc, char **argv, struct error *err)
+{
+    (void)argc;
+    struct session *session = NULL;
+    struct session_options wanted = session_options;
+    struct result result = {0};
+    double opened = now_s();
+    if (wanted.context == 0)
+        wanted.context = options.prompt_tokens + options.gen_tokens;
+    int rc = session_open(&session, argv[0], &wanted, options.batch, 0, err);
+    if (rc == 0 && (rc = measure(session, &result, opened, err)) == 0)
+        rc = report(session, &result, err);
+    session_close(session);
+    return rc;
+}

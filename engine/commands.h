@@ -1,0 +1,66 @@
+// The commands of tpengine, one file each, and the options that they share. main.c holds the table.
+#ifndef TPSHARD_ENGINE_COMMANDS_H
+#define TPSHARD_ENGINE_COMMANDS_H
+
+#include "engine/session.h"
+#include "formats/error.h"
+#include "formats/options.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+// Options of every command; filled by the parser before a command runs.
+struct common_options {
+    bool json, quiet;
+};
+extern struct common_options common_options;
+
+// Options of every command that starts ranks.
+extern struct session_options session_options;
+// The lines of the option table for session_options; each such command's table begins with them.
+#define SESSION_OPTION_LINES                                                                                           \
+    {"backend", OPTION_CHOICE, &session_options.backend, "auto|scalar|avx2|avx512", 0, 0, "kernels to use"},           \
+        {"wire", OPTION_CHOICE, &session_options.wire, "auto|bf16|fp8|s8x", 0, 0, "codec of the all-reduces"},         \
+        {"verify",                                                                                                     \
+         OPTION_CHOICE,                                                                                                \
+         &session_options.verify,                                                                                      \
+         "full|sample|off",                                                                                            \
+         0,                                                                                                            \
+         0,                                                                                                            \
+         "how much of the weights is checked before the first use"},                                                   \
+        {"ranks", OPTION_CHOICE, &session_options.ranks, "process|thread", 0, 0, "run ranks as processes or threads"}, \
+        {"threads",                                                                                                    \
+         OPTION_INT,                                                                                                   \
+         &session_options.threads,                                                                                     \
+         "N",                                                                                                          \
+         0,                                                                                                            \
+         1024,                                                                                                         \
+         "worker threads of each rank; 0: cores / ranks"},                                                             \
+        {"context",                                                                                                    \
+         OPTION_INT,                                                                                                   \
+         &session_options.context,                                                                                     \
+         "N",                                                                                                          \
+         0,                                                                                                            \
+         1 << 24,                                                                                                      \
+         "longest sequence in tokens; 0: the model's own, at most 4096"},                                              \
+    {                                                                                                                  \
+        "timeout", OPTION_NUMBER, &session_options.timeout_s, "SECONDS", 0.1, 86400,                                   \
+            "longest silence of a rank before all are ended"                                                           \
+    }
+
+extern const struct option_spec generate_options[], bench_options[], eval_options[], logits_options[],
+    tokenize_options[];
+int generate_run(int argc, char **argv, struct error *err);
+int bench_run(int argc, char **argv, struct error *err);
+int eval_run(int argc, char **argv, struct error *err);
+int logits_run(int argc, char **argv, struct error *err);
+int tokenize_run(int argc, char **argv, struct error *err);
+
+// Reads a whole text: a file, or standard input for "-". *out is malloc'ed and NUL-terminated.
+int read_text(const char *path, char **out, size_t *bytes, struct error *err);
+// "1,2,3" with optional blanks; appends to *out, whose ids the caller frees.
+int parse_token_ids(const char *text, struct token_list *out, struct error *err);
+// CLOCK_MONOTONIC in seconds.
+double now_s(void);
+
+#endif

@@ -1,0 +1,295 @@
+// tpengine generate: prompts in, text out, as it is made.
+#include "engine/commands.h"
+
+#include <jansson.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static struct {
+    struct option_list prompts, stops;
+    int64_t max_tokens, top_k;
+    double temperature, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty;
+    int64_t seed;
+    bool ignore_eos, ids;
+} options = {
+    .max_tokens = 256, .top_k = -1, .temperature = -1, .top_p = -1, .min_p = 0, .repetition_penalty = -1, .seed = 0};
+
+const struct option_spec generate_options[] = {
+    {"prompt", OPTION_LIST, &options.prompts, "TEXT|-", 0, 0,
+     "text to continue, - for standard input; several run as one batch"},
+    {"max-tokens", OPTION_INT, &options.max_tokens, "N", 1, 1 << 24, "most tokens to generate"},
+    {"temperature", OPTION_NUMBER, &options.temperature, "T", 0, 100, "0 is greedy; default: the model's own, else 0"},
+    {"top-p", OPTION_NUMBER, &options.top_p, "P", 1e-6, 1, "keep the likeliest tokens with this much mass"},
+    {"top-k", OPTION_INT, &options.top_k, "K", 0, 1 << 24, "keep the K likeliest tokens; 0: all"},
+    {"min-p", OPTION_NUMBER, &options.min_p, "P", 0, 1, "keep tokens at least this likely, relative to the likeliest"},
+    {"repetition-penalty", OPTION_NUMBER, &options.repetition_penalty, "X", 0.01, 100,
+     "above 1 discourages tokens already seen"},
+    {"frequency-penalty", OPTION_NUMBER, &options.frequency_penalty, "X", -100, 100,
+     "subtracted per earlier occurrence in the output"},
+    {"presence-penalty", OPTION_NUMBER, &options.presence_penalty, "X", -100, 100,
+     "subtracted once for a token in the output"},
+    {"seed", OPTION_INT, &options.seed, "N", 0, 9e15, "the same seed gives the same text"},
+    {"stop", OPTION_LIST, &options.stops, "TEXT", 0, 0, "end before this text; may be repeated"},
+    {"ignore-eos", OPTION_FLAG, &options.ignore_eos, NULL, 0, 0, "go on after an end-of-sequence token"},
+    {"ids", OPTION_FLAG, &options.ids, NULL, 0, 0, "print token ids instead of text"},
+    SESSION_OPTION_LINES,
+    {NULL, OPTION_FLAG, NULL, NULL, 0, 0, NULL},
+};
+
+// One prompt's way to text. With several prompts, or --json, text is collected and printed at the end.
+struct output {
+    struct tokenizer_stream *stream;
+    struct token_list prompt;
+    char *text; // malloc'ed, all text so far
+    size_t bytes, capacity, printed;
+    const uint32_t *ids; // in the shared area
+    int64_t num_ids;
+    bool live;    // print as it comes
+    bool stopped; // a stop string was met
+    bool failed;  // out of memory or a write error
+};
+
+static size_t longest_stop(void)
+{
+    size_t longest = 0;
+    for (int i = 0; i < options.stops.count; i++) {
+        size_t bytes = strlen(options.stops.items[i]);
+        longest = bytes > longest ? bytes : longest;
+    }
+    return longest;
+}
+
+// Prints what can no longer become part of a stop string.
+static void print_live(struct output *o, bool end)
+{
+    size_t keep = end || o->stopped || longest_stop() == 0 ? 0 : longest_stop() - 1;
+    size_t until = o->bytes > keep ? o->bytes - keep : 0;
+    while (until < o->bytes && until > 0 && ((unsigned char)o->text[until] & 0xc0) == 0x80)
+        until--; // not inside a UTF-8 sequence
+    if (!o->live || until <= o->printed)
+        return;
+    o->failed |=
+        fwrite(o->text + o->printed, 1, until - o->printed, stdout) != until - o->printed || fflush(stdout) != 0;
+    o->printed = until;
+}
+
+static void append(struct output *o, const char *text, size_t bytes)
+{
+    if (o->bytes + bytes + 1 > o->capacity) {
+        size_t capacity = 2 * (o->bytes + bytes + 1);
+        char *larger = realloc(o->text, capacity);
+        if (!larger) {
+            o->failed = true;
+            return;
+        }
+        o->text = larger;
+        o->capacity = capacity;
+    }
+    memcpy(o->text + o->bytes, text, bytes);
+    o->bytes += bytes;
+    o->text[o->bytes] = 0;
+    // A stop string may begin in earlier text.
+    size_t back = longest_stop() + bytes, from = o->bytes > back ? o->bytes - back : 0;
+    const char *first = NULL;
+    for (int i = 0; i < options.stops.count; i++) {
+        size_t length = strlen(options.stops.items[i]);
+        const char *found = length ? memmem(o->text + from, o->bytes - from, options.stops.items[i], length) : NULL;
+        if (found && (!first || found < first))
+            first = found;
+    }
+    if (first) {
+        o->bytes = (size_t)(first - o->text);
+        o->text[o->bytes] = 0;
+        o->stopped = true;
+    }
+}
+
+static bool on_tokens(void *arg, int64_t sequence, const uint32_t *tokens, int64_t count)
+{
+    struct output *o = (struct output *)arg + sequence;
+    if (o->num_ids == 0)
+        o->ids = tokens;
+    for (int64_t i = 0; i < count && !o->stopped && !o->failed; i++) {
+        const char *text;
+        size_t bytes;
+        o->num_ids++;
+        if (options.ids) {
+            if (o->live)
+                o->failed |= printf("%s%u", o->num_ids == 1 ? "" : ",", tokens[i]) < 0 || fflush(stdout) != 0;
+            continue;
+        }
+        if (tokenizer_stream_push(o->stream, tokens[i], &text, &bytes, NULL) == 0)
+            append(o, text, bytes);
+        print_live(o, false);
+    }
+    return !o->stopped && !o->failed;
+}
+
+static double or_default(double given, double model, double otherwise)
+{
+    return given >= 0 ? given : isnan(model) || model < 0 ? otherwise : model;
+}
+
+static struct sampling sampling_for(const struct model_desc *desc)
+{
+    struct sampling how = {
+        .temperature = or_default(options.temperature, desc->default_temperature, 0),
+        .top_p = or_default(options.top_p, desc->default_top_p, 1),
+        .min_p = options.min_p,
+        .top_k = options.top_k >= 0        ? options.top_k
+                 : desc->default_top_k > 0 ? desc->default_top_k
+                                           : 0,
+        .repetition_penalty = or_default(options.repetition_penalty, desc->default_repetition_penalty, 1),
+        .frequency_penalty = options.frequency_penalty,
+        .presence_penalty = options.presence_penalty,
+        .seed = (uint64_t)options.seed,
+    };
+    return how;
+}
+
+static int encode_prompt(struct session *session, struct output *o, const char *prompt, struct error *err)
+{
+    const struct tokenizer *tokenizer;
+    char *text = NULL;
+    size_t bytes = strlen(prompt);
+    int rc = session_tokenizer(session, &tokenizer, err);
+    if (rc)
+        return rc;
+    if (strcmp(prompt, "-") == 0 && (rc = read_text("-", &text, &bytes, err)))
+        return rc;
+    rc = tokenizer_encode(tokenizer, text ? text : prompt, bytes, TOKENIZER_ADD_SPECIAL, &o->prompt, err);
+    free(text);
+    if (rc)
+        return rc;
+    if (o->prompt.count == 0)
+        return error_set(err, ERR_USAGE,
+                         "the prompt is empty and the model has no beginning-of-sequence token; give some text");
+    return tokenizer_stream_new(&o->stream, tokenizer, true, err);
+}
+
+static const char *finish_name(const struct output *o, enum finish_reason reason)
+{
+    return o->stopped || reason == FINISH_EOS ? "stop" : reason == FINISH_CANCELLED ? "cancelled" : "length";
+}
+
+static int print_json(const struct output *outputs, const struct generation *generations, int count, struct error *err)
+{
+    json_t *choices = json_array();
+    for (int i = 0; i < count; i++) {
+        json_t *ids = json_array();
+        for (int64_t t = 0; t < outputs[i].num_ids; t++)
+            json_array_append_new(ids, json_integer(outputs[i].ids[t]));
+        json_array_append_new(choices, json_pack("{s:i, s:s#, s:o, s:I, s:I, s:s}", "index", i, "text",
+                                                 outputs[i].text ? outputs[i].text : "", (int)outputs[i].bytes,
+                                                 "token_ids", ids, "prompt_tokens", (json_int_t)outputs[i].prompt.count,
+                                                 "generated_tokens", (json_int_t)outputs[i].num_ids, "finish_reason",
+                                                 finish_name(&outputs[i], generations[i].finished)));
+    }
+    json_t *report = json_pack("{s:i, s:o}", "schema_version", 1, "choices", choices);
+    char *text = report ? json_dumps(report, JSON_INDENT(2)) : NULL;
+    json_decref(report);
+    if (!text)
+        return error_set(err, ERR_MEMORY, "no memory for the report");
+    puts(text);
+    free(text);
+    return 0;
+}
+
+static void print_batch(const struct output *outputs, int count)
+{
+    for (int i = 0; i < count; i++) {
+        printf("%s[%d] ", i ? "\n" : "", i);
+        if (options.ids)
+            for (int64_t t = 0; t < outputs[i].num_ids; t++)
+                printf("%s%u", t ? "," : "", outputs[i].ids[t]);
+        else
+            fwrite(outputs[i].text, 1, outputs[i].bytes, stdout);
+    }
+    printf("\n");
+}
+
+static int run_prompts(struct session *session, struct output *outputs, int count, struct error *err)
+{
+    struct generation generations[OPTION_LIST_MAX];
+    int rc;
+    bool live = count == 1 && !common_options.json;
+    for (int i = 0; i < count; i++) {
+        if ((rc = encode_prompt(session, &outputs[i], options.prompts.items[i], err)))
+            return rc;
+        outputs[i].live = live;
+        generations[i] = (struct generation){.prompt = outputs[i].prompt.ids,
+                                             .prompt_count = (int64_t)outputs[i].prompt.count,
+                                             .max_tokens = options.max_tokens,
+                                             .ignore_eos = options.ignore_eos,
+                                             .sampling = sampling_for(&session_manifest(session)->model),
+                                             .on_tokens = on_tokens,
+                                             .arg = outputs};
+    }
+    rc = session_generate(session, generations, count, err);
+    for (int i = 0; i < count; i++) {
+        const char *text;
+        size_t bytes;
+        if (!options.ids && !outputs[i].stopped && tokenizer_stream_flush(outputs[i].stream, &text, &bytes, NULL) == 0)
+            append(&outputs[i], text, bytes);
+        print_live(&outputs[i], true);
+        if (outputs[i].failed && !rc)
+            rc = error_set(err, ERR_IO, "the output could not be written");
+    }
+    if (live)
+        printf("\n");
+    if (rc)
+        return rc;
+    if (common_options.json)
+        return print_json(outputs, generations, count, err);
+    if (!live)
+        print_batch(outputs, count);
+    return 0;
+}
+
+static void print_start(struct session *session)
+{
+    const struct manifest *m = session_manifest(session);
+    struct shared_area *shared = session_shared(session);
+    if (!common_options.quiet)
+        fprintf(stderr, "%u rank%s (%s), %d thread%s each, %s kernels, %s wire, context %lld, loaded in %.3f s\n",
+                m->tp_size, m->tp_size == 1 ? "" : "s", session_options.ranks, session_threads(session),
+                session_threads(session) == 1 ? "" : "s", session_backend(session), session_wire(session),
+                (long long)session_context(session),
+                1e-9 * (double)(atomic_load(&shared->loaded_ns) - atomic_load(&shared->started_ns)));
+}
+
+static void print_rates(struct session *session)
+{
+    struct shared_area *shared = session_shared(session);
+    double decode = 1e-9 * (double)(atomic_load(&shared->finished_ns) - atomic_load(&shared->first_token_ns));
+    long long steps = atomic_load(&shared->decode_steps);
+    if (!common_options.quiet && steps > 0 && decode > 0)
+        fprintf(stderr, "%lld decode steps in %.2f s: %.1f steps/s\n", steps, decode, (double)steps / decode);
+}
+
+int generate_run(int argc, char **argv, struct error *err)
+{
+    (void)argc;
+    struct session *session = NULL;
+    int count = options.prompts.count, rc;
+    if (count == 0)
+        return error_set(err, ERR_USAGE, "generate needs --prompt TEXT, or --prompt - for standard input");
+    struct output *outputs = calloc((size_t)count, sizeof *outputs);
+    if (!outputs)
+        return error_set(err, ERR_MEMORY, "no memory for %d prompts", count);
+    if ((rc = session_open(&session, argv[0], &session_options, count, 0, err)) == 0) {
+        print_start(session);
+        if ((rc = run_prompts(session, outputs, count, err)) == 0)
+            print_rates(session);
+    }
+    for (int i = 0; i < count; i++) {
+        tokenizer_stream_free(outputs[i].stream);
+        free(outputs[i].prompt.ids);
+        free(outputs[i].text);
+    }
+    free(outputs);
+    session_close(session);
+    return rc;
+}

@@ -1,0 +1,608 @@
+// Starting, commanding, watching and ending the ranks. See launch.h.
+//
+// One anonymous shared mapping holds the launch area below, the region of the collectives, and the caller's area. The parent sleeps in poll on
+// an eventfd (ranks' notices, signals) and on a pidfd for each rank; ranks sleep on the futex `command_number`.
+#include "engine/launch.h"
+
+#include "formats/checked.h"
+#include "kernels/futex.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+
+enum {
+    CACHE_LINE = 64,
+    PAGE_BYTES = 4096,
+    DEFAULT_START_TIMEOUT_MS = 120000,
+    DEFAULT_WAIT_TIMEOUT_MS = 10000,
+    LOOK_MS = 50,        // between two looks of the watchdog
+    FAIL_GRACE_MS = 200, // for ranks to end by themselves after a failure
+    STOP_GRACE_MS = 3000,
+    KILL_GRACE_MS = 3000, // for the kernel to end what was killed
+};
+
+struct rank_state {
+    _Alignas(CACHE_LINE) _Atomic uint32_t started;
+    _Atomic uint32_t taken, done; // number of the last command
+    _Atomic uint32_t returned;    // from rank_main, with code
+    int code;
+};
+
+struct launch_area {
+    _Alignas(CACHE_LINE) _Atomic uint32_t command_number; // raised by every command; ranks sleep on it
+    int command;                                          // published by command_number
+    _Alignas(CACHE_LINE) _Atomic uint32_t sleeping_ranks;
+    _Alignas(CACHE_LINE) _Atomic uint32_t started_ranks, done_ranks, notices;
+    struct rank_state ranks[COMM_MAX_RANKS];
+};
+
+// The parent's view of one rank.
+struct rank_handle {
+    pid_t pid; // processes
+    int pidfd; // -1: none, waitpid is asked now and then
+    pthread_t thread;
+    bool running;
+    uint64_t progress;      // at the last look
+    int64_t silent_ns;      // since it last moved
+    struct spinner spinner; // rank side
+    struct rank_env env;
+    struct launch *launch;
+};
+
+struct launch {
+    struct launch_options options;
+    rank_main_fn *rank_main;
+    void *arg;
+    struct launch_area *area;
+    struct comm_region *region;
+    void *shared;
+    size_t mapped_bytes;
+    int event_fd;
+    bool ready;           // all ranks have reached rank_next_command
+    bool command_running; // posted, not yet done everywhere
+    bool last_was_notice;
+    bool handles_signals;
+    struct sigaction before_int, before_term;
+    int64_t looked_ns;
+    struct error error; // code 0: nothing has failed
+    struct rank_handle ranks[COMM_MAX_RANKS];
+};
+
+// ---- signals -------------------------------------------------------------------------------------------------------
+
+static volatile sig_atomic_t signal_pending, signals_seen, signal_event_fd = -1;
+
+static void wake_parent(int event_fd)
+{
+    uint64_t one = 1;
+    // It cannot fail: the counter is far from its end.
+    if (write(event_fd, &one, sizeof one) != sizeof one)
+        return;
+}
+
+static void on_signal(int number)
+{
+    int saved = errno;
+    // Ranks are killed by the kernel when this process ends.
+    if (signals_seen)
+        _exit(128 + number);
+    signals_seen = 1;
+    signal_pending = number;
+    wake_parent(signal_event_fd);
+    errno = saved;
+}
+
+static void handle_signals(struct launch *launch)
+{
+    if (signal_event_fd >= 0)
+        return;
+    signal_pending = signals_seen = 0;
+    signal_event_fd = launch->event_fd;
+    launch->handles_signals = true;
+    struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
+    sigaction(SIGINT, &action, &launch->before_int);
+    sigaction(SIGTERM, &action, &launch->before_term);
+}
+
+static void restore_signals(struct launch *launch)
+{
+    if (!launch->handles_signals)
+        return;
+    sigaction(SIGINT, &launch->before_int, NULL);
+    sigaction(SIGTERM, &launch->before_term, NULL);
+    signal_event_fd = -1;
+    launch->handles_signals = false;
+}
+
+// ---- rank side -----------------------------------------------------------------------------------------------------
+
+static struct rank_state *state_of(struct launch *launch, int rank) { return &launch->area->ranks[rank]; }
+
+int rank_next_command(struct rank_env *env, int *command, struct error *err)
+{
+    struct launch *launch = env->launch;
+    struct launch_area *area = launch->area;
+    struct rank_state *state = state_of(launch, env->rank);
+    struct spinner *spinner = &launch->ranks[env->rank].spinner;
+    comm_at(env->comm, OP_IDLE, -1);
+    if (!atomic_exchange(&state->started, 1) && atomic_fetch_add(&area->started_ranks, 1) + 1 == (uint32_t)env->tp_size)
+        wake_parent(launch->event_fd);
+
+    uint32_t taken = atomic_load_explicit(&state->taken, memory_order_relaxed);
+    struct spin spin = spin_begin(spinner);
+    bool slept = false;
+    while (atomic_load_explicit(&area->command_number, memory_order_acquire) == taken) {
+        if (spin_again(&spin))
+            continue;
+        slept = true;
+        atomic_fetch_add(&area->sleeping_ranks, 1);
+        while (atomic_load(&area->command_number) == taken)
+            futex_wait(&area->command_number, taken, -1);
+        atomic_fetch_sub(&area->sleeping_ranks, 1);
+    }
+    spinner_learn(spinner, !slept);
+
+    // Ending a failed launch raises the number as well.
+    int error_rank;
+    struct error kept;
+    if (comm_region_aborted(launch->region)) {
+        if (!comm_region_error(launch->region, &error_rank, &kept))
+            error_set(&kept, ERR_RANK, "rank %d was stopped after an error elsewhere", env->rank);
+        if (err)
+            *err = kept;
+        return kept.code;
+    }
+    atomic_store(&state->taken, atomic_load(&area->command_number));
+    *command = area->command;
+    return 0;
+}
+
+void rank_command_done(struct rank_env *env)
+{
+    struct launch *launch = env->launch;
+    struct rank_state *state = state_of(launch, env->rank);
+    atomic_store(&state->done, atomic_load(&state->taken));
+    if (atomic_fetch_add(&launch->area->done_ranks, 1) + 1 == (uint32_t)env->tp_size)
+        wake_parent(launch->event_fd);
+}
+
+void rank_notify(struct rank_env *env)
+{
+    // A notice that the parent has not yet taken carries this one too.
+    if (!atomic_exchange(&env->launch->area->notices, 1))
+        wake_parent(env->launch->event_fd);
+}
+
+// Runs rank_main and leaves its result in the shared area; its error becomes the launch's unless one came before.
+static int run_rank(struct rank_handle *handle)
+{
+    struct launch *launch = handle->launch;
+    struct rank_env *env = &handle->env;
+    struct rank_state *state = state_of(launch, env->rank);
+    struct error err = {0};
+    int code = comm_open(&env->comm, launch->region, env->rank, launch->options.wait_timeout_ms, &err);
+    if (!code) {
+        comm_at(env->comm, OP_START, -1);
+        code = launch->rank_main(env, launch->arg, &err);
+    }
+    if (code) {
+        if (!err.msg[0])
+            error_set(&err, code, "rank %d failed with code %d", env->rank, code);
+        err.code = code;
+        comm_region_abort(launch->region, env->rank, &err);
+    }
+    comm_close(env->comm);
+    env->comm = NULL;
+    state->code = code;
+    atomic_store(&state->returned, 1);
+    return code;
+}
+
+static void *rank_thread(void *arg)
+{
+    struct rank_handle *handle = arg;
+    run_rank(handle);
+    wake_parent(handle->launch->event_fd);
+    return NULL;
+}
+
+static void rank_process(struct rank_handle *handle, pid_t parent)
+{
+    // Set before the look at the parent: it cannot end unseen in between.
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (getppid() != parent)
+        _exit(error_exit_code(ERR_RANK));
+    signal(SIGINT, SIG_IGN);
+    signal(SIGTERM, SIG_IGN);
+    for (int rank = 0; rank < handle->env.rank; rank++)
+        if (handle->launch->ranks[rank].pidfd >= 0)
+            close(handle->launch->ranks[rank].pidfd);
+    _exit(error_exit_code(run_rank(handle)));
+}
+
+// ---- starting ------------------------------------------------------------------------------------------------------
+
+static int map_shared(struct launch *launch, struct error *err)
+{
+    const struct launch_options *options = &launch->options;
+    uint64_t area_bytes = round_up(sizeof(struct launch_area), PAGE_BYTES);
+    uint64_t region_bytes = round_up(comm_region_bytes(options->tp_size, options->comm_max_elems), PAGE_BYTES), bytes;
+    if (!checked_add(area_bytes + region_bytes, options->shared_bytes, &bytes))
+        return error_set(err, ERR_MEMORY, "%zu bytes of shared memory cannot be had", options->shared_bytes);
+    uint8_t *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED)
+        return error_set_errno(err, "cannot map %llu bytes of memory to share between the ranks",
+                               (unsigned long long)bytes);
+    launch->mapped_bytes = bytes;
+    launch->area = (struct launch_area *)memory;
+    launch->region = comm_region_init(memory + area_bytes, options->tp_size, options->comm_max_elems);
+    comm_region_set_start_timeout(launch->region, options->start_timeout_ms);
+    launch->shared = memory + area_bytes + region_bytes;
+    return 0;
+}
+
+static int start_thread(struct rank_handle *handle, struct error *err)
+{
+    // Signals are for the parent's thread.
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int failed = pthread_create(&handle->thread, NULL, rank_thread, handle);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (failed)
+        return error_set(err, ERR_MEMORY, "cannot start a thread for rank %d: %s", handle->env.rank, strerror(failed));
+    handle->running = true;
+    return 0;
+}
+
+static int start_process(struct rank_handle *handle, struct error *err)
+{
+    pid_t parent = getpid();
+    handle->pid = fork();
+    if (handle->pid < 0)
+        return error_set_errno(err, "cannot start a process for rank %d", handle->env.rank);
+    if (handle->pid == 0)
+        rank_process(handle, parent);
+    handle->running = true;
+    handle->pidfd = (int)syscall(SYS_pidfd_open, handle->pid, 0);
+    return 0;
+}
+
+int launch_start(struct launch **out, const struct launch_options *options, rank_main_fn *rank_main, void *arg,
+                 struct error *err)
+{
+    int rc = 0;
+    if (options->tp_size < 1 || options->tp_size > COMM_MAX_RANKS)
+        return error_set(err, ERR_USAGE, "%d ranks: wanted 1 to %d", options->tp_size, COMM_MAX_RANKS);
+    struct launch *launch = calloc(1, sizeof *launch);
+    if (!launch)
+        return error_set(err, ERR_MEMORY, "out of memory for %d ranks", options->tp_size);
+    launch->options = *options;
+    if (launch->options.start_timeout_ms <= 0)
+        launch->options.start_timeout_ms = DEFAULT_START_TIMEOUT_MS;
+    if (launch->options.wait_timeout_ms <= 0)
+        launch->options.wait_timeout_ms = DEFAULT_WAIT_TIMEOUT_MS;
+    launch->rank_main = rank_main;
+    launch->arg = arg;
+    launch->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    if (launch->event_fd < 0) {
+        rc = error_set_errno(err, "cannot make an event descriptor");
+        goto fail;
+    }
+    if ((rc = map_shared(launch, err)))
+        goto fail;
+    handle_signals(launch);
+    launch->looked_ns = clock_now_ns();
+    fflush(NULL); // or every rank would write what is buffered once more
+    for (int rank = 0; rank < options->tp_size && !rc; rank++) {
+        struct rank_handle *handle = &launch->ranks[rank];
+        *handle = (struct rank_handle){.pidfd = -1, .launch = launch};
+        handle->env =
+            (struct rank_env){.rank = rank, .tp_size = options->tp_size, .shared = launch->shared, .launch = launch};
+        spinner_init(&handle->spinner);
+        rc = options->threads ? start_thread(handle, err) : start_process(handle, err);
+    }
+    if (rc)
+        goto fail;
+    *out = launch;
+    return 0;
+fail:
+    if (launch->area)
+        comm_region_abort(launch->region, 0, &(struct error){.code = rc, .msg = "the start of the ranks failed"});
+    launch_stop(launch, NULL);
+    return rc;
+}
+
+void *launch_shared(struct launch *launch) { return launch->shared; }
+
+// ---- watching ------------------------------------------------------------------------------------------------------
+
+static void post_number(struct launch *launch, int command)
+{
+    launch->area->command = command;
+    atomic_fetch_add(&launch->area->command_number, 1);
+    if (atomic_load(&launch->area->sleeping_ranks))
+        futex_wake(&launch->area->command_number, INT_MAX);
+}
+
+// How a rank that ended came to its end; 0 when as it was told.
+static int explain_end(struct launch *launch, struct rank_handle *handle, int status, bool stopping, struct error *err)
+{
+    int rank = handle->env.rank;
+    struct rank_state *state = state_of(launch, rank);
+    struct comm_position at = comm_region_position(launch->region, rank);
+    char place[COMM_PLACE_BYTES];
+    comm_place(place, at.op, at.layer);
+    if (status >= 0 && WIFSIGNALED(status)) {
+        int number = WTERMSIG(status);
+        return error_set(err, ERR_RANK, "rank %d was ended by signal %d (%s) in %s", rank, number, strsignal(number),
+                         place);
+    }
+    if (!atomic_load(&state->returned)) {
+        if (status < 0)
+            return error_set(err, ERR_RANK, "rank %d has vanished in %s", rank, place);
+        return error_set(err, ERR_RANK, "rank %d exited with code %d in %s", rank, WEXITSTATUS(status), place);
+    }
+    if (state->code)
+        return error_set(err, state->code, "rank %d failed in %s", rank, place); // its own error is in the region
+    if (!stopping)
+        return error_set(err, ERR_RANK, "rank %d ended without being told to, in %s", rank, place);
+    return 0;
+}
+
+// Notices ranks that have ended. Returns the first error among them.
+static int reap(struct launch *launch, bool stopping, int *bad_rank, struct error *err)
+{
+    int rc = 0;
+    for (int rank = 0; rank < launch->options.tp_size; rank++) {
+        struct rank_handle *handle = &launch->ranks[rank];
+        int status = 0;
+        if (!handle->running)
+            continue;
+        if (launch->options.threads) {
+            if (!atomic_load(&state_of(launch, rank)->returned))
+                continue;
+            pthread_join(handle->thread, NULL);
+        } else {
+            pid_t pid = waitpid(handle->pid, &status, WNOHANG);
+            if (pid == 0 || (pid < 0 && errno == EINTR))
+                continue;
+            if (pid < 0)
+                status = -1; // someone else took it
+            if (handle->pidfd >= 0)
+                close(handle->pidfd);
+            handle->pidfd = -1;
+        }
+        handle->running = false;
+        struct error found;
+        int code = explain_end(launch, handle, status, stopping, &found);
+        if (code && !rc) {
+            rc = code;
+            *bad_rank = rank;
+            *err = found;
+        }
+    }
+    return rc;
+}
+
+static bool any_running(const struct launch *launch)
+{
+    for (int rank = 0; rank < launch->options.tp_size; rank++)
+        if (launch->ranks[rank].running)
+            return true;
+    return false;
+}
+
+// The eventfd, the pidfds and extra_fd (which may be -1: poll skips it). Returns whether extra_fd has input.
+static bool wait_for_events(struct launch *launch, int extra_fd, int timeout_ms)
+{
+    struct pollfd fds[COMM_MAX_RANKS + 2];
+    nfds_t count = 0;
+    fds[count++] = (struct pollfd){.fd = extra_fd, .events = POLLIN};
+    fds[count++] = (struct pollfd){.fd = launch->event_fd, .events = POLLIN};
+    for (int rank = 0; rank < launch->options.tp_size && !launch->options.threads; rank++) {
+        if (launch->ranks[rank].running && launch->ranks[rank].pidfd < 0 && (timeout_ms < 0 || timeout_ms > LOOK_MS))
+            timeout_ms = LOOK_MS;
+        fds[count++] = (struct pollfd){.fd = launch->ranks[rank].pidfd, .events = POLLIN};
+    }
+    if (poll(fds, count, timeout_ms) <= 0)
+        return false;
+    uint64_t events;
+    if (fds[1].revents && read(launch->event_fd, &events, sizeof events) < 0)
+        return false; // a signal was faster; the next look sees what it was
+    return fds[0].revents != 0;
+}
+
+// Waits until all ranks have ended, at most grace_ms.
+static bool wait_for_ends(struct launch *launch, int grace_ms, int *bad_rank, struct error *first)
+{
+    int64_t end_ns = clock_now_ns() + (int64_t)grace_ms * 1000000;
+    for (;;) {
+        struct error found;
+        int rank;
+        if (reap(launch, true, &rank, &found) && !first->code) {
+            *first = found;
+            *bad_rank = rank;
+        }
+        int64_t left_ns = end_ns - clock_now_ns();
+        if (!any_running(launch) || left_ns <= 0)
+            return !any_running(launch);
+        int left_ms = (int)(left_ns / 1000000) + 1;
+        wait_for_events(launch, -1, left_ms < LOOK_MS ? left_ms : LOOK_MS);
+    }
+}
+
+// Ends all ranks: whoever does not go in time is killed. Threads cannot be killed; false when one lives on.
+static bool end_ranks(struct launch *launch, int grace_ms, struct error *first)
+{
+    int bad_rank = 0;
+    post_number(launch, 0);
+    bool ended = wait_for_ends(launch, launch->options.threads ? STOP_GRACE_MS : grace_ms, &bad_rank, first);
+    if (ended || launch->options.threads)
+        return ended;
+    for (int rank = 0; rank < launch->options.tp_size; rank++)
+        if (launch->ranks[rank].running)
+            kill(launch->ranks[rank].pid, SIGKILL);
+    struct error killed = {.code = ERR_RANK}; // by us: no news
+    return wait_for_ends(launch, KILL_GRACE_MS, &bad_rank, &killed);
+}
+
+// The launch has failed: the error that came first counts, every rank ends.
+static int fail(struct launch *launch, int rank, const struct error *found, struct error *err)
+{
+    comm_region_abort(launch->region, rank, found);
+    if (!comm_region_error(launch->region, &rank, &launch->error))
+        launch->error = *found;
+    struct error ignored = {.code = ERR_RANK};
+    end_ranks(launch, FAIL_GRACE_MS, &ignored);
+    launch->command_running = false;
+    if (err)
+        *err = launch->error;
+    return launch->error.code;
+}
+
+// A rank that has work, waits for no other rank and does not move is stuck. So is, later, one that waits beyond every deadline.
+static int watch(struct launch *launch, int *stuck, struct error *err)
+{
+    int64_t now_ns = clock_now_ns(), passed_ns = now_ns - launch->looked_ns;
+    // Time in which this process itself did not run does not count: it may have been stopped together with the ranks.
+    if (passed_ns > 2 * (int64_t)LOOK_MS * 1000000)
+        passed_ns = 2 * (int64_t)LOOK_MS * 1000000;
+    launch->looked_ns = now_ns;
+    for (int rank = 0; rank < launch->options.tp_size; rank++) {
+        struct rank_handle *handle = &launch->ranks[rank];
+        struct rank_state *state = state_of(launch, rank);
+        bool starting = !atomic_load(&state->started);
+        bool busy = starting || (launch->command_running &&
+                                 atomic_load(&state->done) != atomic_load(&launch->area->command_number));
+        struct comm_position at = comm_region_position(launch->region, rank);
+        if (!busy || at.progress != handle->progress)
+            handle->silent_ns = 0;
+        else
+            handle->silent_ns += passed_ns;
+        handle->progress = at.progress;
+        int timeout_ms = starting ? launch->options.start_timeout_ms : launch->options.wait_timeout_ms;
+        // A waiting rank reports who is missing by itself, so it gets the first word.
+        int64_t limit_ns = (int64_t)timeout_ms * 1250000;
+        if (handle->silent_ns < (at.waits_for < 0 ? limit_ns : 2 * limit_ns))
+            continue;
+        char place[COMM_PLACE_BYTES];
+        comm_place(place, at.op, at.layer);
+        *stuck = rank;
+        return error_set(err, ERR_RANK, "rank %d has made no progress for %.1f s%s; it was last seen in %s", rank,
+                         (double)handle->silent_ns / 1e9, starting ? " of its start" : "", place);
+    }
+    return 0;
+}
+
+// ---- parent side ---------------------------------------------------------------------------------------------------
+
+int launch_post(struct launch *launch, int command, struct error *err)
+{
+    if (launch->error.code) {
+        if (err)
+            *err = launch->error;
+        return launch->error.code;
+    }
+    if (launch->command_running || command <= 0)
+        return error_set(err, ERR_OTHER, "command %d was posted %s", command,
+                         command <= 0 ? "but commands are above 0" : "while another one runs");
+    for (int rank = 0; rank < launch->options.tp_size; rank++)
+        launch->ranks[rank].silent_ns = 0;
+    launch->looked_ns = clock_now_ns();
+    launch->command_running = true;
+    atomic_store(&launch->area->done_ranks, 0);
+    post_number(launch, command);
+    return 0;
+}
+
+int launch_wait(struct launch *launch, int extra_fd, struct error *err)
+{
+    struct launch_area *area = launch->area;
+    uint32_t tp_size = (uint32_t)launch->options.tp_size;
+    for (int timeout_ms = 0;; timeout_ms = launch->ready && !launch->command_running ? -1 : LOOK_MS) {
+        if (launch->error.code) {
+            if (err)
+                *err = launch->error;
+            return launch->error.code;
+        }
+        bool extra = wait_for_events(launch, extra_fd, timeout_ms);
+        if (launch->handles_signals && signal_pending) {
+            int number = signal_pending;
+            signal_pending = 0;
+            return error_set(err, number == SIGINT ? ERR_SIGINT : ERR_SIGTERM, "stopped by %s",
+                             number == SIGINT ? "SIGINT" : "SIGTERM");
+        }
+        struct error found;
+        int rank = 0;
+        if (reap(launch, false, &rank, &found) || watch(launch, &rank, &found))
+            return fail(launch, rank, &found, err);
+
+        // Notices and input take turns, so that neither starves the other.
+        bool notice = atomic_load(&area->notices);
+        if (extra && !(notice && !launch->last_was_notice)) {
+            launch->last_was_notice = false;
+            return 2;
+        }
+        if (notice) {
+            atomic_store(&area->notices, 0);
+            launch->last_was_notice = true;
+            return 1;
+        }
+        bool was_ready = launch->ready;
+        launch->ready = atomic_load(&area->started_ranks) == tp_size;
+        if (launch->command_running && atomic_load(&area->done_ranks) == tp_size) {
+            launch->command_running = false;
+            return 0;
+        }
+        if (launch->ready && !launch->command_running && (!was_ready || extra_fd < 0))
+            return 0;
+    }
+}
+
+int launch_stop(struct launch *launch, struct error *err)
+{
+    if (!launch)
+        return 0;
+    struct error first = {0};
+    bool ended = true;
+    if (launch->area) {
+        bool failed = comm_region_aborted(launch->region);
+        if (launch->command_running && !failed) {
+            struct error stop;
+            error_set(&stop, ERR_RANK, "the ranks were stopped in the middle of a command");
+            comm_region_abort(launch->region, 0, &stop);
+            failed = true;
+        }
+        if (any_running(launch))
+            ended = end_ranks(launch, STOP_GRACE_MS, &first);
+        // The ranks' own sentence says more than how they ended; after an abort from here neither is news.
+        int rank;
+        if (failed)
+            first.code = 0;
+        else if (first.code)
+            comm_region_error(launch->region, &rank, &first);
+        if (!ended)
+            error_set(&first, ERR_RANK, "a rank has not ended within %d ms; its memory is left behind", STOP_GRACE_MS);
+    }
+    restore_signals(launch);
+    if (ended) {
+        if (launch->area)
+            munmap(launch->area, launch->mapped_bytes);
+        if (launch->event_fd >= 0)
+            close(launch->event_fd);
+        free(launch);
+    }
+    if (first.code && err)
+        *err = first;
+    return first.code;
+}

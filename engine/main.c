@@ -1,0 +1,94 @@
+// tpengine: the table of commands. Each command lives in a file of its own.
+#include "engine/commands.h"
+
+#include "version.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+struct common_options common_options;
+struct session_options session_options;
+
+static const struct option_spec common[] = {
+    {"json", OPTION_FLAG, &common_options.json, NULL, 0, 0, "report as one JSON object on standard output"},
+    {"quiet", OPTION_FLAG, &common_options.quiet, NULL, 0, 0, "no notes on standard error"},
+    {NULL, OPTION_FLAG, NULL, NULL, 0, 0, NULL},
+};
+
+static const struct command_spec commands[] = {
+    {"generate", "out_dir", 1, 1, "continue one or several prompts, streaming text to standard output",
+     generate_options, generate_run},
+    {"bench", "out_dir", 1, 1, "measure prefill and decode; one result line", bench_options, bench_run},
+    {"eval", "out_dir", 1, 1, "perplexity of a text; with --against, KL divergence and top-1 agreement", eval_options,
+     eval_run},
+    {"logits", "out_dir", 1, 1, "logits of token ids as a NumPy file, float32 [tokens, vocab_size]", logits_options,
+     logits_run},
+    {"tokenize", "out_dir TEXT|-", 2, 2, "token ids of a text, or with --decode the reverse", tokenize_options,
+     tokenize_run},
+    {NULL, NULL, 0, 0, NULL, NULL, NULL},
+};
+
+static const struct program_spec program = {
+    .name = "tpengine",
+    .summary = "run a sharded language model on tensor-parallel ranks",
+    .version = TPSHARD_VERSION " (" TPSHARD_COMMIT ")",
+    .environment_prefix = "TPENGINE_",
+    .commands = commands,
+    .common = common,
+    .examples = "Examples:\n"
+                "  tpengine generate out_dir --prompt \"Once upon a time\" --max-tokens 100\n"
+                "  tpengine eval out_dir --text heldout.txt --json\n",
+    .exit_status = "0    done\n1    other failure\n2    wrong command line\n3    bad or unsupported model\n4    "
+                   "corrupt or mismatched "
+                   "shards\n5    input or output failed\n6    GPU or driver\n7    a rank was lost or a deadline "
+                   "passed\n8    out of "
+                   "memory\n130  interrupted\n143  terminated",
+};
+
+double now_s(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+int read_text(const char *path, char **out, size_t *bytes, struct error *err)
+{
+    bool standard = strcmp(path, "-") == 0;
+    FILE *in = standard ? stdin : fopen(path, "re");
+    if (!in)
+        return error_set_errno(err, "%s", path);
+    size_t capacity = 1 << 16, used = 0;
+    char *text = malloc(capacity);
+    int rc = 0;
+    while (text) {
+        used += fread(text + used, 1, capacity - used - 1, in);
+        if (used + 1 < capacity)
+            break;
+        char *larger = realloc(text, capacity *= 2);
+        if (!larger)
+            free(text);
+        text = larger;
+    }
+    if (!text)
+        rc = error_set(err, ERR_MEMORY, "%s: no memory for the text", path);
+    else if (ferror(in))
+        rc = error_set_errno(err, "%s: reading", path);
+    if (!standard)
+        fclose(in);
+    if (rc) {
+        free(text);
+        return rc;
+    }
+    text[used] = 0;
+    *out = text;
+    *bytes = used;
+    return 0;
+}
+
+int main(int argc, char **argv)
+{
+    session_options = session_defaults;
+    return options_main(&program, argc, argv);
+}

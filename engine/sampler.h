@@ -1,0 +1,48 @@
+// Chooses the next token from logits that are split over the ranks by vocabulary, without gathering the vocabulary. Every rank makes the
+// same calls and gets the same token.
+//
+// Greedy: each rank's best, then the best of these (the lowest id among equals). Otherwise, in this order: penalties, temperature, top-k,
+// top-p, min-p, then one draw by the Gumbel-max method: argmax of logit / temperature + g(seed, step, token id) is an exact sample of the
+// softmax (Gumbel 1954; Maddison et al. 2014), and needs one number a rank. The thresholds of top-k and top-p are found by a
+// radix search over the ordered bits of the logits: three small all-gathers of histograms, exact. Tokens that tie with the threshold stay.
+#ifndef TPSHARD_ENGINE_SAMPLER_H
+#define TPSHARD_ENGINE_SAMPLER_H
+
+#include "engine/comm.h"
+#include "formats/error.h"
+
+#include <stdint.h>
+
+struct sampling {
+    double temperature; // 0: greedy
+    double top_p;       // 1: off
+    double min_p;       // 0: off
+    int64_t top_k;      // 0: off
+    double
+        repetition_penalty; // 1: off; divides positive and multiplies negative logits of tokens in prompt or output (CTRL)
+    double frequency_penalty; // 0: off; subtracted once for each earlier occurrence in the output
+    double presence_penalty;  // 0: off; subtracted once if the token is in the output
+    uint64_t seed;
+};
+
+// One sequence's counts on one rank's part of the vocabulary, for the penalties.
+struct token_counts {
+    uint16_t *in_output; // [vocab_local], saturating
+    uint8_t *in_any;     // [vocab_local] 1: in the prompt or the output
+};
+
+struct sampler;
+
+// Scratch for one rank: vocab_local logits that begin at vocab_begin, of a model with vocab_size tokens.
+int sampler_create(struct sampler **out, int64_t vocab_begin, int64_t vocab_local, struct error *err);
+void sampler_free(struct sampler *sampler);
+
+int token_counts_alloc(struct token_counts *counts, int64_t vocab_local, struct error *err);
+void token_counts_free(struct token_counts *counts);
+void token_counts_add(struct token_counts *counts, const struct sampler *sampler, uint32_t token, bool is_output);
+
+// logits [vocab_local] are changed. step: how many tokens the sequence has produced. NaN among the logits, on any rank: ERR_OTHER.
+int sampler_choose(struct sampler *sampler, struct comm *comm, float *logits, const struct token_counts *counts,
+                   const struct sampling *how, uint64_t step, uint32_t *token, struct error *err);
+
+#endif

@@ -1,0 +1,383 @@
+// The parent's end of a running model. See session.h.
+#include "engine/session.h"
+
+#include "engine/decoder.h"
+#include "engine/kv_cache.h"
+#include "formats/checked.h"
+#include "formats/checksum.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+enum { DEFAULT_CONTEXT = 4096, START_TIMEOUT_MS = 120000 };
+#define TOKENIZER_FILE_NAME "tokenizer.bin"
+
+const struct session_options session_defaults = {
+    .backend = "auto",
+    .wire = "auto",
+    .verify = "full",
+    .ranks = "process",
+    .timeout_s = 10,
+};
+
+struct session {
+    char *dir;
+    struct manifest *manifest;
+    struct worker_options worker;
+    struct launch *launch;
+    struct shared_area *shared;
+    struct tokenizer_map tokenizer;
+};
+
+// ---- tokenizer -------------------------------------------------------------------------------------------------
+
+static int map_file(void **bytes, size_t *byte_count, const char *path, struct error *err)
+{
+    struct stat st;
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0)
+        return error_set_errno(err, "%s", path);
+    int rc = 0;
+    if (fstat(fd, &st) || !S_ISREG(st.st_mode) || st.st_size <= 0)
+        rc = error_set(err, ERR_CORRUPT, "%s: it is not a regular file with something in it", path);
+    void *map = rc ? MAP_FAILED : mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (!rc && map == MAP_FAILED)
+        rc = error_set_errno(err, "%s: mapping", path);
+    close(fd);
+    if (rc)
+        return rc;
+    *bytes = map;
+    *byte_count = (size_t)st.st_size;
+    return 0;
+}
+
+static const struct manifest_file *find_extra(const struct manifest *manifest, const char *name)
+{
+    for (size_t i = 0; i < manifest->num_extras; i++)
+        if (strcmp(manifest->extras[i].name, name) == 0)
+            return &manifest->extras[i];
+    return NULL;
+}
+
+int tokenizer_map_open(struct tokenizer_map *out, const char *dir, const struct manifest *manifest, struct error *err)
+{
+    struct tokenizer_map map = {0};
+    char path[4096];
+    int rc;
+    const struct manifest_file *extra = find_extra(manifest, TOKENIZER_FILE_NAME);
+    if (!extra)
+        return error_set(
+            err, ERR_MODEL,
+            "%s: the shards were made without a tokenizer.json; put one beside the checkpoint and shard again", dir);
+    snprintf(path, sizeof path, "%s/%s", dir, extra->name);
+    if ((rc = map_file(&map.bytes, &map.byte_count, path, err)))
+        return rc;
+    struct checksum128 hash = checksum_whole(map.bytes, map.byte_count);
+    if (map.byte_count != extra->bytes || hash.low != extra->hash.low || hash.high != extra->hash.high) {
+        rc = error_set(err, ERR_CORRUPT, "%s: size or checksum differs from the manifest's; shard the model again",
+                       path);
+        goto fail;
+    }
+    if ((rc = tokenizer_open(&map.tokenizer, map.bytes, map.byte_count, path, err)))
+        goto fail;
+    *out = map;
+    return 0;
+fail:
+    tokenizer_map_close(&map);
+    return rc;
+}
+
+void tokenizer_map_close(struct tokenizer_map *map)
+{
+    tokenizer_close(map->tokenizer);
+    if (map->bytes)
+        munmap(map->bytes, map->byte_count);
+    *map = (struct tokenizer_map){0};
+}
+
+int session_tokenizer(struct session *s, const struct tokenizer **out, struct error *err)
+{
+    int rc = 0;
+    if (!s->tokenizer.tokenizer)
+        rc = tokenizer_map_open(&s->tokenizer, s->dir, s->manifest, err);
+    *out = s->tokenizer.tokenizer;
+    return rc;
+}
+
+// ---- memory plan -----------------------------------------------------------------------------------------------
+
+// The first number behind `key` in a /proc or cgroup file, times `unit`; -1 when there is none ("max" too).
+static double read_figure(const char *path, const char *key, double unit)
+{
+    char line[256];
+    double value = -1;
+    FILE *f = fopen(path, "re");
+    if (!f)
+        return -1;
+    while (value < 0 && fgets(line, sizeof line, f))
+        if (strncmp(line, key, strlen(key)) == 0 && sscanf(line + strlen(key), "%lf", &value) != 1)
+            value = -1;
+    fclose(f);
+    return value < 0 ? -1 : value * unit;
+}
+
+// Memory that may still be taken: what the kernel calls available, or what the cgroup leaves, whichever is less.
+static double available_bytes(void)
+{
+    double available = read_figure("/proc/meminfo", "MemAvailable:", 1024);
+    double limit = read_figure("/sys/fs/cgroup/memory.max", "", 1),
+           used = read_figure("/sys/fs/cgroup/memory.current", "", 1);
+    double inactive = read_figure("/sys/fs/cgroup/memory.stat", "inactive_file ", 1);
+    if (limit >= 0 && used >= 0) {
+        double left = limit - used + (inactive > 0 ? inactive : 0);
+        if (available < 0 || left < available)
+            available = left;
+    }
+    return available;
+}
+
+// Largest share any rank can have, for an upper bound before the rank files are read.
+static struct rank_share upper_share(const struct model_desc *d, int64_t tp)
+{
+    struct rank_share share = {0};
+    share.num_heads_local = (int64_t)div_up((uint64_t)d->num_heads, (uint64_t)tp);
+    share.num_kv_heads_local = d->num_kv_heads < share.num_heads_local ? d->num_kv_heads : share.num_heads_local;
+    if (tp <= d->num_kv_heads)
+        share.num_kv_heads_local = (int64_t)div_up((uint64_t)d->num_kv_heads, (uint64_t)tp);
+    share.intermediate_local = (int64_t)div_up((uint64_t)d->intermediate_size, (uint64_t)tp);
+    return share;
+}
+
+// Weights are mapped from the page cache, so they need not fit at once, but the engine is useless when they do not.
+static int check_memory(const struct session *s, int64_t context, struct error *err)
+{
+    const struct model_desc *d = &s->manifest->model;
+    int64_t tp = s->manifest->tp_size;
+    struct rank_share share = upper_share(d, tp);
+    double weights = 0, available = available_bytes();
+    for (size_t i = 0; i < s->manifest->num_ranks; i++)
+        weights += (double)s->manifest->ranks[i].bytes;
+    double cache =
+        (double)tp * (double)kv_cache_bytes(d->num_layers, share.num_kv_heads_local, d->head_dim, s->worker.num_pages);
+    double buffers = (double)tp * (double)decoder_bytes(d, &share, s->worker.max_rows, context, s->worker.threads);
+    double needed = weights + cache + buffers;
+    if (available < 0 || needed <= available)
+        return 0;
+    return error_set(err, ERR_MEMORY,
+                     "%s: %.2f GiB needed (weights %.2f, KV cache %.2f at context %lld, buffers %.2f), %.2f GiB "
+                     "available; use a smaller "
+                     "--context or stronger quantization",
+                     s->dir, needed / 0x1p30, weights / 0x1p30, cache / 0x1p30, (long long)context, buffers / 0x1p30,
+                     available / 0x1p30);
+}
+
+// ---- opening ---------------------------------------------------------------------------------------------------
+
+static int choose_wire(const struct manifest *manifest, const char *wanted, enum wire *wire, struct error *err)
+{
+    const char *name = strcmp(wanted, "auto") == 0 ? manifest->wire_advice : wanted;
+    if (!wire_from_name(name, wire))
+        return error_set(err, ERR_CORRUPT, "model.json: wire advice \"%s\" is not bf16, fp8 or s8x", name);
+    return 0;
+}
+
+static enum verify_mode verify_mode_of(const char *name)
+{
+    return strcmp(name, "off") == 0 ? VERIFY_OFF : strcmp(name, "sample") == 0 ? VERIFY_SAMPLE : VERIFY_FULL;
+}
+
+static int default_threads(int64_t tp_size)
+{
+    long cores = sysconf(_SC_NPROCESSORS_ONLN);
+    return cores > tp_size ? (int)(cores / tp_size) : 1;
+}
+
+static int choose_context(const struct manifest *manifest, int64_t wanted, int64_t *context, struct error *err)
+{
+    int64_t limit = manifest->model.context;
+    if (wanted > limit)
+        return error_set(err, ERR_USAGE, "--context %lld: the model was made for at most %lld tokens",
+                         (long long)wanted, (long long)limit);
+    *context = wanted > 0 ? wanted : limit < DEFAULT_CONTEXT ? limit : DEFAULT_CONTEXT;
+    return 0;
+}
+
+static int start(struct session *s, const struct session_options *options, int64_t context, int64_t max_sequences,
+                 int64_t logits_rows, struct error *err)
+{
+    const struct model_desc *d = &s->manifest->model;
+    struct launch_options launch = {
+        .tp_size = (int)s->manifest->tp_size,
+        .threads = strcmp(options->ranks, "thread") == 0,
+        .start_timeout_ms = START_TIMEOUT_MS,
+        .wait_timeout_ms = (int)(options->timeout_s * 1000),
+        .comm_max_elems = (uint64_t)d->hidden_size * 64,
+        .shared_bytes = shared_area_bytes(context, max_sequences, logits_rows, d->vocab_size),
+    };
+    int rc = launch_start(&s->launch, &launch, worker_main, &s->worker, err);
+    if (rc)
+        return rc;
+    s->shared = launch_shared(s->launch);
+    s->shared->context = context;
+    s->shared->max_sequences = max_sequences;
+    s->shared->vocab_size = d->vocab_size;
+    return 0;
+}
+
+int session_open(struct session **out, const char *dir, const struct session_options *options, int64_t max_sequences,
+                 int64_t logits_rows, struct error *err)
+{
+    int rc;
+    int64_t context;
+    struct session *s = calloc(1, sizeof *s);
+    if (!s || !(s->dir = strdup(dir))) {
+        free(s);
+        return error_set(err, ERR_MEMORY, "no memory for a session");
+    }
+    if ((rc = manifest_read(&s->manifest, dir, err)) ||
+        (rc = choose_context(s->manifest, options->context, &context, err)) ||
+        (rc = choose_wire(s->manifest, options->wire, &s->worker.wire, err)) ||
+        (rc = kernels_select(&s->worker.kernels, options->backend, err)))
+        goto fail;
+    s->worker.dir = s->dir;
+    s->worker.manifest = s->manifest;
+    s->worker.threads = options->threads > 0 ? (int)options->threads : default_threads(s->manifest->tp_size);
+    s->worker.verify = verify_mode_of(options->verify);
+    s->worker.max_rows = PREFILL_ROWS;
+    s->worker.num_pages = (int64_t)div_up((uint64_t)context, KV_PAGE_TOKENS) * max_sequences;
+    s->worker.context = context;
+    s->worker.max_sequences = max_sequences;
+    s->worker.logits_rows = logits_rows;
+    if ((rc = check_memory(s, context, err)) || (rc = start(s, options, context, max_sequences, logits_rows, err)) ||
+        (rc = launch_wait(s->launch, -1, err)))
+        goto fail;
+    *out = s;
+    return 0;
+fail:
+    session_close(s);
+    return rc;
+}
+
+void session_close(struct session *s)
+{
+    if (!s)
+        return;
+    launch_stop(s->launch, NULL);
+    tokenizer_map_close(&s->tokenizer);
+    manifest_free(s->manifest);
+    free(s->dir);
+    free(s);
+}
+
+const struct manifest *session_manifest(const struct session *s) { return s->manifest; }
+struct shared_area *session_shared(struct session *s) { return s->shared; }
+int64_t session_context(const struct session *s) { return s->worker.context; }
+const char *session_backend(const struct session *s) { return s->worker.kernels->name; }
+int session_threads(const struct session *s) { return s->worker.threads; }
+const char *session_wire(const struct session *s) { return wire_name(s->worker.wire); }
+
+// ---- work ------------------------------------------------------------------------------------------------------
+
+static int check_tokens(const struct session *s, const uint32_t *tokens, int64_t count, struct error *err)
+{
+    for (int64_t i = 0; i < count; i++)
+        if (tokens[i] >= s->manifest->model.vocab_size)
+            return error_set(err, ERR_USAGE, "token id %u: the model's vocabulary ends at %lld", tokens[i],
+                             (long long)s->manifest->model.vocab_size - 1);
+    return 0;
+}
+
+// Waits for the end of the running command.
+static int wait_done(struct session *s, struct error *err)
+{
+    int rc;
+    while ((rc = launch_wait(s->launch, -1, err)) > 0)
+        continue;
+    return rc;
+}
+
+int session_forward(struct session *s, const uint32_t *tokens, int64_t count, int64_t start_position,
+                    const float **logits, struct error *err)
+{
+    int rc = check_tokens(s, tokens, count, err);
+    if (rc)
+        return rc;
+    if (count < 1 || count > s->worker.logits_rows || start_position + count > s->worker.context)
+        return error_set(err, ERR_USAGE, "%lld tokens at position %lld: the context is %lld tokens", (long long)count,
+                         (long long)start_position, (long long)s->worker.context);
+    memcpy(shared_input(s->shared, 0), tokens, (size_t)count * sizeof *tokens);
+    s->shared->forward.start = start_position;
+    s->shared->forward.count = count;
+    if ((rc = launch_post(s->launch, COMMAND_FORWARD, err)) || (rc = wait_done(s, err)))
+        return rc;
+    *logits = shared_logits(s->shared);
+    return 0;
+}
+
+static int fill_sequence(struct session *s, const struct generation *g, int64_t i, struct error *err)
+{
+    struct shared_sequence *sequence = &s->shared->sequences[i];
+    if (g->prompt_count < 1 || g->prompt_count > s->worker.context)
+        return error_set(err, ERR_USAGE, "the prompt has %lld tokens; from 1 to %lld fit the context",
+                         (long long)g->prompt_count, (long long)s->worker.context);
+    int rc = check_tokens(s, g->prompt, g->prompt_count, err);
+    if (rc)
+        return rc;
+    memcpy(shared_input(s->shared, i), g->prompt, (size_t)g->prompt_count * sizeof *g->prompt);
+    sequence->prompt_count = g->prompt_count;
+    sequence->max_tokens = g->max_tokens < s->worker.context ? g->max_tokens : s->worker.context;
+    sequence->ignore_eos = g->ignore_eos;
+    sequence->sampling = g->sampling;
+    atomic_store(&sequence->cancel, false);
+    atomic_store(&sequence->produced, 0);
+    atomic_store(&sequence->finished, FINISH_NONE);
+    return 0;
+}
+
+// Hands new tokens to their owners.
+static void deliver(struct session *s, struct generation *generations, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++) {
+        struct generation *g = &generations[i];
+        struct shared_sequence *sequence = &s->shared->sequences[i];
+        int64_t produced = atomic_load_explicit(&sequence->produced, memory_order_acquire);
+        bool wanted = !atomic_load_explicit(&sequence->cancel, memory_order_relaxed);
+        if (wanted && produced > g->produced && g->on_tokens &&
+            !g->on_tokens(g->arg, i, shared_output(s->shared, i) + g->produced, produced - g->produced))
+            atomic_store_explicit(&sequence->cancel, true, memory_order_relaxed);
+        if (wanted)
+            g->produced = produced;
+        g->finished = (enum finish_reason)atomic_load_explicit(&sequence->finished, memory_order_acquire);
+    }
+}
+
+int session_generate(struct session *s, struct generation *generations, int64_t count, struct error *err)
+{
+    int rc;
+    if (count < 1 || count > s->worker.max_sequences)
+        return error_set(err, ERR_USAGE, "%lld sequences: from 1 to %lld run together", (long long)count,
+                         (long long)s->worker.max_sequences);
+    for (int64_t i = 0; i < count; i++) {
+        generations[i].produced = 0;
+        generations[i].finished = FINISH_NONE;
+        if ((rc = fill_sequence(s, &generations[i], i, err)))
+            return rc;
+    }
+    s->shared->num_sequences = count;
+    atomic_store(&s->shared->decode_steps, 0);
+    if ((rc = launch_post(s->launch, COMMAND_GENERATE, err)))
+        return rc;
+    do {
+        rc = launch_wait(s->launch, -1, err);
+        if (rc >= 0)
+            deliver(s, generations, count);
+    } while (rc > 0);
+    return rc;
+}

@@ -1,0 +1,113 @@
+// tpengine tokenize: text to ids and back, from the compiled tokenizer alone; no rank is started.
+#include "engine/commands.h"
+
+#include <errno.h>
+#include <jansson.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static struct {
+    bool decode, no_special;
+} options;
+
+const struct option_spec tokenize_options[] = {
+    {"decode", OPTION_FLAG, &options.decode, NULL, 0, 0, "TEXT holds ids, comma separated; print the text"},
+    {"no-special", OPTION_FLAG, &options.no_special, NULL, 0, 0,
+     "add no special tokens; with --decode, leave them out"},
+    {NULL, OPTION_FLAG, NULL, NULL, 0, 0, NULL},
+};
+
+// "1,2,3" with optional blanks. Also used by tpengine logits.
+int parse_token_ids(const char *text, struct token_list *out, struct error *err)
+{
+    while (*text) {
+        char *end;
+        errno = 0;
+        unsigned long id = strtoul(text, &end, 10);
+        if (end == text || errno || id > UINT32_MAX || *text == '-')
+            return error_set(err, ERR_USAGE, "token ids are numbers separated by commas, not \"%.40s\"", text);
+        if (out->count == out->capacity) {
+            size_t capacity = out->capacity ? 2 * out->capacity : 64;
+            uint32_t *larger = realloc(out->ids, capacity * sizeof *larger);
+            if (!larger)
+                return error_set(err, ERR_MEMORY, "no memory for the token ids");
+            out->ids = larger;
+            out->capacity = capacity;
+        }
+        out->ids[out->count++] = (uint32_t)id;
+        text = end + strspn(end, " \t\r\n");
+        if (*text == ',')
+            text += 1 + strspn(text + 1, " \t\r\n");
+        else if (*text)
+            return error_set(err, ERR_USAGE, "token ids are numbers separated by commas, not \"%.40s\"", text);
+    }
+    return 0;
+}
+
+static int print_ids(const struct token_list *ids, struct error *err)
+{
+    if (!common_options.json) {
+        for (size_t i = 0; i < ids->count; i++)
+            printf("%s%u", i ? "," : "", ids->ids[i]);
+        printf("\n");
+        return 0;
+    }
+    json_t *array = json_array();
+    for (size_t i = 0; i < ids->count; i++)
+        json_array_append_new(array, json_integer(ids->ids[i]));
+    json_t *report = json_pack("{s:i, s:o}", "schema_version", 1, "token_ids", array);
+    char *text = report ? json_dumps(report, JSON_COMPACT) : NULL;
+    json_decref(report);
+    if (!text)
+        return error_set(err, ERR_MEMORY, "no memory for the report");
+    puts(text);
+    free(text);
+    return 0;
+}
+
+static int encode(const struct tokenizer *tokenizer, const char *text, size_t bytes, struct error *err)
+{
+    struct token_list ids = {0};
+    int rc = tokenizer_encode(tokenizer, text, bytes, options.no_special ? 0 : TOKENIZER_ADD_SPECIAL, &ids, err);
+    if (rc == 0)
+        rc = print_ids(&ids, err);
+    free(ids.ids);
+    return rc;
+}
+
+static int decode(const struct tokenizer *tokenizer, const char *text, struct error *err)
+{
+    struct token_list ids = {0};
+    char *decoded = NULL;
+    size_t bytes;
+    int rc = parse_token_ids(text, &ids, err);
+    if (rc == 0)
+        rc = tokenizer_decode(tokenizer, ids.ids, ids.count, options.no_special, &decoded, &bytes, err);
+    if (rc == 0 && (fwrite(decoded, 1, bytes, stdout) != bytes || putchar('\n') == EOF))
+        rc = error_set(err, ERR_IO, "the output could not be written");
+    free(decoded);
+    free(ids.ids);
+    return rc;
+}
+
+int tokenize_run(int argc, char **argv, struct error *err)
+{
+    (void)argc;
+    struct manifest *manifest = NULL;
+    struct tokenizer_map map = {0};
+    char *text = NULL;
+    size_t bytes = strlen(argv[1]);
+    int rc;
+    if ((rc = manifest_read(&manifest, argv[0], err)) || (rc = tokenizer_map_open(&map, argv[0], manifest, err)))
+        goto done;
+    if (strcmp(argv[1], "-") == 0 && (rc = read_text("-", &text, &bytes, err)))
+        goto done;
+    const char *input = text ? text : argv[1];
+    rc = options.decode ? decode(map.tokenizer, input, err) : encode(map.tokenizer, input, bytes, err);
+done:
+    free(text);
+    tokenizer_map_close(&map);
+    manifest_free(manifest);
+    return rc;
+}

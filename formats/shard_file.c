@@ -1,0 +1,759 @@
+// Reader and writer of rank files. See shard_file.h; the specification is shard_file.md.
+//
+// A rank file has exactly one valid spelling: every offset and length in it follows from its counts, names and shapes. So the
+// reader decodes the records, lays the tensors out again as the writer would, and refuses any difference: there
+// is no room for overlaps, holes or unread bytes.
+#include "formats/shard_file.h"
+
+#include "formats/checked.h"
+#include "formats/file_io.h"
+
+#include <assert.h>
+#include <inttypes.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
+               "the records below are copied from and to little-endian files");
+
+// ---- on disk -------------------------------------------------------------------------------------------------------
+
+static const uint8_t shard_magic[8] = {'T', 'P', 'S', 'H', 'A', 'R', 'D', '\n'};
+
+enum {
+    REQUIRED_FEATURES_KNOWN = 0, // none yet
+    HEADER_BYTES = 256,
+    HEAD_MAX_BYTES = 16 << 20,
+    LEAVES_ALIGN = 16,
+    NAME_MAX_BYTES = 255,
+    LAYER_MAX = 65535,
+    RANKS_MAX = 1024,
+};
+
+struct disk_header {
+    uint8_t magic[8];           //   0  "TPSHARD\n"
+    uint32_t version;           //   8  SHARD_VERSION; readers reject any other
+    uint32_t header_bytes;      //  12  256
+    uint32_t required_features; //  16  a reader rejects a bit that it does not know
+    uint32_t optional_features; //  20  a reader ignores bits that it does not know
+    uint32_t rank;              //  24  < tp_size
+    uint32_t tp_size;           //  28  1 to 1024
+    uint32_t pp_rank;           //  32  < pp_size
+    uint32_t pp_size;           //  36  1 to 1024
+    uint32_t tensor_count;      //  40  >= 1
+    uint32_t part_count;        //  44  all tensors' parts
+    uint64_t tensors_offset;    //  48  from the file's start, as all offsets here; 256
+    uint64_t parts_offset;      //  56  directly behind the tensor records
+    uint64_t strings_offset;    //  64  directly behind the part records
+    uint64_t strings_bytes;     //  72
+    uint64_t leaves_offset;     //  80  end of the strings, rounded up to 16
+    uint64_t leaf_count;        //  88  payload_bytes / 1 MiB, rounded up
+    uint64_t payload_offset;    //  96  end of the leaves, rounded up to 2 MiB
+    uint64_t payload_bytes;     // 104  up to the end of the file, multiple of 4096
+    uint64_t file_bytes;        // 112  payload_offset + payload_bytes
+    uint64_t reserved;          // 120  0
+    uint8_t contract[16];       // 128
+    uint64_t share[8];          // 144  struct rank_share, in its order
+    uint8_t head_hash[16];      // 208  XXH3-128, canonical, of [0, payload_offset) with this field zero
+    uint8_t reserved_end[32];   // 224  0
+};
+_Static_assert(sizeof(struct disk_header) == HEADER_BYTES, "on-disk layout");
+_Static_assert(offsetof(struct disk_header, tensors_offset) == 48, "on-disk layout");
+_Static_assert(offsetof(struct disk_header, contract) == 128, "on-disk layout");
+_Static_assert(offsetof(struct disk_header, head_hash) == 208, "on-disk layout");
+
+struct disk_tensor {
+    uint32_t role;         //  0  enum tensor_role
+    int32_t layer;         //  4  -1 outside the layers
+    uint32_t kind;         //  8  enum weight_kind
+    uint32_t group_size;   // 12  int4: 32, 64, 128; else 0
+    uint64_t rows, cols;   // 16, 24  logical
+    uint64_t data_offset;  // 32  from the payload's start, as scale_offset
+    uint64_t data_bytes;   // 40
+    uint64_t scale_offset; // 48  0 when scale_bytes is 0
+    uint64_t scale_bytes;  // 56
+    uint32_t first_part;   // 64  index of its first part record
+    uint32_t num_parts;    // 68  0 to 4
+    uint64_t reserved;     // 72  0
+};
+_Static_assert(sizeof(struct disk_tensor) == 80, "on-disk layout");
+_Static_assert(offsetof(struct disk_tensor, data_offset) == 32, "on-disk layout");
+
+struct disk_part {
+    uint32_t name_offset;              //  0  from strings_offset
+    uint32_t name_bytes;               //  4  without the NUL that follows; 1 to 255
+    uint64_t source_rows, source_cols; //  8, 16
+    uint64_t row_begin, rows;          // 24, 32
+    uint64_t col_begin, cols;          // 40, 48
+    uint64_t reserved;                 // 56  0
+};
+_Static_assert(sizeof(struct disk_part) == 64, "on-disk layout");
+
+// ---- roles ---------------------------------------------------------------------------------------------------------
+
+static const struct {
+    const char *name;
+    bool vector;   // f32, one row
+    bool in_layer; // one per layer
+} roles[ROLE_COUNT] = {
+    [ROLE_EMBEDDING] = {"embedding", false, false},
+    [ROLE_ROPE_INV_FREQ] = {"rope_inv_freq", true, false},
+    [ROLE_ATTENTION_NORM] = {"attention_norm", true, true},
+    [ROLE_QKV] = {"qkv", false, true},
+    [ROLE_QKV_BIAS] = {"qkv_bias", true, true},
+    [ROLE_Q_NORM] = {"q_norm", true, true},
+    [ROLE_K_NORM] = {"k_norm", true, true},
+    [ROLE_O] = {"o", false, true},
+    [ROLE_O_BIAS] = {"o_bias", true, true},
+    [ROLE_MLP_NORM] = {"mlp_norm", true, true},
+    [ROLE_GATE_UP] = {"gate_up", false, true},
+    [ROLE_GATE_UP_BIAS] = {"gate_up_bias", true, true},
+    [ROLE_DOWN] = {"down", false, true},
+    [ROLE_DOWN_BIAS] = {"down_bias", true, true},
+    [ROLE_FINAL_NORM] = {"final_norm", true, false},
+    [ROLE_HEAD] = {"head", false, false},
+};
+
+const char *tensor_role_name(enum tensor_role role)
+{
+    return (unsigned)role < ROLE_COUNT ? roles[role].name : "unknown";
+}
+
+// "layers.3.down (model.layers.3.mlp.down_proj.weight)", for messages.
+static const char *tensor_label(char *buffer, size_t bytes, const struct shard_tensor *tensor)
+{
+    char place[32] = "";
+    if (tensor->layer >= 0)
+        snprintf(place, sizeof place, "layers.%" PRId32 ".", tensor->layer);
+    const char *source = tensor->num_parts ? tensor->parts[0].source : "computed";
+    snprintf(buffer, bytes, "%s%s (%s%s)", place, tensor_role_name(tensor->role), source,
+             tensor->num_parts > 1 ? ", ..." : "");
+    return buffer;
+}
+
+// ---- layout --------------------------------------------------------------------------------------------------------
+
+// Where everything lies; see struct disk_header.
+struct layout {
+    uint64_t part_count, parts_offset, strings_offset, strings_bytes, leaves_offset, leaf_count;
+    uint64_t payload_offset, payload_bytes, file_bytes;
+};
+
+// Gives `bytes` the next aligned place behind *end.
+static bool place_bytes(uint64_t *offset, uint64_t *end, uint64_t bytes)
+{
+    uint64_t begin;
+    if (!checked_round_up(*end, SHARD_TENSOR_ALIGN, &begin) || !checked_add(begin, bytes, end))
+        return false;
+    *offset = begin;
+    return true;
+}
+
+static bool place_tensor(struct shard_tensor *tensor, uint64_t *end)
+{
+    tensor->scale_offset = 0;
+    return place_bytes(&tensor->data_offset, end, tensor->shape.data_bytes) &&
+           (tensor->shape.scale_bytes == 0 || place_bytes(&tensor->scale_offset, end, tensor->shape.scale_bytes));
+}
+
+// The rest of the layout, from the payload's end and the sizes of the index. False when something overflows or
+// the head would be too large. Counts are bounded by the caller: they came from memory or from bytes that are there.
+static bool layout_file(struct layout *out, uint64_t tensor_count, uint64_t part_count, uint64_t strings_bytes,
+                        uint64_t payload_end)
+{
+    if (tensor_count > HEAD_MAX_BYTES || part_count > HEAD_MAX_BYTES || strings_bytes > HEAD_MAX_BYTES)
+        return false;
+    struct layout layout = {.part_count = part_count, .strings_bytes = strings_bytes};
+    if (!checked_round_up(payload_end, SHARD_FILE_ALIGN, &layout.payload_bytes))
+        return false;
+    layout.leaf_count = layout.payload_bytes / SHARD_LEAF_BYTES + (layout.payload_bytes % SHARD_LEAF_BYTES != 0);
+    if (layout.leaf_count > HEAD_MAX_BYTES)
+        return false;
+    layout.parts_offset = HEADER_BYTES + tensor_count * sizeof(struct disk_tensor);
+    layout.strings_offset = layout.parts_offset + part_count * sizeof(struct disk_part);
+    layout.leaves_offset = round_up(layout.strings_offset + strings_bytes, LEAVES_ALIGN);
+    layout.payload_offset = round_up(layout.leaves_offset + layout.leaf_count * sizeof(uint64_t), SHARD_PAYLOAD_ALIGN);
+    layout.file_bytes = layout.payload_offset + layout.payload_bytes;
+    if (layout.payload_offset > HEAD_MAX_BYTES)
+        return false;
+    *out = layout;
+    return true;
+}
+
+static int layout_tensors(struct layout *out, struct shard_tensor *tensors, uint64_t count, struct error *err)
+{
+    uint64_t end = 0, part_count = 0, strings_bytes = 0;
+    char label[192];
+    for (uint64_t i = 0; i < count; i++) {
+        struct shard_tensor *tensor = &tensors[i];
+        assert(tensor->num_parts >= 0 && tensor->num_parts <= SHARD_MAX_PARTS);
+        if (!place_tensor(tensor, &end))
+            return error_set(err, ERR_MODEL, "tensor %s: the rank file would exceed 2^64 bytes",
+                             tensor_label(label, sizeof label, tensor));
+        part_count += (uint64_t)tensor->num_parts;
+        for (int p = 0; p < tensor->num_parts; p++)
+            strings_bytes += strlen(tensor->parts[p].source) + 1;
+    }
+    if (!layout_file(out, count, part_count, strings_bytes, end))
+        return error_set(err, ERR_MODEL,
+                         "the index of the rank file would exceed %d MiB (%" PRIu64 " tensors, %" PRIu64
+                         " bytes of weights); split the model over more ranks",
+                         HEAD_MAX_BYTES >> 20, count, end);
+    return 0;
+}
+
+int shard_layout(struct shard_tensor *tensors, uint64_t count, uint64_t *payload_offset, uint64_t *payload_bytes,
+                 uint64_t *file_bytes, struct error *err)
+{
+    struct layout layout;
+    int rc = layout_tensors(&layout, tensors, count, err);
+    if (rc)
+        return rc;
+    *payload_offset = layout.payload_offset;
+    *payload_bytes = layout.payload_bytes;
+    *file_bytes = layout.file_bytes;
+    return 0;
+}
+
+// The canonical bytes of a checksum: big-endian, high half first, as in its hexadecimal spelling.
+static void put_checksum(uint8_t out[16], struct checksum128 sum)
+{
+    for (int i = 0; i < 8; i++) {
+        out[i] = (uint8_t)(sum.high >> (56 - 8 * i));
+        out[8 + i] = (uint8_t)(sum.low >> (56 - 8 * i));
+    }
+}
+
+// ---- reading -------------------------------------------------------------------------------------------------------
+
+struct shard_file {
+    char *name; // as given, for messages
+    struct shard_identity identity;
+    struct layout layout;
+    struct checksum128 root;
+    uint8_t *index; // copy of the file's bytes up to the end of the leaves; names point into it
+    struct shard_tensor *tensors;
+    uint64_t tensor_count;
+    struct tensor_key {
+        uint64_t key; // role and layer
+        uint64_t tensor;
+    } * keys;         // sorted
+    uint8_t *payload; // mapped, or NULL
+};
+
+#define REPAIR "repair: run tpshard convert --force again or restore the file from its source"
+
+static int refuse(const struct shard_file *file, struct error *err, const char *fmt, ...)
+    __attribute__((format(printf, 3, 4)));
+static int refuse(const struct shard_file *file, struct error *err, const char *fmt, ...)
+{
+    char what[512];
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(what, sizeof what, fmt, args);
+    va_end(args);
+    return error_set(err, ERR_CORRUPT, "%s: %s; " REPAIR, file->name, what);
+}
+
+static bool all_zero(const uint8_t *bytes, uint64_t begin, uint64_t end)
+{
+    return begin == end || (bytes[begin] == 0 && memcmp(bytes + begin, bytes + begin + 1, end - begin - 1) == 0);
+}
+
+// What can be said before anything but the header is trusted to be there.
+static int check_kind(const struct shard_file *file, const struct disk_header *header, uint64_t available,
+                      uint64_t file_bytes, struct error *err)
+{
+    if (available < HEADER_BYTES)
+        return refuse(file, err, "truncated: %" PRIu64 " bytes, a rank file has at least %d", available, HEADER_BYTES);
+    if (memcmp(header->magic, shard_magic, sizeof shard_magic) != 0)
+        return refuse(file, err, "not a rank file: it does not begin with the letters TPSHARD");
+    if (header->version != SHARD_VERSION)
+        return refuse(file, err, "rank file version %" PRIu32 ", this program reads version %d", header->version,
+                      SHARD_VERSION);
+    if (header->required_features & ~(uint32_t)REQUIRED_FEATURES_KNOWN)
+        return refuse(file, err, "it needs features 0x%" PRIx32 " that this program does not know; use a newer one",
+                      header->required_features);
+    if (header->payload_offset > HEAD_MAX_BYTES || header->payload_offset < SHARD_PAYLOAD_ALIGN ||
+        header->payload_offset % SHARD_PAYLOAD_ALIGN)
+        return refuse(file, err, "impossible payload offset %" PRIu64, header->payload_offset);
+    if (header->file_bytes != file_bytes)
+        return refuse(file, err,
+                      "%" PRIu64 " bytes long, its header says %" PRIu64 ": an incomplete copy or other bytes",
+                      file_bytes, header->file_bytes);
+    if (available < header->payload_offset)
+        return refuse(file, err, "truncated: %" PRIu64 " bytes of its head of %" PRIu64, available,
+                      header->payload_offset);
+    return 0;
+}
+
+static int check_head_hash(struct shard_file *file, const struct disk_header *header, const uint8_t *bytes,
+                           struct error *err)
+{
+    file->root = checksum_whole(bytes, header->payload_offset);
+    struct checksum_stream *stream = checksum_stream_new();
+    if (!stream)
+        return error_set(err, ERR_MEMORY, "%s: out of memory", file->name);
+    struct disk_header unhashed = *header;
+    memset(unhashed.head_hash, 0, sizeof unhashed.head_hash);
+    checksum_stream_update(stream, &unhashed, sizeof unhashed);
+    checksum_stream_update(stream, bytes + HEADER_BYTES, header->payload_offset - HEADER_BYTES);
+    uint8_t hash[16];
+    put_checksum(hash, checksum_stream_final(stream));
+    checksum_stream_free(stream);
+    if (memcmp(hash, header->head_hash, sizeof hash) != 0)
+        return refuse(file, err, "checksum mismatch in its head (file bytes 0 to %" PRIu64 ")",
+                      header->payload_offset - 1);
+    return 0;
+}
+
+// Identity and layout. After this every record and leaf is known to lie inside the head.
+static int read_header(struct shard_file *file, const struct disk_header *header, const uint8_t *bytes,
+                       struct error *err)
+{
+    if (header->header_bytes != HEADER_BYTES || header->reserved ||
+        !all_zero(header->reserved_end, 0, sizeof header->reserved_end))
+        return refuse(file, err, "a reserved field of its header is in use");
+    if (header->tp_size < 1 || header->tp_size > RANKS_MAX || header->rank >= header->tp_size || header->pp_size < 1 ||
+        header->pp_size > RANKS_MAX || header->pp_rank >= header->pp_size)
+        return refuse(file, err, "impossible rank %" PRIu32 " of %" PRIu32 ", stage %" PRIu32 " of %" PRIu32,
+                      header->rank, header->tp_size, header->pp_rank, header->pp_size);
+    for (int i = 0; i < 8; i++)
+        if (header->share[i] > WEIGHT_MAX_DIM)
+            return refuse(file, err, "impossible share (field %d is %" PRIu64 ")", i, header->share[i]);
+    const uint64_t *share = header->share;
+    file->identity = (struct shard_identity){
+        .rank = header->rank,
+        .tp_size = header->tp_size,
+        .pp_rank = header->pp_rank,
+        .pp_size = header->pp_size,
+        .share = {(int64_t)share[0], (int64_t)share[1], (int64_t)share[2], (int64_t)share[3], (int64_t)share[4],
+                  (int64_t)share[5], (int64_t)share[6], (int64_t)share[7]},
+    };
+    memcpy(file->identity.contract, header->contract, sizeof header->contract);
+
+    struct layout layout;
+    if (header->tensor_count == 0)
+        return refuse(file, err, "it holds no tensor");
+    if (!layout_file(&layout, header->tensor_count, header->part_count, header->strings_bytes, header->payload_bytes))
+        return refuse(file, err,
+                      "impossible counts: %" PRIu32 " tensors, %" PRIu32 " parts, %" PRIu64 " bytes of names",
+                      header->tensor_count, header->part_count, header->strings_bytes);
+    const struct {
+        const char *what;
+        uint64_t found, wanted;
+    } fields[] = {
+        {"offset of tensors", header->tensors_offset, HEADER_BYTES},
+        {"offset of parts", header->parts_offset, layout.parts_offset},
+        {"offset of names", header->strings_offset, layout.strings_offset},
+        {"offset of leaves", header->leaves_offset, layout.leaves_offset},
+        {"count of leaves", header->leaf_count, layout.leaf_count},
+        {"offset of the payload", header->payload_offset, layout.payload_offset},
+        {"size of the payload", header->payload_bytes, layout.payload_bytes},
+        {"size of the file", header->file_bytes, layout.file_bytes},
+    };
+    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
+        if (fields[i].found != fields[i].wanted)
+            return refuse(file, err, "%s is %" PRIu64 " instead of %" PRIu64, fields[i].what, fields[i].found,
+                          fields[i].wanted);
+    if (!all_zero(bytes, layout.strings_offset + layout.strings_bytes, layout.leaves_offset) ||
+        !all_zero(bytes, layout.leaves_offset + layout.leaf_count * sizeof(uint64_t), layout.payload_offset))
+        return refuse(file, err, "the padding of its head is not zero");
+    file->layout = layout;
+    file->tensor_count = header->tensor_count;
+    return 0;
+}
+
+// Names stand in the order of the parts, each followed by one NUL: *name_end is where the last one ended.
+static int read_part(struct shard_part *out, struct shard_file *file, uint64_t part_index, uint64_t *name_end,
+                     struct error *err)
+{
+    struct disk_part record;
+    memcpy(&record, file->index + file->layout.parts_offset + part_index * sizeof record, sizeof record);
+    const char *name = (const char *)file->index + file->layout.strings_offset + *name_end;
+    if (record.name_offset != *name_end || record.name_bytes < 1 || record.name_bytes > NAME_MAX_BYTES ||
+        !checked_range(*name_end, (uint64_t)record.name_bytes + 1, file->layout.strings_bytes) ||
+        name[record.name_bytes] != 0)
+        return refuse(file, err, "part %" PRIu64 ": its name is out of place", part_index);
+    for (uint32_t i = 0; i < record.name_bytes; i++)
+        if (name[i] < 0x20 || name[i] > 0x7e)
+            return refuse(file, err, "part %" PRIu64 ": its name holds byte 0x%02x", part_index, (uint8_t)name[i]);
+    if (record.reserved || record.source_rows > WEIGHT_MAX_DIM || record.source_cols > WEIGHT_MAX_DIM ||
+        !checked_range(record.row_begin, record.rows, record.source_rows) ||
+        !checked_range(record.col_begin, record.cols, record.source_cols))
+        return refuse(file, err, "part %" PRIu64 " (%s) does not lie inside its source", part_index, name);
+    *name_end += (uint64_t)record.name_bytes + 1;
+    *out = (struct shard_part){
+        .source = name,
+        .source_rows = record.source_rows,
+        .source_cols = record.source_cols,
+        .row_begin = record.row_begin,
+        .rows = record.rows,
+        .col_begin = record.col_begin,
+        .cols = record.cols,
+    };
+    return 0;
+}
+
+// Parts of a matrix stand one below the other, parts of a vector side by side, and fill the tensor.
+static bool parts_fill_tensor(const struct shard_tensor *tensor)
+{
+    bool vector = roles[tensor->role].vector;
+    uint64_t sum = 0;
+    for (int i = 0; i < tensor->num_parts; i++) {
+        const struct shard_part *part = &tensor->parts[i];
+        if (vector ? part->rows != 1 || part->source_rows != 1 : part->cols != tensor->shape.cols)
+            return false;
+        sum += vector ? part->cols : part->rows;
+    }
+    return tensor->num_parts == 0 || sum == (vector ? tensor->shape.cols : tensor->shape.rows);
+}
+
+static int read_tensor(struct shard_file *file, uint64_t index, uint64_t *part_end, uint64_t *name_end,
+                       uint64_t *payload_end, struct error *err)
+{
+    struct shard_tensor *tensor = &file->tensors[index];
+    struct disk_tensor record;
+    memcpy(&record, file->index + HEADER_BYTES + index * sizeof record, sizeof record);
+    if (record.role >= ROLE_COUNT)
+        return refuse(file, err, "tensor %" PRIu64 ": unknown role %" PRIu32, index, record.role);
+    if (roles[record.role].in_layer ? record.layer < 0 || record.layer > LAYER_MAX : record.layer != -1)
+        return refuse(file, err, "tensor %" PRIu64 " (%s): impossible layer %" PRId32, index, roles[record.role].name,
+                      record.layer);
+    tensor->role = (enum tensor_role)record.role;
+    tensor->layer = record.layer;
+    if (record.kind >= WEIGHT_KIND_COUNT ||
+        !weight_shape_make(&tensor->shape, (enum weight_kind)record.kind, record.group_size, record.rows, record.cols))
+        return refuse(file, err,
+                      "tensor %" PRIu64 " (%s): impossible kind %" PRIu32 ", group size %" PRIu32 ", shape %" PRIu64
+                      " x %" PRIu64,
+                      index, roles[record.role].name, record.kind, record.group_size, record.rows, record.cols);
+    if (roles[record.role].vector && (record.kind != WEIGHT_F32 || record.rows != 1))
+        return refuse(file, err, "tensor %" PRIu64 " (%s) must be one row of f32", index, roles[record.role].name);
+
+    if (record.num_parts > SHARD_MAX_PARTS || record.first_part != *part_end ||
+        record.num_parts > file->layout.part_count - *part_end)
+        return refuse(file, err, "tensor %" PRIu64 " (%s): its parts are out of place", index, roles[record.role].name);
+    int rc;
+    for (uint32_t p = 0; p < record.num_parts; p++, tensor->num_parts++)
+        if ((rc = read_part(&tensor->parts[p], file, (*part_end)++, name_end, err)))
+            return rc;
+    if (!parts_fill_tensor(tensor))
+        return refuse(file, err, "tensor %" PRIu64 " (%s): its parts do not add up to %" PRIu64 " x %" PRIu64, index,
+                      roles[record.role].name, record.rows, record.cols);
+
+    if (!place_tensor(tensor, payload_end) || record.data_offset != tensor->data_offset ||
+        record.data_bytes != tensor->shape.data_bytes || record.scale_offset != tensor->scale_offset ||
+        record.scale_bytes != tensor->shape.scale_bytes || record.reserved)
+        return refuse(file, err, "tensor %" PRIu64 " (%s) is out of place or has the wrong size", index,
+                      roles[record.role].name);
+    return 0;
+}
+
+static uint64_t tensor_key(enum tensor_role role, int32_t layer) { return (uint64_t)role << 32 | (uint32_t)layer; }
+
+static int compare_keys(const void *a, const void *b)
+{
+    uint64_t x = ((const struct tensor_key *)a)->key, y = ((const struct tensor_key *)b)->key;
+    return x < y ? -1 : x > y;
+}
+
+static int read_tensors(struct shard_file *file, struct error *err)
+{
+    int rc;
+    uint64_t part_end = 0, name_end = 0, payload_end = 0;
+    for (uint64_t i = 0; i < file->tensor_count; i++) {
+        if ((rc = read_tensor(file, i, &part_end, &name_end, &payload_end, err)))
+            return rc;
+        file->keys[i] = (struct tensor_key){tensor_key(file->tensors[i].role, file->tensors[i].layer), i};
+    }
+    if (part_end != file->layout.part_count || name_end != file->layout.strings_bytes)
+        return refuse(file, err, "its index holds parts or names that belong to no tensor");
+    if (round_up(payload_end, SHARD_FILE_ALIGN) != file->layout.payload_bytes)
+        return refuse(file, err, "its tensors end at %" PRIu64 ", its payload at %" PRIu64, payload_end,
+                      file->layout.payload_bytes);
+
+    qsort(file->keys, file->tensor_count, sizeof *file->keys, compare_keys);
+    for (uint64_t i = 1; i < file->tensor_count; i++)
+        if (file->keys[i].key == file->keys[i - 1].key) {
+            const struct shard_tensor *twice = &file->tensors[file->keys[i].tensor];
+            return refuse(file, err, "two tensors are %s of layer %" PRId32, tensor_role_name(twice->role),
+                          twice->layer);
+        }
+    return 0;
+}
+
+int shard_file_parse(struct shard_file **out, const uint8_t *bytes, uint64_t available, uint64_t file_bytes,
+                     const char *name, struct error *err)
+{
+    int rc;
+    struct disk_header header = {0};
+    struct shard_file *file = calloc(1, sizeof *file);
+    if (!file || !(file->name = strdup(name))) {
+        rc = error_set(err, ERR_MEMORY, "%s: out of memory", name);
+        goto fail;
+    }
+    if (available)
+        memcpy(&header, bytes, available < sizeof header ? available : sizeof header);
+    if ((rc = check_kind(file, &header, available, file_bytes, err)) ||
+        (rc = check_head_hash(file, &header, bytes, err)) || (rc = read_header(file, &header, bytes, err)))
+        goto fail;
+
+    uint64_t index_bytes = file->layout.leaves_offset + file->layout.leaf_count * sizeof(uint64_t);
+    file->index = malloc(index_bytes);
+    file->tensors = calloc(file->tensor_count, sizeof *file->tensors);
+    file->keys = calloc(file->tensor_count, sizeof *file->keys);
+    if (!file->index || !file->tensors || !file->keys) {
+        rc = error_set(err, ERR_MEMORY, "%s: out of memory for the index of %" PRIu64 " tensors", name,
+                       file->tensor_count);
+        goto fail;
+    }
+    memcpy(file->index, bytes, index_bytes);
+    if ((rc = read_tensors(file, err)))
+        goto fail;
+    *out = file;
+    return 0;
+fail:
+    shard_file_close(file);
+    return rc;
+}
+
+int shard_file_open(struct shard_file **out, const char *path, struct error *err)
+{
+    int rc, fd = -1;
+    uint64_t file_bytes = 0, payload_offset;
+    uint8_t *head = NULL;
+    struct shard_file *file = NULL;
+    if ((rc = file_open_read(&fd, &file_bytes, path, err)))
+        return rc;
+
+    // The header says how long the head is; nonsense there costs at most HEAD_MAX_BYTES.
+    struct disk_header header = {0};
+    uint64_t header_bytes = file_bytes < sizeof header ? file_bytes : sizeof header;
+    if ((rc = file_pread_full(fd, &header, header_bytes, 0, path, err)))
+        goto fail;
+    payload_offset = header.payload_offset;
+    uint64_t head_bytes =
+        payload_offset < header_bytes || payload_offset > HEAD_MAX_BYTES ? header_bytes : payload_offset;
+    head_bytes = head_bytes < file_bytes ? head_bytes : file_bytes;
+    head = malloc(head_bytes + 1);
+    if (!head) {
+        rc = error_set(err, ERR_MEMORY, "%s: out of memory for its head (%" PRIu64 " bytes)", path, head_bytes);
+        goto fail;
+    }
+    if ((rc = file_pread_full(fd, head, head_bytes, 0, path, err)) ||
+        (rc = shard_file_parse(&file, head, head_bytes, file_bytes, path, err)))
+        goto fail;
+    if (file->layout.payload_bytes) {
+        void *payload =
+            mmap(NULL, file->layout.payload_bytes, PROT_READ, MAP_PRIVATE, fd, (off_t)file->layout.payload_offset);
+        if (payload == MAP_FAILED) {
+            rc = error_set_errno(err, "%s: cannot map %" PRIu64 " bytes", path, file->layout.payload_bytes);
+            goto fail;
+        }
+        file->payload = payload;
+    }
+    free(head);
+    close(fd);
+    *out = file;
+    return 0;
+fail:
+    shard_file_close(file);
+    free(head);
+    close(fd);
+    return rc;
+}
+
+void shard_file_close(struct shard_file *file)
+{
+    if (!file)
+        return;
+    if (file->payload)
+        munmap(file->payload, file->layout.payload_bytes);
+    free(file->keys);
+    free(file->tensors);
+    free(file->index);
+    free(file->name);
+    free(file);
+}
+
+const struct shard_identity *shard_file_identity(const struct shard_file *file) { return &file->identity; }
+uint64_t shard_file_tensor_count(const struct shard_file *file) { return file->tensor_count; }
+struct checksum128 shard_file_root(const struct shard_file *file) { return file->root; }
+uint64_t shard_file_payload_bytes(const struct shard_file *file) { return file->layout.payload_bytes; }
+uint64_t shard_file_payload_offset(const struct shard_file *file) { return file->layout.payload_offset; }
+const uint8_t *shard_file_payload(const struct shard_file *file) { return file->payload; }
+uint64_t shard_file_leaf_count(const struct shard_file *file) { return file->layout.leaf_count; }
+
+const struct shard_tensor *shard_file_tensor(const struct shard_file *file, uint64_t index)
+{
+    assert(index < file->tensor_count);
+    return &file->tensors[index];
+}
+
+const struct shard_tensor *shard_file_find(const struct shard_file *file, enum tensor_role role, int32_t layer)
+{
+    struct tensor_key wanted = {.key = tensor_key(role, layer)};
+    const struct tensor_key *found = bsearch(&wanted, file->keys, file->tensor_count, sizeof *file->keys, compare_keys);
+    return found ? &file->tensors[found->tensor] : NULL;
+}
+
+uint64_t shard_file_leaf_bytes(const struct shard_file *file, uint64_t index)
+{
+    assert(index < file->layout.leaf_count);
+    uint64_t left = file->layout.payload_bytes - index * SHARD_LEAF_BYTES;
+    return left < SHARD_LEAF_BYTES ? left : SHARD_LEAF_BYTES;
+}
+
+static int report_leaf(const struct shard_file *file, uint64_t begin, uint64_t end, struct error *err)
+{
+    char label[256] = "padding";
+    uint64_t broken = 0;
+    for (uint64_t i = 0; i < file->tensor_count; i++) {
+        const struct shard_tensor *tensor = &file->tensors[i];
+        const struct weight_shape *shape = &tensor->shape;
+        uint64_t tensor_end =
+            shape->scale_bytes ? tensor->scale_offset + shape->scale_bytes : tensor->data_offset + shape->data_bytes;
+        if (tensor->data_offset < end && tensor_end > begin && broken++ == 0)
+            tensor_label(label, sizeof label, tensor);
+    }
+    char more[48] = "";
+    if (broken > 1)
+        snprintf(more, sizeof more, " or one of the %" PRIu64 " behind it", broken - 1);
+    return error_set(err, ERR_CORRUPT,
+                     "%s: rank %" PRIu32 ": %s%s%s, file bytes %" PRIu64 " to %" PRIu64 ": checksum mismatch; " REPAIR,
+                     file->name, file->identity.rank, broken ? "tensor " : "", label, more,
+                     file->layout.payload_offset + begin, file->layout.payload_offset + end - 1);
+}
+
+int shard_file_verify_leaf(const struct shard_file *file, uint64_t index, const uint8_t *bytes, struct error *err)
+{
+    uint64_t leaf_bytes = shard_file_leaf_bytes(file, index);
+    uint64_t wanted;
+    memcpy(&wanted, file->index + file->layout.leaves_offset + index * sizeof wanted, sizeof wanted);
+    if (checksum_leaf(bytes, leaf_bytes) == wanted)
+        return 0;
+    uint64_t begin = index * SHARD_LEAF_BYTES;
+    return report_leaf(file, begin, begin + leaf_bytes, err);
+}
+
+// ---- writing -------------------------------------------------------------------------------------------------------
+
+static struct disk_header make_header(const struct layout *layout, const struct shard_identity *identity,
+                                      uint64_t tensor_count)
+{
+    const struct rank_share *share = &identity->share;
+    struct disk_header header = {
+        .version = SHARD_VERSION,
+        .header_bytes = HEADER_BYTES,
+        .rank = identity->rank,
+        .tp_size = identity->tp_size,
+        .pp_rank = identity->pp_rank,
+        .pp_size = identity->pp_size,
+        .tensor_count = (uint32_t)tensor_count,
+        .part_count = (uint32_t)layout->part_count,
+        .tensors_offset = HEADER_BYTES,
+        .parts_offset = layout->parts_offset,
+        .strings_offset = layout->strings_offset,
+        .strings_bytes = layout->strings_bytes,
+        .leaves_offset = layout->leaves_offset,
+        .leaf_count = layout->leaf_count,
+        .payload_offset = layout->payload_offset,
+        .payload_bytes = layout->payload_bytes,
+        .file_bytes = layout->file_bytes,
+        .share = {(uint64_t)share->head_begin, (uint64_t)share->num_heads_local, (uint64_t)share->kv_head_begin,
+                  (uint64_t)share->num_kv_heads_local, (uint64_t)share->mlp_begin, (uint64_t)share->intermediate_local,
+                  (uint64_t)share->vocab_begin, (uint64_t)share->vocab_local},
+    };
+    memcpy(header.magic, shard_magic, sizeof header.magic);
+    memcpy(header.contract, identity->contract, sizeof header.contract);
+    return header;
+}
+
+// Tensor records, part records and names.
+static void write_index(uint8_t *head, const struct layout *layout, const struct shard_tensor *tensors, uint64_t count)
+{
+    uint8_t *tensor_at = head + HEADER_BYTES, *part_at = head + layout->parts_offset;
+    char *names = (char *)head + layout->strings_offset;
+    uint32_t part_end = 0, name_end = 0;
+    for (uint64_t i = 0; i < count; i++) {
+        const struct shard_tensor *tensor = &tensors[i];
+        struct disk_tensor record = {
+            .role = (uint32_t)tensor->role,
+            .layer = tensor->layer,
+            .kind = (uint32_t)tensor->shape.kind,
+            .group_size = tensor->shape.group_size,
+            .rows = tensor->shape.rows,
+            .cols = tensor->shape.cols,
+            .data_offset = tensor->data_offset,
+            .data_bytes = tensor->shape.data_bytes,
+            .scale_offset = tensor->scale_offset,
+            .scale_bytes = tensor->shape.scale_bytes,
+            .first_part = part_end,
+            .num_parts = (uint32_t)tensor->num_parts,
+        };
+        memcpy(tensor_at + i * sizeof record, &record, sizeof record);
+        for (int p = 0; p < tensor->num_parts; p++, part_end++) {
+            const struct shard_part *part = &tensor->parts[p];
+            struct disk_part part_record = {
+                .name_offset = name_end,
+                .name_bytes = (uint32_t)strlen(part->source),
+                .source_rows = part->source_rows,
+                .source_cols = part->source_cols,
+                .row_begin = part->row_begin,
+                .rows = part->rows,
+                .col_begin = part->col_begin,
+                .cols = part->cols,
+            };
+            memcpy(part_at + part_end * sizeof part_record, &part_record, sizeof part_record);
+            memcpy(names + name_end, part->source, part_record.name_bytes);
+            name_end += part_record.name_bytes + 1;
+        }
+    }
+}
+
+int shard_head_serialise(uint8_t **out, const struct shard_identity *identity, const struct shard_tensor *tensors,
+                         uint64_t count, const uint64_t *leaves, struct checksum128 *root, struct error *err)
+{
+    int rc;
+    struct layout layout;
+    uint8_t *head = NULL;
+    struct shard_file *check = NULL;
+    struct shard_tensor *placed = malloc(count * sizeof *placed + 1);
+    if (!placed)
+        return error_set(err, ERR_MEMORY, "out of memory for the index of %" PRIu64 " tensors", count);
+    memcpy(placed, tensors, count * sizeof *placed);
+    if ((rc = layout_tensors(&layout, placed, count, err)))
+        goto fail;
+    head = calloc(1, layout.payload_offset);
+    if (!head) {
+        rc = error_set(err, ERR_MEMORY, "out of memory for the head of a rank file (%" PRIu64 " bytes)",
+                       layout.payload_offset);
+        goto fail;
+    }
+    struct disk_header header = make_header(&layout, identity, count);
+    memcpy(head, &header, sizeof header);
+    write_index(head, &layout, placed, count);
+    if (layout.leaf_count)
+        memcpy(head + layout.leaves_offset, leaves, layout.leaf_count * sizeof *leaves);
+    put_checksum(header.head_hash, checksum_whole(head, layout.payload_offset));
+    memcpy(head, &header, sizeof header);
+
+    // What is written can be read: the reader's checks are the writer's too.
+    if ((rc = shard_file_parse(&check, head, layout.payload_offset, layout.file_bytes, "new rank file", err)))
+        goto fail;
+    if (root)
+        *root = check->root;
+    shard_file_close(check);
+    free(placed);
+    *out = head;
+    return 0;
+fail:
+    free(placed);
+    free(head);
+    return rc;
+}

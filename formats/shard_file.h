@@ -1,0 +1,111 @@
+// One rank's file: a header, the rank's share, a tensor index, checksum leaves, then one flat payload that is byte for byte what the
+// kernels read. Little-endian. The specification is formats/shard_file.md; this file is its C reader and writer.
+// It leaves to others: which rank owns what (shard/plan), quantizing and packing (kernels/pack), the manifest (formats/manifest).
+#ifndef TPSHARD_FORMATS_SHARD_FILE_H
+#define TPSHARD_FORMATS_SHARD_FILE_H
+
+#include "formats/checksum.h"
+#include "formats/error.h"
+#include "formats/model_desc.h"
+#include "formats/weight.h"
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum {
+    SHARD_VERSION = 1,
+    SHARD_LEAF_BYTES = 1 << 20,    // a checksum leaf covers this many payload bytes (the last one may be shorter)
+    SHARD_PAYLOAD_ALIGN = 2 << 20, // payload starts at a multiple of this
+    SHARD_TENSOR_ALIGN = 256,      // every tensor's data and scales start at a multiple of this
+    SHARD_FILE_ALIGN = 4096,       // the file's length is a multiple of this
+    SHARD_MAX_PARTS = 4,           // source tensors fused into one stored tensor
+};
+
+// What a tensor is for. Numbers are on disk. layer is -1 for those outside the layers.
+enum tensor_role {
+    ROLE_EMBEDDING = 0,  // [vocab_local, hidden]           also the head when embeddings are tied
+    ROLE_ROPE_INV_FREQ,  // f32 [1, head_dim / 2]           scaling already applied
+    ROLE_ATTENTION_NORM, // f32 [1, hidden]
+    ROLE_QKV,            // [(heads_local + 2 kv_heads_local) * head_dim, hidden]   rows: q, then k, then v
+    ROLE_QKV_BIAS,       // f32 [1, rows of ROLE_QKV]
+    ROLE_Q_NORM,         // f32 [1, head_dim]
+    ROLE_K_NORM,         // f32 [1, head_dim]
+    ROLE_O,              // [hidden, heads_local * head_dim]
+    ROLE_O_BIAS,         // f32 [1, hidden]                 the same on every rank, added once after the all-reduce
+    ROLE_MLP_NORM,       // f32 [1, hidden]
+    ROLE_GATE_UP,        // [2 * intermediate_local, hidden]  rows: gate, then up
+    ROLE_GATE_UP_BIAS,   // f32 [1, 2 * intermediate_local]
+    ROLE_DOWN,           // [hidden, intermediate_local]
+    ROLE_DOWN_BIAS,      // f32 [1, hidden]
+    ROLE_FINAL_NORM,     // f32 [1, hidden]
+    ROLE_HEAD,           // [vocab_local, hidden]           absent when embeddings are tied
+    ROLE_COUNT,
+};
+const char *tensor_role_name(enum tensor_role role); // "embedding", "attention_norm", "qkv", ...
+
+// A rectangle of a source tensor that stands in the stored tensor. A matrix holds its parts one below the other (each
+// has the matrix's cols, their rows add up to its rows); a vector holds them side by side (1 x n each, their cols add up).
+// A tensor without parts was computed (rope_inv_freq).
+struct shard_part {
+    const char *source;                // name in the checkpoint, e.g. "model.layers.0.self_attn.q_proj.weight";
+                                       // 1 to 255 bytes of printable ASCII
+    uint64_t source_rows, source_cols; // whole source tensor (a vector is 1 x n)
+    uint64_t row_begin, rows;          // rows of the source
+    uint64_t col_begin, cols;          // columns of the source
+};
+
+struct shard_tensor {
+    enum tensor_role role;
+    int32_t layer; // -1 outside the layers
+    struct weight_shape shape;
+    uint64_t data_offset;  // from the payload's start
+    uint64_t scale_offset; // from the payload's start; 0 when scale_bytes is 0
+    int num_parts;
+    struct shard_part parts[SHARD_MAX_PARTS];
+};
+
+// What a rank file says of itself, besides its tensors.
+struct shard_identity {
+    uint32_t rank, tp_size, pp_rank, pp_size; // pp_rank 0, pp_size 1 in this version's writer
+    uint8_t contract[16]; // XXH3-128 of the canonical manifest core (formats/manifest.h), big endian
+    struct rank_share share;
+};
+
+// ---- reading ---------------------------------------------------------------------------------------------------
+struct shard_file; // immutable after opening
+
+// Parses header, index and leaf table from the first `available` bytes of a file that is file_bytes long. Any bytes may
+// be rejected (ERR_CORRUPT), none may crash. The bytes are copied: they need not outlive the call.
+int shard_file_parse(struct shard_file **out, const uint8_t *bytes, uint64_t available, uint64_t file_bytes,
+                     const char *name, struct error *err);
+// Reads and parses the head of a file, then maps the payload read-only (private, not populated).
+int shard_file_open(struct shard_file **out, const char *path, struct error *err);
+void shard_file_close(struct shard_file *file);
+
+const struct shard_identity *shard_file_identity(const struct shard_file *file);
+uint64_t shard_file_tensor_count(const struct shard_file *file);
+const struct shard_tensor *shard_file_tensor(const struct shard_file *file, uint64_t index);
+const struct shard_tensor *shard_file_find(const struct shard_file *file, enum tensor_role role,
+                                           int32_t layer); // or NULL
+struct checksum128
+shard_file_root(const struct shard_file *file); // XXH3-128 of everything before the payload; stands in the manifest
+uint64_t shard_file_payload_bytes(const struct shard_file *file);
+uint64_t shard_file_payload_offset(const struct shard_file *file); // from the file's start
+const uint8_t *shard_file_payload(const struct shard_file *file);  // mapped; NULL after shard_file_parse
+uint64_t shard_file_leaf_count(const struct shard_file *file);
+// Checks leaf `index` against `bytes` (leaf length). ERR_CORRUPT names rank, tensor and byte range of the file.
+int shard_file_verify_leaf(const struct shard_file *file, uint64_t index, const uint8_t *bytes, struct error *err);
+uint64_t shard_file_leaf_bytes(const struct shard_file *file, uint64_t index); // length of that leaf
+
+// ---- writing ---------------------------------------------------------------------------------------------------
+// The writer lays out tensors in the order given, so the layout is known before any weight is read.
+// Tensors' offsets are filled in by shard_layout(). *payload_offset and *file_bytes are from the file's start.
+int shard_layout(struct shard_tensor *tensors, uint64_t count, uint64_t *payload_offset, uint64_t *payload_bytes,
+                 uint64_t *file_bytes, struct error *err);
+// Serialises header + index + leaf table (leaves[leaf_count] of XXH3-64, one per SHARD_LEAF_BYTES of payload_bytes) into
+// a malloc'ed block of exactly *payload_offset bytes, zero padded. root (may be NULL) receives its XXH3-128. Refuses
+// whatever shard_file_parse would refuse.
+int shard_head_serialise(uint8_t **out, const struct shard_identity *identity, const struct shard_tensor *tensors,
+                         uint64_t count, const uint64_t *leaves, struct checksum128 *root, struct error *err);
+
+#endif

@@ -1,0 +1,60 @@
+// How a weight tensor lies in a rank file and in memory: the kinds, their padding and their sizes.
+// The same bytes feed every backend. Prose and pictures: formats/shard_file.md.
+#ifndef TPSHARD_FORMATS_WEIGHT_H
+#define TPSHARD_FORMATS_WEIGHT_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+// Numbers are on disk and never change their meaning.
+enum weight_kind {
+    WEIGHT_F32 = 0,  // float [rows_padded][cols_padded]; vectors (norms, biases, tables), never sliced groups
+    WEIGHT_BF16 = 1, // bfloat16 [rows_padded][cols_padded]
+    WEIGHT_INT8 = 2, // int8 [rows_padded][cols_padded], scale f32 [rows_padded]; w = q * scale[row]
+    WEIGHT_FP8 = 3,  // e4m3 [rows_padded][cols_padded], scale f32 [rows_padded]; w = q * scale[row]
+    WEIGHT_INT4 = 4, // T16x64 tiles, scale f16 [rows_padded/16][cols_padded/group_size][16];
+                     // w = q * scale * 2^WEIGHT_INT4_SCALE_EXPONENT
+    WEIGHT_KIND_COUNT = 5,
+};
+
+enum {
+    WEIGHT_ROW_UNIT = 64,            // rows of a matrix are padded to this (4 tiles of 16 rows)
+    WEIGHT_COL_UNIT = 64,            // columns are padded to this (one tile), or to the group if that is larger
+    WEIGHT_TILE_BYTES = 512,         // 16 rows x 64 columns of int4
+    WEIGHT_INT4_SCALE_EXPONENT = -8, // keeps f16 scales normal for group maxima from 4e-6 to 2000
+    WEIGHT_MAX_DIM = 0x7fffffff,     // rows and cols are at most this, so that int32 counts them
+};
+
+// One stored matrix. A vector is a matrix of one row; WEIGHT_F32 is not padded at all.
+struct weight_shape {
+    enum weight_kind kind;
+    uint32_t group_size; // int4: 32, 64 or 128; else 0
+    uint64_t rows, cols; // logical; rows or cols may be 0 (a rank that holds no part)
+    uint64_t rows_padded, cols_padded;
+    uint64_t data_bytes, scale_bytes;
+};
+
+// Fills the padded sizes and byte counts; false, and *out untouched, on an unknown kind, an impossible group size, a
+// dimension above WEIGHT_MAX_DIM or more than 2^63 bytes.
+bool weight_shape_make(struct weight_shape *out, enum weight_kind kind, uint32_t group_size, uint64_t rows,
+                       uint64_t cols);
+
+const char *weight_kind_name(enum weight_kind kind);                  // "f32", "bf16", "int8", "fp8", "int4"
+bool weight_kind_from_name(const char *name, enum weight_kind *kind); // the reverse
+
+// T16x64: where the code of (row, col) lies. Byte offset inside the tensor's data; *high says which nibble.
+// Tiles are ordered [rows_padded/64][cols_padded/64][4 tiles of 16 rows][512 bytes]. Inside a tile, lane
+// l (g = l >> 2, t = l & 3) owns bytes 16l .. 16l+15 = words w = 0..3; byte j of word w holds, low nibble,
+// row g, high nibble, row g + 8, both at column 16w + 2t + {0, 8, 1, 9}[j]. Two's complement nibbles.
+static inline uint64_t weight_int4_offset(uint64_t row, uint64_t col, uint64_t cols_padded, bool *high)
+{
+    uint64_t tile = (row / 64 * (cols_padded / 64) + col / 64) * 4 + row % 64 / 16;
+    uint64_t r = row % 16, c = col % 64;
+    uint64_t in_word = c % 16; // 2t + {0, 8, 1, 9}[j]
+    uint64_t t = in_word % 8 / 2;
+    uint64_t j = (in_word % 2) * 2 + in_word / 8;
+    *high = r >= 8;
+    return tile * WEIGHT_TILE_BYTES + (r % 8 * 4 + t) * 16 + c / 16 * 4 + j;
+}
+
+#endif

@@ -1,0 +1,89 @@
+// The kernel table: numbers in memory, behind one struct per backend. "scalar" is the plain C reference that all others
+// are tested against. Chosen once, at start, from what the CPU and the operating system report.
+//
+// Determinism (law 9): the result for one token row depends on that row and the weights alone: never on how many rows
+// stand beside it, on how rows of the matrix are dealt to threads, or on the number of threads. Every reduction has a fixed order.
+#ifndef TPSHARD_KERNELS_KERNELS_H
+#define TPSHARD_KERNELS_KERNELS_H
+
+#include "formats/error.h"
+#include "formats/weight.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum {
+    ACT_GROUP = 128,     // columns of an activation row that share one int8 scale
+    KV_PAGE_TOKENS = 64, // positions of one page of the KV cache
+};
+
+// A weight matrix as it lies in the mapped rank file. Not owned.
+struct matrix {
+    struct weight_shape shape;
+    const void *data;
+    const void *scale; // NULL for f32 and bf16
+};
+
+// Inputs of a matmul, prepared once and then read by every thread. Rows are padded with zeros to `stride` columns, which is a
+// multiple of 128 and at least cols_padded of every matrix it is used with.
+//   f32        [tokens][stride]                 what bf16, fp8 and f32 weights are multiplied with
+//   q          [tokens][stride]                 int8, for int8 and int4 weights; for int4 permuted inside each block of 16 columns:
+//                                               byte 4t + j holds column 2t + {0, 8, 1, 9}[j] (the order of T16x64), and the
+//                                               four 16-blocks of each 64 columns are interleaved so that the 64 bytes match a tile row:
+//                                               byte (t * 4 + w) * 4 + j holds column 16w + 2t + {0, 8, 1, 9}[j]
+//   q_scale    [tokens][stride / ACT_GROUP]     x ~ q * q_scale; largest magnitude of the group / 127
+//   q_sum      [tokens][stride / 32]            sum of q over each 32 natural columns (corrects the +8 / +128 bias of unsigned weights)
+struct activations {
+    int64_t max_tokens, stride; // capacity
+    float *f32;
+    int8_t *q;
+    float *q_scale;
+    int32_t *q_sum;
+};
+int activations_alloc(struct activations *act, int64_t max_tokens, int64_t max_cols, struct error *err);
+void activations_free(struct activations *act);
+
+// One layer's keys and values on one rank, in pages.
+//   k, v   bfloat16 [num_pages][num_kv_heads][KV_PAGE_TOKENS][head_dim]
+//   pages  [pages of this sequence]: position p lies in page pages[p / KV_PAGE_TOKENS], slot p % KV_PAGE_TOKENS
+struct kv_view {
+    const uint16_t *k, *v;
+    const int32_t *pages;
+    int64_t num_kv_heads, head_dim;
+};
+
+struct kernels {
+    const char *name;        // "scalar", "avx2", "avx512"
+    bool (*supported)(void); // CPU and operating system
+
+    // Fills rows [token_begin, token_end) of act from x [.., x_stride] for a matmul with w: the parts that w's kind needs.
+    void (*prepare)(struct activations *act, const struct matrix *w, const float *x, int64_t x_stride,
+                    int64_t token_begin, int64_t token_end);
+    // y[t, row] = sum over columns of x[t, :] * w[row, :] for t < tokens and row_begin <= row < row_end; row_begin is a
+    // multiple of WEIGHT_ROW_UNIT, row_end too or equal to shape.rows. y is [tokens][y_stride], f32.
+    void (*matmul)(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act, int64_t tokens,
+                   int64_t row_begin, int64_t row_end);
+    // out[shape.cols] = row `row` of w, any kind.
+    void (*dequantize_row)(float *out, const struct matrix *w, int64_t row);
+    // y[cols] = x / sqrt(mean(x^2) + eps) * weight. y may be x.
+    void (*rms_norm)(float *y, const float *x, const float *weight, int64_t cols, float eps);
+    // Rotates pairs (i, i + head_dim / 2) of x [head_dim] by position * inv_freq[i]; sin and cos are multiplied by factor.
+    void (*rope)(float *x, const float *inv_freq, int64_t head_dim, int64_t position, float factor);
+    // out[head_dim] = softmax(q . k[p] * scale) . v[p] over positions first <= p < end, of one kv head.
+    // q [head_dim]; scores: scratch of at least end - first floats.
+    void (*attention)(float *out, const float *q, const struct kv_view *kv, int64_t kv_head, int64_t first, int64_t end,
+                      float scale, float *scores);
+    // out[i] = gate[i] / (1 + exp(-gate[i])) * up[i]. out may be gate.
+    void (*silu_mul)(float *out, const float *gate, const float *up, int64_t count);
+    // y[i] += x[i]
+    void (*add)(float *y, const float *x, int64_t count);
+};
+
+// The fastest supported table, or the one named ("auto", "scalar", "avx2", "avx512"); ERR_USAGE with the list of what this
+// machine supports when the name is unknown or unsupported.
+int kernels_select(const struct kernels **out, const char *wanted, struct error *err);
+// All tables compiled in, fastest first, NULL at the end; supported or not.
+extern const struct kernels *const kernels_all[];
+
+#endif

@@ -1,0 +1,173 @@
+// See extras.h.
+#include "shard/extras.h"
+
+#include "formats/file_io.h"
+#include "formats/json_file.h"
+#include "formats/tokenizer_compile.h"
+
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+enum { EXTRA_CAP_BYTES = 256 << 20 };
+
+// Takes ownership of bytes, on failure too.
+static int add(struct extras *extras, const char *name, uint8_t *bytes, uint64_t num_bytes, struct error *err)
+{
+    struct extra extra = {strdup(name), bytes, num_bytes};
+    if (!extra.name || extras->count == EXTRAS_MAX) {
+        free(extra.name);
+        free(bytes);
+        return error_set(err, ERR_MEMORY, "%s: no room for it", name);
+    }
+    size_t at = extras->count++;
+    for (; at > 0 && strcmp(extras->files[at - 1].name, name) > 0; at--)
+        extras->files[at] = extras->files[at - 1];
+    extras->files[at] = extra;
+    return 0;
+}
+
+static bool there(char path[PATH_MAX], const char *dir, const char *name)
+{
+    return snprintf(path, PATH_MAX, "%s/%s", dir, name) < PATH_MAX && access(path, F_OK) == 0;
+}
+
+static int copy_if_there(struct extras *extras, const char *dir, const char *name, bool *copied, struct error *err)
+{
+    char path[PATH_MAX];
+    uint8_t *bytes;
+    uint64_t num_bytes;
+    int rc;
+    *copied = there(path, dir, name);
+    if (!*copied)
+        return 0;
+    if ((rc = file_read_all(&bytes, &num_bytes, path, EXTRA_CAP_BYTES, ERR_MODEL, err)))
+        return rc;
+    return add(extras, name, bytes, num_bytes, err);
+}
+
+// The member chat_template of tokenizer_config.json: a text, or a list of {name, template} of which "default" counts.
+static const char *template_text(const struct json_object *config)
+{
+    const json_t *value = json_object_get(config->json, "chat_template");
+    if (json_is_string(value))
+        return json_string_value(value);
+    for (size_t i = 0; i < json_array_size(value); i++) {
+        const json_t *item = json_array_get(value, i);
+        const char *name = json_string_value(json_object_get(item, "name"));
+        if (name && strcmp(name, "default") == 0)
+            return json_string_value(json_object_get(item, "template"));
+    }
+    return NULL;
+}
+
+static int add_chat_template(struct extras *extras, const char *model_dir, struct error *err)
+{
+    char path[PATH_MAX];
+    struct json_object config = {0};
+    bool copied;
+    int rc = copy_if_there(extras, model_dir, "chat_template.jinja", &copied, err);
+    if (rc || copied || !there(path, model_dir, "tokenizer_config.json"))
+        return rc;
+    if ((rc = json_file_open(&config, path, 16 << 20, ERR_MODEL, err)))
+        return rc;
+    const char *text = template_text(&config);
+    char *copy = text ? strdup(text) : NULL;
+    if (text && !copy)
+        rc = error_set(err, ERR_MEMORY, "out of memory for the chat template");
+    else if (text)
+        rc = add(extras, "chat_template.jinja", (uint8_t *)copy, strlen(copy), err);
+    json_file_close(&config);
+    return rc;
+}
+
+static int add_tokenizer(struct extras *extras, bool *has_tokenizer, const char *model_dir, int64_t vocab_size,
+                         struct error *err)
+{
+    char path[PATH_MAX], config_path[PATH_MAX];
+    uint8_t *image;
+    size_t image_bytes;
+    int rc;
+    *has_tokenizer = there(path, model_dir, "tokenizer.json");
+    if (!*has_tokenizer)
+        return 0;
+    bool has_config = there(config_path, model_dir, "tokenizer_config.json");
+    if ((rc = tokenizer_compile(&image, &image_bytes, path, has_config ? config_path : NULL, (uint64_t)vocab_size,
+                                err)))
+        return rc;
+    return add(extras, "tokenizer.bin", image, image_bytes, err);
+}
+
+int extras_from_model(struct extras *out, bool *has_tokenizer, const char *model_dir, int64_t vocab_size,
+                      struct error *err)
+{
+    struct extras extras = {.count = 0};
+    bool copied;
+    int rc;
+    if ((rc = copy_if_there(&extras, model_dir, "config.json", &copied, err)) ||
+        (rc = copy_if_there(&extras, model_dir, "generation_config.json", &copied, err)) ||
+        (rc = add_chat_template(&extras, model_dir, err)) ||
+        (rc = add_tokenizer(&extras, has_tokenizer, model_dir, vocab_size, err)))
+        extras_clear(&extras);
+    else
+        *out = extras;
+    return rc;
+}
+
+int extras_from_shards(struct extras *out, const char *dir, const struct manifest *manifest, struct error *err)
+{
+    struct extras extras = {.count = 0};
+    int rc = 0;
+    for (size_t i = 0; !rc && i < manifest->num_extras; i++) {
+        const struct manifest_file *file = &manifest->extras[i];
+        char path[PATH_MAX];
+        uint8_t *bytes;
+        uint64_t num_bytes;
+        snprintf(path, sizeof path, "%s/%s", dir, file->name);
+        if ((rc = file_read_all(&bytes, &num_bytes, path, EXTRA_CAP_BYTES, ERR_CORRUPT, err)))
+            break;
+        if (num_bytes != file->bytes || !checksum128_equal(checksum_whole(bytes, num_bytes), file->hash))
+            rc = error_set(err, ERR_CORRUPT, "%s: the file is not the one that the manifest lists (checksum differs)",
+                           path);
+        if (rc)
+            free(bytes);
+        else
+            rc = add(&extras, file->name, bytes, num_bytes, err);
+    }
+    if (rc)
+        extras_clear(&extras);
+    else
+        *out = extras;
+    return rc;
+}
+
+void extras_clear(struct extras *extras)
+{
+    for (size_t i = 0; i < extras->count; i++) {
+        free(extras->files[i].name);
+        free(extras->files[i].bytes);
+    }
+    extras->count = 0;
+}
+
+int extras_write(const struct extras *extras, const char *dir, struct manifest *manifest, struct error *err)
+{
+    int rc;
+    manifest->extras = calloc(extras->count + 1, sizeof *manifest->extras);
+    if (!manifest->extras)
+        return error_set(err, ERR_MEMORY, "out of memory for the manifest");
+    for (size_t i = 0; i < extras->count; i++) {
+        const struct extra *extra = &extras->files[i];
+        struct manifest_file *file = &manifest->extras[i];
+        if ((rc = file_write_atomic(dir, extra->name, extra->bytes, extra->num_bytes, err)))
+            return rc;
+        *file = (struct manifest_file){strdup(extra->name), extra->num_bytes,
+                                       checksum_whole(extra->bytes, extra->num_bytes)};
+        manifest->num_extras++;
+        if (!file->name)
+            return error_set(err, ERR_MEMORY, "out of memory for the manifest");
+    }
+    return 0;
+}

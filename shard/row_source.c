@@ -1,0 +1,30 @@
+// See row_source.h.
+#include "shard/row_source.h"
+
+#include <stdlib.h>
+
+void row_window_free(struct row_window *window)
+{
+    free(window->raw);
+    free(window->values);
+    *window = (struct row_window){0};
+}
+
+int row_window_reserve(struct row_window *window, uint64_t raw_bytes, uint64_t values, struct error *err)
+{
+    if (raw_bytes > window->raw_capacity) {
+        free(window->raw);
+        window->raw_capacity = 0;
+        if (!(window->raw = malloc(raw_bytes)))
+            return error_set(err, ERR_MEMORY, "out of memory for %llu bytes of rows", (unsigned long long)raw_bytes);
+        window->raw_capacity = raw_bytes;
+    }
+    if (values > window->values_capacity) {
+        free(window->values);
+        window->values_capacity = 0;
+        if (!(window->values = malloc(values * sizeof(float))))
+            return error_set(err, ERR_MEMORY, "out of memory for a row of %llu values", (unsigned long long)values);
+        window->values_capacity = values;
+    }
+    return 0;
+}

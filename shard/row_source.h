@@ -1,0 +1,47 @@
+// Where weights come from: whole source rows, quantized. Two sources give the same rows bit for bit: a checkpoint (reads
+// and quantizes: checkpoint_source.h) and the rank files of another tp (reads and joins slices: shards_source.h).
+// That is why `reshard` equals `convert`, and why slicing commutes with quantizing.
+#ifndef TPSHARD_SHARD_ROW_SOURCE_H
+#define TPSHARD_SHARD_ROW_SOURCE_H
+
+#include "formats/error.h"
+#include "formats/shard_file.h"
+#include "kernels/pack.h"
+
+#include <stdint.h>
+
+// Rows [row_begin, row_begin + rows) of the source tensor of part `part` of stored tensor `tensor`, all columns.
+struct row_request {
+    uint64_t tensor; // index in the plan
+    int part;
+    const struct shard_part *source; // name and whole shape
+    enum weight_kind kind;           // what rows are wanted as
+    uint32_t group_size;             // int4; else 0
+    uint64_t row_begin, rows;
+};
+
+// One thread's memory for one request; the buffers grow and are kept from request to request.
+struct row_window {
+    struct row_request request;
+    uint8_t *raw; // bytes as read
+    uint64_t raw_capacity;
+    int raw_format; // for the source alone
+    float *values; // one row
+    uint64_t values_capacity;
+};
+void row_window_free(struct row_window *window); // accepts a zeroed one
+// Make room; contents are lost. ERR_MEMORY.
+int row_window_reserve(struct row_window *window, uint64_t raw_bytes, uint64_t values, struct error *err);
+
+// A source is called by many threads at once, each with a window of its own.
+struct row_source {
+    // Reads what the request needs from disk, in large pieces.
+    int (*read)(const struct row_source *source, struct row_window *window, const struct row_request *request,
+                struct error *err);
+    // Fills one whole row, request.row_begin <= row < row_begin + rows. out has room for source_cols.
+    // Errors name the tensor and the row.
+    int (*row)(const struct row_source *source, struct row_window *window, uint64_t row, struct packed_row *out,
+               struct error *err);
+};
+
+#endif

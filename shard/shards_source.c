@@ -1,0 +1,185 @@
+// See shards_source.h. A wanted source row may lie on one rank (rows cut), in slices on all (columns cut) or on several
+// (replicated): whatever ranks hold part of it are read and joined, replicas over each other.
+#include "shard/shards_source.h"
+
+#include "formats/checked.h"
+#include "formats/file_io.h"
+
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+// The stored rows of one rank that a request touches.
+struct slice {
+    const struct shard_tensor *tensor;
+    const struct shard_part *part;
+    uint64_t part_begin; // stored row where the part begins
+    uint64_t stored_begin, stored_end;
+    uint64_t block_begin, block_end; // the whole blocks around them
+    uint64_t data_bytes, scale_bytes;
+};
+
+// False when the rank holds nothing of the request's rows.
+static bool slice_of(struct slice *out, const struct shards_source *source, const struct row_request *request,
+                     uint32_t rank)
+{
+    const struct shard_tensor *tensor = &source->plan->ranks[rank].tensors[request->tensor];
+    struct slice slice = {.tensor = tensor, .part = &tensor->parts[request->part]};
+    const struct shard_part *part = slice.part;
+    uint64_t begin = request->row_begin, end = request->row_begin + request->rows;
+    if (begin < part->row_begin)
+        begin = part->row_begin;
+    if (end > part->row_begin + part->rows)
+        end = part->row_begin + part->rows;
+    if (begin >= end || part->cols == 0)
+        return false;
+    for (int p = 0; p < request->part; p++)
+        slice.part_begin += tensor->parts[p].rows;
+    slice.stored_begin = slice.part_begin + begin - part->row_begin;
+    slice.stored_end = slice.part_begin + end - part->row_begin;
+    slice.block_begin = slice.stored_begin / WEIGHT_ROW_UNIT;
+    slice.block_end = div_up(slice.stored_end, WEIGHT_ROW_UNIT);
+    slice.data_bytes = (slice.block_end - slice.block_begin) * pack_block_data_bytes(&tensor->shape);
+    slice.scale_bytes = (slice.block_end - slice.block_begin) * pack_block_scale_bytes(&tensor->shape);
+    *out = slice;
+    return true;
+}
+
+// Vectors are stored unpadded, the parts one after the other.
+static uint64_t vector_slice(const struct shards_source *source, const struct row_request *request, uint32_t rank,
+                             const struct shard_part **part)
+{
+    const struct shard_tensor *tensor = &source->plan->ranks[rank].tensors[request->tensor];
+    uint64_t begin = 0;
+    for (int p = 0; p < request->part; p++)
+        begin += tensor->parts[p].cols;
+    *part = &tensor->parts[request->part];
+    return source->plan->ranks[rank].payload_offset + tensor->data_offset + begin * sizeof(float);
+}
+
+static int read_vector(const struct shards_source *source, struct row_window *window, const struct row_request *request,
+                       struct error *err)
+{
+    int rc = row_window_reserve(window, 0, request->source->source_cols, err);
+    for (uint32_t rank = 0; !rc && rank < source->plan->tp_size; rank++) {
+        const struct shard_part *part;
+        uint64_t offset = vector_slice(source, request, rank, &part);
+        rc = file_pread_full(source->fds[rank], window->values + part->col_begin, part->cols * sizeof(float), offset,
+                             source->paths[rank], err);
+    }
+    return rc;
+}
+
+static int source_read(const struct row_source *base, struct row_window *window, const struct row_request *request,
+                       struct error *err)
+{
+    const struct shards_source *source = (const struct shards_source *)base;
+    struct slice slice;
+    uint64_t bytes = 0, at = 0;
+    int rc;
+    window->request = *request;
+    if (request->kind == WEIGHT_F32)
+        return read_vector(source, window, request, err);
+    for (uint32_t rank = 0; rank < source->plan->tp_size; rank++)
+        if (slice_of(&slice, source, request, rank))
+            bytes += slice.data_bytes + slice.scale_bytes;
+    if ((rc = row_window_reserve(window, bytes, 0, err)))
+        return rc;
+    for (uint32_t rank = 0; rank < source->plan->tp_size; rank++) {
+        if (!slice_of(&slice, source, request, rank))
+            continue;
+        uint64_t payload = source->plan->ranks[rank].payload_offset;
+        uint64_t data = payload + slice.tensor->data_offset +
+                        slice.block_begin * pack_block_data_bytes(&slice.tensor->shape);
+        uint64_t scale = payload + slice.tensor->scale_offset +
+                         slice.block_begin * pack_block_scale_bytes(&slice.tensor->shape);
+        if ((rc = file_pread_full(source->fds[rank], window->raw + at, slice.data_bytes, data, source->paths[rank],
+                                  err)) ||
+            (rc = file_pread_full(source->fds[rank], window->raw + at + slice.data_bytes, slice.scale_bytes, scale,
+                                  source->paths[rank], err)))
+            return rc;
+        at += slice.data_bytes + slice.scale_bytes;
+    }
+    return 0;
+}
+
+static int source_row(const struct row_source *base, struct row_window *window, uint64_t row, struct packed_row *out,
+                      struct error *err)
+{
+    const struct shards_source *source = (const struct shards_source *)base;
+    const struct row_request *request = &window->request;
+    struct slice slice;
+    uint64_t at = 0, cols = 0;
+    if (request->kind == WEIGHT_F32) {
+        for (uint64_t c = 0; c < request->source->source_cols; c++)
+            out->f32[c] = window->values[c];
+        return 0;
+    }
+    for (uint32_t rank = 0; rank < source->plan->tp_size; rank++) {
+        if (!slice_of(&slice, source, request, rank))
+            continue;
+        uint64_t stored = slice.part_begin + row - slice.part->row_begin;
+        if (row >= slice.part->row_begin && stored >= slice.stored_begin && stored < slice.stored_end) {
+            const uint8_t *data = window->raw + at;
+            pack_load_row(out, slice.part->col_begin, data, data + slice.data_bytes, &slice.tensor->shape,
+                          stored - slice.block_begin * WEIGHT_ROW_UNIT);
+            cols += slice.part->cols;
+        }
+        at += slice.data_bytes + slice.scale_bytes;
+    }
+    if (cols < request->source->source_cols)
+        return error_set(err, ERR_CORRUPT, "tensor %s, row %llu: the rank files hold only %llu of its %llu columns",
+                         request->source->source, (unsigned long long)row, (unsigned long long)cols,
+                         (unsigned long long)request->source->source_cols);
+    return 0;
+}
+
+static int open_rank(struct shards_source *source, const char *dir, uint32_t rank, struct error *err)
+{
+    char name[64], path[PATH_MAX];
+    struct shard_file *file;
+    int rc;
+    manifest_rank_file_name(name, sizeof name, rank, source->plan->tp_size);
+    snprintf(path, sizeof path, "%s/%s", dir, name);
+    if (!(source->paths[rank] = strdup(path)))
+        return error_set(err, ERR_MEMORY, "out of memory for a path");
+    if ((rc = shard_file_open(&file, path, err)))
+        return rc;
+    rc = plan_compare(source->plan, rank, file, path, err);
+    shard_file_close(file);
+    return rc ? rc : file_open_read(&source->fds[rank], NULL, path, err);
+}
+
+int shards_source_init(struct shards_source *out, const char *dir, const struct plan *plan, struct error *err)
+{
+    int rc = 0;
+    struct shards_source source = {.source = {source_read, source_row}, .plan = plan};
+    source.fds = malloc(plan->tp_size * sizeof *source.fds);
+    source.paths = calloc(plan->tp_size, sizeof *source.paths);
+    for (uint32_t rank = 0; source.fds && rank < plan->tp_size; rank++)
+        source.fds[rank] = -1;
+    if (!source.fds || !source.paths)
+        rc = error_set(err, ERR_MEMORY, "out of memory for %u rank files", plan->tp_size);
+    for (uint32_t rank = 0; !rc && rank < plan->tp_size; rank++)
+        rc = open_rank(&source, dir, rank, err);
+    if (rc)
+        shards_source_clear(&source);
+    else
+        *out = source;
+    return rc;
+}
+
+void shards_source_clear(struct shards_source *source)
+{
+    for (uint32_t rank = 0; source->plan && rank < source->plan->tp_size; rank++) {
+        if (source->fds && source->fds[rank] >= 0)
+            close(source->fds[rank]);
+        if (source->paths)
+            free(source->paths[rank]);
+    }
+    free(source->fds);
+    free(source->paths);
+    *source = (struct shards_source){0};
+}

@@ -1,0 +1,30 @@
+// Any bytes may be rejected; none may crash, hang or over-allocate. What is accepted is sorted, unique and plain.
+#include "formats/checkpoint.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define CHECK(condition)                                                                                               \
+    do {                                                                                                               \
+        if (!(condition))                                                                                              \
+            abort();                                                                                                   \
+    } while (0)
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    struct error err;
+    struct checkpoint_index index;
+    if (checkpoint_index_parse(&index, data, size, "fuzz", &err))
+        return 0;
+    CHECK(index.count > 0);
+    for (size_t i = 0; i < index.count; i++) {
+        const struct checkpoint_index_entry *entry = &index.entries[i];
+        CHECK(safetensors_name_ok(entry->tensor, strlen(entry->tensor)));
+        CHECK(safetensors_name_ok(entry->file, strlen(entry->file)));
+        CHECK(!strchr(entry->file, '/') && strcmp(entry->file, ".") && strcmp(entry->file, ".."));
+        CHECK(!i || strcmp(index.entries[i - 1].tensor, entry->tensor) < 0);
+    }
+    checkpoint_index_clear(&index);
+    return 0;
+}

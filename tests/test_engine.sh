@@ -1,0 +1,200 @@
+#!/usr/bin/env bash
+# tpengine on the bundled model, as a user runs it: laws 4, 6, 7 and 9, stop strings, sampling, exit codes, lost ranks.
+set -u
+BUILD=${BUILD:-build}
+engine=$BUILD/tpengine
+shard=$BUILD/tpshard
+tmp=$(mktemp -d)
+trap 'rm -rf "$tmp"' EXIT
+failures=0
+
+ok() { echo "ok $*"; }
+not_ok() {
+    echo "not ok $*"
+    failures=$((failures + 1))
+}
+# check NAME COMMAND...: the command's success
+check() {
+    local name=$1
+    shift
+    if "$@"; then ok "$name"; else not_ok "$name"; fi
+}
+# status NAME WANTED WORDS COMMAND...: exit status, and words that stderr must hold
+status() {
+    local name=$1 wanted=$2 words=$3 found
+    shift 3
+    "$@" >"$tmp/out" 2>"$tmp/err"
+    found=$?
+    if [ "$found" = "$wanted" ] && grep -q -- "$words" "$tmp/err"; then
+        ok "$name"
+    else
+        not_ok "$name: exit $found, wanted $wanted with \"$words\": $(head -c 300 "$tmp/err")"
+    fi
+}
+same() { cmp -s "$1" "$2"; }
+
+for tp in 1 2 4; do
+    "$shard" --tp $tp --quant int4 tests/model "$tmp/int4-$tp" --quiet || exit 1
+done
+"$shard" --tp 2 --quant none tests/model "$tmp/none-2" --quiet || exit 1
+generate() { "$engine" generate "$@" --quiet; }
+
+# ---- law 9: greedy output does not depend on the company -------------------------------------------------------
+prompts=("In the beginning" "And the LORD said unto Moses," "Blessed are" "Now there was a man of the tribe of Benjamin, and he went up")
+for i in 0 1 2 3; do
+    generate "$tmp/int4-2" --prompt "${prompts[$i]}" --max-tokens 40 --ignore-eos --ids >"$tmp/alone-$i"
+done
+check "greedy text is not empty" test -s "$tmp/alone-0"
+for variant in "--ranks thread" "--threads 1" "--threads 2" "--ranks thread --threads 2" "--verify off"; do
+    # shellcheck disable=SC2086
+    generate "$tmp/int4-2" --prompt "${prompts[1]}" --max-tokens 40 --ignore-eos --ids $variant >"$tmp/variant"
+    check "greedy tokens equal with $variant" same "$tmp/variant" "$tmp/alone-1"
+done
+generate "$tmp/int4-2" --prompt "${prompts[0]}" --prompt "${prompts[1]}" --prompt "${prompts[2]}" --prompt "${prompts[3]}" \
+    --max-tokens 40 --ignore-eos --ids >"$tmp/batch"
+for i in 0 1 2 3; do
+    sed -n "s/^\[$i\] //p" "$tmp/batch" >"$tmp/batch-$i"
+    check "greedy tokens equal alone and in a batch ($i)" same "$tmp/batch-$i" "$tmp/alone-$i"
+done
+generate "$tmp/int4-2" --prompt "${prompts[2]}" --prompt "${prompts[0]}" --max-tokens 40 --ignore-eos --ids --threads 2 --ranks thread |
+    sed -n 's/^\[1\] //p' >"$tmp/pair"
+check "greedy tokens equal in another batch, with threads" same "$tmp/pair" "$tmp/alone-0"
+
+# ---- sampling ---------------------------------------------------------------------------------------------------
+sampled() { generate "$tmp/int4-2" --prompt "And it came to pass" --max-tokens 30 --temperature 0.9 --top-p 0.95 --top-k 50 --ids "$@"; }
+sampled --seed 1 >"$tmp/seed-1"
+sampled --seed 1 >"$tmp/seed-1-again"
+sampled --seed 2 >"$tmp/seed-2"
+check "the same seed gives the same tokens" same "$tmp/seed-1" "$tmp/seed-1-again"
+if same "$tmp/seed-1" "$tmp/seed-2"; then not_ok "another seed gives other tokens"; else ok "another seed gives other tokens"; fi
+generate "$tmp/int4-2" --prompt "In the beginning" --max-tokens 30 --ids --temperature 0.8 --top-k 1 >"$tmp/top-1"
+generate "$tmp/int4-2" --prompt "In the beginning" --max-tokens 30 --ids >"$tmp/greedy"
+check "top-k 1 is greedy" same "$tmp/top-1" "$tmp/greedy"
+
+# ---- stop strings, streaming ------------------------------------------------------------------------------------
+generate "$tmp/int4-2" --prompt "In the beginning" --max-tokens 60 >"$tmp/text"
+stop=$(python3 -c 'import sys; t=open(sys.argv[1]).read(); print(t[20:24], end="")' "$tmp/text")
+generate "$tmp/int4-2" --prompt "In the beginning" --max-tokens 60 --stop "$stop" >"$tmp/stopped"
+check "text ends before the stop string" python3 -c '
+import sys
+text, stopped = open(sys.argv[1]).read(), open(sys.argv[2]).read()
+sys.exit(stopped[:-1] != text[:text.index(sys.argv[3])])' "$tmp/text" "$tmp/stopped" "$stop"
+generate "$tmp/int4-2" --prompt "In the beginning" --max-tokens 60 --json >"$tmp/json"
+check "--json reports the same text" python3 -c '
+import json, sys
+choice = json.load(open(sys.argv[1]))["choices"][0]
+sys.exit(choice["text"] + "\n" != open(sys.argv[2]).read() or choice["generated_tokens"] != len(choice["token_ids"]))' "$tmp/json" "$tmp/text"
+echo "In the beginning" | tr -d '\n' | generate "$tmp/int4-2" --prompt - --max-tokens 60 >"$tmp/piped"
+check "the prompt may come from standard input" same "$tmp/piped" "$tmp/text"
+
+# ---- tokenize ---------------------------------------------------------------------------------------------------
+text='Naïve “quotes”, 1234 and tabs	too. 日本'
+ids=$("$engine" tokenize "$tmp/int4-2" "$text" --no-special)
+check "tokenize and back" test "$("$engine" tokenize "$tmp/int4-2" "$ids" --decode)" = "$text"
+
+# ---- law 7: a misfit is one clear sentence and its exit code ----------------------------------------------------
+status "no such directory" 5 "No such file" "$engine" generate "$tmp/nowhere" --prompt x
+mkdir "$tmp/empty"
+status "a directory that is no model" 5 "model.json" "$engine" generate "$tmp/empty" --prompt x
+status "unknown option" 2 "did you mean --prompt" "$engine" generate "$tmp/int4-2" --promt x
+status "no prompt" 2 "needs --prompt" "$engine" generate "$tmp/int4-2"
+status "context beyond the model's" 2 "at most" "$engine" generate "$tmp/int4-2" --prompt x --context 100000
+status "prompt longer than the context" 2 "fit the context" "$engine" generate "$tmp/int4-2" --prompt "a b c d e f g h" --context 4
+status "token out of the vocabulary" 2 "vocabulary" "$engine" logits "$tmp/int4-2" --token-ids 1,99999 --output "$tmp/x.npy"
+status "unsupported backend" 2 "cuda" "$engine" generate "$tmp/int4-2" --prompt x --backend cuda
+cp -r "$tmp/int4-2" "$tmp/swapped"
+mv "$tmp/swapped/rank-00-of-02.tpshard" "$tmp/swapped/x"
+mv "$tmp/swapped/rank-01-of-02.tpshard" "$tmp/swapped/rank-00-of-02.tpshard"
+mv "$tmp/swapped/x" "$tmp/swapped/rank-01-of-02.tpshard"
+status "two ranks' files swapped" 4 "rank 1 of 2" "$engine" generate "$tmp/swapped" --prompt x
+cp -r "$tmp/int4-2" "$tmp/mixed"
+cp "$tmp/none-2/rank-01-of-02.tpshard" "$tmp/mixed/"
+status "a file of another run" 4 "another run" "$engine" generate "$tmp/mixed" --prompt x
+rm "$tmp/mixed/rank-01-of-02.tpshard"
+status "a missing rank" 5 "rank-01-of-02" "$engine" generate "$tmp/mixed" --prompt x
+cp -r "$tmp/int4-2" "$tmp/flipped"
+python3 -c '
+import sys
+with open(sys.argv[1], "r+b") as f:
+    f.seek(-70000, 2); b = f.read(1); f.seek(-70000, 2); f.write(bytes([b[0] ^ 4]))' "$tmp/flipped/rank-01-of-02.tpshard"
+status "one flipped bit" 4 "checksum" "$engine" generate "$tmp/flipped" --prompt x
+check "the flipped bit names rank, tensor and bytes" grep -q "rank 1.*layers\|rank 1.*norm\|rank 1.*embed" "$tmp/err"
+check "and passes with --verify off" generate "$tmp/flipped" --prompt x --max-tokens 2 --verify off
+truncate -s -4096 "$tmp/flipped/rank-01-of-02.tpshard"
+status "a truncated file" 4 "rank-01-of-02" "$engine" generate "$tmp/flipped" --prompt x
+(
+    ulimit -v 120000
+    status "too little memory" 8 "" "$engine" generate "$tmp/int4-2" --prompt x --context 1024
+    exit $failures
+) || failures=$((failures + 1))
+
+# ---- law 6: lost, silent and orphaned ranks ---------------------------------------------------------------------
+long=(--max-tokens 1000 --ignore-eos --quiet --context 1024)
+for _ in $(seq 24); do long+=(--prompt "And the king said"); done
+ranks_of() { pgrep -P "$1" | tr '\n' ' '; }
+# start: a long generation in the background; sets $parent and $ranks (array)
+start() {
+    "$engine" generate "$tmp/int4-2" "${long[@]}" "$@" >/dev/null 2>"$tmp/err" &
+    parent=$!
+    for _ in $(seq 100); do
+        read -ra ranks <<<"$(ranks_of $parent)"
+        [ "${#ranks[@]}" -ge 2 ] && break
+        sleep 0.05
+    done
+    sleep 0.4
+}
+gone() {
+    for pid in "$@"; do
+        [ -e "/proc/$pid" ] && ! grep -q '^State:.Z' "/proc/$pid/status" 2>/dev/null && return 1
+    done
+    return 0
+}
+now_ms() { date +%s%3N; }
+
+shm_before=$(find /dev/shm -mindepth 1 2>/dev/null | wc -l)
+for victim in 0 1; do
+    start
+    begin=$(now_ms)
+    kill -9 "${ranks[$victim]}"
+    wait $parent
+    found=$?
+    took=$(($(now_ms) - begin))
+    if [ $found = 7 ] && grep -q "rank $victim.*signal 9" "$tmp/err" && [ $took -lt 5000 ]; then
+        ok "rank $victim killed: exit 7 after $took ms"
+    else
+        not_ok "rank $victim killed: exit $found after $took ms: $(cat "$tmp/err")"
+    fi
+    check "no rank is left" gone "${ranks[@]}"
+done
+
+start --timeout 1
+begin=$(now_ms)
+kill -STOP "${ranks[1]}"
+wait $parent
+found=$?
+took=$(($(now_ms) - begin))
+if [ $found = 7 ] && grep -q "rank 1" "$tmp/err" && grep -Eq "attention|mlp|embed|head|sample" "$tmp/err" && [ $took -lt 6000 ]; then
+    ok "rank 1 stopped: exit 7 after $took ms, names rank and operation"
+else
+    not_ok "rank 1 stopped: exit $found after $took ms: $(cat "$tmp/err")"
+fi
+check "no rank is left" gone "${ranks[@]}"
+
+start
+kill -9 $parent
+wait $parent 2>/dev/null
+sleep 1
+check "parent killed: no orphan after 1 s" gone "${ranks[@]}"
+
+start
+kill -INT $parent
+wait $parent
+check "interrupt: exit 130" test $? = 130
+check "no rank is left" gone "${ranks[@]}"
+start
+kill -TERM $parent
+wait $parent
+check "terminated: exit 143" test $? = 143
+check "nothing is left in /dev/shm" test "$(find /dev/shm -mindepth 1 2>/dev/null | wc -l)" = "$shm_before"
+
+exit $((failures > 0))

@@ -1,0 +1,90 @@
+#!/usr/bin/env python3
+"""What quantization, tensor parallelism and the wire cost on the bundled model's held-out text.
+
+The reference, tests/golden/model_reference.json, is transformers in float32 on the same windows. Bounds are the project's promises: bf16
+shards within 0.1 % of transformers' perplexity, int8 and fp8 at most 1 % above bf16, int4 at most 4 % above, tp 1, 2 and 4 within
+0.01 % of each other on a bf16 wire, fp8 and s8x wires at most 0.5 % and 0.1 % above it. QUALITY_TOKENS shortens the text (slow builds);
+the comparison with transformers then needs the whole text and is left out.
+"""
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+BUILD = Path(os.environ.get("BUILD", "build"))
+MODEL = Path("tests/model")
+TOKENS = int(os.environ.get("QUALITY_TOKENS", "0"))
+failures = 0
+
+
+def run(*words):
+    done = subprocess.run([str(w) for w in words], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, words))}: exit {done.returncode}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def check(name, ok, detail):
+    global failures
+    failures += not ok
+    print(f"{'ok' if ok else 'not ok'} {name}: {detail}", flush=True)
+
+
+class Shards:
+    """Shard directories made on first use, and evaluations of them."""
+
+    def __init__(self, tmp):
+        self.tmp = tmp
+
+    def dir(self, quant, tp):
+        path = self.tmp / f"{quant}-{tp}"
+        if not path.exists():
+            run(BUILD / "tpshard", "--tp", tp, "--quant", quant, MODEL, path, "--quiet")
+        return path
+
+    def eval(self, quant, tp, wire="bf16", against=None):
+        words = [BUILD / "tpengine", "eval", self.dir(quant, tp), "--text", MODEL / "heldout.txt", "--context", 512, "--wire", wire,
+                 "--max-tokens", TOKENS, "--json", "--quiet"]
+        if against:
+            words += ["--against", self.dir(*against)]
+        return json.loads(run(*words))
+
+
+def relative(a, b):
+    return a["perplexity"] / b["perplexity"] - 1
+
+
+def main():
+    reference = json.loads(Path("tests/golden/model_reference.json").read_text())
+    with tempfile.TemporaryDirectory() as tmp:
+        shards = Shards(Path(tmp))
+        bf16 = shards.eval("none", 1)
+        if TOKENS == 0:
+            check("same tokens as the reference", bf16["tokens"] == reference["tokens"], f"{bf16['tokens']}")
+            cost = relative(bf16, reference)
+            check("bf16 agrees with transformers", abs(cost) <= 0.001,
+                  f"perplexity {bf16['perplexity']:.4f}, transformers {reference['perplexity']:.4f}, {100 * cost:+.4f} %")
+        for tp in (2, 4):
+            split = shards.eval("none", tp)
+            cost = relative(split, bf16)
+            check(f"tp {tp} equals tp 1, bf16 wire", abs(cost) <= 0.0001, f"{100 * cost:+.5f} %")
+        for quant, bound in (("int8", 0.01), ("fp8", 0.01), ("int4", 0.04)):
+            quantized = shards.eval(quant, 2, against=("none", 2))
+            cost = relative(quantized, bf16)
+            check(f"{quant} costs little", cost <= bound,
+                  f"perplexity {quantized['perplexity']:.4f}, {100 * cost:+.3f} %, bound {100 * bound:.0f} %, KL "
+                  f"{quantized['kl_divergence']:.5f}, top-1 {100 * quantized['top1_agreement']:.2f} %")
+        same = shards.eval("none", 2, against=("none", 2))
+        check("a model agrees with itself", abs(same["kl_divergence"]) <= 1e-9 and same["top1_agreement"] == 1.0,
+              f"KL {same['kl_divergence']:.2e}")
+        for wire, bound in (("fp8", 0.005), ("s8x", 0.001)):
+            coded = shards.eval("none", 2, wire=wire)
+            cost = relative(coded, shards.eval("none", 2))
+            check(f"wire {wire} costs little", cost <= bound, f"{100 * cost:+.4f} %, bound {100 * bound:.1f} %")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
