@@ -218,26 +218,28 @@ int comm_rank(const struct comm *comm) { return comm->rank; }
 
 int comm_size(const struct comm *comm) { return comm->tp_size; }
 
-// Ends the run with an error that was found here; the error that came first is the one that counts.
-static int raise_error(struct comm *comm, struct error *err, const struct error *found)
-{
-    comm_region_abort(comm->region, comm->rank, found);
-    if (err)
-        *err = *found;
-    return found->code;
-}
-
 static int check_abort(struct comm *comm, struct error *err)
 {
     if (atomic_load_explicit(&comm->region->abort, memory_order_acquire) == ABORT_NONE)
         return 0;
     struct error kept;
     int rank;
-    if (!comm_region_error(comm->region, &rank, &kept))
-        return error_set(err, ERR_RANK, "rank %d was stopped after an error elsewhere", comm->rank);
+    // Whoever is writing the error needs a moment, unless it died over it.
+    for (int tries = 0; !comm_region_error(comm->region, &rank, &kept); tries++) {
+        if (tries == 100)
+            return error_set(err, ERR_RANK, "rank %d was stopped after an error elsewhere", comm->rank);
+        usleep(100);
+    }
     if (err)
         *err = kept;
     return kept.code;
+}
+
+// Ends the run with an error that was found here, unless one came first: that one counts on every rank.
+static int raise_error(struct comm *comm, struct error *err, const struct error *found)
+{
+    comm_region_abort(comm->region, comm->rank, found);
+    return check_abort(comm, err);
 }
 
 // ---- waiting -------------------------------------------------------------------------------------------------------

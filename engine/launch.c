@@ -39,7 +39,7 @@ struct rank_state {
 
 struct launch_area {
     _Alignas(CACHE_LINE) _Atomic uint32_t command_number; // raised by every command; ranks sleep on it
-    int command;                                          // published by command_number
+    _Atomic int command;
     _Alignas(CACHE_LINE) _Atomic uint32_t sleeping_ranks;
     _Alignas(CACHE_LINE) _Atomic uint32_t started_ranks, done_ranks, notices;
     struct rank_state ranks[COMM_MAX_RANKS];
@@ -162,7 +162,7 @@ int rank_next_command(struct rank_env *env, int *command, struct error *err)
         return kept.code;
     }
     atomic_store(&state->taken, atomic_load(&area->command_number));
-    *command = area->command;
+    *command = atomic_load(&area->command);
     return 0;
 }
 
@@ -328,7 +328,7 @@ void *launch_shared(struct launch *launch) { return launch->shared; }
 
 static void post_number(struct launch *launch, int command)
 {
-    launch->area->command = command;
+    atomic_store(&launch->area->command, command);
     atomic_fetch_add(&launch->area->command_number, 1);
     if (atomic_load(&launch->area->sleeping_ranks))
         futex_wake(&launch->area->command_number, INT_MAX);
@@ -449,11 +449,14 @@ static bool end_ranks(struct launch *launch, int grace_ms, struct error *first)
     bool ended = wait_for_ends(launch, launch->options.threads ? STOP_GRACE_MS : grace_ms, &bad_rank, first);
     if (ended || launch->options.threads)
         return ended;
-    for (int rank = 0; rank < launch->options.tp_size; rank++)
-        if (launch->ranks[rank].running)
-            kill(launch->ranks[rank].pid, SIGKILL);
-    struct error killed = {.code = ERR_RANK}; // by us: no news
-    return wait_for_ends(launch, KILL_GRACE_MS, &bad_rank, &killed);
+    for (int rank = 0; rank < launch->options.tp_size; rank++) {
+        if (!launch->ranks[rank].running)
+            continue;
+        kill(launch->ranks[rank].pid, SIGKILL);
+        if (!first->code)
+            error_set(first, ERR_RANK, "rank %d did not end within %d ms and was killed", rank, grace_ms);
+    }
+    return wait_for_ends(launch, KILL_GRACE_MS, &bad_rank, first);
 }
 
 // The launch has failed: the error that came first counts, every rank ends.
@@ -547,8 +550,13 @@ int launch_wait(struct launch *launch, int extra_fd, struct error *err)
         if (reap(launch, false, &rank, &found) || watch(launch, &rank, &found))
             return fail(launch, rank, &found, err);
 
+        bool was_ready = launch->ready, notice = atomic_load(&area->notices);
+        launch->ready = atomic_load(&area->started_ranks) == tp_size;
+        if (launch->command_running && !notice && atomic_load(&area->done_ranks) == tp_size) {
+            launch->command_running = false;
+            return 0;
+        }
         // Notices and input take turns, so that neither starves the other.
-        bool notice = atomic_load(&area->notices);
         if (extra && !(notice && !launch->last_was_notice)) {
             launch->last_was_notice = false;
             return 2;
@@ -557,12 +565,6 @@ int launch_wait(struct launch *launch, int extra_fd, struct error *err)
             atomic_store(&area->notices, 0);
             launch->last_was_notice = true;
             return 1;
-        }
-        bool was_ready = launch->ready;
-        launch->ready = atomic_load(&area->started_ranks) == tp_size;
-        if (launch->command_running && atomic_load(&area->done_ranks) == tp_size) {
-            launch->command_running = false;
-            return 0;
         }
         if (launch->ready && !launch->command_running && (!was_ready || extra_fd < 0))
             return 0;
@@ -576,21 +578,21 @@ int launch_stop(struct launch *launch, struct error *err)
     struct error first = {0};
     bool ended = true;
     if (launch->area) {
-        bool failed = comm_region_aborted(launch->region);
-        if (launch->command_running && !failed) {
+        // What launch_wait has told, and what is stopped from here, is no news.
+        bool told = launch->error.code != 0;
+        if (launch->command_running && !comm_region_aborted(launch->region)) {
             struct error stop;
             error_set(&stop, ERR_RANK, "the ranks were stopped in the middle of a command");
             comm_region_abort(launch->region, 0, &stop);
-            failed = true;
+            told = true;
         }
         if (any_running(launch))
             ended = end_ranks(launch, STOP_GRACE_MS, &first);
-        // The ranks' own sentence says more than how they ended; after an abort from here neither is news.
         int rank;
-        if (failed)
+        if (told)
             first.code = 0;
-        else if (first.code)
-            comm_region_error(launch->region, &rank, &first);
+        else
+            comm_region_error(launch->region, &rank, &first); // a rank's own sentence says more than how it ended
         if (!ended)
             error_set(&first, ERR_RANK, "a rank has not ended within %d ms; its memory is left behind", STOP_GRACE_MS);
     }

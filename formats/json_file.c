@@ -2,6 +2,7 @@
 #include "formats/json_file.h"
 
 #include <inttypes.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -10,9 +11,24 @@
 
 static const double LARGEST_EXACT_INTEGER = 9007199254740992.0; // 2^53
 
+// jansson takes some failed allocations for syntax errors, so they are remembered here.
+static _Thread_local bool allocation_failed;
+
+static void *allocate(size_t num_bytes)
+{
+    void *memory = malloc(num_bytes);
+    allocation_failed = allocation_failed || !memory;
+    return memory;
+}
+
+static void set_allocator(void) { json_set_alloc_funcs(allocate, free); }
+
 int json_file_parse(struct json_object *out, const char *text, size_t num_bytes, const char *name, int bad_code,
                     struct error *err)
 {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, set_allocator);
+    allocation_failed = false;
     json_error_t why;
     bool ints_are_reals = false;
     json_t *root = json_loadb(text, num_bytes, JSON_REJECT_DUPLICATES, &why);
@@ -20,7 +36,7 @@ int json_file_parse(struct json_object *out, const char *text, size_t num_bytes,
         ints_are_reals = true;
         root = json_loadb(text, num_bytes, JSON_REJECT_DUPLICATES | JSON_DECODE_INT_AS_REAL, &why);
     }
-    if (!root && json_error_code(&why) == json_error_out_of_memory)
+    if (!root && allocation_failed)
         return error_set(err, ERR_MEMORY, "%s: no memory to parse %zu bytes of JSON", name, num_bytes);
     if (!root)
         return error_set(err, bad_code, "%s, line %d, column %d: not valid JSON: %s", name, why.line, why.column,

@@ -20,13 +20,13 @@ enum { VERSION = 1, RANKS_MAX = 1024, FILES_MAX = 10000, NAME_MAX_BYTES = 255, T
 // ---- the model description as a table --------------------------------------------------------------------------------
 
 enum field_type {
-    FIELD_INT,          // int64_t, required
-    FIELD_OPTIONAL_INT, // int64_t, -1 and left out where there is none
-    FIELD_REAL,         // double, required
+    FIELD_INT,           // int64_t, required
+    FIELD_OPTIONAL_INT,  // int64_t, -1 and left out where there is none
+    FIELD_REAL,          // double, required
     FIELD_OPTIONAL_REAL, // double, NaN and left out where there is none
     FIELD_BOOL,
-    FIELD_TEXT,         // char[MODEL_NAME_BYTES]
-    FIELD_EOS,          // eos_token_ids and num_eos
+    FIELD_TEXT, // char[MODEL_NAME_BYTES]
+    FIELD_EOS,  // eos_token_ids and num_eos
 };
 
 #define INT_MAX_DIM 0x7fffffff
@@ -299,8 +299,8 @@ int manifest_to_json(const struct manifest *manifest, char **out, struct error *
 
 // ---- parsing ---------------------------------------------------------------------------------------------------------
 
-static const char *const root_keys[] = {"contract", "extras",  "model",   "pp_size", "quant", "ranks",
-                                        "sources",  "tool",    "tp_size", "version", "wire_advice", NULL};
+static const char *const root_keys[] = {"contract", "extras", "model",   "pp_size", "quant",       "ranks",
+                                        "sources",  "tool",   "tp_size", "version", "wire_advice", NULL};
 static const char *const quant_keys[] = {"embedding", "group_size", "head", "linear", NULL};
 static const char *const file_keys[] = {"bytes", "name", "xxh3_128", NULL};
 
@@ -556,8 +556,8 @@ static int parse_root(struct manifest *manifest, const struct json_object *root,
     if (manifest->num_ranks != (size_t)(tp_size * pp_size))
         return error_set(err, ERR_CORRUPT, "%s: ranks must hold tp_size x pp_size = %" PRId64 " files, found %zu",
                          root->file_name, tp_size * pp_size, manifest->num_ranks);
-    if ((rc = check_names(manifest->ranks, manifest->num_ranks, manifest->extras, manifest->num_extras,
-                          root->file_name, err)))
+    if ((rc = check_names(manifest->ranks, manifest->num_ranks, manifest->extras, manifest->num_extras, root->file_name,
+                          err)))
         return rc;
 
     struct checksum128 contract;

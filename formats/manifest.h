@@ -12,14 +12,13 @@
 
 #define MANIFEST_FILE_NAME "model.json"
 
-struct manifest_file { // a file that belongs to the directory (rank files, tokenizer.bin, ...)
-    char *name;        // plain file name
+// A file of the directory (rank file, tokenizer.bin, ...) or, under sources, of the checkpoint it was made from.
+struct manifest_file {
+    char *name; // plain file name: no '/', no control characters
     uint64_t bytes;
-    struct checksum128
-        hash; // rank files: XXH3-128 of everything before the payload (which holds the payload's leaves);
-              // all others: XXH3-128 of the whole file
+    struct checksum128 hash; // XXH3-128: of a rank file, everything before the payload (which holds the payload's
+                             // leaves); of all others, the whole file
 };
-
 
 struct manifest_quant {
     enum weight_kind linear, embedding, head; // kinds of the three groups of weights
@@ -38,21 +37,23 @@ struct manifest {
     size_t num_ranks;
     struct manifest_file *extras; // tokenizer.bin, chat_template.jinja, generation_config.json, config.json ...
     size_t num_extras;
-    struct manifest_source *sources;
+    struct manifest_file *sources; // provenance: files of the checkpoint
     size_t num_sources;
 };
 
-// The canonical core: compact JSON, sorted keys, of version, model, tp/pp, quant, and sources (name, bytes, hash). Its
-// XXH3-128 is the contract that every rank file carries, computable before the first weight is written. Caller frees *out.
+// The canonical core: compact JSON, sorted keys, of version, model, tp/pp, quant, and sources (name, bytes, hash). It
+// reads nothing else. Its XXH3-128 is the contract that every rank file carries, computable before the first weight is written. Caller frees *out.
 int manifest_core(const struct manifest *manifest, char **out, struct error *err);
 int manifest_contract(const struct manifest *manifest, struct checksum128 *out, struct error *err);
 
-int manifest_to_json(const struct manifest *manifest, char **out,
-                     struct error *err); // pretty, deterministic; caller frees
-// Parses and checks everything, the contract too. ERR_CORRUPT when it does not hold.
+// The file's text, indented; the same manifest gives the same bytes. The contract is computed anew, manifest->contract
+// is not read. Refuses whatever manifest_parse would refuse. Caller frees *out.
+int manifest_to_json(const struct manifest *manifest, char **out, struct error *err);
+// Parses and checks everything, the contract too. ERR_CORRUPT when it does not hold. name is for messages.
 int manifest_parse(struct manifest **out, const char *text, size_t bytes, const char *name, struct error *err);
-int manifest_read(struct manifest **out, const char *dir,
-                  struct error *err); // dir/model.json; a clear word when it is missing
+// dir/model.json. ERR_CORRUPT when the directory is there and holds none.
+int manifest_read(struct manifest **out, const char *dir, struct error *err);
+// Frees the manifest and all it points to; accepts NULL.
 void manifest_free(struct manifest *manifest);
 
 // Name of a rank file: "rank-00-of-04.tpshard" (pp: "stage-00-rank-00-of-04.tpshard" is reserved). Buffer of at least 64 bytes.

@@ -3,6 +3,11 @@
 //
 // Determinism (law 9): the result for one token row depends on that row and the weights alone: never on how many rows
 // stand beside it, on how rows of the matrix are dealt to threads, or on the number of threads. Every reduction has a fixed order.
+// Two things are the same bits from every table as well: all that is not a matmul (kernels/vector_ops.h), and int8 and int4 matmul:
+//   int8  y = scale_w[row] * sum over groups of 128 columns g, ascending, of (float)dot(g) * q_scale[g]
+//   int4  y = 2^-8 * sum over the weight's groups g, ascending, of (float)dot(g) * (scale_w[row][g] * q_scale[g / its 128 columns])
+// where dot is the exact integer sum of products, and each *, + rounds to f32. bf16, fp8 and f32 matmul: 16 partial sums
+// (column mod 16), then halves added three times and the last two; avx2 and avx512 agree bit for bit (fused), scalar rounds products.
 #ifndef TPSHARD_KERNELS_KERNELS_H
 #define TPSHARD_KERNELS_KERNELS_H
 
@@ -26,13 +31,15 @@ struct matrix {
 };
 
 // Inputs of a matmul, prepared once and then read by every thread. Rows are padded with zeros to `stride` columns, which is a
-// multiple of 128 and at least cols_padded of every matrix it is used with.
+// multiple of 128 and at least cols_padded of every matrix it is used with. (prepare writes the zeros of the last 128 columns
+// that it touches; what lies behind them is never read.)
 //   f32        [tokens][stride]                 what bf16, fp8 and f32 weights are multiplied with
 //   q          [tokens][stride]                 int8, for int8 and int4 weights; for int4 permuted inside each block of 16 columns:
 //                                               byte 4t + j holds column 2t + {0, 8, 1, 9}[j] (the order of T16x64), and the
 //                                               four 16-blocks of each 64 columns are interleaved so that the 64 bytes match a tile row:
 //                                               byte (t * 4 + w) * 4 + j holds column 16w + 2t + {0, 8, 1, 9}[j]
-//   q_scale    [tokens][stride / ACT_GROUP]     x ~ q * q_scale; largest magnitude of the group / 127
+//   q_scale    [tokens][stride / ACT_GROUP]     x ~ q * q_scale; largest magnitude of the group / 127. NaN when the group holds
+//                                               NaN or Inf (its q are 0 then), so that no output hides it
 //   q_sum      [tokens][stride / 32]            sum of q over each 32 natural columns (corrects the +8 / +128 bias of unsigned weights)
 struct activations {
     int64_t max_tokens, stride; // capacity
@@ -68,9 +75,13 @@ struct kernels {
     void (*dequantize_row)(float *out, const struct matrix *w, int64_t row);
     // y[cols] = x / sqrt(mean(x^2) + eps) * weight. y may be x.
     void (*rms_norm)(float *y, const float *x, const float *weight, int64_t cols, float eps);
-    // Rotates pairs (i, i + head_dim / 2) of x [head_dim] by position * inv_freq[i]; sin and cos are multiplied by factor.
-    void (*rope)(float *x, const float *inv_freq, int64_t head_dim, int64_t position, float factor);
-    // out[head_dim] = softmax(q . k[p] * scale) . v[p] over positions first <= p < end, of one kv head.
+    // cos[i] = cos(position * inv_freq[i]) * factor for i < half, sin likewise; the angle is rounded to f32, as in the
+    // reference implementations. Once per token, for all heads and layers.
+    void (*rope_table)(float *cos, float *sin, const float *inv_freq, int64_t half, int64_t position, float factor);
+    // Rotates the pairs (i, i + head_dim / 2) of x [head_dim] by the angles of a rope_table with half = head_dim / 2.
+    void (*rope)(float *x, const float *cos, const float *sin, int64_t head_dim);
+    // out[head_dim] = softmax(q . k[p] * scale) . v[p] over positions first <= p < end, of one kv head. head_dim is even
+    // and at most 256. An empty range gives zeros.
     // q [head_dim]; scores: scratch of at least end - first floats.
     void (*attention)(float *out, const float *q, const struct kv_view *kv, int64_t kv_head, int64_t first, int64_t end,
                       float scale, float *scores);

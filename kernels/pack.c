@@ -113,7 +113,7 @@ struct fit {
     float qq; // sum of a * q * q
 };
 
-// `ranges` is 1 when the largest code is at most 7, so that both ranges are the same.
+// `ranges` is 1 when every code lies in -7..7 by itself, so that both ranges are the same.
 static inline void fit_codes(struct fit fit[RANGE_COUNT], const struct group *group, float inverse, const int ranges,
                              const bool weighted)
 {
@@ -125,8 +125,11 @@ static inline void fit_codes(struct fit fit[RANGE_COUNT], const struct group *gr
         for (int i = lane * QUAD; i < group->count; i += LANES) {
             quad ax = quad_load(group->ax + i);
             quad x = weighted ? quad_load(group->x + i) : ax;
-            quad code = quad_max(quad_min(x * inverses, eight), -eight) + round - round;
-            quad q = quad_min(code, seven);
+            quad code = x * inverses;
+            if (ranges > 1)
+                code = quad_max(quad_min(code, eight), -eight);
+            code = code + round - round;
+            quad q = ranges > 1 ? quad_min(code, seven) : code;
             quad aq = weighted ? quad_load(group->a + i) * q : q;
             xq0 += ax * q;
             qq0 += aq * q;
@@ -251,6 +254,8 @@ static int report_not_finite(enum weight_kind kind, const float *x, uint64_t col
 static float row_scale(uint32_t largest_bits, float top)
 {
     float scale = f32_from_bits(largest_bits) / top;
+    if (scale * top > FLT_MAX) // rounded up
+        scale = f32_from_bits(f32_bits(scale) - 1);
     return scale >= FLT_MIN ? scale : 0; // a subnormal scale would have no reciprocal
 }
 

@@ -155,12 +155,22 @@ SPM_DECODER = sequence("decoders", replace("▁", " "), {"type": "ByteFallback"}
 BYTE_DECODER = byte_level(True, True)
 
 
+def number_added(vocab, tokens):
+    """The ids that `tokenizers` gives: those of the vocabulary, else the next ones."""
+    numbered, next_id = [], len(vocab)
+    for token in tokens:
+        numbered.append(token | {"id": vocab.get(token["content"], next_id)})
+        next_id += token["content"] not in vocab
+    return numbered
+
+
 def tokenizer_json(vocab, merges, added_tokens=(), legacy_merges=False, normalizer=None, pre_tokenizer=None,
                    post_processor=None, decoder=None, **model):
     base = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
+    added_tokens = number_added(vocab, added_tokens)
     merges = [" ".join(m) for m in merges] if legacy_merges else [list(m) for m in merges]
-    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": list(added_tokens),
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added_tokens,
             "normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "post_processor": post_processor,
             "decoder": decoder, "model": base | model | {"vocab": vocab, "merges": merges}}
 
@@ -471,6 +481,8 @@ def component_cases():
     cases = []
     for setting in settings:
         document = tokenizer_json(vocab, merges, **setting)
+        if "added_tokens" in setting:
+            setting["added_tokens"] = document["added_tokens"]
         tok = Tokenizer.from_str(json.dumps(document))
         cases.append({"settings": setting, "ids": [tok.encode(t).ids for t in texts],
                       "decoded": [tok.decode(tok.encode(t).ids) for t in texts]})

@@ -1,4 +1,4 @@
-// The commands of tpshard: each file <name>.c holds one, its option table and its function.
+// The commands of tpshard: each file commands_<name>.c holds one, its option table and its function.
 #ifndef TPSHARD_SHARD_COMMANDS_H
 #define TPSHARD_SHARD_COMMANDS_H
 

@@ -357,7 +357,7 @@ static void test_deep_nesting(void **state)
     free(json);
 }
 
-// P7: a real large header (36,096 tensors, as mixtures of experts have) is accepted within a second.
+// P7: a real large header (36,096 tensors, as mixtures of experts have) is accepted within a second of CPU time.
 static void test_large_header(void **state)
 {
     (void)state;
@@ -378,10 +378,10 @@ static void test_large_header(void **state)
     struct safetensors_header *header;
     struct error err;
     struct timespec begin, end;
-    clock_gettime(CLOCK_MONOTONIC, &begin);
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &begin);
     if (parse(json, used, COUNT * 4096ull, &header, &err))
         fail_msg("%s", err.msg);
-    clock_gettime(CLOCK_MONOTONIC, &end);
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &end);
     double seconds = (double)(end.tv_sec - begin.tv_sec) + 1e-9 * (double)(end.tv_nsec - begin.tv_nsec);
     print_message("%d tensors, %zu bytes: %.1f ms\n", COUNT, used, 1e3 * seconds);
     assert_true(seconds <= 1.0);

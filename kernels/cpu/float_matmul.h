@@ -1,0 +1,154 @@
+// Matmul of bf16 and fp8 weights, written once for the vector types of kernels_<isa>.c, which define before they include this:
+//   struct lanes                                      16 floats
+//   lanes_zero(), lanes_load(const float *)           struct lanes
+//   lanes_weights(const uint8_t *codes, bool fp8)     16 weights; fp8 as 2^-8 times its value, NaN as anything
+//   lanes_fmadd(struct lanes *sum, a, b)              *sum = a * b + *sum, rounded once
+//   lanes_store(float *, const struct lanes *)
+//   FLOAT_TILE_ROWS, FLOAT_TILE_TOKENS, FLOAT_DECODE_ROWS   sums that fit the registers; divide FLOAT_ROWS; tokens <= 6
+// Every sum is 16 partial sums over ascending columns, whatever the tile: see kernels.h.
+#ifndef TPSHARD_KERNELS_CPU_FLOAT_MATMUL_H
+#define TPSHARD_KERNELS_CPU_FLOAT_MATMUL_H
+
+#include "kernels/vector_ops.h"
+
+enum {
+    FLOAT_ROWS = 32,  // rows and columns for which a tile of tokens
+    FLOAT_COLS = 512, //   stays in L1 with its sums
+    FLOAT_PREFETCH_BYTES = 1024,
+};
+
+// Which rows hold an fp8 NaN: the conversion does not see it.
+static bool float_has_nan(const uint8_t *codes, int64_t cols)
+{
+    uint8_t found = 0;
+    for (int64_t i = 0; i < cols; i++)
+        found |= (codes[i] & 0x7f) == 0x7f;
+    return found;
+}
+
+// sum[r * tokens + t] += products of columns [0, cols) of row r and token t.
+VECTOR_INLINE void float_tile(struct lanes *sum, const uint8_t *codes, int64_t row_bytes, const float *x,
+                              int64_t x_stride, int64_t cols, int rows, int tokens, bool fp8)
+{
+    enum { MAX_SUMS = 24, MAX_ROWS = 8 };
+    int elem_bytes = fp8 ? 1 : 2;
+    struct lanes s[MAX_SUMS];
+    for (int i = 0; i < rows * tokens; i++)
+        s[i] = sum[i];
+    for (int64_t col = 0; col < cols; col += LANES) {
+        struct lanes weight[MAX_ROWS];
+        for (int r = 0; r < rows; r++) {
+            const uint8_t *from = codes + r * row_bytes + col * elem_bytes;
+            weight[r] = lanes_weights(from, fp8);
+            if (tokens == 1)
+                __builtin_prefetch(from + FLOAT_PREFETCH_BYTES);
+        }
+        for (int t = 0; t < tokens; t++) {
+            struct lanes xt = lanes_load(x + t * x_stride + col);
+            for (int r = 0; r < rows; r++)
+                lanes_fmadd(&s[r * tokens + t], weight[r], xt);
+        }
+    }
+    for (int i = 0; i < rows * tokens; i++)
+        sum[i] = s[i];
+}
+
+VECTOR_INLINE void float_tile_any(struct lanes *sum, const uint8_t *codes, int64_t row_bytes, const float *x,
+                                  int64_t x_stride, int64_t cols, int64_t tokens, bool fp8)
+{
+#define FLOAT_CASE(n)                                                                                                  \
+    case n:                                                                                                            \
+        float_tile(sum, codes, row_bytes, x, x_stride, cols, FLOAT_TILE_ROWS, n, fp8);                                 \
+        break
+    switch (tokens) {
+        FLOAT_CASE(1);
+        FLOAT_CASE(2);
+        FLOAT_CASE(3);
+#if FLOAT_TILE_TOKENS == 6
+        FLOAT_CASE(4);
+        FLOAT_CASE(5);
+        FLOAT_CASE(6);
+#endif
+    }
+#undef FLOAT_CASE
+}
+
+VECTOR_INLINE void float_store(float *y, const struct lanes *sum, const struct matrix *w, int64_t row, bool nan)
+{
+    float lane[LANES];
+    lanes_store(lane, sum);
+    f32x16 lanes;
+    load16(&lanes, lane);
+    float total = sum_lanes(&lanes);
+    if (w->shape.kind == WEIGHT_FP8)
+        total = nan ? NAN : total * 0x1p8f * ((const float *)w->scale)[row];
+    y[row] = total;
+}
+
+// One token: bound by memory, so FLOAT_DECODE_ROWS rows are read side by side.
+VECTOR_INLINE void float_decode(float *y, const struct matrix *w, const float *x, int64_t row_begin, int64_t row_end,
+                                bool fp8)
+{
+    int64_t cols = (int64_t)w->shape.cols_padded, row_bytes = fp8 ? cols : 2 * cols;
+    for (int64_t row = row_begin; row < row_end; row += FLOAT_DECODE_ROWS) {
+        const uint8_t *codes = (const uint8_t *)w->data + row * row_bytes;
+        struct lanes sum[FLOAT_DECODE_ROWS];
+        for (int r = 0; r < FLOAT_DECODE_ROWS; r++)
+            sum[r] = lanes_zero();
+        float_tile(sum, codes, row_bytes, x, 0, cols, FLOAT_DECODE_ROWS, 1, fp8);
+        for (int r = 0; r < FLOAT_DECODE_ROWS && row + r < row_end; r++)
+            float_store(y, &sum[r], w, row + r, fp8 && float_has_nan(codes + r * row_bytes, cols));
+    }
+}
+
+// FLOAT_ROWS rows from `row` on, all tokens.
+VECTOR_INLINE void float_block(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
+                               int64_t tokens, int64_t row, int64_t row_end, bool fp8)
+{
+    int64_t cols = (int64_t)w->shape.cols_padded, elem_bytes = fp8 ? 1 : 2, row_bytes = cols * elem_bytes;
+    const uint8_t *codes = (const uint8_t *)w->data + row * row_bytes;
+    bool nan[FLOAT_ROWS] = {0};
+    for (int r = 0; fp8 && r < FLOAT_ROWS; r++)
+        nan[r] = float_has_nan(codes + r * row_bytes, cols);
+    for (int64_t token = 0, count; token < tokens; token += count) {
+        count = even_tile(tokens - token, FLOAT_TILE_TOKENS);
+        struct lanes sum[FLOAT_ROWS * FLOAT_TILE_TOKENS];
+        for (int64_t i = 0; i < FLOAT_ROWS * count; i++)
+            sum[i] = lanes_zero();
+        for (int64_t col = 0; col < cols; col += FLOAT_COLS) {
+            const float *x = act->f32 + token * act->stride + col;
+            int64_t part = cols - col < FLOAT_COLS ? cols - col : FLOAT_COLS;
+            for (int r = 0; r < FLOAT_ROWS; r += FLOAT_TILE_ROWS)
+                float_tile_any(sum + r * count, codes + r * row_bytes + col * elem_bytes, row_bytes, x, act->stride,
+                               part, count, fp8);
+        }
+        for (int r = 0; r < FLOAT_ROWS && row + r < row_end; r++)
+            for (int64_t t = 0; t < count; t++)
+                float_store(y + (token + t) * y_stride, &sum[r * count + t], w, row + r, nan[r]);
+    }
+}
+
+VECTOR_INLINE void float_matmul_kind(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
+                                     int64_t tokens, int64_t row_begin, int64_t row_end, bool fp8)
+{
+    if (tokens == 1) {
+        float_decode(y, w, act->f32, row_begin, row_end, fp8);
+        return;
+    }
+    for (int64_t row = row_begin; row < row_end; row += FLOAT_ROWS)
+        float_block(y, y_stride, w, act, tokens, row, row_end, fp8);
+}
+
+static void float_matmul_bf16(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
+                              int64_t tokens, int64_t row_begin, int64_t row_end)
+{
+    float_matmul_kind(y, y_stride, w, act, tokens, row_begin, row_end, false);
+}
+
+static void float_matmul_fp8(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
+                             int64_t tokens, int64_t row_begin, int64_t row_end)
+{
+    float_matmul_kind(y, y_stride, w, act, tokens, row_begin, row_end, true);
+}
+
+#endif

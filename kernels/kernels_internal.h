@@ -1,0 +1,13 @@
+// What the files of the kernel tables share: the tables themselves and what the machine can run.
+#ifndef TPSHARD_KERNELS_KERNELS_INTERNAL_H
+#define TPSHARD_KERNELS_KERNELS_INTERNAL_H
+
+#include "kernels/kernels.h"
+
+extern const struct kernels kernels_scalar, kernels_avx2, kernels_avx512;
+
+// CPU and operating system. Not in the tables' own files: those may not run an instruction before they are asked.
+bool kernels_supported_avx2(void);
+bool kernels_supported_avx512(void);
+
+#endif

@@ -1,0 +1,142 @@
+// tpshard inspect: what is in a shard directory. Reads the manifest and the heads of the rank files, no weights.
+#include "shard/commands.h"
+#include "shard/plan.h"
+#include "shard/progress.h"
+#include "shard/shard_dir.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static struct {
+    int64_t rank;
+} options = {.rank = 0};
+
+const struct option_spec inspect_options[] = {
+    {"rank", OPTION_INT, &options.rank, "N", 0, PLAN_MAX_TP - 1, "whose tensors to list"},
+    {0},
+};
+
+// ---- JSON --------------------------------------------------------------------------------------------------------
+
+static json_t *tensor_json(const struct shard_tensor *tensor)
+{
+    json_t *parts = json_array();
+    for (int p = 0; p < tensor->num_parts; p++) {
+        const struct shard_part *part = &tensor->parts[p];
+        json_array_append_new(parts, json_pack("{s:s, s:[I,I], s:[I,I], s:[I,I]}", "source", part->source,
+                                               "source_shape", (json_int_t)part->source_rows,
+                                               (json_int_t)part->source_cols, "rows", (json_int_t)part->row_begin,
+                                               (json_int_t)(part->row_begin + part->rows), "columns",
+                                               (json_int_t)part->col_begin,
+                                               (json_int_t)(part->col_begin + part->cols)));
+    }
+    return json_pack("{s:s, s:i, s:s, s:i, s:[I,I], s:[I,I], s:I, s:I, s:I, s:I, s:o}", "role",
+                     tensor_role_name(tensor->role), "layer", (int)tensor->layer, "kind",
+                     weight_kind_name(tensor->shape.kind), "group_size", (int)tensor->shape.group_size, "shape",
+                     (json_int_t)tensor->shape.rows, (json_int_t)tensor->shape.cols, "padded_shape",
+                     (json_int_t)tensor->shape.rows_padded, (json_int_t)tensor->shape.cols_padded, "data_offset",
+                     (json_int_t)tensor->data_offset, "data_bytes", (json_int_t)tensor->shape.data_bytes,
+                     "scale_offset", (json_int_t)tensor->scale_offset, "scale_bytes",
+                     (json_int_t)tensor->shape.scale_bytes, "parts", parts);
+}
+
+static json_t *rank_json(const struct shard_dir *dir, uint32_t rank)
+{
+    const struct shard_file *file = dir->files[rank];
+    const struct rank_share *share = &shard_file_identity(file)->share;
+    json_t *tensors = json_array();
+    for (uint64_t i = 0; rank == (uint32_t)options.rank && i < shard_file_tensor_count(file); i++)
+        json_array_append_new(tensors, tensor_json(shard_file_tensor(file, i)));
+    return json_pack("{s:i, s:s, s:I, s:I, s:I, s:[I,I], s:[I,I], s:[I,I], s:[I,I], s:I, s:o}", "rank", (int)rank,
+                     "file", dir->manifest->ranks[rank].name, "bytes", (json_int_t)dir->manifest->ranks[rank].bytes,
+                     "payload_offset", (json_int_t)shard_file_payload_offset(file), "payload_bytes",
+                     (json_int_t)shard_file_payload_bytes(file), "heads", (json_int_t)share->head_begin,
+                     (json_int_t)(share->head_begin + share->num_heads_local), "kv_heads",
+                     (json_int_t)share->kv_head_begin, (json_int_t)(share->kv_head_begin + share->num_kv_heads_local),
+                     "intermediate", (json_int_t)share->mlp_begin,
+                     (json_int_t)(share->mlp_begin + share->intermediate_local), "vocab",
+                     (json_int_t)share->vocab_begin, (json_int_t)(share->vocab_begin + share->vocab_local),
+                     "tensor_count", (json_int_t)shard_file_tensor_count(file), "tensors", tensors);
+}
+
+static int print_json(const struct shard_dir *dir, struct error *err)
+{
+    char *text;
+    int rc = manifest_to_json(dir->manifest, &text, err);
+    if (rc)
+        return rc;
+    json_t *manifest = json_loads(text, 0, NULL), *ranks = json_array();
+    free(text);
+    for (uint32_t rank = 0; rank < dir->manifest->num_ranks; rank++)
+        json_array_append_new(ranks, rank_json(dir, rank));
+    return commands_print_json(json_pack("{s:i, s:o, s:o}", "schema_version", 1, "manifest", manifest, "ranks", ranks),
+                               err);
+}
+
+// ---- for people --------------------------------------------------------------------------------------------------
+
+static void print_manifest(const char *path, const struct manifest *manifest)
+{
+    const struct model_desc *model = &manifest->model;
+    char contract[CHECKSUM128_HEX_DIGITS + 1], bytes[32];
+    checksum128_to_hex(manifest->contract, contract);
+    printf("%s: %s, written by %s\n", path, model->architecture, manifest->tool);
+    printf("  %lld layers, hidden %lld, intermediate %lld, heads %lld (kv %lld) of %lld, vocabulary %lld%s, context %lld\n",
+           (long long)model->num_layers, (long long)model->hidden_size, (long long)model->intermediate_size,
+           (long long)model->num_heads, (long long)model->num_kv_heads, (long long)model->head_dim,
+           (long long)model->vocab_size, model->tied_embeddings ? " (tied)" : "", (long long)model->context);
+    printf("  weights: layers %s", weight_kind_name(manifest->quant.linear));
+    if (manifest->quant.group_size)
+        printf(" (groups of %u)", manifest->quant.group_size);
+    printf(", embedding %s, head %s\n", weight_kind_name(manifest->quant.embedding),
+           weight_kind_name(manifest->quant.head));
+    printf("  tp %u, contract %s\n", manifest->tp_size, contract);
+    for (size_t i = 0; i < manifest->num_ranks; i++)
+        printf("  %-28s %s\n", manifest->ranks[i].name, progress_bytes_text(bytes, manifest->ranks[i].bytes));
+    for (size_t i = 0; i < manifest->num_extras; i++)
+        printf("  %-28s %s\n", manifest->extras[i].name, progress_bytes_text(bytes, manifest->extras[i].bytes));
+    for (size_t i = 0; i < manifest->num_sources; i++)
+        printf("  made from %-40s %s\n", manifest->sources[i].name,
+               progress_bytes_text(bytes, manifest->sources[i].bytes));
+}
+
+static void print_tensors(const struct shard_dir *dir, uint32_t rank)
+{
+    const struct shard_file *file = dir->files[rank];
+    printf("\ntensors of rank %u:\n  %-24s %-5s %17s %12s %14s  %s\n", rank, "tensor", "kind", "rows x cols", "bytes",
+           "offset", "from");
+    for (uint64_t i = 0; i < shard_file_tensor_count(file); i++) {
+        const struct shard_tensor *tensor = shard_file_tensor(file, i);
+        char label[96], shape[48];
+        plan_tensor_label(label, sizeof label, tensor);
+        snprintf(shape, sizeof shape, "%llu x %llu", (unsigned long long)tensor->shape.rows,
+                 (unsigned long long)tensor->shape.cols);
+        printf("  %-24s %-5s %17s %12llu %14llu  %s%s\n", label, weight_kind_name(tensor->shape.kind), shape,
+               (unsigned long long)(tensor->shape.data_bytes + tensor->shape.scale_bytes),
+               (unsigned long long)tensor->data_offset, tensor->num_parts ? tensor->parts[0].source : "computed",
+               tensor->num_parts > 1 ? ", ..." : "");
+    }
+}
+
+int inspect_run(int argc, char **argv, struct error *err)
+{
+    struct shard_dir dir = {0};
+    int rc;
+    (void)argc;
+    if ((rc = shard_dir_open(&dir, argv[0], err)))
+        return rc;
+    for (uint32_t rank = 0; !rc && rank < dir.manifest->num_ranks; rank++)
+        rc = shard_dir_open_rank(&dir, rank, err);
+    if (!rc && (uint64_t)options.rank >= dir.manifest->num_ranks)
+        rc = error_set(err, ERR_USAGE, "--rank %lld: %s has ranks 0 to %zu", (long long)options.rank, argv[0],
+                       dir.manifest->num_ranks - 1);
+    if (!rc && common.json) {
+        rc = print_json(&dir, err);
+    } else if (!rc) {
+        print_manifest(argv[0], dir.manifest);
+        print_tensors(&dir, (uint32_t)options.rank);
+    }
+    shard_dir_close(&dir);
+    return rc;
+}

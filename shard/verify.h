@@ -1,0 +1,36 @@
+// Checking a shard directory: every stored byte against its checksum, or every weight against the checkpoint.
+#ifndef TPSHARD_SHARD_VERIFY_H
+#define TPSHARD_SHARD_VERIFY_H
+
+#include "formats/error.h"
+#include "kernels/thread_pool.h"
+#include "shard/plan.h"
+#include "shard/progress.h"
+#include "shard/row_source.h"
+#include "shard/shard_dir.h"
+
+#include <stddef.h>
+#include <stdint.h>
+
+// What was found, in the order of the files; only the first VERIFY_SHOWN sentences are kept.
+enum { VERIFY_SHOWN = 100 };
+struct verify_findings {
+    uint64_t count;
+    struct error shown[VERIFY_SHOWN];
+};
+void verify_note(struct verify_findings *findings, const struct error *error);
+
+// Opens every rank file (shard_dir_open_rank), checks every leaf and every extra. What does not hold goes to findings; the
+// return value is for what kept the check from being done (ERR_MEMORY, a signal).
+int verify_checksums(struct shard_dir *dir, const char *path, struct thread_pool *pool, struct progress *progress,
+                     struct verify_findings *findings, struct error *err);
+// Bytes that verify_checksums will read, as the manifest says.
+uint64_t verify_bytes(const struct manifest *manifest);
+
+// Derives every weight again from source and compares it bit for bit with the rank files, which must be open and laid
+// out as the plan says. Findings name tensor, row and rank, one for each rank and source tensor.
+int verify_against(const struct shard_dir *dir, const struct plan *plan, const struct row_source *source,
+                   struct thread_pool *pool, struct progress *progress, struct verify_findings *findings,
+                   struct error *err);
+
+#endif

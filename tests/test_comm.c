@@ -1,0 +1,643 @@
+// Collectives over shared memory, between threads and between forked processes: bits equal to a serial reference on every rank and for
+// every batch, pool and mode; errors that name rank, operation and layer; deadlines; the abort word.
+#include "engine/comm.h"
+
+#include <math.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+enum mode { THREADS, PROCESSES };
+static const char *const mode_names[] = {"threads", "processes"};
+
+// ---- ranks ---------------------------------------------------------------------------------------------------------
+
+struct rank_run {
+    struct comm_region *region;
+    int rank, timeout_ms;
+    int (*body)(struct comm *comm, void *arg, struct error *err);
+    void *arg;
+    struct rank_result *result;
+};
+
+struct rank_result {
+    int code;
+    struct error error;
+    double seconds;
+};
+
+static double now_s(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+}
+
+static void *map_shared(size_t bytes)
+{
+    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    assert_true(memory != MAP_FAILED);
+    return memory;
+}
+
+static void *run_rank(void *arg)
+{
+    struct rank_run *run = arg;
+    struct comm *comm = NULL;
+    struct error err = {0};
+    double start_s = now_s();
+    int code = comm_open(&comm, run->region, run->rank, run->timeout_ms, &err);
+    if (!code) {
+        code = run->body(comm, run->arg, &err);
+        comm_close(comm);
+    }
+    run->result->code = code;
+    run->result->error = err;
+    run->result->seconds = now_s() - start_s;
+    return NULL;
+}
+
+// Runs body on every rank of the region; results [tp_size] are shared memory.
+static void run_ranks_in(enum mode mode, struct comm_region *region, int tp_size, int timeout_ms,
+                         int (*body)(struct comm *, void *, struct error *), void *arg, struct rank_result *results)
+{
+    struct rank_run runs[COMM_MAX_RANKS];
+    pthread_t threads[COMM_MAX_RANKS];
+    pid_t pids[COMM_MAX_RANKS];
+    for (int rank = 0; rank < tp_size; rank++) {
+        runs[rank] = (struct rank_run){region, rank, timeout_ms, body, arg, &results[rank]};
+        results[rank].code = -99;
+        if (mode == THREADS) {
+            assert_int_equal(pthread_create(&threads[rank], NULL, run_rank, &runs[rank]), 0);
+            continue;
+        }
+        pids[rank] = fork();
+        if (pids[rank] == 0) {
+            prctl(PR_SET_PDEATHSIG, SIGKILL);
+            run_rank(&runs[rank]);
+            _exit(0);
+        }
+        assert_true(pids[rank] > 0);
+    }
+    for (int rank = 0; rank < tp_size; rank++) {
+        if (mode == THREADS)
+            pthread_join(threads[rank], NULL);
+        else
+            waitpid(pids[rank], NULL, 0);
+    }
+}
+
+// With a fresh region; results belong to the caller until the next call.
+static struct rank_result *run_ranks(enum mode mode, int tp_size, uint64_t max_elems, int timeout_ms,
+                                     int (*body)(struct comm *, void *, struct error *), void *arg)
+{
+    static struct rank_result *results;
+    if (!results)
+        results = map_shared(COMM_MAX_RANKS * sizeof *results);
+    uint64_t bytes = comm_region_bytes(tp_size, max_elems);
+    void *memory = map_shared(bytes);
+    run_ranks_in(mode, comm_region_init(memory, tp_size, max_elems), tp_size, timeout_ms, body, arg, results);
+    munmap(memory, bytes);
+    return results;
+}
+
+static void expect_success(const struct rank_result *results, int tp_size, const char *what)
+{
+    for (int rank = 0; rank < tp_size; rank++)
+        if (results[rank].code)
+            fail_msg("%s: rank %d: code %d: %s", what, rank, results[rank].code, results[rank].error.msg);
+}
+
+// Every rank left with the code, and with a sentence that holds all parts.
+static void expect_error(const struct rank_result *results, int tp_size, int code, const char *const *parts)
+{
+    for (int rank = 0; rank < tp_size; rank++) {
+        if (results[rank].code != code)
+            fail_msg("rank %d: code %d, wanted %d: %s", rank, results[rank].code, code, results[rank].error.msg);
+        for (const char *const *part = parts; *part; part++)
+            if (!strstr(results[rank].error.msg, *part))
+                fail_msg("rank %d: \"%s\" does not hold \"%s\"", rank, results[rank].error.msg, *part);
+    }
+}
+
+// ---- all_reduce ----------------------------------------------------------------------------------------------------
+
+struct reduce_case {
+    int tp_size;
+    int64_t rows, cols, stride;
+    uint64_t max_elems;
+    enum wire wire;
+    int pool_threads; // 0: none
+    int calls;
+    bool special; // NaN, Inf, zeros, denormals here and there
+};
+
+struct reduce_run {
+    struct reduce_case shape;
+    float *results; // shared: [tp_size][rows][stride], of the last call
+};
+
+static uint64_t mix(uint64_t x)
+{
+    x ^= x >> 33, x *= 0xff51afd7ed558ccdu, x ^= x >> 33, x *= 0xc4ceb9fe1a85ec53u;
+    return x ^ x >> 33;
+}
+
+static float input_value(const struct reduce_case *shape, int call, int rank, int64_t row, int64_t col)
+{
+    if (col >= shape->cols)
+        return 12345.0f; // between the rows: must stay
+    uint64_t bits = mix((uint64_t)(((row * 131072 + col) * 64 + rank) * 100 + call));
+    float value = (float)((double)(int64_t)bits * 0x1p-63);
+    value *= col % 61 == 7 ? 50.0f : 1.0f;
+    static const uint32_t special[] = {0x7f800000, 0xff800000, 0x7fc00000, 0, 0x80000000, 1, 0x007fffff, 0x7f7fffff};
+    if (shape->special && row % 3 == 1 && bits % 97 == 0)
+        return f32_from_bits(special[bits / 97 % 8]);
+    return shape->special && row % 3 == 2 ? (row % 2 ? 0.0f : value * 0x1p-130f) : value;
+}
+
+static void fill_input(const struct reduce_case *shape, int call, int rank, float *data)
+{
+    for (int64_t row = 0; row < shape->rows; row++)
+        for (int64_t col = 0; col < shape->stride; col++)
+            data[row * shape->stride + col] = input_value(shape, call, rank, row, col);
+}
+
+static int reduce_body(struct comm *comm, void *arg, struct error *err)
+{
+    struct reduce_run *run = arg;
+    const struct reduce_case *shape = &run->shape;
+    size_t elems = (size_t)(shape->rows * shape->stride);
+    float *mine = run->results + (size_t)comm_rank(comm) * elems;
+    struct thread_pool *pool = NULL;
+    int rc = shape->pool_threads ? thread_pool_create(&pool, shape->pool_threads, err) : 0;
+    for (int call = 0; call < shape->calls && !rc; call++) {
+        fill_input(shape, call, comm_rank(comm), mine);
+        comm_at(comm, OP_MLP, call);
+        rc = comm_all_reduce(comm, mine, shape->rows, shape->cols, shape->stride, shape->wire, pool, err);
+    }
+    thread_pool_free(pool);
+    return rc;
+}
+
+// The sum as comm.h defines it, for one row, computed by one thread from the definition.
+static void reference_row(const struct reduce_case *shape, int call, int64_t row, float *out)
+{
+    uint8_t bytes[WIRE_MAX_GROUP_BYTES];
+    for (int64_t col = 0; col < shape->cols; col += WIRE_GROUP) {
+        int count = shape->cols - col < WIRE_GROUP ? (int)(shape->cols - col) : WIRE_GROUP;
+        float sum[WIRE_GROUP] = {0}, part[WIRE_GROUP];
+        for (int rank = 0; rank < shape->tp_size; rank++) {
+            for (int i = 0; i < count; i++)
+                part[i] = input_value(shape, call, rank, row, col + i);
+            if (rank == col / WIRE_GROUP % shape->tp_size) {
+                for (int i = 0; i < count; i++)
+                    sum[i] += part[i];
+            } else {
+                wire_encode_group(bytes, part, count, shape->wire);
+                wire_add_group(sum, bytes, count, shape->wire);
+            }
+        }
+        wire_encode_group(bytes, sum, count, shape->wire);
+        wire_decode_group(out + col, bytes, count, shape->wire);
+    }
+}
+
+static void check_reduce(enum mode mode, struct reduce_case shape)
+{
+    size_t elems = (size_t)(shape.rows * shape.stride), bytes = ((size_t)shape.tp_size * elems + 1) * sizeof(float);
+    struct reduce_run run = {.shape = shape, .results = map_shared(bytes)};
+    char name[160];
+    snprintf(name, sizeof name, "%s tp %d, %lld x %lld of %lld, max %llu, %s, pool %d", mode_names[mode], shape.tp_size,
+             (long long)shape.rows, (long long)shape.cols, (long long)shape.stride, (unsigned long long)shape.max_elems,
+             wire_name(shape.wire), shape.pool_threads);
+    expect_success(run_ranks(mode, shape.tp_size, shape.max_elems, 20000, reduce_body, &run), shape.tp_size, name);
+    float *want = malloc((size_t)shape.stride * sizeof *want);
+    assert_non_null(want);
+    for (int64_t row = 0; row < shape.rows; row++) {
+        reference_row(&shape, shape.calls - 1, row, want);
+        for (int64_t col = shape.cols; col < shape.stride; col++)
+            want[col] = 12345.0f;
+        for (int rank = 0; rank < shape.tp_size; rank++) {
+            const float *got = run.results + (size_t)rank * elems + (size_t)(row * shape.stride);
+            for (int64_t col = 0; col < shape.stride; col++)
+                if (f32_bits(got[col]) != f32_bits(want[col]))
+                    fail_msg("%s: rank %d row %lld col %lld: %08x, wanted %08x", name, rank, (long long)row,
+                             (long long)col, f32_bits(got[col]), f32_bits(want[col]));
+        }
+    }
+    free(want);
+    munmap(run.results, bytes);
+}
+
+// The reference knows a row alone, so these also show that a row's bits do not depend on its batch.
+static void test_all_reduce_bits(void **state)
+{
+    (void)state;
+    static const struct reduce_case shapes[] = {
+        // tp rows cols stride max_elems wire pool calls special
+        {2, 1, 4096, 4096, 4096, 0, 0, 40, false}, // 80 phases: across the wrap of the tokens
+        {2, 3, 128, 128, 4096, 0, 0, 3, false},    // one group a row: rank 0 owns all
+        {2, 1, 1, 1, 1, 0, 0, 20, false},
+        {2, 5, 200, 256, 512, 0, 0, 3, true},    // short last group, a gap between rows, pieces of 4 groups
+        {2, 4, 1000, 1000, 300, 0, 0, 3, true},  // pieces smaller than a row
+        {2, 0, 128, 128, 128, 0, 0, 2, false},   // nothing to do
+        {3, 7, 900, 900, 100000, 0, 0, 2, true}, // ranks no power of two
+        {4, 2, 8192, 8192, 16384, 0, 0, 9, true},
+        {8, 3, 2000, 2048, 4096, 0, 0, 2, true},
+        {2, 40, 4096, 4096, 1 << 20, 0, 2, 2, true}, // pool
+        {2, 40, 4096, 4096, 1 << 20, 0, 3, 2, true},
+        {3, 33, 1100, 1100, 1 << 20, 0, 2, 2, true},
+        {2, 200, 4096, 4096, 1 << 24, 0, 2, 1, false}, // more than fits one piece
+    };
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
+        for (int wire = 0; wire < WIRE_COUNT; wire++) {
+            struct reduce_case shape = shapes[i];
+            shape.wire = (enum wire)wire;
+            check_reduce(THREADS, shape);
+            check_reduce(PROCESSES, shape);
+        }
+}
+
+static int one_rank_body(struct comm *comm, void *arg, struct error *err)
+{
+    (void)arg;
+    float data[3] = {1.0f + 0x1p-20f, -3, 1e-30f}, before[3];
+    memcpy(before, data, sizeof data);
+    int rc = comm_all_reduce(comm, data, 1, 3, 3, WIRE_S8X, NULL, err);
+    if (!rc && memcmp(before, data, sizeof data))
+        return error_set(err, ERR_OTHER, "one rank: the data changed");
+    int mine = 7, all = 0;
+    if (!rc)
+        rc = comm_all_gather(comm, &all, &mine, sizeof mine, err);
+    if (!rc)
+        rc = comm_broadcast(comm, &mine, sizeof mine, 0, err);
+    if (!rc)
+        rc = comm_barrier(comm, err);
+    if (!rc)
+        rc = comm_handshake(comm, "x", 1, "letter", err);
+    return rc ? rc : all == 7 && mine == 7 ? 0 : error_set(err, ERR_OTHER, "one rank: wrong values");
+}
+
+static void test_one_rank(void **state)
+{
+    (void)state;
+    expect_success(run_ranks(THREADS, 1, 100, 1000, one_rank_body, NULL), 1, "one rank");
+}
+
+// ---- the other operations ------------------------------------------------------------------------------------------
+
+static uint8_t pattern(int rank, size_t i) { return (uint8_t)mix(i * 64 + (size_t)rank); }
+
+static int gather_body(struct comm *comm, void *arg, struct error *err)
+{
+    (void)arg;
+    static const size_t sizes[] = {1, 0, 4, 1000, 65535, COMM_GATHER_MAX_BYTES, 3};
+    static const size_t broadcasts[] = {0, 1, 8, 65536, 65537, 1000000};
+    int tp_size = comm_size(comm), rank = comm_rank(comm), rc = 0;
+    uint8_t *mine = malloc(1000000), *all = malloc((size_t)tp_size * COMM_GATHER_MAX_BYTES);
+    for (int round = 0; round < 3 && !rc; round++) {
+        for (size_t s = 0; s < sizeof sizes / sizeof *sizes && !rc; s++) {
+            for (size_t i = 0; i < sizes[s]; i++)
+                mine[i] = pattern(rank, i + (size_t)round);
+            rc = comm_all_gather(comm, all, mine, sizes[s], err);
+            for (size_t i = 0; i < (size_t)tp_size * sizes[s] && !rc; i++)
+                if (all[i] != pattern((int)(i / sizes[s]), i % sizes[s] + (size_t)round))
+                    rc = error_set(err, ERR_OTHER, "all_gather of %zu: byte %zu is wrong", sizes[s], i);
+        }
+        for (size_t s = 0; s < sizeof broadcasts / sizeof *broadcasts && !rc; s++) {
+            int root = (int)s % tp_size;
+            for (size_t i = 0; i < broadcasts[s]; i++)
+                mine[i] = rank == root ? pattern(root, i) : 0;
+            rc = comm_broadcast(comm, mine, broadcasts[s], root, err);
+            for (size_t i = 0; i < broadcasts[s] && !rc; i++)
+                if (mine[i] != pattern(root, i))
+                    rc = error_set(err, ERR_OTHER, "broadcast of %zu: byte %zu is wrong", broadcasts[s], i);
+        }
+        if (!rc)
+            rc = comm_barrier(comm, err);
+    }
+    free(mine);
+    free(all);
+    return rc;
+}
+
+static void test_gather_broadcast(void **state)
+{
+    (void)state;
+    for (int tp_size = 1; tp_size <= 5; tp_size++)
+        for (int mode = 0; mode < 2; mode++)
+            expect_success(run_ranks((enum mode)mode, tp_size, 100, 20000, gather_body, NULL), tp_size, "gather");
+}
+
+// The barrier's promise: nobody leaves before the last has come.
+struct barrier_run {
+    _Atomic int arrived[300];
+};
+
+static int barrier_body(struct comm *comm, void *arg, struct error *err)
+{
+    struct barrier_run *run = arg;
+    for (int i = 0; i < 300; i++) {
+        if (mix((uint64_t)(i * 8 + comm_rank(comm))) % 16 == 0)
+            usleep(200); // someone is late: the others sleep
+        atomic_fetch_add(&run->arrived[i], 1);
+        int rc = comm_barrier(comm, err);
+        if (rc)
+            return rc;
+        if (atomic_load(&run->arrived[i]) != comm_size(comm))
+            return error_set(err, ERR_OTHER, "left barrier %d before all had come", i);
+    }
+    return 0;
+}
+
+static void test_barrier(void **state)
+{
+    (void)state;
+    for (int mode = 0; mode < 2; mode++) {
+        struct barrier_run *run = map_shared(sizeof *run);
+        expect_success(run_ranks((enum mode)mode, 4, 100, 20000, barrier_body, run), 4, "barrier");
+        munmap(run, sizeof *run);
+    }
+}
+
+static int handshake_body(struct comm *comm, void *arg, struct error *err)
+{
+    const uint8_t *odd = arg; // [0] rank that differs, [1] from which byte
+    uint8_t contract[64];
+    for (int i = 0; i < 64; i++)
+        contract[i] = (uint8_t)(comm_rank(comm) == odd[0] && i >= odd[1] ? 0xee : i);
+    comm_at(comm, OP_HANDSHAKE, -1);
+    return comm_handshake(comm, contract, odd[1] < 8 ? 8 : 64, "the model contract", err);
+}
+
+static void test_handshake(void **state)
+{
+    (void)state;
+    uint8_t same[2] = {99, 0}, short_one[2] = {1, 2}, long_one[2] = {2, 40}, first[2] = {0, 60};
+    for (int mode = 0; mode < 2; mode++) {
+        expect_success(run_ranks((enum mode)mode, 3, 100, 20000, handshake_body, same), 3, "handshake");
+        expect_error(
+            run_ranks((enum mode)mode, 3, 100, 20000, handshake_body, short_one), 3, ERR_CORRUPT,
+            (const char *[]){"the model contract", "rank 0 has 0001020304050607", "rank 1 has 0001eeee", NULL});
+        expect_error(run_ranks((enum mode)mode, 3, 100, 20000, handshake_body, long_one), 3, ERR_CORRUPT,
+                     (const char *[]){"rank 0 has 28292a2b", "rank 2 has eeee", "byte 40 of 64", NULL});
+        expect_error(run_ranks((enum mode)mode, 2, 100, 20000, handshake_body, first), 2, ERR_CORRUPT,
+                     (const char *[]){"rank 0 has eeeeeeee", "rank 1 has 3c3d3e3f", NULL});
+    }
+}
+
+// ---- errors --------------------------------------------------------------------------------------------------------
+
+struct fault {
+    const char *name;
+    int rank, at_call; // who misbehaves, and in which call
+    enum { LATE, SKIP, OTHER_SIZE, OTHER_WIRE, OTHER_OPERATION, GO_AWAY, TOO_MUCH, WAIT } kind;
+    int code;
+    const char *parts[4];
+};
+
+static int fault_body(struct comm *comm, void *arg, struct error *err)
+{
+    const struct fault *fault = arg;
+    float data[512] = {0};
+    for (int call = 0; call < 6; call++) {
+        bool odd = comm_rank(comm) == fault->rank && call == fault->at_call;
+        comm_at(comm, OP_ATTENTION, call);
+        if (odd && fault->kind == GO_AWAY)
+            return 0;
+        if (odd && fault->kind == SKIP)
+            continue;
+        if (odd && fault->kind == LATE)
+            usleep(700000);
+        if (odd && fault->kind == WAIT)
+            usleep(100000);
+        comm_at(comm, OP_MLP, call);
+        int rc = odd && fault->kind == OTHER_OPERATION ? comm_barrier(comm, err)
+                 : odd && fault->kind == TOO_MUCH
+                     ? comm_all_gather(comm, data, data, COMM_GATHER_MAX_BYTES + 1, err)
+                     : comm_all_reduce(comm, data, 1, odd && fault->kind == OTHER_SIZE ? 500 : 512, 512,
+                                       odd && fault->kind == OTHER_WIRE ? WIRE_FP8 : WIRE_BF16, NULL, err);
+        if (rc)
+            return rc;
+    }
+    return 0;
+}
+
+static void test_faults_are_named(void **state)
+{
+    (void)state;
+    static const struct fault faults[] = {
+        {"slow within the deadline", 1, 3, WAIT, 0, {NULL}},
+        {"too late",
+         1,
+         3,
+         LATE,
+         ERR_RANK,
+         {"rank 1 did not reach all_reduce of layer 3 (mlp) within 0.3 s",
+          "rank 1 was last seen in attention of layer 3", NULL}},
+        {"rank 0 too late", 0, 0, LATE, ERR_RANK, {"rank 0 did not reach", "last seen in attention of layer 0", NULL}},
+        {"skips a call",
+         1,
+         2,
+         SKIP,
+         ERR_RANK,
+         {"rank 1 is at all_reduce of layer 3 (mlp)", "rank 0 is at all_reduce of layer 2", NULL}},
+        {"other size", 0, 2, OTHER_SIZE, ERR_RANK, {"512 values in bf16", "500 values in bf16", "rank 0 is at", NULL}},
+        {"other wire", 1, 2, OTHER_WIRE, ERR_RANK, {"512 values in bf16", "512 values in fp8", "rank 1 is at", NULL}},
+        {"other operation",
+         1,
+         4,
+         OTHER_OPERATION,
+         ERR_RANK,
+         {"rank 1 is at barrier of layer 4 (mlp)", "rank 0 is at all_reduce of layer 4", NULL}},
+        {"too much", 1, 4, TOO_MUCH, ERR_OTHER, {"rank 1", "65537 bytes", NULL}},
+    };
+    for (size_t i = 0; i < sizeof faults / sizeof *faults; i++)
+        for (int mode = 0; mode < 2; mode++) {
+            struct rank_result *results = run_ranks((enum mode)mode, 2, 1000, 300, fault_body, (void *)&faults[i]);
+            if (!faults[i].code)
+                expect_success(results, 2, faults[i].name);
+            else
+                expect_error(results, 2, faults[i].code, faults[i].parts);
+            print_message("%s, %s: %.3f s: %s\n", mode_names[mode], faults[i].name, results[0].seconds,
+                          results[0].error.msg);
+        }
+}
+
+// A rank that has gone: the deadline of the others ends the wait, about in time, and all of them say the same.
+static void test_deadline(void **state)
+{
+    (void)state;
+    static const struct fault gone = {"gone", 2, 2, GO_AWAY, ERR_RANK, {NULL}};
+    for (int mode = 0; mode < 2; mode++) {
+        struct rank_result *results = run_ranks((enum mode)mode, 4, 1000, 200, fault_body, (void *)&gone);
+        for (int rank = 0; rank < 4; rank++) {
+            if (rank == 2)
+                continue;
+            assert_int_equal(results[rank].code, ERR_RANK);
+            assert_non_null(strstr(results[rank].error.msg, "rank 2 did not reach all_reduce of layer 2 (mlp)"));
+            assert_string_equal(results[rank].error.msg, results[0].error.msg);
+            if (!(results[rank].seconds > 0.19 && results[rank].seconds < 2))
+                fail_msg("%s: the wait of 0.2 s ended after %.3f s", mode_names[mode], results[rank].seconds);
+        }
+    }
+}
+
+struct start_run {
+    bool moves;
+};
+
+static int starting_body(struct comm *comm, void *arg, struct error *err)
+{
+    const struct start_run *run = arg;
+    comm_at(comm, OP_LOAD, -1);
+    for (int i = 0; i < 8 && comm_rank(comm) == 1; i++) {
+        usleep(100000);
+        if (run->moves)
+            comm_at(comm, OP_LOAD, i);
+    }
+    return comm_handshake(comm, "contract", 8, "contract", err);
+}
+
+// While a rank loads, only silence counts: 0.8 s of loading pass a start deadline of 0.3 s when it moves, and not when it does not.
+static void test_start_deadline(void **state)
+{
+    (void)state;
+    struct rank_result *results = map_shared(2 * sizeof *results);
+    for (int moves = 0; moves < 2; moves++) {
+        void *memory = map_shared(comm_region_bytes(2, 100));
+        struct comm_region *region = comm_region_init(memory, 2, 100);
+        comm_region_set_start_timeout(region, 300);
+        struct start_run run = {.moves = moves};
+        run_ranks_in(PROCESSES, region, 2, 150, starting_body, &run, results);
+        if (moves)
+            expect_success(results, 2, "a start that moves");
+        else
+            expect_error(
+                results, 2, ERR_RANK,
+                (const char *[]){"rank 1 did not reach handshake (load) within 0.3 s", "last seen in load", NULL});
+        munmap(memory, comm_region_bytes(2, 100));
+    }
+    munmap(results, 2 * sizeof *results);
+}
+
+static void *abort_later(void *arg)
+{
+    struct error why;
+    usleep(100000);
+    error_set(&why, ERR_IO, "the parent has had enough");
+    comm_region_abort(arg, 0, &why);
+    error_set(&why, ERR_OTHER, "too late to count");
+    comm_region_abort(arg, 1, &why);
+    return NULL;
+}
+
+static int wait_body(struct comm *comm, void *arg, struct error *err)
+{
+    const int *rank_0_waits = arg;
+    return comm_rank(comm) > 0 || *rank_0_waits ? comm_barrier(comm, err) : 0;
+}
+
+static void test_abort_wakes_waiters(void **state)
+{
+    (void)state;
+    struct rank_result *results = map_shared(3 * sizeof *results);
+    for (int mode = 0; mode < 2; mode++) {
+        void *memory = map_shared(comm_region_bytes(3, 100));
+        struct comm_region *region = comm_region_init(memory, 3, 100);
+        assert_false(comm_region_aborted(region));
+        pthread_t thread;
+        pthread_create(&thread, NULL, abort_later, region);
+        int waits = 0;
+        run_ranks_in((enum mode)mode, region, 3, 20000, wait_body, &waits, results);
+        pthread_join(thread, NULL);
+        expect_error(results + 1, 2, ERR_IO, (const char *[]){"the parent has had enough", NULL});
+        if (!(results[1].seconds < 1 && results[2].seconds < 1))
+            fail_msg("abort after 0.1 s was seen after %.3f s and %.3f s", results[1].seconds, results[2].seconds);
+        struct error kept;
+        int rank = -1;
+        assert_true(comm_region_error(region, &rank, &kept));
+        assert_int_equal(rank, 0);
+        assert_int_equal(kept.code, ERR_IO);
+        // Whoever comes later does not even start.
+        waits = 1;
+        run_ranks_in((enum mode)mode, region, 3, 20000, wait_body, &waits, results);
+        expect_error(results, 3, ERR_IO, (const char *[]){"the parent has had enough", NULL});
+        munmap(memory, comm_region_bytes(3, 100));
+    }
+    munmap(results, 3 * sizeof *results);
+}
+
+static int position_body(struct comm *comm, void *arg, struct error *err)
+{
+    (void)arg;
+    comm_at(comm, OP_HEAD, -1);
+    comm_at(comm, OP_ATTENTION, 79);
+    return comm_barrier(comm, err);
+}
+
+static void test_positions(void **state)
+{
+    (void)state;
+    void *memory = map_shared(comm_region_bytes(2, 100));
+    struct rank_result *results = map_shared(2 * sizeof *results);
+    struct comm_region *region = comm_region_init(memory, 2, 100);
+    struct comm_position at = comm_region_position(region, 0);
+    assert_int_equal(at.op, OP_START);
+    assert_int_equal(at.layer, -1);
+    assert_int_equal(at.progress, 0);
+    assert_int_equal(at.waits_for, -1);
+    run_ranks_in(THREADS, region, 2, 5000, position_body, NULL, results);
+    for (int rank = 0; rank < 2; rank++) {
+        at = comm_region_position(region, rank);
+        assert_int_equal(at.op, OP_ATTENTION);
+        assert_int_equal(at.layer, 79);
+        assert_int_equal(at.progress, 3); // two moves and a phase
+        assert_int_equal(at.waits_for, -1);
+    }
+    char place[COMM_PLACE_BYTES];
+    comm_place(place, at.op, at.layer);
+    assert_string_equal(place, "attention of layer 79");
+    comm_place(place, OP_LOAD, -1);
+    assert_string_equal(place, "load");
+    struct comm *comm = NULL;
+    struct error err;
+    assert_int_equal(comm_open(&comm, region, 2, 100, &err), ERR_USAGE);
+    assert_int_equal(comm_open(&comm, region, -1, 100, &err), ERR_USAGE);
+    assert_int_equal(comm_open(&comm, region, 0, 0, &err), ERR_USAGE);
+    assert_null(comm);
+    munmap(memory, comm_region_bytes(2, 100));
+    munmap(results, 2 * sizeof *results);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_all_reduce_bits),
+        cmocka_unit_test(test_one_rank),
+        cmocka_unit_test(test_gather_broadcast),
+        cmocka_unit_test(test_barrier),
+        cmocka_unit_test(test_handshake),
+        cmocka_unit_test(test_faults_are_named),
+        cmocka_unit_test(test_deadline),
+        cmocka_unit_test(test_start_deadline),
+        cmocka_unit_test(test_abort_wakes_waiters),
+        cmocka_unit_test(test_positions),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
