@@ -73,6 +73,9 @@ objects = $(patsubst %.c,$(BUILD)/obj/%.o,$(1))
 LIB_OBJ := $(call objects,$(FORMATS_SRC) $(KERNELS_SRC))
 ALL_OBJ := $(LIB_OBJ) $(call objects,$(SHARD_SRC) $(ENGINE_SRC))
 
+# What tests and benchmarks link: all but the mains, each taking from it what it uses.
+ALL_LIB := $(BUILD)/obj/all.a
+
 # A program is built as soon as its main exists.
 PROGRAMS := $(if $(wildcard shard/main.c),$(BUILD)/tpshard) $(if $(wildcard engine/main.c),$(BUILD)/tpengine)
 TEST_PROGRAMS := $(TEST_SRC:%.c=$(BUILD)/%)
@@ -98,8 +101,8 @@ tests: programs $(TEST_PROGRAMS) $(FUZZ_PROGRAMS)
 
 # ---- Compiling and linking -----------------------------------------------------------------------------------------
 
-# Both files change only when their text does, so that nothing is rebuilt without need: a new commit touches what
-# includes version.h, another compiler or flag everything.
+# These files change only when their text does, so that nothing is rebuilt without need: a new commit touches what
+# includes version.h, another compiler or flag everything, a removed source the archive.
 write_if_changed = @mkdir -p $(@D); printf '%b' '$(1)' > $@.new; \
 	if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 COMMIT = $(shell git describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)
@@ -108,24 +111,30 @@ $(BUILD)/version.h: FORCE
 	$(call write_if_changed,#define TPSHARD_VERSION "$(VERSION)"\n#define TPSHARD_COMMIT "$(COMMIT)"\n)
 $(BUILD)/flags: FORCE
 	$(call write_if_changed,$(CC) $(HOUSE_CFLAGS) $(CFLAGS) $(HOUSE_LDFLAGS) $(LDFLAGS) $(LDLIBS)\n)
+$(BUILD)/sources: FORCE
+	$(call write_if_changed,$(ALL_OBJ)\n)
 FORCE:
 
-isa_flags = $(foreach isa,$(ISA_NAMES),$(if $(filter %_$(isa).c,$(1)),$(ISA_$(isa))))
+# By the file's name: its instruction set; and the entry of a fuzz target is declared by the fuzzer.
+file_flags = $(foreach isa,$(ISA_NAMES),$(if $(filter %_$(isa).c,$(1)),$(ISA_$(isa)))) \
+             $(if $(filter tests/fuzz/%,$(1)),-Wno-missing-prototypes)
 $(BUILD)/obj/%.o: %.c $(BUILD)/flags | $(BUILD)/version.h
-	$(call say,CC,$<) mkdir -p $(@D) && $(CC) $(HOUSE_CFLAGS) $(call isa_flags,$<) $(CFLAGS) -MMD -MP -c -o $@ $<
+	$(call say,CC,$<) mkdir -p $(@D) && $(CC) $(HOUSE_CFLAGS) $(call file_flags,$<) $(CFLAGS) -MMD -MP -c -o $@ $<
 
-link = $(call say,LINK,$@) mkdir -p $(@D) && $(CC) $(HOUSE_LDFLAGS) $(1) $(LDFLAGS) -o $@ $(filter %.o,$^) $(2) $(LDLIBS)
+link = $(call say,LINK,$@) mkdir -p $(@D) && $(CC) $(HOUSE_LDFLAGS) $(1) $(LDFLAGS) -o $@ $(filter %.o %.a,$^) $(2) $(LDLIBS)
 
 $(BUILD)/tpshard: $(BUILD)/obj/shard/main.o $(call objects,$(SHARD_SRC)) $(LIB_OBJ)
 	$(call link)
 # The CUDA backend is loaded at run time and finds error.c and its like in the program: -rdynamic.
 $(BUILD)/tpengine: $(BUILD)/obj/engine/main.o $(call objects,$(ENGINE_SRC)) $(LIB_OBJ)
 	$(call link,-rdynamic)
-$(TEST_PROGRAMS): $(BUILD)/%: $(BUILD)/obj/%.o $(call objects,$(TEST_HELPER_SRC)) $(ALL_OBJ)
+$(ALL_LIB): $(ALL_OBJ) $(BUILD)/sources
+	$(call say,AR,$@) rm -f $@ && $(AR) rcs $@ $(filter %.o,$^)
+$(TEST_PROGRAMS): $(BUILD)/%: $(BUILD)/obj/%.o $(call objects,$(TEST_HELPER_SRC)) $(ALL_LIB)
 	$(call link,-rdynamic,$(CMOCKA))
-$(FUZZ_PROGRAMS): $(BUILD)/tests/%: $(BUILD)/obj/tests/fuzz/%.o $(BUILD)/obj/tests/fuzz/replay_main.o $(ALL_OBJ)
+$(FUZZ_PROGRAMS): $(BUILD)/tests/%: $(BUILD)/obj/tests/fuzz/%.o $(BUILD)/obj/tests/fuzz/replay_main.o $(ALL_LIB)
 	$(call link)
-$(BENCH_PROGRAMS): $(BUILD)/%: $(BUILD)/obj/%.o $(call objects,$(BENCH_HELPER_SRC)) $(ALL_OBJ)
+$(BENCH_PROGRAMS): $(BUILD)/%: $(BUILD)/obj/%.o $(call objects,$(BENCH_HELPER_SRC)) $(ALL_LIB)
 	$(call link,-rdynamic)
 
 -include $(shell find $(BUILD)/obj -name '*.d' 2>/dev/null)
@@ -168,7 +177,7 @@ TIDY_FLAGS = --quiet $(if $(filter tests/% bench/%,$<),--checks=-bugprone-implic
 tidy: $(LINT_SRC:%.c=$(BUILD)/tidy/%.ok)
 $(BUILD)/tidy/%.ok: %.c $(BUILD)/obj/%.o .clang-tidy
 	$(call say,TIDY,$<) mkdir -p $(@D) && \
-	    if $(CLANG_TIDY) $(TIDY_FLAGS) $< -- $(HOUSE_CFLAGS) $(call isa_flags,$<) > $@.log 2>&1; \
+	    if $(CLANG_TIDY) $(TIDY_FLAGS) $< -- $(HOUSE_CFLAGS) $(call file_flags,$<) > $@.log 2>&1; \
 	    then mv $@.log $@; else cat $@.log; exit 1; fi
 
 # It is quick to claim log(0), and readdir has been safe for long.
@@ -214,7 +223,7 @@ fuzz: ## explore one fuzz target: make fuzz NAME=json SECONDS=60 (needs clang)
 	@mkdir -p build/libfuzzer/corpus/$(NAME) tests/fuzz/corpus/$(NAME)
 	build/libfuzzer/explore_$(NAME) -max_total_time=$(SECONDS) -timeout=10 -rss_limit_mb=2048 \
 	    -artifact_prefix=build/libfuzzer/$(NAME)- build/libfuzzer/corpus/$(NAME) tests/fuzz/corpus/$(NAME)
-$(BUILD)/explore_%: $(BUILD)/obj/tests/fuzz/fuzz_%.o $(ALL_OBJ)
+$(BUILD)/explore_%: $(BUILD)/obj/tests/fuzz/fuzz_%.o $(ALL_LIB)
 	$(call link,-fsanitize=fuzzer)
 
 format: ## apply clang-format to every source

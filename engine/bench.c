@@ -1,6 +1,7 @@
 // tpengine bench: one result line for prefill and decode of random tokens, as a user would run them.
 #include "engine/commands.h"
 
+#include <assert.h>
 #include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -44,6 +45,7 @@ static int measure(struct session *session, struct result *out, double opened_s,
     struct shared_area *shared = session_shared(session);
     const struct manifest *manifest = session_manifest(session);
     int64_t vocab = manifest->model.vocab_size;
+    assert(vocab > 0); // the manifest was checked
     uint32_t state = 1, hash = 2166136261u;
     uint32_t *prompt = malloc((size_t)options.prompt_tokens * sizeof *prompt);
     if (!prompt)
@@ -74,7 +76,7 @@ static int measure(struct session *session, struct result *out, double opened_s,
         out->file_bytes += (int64_t)manifest->ranks[r].bytes;
     }
     if (strcmp(session_options.ranks, "thread") == 0) // one process holds all ranks
-        out->rss_bytes /= manifest->tp_size;
+        out->rss_bytes = atomic_load(&shared->rank_rss_bytes[0]);
     out->last_token = hash;
     return 0;
 }

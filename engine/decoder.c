@@ -156,7 +156,7 @@ static void multiply(struct decoder *d, float *y, int64_t y_stride, const struct
                      int64_t x_stride, int64_t tokens)
 {
     int64_t blocks = (int64_t)div_up(w->shape.rows, WEIGHT_ROW_UNIT);
-    int64_t wanted_tasks = 4 * thread_pool_size(d->pool); // enough to even out a disturbed thread
+    int64_t wanted_tasks = 4 * (int64_t)thread_pool_size(d->pool); // enough to even out a disturbed thread
     int64_t blocks_per_task = largest(1, blocks / wanted_tasks);
     struct product p = {d, w, x, x_stride, y, y_stride, tokens, blocks_per_task * WEIGHT_ROW_UNIT};
     thread_pool_run(d->pool, prepare_token, &p, tokens);

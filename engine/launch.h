@@ -20,10 +20,10 @@
 #include <stdint.h>
 
 struct launch_options {
-    int tp_size;             // 1 to COMM_MAX_RANKS
-    bool threads;            // ranks as threads instead of processes
-    int start_timeout_ms;    // longest time without progress (comm_at, collectives) until the first rank_next_command (0: 120000)
-    int wait_timeout_ms;     // longest wait inside a collective; a busy rank may be silent for a quarter more (0: 10000)
+    int tp_size;          // 1 to COMM_MAX_RANKS
+    bool threads;         // ranks as threads instead of processes
+    int start_timeout_ms; // longest time without progress (comm_at, collectives) until the first rank_next_command (0: 120000)
+    int wait_timeout_ms; // longest wait inside a collective; a busy rank may be silent for a quarter more (0: 10000)
     uint64_t comm_max_elems; // largest all-reduce message in floats
     size_t shared_bytes;     // the caller's own shared area, zeroed
 };

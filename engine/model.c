@@ -3,6 +3,7 @@
 
 #include "formats/checked.h"
 
+#include <assert.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -13,7 +14,7 @@
 static void hex(char out[33], const uint8_t bytes[16])
 {
     for (int i = 0; i < 16; i++)
-        snprintf(out + 2 * i, 3, "%02x", bytes[i]);
+        snprintf(out + 2 * (size_t)i, 3, "%02x", bytes[i]);
 }
 
 static void contract_bytes(uint8_t out[16], struct checksum128 hash)
@@ -121,6 +122,7 @@ static int bind_matrix(const struct binder *b, struct matrix *out, enum tensor_r
     int rc = find(b, role, layer, rows, cols, true, &tensor);
     if (rc)
         return rc;
+    assert(tensor); // wanted, so it is there
     if (tensor->shape.kind == WEIGHT_F32)
         return error_set(b->err, ERR_CORRUPT, "%s: matrix %s of layer %d is stored as f32", b->path,
                          tensor_role_name(role), layer);

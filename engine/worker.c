@@ -283,7 +283,7 @@ static int decode_step(struct worker *w, struct running *sequences, int64_t coun
 
 static int run_generate(struct worker *w, struct error *err)
 {
-    struct running sequences[MAX_SEQUENCES];
+    struct running sequences[MAX_SEQUENCES] = {0};
     struct shared_area *shared = w->shared;
     bool leader = w->env->rank == 0, any = true;
     int rc;

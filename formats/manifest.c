@@ -531,6 +531,8 @@ static int parse_root(struct manifest *manifest, const struct json_object *root,
 {
     int rc;
     int64_t version = 0, tp_size = 0, pp_size = 0;
+    if (root->ints_are_reals)
+        return error_set(err, ERR_CORRUPT, "%s: it holds an integer beyond 64 bits", root->file_name);
     if ((rc = json_file_get_int(&version, root, "version", 0, INT_MAX_DIM, JSON_REQUIRED, err)))
         return rc;
     if (version != VERSION)

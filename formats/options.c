@@ -1,6 +1,7 @@
 // The option table: parser, help, man page, completion. See options.h.
 #include "formats/options.h"
 
+#include <assert.h>
 #include <ctype.h>
 #include <errno.h>
 #include <math.h>
@@ -423,6 +424,7 @@ static int fail(const struct program_spec *program, const struct error *err)
 int options_main(const struct program_spec *program, int argc, char **argv)
 {
     struct error err = {0};
+    assert(program->commands && program->common);
     if (argc < 2 || strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "help") == 0) {
         print_help(program);
         return argc < 2 ? error_exit_code(ERR_USAGE) : 0;

@@ -291,10 +291,9 @@ static int check_kind(const struct shard_file *file, const struct disk_header *h
     return 0;
 }
 
-static int check_head_hash(struct shard_file *file, const struct disk_header *header, const uint8_t *bytes,
+static int check_head_hash(const struct shard_file *file, const struct disk_header *header, const uint8_t *bytes,
                            struct error *err)
 {
-    file->root = checksum_whole(bytes, header->payload_offset);
     struct checksum_stream *stream = checksum_stream_new();
     if (!stream)
         return error_set(err, ERR_MEMORY, "%s: out of memory", file->name);
@@ -515,6 +514,7 @@ int shard_file_parse(struct shard_file **out, const uint8_t *bytes, uint64_t ava
     memcpy(file->index, bytes, index_bytes);
     if ((rc = read_tensors(file, err)))
         goto fail;
+    file->root = checksum_whole(bytes, file->layout.payload_offset);
     *out = file;
     return 0;
 fail:
@@ -618,7 +618,8 @@ static int report_leaf(const struct shard_file *file, uint64_t begin, uint64_t e
         const struct weight_shape *shape = &tensor->shape;
         uint64_t tensor_end =
             shape->scale_bytes ? tensor->scale_offset + shape->scale_bytes : tensor->data_offset + shape->data_bytes;
-        if (tensor->data_offset < end && tensor_end > begin && broken++ == 0)
+        bool empty = tensor_end == tensor->data_offset;
+        if (!empty && tensor->data_offset < end && tensor_end > begin && broken++ == 0)
             tensor_label(label, sizeof label, tensor);
     }
     char more[48] = "";

@@ -163,7 +163,7 @@ static int metaspace(struct tokenizer_stream *s, uint32_t step, const char *toke
     state->started = true;
     state->result.bytes = 0;
     for (;;) {
-        const char *found = memmem(token, bytes, mark, op->text_bytes);
+        const char *found = tokenizer_text_find(token, bytes, mark, op->text_bytes);
         size_t before = found ? (size_t)(found - token) : bytes;
         if (!tokenizer_text_append(&state->result, token, before) ||
             (found && !drop && !tokenizer_text_append(&state->result, " ", 1)))

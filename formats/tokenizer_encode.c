@@ -41,7 +41,7 @@ static int next_match(struct matcher *m, size_t *start, size_t *end, struct erro
     if (m->regex)
         return tokenizer_regex_next(m->regex, m->memory, &m->walk, start, end, err);
     const char *from = m->walk.text + m->walk.position;
-    const char *found = memmem(from, m->walk.bytes - m->walk.position, m->text, m->text_bytes);
+    const char *found = tokenizer_text_find(from, m->walk.bytes - m->walk.position, m->text, m->text_bytes);
     if (!found)
         return 0;
     *start = (size_t)(found - m->walk.text);
@@ -90,22 +90,14 @@ int tokenizer_encode_replace(const struct tokenizer *tok, const struct tokenizer
 // same result (the compiler has checked this for IMAGE_CUT_AT_META), each with the short cut for whole tokens.
 static int encode_words(struct encoder *e, const char *piece, size_t bytes)
 {
-    size_t start = 0, at = 0;
+    size_t start = 0;
     int rc = 0;
     while (!rc && start < bytes) {
-        size_t end = bytes;
-        for (at = start; at < bytes;) {
-            const char *mark = memmem(piece + at, bytes - at, META, 3);
-            if (!mark)
-                break;
-            at = (size_t)(mark - piece);
-            bool begins_word = at > start && !(at - start >= 3 && !memcmp(mark - 3, META, 3));
-            if (begins_word) {
-                end = at;
-                break;
-            }
+        size_t at = start; // behind the marks at the front, which may be several
+        while (bytes - at >= 3 && !memcmp(piece + at, META, 3))
             at += 3;
-        }
+        const char *mark = tokenizer_text_find(piece + at, bytes - at, META, 3);
+        size_t end = mark ? (size_t)(mark - piece) : bytes;
         rc = tokenizer_bpe_encode(e->tok, &e->bpe, piece + start, end - start, e->plain, e->out, e->err);
         start = end;
     }

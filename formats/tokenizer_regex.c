@@ -3,7 +3,8 @@
 // The translation accepts what it knows and refuses everything else by name, because a construct that both engines
 // accept but read differently would give silently different ids. Known differences, and what is done about them:
 //   \s            PCRE2 also takes U+180E            written out as the 25 White_Space code points
-//   \w \b         PCRE2 10.42 leaves out marks       written out as Alphabetic, M, Nd, Pc
+//   \w \b         PCRE2 10.42 leaves out marks       written out as Alphabetic, M, Nd, Pc and (an oddity of
+//                                                    Oniguruma) the superscripts and fractions of Latin-1
 //   \p{Han}       PCRE2 means script extensions      \p{sc:Han}
 //   \h \v \uHHHH  different or no meaning            hex digit, U+000B, \x{HHHH}
 //   ^ $           match at every line in Ruby        PCRE2_MULTILINE
@@ -32,7 +33,7 @@ enum { MATCH_LIMIT = 10 * 1000 * 1000, HEAP_LIMIT_KIB = 20 * 1000, MAX_GROUP_DEP
 #define NOT_SPACE_CLASS                                                                                                \
     "\\x{00}-\\x{08}\\x{0e}-\\x{1f}\\x{21}-\\x{84}\\x{86}-\\x{9f}\\x{a1}-\\x{167f}\\x{1681}-\\x{1fff}"                 \
     "\\x{200b}-\\x{2027}\\x{202a}-\\x{202e}\\x{2030}-\\x{205e}\\x{2060}-\\x{2fff}\\x{3001}-\\x{10ffff}"
-#define WORD_CLASS "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}"
+#define WORD_CLASS "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}\\x{b2}\\x{b3}\\x{b9}\\x{bc}-\\x{be}"
 #define HEX_CLASS "0-9A-Fa-f"
 
 struct tokenizer_regex {

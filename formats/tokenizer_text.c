@@ -149,6 +149,20 @@ size_t tokenizer_text_next(const char *text, size_t bytes, uint32_t *code_point)
     return length;
 }
 
+const char *tokenizer_text_find(const char *text, size_t bytes, const char *wanted, size_t wanted_bytes)
+{
+    if (wanted_bytes > 4)
+        return memmem(text, bytes, wanted, wanted_bytes);
+    const char *end = text + bytes;
+    while ((size_t)(end - text) >= wanted_bytes) {
+        text = memchr(text, wanted[0], (size_t)(end - text) - wanted_bytes + 1);
+        if (!text || !memcmp(text, wanted, wanted_bytes))
+            return text;
+        text++;
+    }
+    return NULL;
+}
+
 size_t tokenizer_text_last(const char *text, size_t bytes)
 {
     size_t length = 1;

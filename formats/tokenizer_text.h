@@ -31,6 +31,9 @@ bool tokenizer_text_append_lossy(struct tokenizer_text *out, const char *text, s
 // Code point at the start of valid UTF-8, bytes > 0. Returns its length.
 size_t tokenizer_text_next(const char *text, size_t bytes, uint32_t *code_point);
 
+// The first place of wanted (wanted_bytes > 0) in text, or NULL. Made for short texts such as a space or a word mark.
+const char *tokenizer_text_find(const char *text, size_t bytes, const char *wanted, size_t wanted_bytes);
+
 // Length of the last character of valid UTF-8, bytes > 0.
 size_t tokenizer_text_last(const char *text, size_t bytes);
 

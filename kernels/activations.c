@@ -25,8 +25,8 @@ int activations_alloc(struct activations *act, int64_t max_tokens, int64_t max_c
     uint64_t stride, elems;
     if (max_tokens < 0 || max_cols < 0 || !checked_round_up((uint64_t)max_cols, ACT_GROUP, &stride) ||
         !checked_mul((uint64_t)max_tokens, stride, &elems) || elems > INT64_MAX)
-        return error_set(err, ERR_MEMORY, "activations of %" PRId64 " tokens with %" PRId64 " columns are too large", max_tokens,
-                         max_cols);
+        return error_set(err, ERR_MEMORY, "activations of %" PRId64 " tokens with %" PRId64 " columns are too large",
+                         max_tokens, max_cols);
     act->max_tokens = max_tokens;
     act->stride = (int64_t)stride;
     act->f32 = alloc_zeroed((int64_t)elems, sizeof *act->f32);
@@ -36,8 +36,8 @@ int activations_alloc(struct activations *act, int64_t max_tokens, int64_t max_c
     if (act->f32 && act->q && act->q_scale && act->q_sum)
         return 0;
     activations_free(act);
-    return error_set(err, ERR_MEMORY, "out of memory for activations of %" PRId64 " tokens with %" PRId64 " columns", max_tokens,
-                     max_cols);
+    return error_set(err, ERR_MEMORY, "out of memory for activations of %" PRId64 " tokens with %" PRId64 " columns",
+                     max_tokens, max_cols);
 }
 
 void activations_free(struct activations *act)

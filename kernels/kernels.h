@@ -6,8 +6,9 @@
 // Two things are the same bits from every table as well: all that is not a matmul (kernels/vector_ops.h), and int8 and int4 matmul:
 //   int8  y = scale_w[row] * sum over groups of 128 columns g, ascending, of (float)dot(g) * q_scale[g]
 //   int4  y = 2^-8 * sum over the weight's groups g, ascending, of (float)dot(g) * (scale_w[row][g] * q_scale[g / its 128 columns])
-// where dot is the exact integer sum of products, and each *, + rounds to f32. bf16, fp8 and f32 matmul: 16 partial sums
-// (column mod 16), then halves added three times and the last two; avx2 and avx512 agree bit for bit (fused), scalar rounds products.
+// where dot is the exact integer sum of products, and each *, + rounds to f32. bf16, fp8 and f32 matmul: 16 partial sums over
+// ascending columns (partial sum: column mod 16; fp8: column mod 32 / 2), added by halves at the end; avx2 and avx512 agree bit for
+// bit (fused multiply-add), scalar rounds products.
 #ifndef TPSHARD_KERNELS_KERNELS_H
 #define TPSHARD_KERNELS_KERNELS_H
 
@@ -33,7 +34,8 @@ struct matrix {
 // Inputs of a matmul, prepared once and then read by every thread. Rows are padded with zeros to `stride` columns, which is a
 // multiple of 128 and at least cols_padded of every matrix it is used with. (prepare writes the zeros of the last 128 columns
 // that it touches; what lies behind them is never read.)
-//   f32        [tokens][stride]                 what bf16, fp8 and f32 weights are multiplied with
+//   f32        [tokens][stride]                 what bf16, fp8 and f32 weights are multiplied with; for fp8 the even columns of each
+//                                               32 stand before the odd ones
 //   q          [tokens][stride]                 int8, for int8 and int4 weights; for int4 permuted inside each block of 16 columns:
 //                                               byte 4t + j holds column 2t + {0, 8, 1, 9}[j] (the order of T16x64), and the
 //                                               four 16-blocks of each 64 columns are interleaved so that the 64 bytes match a tile row:
@@ -65,6 +67,7 @@ struct kernels {
     bool (*supported)(void); // CPU and operating system
 
     // Fills rows [token_begin, token_end) of act from x [.., x_stride] for a matmul with w: the parts that w's kind needs.
+    // Good for every matrix of the same kind and number of columns.
     void (*prepare)(struct activations *act, const struct matrix *w, const float *x, int64_t x_stride,
                     int64_t token_begin, int64_t token_end);
     // y[t, row] = sum over columns of x[t, :] * w[row, :] for t < tokens and row_begin <= row < row_end; row_begin is a

@@ -16,7 +16,15 @@ enum { LANES = 16 };
 
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
 #define VECTOR_INLINE static inline __attribute__((always_inline))
+
+// Before a loop over arrays of vectors: unrolled early, they live in registers.
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
 
 VECTOR_INLINE void load16(f32x16 *out, const float *x) { memcpy(out, x, sizeof *out); }
 VECTOR_INLINE void store16(float *out, const f32x16 *x) { memcpy(out, x, sizeof *x); }
@@ -96,7 +104,7 @@ VECTOR_INLINE void exp16(f32x16 *y, const f32x16 *x)
 
     // Two steps of 2^(n/2), because 2^n itself may be out of range where the result is not.
     i32x16 half = exponent >> 1;
-    f32x16 first = (f32x16)((half + 127) << 23), second = (f32x16)((exponent - half + 127) << 23);
+    f32x16 first = (f32x16)((u32x16)(half + 127) << 23), second = (f32x16)((u32x16)(exponent - half + 127) << 23);
     *y = p * first * second;
 }
 
@@ -164,6 +172,13 @@ static void prepare_int8_row(struct activations *act, bool permute, const float 
     }
 }
 
+static void prepare_fp8_row(float *restrict out, const float *restrict x, int64_t cols)
+{
+    for (int64_t begin = 0; begin < cols; begin += 32)
+        for (int64_t i = 0; i < 32; i++)
+            out[begin + i % 2 * 16 + i / 2] = begin + i < cols ? x[begin + i] : 0.0f;
+}
+
 static void vector_ops_prepare(struct activations *act, const struct matrix *w, const float *x, int64_t x_stride,
                                int64_t token_begin, int64_t token_end)
 {
@@ -173,11 +188,14 @@ static void vector_ops_prepare(struct activations *act, const struct matrix *w, 
         const float *row = x + token * x_stride;
         if (kind == WEIGHT_INT8 || kind == WEIGHT_INT4) {
             prepare_int8_row(act, kind == WEIGHT_INT4, row, cols, token);
-        } else {
-            float *copy = act->f32 + token * act->stride;
-            memcpy(copy, row, (size_t)cols * sizeof *copy);
-            memset(copy + cols, 0, (size_t)(cols_padded - cols) * sizeof *copy);
+            continue;
         }
+        float *copy = act->f32 + token * act->stride;
+        memset(copy + cols, 0, (size_t)(cols_padded - cols) * sizeof *copy);
+        if (kind == WEIGHT_FP8)
+            prepare_fp8_row(copy, row, cols);
+        else
+            memcpy(copy, row, (size_t)cols * sizeof *copy);
     }
 }
 
@@ -349,7 +367,8 @@ static void vector_ops_attention(float *out, const float *q, const struct kv_vie
     for (int64_t i = 0; i < vectors; i++)
         load_part(&query[i], q + i * LANES, head_dim - i * LANES, 0.0f);
     for (int64_t p = first; p < end; p++) {
-        int64_t slot = (kv->pages[p / KV_PAGE_TOKENS] * kv->num_kv_heads + kv_head) * KV_PAGE_TOKENS + p % KV_PAGE_TOKENS;
+        int64_t slot =
+            (kv->pages[p / KV_PAGE_TOKENS] * kv->num_kv_heads + kv_head) * KV_PAGE_TOKENS + p % KV_PAGE_TOKENS;
         scores[p - first] = dot_bf16(query, kv->k + slot * head_dim, head_dim) * scale;
     }
     float sum = exp_scores(scores, end - first);
@@ -359,7 +378,8 @@ static void vector_ops_attention(float *out, const float *q, const struct kv_vie
     for (int64_t p = first; p < end;) {
         int64_t page_end = (p / KV_PAGE_TOKENS + 1) * KV_PAGE_TOKENS;
         int64_t stop = page_end < end ? page_end : end;
-        int64_t slot = (kv->pages[p / KV_PAGE_TOKENS] * kv->num_kv_heads + kv_head) * KV_PAGE_TOKENS + p % KV_PAGE_TOKENS;
+        int64_t slot =
+            (kv->pages[p / KV_PAGE_TOKENS] * kv->num_kv_heads + kv_head) * KV_PAGE_TOKENS + p % KV_PAGE_TOKENS;
         const uint16_t *v = kv->v + slot * head_dim;
         const float *weight = scores + (p - first);
         int64_t count = stop - p, i = 0;
@@ -405,9 +425,9 @@ static void vector_ops_add(float *y, const float *x, int64_t count)
 }
 
 // The entries of a table that this file provides.
-#define VECTOR_OPS_ENTRIES                                                                                                       \
-    .prepare = vector_ops_prepare, .dequantize_row = vector_ops_dequantize_row, .rms_norm = vector_ops_rms_norm,                 \
-    .rope_table = vector_ops_rope_table, .rope = vector_ops_rope, .attention = vector_ops_attention,                             \
+#define VECTOR_OPS_ENTRIES                                                                                             \
+    .prepare = vector_ops_prepare, .dequantize_row = vector_ops_dequantize_row, .rms_norm = vector_ops_rms_norm,       \
+    .rope_table = vector_ops_rope_table, .rope = vector_ops_rope, .attention = vector_ops_attention,                   \
     .silu_mul = vector_ops_silu_mul, .add = vector_ops_add
 
 #endif

@@ -8,6 +8,11 @@ text: either the `bible` program (Debian packages bible-kjv and bible-kjv-text) 
     python scripts/train_model.py --minutes 45     # as many steps as fit; prints the step count
     python scripts/train_model.py --steps N        # the same run again, whatever the machine's speed
 
+If time runs out before the N steps are done, a run may be stopped at a checkpoint and finished early:
+
+    python scripts/train_model.py --steps N --stop-after S                 # up to step S of the schedule for N
+    python scripts/train_model.py --steps N --resume S --finish-steps K    # rate from there to zero in K steps
+
 Stages: corpus -> held-out chapters -> byte-level BPE tokenizer -> Llama model -> Hugging Face directory.
 A complete directory, model card included, is written at every checkpoint; the last one is the result.
 """
@@ -21,7 +26,7 @@ import time
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -45,8 +50,13 @@ SEQUENCE_LENGTHS = [(0.6, 256), (0.85, 512), (1.0, 1024)]  # (up to this share, 
 MUON_LR = 0.02      # two-dimensional weights inside the layers
 ADAM_LR = 0.003     # embedding and norms
 WEIGHT_DECAY = 0.1  # not on norms
+# An early finish starts from the stored weights with new optimizer state: its rate first rises for a few steps.
+FINISH_LENGTH = 1024
+FINISH_WARMUP_STEPS = 3
+FINISH_SHUFFLE = 7  # index of the first epoch's shuffle: one that the stopped run has not used
 EVAL_CONTEXT = 512
 CHECKPOINT_SECONDS = 270
+UNDECIDED = 10**9   # number of steps before --minutes has fixed it
 
 BOOKS = """Genesis|Exodus|Leviticus|Numbers|Deuteronomy|Joshua|Judges|Ruth|1 Samuel|2 Samuel|1 Kings|2 Kings
 1 Chronicles|2 Chronicles|Ezra|Nehemiah|Esther|Job|Psalm|Proverbs|Ecclesiastes|Song of Solomon|Isaiah|Jeremiah
@@ -248,6 +258,8 @@ def write_directory(out, tokenizer, heldout_text):
     write_file(os.path.join(out, "heldout.txt"), heldout_text)
 
 
+UNFINISHED = "\n**An early checkpoint: training goes on.**\n"
+
 CARD = """---
 license: apache-2.0
 language: en
@@ -280,24 +292,25 @@ Held out, not trained on by tokenizer or model: {heldout_chapters} of 1189 whole
 
 ## Training
 
-    python scripts/train_model.py --steps {steps}
+{commands}
 
 | | |
 |---|---|
 | corpus | {corpus_tokens:,} tokens |
 | steps | {step:,} of {batch_tokens:,} tokens |
 | tokens seen | {tokens:,} ({epochs:.1f} epochs) |
-| sequence length | 256 for 60 % of the steps, 512 for 25 %, 1024 for 15 % |
+| sequence length | {lengths} |
 | optimizer | Muon (layer matrices, lr 0.02), AdamW (embedding and norms, lr 0.003), weight decay 0.1 |
-| schedule | {warmup} steps warm-up, constant to 60 %, then linear to zero |
-| arithmetic | float32, {threads} CPU threads, {minutes:.0f} minutes, torch {torch_version}, transformers {transformers_version} |
+| learning rate | {rates} |
+| arithmetic | float32, {threads} CPU threads, torch {torch_version}, transformers {transformers_version} |
 | last training loss | {train_loss:.3f} nats per token (mean of the last 50 steps) |
 | **held-out loss** | **{heldout_loss:.4f}** nats per token |
 | **held-out perplexity** | **{perplexity:.3f}** ({bits_per_byte:.3f} bits per byte) |
 
 Held-out figures are computed during training with the float32 weights, windows of 511 tokens after
 `<|begin_of_text|>`; `scripts/model_reference.py` measures the stored bfloat16 weights the same way.
-The seed is fixed; a repeated run differs only by floating-point summation order.
+The seed is fixed; a repeated run follows the same schedule and data order, and differs by floating-point
+summation order, thus slightly in its figures.
 
 ## Limits
 
@@ -324,13 +337,41 @@ def learning_rate_factor(step, steps):
     return 1.0 if step < decay_first else (steps - step) / (steps - decay_first)
 
 
+def finish_rate_factor(done, finish_steps, first_factor):
+    return first_factor * min(1, (done + 1) / FINISH_WARMUP_STEPS) * (1 - done / finish_steps)
+
+
+def describe_schedule(steps, resume, finish_steps):
+    """The card's fields commands, lengths and rates."""
+    shown = "N" if steps == UNDECIDED else steps
+    command, decay_first = f"    python scripts/train_model.py --steps {shown}", round(steps * DECAY_START)
+    if not resume:
+        return {"commands": command,
+                "lengths": ", ".join(f"{length} to {end:.0%} of the steps" for end, length in SEQUENCE_LENGTHS),
+                "rates": f"{WARMUP_STEPS} steps warm-up, constant to {DECAY_START:.0%}, then linear to zero"}
+    ends = [(min(round(end * steps), resume), length) for end, length in SEQUENCE_LENGTHS]
+    lengths = [f"{length} to step {end}" for (end, length), before in zip(ends, [0] + [e for e, _ in ends])
+               if end > before]
+    finish = f"--resume {resume} --finish-steps {finish_steps}"
+    return {"commands": f"{command} --stop-after {resume}\n{command} {finish}",
+            "lengths": ", ".join(lengths) + f", then {FINISH_LENGTH}",
+            "rates": f"{WARMUP_STEPS} steps warm-up, constant to step {decay_first}, falling linearly to "
+                     f"{learning_rate_factor(resume, steps):.0%} at step {resume}, then (new optimizer state, "
+                     f"{FINISH_WARMUP_STEPS} steps warm-up) linearly to zero in {finish_steps} steps"}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", help="output of `bible -f Gen1:1-Rev22:21`; default: run it")
     parser.add_argument("--out", default="tests/model")
     parser.add_argument("--minutes", type=float, default=45, help="training time; sets the number of steps")
     parser.add_argument("--steps", type=int, help="number of steps; overrides --minutes")
+    parser.add_argument("--stop-after", type=int, metavar="S", help="write a checkpoint and stop after step S")
+    parser.add_argument("--resume", type=int, metavar="S", help="go on from the weights in --out, made by S steps")
+    parser.add_argument("--finish-steps", type=int, metavar="K", help="with --resume: finish within K steps")
     args = parser.parse_args()
+    if bool(args.resume) != bool(args.finish_steps) or (args.resume or args.stop_after) and not args.steps:
+        parser.error("--resume and --finish-steps go together; they and --stop-after need --steps")
 
     torch.manual_seed(SEED)
     torch.set_num_threads(THREADS)
@@ -355,20 +396,27 @@ def main():
 
     # With --minutes the rate falls from the moment DECAY_START of the time is gone (sequences get longer, thus
     # slower, so a little before); the steps done by then fix the total.
-    steps = args.steps or 10**9
+    steps = args.steps or UNDECIDED
     started = checkpointed = time.monotonic()
-    step, losses = 0, []
-    while step < steps:
+    step, last_step, losses = 0, args.stop_after or steps, []
+    if args.resume:
+        model.load_state_dict(load_file(os.path.join(args.out, "model.safetensors")), strict=False)
+        model.tie_weights()
+        step, last_step, batches.epoch = args.resume, args.resume + args.finish_steps, FINISH_SHUFFLE
+    while step < last_step:
         elapsed = time.monotonic() - started
-        if steps == 10**9 and elapsed >= (DECAY_START - 0.06) * args.minutes * 60:
-            steps = round(step / DECAY_START)
+        if steps == UNDECIDED and elapsed >= (DECAY_START - 0.06) * args.minutes * 60:
+            steps = last_step = round(step / DECAY_START)
             print(f"steps {steps}", flush=True)
 
-        factor = learning_rate_factor(step, steps)
+        factor, length = learning_rate_factor(step, steps), sequence_length(step / steps)
+        if args.resume:
+            factor = finish_rate_factor(step - args.resume, args.finish_steps, learning_rate_factor(args.resume, steps))
+            length = FINISH_LENGTH
         for optimizer, rates in zip(optimizers, base_rates):
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * factor
-        batch = batches.next(sequence_length(step / steps))
+        batch = batches.next(length)
         loss = loss_sum(model, batch) / BATCH_TOKENS
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -383,17 +431,17 @@ def main():
             print(f"step {step} loss {np.mean(losses[-20:]):.4f} lr_factor {factor:.3f} length {batch.shape[1] - 1} "
                   f"epoch {step * BATCH_TOKENS / corpus_tokens:.2f} tok_s {step * BATCH_TOKENS / (now - started):.0f} "
                   f"seconds {now - started:.0f}", flush=True)
-        if step == steps or now - checkpointed >= CHECKPOINT_SECONDS:
+        if step == last_step or now - checkpointed >= CHECKPOINT_SECONDS:
             checkpointed = now
             heldout_nll = heldout_loss(model, batches.bos, heldout_ids)
             write_weights(args.out, model)
             write_file(os.path.join(args.out, "README.md"), CARD.format(
-                unfinished="" if step == steps else "\n**An early checkpoint: training goes on.**\n",
+                unfinished="" if step == last_step and not args.stop_after else UNFINISHED,
                 parameters=parameters, heldout_chapters=len(heldout), heldout_bytes=len(heldout_text.encode()),
                 heldout_titles=", ".join(title for title, _ in heldout), corpus_tokens=corpus_tokens,
-                steps=steps if steps < 10**9 else "N", step=step, batch_tokens=BATCH_TOKENS,
+                **describe_schedule(steps, args.resume, args.finish_steps), step=step, batch_tokens=BATCH_TOKENS,
                 tokens=step * BATCH_TOKENS, epochs=step * BATCH_TOKENS / corpus_tokens, warmup=WARMUP_STEPS,
-                threads=THREADS, minutes=(now - started) / 60, torch_version=torch.__version__,
+                threads=THREADS, torch_version=torch.__version__,
                 transformers_version=transformers.__version__, train_loss=np.mean(losses[-50:]),
                 heldout_loss=heldout_nll, perplexity=math.exp(heldout_nll),
                 bits_per_byte=heldout_nll * len(heldout_ids) / math.log(2) / len(heldout_text.encode())))

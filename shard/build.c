@@ -97,8 +97,8 @@ static uint64_t tensor_stored_bytes(const struct plan *plan, uint64_t tensor)
 {
     uint64_t bytes = 0;
     for (uint32_t rank = 0; rank < plan->tp_size; rank++)
-        bytes += plan->ranks[rank].tensors[tensor].shape.data_bytes +
-                 plan->ranks[rank].tensors[tensor].shape.scale_bytes;
+        bytes +=
+            plan->ranks[rank].tensors[tensor].shape.data_bytes + plan->ranks[rank].tensors[tensor].shape.scale_bytes;
     return bytes;
 }
 
@@ -212,8 +212,11 @@ static void release(struct build *build, const struct build_options *options)
     thread_pool_free(build->pool);
 }
 
-// What is done so far is worth keeping when another try could use it.
-static bool worth_keeping(const struct build *build) { return build->journal && journal_count(build->journal) > 0; }
+// What is done so far is worth keeping when another try could use it; what is wrong with the input stays wrong.
+static bool worth_keeping(const struct build *build, int rc)
+{
+    return rc != ERR_MODEL && rc != ERR_CORRUPT && build->journal && journal_count(build->journal) > 0;
+}
 
 static void say_how_to_resume(struct error *err, const struct build *build)
 {
@@ -250,7 +253,7 @@ done:
     progress_end(&build.progress);
     if (rc && begun && input->fail)
         input->fail(input->arg);
-    if (rc && worth_keeping(&build)) {
+    if (rc && worth_keeping(&build, rc)) {
         build.keep_work = true;
         say_how_to_resume(err, &build);
     }

@@ -23,9 +23,9 @@ struct build_input {
     const struct plan *plan;
     const struct row_source *source;
     const struct extras *extras;
-    struct checksum128 key;   // of everything that decides the output, for --resume
-    const char *what;         // "convert"
-    uint64_t source_bytes;    // for the report
+    struct checksum128 key; // of everything that decides the output, for --resume
+    const char *what;       // "convert"
+    uint64_t source_bytes;  // for the report
     // Called when all weights are written: fills manifest->sources (and may wait for their hashes).
     int (*sources)(void *arg, struct manifest *manifest, struct error *err);
     // Called when work on the weights begins and when it has failed; NULL for none.

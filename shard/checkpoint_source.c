@@ -60,7 +60,8 @@ static int source_row(const struct row_source *base, struct row_window *window, 
     widen(window->values, raw, dtype, cols);
     int rc = pack_quantize_row(out, request->kind, request->group_size, window->values, cols, NULL, &cause);
     if (rc)
-        return error_set(err, rc, "tensor %s, row %llu: %s", request->source->source, (unsigned long long)row, cause.msg);
+        return error_set(err, rc, "tensor %s, row %llu: %s", request->source->source, (unsigned long long)row,
+                         cause.msg);
     return 0;
 }
 
@@ -86,9 +87,9 @@ static int check_tensor(struct checkpoint_source *source, const struct shard_par
         return error_set(err, ERR_MODEL, "%s: tensor %s is %s; only BF16, F16 and F32 weights can be read", file,
                          part->source, dtype_name(tensor->dtype));
     bool vector = kind == WEIGHT_F32;
-    bool fits = vector ? tensor->num_dims == 1 && tensor->dims[0] == part->source_cols
-                       : tensor->num_dims == 2 && tensor->dims[0] == part->source_rows &&
-                             tensor->dims[1] == part->source_cols;
+    bool fits =
+        vector ? tensor->num_dims == 1 && tensor->dims[0] == part->source_cols
+               : tensor->num_dims == 2 && tensor->dims[0] == part->source_rows && tensor->dims[1] == part->source_cols;
     if (!fits) {
         char found[128], wanted[64];
         shape_text(found, sizeof found, tensor);

@@ -12,7 +12,7 @@
 struct checkpoint_source {
     struct row_source source; // must be first
     const struct checkpoint *checkpoint;
-    float *inv_freq; // [head_dim / 2]
+    float *inv_freq;     // [head_dim / 2]
     bool rounds_to_bf16; // some weight is f16 or f32 and will be stored as bf16
 };
 

@@ -24,21 +24,19 @@ static json_t *tensor_json(const struct shard_tensor *tensor)
     json_t *parts = json_array();
     for (int p = 0; p < tensor->num_parts; p++) {
         const struct shard_part *part = &tensor->parts[p];
-        json_array_append_new(parts, json_pack("{s:s, s:[I,I], s:[I,I], s:[I,I]}", "source", part->source,
-                                               "source_shape", (json_int_t)part->source_rows,
-                                               (json_int_t)part->source_cols, "rows", (json_int_t)part->row_begin,
-                                               (json_int_t)(part->row_begin + part->rows), "columns",
-                                               (json_int_t)part->col_begin,
-                                               (json_int_t)(part->col_begin + part->cols)));
+        json_array_append_new(
+            parts, json_pack("{s:s, s:[I,I], s:[I,I], s:[I,I]}", "source", part->source, "source_shape",
+                             (json_int_t)part->source_rows, (json_int_t)part->source_cols, "rows",
+                             (json_int_t)part->row_begin, (json_int_t)(part->row_begin + part->rows), "columns",
+                             (json_int_t)part->col_begin, (json_int_t)(part->col_begin + part->cols)));
     }
-    return json_pack("{s:s, s:i, s:s, s:i, s:[I,I], s:[I,I], s:I, s:I, s:I, s:I, s:o}", "role",
-                     tensor_role_name(tensor->role), "layer", (int)tensor->layer, "kind",
-                     weight_kind_name(tensor->shape.kind), "group_size", (int)tensor->shape.group_size, "shape",
-                     (json_int_t)tensor->shape.rows, (json_int_t)tensor->shape.cols, "padded_shape",
-                     (json_int_t)tensor->shape.rows_padded, (json_int_t)tensor->shape.cols_padded, "data_offset",
-                     (json_int_t)tensor->data_offset, "data_bytes", (json_int_t)tensor->shape.data_bytes,
-                     "scale_offset", (json_int_t)tensor->scale_offset, "scale_bytes",
-                     (json_int_t)tensor->shape.scale_bytes, "parts", parts);
+    return json_pack(
+        "{s:s, s:i, s:s, s:i, s:[I,I], s:[I,I], s:I, s:I, s:I, s:I, s:o}", "role", tensor_role_name(tensor->role),
+        "layer", (int)tensor->layer, "kind", weight_kind_name(tensor->shape.kind), "group_size",
+        (int)tensor->shape.group_size, "shape", (json_int_t)tensor->shape.rows, (json_int_t)tensor->shape.cols,
+        "padded_shape", (json_int_t)tensor->shape.rows_padded, (json_int_t)tensor->shape.cols_padded, "data_offset",
+        (json_int_t)tensor->data_offset, "data_bytes", (json_int_t)tensor->shape.data_bytes, "scale_offset",
+        (json_int_t)tensor->scale_offset, "scale_bytes", (json_int_t)tensor->shape.scale_bytes, "parts", parts);
 }
 
 static json_t *rank_json(const struct shard_dir *dir, uint32_t rank)
@@ -48,16 +46,15 @@ static json_t *rank_json(const struct shard_dir *dir, uint32_t rank)
     json_t *tensors = json_array();
     for (uint64_t i = 0; rank == (uint32_t)options.rank && i < shard_file_tensor_count(file); i++)
         json_array_append_new(tensors, tensor_json(shard_file_tensor(file, i)));
-    return json_pack("{s:i, s:s, s:I, s:I, s:I, s:[I,I], s:[I,I], s:[I,I], s:[I,I], s:I, s:o}", "rank", (int)rank,
-                     "file", dir->manifest->ranks[rank].name, "bytes", (json_int_t)dir->manifest->ranks[rank].bytes,
-                     "payload_offset", (json_int_t)shard_file_payload_offset(file), "payload_bytes",
-                     (json_int_t)shard_file_payload_bytes(file), "heads", (json_int_t)share->head_begin,
-                     (json_int_t)(share->head_begin + share->num_heads_local), "kv_heads",
-                     (json_int_t)share->kv_head_begin, (json_int_t)(share->kv_head_begin + share->num_kv_heads_local),
-                     "intermediate", (json_int_t)share->mlp_begin,
-                     (json_int_t)(share->mlp_begin + share->intermediate_local), "vocab",
-                     (json_int_t)share->vocab_begin, (json_int_t)(share->vocab_begin + share->vocab_local),
-                     "tensor_count", (json_int_t)shard_file_tensor_count(file), "tensors", tensors);
+    return json_pack(
+        "{s:i, s:s, s:I, s:I, s:I, s:[I,I], s:[I,I], s:[I,I], s:[I,I], s:I, s:o}", "rank", (int)rank, "file",
+        dir->manifest->ranks[rank].name, "bytes", (json_int_t)dir->manifest->ranks[rank].bytes, "payload_offset",
+        (json_int_t)shard_file_payload_offset(file), "payload_bytes", (json_int_t)shard_file_payload_bytes(file),
+        "heads", (json_int_t)share->head_begin, (json_int_t)(share->head_begin + share->num_heads_local), "kv_heads",
+        (json_int_t)share->kv_head_begin, (json_int_t)(share->kv_head_begin + share->num_kv_heads_local),
+        "intermediate", (json_int_t)share->mlp_begin, (json_int_t)(share->mlp_begin + share->intermediate_local),
+        "vocab", (json_int_t)share->vocab_begin, (json_int_t)(share->vocab_begin + share->vocab_local), "tensor_count",
+        (json_int_t)shard_file_tensor_count(file), "tensors", tensors);
 }
 
 static int print_json(const struct shard_dir *dir, struct error *err)
@@ -82,7 +79,8 @@ static void print_manifest(const char *path, const struct manifest *manifest)
     char contract[CHECKSUM128_HEX_DIGITS + 1], bytes[32];
     checksum128_to_hex(manifest->contract, contract);
     printf("%s: %s, written by %s\n", path, model->architecture, manifest->tool);
-    printf("  %lld layers, hidden %lld, intermediate %lld, heads %lld (kv %lld) of %lld, vocabulary %lld%s, context %lld\n",
+    printf("  %lld layers, hidden %lld, intermediate %lld, heads %lld (kv %lld) of %lld, vocabulary %lld%s, context "
+           "%lld\n",
            (long long)model->num_layers, (long long)model->hidden_size, (long long)model->intermediate_size,
            (long long)model->num_heads, (long long)model->num_kv_heads, (long long)model->head_dim,
            (long long)model->vocab_size, model->tied_embeddings ? " (tied)" : "", (long long)model->context);

@@ -51,16 +51,15 @@ static json_t *rank_json(const struct plan *plan, uint32_t rank, const struct qu
         if (memory.kind_bytes[kind])
             json_object_set_new(kinds, weight_kind_name((enum weight_kind)kind),
                                 json_integer((json_int_t)memory.kind_bytes[kind]));
-    return json_pack("{s:i, s:I, s:I, s:o, s:I, s:I, s:I, s:I, s:[I,I], s:[I,I], s:[I,I], s:[I,I]}", "rank", (int)rank,
-                     "bytes", (json_int_t)memory.file_bytes, "weight_bytes", (json_int_t)memory.weight_bytes,
-                     "kind_bytes", kinds, "padding_bytes", (json_int_t)memory.padding_bytes, "kv_bytes_per_token",
-                     (json_int_t)memory.kv_bytes_per_token, "kv_bytes", (json_int_t)memory.kv_bytes, "total_bytes",
-                     (json_int_t)memory.total_bytes, "heads", (json_int_t)share->head_begin,
-                     (json_int_t)(share->head_begin + share->num_heads_local), "kv_heads",
-                     (json_int_t)share->kv_head_begin, (json_int_t)(share->kv_head_begin + share->num_kv_heads_local),
-                     "intermediate", (json_int_t)share->mlp_begin,
-                     (json_int_t)(share->mlp_begin + share->intermediate_local), "vocab",
-                     (json_int_t)share->vocab_begin, (json_int_t)(share->vocab_begin + share->vocab_local));
+    return json_pack(
+        "{s:i, s:I, s:I, s:o, s:I, s:I, s:I, s:I, s:[I,I], s:[I,I], s:[I,I], s:[I,I]}", "rank", (int)rank, "bytes",
+        (json_int_t)memory.file_bytes, "weight_bytes", (json_int_t)memory.weight_bytes, "kind_bytes", kinds,
+        "padding_bytes", (json_int_t)memory.padding_bytes, "kv_bytes_per_token", (json_int_t)memory.kv_bytes_per_token,
+        "kv_bytes", (json_int_t)memory.kv_bytes, "total_bytes", (json_int_t)memory.total_bytes, "heads",
+        (json_int_t)share->head_begin, (json_int_t)(share->head_begin + share->num_heads_local), "kv_heads",
+        (json_int_t)share->kv_head_begin, (json_int_t)(share->kv_head_begin + share->num_kv_heads_local),
+        "intermediate", (json_int_t)share->mlp_begin, (json_int_t)(share->mlp_begin + share->intermediate_local),
+        "vocab", (json_int_t)share->vocab_begin, (json_int_t)(share->vocab_begin + share->vocab_local));
 }
 
 static int print_json(const struct plan *plan, const struct question *question, struct error *err)
@@ -135,17 +134,18 @@ static int print_text(const struct plan *plan, const struct question *question, 
            (double)memory_plan_parameters(plan) / 1e9, plan->tp_size, weight_kind_name(plan->quant.linear));
     if (plan->quant.group_size)
         printf(" (groups of %u)", plan->quant.group_size);
-    printf(", embedding %s, head %s%s\n\n", weight_kind_name(plan->quant.embedding),
-           weight_kind_name(plan->quant.head), plan->model.tied_embeddings ? " (tied)" : "");
+    printf(", embedding %s, head %s%s\n\n", weight_kind_name(plan->quant.embedding), weight_kind_name(plan->quant.head),
+           plan->model.tied_embeddings ? " (tied)" : "");
     printf("rank  %-9s %-9s %-13s %-15s %9s %9s %9s %9s\n", "heads", "kv heads", "mlp", "vocabulary", "file", "padding",
            "kv cache", "memory");
     for (uint32_t rank = 0; rank < plan->tp_size; rank++)
         print_rank(plan, rank, question);
     printf("\n");
     print_kinds(plan);
-    printf("kv cache is for %lld tokens (rank 0: %s a token, bf16); memory is weights, kv cache and %s of working room\n",
-           (long long)question->context_tokens, progress_bytes_text(token, first.kv_bytes_per_token),
-           progress_bytes_text(working, MEMORY_PLAN_WORKING_BYTES));
+    printf(
+        "kv cache is for %lld tokens (rank 0: %s a token, bf16); memory is weights, kv cache and %s of working room\n",
+        (long long)question->context_tokens, progress_bytes_text(token, first.kv_bytes_per_token),
+        progress_bytes_text(working, MEMORY_PLAN_WORKING_BYTES));
     if (plan_empty_shares(plan, line, sizeof line))
         printf("note: %s\n", line);
     if (question->gpu_memory_bytes) {

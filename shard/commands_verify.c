@@ -87,13 +87,12 @@ static int report_json(const struct manifest *manifest, const struct verify_find
     json_t *failures = json_array();
     for (uint64_t i = 0; i < findings->count && i < VERIFY_SHOWN; i++)
         json_array_append_new(failures, json_string(findings->shown[i].msg));
-    return commands_print_json(json_pack("{s:i, s:b, s:i, s:I, s:f, s:b, s:I, s:o}", "schema_version", 1, "ok",
-                                         findings->count == 0, "files",
-                                         (int)(manifest->num_ranks + manifest->num_extras + 1), "bytes",
-                                         (json_int_t)verify_bytes(manifest), "seconds", seconds, "against_checkpoint",
-                                         options.against != NULL, "failure_count", (json_int_t)findings->count,
-                                         "failures", failures),
-                               err);
+    return commands_print_json(
+        json_pack("{s:i, s:b, s:i, s:I, s:f, s:b, s:I, s:o}", "schema_version", 1, "ok", findings->count == 0, "files",
+                  (int)(manifest->num_ranks + manifest->num_extras + 1), "bytes", (json_int_t)verify_bytes(manifest),
+                  "seconds", seconds, "against_checkpoint", options.against != NULL, "failure_count",
+                  (json_int_t)findings->count, "failures", failures),
+        err);
 }
 
 static int report(const char *path, const struct manifest *manifest, const struct verify_findings *findings,

@@ -94,8 +94,8 @@ static int add_tokenizer(struct extras *extras, bool *has_tokenizer, const char 
     if (!*has_tokenizer)
         return 0;
     bool has_config = there(config_path, model_dir, "tokenizer_config.json");
-    if ((rc = tokenizer_compile(&image, &image_bytes, path, has_config ? config_path : NULL, (uint64_t)vocab_size,
-                                err)))
+    if ((rc =
+             tokenizer_compile(&image, &image_bytes, path, has_config ? config_path : NULL, (uint64_t)vocab_size, err)))
         return rc;
     return add(extras, "tokenizer.bin", image, image_bytes, err);
 }

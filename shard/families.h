@@ -23,7 +23,7 @@ enum presence { ALWAYS, WITH_QKV_BIAS, WITH_O_BIAS, WITH_MLP_BIAS, WITH_QK_NORM,
 // One source tensor. Consecutive entries of one role are fused into one stored tensor, one after the other.
 struct family_tensor {
     enum tensor_role role;
-    const char *source; // '*' stands for the layer number; a computed table has no '.'-separated source of its own
+    const char *source; // '*' stands for the layer number
     const char *strategy;
     enum cut cut;
     enum presence presence;
@@ -43,7 +43,7 @@ struct family {
     bool attention_bias;                 // reads attention_bias: biases on q, k, v and o
     bool mlp_bias;                       // reads mlp_bias
     bool qk_norm;
-    bool kv_heads_optional; // a missing num_key_value_heads means num_attention_heads
+    bool kv_heads_optional;   // a missing num_key_value_heads means num_attention_heads
     int64_t default_head_dim; // where the config has none; 0: hidden_size / num_attention_heads
     enum window_rule window;
 };

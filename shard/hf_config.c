@@ -25,9 +25,20 @@ enum {
 
 // Keys of other families and of forks: each changes the arithmetic when it is set.
 static const char *const unknown_arithmetic[] = {
-    "attn_logit_softcapping", "final_logit_softcapping", "logit_scale",      "logits_scaling", "embedding_multiplier",
-    "attention_multiplier",   "residual_multiplier",     "attention_scale",  "clip_qkv",       "alibi",
-    "num_local_experts",      "num_experts",             "n_routed_experts", "text_config",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "embedding_multiplier",
+    "attention_multiplier",
+    "residual_multiplier",
+    "attention_scale",
+    "clip_qkv",
+    "alibi",
+    "num_local_experts",
+    "num_experts",
+    "n_routed_experts",
+    "text_config",
 };
 
 static int refuse_unknown_arithmetic(const struct json_object *config, struct error *err)
@@ -102,7 +113,8 @@ static int parse_dimensions(struct model_desc *model, const struct json_object *
                                 family->kv_heads_optional ? JSON_OPTIONAL : JSON_REQUIRED, err)))
         return rc;
     if (model->num_heads % model->num_kv_heads != 0)
-        return error_set(err, ERR_MODEL, "%s: num_attention_heads (%lld) is not a multiple of num_key_value_heads (%lld)",
+        return error_set(err, ERR_MODEL,
+                         "%s: num_attention_heads (%lld) is not a multiple of num_key_value_heads (%lld)",
                          config->file_name, (long long)model->num_heads, (long long)model->num_kv_heads);
 
     model->head_dim = family->default_head_dim;
@@ -110,7 +122,8 @@ static int parse_dimensions(struct model_desc *model, const struct json_object *
         return rc;
     if (model->head_dim == 0) {
         if (model->hidden_size % model->num_heads != 0 || model->hidden_size / model->num_heads > MAX_HEAD_DIM)
-            return error_set(err, ERR_MODEL, "%s: no head_dim, and hidden_size (%lld) / num_attention_heads (%lld) is none",
+            return error_set(err, ERR_MODEL,
+                             "%s: no head_dim, and hidden_size (%lld) / num_attention_heads (%lld) is none",
                              config->file_name, (long long)model->hidden_size, (long long)model->num_heads);
         model->head_dim = model->hidden_size / model->num_heads;
     }
@@ -232,8 +245,8 @@ static int parse_eos(struct model_desc *model, const struct json_object *object,
 
 static int parse_token_ids(struct model_desc *model, const struct json_object *object, struct error *err)
 {
-    int rc = json_file_get_int(&model->bos_token_id, object, "bos_token_id", 0, model->vocab_size - 1, JSON_OPTIONAL,
-                               err);
+    int rc =
+        json_file_get_int(&model->bos_token_id, object, "bos_token_id", 0, model->vocab_size - 1, JSON_OPTIONAL, err);
     return rc ? rc : parse_eos(model, object, err);
 }
 
@@ -304,11 +317,12 @@ int hf_config_read(struct hf_config *out, const char *model_dir, struct error *e
     snprintf(config_path, sizeof config_path, "%s/config.json", model_dir);
     snprintf(generation_path, sizeof generation_path, "%s/generation_config.json", model_dir);
     if (access(config_path, F_OK))
-        return error_set(err, ERR_MODEL, "%s: no config.json; is this the directory of a Hugging Face model?", model_dir);
+        return error_set(err, ERR_MODEL, "%s: no config.json; is this the directory of a Hugging Face model?",
+                         model_dir);
     if ((rc = file_read_all(&config, &config_bytes, config_path, JSON_FILE_CAP_BYTES, ERR_MODEL, err)))
         return rc;
-    if (access(generation_path, F_OK) == 0 && (rc = file_read_all(&generation, &generation_bytes, generation_path,
-                                                                  JSON_FILE_CAP_BYTES, ERR_MODEL, err)))
+    if (access(generation_path, F_OK) == 0 &&
+        (rc = file_read_all(&generation, &generation_bytes, generation_path, JSON_FILE_CAP_BYTES, ERR_MODEL, err)))
         goto done;
     rc = hf_config_parse(out, (const char *)config, config_bytes, config_path, (const char *)generation,
                          generation_bytes, generation_path, err);

@@ -11,7 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { JOURNAL_CAP_BYTES = 64 << 20, LINE_BYTES = 128 };
@@ -20,6 +20,7 @@ struct journal {
     int fd;
     char path[PATH_MAX];
     uint64_t tensor_count, end, count;
+    time_t synced_s;
     bool *done;                 // [tensor_count]
     struct checksum128 *hashes; // [tensor_count]
 };
@@ -76,14 +77,21 @@ static int read_entries(struct journal *journal, const char *wanted_key_line, st
     return rc;
 }
 
+// Synced at most once a second: small models have many small tensors, and a lost line costs one of them.
 static int append(struct journal *journal, const char *line, int length, struct error *err)
 {
+    struct timespec now;
     int rc = file_pwrite_full(journal->fd, line, (uint64_t)length, journal->end, journal->path, err);
-    if (!rc && fdatasync(journal->fd))
-        rc = error_set_errno(err, "%s: cannot sync", journal->path);
-    if (!rc)
-        journal->end += (uint64_t)length;
-    return rc;
+    if (rc)
+        return rc;
+    journal->end += (uint64_t)length;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    if (now.tv_sec != journal->synced_s) {
+        journal->synced_s = now.tv_sec;
+        if (fdatasync(journal->fd))
+            return error_set_errno(err, "%s: cannot sync", journal->path);
+    }
+    return 0;
 }
 
 int journal_open(struct journal **out, const char *dir, struct checksum128 key, uint64_t tensor_count, bool resume,

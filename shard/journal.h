@@ -22,7 +22,7 @@ void journal_close(struct journal *journal); // accepts null
 // True when an earlier run finished the tensor; hash is then what it wrote.
 bool journal_has(const struct journal *journal, uint64_t tensor, struct checksum128 *hash);
 uint64_t journal_count(const struct journal *journal); // finished tensors, those of this run too
-// Durable when it returns. One thread at a time.
+// Survives the death of the process at once, a power failure a second later. One thread at a time.
 int journal_add(struct journal *journal, uint64_t tensor, struct checksum128 hash, struct error *err);
 
 #endif

@@ -18,7 +18,10 @@
 
 // Names that tpshard itself gives to files of a finished directory, besides the manifest.
 static const char *const own_names[] = {
-    "rank-[0-9][0-9]-of-[0-9][0-9].tpshard", "tokenizer.bin", "chat_template.jinja", "generation_config.json",
+    "rank-[0-9][0-9]-of-[0-9][0-9].tpshard",
+    "tokenizer.bin",
+    "chat_template.jinja",
+    "generation_config.json",
     "config.json",
 };
 #define MANIFEST_LEFTOVER ".model.json.tmp-*" // what a crash while writing the manifest leaves

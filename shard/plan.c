@@ -360,8 +360,8 @@ int plan_compare(const struct plan *plan, uint32_t rank, const struct shard_file
 {
     const struct plan_rank *planned = &plan->ranks[rank];
     if (!same_share(&planned->share, &shard_file_identity(file)->share))
-        return error_set(err, ERR_CORRUPT, "%s: the rank's share of the model is not the one that its description gives",
-                         name);
+        return error_set(err, ERR_CORRUPT,
+                         "%s: the rank's share of the model is not the one that its description gives", name);
     if (shard_file_tensor_count(file) != plan->tensor_count)
         return error_set(err, ERR_CORRUPT, "%s: holds %llu tensors, its description gives %llu", name,
                          (unsigned long long)shard_file_tensor_count(file), (unsigned long long)plan->tensor_count);
@@ -369,8 +369,9 @@ int plan_compare(const struct plan *plan, uint32_t rank, const struct shard_file
         char label[NAME_BYTES];
         plan_tensor_label(label, sizeof label, &planned->tensors[i]);
         if (!same_tensor(&planned->tensors[i], shard_file_tensor(file, i)))
-            return error_set(err, ERR_CORRUPT, "%s: tensor %llu (%s) is cut or placed otherwise than its description gives",
-                             name, (unsigned long long)i, label);
+            return error_set(err, ERR_CORRUPT,
+                             "%s: tensor %llu (%s) is cut or placed otherwise than its description gives", name,
+                             (unsigned long long)i, label);
     }
     return 0;
 }
@@ -385,11 +386,12 @@ bool plan_empty_shares(const struct plan *plan, char *line, size_t line_bytes)
     }
     if (!no_heads && !no_mlp && !no_vocab)
         return false;
-    snprintf(line, line_bytes,
-             "of %u ranks %d hold no heads, %d no mlp columns, %d no vocabulary: they will idle there; a smaller --tp%s "
-             "uses them better",
-             plan->tp_size, no_heads, no_mlp, no_vocab,
-             plan->quant.linear == WEIGHT_INT4 && plan->quant.group_size > 32 ? " or --group-size" : "");
+    snprintf(
+        line, line_bytes,
+        "of %u ranks %d hold no heads, %d no mlp columns, %d no vocabulary: they will idle there; a smaller --tp%s "
+        "uses them better",
+        plan->tp_size, no_heads, no_mlp, no_vocab,
+        plan->quant.linear == WEIGHT_INT4 && plan->quant.group_size > 32 ? " or --group-size" : "");
     return true;
 }
 

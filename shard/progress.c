@@ -48,8 +48,8 @@ void progress_show(struct progress *progress)
     double rate = (double)(done - progress->resumed_bytes) / (now - progress->started_s);
     double left_s = rate > 0 ? (double)(progress->total_bytes - done) / rate : 0;
     char done_text[32], total_text[32], rate_text[32];
-    fprintf(stderr, "%s%s: %3.0f %%  %s of %s  %s/s  %.0f s left  %s%s", progress->terminal ? "\r" : "",
-            progress->what, 100.0 * (double)done / (double)progress->total_bytes, progress_bytes_text(done_text, done),
+    fprintf(stderr, "%s%s: %3.0f %%  %s of %s  %s/s  %.0f s left  %s%s", progress->terminal ? "\r" : "", progress->what,
+            100.0 * (double)done / (double)progress->total_bytes, progress_bytes_text(done_text, done),
             progress_bytes_text(total_text, progress->total_bytes), progress_bytes_text(rate_text, (uint64_t)rate),
             left_s, progress->label, progress->terminal ? "\033[K" : "\n");
     progress->drawn = progress->terminal;

@@ -17,7 +17,7 @@ struct progress {
 };
 
 void progress_start(struct progress *progress, const char *what, uint64_t total_bytes, bool quiet);
-void progress_add(struct progress *progress, uint64_t bytes); // any thread
+void progress_add(struct progress *progress, uint64_t bytes);     // any thread
 void progress_resumed(struct progress *progress, uint64_t bytes); // done by an earlier run: not counted in the rate
 // Shows what is due; cheap. Only from the thread that called progress_start.
 void progress_show(struct progress *progress);

@@ -26,7 +26,7 @@ struct row_window {
     uint8_t *raw; // bytes as read
     uint64_t raw_capacity;
     int raw_format; // for the source alone
-    float *values; // one row
+    float *values;  // one row
     uint64_t values_capacity;
 };
 void row_window_free(struct row_window *window); // accepts a zeroed one

@@ -67,8 +67,8 @@ int shard_dir_open_rank(struct shard_dir *dir, uint32_t rank, struct error *err)
     uint64_t file_bytes = shard_file_payload_offset(file) + shard_file_payload_bytes(file);
     if (identity->rank != rank || identity->tp_size != manifest->tp_size || identity->pp_size != manifest->pp_size)
         rc = error_set(err, ERR_CORRUPT,
-                       "%s: it is the file of rank %u of %u, but rank %u of %u belongs there; files were mixed up", path,
-                       identity->rank, identity->tp_size, rank, manifest->tp_size);
+                       "%s: it is the file of rank %u of %u, but rank %u of %u belongs there; files were mixed up",
+                       path, identity->rank, identity->tp_size, rank, manifest->tp_size);
     else if ((rc = check_hash(path, "contract", contract_of(identity->contract), manifest->contract,
                               "the file comes from another run, model or setting", err)))
         ;

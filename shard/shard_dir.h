@@ -10,8 +10,8 @@
 
 struct shard_dir {
     struct manifest *manifest;
-    struct shard_file **files;   // [manifest->num_ranks]; NULL for one that could not be opened
-    char (*paths)[PATH_MAX];     // [manifest->num_ranks]
+    struct shard_file **files; // [manifest->num_ranks]; NULL for one that could not be opened
+    char (*paths)[PATH_MAX];   // [manifest->num_ranks]
 };
 
 // Reads the manifest alone. Success: shard_dir_close.

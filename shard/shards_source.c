@@ -91,10 +91,10 @@ static int source_read(const struct row_source *base, struct row_window *window,
         if (!slice_of(&slice, source, request, rank))
             continue;
         uint64_t payload = source->plan->ranks[rank].payload_offset;
-        uint64_t data = payload + slice.tensor->data_offset +
-                        slice.block_begin * pack_block_data_bytes(&slice.tensor->shape);
-        uint64_t scale = payload + slice.tensor->scale_offset +
-                         slice.block_begin * pack_block_scale_bytes(&slice.tensor->shape);
+        uint64_t data =
+            payload + slice.tensor->data_offset + slice.block_begin * pack_block_data_bytes(&slice.tensor->shape);
+        uint64_t scale =
+            payload + slice.tensor->scale_offset + slice.block_begin * pack_block_scale_bytes(&slice.tensor->shape);
         if ((rc = file_pread_full(source->fds[rank], window->raw + at, slice.data_bytes, data, source->paths[rank],
                                   err)) ||
             (rc = file_pread_full(source->fds[rank], window->raw + at + slice.data_bytes, slice.scale_bytes, scale,

@@ -19,8 +19,8 @@ enum { PIECE_BYTES = 4 << 20, AHEAD_BYTES = 1 << 30 };
 // ---- the list ----------------------------------------------------------------------------------------------------
 
 static const char *const small_files[] = {
-    "config.json",    "generation_config.json",       "tokenizer.json", "tokenizer_config.json",
-    "chat_template.jinja", "model.safetensors.index.json",
+    "config.json",           "generation_config.json", "tokenizer.json",
+    "tokenizer_config.json", "chat_template.jinja",    "model.safetensors.index.json",
 };
 
 static int look(struct source_file *file, struct error *err)
@@ -141,9 +141,8 @@ static void wait_for_conversion(const struct source_hasher *hasher)
 {
     const struct progress *progress = hasher->progress;
     while (!atomic_load(&hasher->unpaced) && !atomic_load(&hasher->cancelled)) {
-        double share = progress->total_bytes
-                           ? (double)atomic_load(&progress->done_bytes) / (double)progress->total_bytes
-                           : 1;
+        double share =
+            progress->total_bytes ? (double)atomic_load(&progress->done_bytes) / (double)progress->total_bytes : 1;
         if ((double)hasher->hashed_bytes <= share * (double)hasher->total_bytes + AHEAD_BYTES)
             return;
         nanosleep(&(struct timespec){.tv_nsec = 5 * 1000 * 1000}, NULL);

@@ -28,7 +28,7 @@ int verify_checksums(struct shard_dir *dir, const char *path, struct thread_pool
 uint64_t verify_bytes(const struct manifest *manifest);
 
 // Derives every weight again from source and compares it bit for bit with the rank files, which must be open and laid
-// out as the plan says. Findings name tensor, row and rank, one for each rank and source tensor.
+// out as the plan says. Findings name tensor, rank and the first row that differs, one for each band of rows.
 int verify_against(const struct shard_dir *dir, const struct plan *plan, const struct row_source *source,
                    struct thread_pool *pool, struct progress *progress, struct verify_findings *findings,
                    struct error *err);

@@ -64,54 +64,59 @@ static void run_against(void *arg, int64_t task, int thread)
         progress_show(job->progress);
 }
 
-// True when a stored row of the band differs, codes or scales.
-static bool row_differs(const struct shard_tensor *tensor, const uint8_t *a, const uint8_t *b, uint64_t data_bytes,
-                        uint64_t row, struct packed_row *row_a, struct packed_row *row_b, uint64_t memory_bytes,
-                        void *memory_a, void *memory_b)
+// The codes and scales of one stored row, without its padding, in memory [code_bytes + 4].
+static void load_row(uint8_t *memory, uint64_t code_bytes, const struct weight_shape *shape, const uint8_t *stored,
+                     uint64_t data_bytes, uint64_t row)
 {
-    const struct weight_shape *shape = &tensor->shape;
-    if (shape->kind == WEIGHT_F32)
-        return true;
-    memset(memory_a, 0, memory_bytes);
-    memset(memory_b, 0, memory_bytes);
-    packed_row_place(row_a, memory_a, shape->kind, shape->group_size, shape->cols);
-    packed_row_place(row_b, memory_b, shape->kind, shape->group_size, shape->cols);
-    row_a->scale = row_b->scale = 0;
-    pack_load_row(row_a, 0, a, a + data_bytes, shape, row);
-    pack_load_row(row_b, 0, b, b + data_bytes, shape, row);
-    return memcmp(memory_a, memory_b, memory_bytes) != 0 || memcmp(&row_a->scale, &row_b->scale, sizeof(float)) != 0;
+    struct packed_row packed;
+    memset(memory, 0, code_bytes);
+    packed_row_place(&packed, memory, shape->kind, shape->group_size, shape->cols);
+    packed.scale = 0;
+    pack_load_row(&packed, 0, stored, stored + data_bytes, shape, row);
+    memcpy(memory + code_bytes, &packed.scale, sizeof packed.scale);
 }
 
-// Says which row of a differing band is the first on this rank. stored and buffer hold both versions.
+// The first stored row of a band in which the two versions differ; row_end when only padding does.
+static int first_difference(uint64_t *out, const struct band *band, const struct weight_shape *shape,
+                            const uint8_t *wanted, const uint8_t *found, uint64_t data_bytes, struct error *err)
+{
+    *out = band->row_begin;
+    if (shape->kind == WEIGHT_F32)
+        return 0;
+    uint64_t code_bytes = packed_row_bytes(shape->kind, shape->group_size, shape->cols);
+    uint64_t row_bytes = code_bytes + sizeof(float);
+    uint8_t *memory = malloc(2 * row_bytes);
+    if (!memory)
+        return error_set(err, ERR_MEMORY, "out of memory to compare rows");
+    for (; *out < band->row_end; ++*out) {
+        load_row(memory, code_bytes, shape, wanted, data_bytes, *out - band->row_begin);
+        load_row(memory + row_bytes, code_bytes, shape, found, data_bytes, *out - band->row_begin);
+        if (memcmp(memory, memory + row_bytes, row_bytes) != 0)
+            break;
+    }
+    free(memory);
+    return 0;
+}
+
+// buffers[0] holds the wanted band, stored[0] what was found on this rank.
 static int note_difference(const struct against_job *job, const struct band *band, uint32_t rank,
                            struct verify_findings *findings, struct error *err)
 {
     const struct shard_tensor *tensor = &job->plan->ranks[rank].tensors[band->tensor];
     struct band_place place = band_place(job->plan, band, rank);
-    const uint8_t *wanted = band_bytes(&job->buffers[0], job->plan, band, rank), *found = job->stored[0];
-    uint64_t memory_bytes = packed_row_bytes(tensor->shape.kind, tensor->shape.group_size, tensor->shape.cols);
-    void *memory_a = malloc(memory_bytes + 1), *memory_b = malloc(memory_bytes + 1);
-    struct packed_row row_a, row_b;
+    uint64_t row, source_row;
     struct error sentence;
-    const char *source = NULL;
-    uint64_t source_row = 0;
-    if (!memory_a || !memory_b) {
-        free(memory_a);
-        free(memory_b);
-        return error_set(err, ERR_MEMORY, "out of memory to compare rows");
-    }
-    for (uint64_t row = band->row_begin; !source && row < band->row_end; row++)
-        if (row_differs(tensor, wanted, found, place.data_bytes, row - band->row_begin, &row_a, &row_b, memory_bytes,
-                        memory_a, memory_b))
-            source = band_row_source(tensor, row, &source_row);
-    free(memory_a);
-    free(memory_b);
+    int rc = first_difference(&row, band, &tensor->shape, band_bytes(&job->buffers[0], job->plan, band, rank),
+                              job->stored[0], place.data_bytes, err);
+    if (rc)
+        return rc;
+    const char *source = band_row_source(tensor, row, &source_row);
     if (source)
         error_set(&sentence, ERR_CORRUPT, "%s: rank %u: tensor %s, row %llu differs from the checkpoint",
                   job->dir->paths[rank], rank, source, (unsigned long long)source_row);
     else
-        error_set(&sentence, ERR_CORRUPT, "%s: rank %u: the padding of tensor %s (%s) differs", job->dir->paths[rank],
-                  rank, tensor_role_name(tensor->role), tensor->parts[0].source);
+        error_set(&sentence, ERR_CORRUPT, "%s: rank %u: the padding of tensor %s differs", job->dir->paths[rank], rank,
+                  tensor->parts[0].source);
     verify_note(findings, &sentence);
     return 0;
 }

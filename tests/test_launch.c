@@ -23,6 +23,18 @@
 
 #include <cmocka.h>
 
+// Sanitizers keep freed memory for a while.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define SANITIZED 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#define SANITIZED 1
+#endif
+#endif
+#ifndef SANITIZED
+#define SANITIZED 0
+#endif
+
 enum { PROCESSES = 0, THREADS = 1 };
 static const char *const mode_names[] = {"processes", "threads"};
 
@@ -156,6 +168,8 @@ static int rank_main(struct rank_env *env, void *arg, struct error *err)
     }
     if ((rc = maybe_fault(env, plan, AT_LOAD, err)))
         return rc;
+    if (plan->other_contract)
+        atomic_store(&area->fault_s, now_s());
     uint64_t contract =
         plan->other_contract && env->rank == plan->faulty_rank ? 0x2222222222222222u : 0x1111111111111111u;
     comm_at(env->comm, OP_HANDSHAKE, -1);
@@ -194,7 +208,12 @@ static void expect(int got, int want, const struct error *err)
         fail_msg("returned %d, wanted %d: %s", got, want, err->msg);
 }
 
-static bool is_gone(pid_t pid) { return kill(pid, 0) && errno == ESRCH; }
+// Orphans come to this process (see main), which takes them here: a zombie counts as gone.
+static bool is_gone(pid_t pid)
+{
+    waitpid(pid, NULL, WNOHANG);
+    return kill(pid, 0) && errno == ESRCH;
+}
 
 static void expect_all_gone(const int *pids, int count, double limit_s)
 {
@@ -490,6 +509,7 @@ static pid_t fork_parent(struct family *family, int command, const struct plan *
     if (parent > 0)
         return parent;
     setpgid(0, 0);
+    alarm(20); // whatever goes wrong, the test goes on
     struct error err = {0};
     struct launch *launch = start(2, PROCESSES, plan, 1000, wait_timeout_ms);
     struct area *area = launch_shared(launch);
@@ -522,8 +542,6 @@ static void test_killed_parent(void **state)
 {
     (void)state;
     static const struct plan plan = {.faulty_rank = -1, .stage = NOWHERE, .layers = 500};
-    // Orphans come to this process, so that they do not stay as zombies of an init that does not reap.
-    prctl(PR_SET_CHILD_SUBREAPER, 1);
     for (int command = 0; command <= COMMAND_LONG; command += COMMAND_LONG) {
         struct family *family = new_family();
         pid_t parent = fork_parent(family, command, &plan, 10000);
@@ -542,7 +560,6 @@ static void test_killed_parent(void **state)
             fail_msg("ranks outlived their parent by %.3f s", took_s);
         munmap(family, sizeof *family);
     }
-    prctl(PR_SET_CHILD_SUBREAPER, 0);
 }
 
 static void test_signals(void **state)
@@ -557,7 +574,7 @@ static void test_signals(void **state)
         {"SIGINT while idle", {SIGINT, 0}, 0, ERR_SIGINT, 0},
         {"SIGINT in a command", {SIGINT, 0}, COMMAND_LONG, ERR_SIGINT, 0},
         {"SIGTERM and drain", {SIGTERM, 0}, COMMAND_LONG, ERR_SIGTERM, 0},
-        {"SIGTERM, then SIGINT", {SIGTERM, SIGINT}, COMMAND_LONG, 0, 130},
+        {"SIGTERM, then SIGINT", {SIGTERM, SIGINT}, COMMAND_LONG, ERR_SIGTERM, 130},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct family *family = new_family();
@@ -662,9 +679,8 @@ static void test_crash_loop(void **state)
     assert_int_equal(count_entries("/dev/shm"), shm);
     assert_int_equal(waitpid(-1, NULL, WNOHANG), -1); // no child is left, dead or alive
     assert_int_equal(errno, ECHILD);
-#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-    assert_true(grown_kb < 512);
-#endif
+    if (!SANITIZED)
+        assert_true(grown_kb < 512);
 }
 
 static void test_bad_options(void **state)
@@ -688,6 +704,7 @@ static void test_bad_options(void **state)
 int main(void)
 {
     setvbuf(stdout, NULL, _IOLBF, 0);
+    prctl(PR_SET_CHILD_SUBREAPER, 1);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_commands),         cmocka_unit_test(test_notices_and_input),
         cmocka_unit_test(test_idle_ranks_sleep), cmocka_unit_test(test_dead_ranks),

@@ -1,7 +1,8 @@
 // Matmul of bf16 and fp8 weights, written once for the vector types of kernels_<isa>.c, which define before they include this:
 //   struct lanes                                      16 floats
 //   lanes_zero(), lanes_load(const float *)           struct lanes
-//   lanes_weights(const uint8_t *codes, bool fp8)     16 weights; fp8 as 2^-8 times its value, NaN as anything
+//   lanes_bf16(const uint8_t *codes)                  16 weights
+//   lanes_fp8(const uint8_t *codes, bool odd)         the even or odd ones of 32 weights, 2^-8 times their value, NaN as anything
 //   lanes_fmadd(struct lanes *sum, a, b)              *sum = a * b + *sum, rounded once
 //   lanes_store(float *, const struct lanes *)
 //   FLOAT_TILE_ROWS, FLOAT_TILE_TOKENS, FLOAT_DECODE_ROWS   sums that fit the registers; divide FLOAT_ROWS; tokens <= 6
@@ -20,35 +21,45 @@ enum {
 // Which rows hold an fp8 NaN: the conversion does not see it.
 static bool float_has_nan(const uint8_t *codes, int64_t cols)
 {
-    uint8_t found = 0;
-    for (int64_t i = 0; i < cols; i++)
-        found |= (codes[i] & 0x7f) == 0x7f;
-    return found;
+    uint8_t largest = 0;
+    for (int64_t i = 0; i < cols; i++) {
+        uint8_t magnitude = codes[i] & 0x7f;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return largest == 0x7f;
+}
+
+// Weights [16 * part, 16 * part + 16) of the 64 (fp8: in the order of the activations) that begin at column `col` of a row.
+VECTOR_INLINE struct lanes float_weights(const uint8_t *row, int64_t col, int part, bool fp8)
+{
+    return fp8 ? lanes_fp8(row + col + part / 2 * 32, part % 2) : lanes_bf16(row + 2 * (col + part * LANES));
 }
 
 // sum[r * tokens + t] += products of columns [0, cols) of row r and token t.
 VECTOR_INLINE void float_tile(struct lanes *sum, const uint8_t *codes, int64_t row_bytes, const float *x,
                               int64_t x_stride, int64_t cols, int rows, int tokens, bool fp8)
 {
-    enum { MAX_SUMS = 24, MAX_ROWS = 8 };
-    int elem_bytes = fp8 ? 1 : 2;
+    enum { MAX_SUMS = 24, MAX_ROWS = 8, PARTS = 4 };
     struct lanes s[MAX_SUMS];
+    UNROLL
     for (int i = 0; i < rows * tokens; i++)
         s[i] = sum[i];
-    for (int64_t col = 0; col < cols; col += LANES) {
-        struct lanes weight[MAX_ROWS];
-        for (int r = 0; r < rows; r++) {
-            const uint8_t *from = codes + r * row_bytes + col * elem_bytes;
-            weight[r] = lanes_weights(from, fp8);
-            if (tokens == 1)
-                __builtin_prefetch(from + FLOAT_PREFETCH_BYTES);
-        }
-        for (int t = 0; t < tokens; t++) {
-            struct lanes xt = lanes_load(x + t * x_stride + col);
+    for (int64_t col = 0; col < cols; col += PARTS * LANES)
+        UNROLL
+        for (int part = 0; part < PARTS; part++) {
+            struct lanes weight[MAX_ROWS];
+            UNROLL
             for (int r = 0; r < rows; r++)
-                lanes_fmadd(&s[r * tokens + t], weight[r], xt);
+                weight[r] = float_weights(codes + r * row_bytes, col, part, fp8);
+            UNROLL
+            for (int t = 0; t < tokens; t++) {
+                struct lanes xt = lanes_load(x + t * x_stride + col + part * LANES);
+                UNROLL
+                for (int r = 0; r < rows; r++)
+                    lanes_fmadd(&s[r * tokens + t], weight[r], xt);
+            }
         }
-    }
+    UNROLL
     for (int i = 0; i < rows * tokens; i++)
         sum[i] = s[i];
 }
@@ -85,17 +96,30 @@ VECTOR_INLINE void float_store(float *y, const struct lanes *sum, const struct m
     y[row] = total;
 }
 
-// One token: bound by memory, so FLOAT_DECODE_ROWS rows are read side by side.
+// One token: bound by memory, so FLOAT_DECODE_ROWS rows are read side by side, each cache line whole at once: rows of a
+// length of 2^n bytes share few sets of L1, and a line may not last there until a second look.
 VECTOR_INLINE void float_decode(float *y, const struct matrix *w, const float *x, int64_t row_begin, int64_t row_end,
                                 bool fp8)
 {
+    enum { PARTS = 4 };
     int64_t cols = (int64_t)w->shape.cols_padded, row_bytes = fp8 ? cols : 2 * cols;
     for (int64_t row = row_begin; row < row_end; row += FLOAT_DECODE_ROWS) {
         const uint8_t *codes = (const uint8_t *)w->data + row * row_bytes;
         struct lanes sum[FLOAT_DECODE_ROWS];
         for (int r = 0; r < FLOAT_DECODE_ROWS; r++)
             sum[r] = lanes_zero();
-        float_tile(sum, codes, row_bytes, x, 0, cols, FLOAT_DECODE_ROWS, 1, fp8);
+        for (int64_t col = 0; col < cols; col += PARTS * LANES) {
+            struct lanes xs[PARTS];
+            for (int part = 0; part < PARTS; part++)
+                xs[part] = lanes_load(x + col + part * LANES);
+            for (int r = 0; r < FLOAT_DECODE_ROWS; r++) {
+                const uint8_t *from = codes + r * row_bytes;
+                for (int64_t line = 0; line < (fp8 ? 1 : 2); line++)
+                    __builtin_prefetch(from + (fp8 ? col : 2 * col) + line * 64 + FLOAT_PREFETCH_BYTES);
+                for (int part = 0; part < PARTS; part++)
+                    lanes_fmadd(&sum[r], float_weights(from, col, part, fp8), xs[part]);
+            }
+        }
         for (int r = 0; r < FLOAT_DECODE_ROWS && row + r < row_end; r++)
             float_store(y, &sum[r], w, row + r, fp8 && float_has_nan(codes + r * row_bytes, cols));
     }

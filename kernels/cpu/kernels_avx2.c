@@ -23,7 +23,10 @@ struct lanes {
     __m256 a, b;
 };
 VECTOR_INLINE struct lanes lanes_zero(void) { return (struct lanes){_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-VECTOR_INLINE struct lanes lanes_load(const float *x) { return (struct lanes){_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)}; }
+VECTOR_INLINE struct lanes lanes_load(const float *x)
+{
+    return (struct lanes){_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)};
+}
 VECTOR_INLINE void lanes_store(float *x, const struct lanes *v)
 {
     _mm256_storeu_ps(x, v->a);
@@ -35,19 +38,24 @@ VECTOR_INLINE void lanes_fmadd(struct lanes *sum, struct lanes x, struct lanes y
     sum->b = _mm256_fmadd_ps(x.b, y.b, sum->b);
 }
 
-VECTOR_INLINE __m256 bf16_weights(const uint8_t *codes)
+VECTOR_INLINE __m256 bf16_to_ps(const uint8_t *codes)
 {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)codes)), 16));
 }
-
-// fp8 by way of f16, whose exponent has the bits that e4m3 lacks.
-VECTOR_INLINE struct lanes lanes_weights(const uint8_t *codes, bool fp8)
+VECTOR_INLINE struct lanes lanes_bf16(const uint8_t *codes)
 {
-    if (!fp8)
-        return (struct lanes){bf16_weights(codes), bf16_weights(codes + 16)};
-    __m256i wide = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)codes)), 8);
+    return (struct lanes){bf16_to_ps(codes), bf16_to_ps(codes + 16)};
+}
+
+// By way of f16, whose exponent has the bits that e4m3 lacks: each code is shifted to the top of its 16 bits, then down by one.
+VECTOR_INLINE struct lanes lanes_fp8(const uint8_t *codes, bool odd)
+{
+    __m256i wide = _mm256_loadu_si256((const __m256i *)codes);
+    if (!odd)
+        wide = _mm256_slli_epi16(wide, 8);
     wide = _mm256_and_si256(_mm256_srai_epi16(wide, 1), _mm256_set1_epi16((short)0xbf80));
-    return (struct lanes){_mm256_cvtph_ps(_mm256_castsi256_si128(wide)), _mm256_cvtph_ps(_mm256_extracti128_si256(wide, 1))};
+    return (struct lanes){_mm256_cvtph_ps(_mm256_castsi256_si128(wide)),
+                          _mm256_cvtph_ps(_mm256_extracti128_si256(wide, 1))};
 }
 
 #define FLOAT_TILE_ROWS 2
@@ -117,7 +125,10 @@ VECTOR_INLINE void dots(__m256i dot[ROWS], const struct codes *codes, const int8
     }
 }
 
-VECTOR_INLINE __m256 load_scale_f16(const uint16_t *scale) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)scale)); }
+VECTOR_INLINE __m256 load_scale_f16(const uint16_t *scale)
+{
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)scale));
+}
 
 VECTOR_INLINE void add_term(float *sum, __m256i dot, __m256 scale)
 {
@@ -190,13 +201,15 @@ static void int4_block(float *y, int64_t y_stride, const struct matrix *w, const
         for (int64_t i = 0; i < BLOCK_ROWS; i += TILE_ROWS) {
             uint8_t panel[PANEL_COLS / 64][TILE_ROWS][64];
             for (int64_t c = 0; c < part / 64; c++)
-                unpack_tile(panel[c][0], block + (col / 64 + c) * (4 * WEIGHT_TILE_BYTES) + i / TILE_ROWS * WEIGHT_TILE_BYTES);
+                unpack_tile(panel[c][0],
+                            block + (col / 64 + c) * (4 * WEIGHT_TILE_BYTES) + i / TILE_ROWS * WEIGHT_TILE_BYTES);
             for (int64_t t = 0; t < tokens; t++)
                 for (int64_t r = 0; r < TILE_ROWS; r += ROWS) {
                     struct codes codes = {panel[0][r], 64, sizeof panel[0]};
                     int64_t act_row = token + t;
                     int4_rows_any(&sum[t][i + r], &codes, scale + i * groups + col / group_size * TILE_ROWS + r,
-                                  act->q + act_row * stride + col, act->q_scale + act_row * (stride / ACT_GROUP) + col / ACT_GROUP,
+                                  act->q + act_row * stride + col,
+                                  act->q_scale + act_row * (stride / ACT_GROUP) + col / ACT_GROUP,
                                   act->q_sum + act_row * (stride / 32) + col / 32, part, w->shape.group_size);
                 }
         }

@@ -12,9 +12,9 @@
 enum {
     BLOCK_ROWS = WEIGHT_ROW_UNIT,
     BLOCK_VECTORS = BLOCK_ROWS / LANES,
-    TILE_TOKENS = 6,     // tokens whose sums stay in registers at once
-    PANEL_COLS = 256,    // 16 KiB of unpacked codes
-    PANEL_TOKENS = 96,   // tokens that share a panel: 24 KiB of sums
+    TILE_TOKENS = 6,   // tokens whose sums stay in registers at once
+    PANEL_COLS = 256,  // 16 KiB of unpacked codes
+    PANEL_TOKENS = 96, // tokens that share a panel: 24 KiB of sums
     PREFETCH_BYTES = 2048,
 };
 
@@ -41,14 +41,18 @@ VECTOR_INLINE void lanes_fmadd(struct lanes *sum, struct lanes a, struct lanes b
     sum->v = _mm512_fmadd_ps(a.v, b.v, sum->v);
 }
 
-// fp8 by way of f16, whose exponent has the bits that e4m3 lacks.
-VECTOR_INLINE struct lanes lanes_weights(const uint8_t *codes, bool fp8)
+VECTOR_INLINE struct lanes lanes_bf16(const uint8_t *codes)
 {
-    if (!fp8) {
-        __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)codes));
-        return (struct lanes){_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
-    }
-    __m256i wide = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)codes)), 8);
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)codes));
+    return (struct lanes){_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+
+// By way of f16, whose exponent has the bits that e4m3 lacks: each code is shifted to the top of its 16 bits, then down by one.
+VECTOR_INLINE struct lanes lanes_fp8(const uint8_t *codes, bool odd)
+{
+    __m256i wide = _mm256_loadu_si256((const __m256i *)codes);
+    if (!odd)
+        wide = _mm256_slli_epi16(wide, 8);
     wide = _mm256_and_si256(_mm256_srai_epi16(wide, 1), _mm256_set1_epi16((short)0xbf80));
     return (struct lanes){_mm512_cvtph_ps(wide)};
 }
@@ -109,7 +113,10 @@ VECTOR_INLINE __m512i minus_bias(int bias, __m512i x)
     return _mm512_sub_epi32(zero, _mm512_dpbusd_epi32(zero, _mm512_set1_epi8((char)bias), x));
 }
 
-VECTOR_INLINE __m512 load_scale_f16(const uint16_t *scale) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)scale)); }
+VECTOR_INLINE __m512 load_scale_f16(const uint16_t *scale)
+{
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)scale));
+}
 
 // ---- int4, one token -----------------------------------------------------------------------------------------------
 
@@ -137,8 +144,8 @@ VECTOR_INLINE __m512 add_term(__m512 sum, __m512i dot, const uint16_t *scale, __
 }
 
 // `blocks` blocks of 64 rows side by side.
-VECTOR_INLINE void int4_decode(float *y, const struct matrix *w, const int8_t *q, const float *q_scale, int64_t row_begin,
-                               int64_t row_end, int blocks, int group_size)
+VECTOR_INLINE void int4_decode(float *y, const struct matrix *w, const int8_t *q, const float *q_scale,
+                               int64_t row_begin, int64_t row_end, int blocks, int group_size)
 {
     int64_t cols = (int64_t)w->shape.cols_padded, groups = cols / group_size, block_bytes = cols * BLOCK_ROWS / 2;
     const uint8_t *data = (const uint8_t *)w->data + row_begin / BLOCK_ROWS * block_bytes;
@@ -157,7 +164,8 @@ VECTOR_INLINE void int4_decode(float *y, const struct matrix *w, const int8_t *q
         __m512 x_scale = _mm512_set1_ps(q_scale[col / ACT_GROUP]);
         for (int i = 0; i < BLOCK_VECTORS; i++)
             for (int b = 0; b < blocks; b++) {
-                const uint8_t *tile = data + b * block_bytes + col / 64 * (4 * WEIGHT_TILE_BYTES) + i * WEIGHT_TILE_BYTES;
+                const uint8_t *tile =
+                    data + b * block_bytes + col / 64 * (4 * WEIGHT_TILE_BYTES) + i * WEIGHT_TILE_BYTES;
                 const uint16_t *s = scale + ((b * BLOCK_VECTORS + i) * groups + col / group_size) * LANES;
                 __m512 *out = &sum[b * BLOCK_VECTORS + i];
                 __m512i dot[16], half[2];
@@ -266,7 +274,8 @@ struct panel {
 // 4x4 transpose of 128-bit lanes: out[i] = lane i of a, b, c, d.
 VECTOR_INLINE void transpose_lanes(__m512i out[4], __m512i a, __m512i b, __m512i c, __m512i d)
 {
-    __m512i ab02 = _mm512_shuffle_i32x4(a, b, 0x88), ab13 = _mm512_shuffle_i32x4(a, b, 0xdd); // a0 a2 b0 b2, a1 a3 b1 b3
+    __m512i ab02 = _mm512_shuffle_i32x4(a, b, 0x88),
+            ab13 = _mm512_shuffle_i32x4(a, b, 0xdd); // a0 a2 b0 b2, a1 a3 b1 b3
     __m512i cd02 = _mm512_shuffle_i32x4(c, d, 0x88), cd13 = _mm512_shuffle_i32x4(c, d, 0xdd);
     out[0] = _mm512_shuffle_i32x4(ab02, cd02, 0x88);
     out[1] = _mm512_shuffle_i32x4(ab13, cd13, 0x88);
@@ -297,7 +306,8 @@ static void panel_int4(__m512i (*panel)[BLOCK_VECTORS], const uint8_t *tiles)
         transpose_words(first, v[0], v[1], v[2], v[3]);
         transpose_words(second, v[4], v[5], v[6], v[7]);
         for (int c = 0; c < 4; c++) {
-            transpose_lanes(word, low_codes(first[c]), low_codes(second[c]), high_codes(first[c]), high_codes(second[c]));
+            transpose_lanes(word, low_codes(first[c]), low_codes(second[c]), high_codes(first[c]),
+                            high_codes(second[c]));
             for (int l = 0; l < 4; l++)
                 panel[4 * l + c][i] = word[l];
         }
@@ -328,10 +338,12 @@ static void panel_int8(__m512i (*panel)[BLOCK_VECTORS], const int8_t *codes, int
 VECTOR_INLINE void add_word(__m512i dot[TILE_TOKENS][BLOCK_VECTORS], const __m512i word[BLOCK_VECTORS], const int8_t *q,
                             int64_t stride, int tokens)
 {
+    UNROLL
     for (int t = 0; t < tokens; t++) {
         int32_t four;
         memcpy(&four, q + t * stride, sizeof four);
         __m512i x = _mm512_set1_epi32(four);
+        UNROLL
         for (int i = 0; i < BLOCK_VECTORS; i++)
             dot[t][i] = _mm512_dpbusd_epi32(dot[t][i], word[i], x);
     }
@@ -356,11 +368,13 @@ VECTOR_INLINE void panel_tile(const struct panel_job *job, int tokens, int group
     for (int64_t col = 0; col < job->cols; col += group_size) {
         int64_t size = job->cols - col < group_size ? job->cols - col : group_size;
         __m512i dot[TILE_TOKENS][BLOCK_VECTORS];
+        UNROLL
         for (int t = 0; t < tokens; t++) {
             const int32_t *q_sum = job->q_sum + t * (stride / 32) + col / 32;
             int32_t x_sum = 0;
             for (int i = 0; i < size / 32; i++)
                 x_sum += q_sum[i];
+            UNROLL
             for (int i = 0; i < BLOCK_VECTORS; i++)
                 dot[t][i] = _mm512_set1_epi32(-bias * x_sum);
         }
@@ -375,10 +389,12 @@ VECTOR_INLINE void panel_tile(const struct panel_job *job, int tokens, int group
             for (int64_t k = col / 4; k < (col + size) / 4; k++)
                 add_word(dot, job->panel->v[k], job->q + 4 * k, stride, tokens);
         }
+        UNROLL
         for (int i = 0; i < BLOCK_VECTORS; i++) {
             __m512 scale = _mm512_set1_ps(1.0f);
             if (job->scale)
                 scale = load_scale_f16(job->scale + i * job->scale_stride + col / group_size * LANES);
+            UNROLL
             for (int t = 0; t < tokens; t++) {
                 __m512 x_scale = _mm512_set1_ps(job->q_scale[t * (stride / ACT_GROUP) + col / ACT_GROUP]);
                 __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps(dot[t][i]), _mm512_mul_ps(scale, x_scale));
@@ -415,11 +431,14 @@ VECTOR_INLINE void panel_tile_any(const struct panel_job *job, int64_t tokens, i
 static void panel_tile_int4_32(const struct panel_job *job, int64_t tokens) { panel_tile_any(job, tokens, 32, 8); }
 static void panel_tile_int4_64(const struct panel_job *job, int64_t tokens) { panel_tile_any(job, tokens, 64, 8); }
 static void panel_tile_int4_128(const struct panel_job *job, int64_t tokens) { panel_tile_any(job, tokens, 128, 8); }
-static void panel_tile_int8(const struct panel_job *job, int64_t tokens) { panel_tile_any(job, tokens, ACT_GROUP, 128); }
+static void panel_tile_int8(const struct panel_job *job, int64_t tokens)
+{
+    panel_tile_any(job, tokens, ACT_GROUP, 128);
+}
 
 // 64 rows from `row` on, tokens [token, token + tokens), tokens <= PANEL_TOKENS.
-static void panel_block(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act, int64_t token,
-                        int64_t tokens, int64_t row, int64_t row_end)
+static void panel_block(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
+                        int64_t token, int64_t tokens, int64_t row, int64_t row_end)
 {
     int64_t cols = (int64_t)w->shape.cols_padded, stride = act->stride, group_size = w->shape.group_size;
     bool int4 = w->shape.kind == WEIGHT_INT4;
@@ -432,7 +451,8 @@ static void panel_block(float *y, int64_t y_stride, const struct matrix *w, cons
     memset(sum, 0, (size_t)tokens * sizeof *sum);
 
     for (int64_t col = 0; col < cols; col += PANEL_COLS) {
-        struct panel_job job = {.panel = &panel, .cols = cols - col < PANEL_COLS ? cols - col : PANEL_COLS, .stride = stride};
+        struct panel_job job = {
+            .panel = &panel, .cols = cols - col < PANEL_COLS ? cols - col : PANEL_COLS, .stride = stride};
         for (int64_t c = 0; c < job.cols; c += 64) {
             if (int4)
                 panel_int4(&panel.v[c / 4], (const uint8_t *)w->data + (row * cols + (col + c) * BLOCK_ROWS) / 2);
@@ -462,8 +482,8 @@ static void panel_block(float *y, int64_t y_stride, const struct matrix *w, cons
 
 // ---- The table -----------------------------------------------------------------------------------------------------
 
-static void int_matmul(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act, int64_t tokens,
-                       int64_t row_begin, int64_t row_end)
+static void int_matmul(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
+                       int64_t tokens, int64_t row_begin, int64_t row_end)
 {
     if (tokens == 1 && w->shape.kind == WEIGHT_INT8) {
         int8_decode(y, w, act->q, act->q_scale, row_begin, row_end);
@@ -472,7 +492,8 @@ static void int_matmul(float *y, int64_t y_stride, const struct matrix *w, const
     } else {
         for (int64_t row = row_begin; row < row_end; row += BLOCK_ROWS)
             for (int64_t t = 0; t < tokens; t += PANEL_TOKENS)
-                panel_block(y, y_stride, w, act, t, tokens - t < PANEL_TOKENS ? tokens - t : PANEL_TOKENS, row, row_end);
+                panel_block(y, y_stride, w, act, t, tokens - t < PANEL_TOKENS ? tokens - t : PANEL_TOKENS, row,
+                            row_end);
     }
 }
 

@@ -26,7 +26,8 @@ static float dot_int4_row(const struct matrix *w, int64_t row, const int8_t *q, 
     int32_t dot = 0;
     for (int64_t col = 0; col < tiles * 64; col += 32) {
         int32_t half[2];
-        dot_int4_tile_row(half, tile + col / 64 * 4 * WEIGHT_TILE_BYTES + row % 8 * 64, row % 16 >= 8, q + col / 64 * 64);
+        dot_int4_tile_row(half, tile + col / 64 * 4 * WEIGHT_TILE_BYTES + row % 8 * 64, row % 16 >= 8,
+                          q + col / 64 * 64);
         dot += half[col / 32 % 2];
         if ((col + 32) % group_size == 0) {
             y += (float)dot * (f16_to_f32(scale[col / group_size * 16]) * q_scale[col / ACT_GROUP]);
@@ -72,9 +73,9 @@ static float dot_fp8_row(const struct matrix *w, int64_t row, const float *x)
     const uint8_t *codes = (const uint8_t *)w->data + row * cols;
     f32x16 sum = {0}, a, b;
     for (int64_t i = 0; i < cols; i += LANES) {
-        float lane[LANES];
+        float lane[LANES]; // the even columns of 32, then the odd ones
         for (int j = 0; j < LANES; j++)
-            lane[j] = e4m3_to_f32(codes[i + j]);
+            lane[j] = e4m3_to_f32(codes[i / 32 * 32 + 2 * j + i / 16 % 2]);
         load16(&a, x + i);
         load16(&b, lane);
         sum += a * b;

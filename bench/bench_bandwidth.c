@@ -1,0 +1,33 @@
+// Read bandwidth of this machine, the limit of decode: bench_bandwidth [threads]. One result line.
+#include "bench/bandwidth.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+enum { ROUNDS = 3 };
+static const uint64_t block_bytes = 1ull << 30; // beyond any cache
+
+int main(int argc, char **argv)
+{
+    long threads = argc > 1 ? strtol(argv[1], NULL, 10) : sysconf(_SC_NPROCESSORS_ONLN);
+    if (threads < 1 || threads > BANDWIDTH_MAX_THREADS) {
+        fprintf(stderr, "bench_bandwidth: threads must be from 1 to %d\n", BANDWIDTH_MAX_THREADS);
+        return 2;
+    }
+    void *block = mmap(NULL, block_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (block == MAP_FAILED) {
+        fprintf(stderr, "bench_bandwidth: no memory for 1 GiB\n");
+        return 8;
+    }
+    memset(block, 1, block_bytes);
+    double best = 0;
+    for (int round = 0; round < ROUNDS; round++) {
+        double rate = bandwidth_bytes_per_second(block, block_bytes, (int)threads);
+        best = rate > best ? rate : best;
+    }
+    printf("bandwidth streams=%d threads=%ld gb_s=%.2f\n", BANDWIDTH_STREAMS, threads, best * 1e-9);
+    return 0;
+}

@@ -1,0 +1,170 @@
+// What does one all_reduce cost? One line for each codec, size, number of ranks, kind of rank, and with or without a foreign busy process.
+//
+//   us       median over rounds of the time per all_reduce, on the slowest rank of the round; best: the fastest round
+//   work_us  busy work of every rank before each all_reduce (not counted in us): 0 shows the collective alone, more a decode step, where
+//            a foreign busy process may cost its share of the cores and no more
+//   wire_bytes  what one rank writes for one all_reduce: its groups for the owners and its own sums
+#include "engine/comm.h"
+#include "kernels/futex.h"
+
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+
+enum { MAX_RANKS = 8, ROUNDS = 15, ROUND_NS = 12 * 1000000 };
+
+struct bench {
+    int tp_size, cols, work_us;
+    bool processes, busy;
+    enum wire wire;
+    int calls; // of a round
+    struct comm_region *region;
+    int64_t round_ns[MAX_RANKS][ROUNDS]; // shared
+};
+
+struct rank {
+    struct bench *bench;
+    int rank;
+    pthread_t thread;
+    pid_t pid;
+};
+
+static void work(int64_t work_ns)
+{
+    for (int64_t end_ns = clock_now_ns() + work_ns; clock_now_ns() < end_ns;)
+        cpu_relax();
+}
+
+static void *run_rank(void *arg)
+{
+    struct rank *self = arg;
+    struct bench *bench = self->bench;
+    struct comm *comm;
+    struct error err;
+    static _Thread_local float data[65536];
+    if (comm_open(&comm, bench->region, self->rank, 60000, &err))
+        goto fail;
+    for (int i = 0; i < bench->cols; i++)
+        data[i] = (float)(i % 17) * 0.01f;
+    for (int round = -1; round < ROUNDS; round++) { // the first warms up
+        if (comm_barrier(comm, &err))
+            goto fail;
+        int64_t start_ns = clock_now_ns();
+        for (int call = 0; call < bench->calls; call++) {
+            if (bench->work_us)
+                work((int64_t)bench->work_us * 1000);
+            if (comm_all_reduce(comm, data, 1, bench->cols, bench->cols, bench->wire, NULL, &err))
+                goto fail;
+        }
+        if (round >= 0)
+            bench->round_ns[self->rank][round] = clock_now_ns() - start_ns;
+    }
+    comm_close(comm);
+    return NULL;
+fail:
+    fprintf(stderr, "bench_comm: %s\n", err.msg);
+    exit(1);
+}
+
+static pid_t start_process(void *(*body)(void *), void *arg)
+{
+    pid_t pid = fork();
+    if (pid == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        body(arg);
+        _exit(0);
+    }
+    return pid;
+}
+
+static void *be_busy(void *arg)
+{
+    for (;;)
+        cpu_relax();
+    return arg;
+}
+
+static int compare(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static uint64_t wire_bytes(const struct bench *bench)
+{
+    uint64_t groups = wire_groups((uint64_t)bench->cols),
+             own = (groups + (uint64_t)bench->tp_size - 1) / (uint64_t)bench->tp_size;
+    return (groups - own + own) * wire_group_bytes(bench->wire);
+}
+
+static void run_bench(struct bench shape)
+{
+    uint64_t region_bytes = comm_region_bytes(shape.tp_size, 65536), bytes = sizeof shape + 4096 + region_bytes;
+    uint8_t *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED)
+        exit(1);
+    uint64_t offset = (sizeof shape + 4095) / 4096 * 4096;
+    struct bench *bench = (struct bench *)memory;
+    *bench = shape;
+    bench->region = comm_region_init(memory + offset, shape.tp_size, 65536);
+    bench->calls = ROUND_NS / ((shape.work_us + 20) * 1000) + 1;
+    fflush(stdout);
+    pid_t foreign = shape.busy ? start_process(be_busy, NULL) : 0;
+    struct rank ranks[MAX_RANKS];
+    for (int r = 0; r < shape.tp_size; r++) {
+        ranks[r] = (struct rank){.bench = bench, .rank = r};
+        if (shape.processes)
+            ranks[r].pid = start_process(run_rank, &ranks[r]);
+        else if (pthread_create(&ranks[r].thread, NULL, run_rank, &ranks[r]))
+            exit(1);
+    }
+    for (int r = 0; r < shape.tp_size; r++) {
+        int status = 0;
+        if (shape.processes)
+            waitpid(ranks[r].pid, &status, 0);
+        else
+            pthread_join(ranks[r].thread, NULL);
+        if (status)
+            exit(1);
+    }
+    if (foreign) {
+        kill(foreign, SIGKILL);
+        waitpid(foreign, NULL, 0);
+    }
+    double us[ROUNDS];
+    for (int round = 0; round < ROUNDS; round++) {
+        int64_t slowest_ns = 0;
+        for (int r = 0; r < shape.tp_size; r++)
+            if (bench->round_ns[r][round] > slowest_ns)
+                slowest_ns = bench->round_ns[r][round];
+        us[round] = (double)slowest_ns / 1000 / bench->calls - shape.work_us;
+    }
+    qsort(us, ROUNDS, sizeof *us, compare);
+    printf("all_reduce ranks=%d as=%s wire=%s floats=%d foreign_busy=%d work_us=%d us=%.1f best=%.1f wire_bytes=%llu\n",
+           shape.tp_size, shape.processes ? "processes" : "threads", wire_name(shape.wire), shape.cols, shape.busy,
+           shape.work_us, us[ROUNDS / 2], us[0], (unsigned long long)wire_bytes(&shape));
+    munmap(memory, bytes);
+}
+
+int main(void)
+{
+    for (int busy = 0; busy < 2; busy++)
+        for (int tp_size = 2; tp_size <= 4; tp_size += 2)
+            for (int processes = 0; processes < 2; processes++) {
+                for (int cols = 4096; cols <= 8192; cols *= 2)
+                    for (int wire = 0; wire < WIRE_COUNT; wire++)
+                        run_bench((struct bench){.tp_size = tp_size,
+                                                 .cols = cols,
+                                                 .processes = processes,
+                                                 .busy = busy,
+                                                 .wire = (enum wire)wire});
+                run_bench((struct bench){
+                    .tp_size = tp_size, .cols = 4096, .processes = processes, .busy = busy, .work_us = 300});
+            }
+    return 0;
+}

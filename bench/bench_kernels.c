@@ -1,0 +1,155 @@
+// How fast are the matmul kernels? For each kind of weights, shape, number of tokens and threads: bytes of weights per second,
+// their share of what the same threads could read just before and after (four streams each), and operations per second.
+// Weights rotate over copies that no cache holds.
+//
+//   bench_kernels [table [kind [tokens [shape]]]]     e.g. "avx2 int4 1"; "all" or nothing: everything
+#include "bench/bandwidth.h"
+#include "formats/checked.h"
+#include "kernels/kernels.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+enum { ROUNDS = 7 };
+#define ARENA_BYTES ((uint64_t)448 << 20)
+#define READ_BYTES ((uint64_t)192 << 20)
+
+static const struct {
+    enum weight_kind kind;
+    uint32_t group_size;
+} kinds[] = {{WEIGHT_INT4, 128}, {WEIGHT_INT4, 32}, {WEIGHT_INT8, 0}, {WEIGHT_FP8, 0}, {WEIGHT_BF16, 0}};
+static const struct {
+    int64_t rows, cols;
+} shapes[] = {{4096, 4096}, {14336, 4096}};
+static const int64_t token_counts[] = {1, 2, 4, 8, 16, 64, 256};
+enum { MAX_TOKENS = 256, MAX_ROWS = 14336, MAX_COLS = 4096 };
+
+// One measurement: `copies` products one after the other, each thread its share of the rows.
+struct job {
+    const struct kernels *kernels;
+    const struct activations *act;
+    const uint8_t *arena;
+    struct weight_shape shape;
+    uint64_t copy_bytes, first_copy, copies, all_copies;
+    int64_t tokens;
+    int threads;
+    float *y;
+};
+
+static void multiply_share(void *arg, int thread)
+{
+    const struct job *job = arg;
+    int64_t blocks = (int64_t)job->shape.rows / WEIGHT_ROW_UNIT;
+    int64_t begin = blocks * thread / job->threads * WEIGHT_ROW_UNIT;
+    int64_t end = blocks * (thread + 1) / job->threads * WEIGHT_ROW_UNIT;
+    for (uint64_t i = 0; i < job->copies; i++) {
+        const uint8_t *copy = job->arena + (job->first_copy + i) % job->all_copies * job->copy_bytes;
+        struct matrix w = {job->shape, copy, copy + job->shape.data_bytes};
+        job->kernels->matmul(job->y, MAX_ROWS, &w, job->act, job->tokens, begin, end);
+    }
+}
+
+static int compare(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static double median(double *values)
+{
+    qsort(values, ROUNDS, sizeof *values, compare);
+    return values[ROUNDS / 2];
+}
+
+static void measure(struct job job)
+{
+    job.copy_bytes = round_up(job.shape.data_bytes + job.shape.scale_bytes, 4096);
+    job.all_copies = ARENA_BYTES / job.copy_bytes;
+    double operations = 2.0 * (double)job.tokens * (double)(job.shape.rows * job.shape.cols);
+    job.copies = 1;
+    double once = bench_parallel(job.threads, multiply_share, &job); // warms up, and says how often fits into 60 ms
+    job.copies = 1 + (uint64_t)(0.06 / (once > 1e-6 ? once : 1e-6));
+
+    double rate[ROUNDS], share[ROUNDS], read[ROUNDS], before, after = 0;
+    for (int i = 0; i < ROUNDS; i++) {
+        before = i ? after : bandwidth_bytes_per_second(job.arena, READ_BYTES, job.threads);
+        job.first_copy = (job.first_copy + job.copies) % job.all_copies;
+        double seconds = bench_parallel(job.threads, multiply_share, &job);
+        after = bandwidth_bytes_per_second(job.arena + (uint64_t)(i % 2) * READ_BYTES, READ_BYTES, job.threads);
+        rate[i] = (double)job.copies / seconds;
+        read[i] = (before + after) / 2;
+        share[i] = rate[i] * (double)(job.shape.data_bytes + job.shape.scale_bytes) / read[i];
+    }
+    double products = median(rate);
+    printf("kernels table=%s kind=%s group=%" PRIu32 " rows=%" PRIu64 " cols=%" PRIu64 " tokens=%" PRId64
+           " threads=%d gb_s=%.2f read_gb_s=%.2f share=%.2f gop_s=%.1f\n",
+           job.kernels->name, weight_kind_name(job.shape.kind), job.shape.group_size, job.shape.rows, job.shape.cols,
+           job.tokens, job.threads, products * (double)(job.shape.data_bytes + job.shape.scale_bytes) / 1e9,
+           median(read) / 1e9, median(share), products * operations / 1e9);
+    fflush(stdout);
+}
+
+static bool chosen(int argc, char **argv, int index, const char *name)
+{
+    return argc <= index || strcmp(argv[index], "all") == 0 || strcmp(argv[index], name) == 0;
+}
+
+int main(int argc, char **argv)
+{
+    uint8_t *arena = mmap(NULL, ARENA_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    float *x = malloc(sizeof *x * MAX_TOKENS * MAX_COLS), *y = calloc((size_t)MAX_TOKENS * MAX_ROWS, sizeof *y);
+    struct activations act;
+    struct error err = {0};
+    if (arena == MAP_FAILED || !x || !y || activations_alloc(&act, MAX_TOKENS, MAX_COLS, &err)) {
+        fprintf(stderr, "bench_kernels: out of memory\n");
+        return 1;
+    }
+    // Bytes that are ordinary numbers in every format: +-0x30 .. 0x3f. No subnormals, no NaN.
+    uint64_t state = 88172645463325252u;
+    for (uint64_t i = 0; i < ARENA_BYTES; i += 8) {
+        state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+        uint64_t word = (state & 0x8f8f8f8f8f8f8f8fu) | 0x3030303030303030u;
+        memcpy(arena + i, &word, sizeof word);
+    }
+    for (int64_t i = 0; i < (int64_t)MAX_TOKENS * MAX_COLS; i++)
+        x[i] = (float)(i * 7919 % 1013) / 506.0f - 1;
+
+    for (int n = 0; kernels_all[n]; n++) {
+        const struct kernels *kernels = kernels_all[n];
+        // The reference is not for speed: only when asked for.
+        if (!kernels->supported() || !chosen(argc, argv, 1, kernels->name) ||
+            (argc < 2 && strcmp(kernels->name, "scalar") == 0))
+            continue;
+        for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++)
+            for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
+                for (size_t t = 0; t < sizeof token_counts / sizeof *token_counts; t++)
+                    for (int threads = 1; threads <= 2; threads++) {
+                        char kind[32], tokens[32], shape[32];
+                        snprintf(kind, sizeof kind, "%s", weight_kind_name(kinds[k].kind));
+                        snprintf(tokens, sizeof tokens, "%" PRId64, token_counts[t]);
+                        snprintf(shape, sizeof shape, "%" PRId64, shapes[s].rows);
+                        if (!chosen(argc, argv, 2, kind) || !chosen(argc, argv, 3, tokens) ||
+                            !chosen(argc, argv, 4, shape))
+                            continue;
+                        struct job job = {.kernels = kernels,
+                                          .act = &act,
+                                          .arena = arena,
+                                          .tokens = token_counts[t],
+                                          .threads = threads,
+                                          .y = y};
+                        weight_shape_make(&job.shape, kinds[k].kind, kinds[k].group_size, (uint64_t)shapes[s].rows,
+                                          (uint64_t)shapes[s].cols);
+                        struct matrix w = {job.shape, arena, arena};
+                        kernels->prepare(&act, &w, x, MAX_COLS, 0, MAX_TOKENS);
+                        measure(job);
+                    }
+    }
+    activations_free(&act);
+    free(x);
+    free(y);
+    munmap(arena, ARENA_BYTES);
+    return 0;
+}

@@ -1,0 +1,50 @@
+# Shared by tests/test_shard_*.sh: run from the repository's root with BUILD set (default build).
+# Sets tpshard, model (the bundled model) and work (a scratch folder under BUILD that is removed at the end).
+# shellcheck shell=bash disable=SC2034
+set -u
+BUILD=${BUILD:-build}
+tpshard=${TPSHARD:-$BUILD/tpshard}
+model=tests/model
+work=$BUILD/tests/$(basename "$0" .sh).$$
+failures=0
+
+[ -x "$tpshard" ] || { echo "SKIP no $tpshard: build it first"; exit 77; }
+mkdir -p "$work"
+trap 'rm -rf "$work"' EXIT
+trap 'exit 1' INT TERM
+
+ok() { echo "ok $*"; }
+not_ok() {
+    echo "not ok $*"
+    failures=$((failures + 1))
+}
+finish() { exit $((failures > 0)); }
+
+# Runs quietly; what it says on stderr stands in $work/err, on stdout in $work/out.
+run() { "$@" >"$work/out" 2>"$work/err"; }
+
+convert() { run "$tpshard" convert --quiet "$@"; }
+
+same() { diff -r "$1" "$2" >"$work/diff" 2>&1; }
+
+# expect NAME STATUS WORDS COMMAND...: the exit status and a part of the sentence.
+expect() {
+    local name=$1 status=$2 words=$3 got=0
+    shift 3
+    run "$@" || got=$?
+    if [ "$got" -ne "$status" ]; then
+        not_ok "$name: exit status $got, wanted $status: $(tail -n 1 "$work/err")"
+    elif [ -n "$words" ] && ! grep -qF -- "$words" "$work/err" "$work/out"; then
+        not_ok "$name: \"$(tail -n 1 "$work/err")\" does not say \"$words\""
+    else
+        ok "$name"
+    fi
+}
+
+# flip FILE OFFSET BIT: changes one bit.
+flip() {
+    local byte
+    byte=$(od -An -tu1 -j "$2" -N 1 "$1")
+    # shellcheck disable=SC2059 # the format is the byte
+    printf "\\x$(printf %02x $((byte ^ (1 << $3))))" | dd of="$1" bs=1 seek="$2" conv=notrunc status=none
+}

@@ -1,0 +1,189 @@
+#!/usr/bin/env bash
+# tpshard killed at random moments: nothing that verify or inspect accepts is left unless it is the whole model, --resume
+# comes to the same bytes, a replaced model is the old one, the new one or none. Signals, a full disk, a changed source.
+#
+#   CRASHES   kills of each kind (default 100)
+cd "$(dirname "$0")/.." || exit 1
+. tests/shard_helpers.sh
+
+crashes=${CRASHES:-100}
+RANDOM=11
+source=$work/source
+out=$work/shards
+options=(--tp 3 --quant int4 --group-size 32)
+
+python3 scripts/make_synthetic_checkpoint.py --family llama-biases "$source" >"$work/out" || { echo "SKIP no python3"; exit 77; }
+started=$(date +%s%N)
+convert "${options[@]}" "$source" "$work/whole" || { not_ok "convert: $(cat "$work/err")"; finish; }
+run_us=$((($(date +%s%N) - started) / 1000))
+convert --tp 2 --quant int8 "$source" "$work/other"
+
+# Starts tpshard with these arguments and kills it within window_us.
+window_us=$((run_us * 5 / 4))
+start_and_kill() {
+    local wait_us=$(((RANDOM * 32768 + RANDOM) % window_us))
+    "$tpshard" convert --quiet "$@" >"$work/out" 2>"$work/err" &
+    local pid=$!
+    sleep "$(printf '%d.%06d' $((wait_us / 1000000)) $((wait_us % 1000000)))"
+    kill -9 $pid 2>/dev/null
+    wait $pid 2>/dev/null
+}
+
+# Equal but for the work folder, which a kill may leave.
+same_model() { diff -r -x .tmp-tpshard "$1" "$2" >"$work/diff" 2>&1; }
+
+accepted() { run "$tpshard" verify "$1" || run "$tpshard" inspect "$1"; }
+
+kill_and_resume() {
+    local i torn=0 whole=0 unfinished=0 differs=0
+    for ((i = 0; i < crashes; i++)); do
+        rm -rf "$out"
+        start_and_kill "${options[@]}" "$source" "$out"
+        [ $((i % 3)) -ne 0 ] || [ -e "$out/model.json" ] || start_and_kill "${options[@]}" --resume "$source" "$out"
+        if [ -e "$out/model.json" ]; then
+            whole=$((whole + 1))
+            { same_model "$out" "$work/whole" && run "$tpshard" verify "$out"; } || torn=$((torn + 1))
+        else
+            unfinished=$((unfinished + 1))
+            ! accepted "$out" || torn=$((torn + 1))
+            convert "${options[@]}" --resume "$source" "$out" || { differs=$((differs + 1)); cat "$work/err"; }
+            same "$out" "$work/whole" || differs=$((differs + 1))
+        fi
+    done
+    if [ $torn -eq 0 ] && [ $differs -eq 0 ]; then
+        ok "$crashes kills: $unfinished unfinished, none accepted, all resumed to the same bytes; $whole whole"
+    else
+        not_ok "$crashes kills: $torn torn, $differs other after --resume (of $unfinished)"
+    fi
+    [ "$unfinished" -ge $((crashes / 4)) ] || not_ok "kills came too late to test anything: $unfinished of $crashes"
+}
+
+kill_while_replacing() {
+    local i old=0 new=0 none=0 torn=0 window_us=$((run_us * 2))
+    for ((i = 0; i < crashes / 3; i++)); do
+        rm -rf "$out"
+        cp -r "$work/other" "$out"
+        start_and_kill "${options[@]}" --force "$source" "$out"
+        if [ ! -e "$out/model.json" ]; then
+            none=$((none + 1))
+            ! accepted "$out" || torn=$((torn + 1))
+            convert "${options[@]}" "$source" "$out" && same "$out" "$work/whole" || torn=$((torn + 1))
+        elif same_model "$out" "$work/other"; then
+            old=$((old + 1))
+        elif same_model "$out" "$work/whole"; then
+            new=$((new + 1))
+        else
+            torn=$((torn + 1))
+        fi
+    done
+    if [ $torn -eq 0 ]; then
+        ok "kills while replacing: $old old, $new new, $none none, never a mixture"
+    else
+        not_ok "kills while replacing: $torn mixtures"
+    fi
+}
+
+signals() {
+    local signal wanted got
+    for signal in INT:130 TERM:143; do
+        wanted=${signal#*:} got=0
+        rm -rf "$out"
+        # A background job of a script ignores SIGINT unless it is told otherwise.
+        python3 - "$tpshard" "${signal%:*}" "$out" "$model" >"$work/out" 2>"$work/err" <<'PYTHON' || got=$?
+import os, signal, subprocess, sys, time
+program, name, out, model = sys.argv[1:]
+number = getattr(signal, "SIG" + name)
+signal.signal(number, signal.SIG_DFL)
+child = subprocess.Popen([program, "--quant", "int4", "--threads", "1", model, out])
+deadline = time.monotonic() + 20
+journal = os.path.join(out, ".tmp-tpshard", "journal")
+while time.monotonic() < deadline and not (os.path.exists(journal) and os.path.getsize(journal) > 100):
+    time.sleep(0.001)
+child.send_signal(number)
+sys.exit(child.wait())
+PYTHON
+        if [ $got -ne "$wanted" ]; then
+            not_ok "SIG${signal%:*}: exit status $got, wanted $wanted: $(cat "$work/err")"
+        elif ! grep -q -- --resume "$work/err" || accepted "$out"; then
+            not_ok "SIG${signal%:*}: $(cat "$work/err")"
+        elif convert --quant int4 --resume "$model" "$out" && run "$tpshard" verify --against "$model" "$out" &&
+            [ ! -e "$out/.tmp-tpshard" ]; then
+            ok "SIG${signal%:*}: exit status $wanted, says how to go on, and goes on"
+        else
+            not_ok "SIG${signal%:*}: --resume: $(cat "$work/err")"
+        fi
+    done
+}
+
+other_resumes() {
+    local killed=0
+    while [ ! -s "$out/.tmp-tpshard/journal" ]; do
+        rm -rf "$out"
+        start_and_kill "${options[@]}" "$source" "$out"
+        killed=$((killed + 1))
+        [ $killed -lt 100 ] || { not_ok "no unfinished run in 100"; return; }
+    done
+    cp -r "$out" "$work/unfinished"
+    expect "--resume with other options" 2 "leave out --resume" \
+        "$tpshard" convert --resume --tp 2 --quant int4 --group-size 32 "$source" "$out"
+    expect "and it leaves the unfinished run" 0 "" "$tpshard" convert --quiet "${options[@]}" --resume "$source" "$out"
+    if same "$out" "$work/whole"; then ok "which goes on"; else not_ok "which goes on: $(cat "$work/diff")"; fi
+    rm -rf "$out"
+    cp -r "$work/unfinished" "$out"
+    expect "--resume --force starts anew" 0 "" "$tpshard" convert --quiet --tp 2 --quant int8 --resume --force "$source" "$out"
+    if same "$out" "$work/other"; then ok "with the new options' bytes"; else not_ok "new bytes: $(cat "$work/diff")"; fi
+
+    # What the journal says is not believed: the files are.
+    rm -rf "$out"
+    cp -r "$work/unfinished" "$out"
+    for rank in "$out"/.tmp-tpshard/rank-*; do flip "$rank" $((2 * 1024 * 1024 + 100)) 1; done
+    convert "${options[@]}" --resume "$source" "$out"
+    if same "$out" "$work/whole"; then ok "damage in an unfinished run is mended"; else not_ok "damage stays: $(cat "$work/diff" "$work/err")"; fi
+    rm -rf "$out"
+    cp -r "$work/unfinished" "$out"
+    printf 'torn 0123' >>"$out/.tmp-tpshard/journal"
+    convert "${options[@]}" --resume "$source" "$out"
+    if same "$out" "$work/whole"; then ok "a torn line of the journal"; else not_ok "torn line: $(cat "$work/diff" "$work/err")"; fi
+}
+
+# Small disks of every size, in a mount namespace of its own: they go with it.
+full_disk() {
+    local disk=$work/disk kib got refused=0 whole=0 bad=0
+    mkdir "$disk"
+    mount -t tmpfs none "$disk" || { echo "ok # SKIP full disk: no right to mount a small one"; return; }
+    for ((kib = 0; kib <= 12000; kib += 600)); do
+        mount -o "remount,size=$((kib + 4))k" "$disk"
+        got=0
+        convert "${options[@]}" "$source" "$disk/shards" || got=$?
+        if [ $got -eq 0 ] && same "$disk/shards" "$work/whole"; then
+            whole=$((whole + 1))
+        elif [ $got -eq 5 ] && grep -q "No space left" "$work/err" && ! accepted "$disk/shards"; then
+            refused=$((refused + 1))
+        else
+            bad=$((bad + 1))
+            echo "# $kib KiB: exit status $got: $(cat "$work/err")"
+        fi
+        rm -rf "$disk/shards"
+    done
+    umount "$disk"
+    if [ $bad -eq 0 ] && [ $refused -gt 0 ] && [ $whole -gt 0 ]; then
+        ok "full disk: $refused times refused, $whole times enough"
+    else
+        not_ok "full disk: $bad bad, $refused refused, $whole enough"
+    fi
+}
+
+if [ "${1:-}" = --full-disk ]; then
+    full_disk
+    finish
+fi
+kill_and_resume
+kill_while_replacing
+signals
+other_resumes
+if unshare -rm true 2>/dev/null; then
+    unshare -rm "tests/$(basename "$0")" --full-disk || failures=$((failures + 1))
+else
+    echo "ok # SKIP full disk: no right to make a mount namespace"
+fi
+finish

@@ -1,0 +1,834 @@
+// Rank files: layout, round trip, refusals (truncation, flipped bits, every field), leaves, a golden file.
+// `build/tests/test_shard_file --write DIR` writes a small directory of two ranks that holds every kind of weight, whose
+// sources are known by formula; test_shard_reader.py reads it with a reader of its own.
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#include <zstd.h>
+
+#include "formats/checksum.h"
+#include "formats/file_io.h"
+#include "formats/manifest.h"
+#include "formats/shard_file.h"
+#include "kernels/pack.h"
+
+// ---- a small model ---------------------------------------------------------------------------------------------------
+
+enum { HIDDEN = 128, HEADS = 4, KV_HEADS = 2, HEAD_DIM = 32, INTERMEDIATE = 192, VOCAB = 300, TP = 2, TENSORS = 13 };
+
+// Element (row, col) of source `number`; exact in bf16. The same formula stands in test_shard_reader.py.
+static float source_value(unsigned number, uint64_t row, uint64_t col)
+{
+    return (float)((int)((row * 131 + col * 71 + row * col % 97 + number * 17) % 251) - 125) / 1024;
+}
+
+static const char *const source_names[] = {
+    "embed", "input_norm", "q",    "k",  "v",    "q_bias", "k_bias",  "v_bias",
+    "o",     "post_norm",  "gate", "up", "down", "norm",   "lm_head",
+};
+
+static unsigned source_number(const char *name)
+{
+    for (unsigned i = 0; i < sizeof source_names / sizeof *source_names; i++)
+        if (strcmp(name, source_names[i]) == 0)
+            return i;
+    fail_msg("no source %s", name);
+    return 0;
+}
+
+static struct rank_share share_of(uint32_t rank)
+{
+    int64_t mlp = partition_begin(3, rank, TP) * 64, vocab = partition_begin(VOCAB, rank, TP);
+    return (struct rank_share){
+        .head_begin = rank * 2,
+        .num_heads_local = 2,
+        .kv_head_begin = rank,
+        .num_kv_heads_local = 1,
+        .mlp_begin = mlp,
+        .intermediate_local = partition_begin(3, rank + 1, TP) * 64 - mlp,
+        .vocab_begin = vocab,
+        .vocab_local = partition_begin(VOCAB, rank + 1, TP) - vocab,
+    };
+}
+
+static void set_tensor(struct shard_tensor *tensor, enum tensor_role role, int32_t layer, enum weight_kind kind,
+                       uint32_t group_size, uint64_t rows, uint64_t cols)
+{
+    *tensor = (struct shard_tensor){.role = role, .layer = layer};
+    assert_true(weight_shape_make(&tensor->shape, kind, group_size, rows, cols));
+}
+
+static void add_part(struct shard_tensor *tensor, const char *source, uint64_t source_rows, uint64_t source_cols,
+                     uint64_t row_begin, uint64_t rows, uint64_t col_begin, uint64_t cols)
+{
+    tensor->parts[tensor->num_parts++] =
+        (struct shard_part){source, source_rows, source_cols, row_begin, rows, col_begin, cols};
+}
+
+static void make_tensors(struct shard_tensor tensors[TENSORS], const struct rank_share *share)
+{
+    uint64_t q_begin = (uint64_t)share->head_begin * HEAD_DIM, q = (uint64_t)share->num_heads_local * HEAD_DIM;
+    uint64_t kv_begin = (uint64_t)share->kv_head_begin * HEAD_DIM, kv = (uint64_t)share->num_kv_heads_local * HEAD_DIM;
+    uint64_t mlp_begin = (uint64_t)share->mlp_begin, mlp = (uint64_t)share->intermediate_local;
+    uint64_t vocab_begin = (uint64_t)share->vocab_begin, vocab = (uint64_t)share->vocab_local;
+    struct shard_tensor *t = tensors;
+    set_tensor(t, ROLE_EMBEDDING, -1, WEIGHT_BF16, 0, vocab, HIDDEN);
+    add_part(t++, "embed", VOCAB, HIDDEN, vocab_begin, vocab, 0, HIDDEN);
+    set_tensor(t++, ROLE_ROPE_INV_FREQ, -1, WEIGHT_F32, 0, 1, HEAD_DIM / 2);
+    set_tensor(t, ROLE_ATTENTION_NORM, 0, WEIGHT_F32, 0, 1, HIDDEN);
+    add_part(t++, "input_norm", 1, HIDDEN, 0, 1, 0, HIDDEN);
+    set_tensor(t, ROLE_QKV, 0, WEIGHT_INT4, 32, q + 2 * kv, HIDDEN);
+    add_part(t, "q", HEADS * HEAD_DIM, HIDDEN, q_begin, q, 0, HIDDEN);
+    add_part(t, "k", KV_HEADS * HEAD_DIM, HIDDEN, kv_begin, kv, 0, HIDDEN);
+    add_part(t++, "v", KV_HEADS * HEAD_DIM, HIDDEN, kv_begin, kv, 0, HIDDEN);
+    set_tensor(t, ROLE_QKV_BIAS, 0, WEIGHT_F32, 0, 1, q + 2 * kv);
+    add_part(t, "q_bias", 1, HEADS * HEAD_DIM, 0, 1, q_begin, q);
+    add_part(t, "k_bias", 1, KV_HEADS * HEAD_DIM, 0, 1, kv_begin, kv);
+    add_part(t++, "v_bias", 1, KV_HEADS * HEAD_DIM, 0, 1, kv_begin, kv);
+    set_tensor(t, ROLE_O, 0, WEIGHT_FP8, 0, HIDDEN, q);
+    add_part(t++, "o", HIDDEN, HEADS * HEAD_DIM, 0, HIDDEN, q_begin, q);
+    set_tensor(t, ROLE_MLP_NORM, 0, WEIGHT_F32, 0, 1, HIDDEN);
+    add_part(t++, "post_norm", 1, HIDDEN, 0, 1, 0, HIDDEN);
+    set_tensor(t, ROLE_GATE_UP, 0, WEIGHT_INT4, 128, 2 * mlp, HIDDEN);
+    add_part(t, "gate", INTERMEDIATE, HIDDEN, mlp_begin, mlp, 0, HIDDEN);
+    add_part(t++, "up", INTERMEDIATE, HIDDEN, mlp_begin, mlp, 0, HIDDEN);
+    set_tensor(t, ROLE_DOWN, 0, WEIGHT_INT4, 64, HIDDEN, mlp);
+    add_part(t++, "down", HIDDEN, INTERMEDIATE, 0, HIDDEN, mlp_begin, mlp);
+    set_tensor(t, ROLE_FINAL_NORM, -1, WEIGHT_F32, 0, 1, HIDDEN);
+    add_part(t++, "norm", 1, HIDDEN, 0, 1, 0, HIDDEN);
+    set_tensor(t, ROLE_HEAD, -1, WEIGHT_INT8, 0, vocab, HIDDEN);
+    add_part(t++, "lm_head", VOCAB, HIDDEN, vocab_begin, vocab, 0, HIDDEN);
+    // Two of no size: a rank may own nothing of a layer.
+    set_tensor(t, ROLE_QKV, 1, WEIGHT_INT8, 0, 0, HIDDEN);
+    add_part(t++, "q", HEADS * HEAD_DIM, HIDDEN, 0, 0, 0, HIDDEN);
+    set_tensor(t, ROLE_O, 1, WEIGHT_INT4, 32, HIDDEN, 0);
+    add_part(t++, "o", HIDDEN, HEADS * HEAD_DIM, 0, HIDDEN, 0, 0);
+    assert_int_equal(t - tensors, TENSORS);
+}
+
+static void fill_tensor(uint8_t *payload, const struct shard_tensor *tensor)
+{
+    if (tensor->role == ROLE_ROPE_INV_FREQ) {
+        for (int i = 0; i < HEAD_DIM / 2; i++) {
+            float value = 1.0f / (float)(i + 1);
+            memcpy(payload + tensor->data_offset + 4 * i, &value, 4);
+        }
+        return;
+    }
+    uint64_t stored_row = 0, stored_col = 0;
+    for (int p = 0; p < tensor->num_parts; p++) {
+        const struct shard_part *part = &tensor->parts[p];
+        unsigned number = source_number(part->source);
+        if (tensor->shape.kind == WEIGHT_F32) {
+            for (uint64_t i = 0; i < part->cols; i++, stored_col++) {
+                float value = source_value(number, 0, part->col_begin + i);
+                memcpy(payload + tensor->data_offset + 4 * stored_col, &value, 4);
+            }
+            continue;
+        }
+        for (uint64_t r = 0; r < part->rows; r++, stored_row++) {
+            enum weight_kind kind = tensor->shape.kind;
+            uint32_t group_size = tensor->shape.group_size;
+            float x[256];
+            assert_true(part->source_cols <= 256);
+            for (uint64_t c = 0; c < part->source_cols; c++)
+                x[c] = source_value(number, part->row_begin + r, c);
+            uint64_t memory[256];
+            assert_true(packed_row_bytes(kind, group_size, part->source_cols) <= sizeof memory);
+            struct packed_row row;
+            packed_row_place(&row, memory, kind, group_size, part->source_cols);
+            assert_int_equal(pack_quantize_row(&row, kind, group_size, x, part->source_cols, NULL, NULL), 0);
+            pack_store_row(payload + tensor->data_offset, payload + tensor->scale_offset, &tensor->shape, 0, stored_row,
+                           &row, part->col_begin);
+        }
+    }
+}
+
+struct rank_file {
+    struct shard_identity identity;
+    struct shard_tensor tensors[TENSORS];
+    uint8_t *bytes; // the whole file
+    uint64_t payload_offset, payload_bytes, file_bytes;
+    struct checksum128 root;
+};
+
+// extra_vocab makes the file longer: rows of zeros of a larger vocabulary.
+static void make_file(struct rank_file *file, uint32_t rank, const uint8_t contract[16], uint64_t extra_vocab)
+{
+    struct error err = {0};
+    *file = (struct rank_file){
+        .identity = {.rank = rank, .tp_size = TP, .pp_rank = 0, .pp_size = 1, .share = share_of(rank)}};
+    memcpy(file->identity.contract, contract, 16);
+    make_tensors(file->tensors, &file->identity.share);
+    if (extra_vocab) {
+        struct shard_tensor *embedding = &file->tensors[0];
+        embedding->shape.rows += extra_vocab;
+        assert_true(weight_shape_make(&embedding->shape, WEIGHT_BF16, 0, embedding->shape.rows, HIDDEN));
+        embedding->parts[0].rows += extra_vocab;
+        embedding->parts[0].source_rows += extra_vocab;
+    }
+    if (shard_layout(file->tensors, TENSORS, &file->payload_offset, &file->payload_bytes, &file->file_bytes, &err))
+        fail_msg("%s", err.msg);
+    file->bytes = calloc(1, file->file_bytes);
+    assert_non_null(file->bytes);
+    uint8_t *payload = file->bytes + file->payload_offset;
+    for (int i = 0; i < TENSORS; i++)
+        fill_tensor(payload, &file->tensors[i]);
+    uint64_t leaves[64], leaf_count = (file->payload_bytes + SHARD_LEAF_BYTES - 1) / SHARD_LEAF_BYTES;
+    assert_true(leaf_count <= 64);
+    for (uint64_t i = 0; i < leaf_count; i++) {
+        uint64_t begin = i * SHARD_LEAF_BYTES, left = file->payload_bytes - begin;
+        leaves[i] = checksum_leaf(payload + begin, left < SHARD_LEAF_BYTES ? left : SHARD_LEAF_BYTES);
+    }
+    uint8_t *head;
+    if (shard_head_serialise(&head, &file->identity, file->tensors, TENSORS, leaves, &file->root, &err))
+        fail_msg("%s", err.msg);
+    memcpy(file->bytes, head, file->payload_offset);
+    free(head);
+}
+
+static const uint8_t some_contract[16] = {0xc0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 0x0f};
+
+static int parse(const uint8_t *bytes, uint64_t available, uint64_t file_bytes, struct shard_file **out,
+                 struct error *err)
+{
+    return shard_file_parse(out, bytes, available, file_bytes, "rank-01-of-02.tpshard", err);
+}
+
+// A refusal must be ERR_CORRUPT and say so in one sentence that begins with the file.
+static void assert_refused(const uint8_t *bytes, uint64_t available, uint64_t file_bytes, const char *wanted,
+                           const char *what)
+{
+    struct error err = {0};
+    struct shard_file *file = NULL;
+    int rc = parse(bytes, available, file_bytes, &file, &err);
+    if (rc != ERR_CORRUPT || file)
+        fail_msg("%s: accepted (%d)", what, rc);
+    if (strncmp(err.msg, "rank-01-of-02.tpshard: ", 23) != 0 || !strstr(err.msg, wanted))
+        fail_msg("%s: '%s' instead of '%s'", what, err.msg, wanted);
+}
+
+// ---- round trip ------------------------------------------------------------------------------------------------------
+
+static void layout_follows_the_rules(void **state)
+{
+    (void)state;
+    struct rank_file file;
+    make_file(&file, 1, some_contract, 0);
+    uint64_t end = 0;
+    for (int i = 0; i < TENSORS; i++) {
+        const struct shard_tensor *tensor = &file.tensors[i];
+        uint64_t data = (end + 255) / 256 * 256;
+        assert_int_equal(tensor->data_offset, data);
+        end = data + tensor->shape.data_bytes;
+        if (tensor->shape.scale_bytes) {
+            uint64_t scale = (end + 255) / 256 * 256;
+            assert_int_equal(tensor->scale_offset, scale);
+            end = scale + tensor->shape.scale_bytes;
+        } else {
+            assert_int_equal(tensor->scale_offset, 0);
+        }
+    }
+    assert_int_equal(file.payload_offset, SHARD_PAYLOAD_ALIGN);
+    assert_int_equal(file.payload_bytes, (end + 4095) / 4096 * 4096);
+    assert_int_equal(file.file_bytes, file.payload_offset + file.payload_bytes);
+    free(file.bytes);
+}
+
+static void assert_same_tensor(const struct shard_tensor *a, const struct shard_tensor *b)
+{
+    assert_int_equal(a->role, b->role);
+    assert_int_equal(a->layer, b->layer);
+    assert_memory_equal(&a->shape, &b->shape, sizeof a->shape);
+    assert_int_equal(a->data_offset, b->data_offset);
+    assert_int_equal(a->scale_offset, b->scale_offset);
+    assert_int_equal(a->num_parts, b->num_parts);
+    for (int p = 0; p < a->num_parts; p++) {
+        assert_string_equal(a->parts[p].source, b->parts[p].source);
+        assert_memory_equal(&a->parts[p].source_rows, &b->parts[p].source_rows, 6 * sizeof(uint64_t));
+    }
+}
+
+static void what_is_written_is_read(void **state)
+{
+    (void)state;
+    struct rank_file written;
+    struct shard_file *file = NULL;
+    struct error err = {0};
+    make_file(&written, 1, some_contract, 0);
+    uint8_t *head = malloc(written.payload_offset);
+    assert_non_null(head);
+    memcpy(head, written.bytes, written.payload_offset);
+    if (parse(head, written.payload_offset, written.file_bytes, &file, &err))
+        fail_msg("%s", err.msg);
+    free(head); // the reader keeps a copy
+    assert_memory_equal(shard_file_identity(file), &written.identity, sizeof written.identity);
+    assert_int_equal(shard_file_tensor_count(file), TENSORS);
+    for (int i = 0; i < TENSORS; i++) {
+        const struct shard_tensor *wanted = &written.tensors[i];
+        assert_same_tensor(shard_file_tensor(file, (uint64_t)i), wanted);
+        assert_ptr_equal(shard_file_find(file, wanted->role, wanted->layer), shard_file_tensor(file, (uint64_t)i));
+    }
+    assert_null(shard_file_find(file, ROLE_Q_NORM, 0));
+    assert_null(shard_file_find(file, ROLE_QKV, 2));
+    assert_null(shard_file_find(file, ROLE_QKV, -1));
+    assert_null(shard_file_find(file, ROLE_COUNT, 0));
+    struct checksum128 root = checksum_whole(written.bytes, written.payload_offset);
+    assert_true(checksum128_equal(shard_file_root(file), root) && checksum128_equal(written.root, root));
+    assert_int_equal(shard_file_payload_bytes(file), written.payload_bytes);
+    assert_int_equal(shard_file_payload_offset(file), written.payload_offset);
+    assert_null(shard_file_payload(file));
+    shard_file_close(file);
+
+    // The same input, the same bytes.
+    struct rank_file again;
+    make_file(&again, 1, some_contract, 0);
+    assert_memory_equal(again.bytes, written.bytes, written.file_bytes);
+    free(again.bytes);
+    free(written.bytes);
+}
+
+static void roles_have_names(void **state)
+{
+    (void)state;
+    for (int i = 0; i < ROLE_COUNT; i++) {
+        assert_string_not_equal(tensor_role_name((enum tensor_role)i), "unknown");
+        for (int j = 0; j < i; j++)
+            assert_string_not_equal(tensor_role_name((enum tensor_role)i), tensor_role_name((enum tensor_role)j));
+    }
+    assert_string_equal(tensor_role_name(ROLE_COUNT), "unknown");
+}
+
+// ---- refusals --------------------------------------------------------------------------------------------------------
+
+static void truncated(void **state)
+{
+    (void)state;
+    struct rank_file file;
+    make_file(&file, 1, some_contract, 12000);
+    // Every byte of the part that is in use, then a few; the file's length known, or that of the truncated copy.
+    for (uint64_t bytes = 0; bytes < file.payload_offset; bytes += bytes < 8192 ? 1 : 4093) {
+        // An exact copy: a read past its end shows under the address sanitizer.
+        uint8_t *copy = malloc(bytes + 1);
+        assert_non_null(copy);
+        memcpy(copy, file.bytes, bytes);
+        assert_refused(copy, bytes, file.file_bytes, "truncated: ", "head cut");
+        assert_refused(copy, bytes, bytes, bytes < 256 ? "truncated: " : "its header says", "file cut");
+        free(copy);
+    }
+    // Around the borders of the leaves, and with bytes too many.
+    for (uint64_t border = 0; border <= file.payload_bytes; border += SHARD_LEAF_BYTES)
+        for (int delta = -1; delta <= 1; delta++) {
+            uint64_t length = file.payload_offset + border + (uint64_t)(int64_t)delta;
+            assert_refused(file.bytes, file.payload_offset, length, "its header says", "payload cut");
+        }
+    assert_refused(file.bytes, file.payload_offset, file.file_bytes - 1, "its header says", "one byte short");
+    assert_refused(file.bytes, file.payload_offset, file.file_bytes + 1, "its header says", "one byte more");
+    free(file.bytes);
+}
+
+static void every_flipped_bit_of_the_head(void **state)
+{
+    (void)state;
+    struct rank_file file;
+    make_file(&file, 1, some_contract, 0);
+    uint64_t used = file.payload_offset;
+    while (file.bytes[used - 1] == 0)
+        used--;
+    uint64_t random = 1;
+    for (uint64_t i = 0; i < used * 8 + 1000; i++) {
+        uint64_t bit = i;
+        if (bit >= used * 8) { // somewhere in the padding
+            random = random * 6364136223846793005u + 1442695040888963407u;
+            bit = used * 8 + (random >> 16) % ((file.payload_offset - used) * 8);
+        }
+        file.bytes[bit / 8] ^= (uint8_t)(1 << bit % 8);
+        struct error err = {0};
+        struct shard_file *out = NULL;
+        if (parse(file.bytes, file.payload_offset, file.file_bytes, &out, &err) != ERR_CORRUPT)
+            fail_msg("bit %d of byte %" PRIu64 " flipped and not seen", (int)(bit % 8), bit / 8);
+        file.bytes[bit / 8] ^= (uint8_t)(1 << bit % 8);
+    }
+    free(file.bytes);
+}
+
+static void flipped_bits_of_the_payload(void **state)
+{
+    (void)state;
+    struct rank_file written;
+    struct shard_file *file = NULL;
+    struct error err = {0};
+    make_file(&written, 1, some_contract, 5000);
+    assert_int_equal(parse(written.bytes, written.payload_offset, written.file_bytes, &file, &err), 0);
+    uint64_t leaves = shard_file_leaf_count(file), covered = 0;
+    assert_true(leaves >= 2);
+    for (uint64_t i = 0; i < leaves; i++) {
+        assert_int_equal(
+            shard_file_verify_leaf(file, i, written.bytes + written.payload_offset + i * SHARD_LEAF_BYTES, &err), 0);
+        covered += shard_file_leaf_bytes(file, i);
+    }
+    assert_int_equal(covered, written.payload_bytes); // padding included
+
+    uint64_t random = 2;
+    for (int i = 0; i < 1500; i++) {
+        random = random * 6364136223846793005u + 1442695040888963407u;
+        uint64_t bit = (random >> 16) % (written.payload_bytes * 8);
+        if (i < 8 * 100)
+            bit = written.payload_bytes * 8 - 1 - (uint64_t)i; // the padding at the end
+        uint8_t *byte = written.bytes + written.payload_offset + bit / 8;
+        uint64_t leaf = bit / 8 / SHARD_LEAF_BYTES;
+        *byte ^= (uint8_t)(1 << bit % 8);
+        const uint8_t *bytes = written.bytes + written.payload_offset + leaf * SHARD_LEAF_BYTES;
+        if (shard_file_verify_leaf(file, leaf, bytes, &err) != ERR_CORRUPT)
+            fail_msg("bit %d of payload byte %" PRIu64 " flipped and not seen", (int)(bit % 8), bit / 8);
+        *byte ^= (uint8_t)(1 << bit % 8);
+    }
+    shard_file_close(file);
+    free(written.bytes);
+}
+
+static void a_broken_leaf_is_named(void **state)
+{
+    (void)state;
+    struct rank_file written;
+    struct shard_file *file = NULL;
+    struct error err = {0};
+    make_file(&written, 1, some_contract, 9000);
+    assert_int_equal(parse(written.bytes, written.payload_offset, written.file_bytes, &file, &err), 0);
+    assert_int_equal(shard_file_leaf_count(file), 3);
+    uint8_t *zeros = calloc(1, SHARD_LEAF_BYTES);
+    assert_non_null(zeros);
+    zeros[7] = 1;
+    assert_int_equal(shard_file_verify_leaf(file, 1, zeros, &err), ERR_CORRUPT);
+    assert_string_equal(err.msg,
+                        "rank-01-of-02.tpshard: rank 1: tensor embedding (embed), file bytes 3145728 to 4194303: "
+                        "checksum mismatch; repair: run tpshard convert --force again or restore the file from "
+                        "its source");
+    assert_int_equal(shard_file_verify_leaf(file, 2, zeros, &err), ERR_CORRUPT);
+    assert_non_null(strstr(err.msg, "tensor embedding (embed) or one of the 10 behind it, file bytes 4194304 to "));
+    free(zeros);
+    shard_file_close(file);
+    free(written.bytes);
+}
+
+// ---- fields ----------------------------------------------------------------------------------------------------------
+
+static void put_head_hash(uint8_t *head, uint64_t head_bytes)
+{
+    memset(head + 208, 0, 16);
+    struct checksum128 sum = checksum_whole(head, head_bytes);
+    for (int i = 0; i < 8; i++) {
+        head[208 + i] = (uint8_t)(sum.high >> (56 - 8 * i));
+        head[216 + i] = (uint8_t)(sum.low >> (56 - 8 * i));
+    }
+}
+
+// A change that a checksum does not see, because whoever made it computed the checksum anew.
+static void every_field(void **state)
+{
+    (void)state;
+    enum { T = 256, P = T + 80 * TENSORS, PARTS = 17, S = P + 64 * PARTS };
+    static const struct {
+        const char *what;
+        uint64_t offset;
+        int bytes;
+        uint64_t value;
+        const char *wanted;
+    } cases[] = {
+        {"magic", 0, 1, 't', "not a rank file"},
+        {"line end converted", 7, 1, '\r', "not a rank file"},
+        {"version 0", 8, 4, 0, "version 0, this program reads version 1"},
+        {"version 2", 8, 4, 2, "version 2, this program reads version 1"},
+        {"header bytes", 12, 4, 512, "reserved field"},
+        {"required feature", 16, 4, 1, "needs features 0x1 "},
+        {"last required feature", 16, 4, 0x80000000u, "needs features 0x80000000 "},
+        {"optional features", 20, 4, 0xffffffffu, NULL},
+        {"rank", 24, 4, 2, "impossible rank 2 of 2"},
+        {"tp_size 0", 28, 4, 0, "impossible rank"},
+        {"tp_size 2^31", 28, 4, 0x80000000u, "impossible rank"},
+        {"tp_size 4 is legal here", 28, 4, 4, NULL},
+        {"pp_rank", 32, 4, 1, "stage 1 of 1"},
+        {"pp_size 0", 36, 4, 0, "stage 0 of 0"},
+        {"no tensor", 40, 4, 0, "holds no tensor"},
+        {"one tensor less", 40, 4, TENSORS - 1, "offset of parts"},
+        {"one tensor more", 40, 4, TENSORS + 1, "offset of parts"},
+        {"2^32 - 1 tensors", 40, 4, 0xffffffffu, "impossible counts"},
+        {"one part less", 44, 4, PARTS - 1, "offset of names"},
+        {"2^32 - 1 parts", 44, 4, 0xffffffffu, "impossible counts"},
+        {"tensors offset", 48, 8, 512, "offset of tensors"},
+        {"parts offset", 56, 8, 0, "offset of parts"},
+        {"strings offset", 64, 8, UINT64_MAX, "offset of names"},
+        {"strings bytes 0", 72, 8, 0, "offset of leaves"},
+        {"strings bytes 2^64 - 1", 72, 8, UINT64_MAX, "impossible counts"},
+        {"leaves offset", 80, 8, 3, "offset of leaves"},
+        {"leaf count 0", 88, 8, 0, "count of leaves"},
+        {"leaf count", 88, 8, 1ull << 61, "count of leaves"},
+        {"payload offset 0", 96, 8, 0, "impossible payload offset 0"},
+        {"payload offset 3", 96, 8, 3, "impossible payload offset 3"},
+        {"payload offset 2^31", 96, 8, 1ull << 31, "impossible payload offset"},
+        {"payload offset 2^64 - 2 MiB", 96, 8, 0ull - (2 << 20), "impossible payload offset"},
+        {"payload offset 4 MiB", 96, 8, 4 << 20, "truncated"},
+        {"payload bytes 0", 104, 8, 0, "count of leaves"},
+        {"payload bytes + 1", 104, 8, 1, NULL}, // patched below
+        {"payload bytes 2^64 - 1", 104, 8, UINT64_MAX, "impossible counts"},
+        {"file bytes", 112, 8, 4096, "its header says 4096"},
+        {"reserved", 120, 8, 1, "reserved field"},
+        {"contract", 128, 8, UINT64_MAX, NULL},
+        {"share", 144, 8, 1ull << 31, "impossible share"},
+        {"negative share", 200, 8, UINT64_MAX, "impossible share"},
+        {"share is another rank's", 144, 8, 0, NULL},
+        {"reserved end", 255, 1, 1, "reserved field"},
+
+        {"role 16", T + 80 * 3, 4, 16, "tensor 3: unknown role 16"},
+        {"role 2^32 - 1", T + 80 * 3, 4, 0xffffffffu, "unknown role"},
+        {"layer -1 in a layer", T + 80 * 3 + 4, 4, 0xffffffffu, "tensor 3 (qkv): impossible layer -1"},
+        {"layer 65536", T + 80 * 3 + 4, 4, 65536, "impossible layer 65536"},
+        {"layer outside the layers", T + 4, 4, 0, "tensor 0 (embedding): impossible layer 0"},
+        {"twice the same", T + 80 * 3 + 4, 4, 1, "two tensors are qkv of layer 1"},
+        {"kind 5", T + 80 * 3 + 8, 4, 5, "impossible kind 5"},
+        {"kind 2^32 - 1", T + 80 * 3 + 8, 4, 0xffffffffu, "impossible kind"},
+        {"vector of bf16", T + 80 * 2 + 8, 4, 1, "one row of f32"},
+        {"vector of two rows", T + 80 * 2 + 16, 8, 2, "one row of f32"},
+        {"group size 0", T + 80 * 3 + 12, 4, 0, "group size 0"},
+        {"group size 33", T + 80 * 3 + 12, 4, 33, "group size 33"},
+        {"group size of int8", T + 80 * 10 + 12, 4, 32, "group size 32"},
+        {"another group size", T + 80 * 3 + 12, 4, 64, "out of place or has the wrong size"},
+        {"rows 2^31", T + 80 * 3 + 16, 8, 1ull << 31, "impossible kind"},
+        {"rows + 1", T + 80 * 3 + 16, 8, 129, "do not add up to 129 x 128"},
+        {"cols", T + 80 * 3 + 24, 8, 64, "do not add up to 128 x 64"},
+        {"cols 2^64 - 1", T + 80 * 3 + 24, 8, UINT64_MAX, "impossible kind"},
+        {"data offset + 256", T + 80 * 3 + 32, 8, 100096, "out of place"},
+        {"data offset", T + 32, 8, UINT64_MAX - 255, "tensor 0 (embedding) is out of place"},
+        {"data bytes", T + 40, 8, 1ull << 40, "out of place"},
+        {"scale offset without scales", T + 48, 8, 256, "out of place"},
+        {"scale offset 0", T + 80 * 3 + 48, 8, 0, "out of place"},
+        {"scale bytes", T + 80 * 3 + 56, 8, 0, "out of place"},
+        {"first part", T + 80 * 3 + 64, 4, 0, "tensor 3 (qkv): its parts are out of place"},
+        {"no parts", T + 80 * 3 + 68, 4, 0, "tensor 4 (qkv_bias): its parts are out of place"},
+        {"5 parts", T + 80 * 3 + 68, 4, 5, "its parts are out of place"},
+        {"2^32 - 1 parts of a tensor", T + 80 * 3 + 68, 4, 0xffffffffu, "its parts are out of place"},
+        {"no parts at the end", T + 80 * 12 + 68, 4, 0, "belong to no tensor"},
+        {"more parts than there are", T + 80 * 12 + 68, 4, 2, "its parts are out of place"},
+        {"reserved of a tensor", T + 80 * 12 + 72, 8, 1, "out of place"},
+
+        {"name offset", P + 64 + 0, 4, 0, "part 1: its name is out of place"},
+        {"name bytes 0", P + 4, 4, 0, "part 0: its name is out of place"},
+        {"name bytes 2^32 - 1", P + 4, 4, 0xffffffffu, "part 0: its name is out of place"},
+        {"name too short", P + 4, 4, 4, "part 0: its name is out of place"},
+        {"name with its end", P + 4, 4, 6, "part 0: its name is out of place"},
+        {"rows outside", P + 8, 8, 149, "part 0 (embed) does not lie inside its source"},
+        {"cols outside", P + 16, 8, 127, "does not lie inside its source"},
+        {"source rows 2^31", P + 8, 8, 1ull << 31, "does not lie inside its source"},
+        {"row begin", P + 24, 8, 151, "does not lie inside its source"},
+        {"row begin 2^64 - 1", P + 24, 8, UINT64_MAX, "does not lie inside its source"},
+        {"rows of a part", P + 32, 8, 149, "do not add up"},
+        {"rows of a part 2^64 - 1", P + 32, 8, UINT64_MAX, "does not lie inside its source"},
+        {"col begin", P + 40, 8, 1, "does not lie inside its source"},
+        {"cols of a part", P + 48, 8, 127, "do not add up"},
+        {"a part of a vector with no row", P + 64 + 32, 8, 0, "do not add up"},
+        {"a part of a vector from a matrix", P + 64 + 8, 8, 2, "do not add up"},
+        {"reserved of a part", P + 56, 8, 1, "does not lie inside its source"},
+
+        {"control character in a name", S, 1, '\n', "part 0: its name holds byte 0x0a"},
+        {"letter beyond ASCII", S, 1, 0xc3, "part 0: its name holds byte 0xc3"},
+        {"NUL in a name", S, 1, 0, "part 0: its name holds byte 0x00"},
+        {"name not ended", S + 5, 1, '.', "part 0: its name is out of place"},
+        {"another name", S, 1, 'f', NULL},
+        {"padding of the head", (2 << 20) - 1, 1, 1, "padding of its head is not zero"},
+    };
+    struct rank_file file;
+    make_file(&file, 1, some_contract, 0);
+    uint8_t *head = malloc(file.payload_offset);
+    assert_non_null(head);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        memcpy(head, file.bytes, file.payload_offset);
+        uint64_t value = cases[i].value;
+        const char *wanted = cases[i].wanted;
+        if (strcmp(cases[i].what, "payload bytes + 1") == 0) {
+            value = file.payload_bytes + 1;
+            wanted = "size of the payload";
+        }
+        assert_true(memcmp(head + cases[i].offset, &value, (size_t)cases[i].bytes) != 0); // it is a change
+        memcpy(head + cases[i].offset, &value, (size_t)cases[i].bytes);
+        put_head_hash(head, file.payload_offset);
+        if (wanted) {
+            assert_refused(head, file.payload_offset, file.file_bytes, wanted, cases[i].what);
+            continue;
+        }
+        struct shard_file *out = NULL;
+        struct error err = {0};
+        if (parse(head, file.payload_offset, file.file_bytes, &out, &err))
+            fail_msg("%s: %s", cases[i].what, err.msg);
+        shard_file_close(out);
+    }
+    free(head);
+    free(file.bytes);
+}
+
+// The writer refuses what the reader would.
+static void writer_refuses(void **state)
+{
+    (void)state;
+    static const char *const names[] = {"", "a\nb", "caf\xc3\xa9"};
+    struct rank_file file;
+    make_file(&file, 1, some_contract, 0);
+    uint64_t leaf = 0;
+    uint8_t *head = NULL;
+    struct error err = {0};
+    for (size_t i = 0; i < 3; i++) {
+        file.tensors[0].parts[0].source = names[i];
+        assert_int_equal(shard_head_serialise(&head, &file.identity, file.tensors, TENSORS, &leaf, NULL, &err),
+                         ERR_CORRUPT);
+    }
+    file.tensors[0].parts[0].source = "embed";
+    file.tensors[12].layer = 0;
+    assert_int_equal(shard_head_serialise(&head, &file.identity, file.tensors, TENSORS, &leaf, NULL, &err),
+                     ERR_CORRUPT);
+    assert_non_null(strstr(err.msg, "two tensors are o of layer 0"));
+    file.tensors[12].layer = 1;
+    file.identity.rank = 2;
+    assert_int_equal(shard_head_serialise(&head, &file.identity, file.tensors, TENSORS, &leaf, NULL, &err),
+                     ERR_CORRUPT);
+    assert_null(head);
+    free(file.bytes);
+}
+
+// More weights than an index can cover: said at layout, before anything is written.
+static void too_large(void **state)
+{
+    (void)state;
+    struct shard_tensor tensors[5];
+    uint64_t payload_offset, payload_bytes, file_bytes;
+    struct error err = {0};
+    for (int32_t i = 0; i < 5; i++)
+        set_tensor(&tensors[i], ROLE_QKV, i, WEIGHT_INT8, 0, 0x7fffffff, 0x7fffffff);
+    assert_int_equal(shard_layout(tensors, 5, &payload_offset, &payload_bytes, &file_bytes, &err), ERR_MODEL);
+    assert_non_null(strstr(err.msg, "2^64"));
+    assert_int_equal(shard_layout(tensors, 1, &payload_offset, &payload_bytes, &file_bytes, &err), ERR_MODEL);
+    assert_non_null(strstr(err.msg, "16 MiB"));
+    // A large model's rank file: the index needs no more than one step of 2 MiB.
+    set_tensor(&tensors[0], ROLE_QKV, 0, WEIGHT_INT8, 0, 1 << 20, 40 << 10);
+    assert_int_equal(shard_layout(tensors, 1, &payload_offset, &payload_bytes, &file_bytes, &err), 0);
+    assert_int_equal(payload_offset, 2 << 20);
+}
+
+// ---- files -----------------------------------------------------------------------------------------------------------
+
+static char dir[64];
+
+static int make_dir(void **state)
+{
+    (void)state;
+    snprintf(dir, sizeof dir, "/tmp/test_shard_file_XXXXXX");
+    return mkdtemp(dir) ? 0 : -1;
+}
+
+static int remove_dir(void **state)
+{
+    (void)state;
+    return rmdir(dir);
+}
+
+static void opens_and_maps(void **state)
+{
+    (void)state;
+    struct rank_file written;
+    struct shard_file *file = NULL;
+    struct error err = {0};
+    char path[128];
+    make_file(&written, 0, some_contract, 5000);
+    snprintf(path, sizeof path, "%s/rank", dir);
+    assert_int_equal(shard_file_open(&file, path, &err), ERR_IO);
+    assert_int_equal(shard_file_open(&file, dir, &err), ERR_IO);
+    assert_int_equal(file_write_atomic(dir, "rank", written.bytes, written.file_bytes, &err), 0);
+    if (shard_file_open(&file, path, &err))
+        fail_msg("%s", err.msg);
+    assert_memory_equal(shard_file_payload(file), written.bytes + written.payload_offset, written.payload_bytes);
+    for (uint64_t i = 0; i < shard_file_leaf_count(file); i++)
+        assert_int_equal(shard_file_verify_leaf(file, i, shard_file_payload(file) + i * SHARD_LEAF_BYTES, &err), 0);
+    assert_int_equal(shard_file_identity(file)->rank, 0);
+    shard_file_close(file);
+
+    // Cut anywhere, or with bytes behind it.
+    const uint64_t lengths[] = {written.file_bytes + 1,
+                                written.file_bytes - 1,
+                                written.payload_offset + 1,
+                                written.payload_offset,
+                                written.payload_offset - 1,
+                                SHARD_LEAF_BYTES,
+                                4096,
+                                257,
+                                256,
+                                255,
+                                1,
+                                0};
+    for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) {
+        assert_int_equal(truncate(path, (off_t)lengths[i]), 0);
+        file = NULL;
+        assert_int_equal(shard_file_open(&file, path, &err), ERR_CORRUPT);
+        assert_true(strncmp(err.msg, path, strlen(path)) == 0);
+        assert_null(file);
+    }
+    // A header that promises a head of any size costs no memory for it.
+    uint64_t nonsense = UINT64_MAX;
+    memcpy(written.bytes + 96, &nonsense, 8);
+    assert_int_equal(file_write_atomic(dir, "rank", written.bytes, 4096, &err), 0);
+    assert_int_equal(shard_file_open(&file, path, &err), ERR_CORRUPT);
+    unlink(path);
+    free(written.bytes);
+    shard_file_close(NULL);
+}
+
+// ---- a directory -----------------------------------------------------------------------------------------------------
+
+static void write_directory(const char *out_dir)
+{
+    struct error err = {0};
+    struct manifest_file ranks[TP] = {0}, extra = {.name = "note.txt", .bytes = 6};
+    extra.hash = checksum_whole("hello\n", 6);
+    struct manifest_file source = {.name = "model.safetensors", .bytes = 1000, .hash = {1, 2}};
+    struct manifest manifest = {
+        .version = 1,
+        .tool = "test",
+        .model = {.architecture = "Formula",
+                  .num_layers = 2,
+                  .hidden_size = HIDDEN,
+                  .intermediate_size = INTERMEDIATE,
+                  .num_heads = HEADS,
+                  .num_kv_heads = KV_HEADS,
+                  .head_dim = HEAD_DIM,
+                  .vocab_size = VOCAB,
+                  .context = 64,
+                  .norm_eps = 1e-5,
+                  .rope_attention_factor = 1.1,
+                  .qkv_bias = true,
+                  .bos_token_id = -1,
+                  .eos_token_ids = {7, 8},
+                  .num_eos = 2,
+                  .default_temperature = 0.7,
+                  .default_top_p = 0.9,
+                  .default_repetition_penalty = 1.05,
+                  .default_top_k = -1},
+        .tp_size = TP,
+        .pp_size = 1,
+        .quant = {.linear = WEIGHT_INT4, .embedding = WEIGHT_BF16, .head = WEIGHT_INT8, .group_size = 64},
+        .wire_advice = "bf16",
+        .ranks = ranks,
+        .num_ranks = TP,
+        .extras = &extra,
+        .num_extras = 1,
+        .sources = &source,
+        .num_sources = 1,
+    };
+    struct checksum128 sum;
+    if (manifest_contract(&manifest, &sum, &err))
+        fail_msg("%s", err.msg);
+    uint8_t contract[16];
+    for (int i = 0; i < 16; i++)
+        contract[i] = (uint8_t)((i < 8 ? sum.high : sum.low) >> (56 - 8 * (i % 8)));
+    char names[TP][64];
+    for (uint32_t rank = 0; rank < TP; rank++) {
+        struct rank_file file;
+        make_file(&file, rank, contract, 0);
+        manifest_rank_file_name(names[rank], sizeof names[rank], rank, TP);
+        ranks[rank] = (struct manifest_file){names[rank], file.file_bytes, file.root};
+        if (file_write_atomic(out_dir, names[rank], file.bytes, file.file_bytes, &err))
+            fail_msg("%s", err.msg);
+        free(file.bytes);
+    }
+    char *text = NULL;
+    if (file_write_atomic(out_dir, extra.name, "hello\n", 6, &err) || manifest_to_json(&manifest, &text, &err) ||
+        file_write_atomic(out_dir, MANIFEST_FILE_NAME, text, strlen(text), &err))
+        fail_msg("%s", err.msg);
+    free(text);
+}
+
+static uint8_t *read_file(const char *folder, const char *name, uint64_t *bytes)
+{
+    char path[256];
+    uint8_t *data = NULL;
+    struct error err = {0};
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    if (file_read_all(&data, bytes, path, 64 << 20, ERR_OTHER, &err))
+        fail_msg("%s", err.msg);
+    return data;
+}
+
+// Files of this version, once released, are read for ever, and written byte for byte.
+static void golden(void **state)
+{
+    (void)state;
+    static const char golden_dir[] = "tests/golden/shard_file";
+    static const char *const names[] = {"model.json", "note.txt", "rank-00-of-02.tpshard", "rank-01-of-02.tpshard"};
+    write_directory(dir);
+    struct manifest *manifest = NULL;
+    struct error err = {0};
+    if (manifest_read(&manifest, dir, &err))
+        fail_msg("%s", err.msg);
+    for (int i = 0; i < 4; i++) {
+        uint64_t bytes, stored_bytes;
+        uint8_t *written = read_file(dir, names[i], &bytes), *stored, *unpacked = NULL;
+        if (i < 2) {
+            stored = read_file(golden_dir, names[i], &stored_bytes);
+        } else { // compressed, for the head is mostly zeros
+            char name[64];
+            snprintf(name, sizeof name, "%s.zst", names[i]);
+            stored = read_file(golden_dir, name, &stored_bytes);
+            unpacked = malloc(bytes);
+            assert_non_null(unpacked);
+            stored_bytes = ZSTD_decompress(unpacked, bytes, stored, stored_bytes);
+            struct shard_file *file = NULL;
+            if (shard_file_parse(&file, unpacked, bytes, bytes, names[i], &err))
+                fail_msg("%s", err.msg);
+            assert_true(checksum128_equal(shard_file_root(file), manifest->ranks[i - 2].hash));
+            for (uint64_t leaf = 0; leaf < shard_file_leaf_count(file); leaf++)
+                assert_int_equal(
+                    shard_file_verify_leaf(file, leaf,
+                                           unpacked + shard_file_payload_offset(file) + leaf * SHARD_LEAF_BYTES, &err),
+                    0);
+            shard_file_close(file);
+        }
+        if (stored_bytes != bytes || memcmp(unpacked ? unpacked : stored, written, bytes) != 0)
+            fail_msg("%s differs from the golden file", names[i]);
+        free(unpacked);
+        free(stored);
+        free(written);
+        char path[256];
+        snprintf(path, sizeof path, "%s/%s", dir, names[i]);
+        unlink(path);
+    }
+    manifest_free(manifest);
+}
+
+int main(int argc, char **argv)
+{
+    if (argc == 3 && strcmp(argv[1], "--write") == 0) {
+        write_directory(argv[2]);
+        return 0;
+    }
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(layout_follows_the_rules),
+        cmocka_unit_test(what_is_written_is_read),
+        cmocka_unit_test(roles_have_names),
+        cmocka_unit_test(truncated),
+        cmocka_unit_test(every_flipped_bit_of_the_head),
+        cmocka_unit_test(flipped_bits_of_the_payload),
+        cmocka_unit_test(a_broken_leaf_is_named),
+        cmocka_unit_test(every_field),
+        cmocka_unit_test(writer_refuses),
+        cmocka_unit_test(too_large),
+        cmocka_unit_test_setup_teardown(opens_and_maps, make_dir, remove_dir),
+        cmocka_unit_test_setup_teardown(golden, make_dir, remove_dir),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

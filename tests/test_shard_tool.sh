@@ -1,0 +1,265 @@
+#!/usr/bin/env bash
+# tpshard as a user runs it: slicing commutes with quantizing (reshard equals convert, for every kind and in every
+# direction), the same bytes at any number of threads, every weight equals its source, every flipped bit is found,
+# and every misfit is one sentence with its exit status.
+cd "$(dirname "$0")/.." || exit 1
+. tests/shard_helpers.sh
+
+synthetic=$work/llama
+kinds="none int8 fp8 int4"
+sizes="1 2 3 4 5 8"
+
+make_synthetic() { python3 scripts/make_synthetic_checkpoint.py "$@" >"$work/out"; }
+
+# ---- Laws 1 and 2 --------------------------------------------------------------------------------------------------
+
+# Heads, mlp and vocabulary that divide by nothing; more ranks than kv heads, with int4 than head pairs.
+reshard_matrix() {
+    local kind=$1 from to
+    for to in $sizes; do
+        convert --tp "$to" --quant "$kind" --group-size 64 "$synthetic" "$work/$kind-$to" ||
+            { not_ok "convert --quant $kind --tp $to: $(cat "$work/err")"; return; }
+    done
+    for from in $sizes; do
+        for to in $sizes; do
+            rm -rf "$work/new"
+            run "$tpshard" reshard --quiet --tp "$to" "$work/$kind-$from" "$work/new" ||
+                { not_ok "reshard $kind $from to $to: $(cat "$work/err")"; return; }
+            same "$work/new" "$work/$kind-$to" || { not_ok "reshard $kind $from to $to: $(head -n 1 "$work/diff")"; return; }
+        done
+    done
+    ok "reshard $kind: all of $sizes to all equal convert, byte for byte"
+    for to in $sizes; do
+        run "$tpshard" verify --against "$synthetic" "$work/$kind-$to" ||
+            { not_ok "verify --against $kind tp $to: $(cat "$work/err")"; return; }
+        rm -rf "$work/$kind-$to"
+    done
+    ok "verify --against $kind: every weight equals its source at tp $sizes"
+}
+
+families() {
+    local family
+    for family in llama-biases mistral qwen2 qwen3; do
+        make_synthetic --family "$family" --files 2 "$work/$family" || { not_ok "synthetic $family"; continue; }
+        if convert --tp 3 --quant int4 --group-size 32 "$work/$family" "$work/$family-3" &&
+            run "$tpshard" verify --against "$work/$family" "$work/$family-3" &&
+            run "$tpshard" reshard --quiet --tp 5 "$work/$family-3" "$work/$family-5" &&
+            run "$tpshard" verify --against "$work/$family" "$work/$family-5"; then
+            ok "family $family: converted, resharded, equal to its source"
+        else
+            not_ok "family $family: $(cat "$work/err")"
+        fi
+        rm -rf "${work:?}/$family" "$work/$family-3" "$work/$family-5"
+    done
+}
+
+bundled_model() {
+    local threads
+    convert --tp 2 --quant int4 "$model" "$work/model-2" || { not_ok "bundled model: $(cat "$work/err")"; return; }
+    for threads in 1 2 3 7; do
+        rm -rf "$work/again"
+        convert --tp 2 --quant int4 --threads "$threads" "$model" "$work/again"
+        if same "$work/model-2" "$work/again"; then
+            ok "same bytes with $threads threads"
+        else
+            not_ok "other bytes with $threads threads: $(cat "$work/diff" "$work/err")"
+        fi
+    done
+    rm -rf "$work/again"
+    run "$tpshard" reshard --quiet --tp 5 "$work/model-2" "$work/model-5"
+    run "$tpshard" reshard --quiet --tp 2 "$work/model-5" "$work/again"
+    if same "$work/model-2" "$work/again"; then ok "2 to 5 to 2 ranks and back"; else not_ok "2 to 5 to 2 ranks"; fi
+    rm -rf "$work/again" "$work/model-5"
+}
+
+# ---- Law 3 -----------------------------------------------------------------------------------------------------------
+
+# One bit in each of many places of every file: head, index, leaves, padding, weights, manifest, extras.
+flipped_bits() {
+    local dir=$work/flip file bytes offset step found=0 missed=0
+    cp -r "$work/model-2" "$dir"
+    RANDOM=7
+    for file in "$dir"/*; do
+        bytes=$(stat -c %s "$file")
+        step=$((bytes / 25 + 1))
+        for ((offset = 0; offset < bytes; offset += 1 + step / 2 + (RANDOM * 32768 + RANDOM) % step)); do
+            flip "$file" "$offset" $((RANDOM % 8))
+            if run "$tpshard" verify "$dir"; then
+                missed=$((missed + 1))
+                echo "# missed: $(basename "$file") byte $offset"
+            else
+                found=$((found + 1))
+            fi
+            cp "$work/model-2/$(basename "$file")" "$file"
+        done
+        flip "$file" $((bytes - 1)) 0 # the last byte, which is padding in a rank file
+        if run "$tpshard" verify "$dir"; then missed=$((missed + 1)); else found=$((found + 1)); fi
+        cp "$work/model-2/$(basename "$file")" "$file"
+    done
+    if [ "$missed" -eq 0 ] && [ "$found" -gt 100 ]; then
+        ok "$found flipped bits, all found"
+    else
+        not_ok "flipped bits: $found found, $missed missed"
+    fi
+    flip "$dir/rank-01-of-02.tpshard" $((2 * 1024 * 1024 + 12345)) 3
+    expect "a flipped bit is named" 4 "rank-01-of-02.tpshard: rank 1: tensor embedding" "$tpshard" verify "$dir"
+    rm -rf "$dir"
+}
+
+changed_source() {
+    cp -r "$model" "$work/changed"
+    flip "$work/changed/model.safetensors" 3000001 6
+    expect "a changed source weight is named" 4 "layers.0.self_attn.o_proj.weight, row " \
+        "$tpshard" verify --against "$work/changed" "$work/model-2"
+    rm -rf "$work/changed"
+}
+
+# ---- Law 7 -----------------------------------------------------------------------------------------------------------
+
+# A small model whose config is changed by a sed expression.
+with_config() {
+    rm -rf "$work/bad"
+    mkdir "$work/bad"
+    cp "$synthetic"/* "$work/bad"
+    sed -i "$1" "$work/bad/config.json"
+}
+
+misfits_of_models() {
+    expect "no such directory" 3 "no config.json" "$tpshard" "$work/nothing" "$work/x"
+    with_config 's/LlamaForCausalLM/OPTForCausalLM/'
+    expect "unknown architecture" 3 '"OPTForCausalLM" is not supported' "$tpshard" "$work/bad" "$work/x"
+    with_config 's/"intermediate_size": 688/"intermediate_size": 689/'
+    expect "wrong shape" 3 "gate_proj.weight is 688 x 256, config.json calls for 689 x 256" \
+        "$tpshard" "$work/bad" "$work/x"
+    with_config 's/"num_hidden_layers": 2/"num_hidden_layers": 3/'
+    expect "missing tensor" 3 "model.layers.2.input_layernorm.weight" "$tpshard" "$work/bad" "$work/x"
+    with_config 's/"num_hidden_layers": 2/"num_hidden_layers": 1/'
+    expect "unused tensor" 3 "tensor model.layers.1.input_layernorm.weight has no place" \
+        "$tpshard" "$work/bad" "$work/x"
+    with_config 's/"hidden_act"/"quantization_config": {"quant_method": "awq"}, "hidden_act"/'
+    expect "already quantized" 3 'quant_method "awq"' "$tpshard" "$work/bad" "$work/x"
+    with_config 's/x/x/'
+    truncate -s -1 "$work/bad/model-00002-of-00003.safetensors"
+    expect "truncated checkpoint" 3 "model-00002-of-00003.safetensors" "$tpshard" "$work/bad" "$work/x"
+    with_config 's/x/x/'
+    rm "$work/bad/model-00002-of-00003.safetensors"
+    expect "incomplete checkpoint" 3 "model-00002-of-00003.safetensors" "$tpshard" "$work/bad" "$work/x"
+    make_synthetic "$work/nan"
+    printf '\xc0\x7f' | dd of="$work/nan/model.safetensors" bs=1 conv=notrunc status=none \
+        seek=$(($(stat -c %s "$work/nan/model.safetensors") - 2))
+    expect "NaN in a weight" 3 "tensor lm_head.weight, row 999" "$tpshard" convert --quant int8 "$work/nan" "$work/x"
+    if [ -e "$work/x" ]; then
+        not_ok "a refused run leaves something: $(ls -A "$work/x")"
+        rm -rf "$work/x"
+    else
+        ok "a refused run leaves nothing"
+    fi
+}
+
+misfits_of_options() {
+    expect "--tp 65" 2 "from 1 to 64" "$tpshard" --tp 65 "$model" "$work/x"
+    expect "unknown option" 2 "did you mean --quant" "$tpshard" --quan int4 "$model" "$work/x"
+    expect "unknown kind" 2 "none|int8|int4|fp8" "$tpshard" --quant int3 "$model" "$work/x"
+    expect "no out_dir" 2 "two arguments" "$tpshard" "$model"
+    expect "tied kinds" 2 "must agree" "$tpshard" --embed int8 --head int4 "$model" "$work/x"
+    expect "model is there" 2 "--force" "$tpshard" "$model" "$work/model-2"
+    mkdir "$work/foreign"
+    echo text >"$work/foreign/notes.txt"
+    expect "foreign directory" 2 "notes.txt" "$tpshard" --force "$model" "$work/foreign"
+    expect "the model itself as out_dir" 2 "which tpshard did not write" "$tpshard" --force "$synthetic" "$synthetic"
+    expect "no place for out_dir" 5 "cannot create" "$tpshard" "$model" "$work/not/there"
+    expect "reshard onto itself" 2 "is out_dir itself" "$tpshard" reshard --tp 1 --force "$work/model-2" "$work/model-2/"
+    expect "reshard without --tp" 2 "--tp" "$tpshard" reshard "$work/model-2" "$work/x"
+    expect "more ranks than heads" 0 "warning: of 16 ranks 12 hold no heads" \
+        "$tpshard" --tp 16 --quant int4 "$model" "$work/sixteen"
+    expect "and they verify" 0 "ok" "$tpshard" verify --against "$model" "$work/sixteen"
+    rm -rf "$work/sixteen" "$work/foreign"
+}
+
+misfits_of_shards() {
+    local a=$work/a b=$work/b
+    convert --tp 2 --quant int8 "$synthetic" "$a"
+    convert --tp 2 --quant fp8 "$synthetic" "$b"
+    cp -r "$a" "$work/mixed"
+    mv "$work/mixed/rank-00-of-02.tpshard" "$work/mixed/t"
+    mv "$work/mixed/rank-01-of-02.tpshard" "$work/mixed/rank-00-of-02.tpshard"
+    mv "$work/mixed/t" "$work/mixed/rank-01-of-02.tpshard"
+    expect "swapped ranks" 4 "it is the file of rank 1 of 2, but rank 0 of 2 belongs there" \
+        "$tpshard" verify "$work/mixed"
+    cp "$a/rank-00-of-02.tpshard" "$b/rank-01-of-02.tpshard" "$work/mixed"
+    expect "file of another run" 4 "contract is" "$tpshard" verify "$work/mixed"
+    expect "reshard refuses it too" 4 "contract is" "$tpshard" reshard --tp 1 "$work/mixed" "$work/x"
+    expect "inspect refuses it too" 4 "contract is" "$tpshard" inspect "$work/mixed"
+    rm "$work/mixed/rank-01-of-02.tpshard"
+    expect "missing rank" 4 "rank-01-of-02.tpshard" "$tpshard" verify "$work/mixed"
+    cp "$a/rank-01-of-02.tpshard" "$work/mixed"
+    truncate -s -4096 "$work/mixed/rank-01-of-02.tpshard"
+    expect "truncated rank" 4 "rank-01-of-02.tpshard" "$tpshard" verify "$work/mixed"
+    rm "$work/mixed/model.json"
+    expect "no manifest" 4 "model.json" "$tpshard" verify "$work/mixed"
+    rm -rf "$a" "$b" "$work/mixed"
+}
+
+# ---- Replacing, locks, reports ---------------------------------------------------------------------------------------
+
+replacing() {
+    cp -r "$work/model-2" "$work/old"
+    if convert --tp 3 --quant int8 --force "$model" "$work/old" && convert --tp 3 --quant int8 "$model" "$work/fresh" &&
+        same "$work/old" "$work/fresh"; then
+        ok "--force leaves nothing of the old model"
+    else
+        not_ok "--force: $(cat "$work/err" "$work/diff")"
+    fi
+    rm -rf "$work/old" "$work/fresh"
+}
+
+two_at_once() {
+    mkdir "$work/locked"
+    exec 9<"$work/locked"
+    flock -n 9 || not_ok "flock"
+    expect "two tpshard on one directory" 2 "another tpshard" "$tpshard" "$model" "$work/locked"
+    exec 9<&-
+    rm -rf "$work/locked"
+}
+
+reports() {
+    local answer
+    answer=$("$tpshard" plan --json --tp 2 --quant int4 --context 1000 --gpu-memory 24GiB "$model" | python3 -c '
+import json, os, sys
+plan = json.load(sys.stdin)
+files = [os.path.getsize(f"{sys.argv[1]}/rank-0{r}-of-02.tpshard") for r in range(2)]
+print(plan["schema_version"], plan["fits"], [r["bytes"] for r in plan["ranks"]] == files, len(plan["ranks"]))
+print(plan["ranks"][0]["kv_bytes"] == 1024 * 2 * 4 * 2 * 64 * 2)' "$work/model-2" | tr '\n' ' ')
+    if [ "$answer" = "1 True True 2 True " ]; then ok "plan --json tells the files' sizes"; else not_ok "plan --json: $answer"; fi
+    answer=$("$tpshard" plan --json --tp 2 --gpu-memory 1GB "$model" | grep fits)
+    if [[ $answer == *false* ]]; then ok "plan: does not fit"; else not_ok "plan: $answer"; fi
+    answer=$("$tpshard" inspect --json "$work/model-2" | python3 -c '
+import json, sys
+report = json.load(sys.stdin)
+tensors = report["ranks"][0]["tensors"]
+print(report["schema_version"], report["manifest"]["tp_size"], len(tensors), tensors[3]["role"], len(tensors[3]["parts"]))')
+    if [ "$answer" = "1 2 27 qkv 3" ]; then ok "inspect --json"; else not_ok "inspect --json: $answer"; fi
+    answer=$("$tpshard" verify --json "$work/model-2" | python3 -c 'import json, sys; r = json.load(sys.stdin); print(r["ok"], r["failures"])')
+    if [ "$answer" = "True []" ]; then ok "verify --json"; else not_ok "verify --json: $answer"; fi
+    expect "convert --dry-run writes nothing" 0 "all ranks" "$tpshard" --dry-run --tp 2 "$model" "$work/dry"
+    [ ! -e "$work/dry" ] || not_ok "--dry-run made a directory"
+    expect "--help" 0 "--group-size" "$tpshard" convert --help
+    expect "--version" 0 "tpshard" "$tpshard" --version
+}
+
+make_synthetic --files 3 --hidden 256 --intermediate 688 --heads 6 --kv-heads 2 --head-dim 32 --vocab 1000 "$synthetic" ||
+    { echo "SKIP no python3"; exit 77; }
+for kind in $kinds; do
+    reshard_matrix "$kind"
+done
+families
+bundled_model
+flipped_bits
+changed_source
+misfits_of_models
+misfits_of_options
+misfits_of_shards
+replacing
+two_at_once
+reports
+finish
