@@ -34,10 +34,10 @@ HARDENING_LD = -Wl,-z,relro,-z,now
 endif
 
 # One call for all libraries: where pkg-config or one of its files is missing, the plain names are used for all of them.
-LIBRARIES_CFLAGS := $(shell $(PKG_CONFIG) --cflags jansson libpcre2-8 libutf8proc libzstd 2>/dev/null)
-LIBRARIES := $(shell $(PKG_CONFIG) --libs jansson libpcre2-8 libutf8proc libzstd 2>/dev/null \
-                     || echo -ljansson -lpcre2-8 -lutf8proc -lzstd)
-CMOCKA := $(shell $(PKG_CONFIG) --libs cmocka 2>/dev/null || echo -lcmocka)
+LIBRARIES_CFLAGS := $(shell $(PKG_CONFIG) --cflags jansson libpcre2-8 libutf8proc 2>/dev/null)
+LIBRARIES := $(shell $(PKG_CONFIG) --libs jansson libpcre2-8 libutf8proc 2>/dev/null \
+                     || echo -ljansson -lpcre2-8 -lutf8proc)
+TEST_LIBRARIES := $(shell $(PKG_CONFIG) --libs cmocka libzstd 2>/dev/null || echo -lcmocka -lzstd)
 
 # Never -ffast-math, never -march=native: results and files must not depend on the machine that compiled.
 HOUSE_CFLAGS = -std=gnu11 -D_GNU_SOURCE -I. -I$(BUILD) $(OPTIMIZE) -ffp-contract=off -fno-math-errno -fPIE \
@@ -131,7 +131,7 @@ $(BUILD)/tpengine: $(BUILD)/obj/engine/main.o $(call objects,$(ENGINE_SRC)) $(LI
 $(ALL_LIB): $(ALL_OBJ) $(BUILD)/sources
 	$(call say,AR,$@) rm -f $@ && $(AR) rcs $@ $(filter %.o,$^)
 $(TEST_PROGRAMS): $(BUILD)/%: $(BUILD)/obj/%.o $(call objects,$(TEST_HELPER_SRC)) $(ALL_LIB)
-	$(call link,-rdynamic,$(CMOCKA))
+	$(call link,-rdynamic,$(TEST_LIBRARIES))
 $(FUZZ_PROGRAMS): $(BUILD)/tests/%: $(BUILD)/obj/tests/fuzz/%.o $(BUILD)/obj/tests/fuzz/replay_main.o $(ALL_LIB)
 	$(call link)
 $(BENCH_PROGRAMS): $(BUILD)/%: $(BUILD)/obj/%.o $(call objects,$(BENCH_HELPER_SRC)) $(ALL_LIB)

@@ -1,8 +1,9 @@
-// What does one all_reduce cost? One line for each codec, size, number of ranks, kind of rank, and with or without a foreign busy process.
+// What does one all_reduce cost? One line for each codec, size, number of ranks, kind of rank, and with or without a
+// foreign busy process.
 //
-//   us       median over rounds of the time per all_reduce, on the slowest rank of the round; best: the fastest round
-//   work_us  busy work of every rank before each all_reduce (not counted in us): 0 shows the collective alone, more a decode step, where
-//            a foreign busy process may cost its share of the cores and no more
+//   us          median over rounds of the time per all_reduce, slowest rank of the round; best: the fastest round
+//   work_us     busy work of every rank before each all_reduce, not counted in us: 0 shows the collective alone, more
+//               a decode step, where a foreign busy process may cost its share of the cores and no more
 //   wire_bytes  what one rank writes for one all_reduce: its groups for the owners and its own sums
 #include "engine/comm.h"
 #include "kernels/futex.h"
@@ -84,6 +85,7 @@ static pid_t start_process(void *(*body)(void *), void *arg)
 
 static void *be_busy(void *arg)
 {
+    setsid(); // the kernel shares cores between sessions first: a program in another terminal
     for (;;)
         cpu_relax();
     return arg;

@@ -1,10 +1,11 @@
-// Collectives between the ranks of one model: a table of operations over a transport. This transport is shared memory on one
-// host ("shm"), between processes or threads alike.
+// Collectives between the ranks of one model: a table of operations over a transport. This transport is shared memory
+// on one host ("shm"), between processes or threads alike.
 //
-// Law 4: every rank leaves with the same bits, the owner of a part included: what went over the wire defines the result.
-// The summation order is the rank order. Group g of a row belongs to rank g % tp_size, so a row's bits do not depend on the rows beside it.
-// Law 6: no wait without a deadline; a wait that fails names the missing rank, the operation and the layer, and raises the abort word,
-// so that all other ranks leave their waits at once.
+// Law 4: every rank leaves with the same bits, the owner of a part included: what went over the wire defines the
+// result. The summation order is the rank order. Group g of a row belongs to rank g % tp_size, so a row's bits do not
+// depend on the rows beside it.
+// Law 6: no wait without a deadline; a wait that fails names the missing rank, the operation and the layer, and raises
+// the abort word, so that all other ranks leave their waits at once.
 #ifndef TPSHARD_ENGINE_COMM_H
 #define TPSHARD_ENGINE_COMM_H
 
@@ -36,15 +37,18 @@ enum comm_operation {
 };
 const char *comm_operation_name(enum comm_operation op);
 
-// Bytes of shared memory needed for 1 <= tp_size <= COMM_MAX_RANKS and messages of at most max_elems floats. Larger messages are
-// cut into pieces, and so is what does not fit a cache: a large max_elems does not cost memory in proportion.
+// Bytes of shared memory needed for 1 <= tp_size <= COMM_MAX_RANKS and messages of at most max_elems floats. Larger
+// messages are cut into pieces, and so is what does not fit a cache: a large max_elems does not cost memory in
+// proportion.
 uint64_t comm_region_bytes(int tp_size, uint64_t max_elems);
 // Initialises zeroed shared memory (alignment 4096).
 struct comm_region *comm_region_init(void *memory, int tp_size, uint64_t max_elems);
-// Before comm_open: how long a wait bears with a rank that is still starting and makes no progress (unset: timeout_ms of comm_open).
+// Before comm_open: how long a wait bears with a rank that is still starting and makes no progress (unset: timeout_ms
+// of comm_open).
 void comm_region_set_start_timeout(struct comm_region *region, int timeout_ms);
 
-// timeout_ms: deadline of each single wait. Time in which the waiter itself was stopped does not count. Success: caller owns *out.
+// timeout_ms: deadline of each single wait. Time in which the waiter itself was stopped does not count. Success: caller
+// owns *out.
 int comm_open(struct comm **out, struct comm_region *region, int rank, int timeout_ms, struct error *err);
 void comm_close(struct comm *comm);
 int comm_rank(const struct comm *comm);
@@ -53,15 +57,16 @@ int comm_size(const struct comm *comm);
 // Tells the others (and the watchdog) where this rank is; layer -1: none. Cheap: one relaxed store.
 void comm_at(struct comm *comm, enum comm_operation op, int layer);
 
-// The collectives below: all ranks call them in the same order with the same sizes. That is checked in every call; ranks that differ are
-// named. For all_reduce the operation and layer of comm_at must agree as well. An error of one rank is the error of all.
-// One thread of a rank at a time; rank_env's thread in practice.
+// The collectives below: all ranks call them in the same order with the same sizes. That is checked in every call;
+// ranks that differ are named. For all_reduce the operation and layer of comm_at must agree as well. An error of one
+// rank is the error of all. A comm belongs to one thread.
 
-// All ranks compare `bytes` of contract (model, version, options); ERR_CORRUPT with both values in hex when they differ.
+// All ranks compare `bytes` of contract (model, version, options); ERR_CORRUPT with both values in hex when they
+// differ.
 int comm_handshake(struct comm *comm, const void *contract, size_t bytes, const char *what, struct error *err);
 int comm_barrier(struct comm *comm, struct error *err);
-// data [rows][stride] f32, cols <= stride: sum over ranks, in place, coded for the wire. tp_size 1: untouched. pool may be NULL; it
-// changes the speed of large messages and no bit.
+// data [rows][stride] f32, cols <= stride: sum over ranks, in place, coded for the wire. tp_size 1: untouched. pool may
+// be NULL; it changes the speed of large messages and no bit.
 int comm_all_reduce(struct comm *comm, float *data, int64_t rows, int64_t cols, int64_t stride, enum wire wire,
                     struct thread_pool *pool, struct error *err);
 // all [tp_size][bytes] receives everyone's `mine`. bytes <= COMM_GATHER_MAX_BYTES.
@@ -74,7 +79,8 @@ void comm_region_abort(struct comm_region *region, int rank, const struct error 
 bool comm_region_aborted(const struct comm_region *region);
 // The kept error; false when there is none.
 bool comm_region_error(const struct comm_region *region, int *rank, struct error *out);
-// Where a rank is: operation, layer, how often it has moved (a watchdog compares two readings), whom it waits for (-1: nobody).
+// Where a rank is: operation, layer, how often it has moved (a watchdog compares two readings), whom it waits for (-1:
+// nobody).
 struct comm_position {
     enum comm_operation op;
     int layer;

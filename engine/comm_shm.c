@@ -1,14 +1,16 @@
 // Collectives over shared memory: the phases and waits, and the operations made of them. See comm.h.
 //
-// One primitive carries all: a phase. In phase t a rank writes its own buffer t % 2, posts t, waits until every rank has posted t or
-// more, and then reads what the others wrote. It writes that buffer again in phase t + 2, which it enters only after all have posted
-// t + 1, hence have read what they wanted of phase t. Tokens t are 32-bit counters compared modulo 2^32.
+// One primitive carries all: a phase. In phase t a rank writes its own buffer t % 2, posts t, waits until every rank
+// has posted t or more, and then reads what the others wrote. It writes that buffer again in phase t + 2, which it
+// enters only after all have posted t + 1, hence have read what they wanted of phase t. Tokens t are 32-bit counters
+// compared modulo 2^32.
 //
-// all_reduce is two phases a piece: everyone writes its groups for their owners; each owner adds them up in rank order, its own part
-// exact, and writes the encoded sum; everyone decodes the sums, the owner its own as well.
+// all_reduce is two phases a piece: everyone writes its groups for their owners; each owner adds them up in rank order,
+// its own part exact, and writes the encoded sum; everyone decodes the sums, the owner its own as well.
 //
-// Waking: a waiter that goes to sleep publishes whom it waits for and sleeps on its bell; that rank rings it after posting. Both sides
-// use sequentially consistent accesses, so one of the two sees the other. The abort word rings all bells.
+// Waking: a waiter that goes to sleep publishes whom it waits for and sleeps on its bell; that rank rings it after
+// posting. Both sides use sequentially consistent accesses, so one of the two sees the other. The abort word rings all
+// bells.
 #include "engine/comm.h"
 
 #include "formats/checked.h"
@@ -22,7 +24,7 @@
 enum {
     CACHE_LINE = 64,
     PAGE_BYTES = 4096,
-    PIECE_GROUPS = 4096,     // of an all_reduce at once: 1 MiB of bf16 from each rank stays in the cache
+    PIECE_GROUPS = 1024,     // of an all_reduce at once: 256 KiB of bf16 from each rank stay in the near caches
     TASK_GROUPS = 32,        // of an all_reduce, for one thread
     PARALLEL_ELEMS = 32768,  // from here on the pool is worth its wake-up
     SLICE_NS = 50 * 1000000, // longest sleep between two looks at the clock
@@ -281,8 +283,8 @@ static int report_missing(struct comm *comm, const struct call *call, int missin
     return raise_error(comm, err, &found);
 }
 
-// Sleeps until `rank` has posted the token, with a deadline. Each sleep counts for at most twice its planned length, so that a
-// group of processes that was stopped and continued as a whole goes on.
+// Sleeps until `rank` has posted the token, with a deadline. Each sleep counts for at most twice its planned length, so
+// that a group of processes that was stopped and continued as a whole goes on.
 static int sleep_for(struct comm *comm, const struct call *call, int rank, int64_t *waited_ns, struct error *err)
 {
     struct rank_slot *slot = comm->slot;
@@ -357,7 +359,8 @@ static bool calls_agree(const struct call *a, const struct call *b)
            (!reduce || (a->op == b->op && a->layer == b->layer));
 }
 
-// Posts what this rank wrote to its buffer of phase token + 1 and waits for the others. Afterwards comm->token is that phase.
+// Posts what this rank wrote to its buffer of phase token + 1 and waits for the others. Afterwards comm->token is that
+// phase.
 static int phase(struct comm *comm, enum collective collective, int detail, uint64_t amount, struct error *err)
 {
     struct comm_region *region = comm->region;
@@ -467,7 +470,8 @@ int comm_handshake(struct comm *comm, const void *contract, size_t bytes, const 
 
 // ---- all_reduce ----------------------------------------------------------------------------------------------------
 
-// A piece: groups [first, first + count) of the message, counted row by row. Group i of the piece lies at i * group_bytes of a buffer.
+// A piece: groups [first, first + count) of the message, counted row by row. Group i of the piece lies at i *
+// group_bytes of a buffer.
 struct piece {
     struct comm *comm;
     float *data;

@@ -1,7 +1,8 @@
 // Starting, commanding, watching and ending the ranks. See launch.h.
 //
-// One anonymous shared mapping holds the launch area below, the region of the collectives, and the caller's area. The parent sleeps in poll on
-// an eventfd (ranks' notices, signals) and on a pidfd for each rank; ranks sleep on the futex `command_number`.
+// One anonymous shared mapping holds the launch area below, the region of the collectives, and the caller's area. The
+// parent sleeps in poll on an eventfd (ranks' notices, signals) and on a pidfd for each rank; ranks sleep on the futex
+// `command_number`.
 #include "engine/launch.h"
 
 #include "formats/checked.h"
@@ -473,7 +474,8 @@ static int fail(struct launch *launch, int rank, const struct error *found, stru
     return launch->error.code;
 }
 
-// A rank that has work, waits for no other rank and does not move is stuck. So is, later, one that waits beyond every deadline.
+// A rank that has work, waits for no other rank and does not move is stuck. So is, later, one that waits beyond every
+// deadline.
 static int watch(struct launch *launch, int *stuck, struct error *err)
 {
     int64_t now_ns = clock_now_ns(), passed_ns = now_ns - launch->looked_ns;

@@ -1,14 +1,16 @@
-// Starts the ranks of one model on this machine, as processes (fork, the default) or as threads of this process, and watches them:
-// a dead rank is noticed at once (pidfd), a silent one by its deadline; then every rank ends, and one sentence names
-// rank, operation and layer. The parent never touches weights, so it can never hang on them. It is single threaded when it forks, and the
-// thread that called launch_start stays alive until launch_stop: ranks die with it.
+// Starts the ranks of one model on this machine, as processes (fork, the default) or as threads of this process, and
+// watches them: a dead rank is noticed at once (pidfd), a silent one by its deadline; then every rank ends, and one
+// sentence names rank, operation and layer. The parent never touches weights, so it can never hang on them. It is
+// single threaded when it forks, and the thread that called launch_start stays alive until launch_stop: ranks die with
+// it.
 //
-// Signals: from launch_start to launch_stop SIGINT and SIGTERM of the process are handled here; rank processes ignore both, since Ctrl-C
-// reaches them too and the parent ends them in order. launch_wait reports the first signal once and leaves the ranks as they are (drain
-// or launch_stop, as the caller likes); the second signal ends the process and with it the ranks at once, exit code 130 or 143.
-// One launch at a time in a process.
+// Signals: from launch_start to launch_stop SIGINT and SIGTERM of the process are handled here; rank processes ignore
+// both, since Ctrl-C reaches them too and the parent ends them in order. launch_wait reports the first signal once and
+// leaves the ranks as they are (drain or launch_stop, as the caller likes); the second signal ends the process and with
+// it the ranks at once, exit code 130 or 143. One launch at a time in a process.
 //
-// All memory that ranks and parent share is anonymous (MAP_SHARED before the fork): nothing is left behind, however anyone ends.
+// All memory that ranks and parent share is anonymous (MAP_SHARED before the fork): nothing is left behind, however
+// anyone ends.
 #ifndef TPSHARD_ENGINE_LAUNCH_H
 #define TPSHARD_ENGINE_LAUNCH_H
 
@@ -20,10 +22,10 @@
 #include <stdint.h>
 
 struct launch_options {
-    int tp_size;          // 1 to COMM_MAX_RANKS
-    bool threads;         // ranks as threads instead of processes
-    int start_timeout_ms; // longest time without progress (comm_at, collectives) until the first rank_next_command (0: 120000)
-    int wait_timeout_ms; // longest wait inside a collective; a busy rank may be silent for a quarter more (0: 10000)
+    int tp_size;             // 1 to COMM_MAX_RANKS
+    bool threads;            // ranks as threads instead of processes
+    int start_timeout_ms;    // longest time of a starting rank without progress (comm_at, collectives); 0: 120000
+    int wait_timeout_ms;     // longest wait in a collective; a busy rank may be silent for a quarter more; 0: 10000
     uint64_t comm_max_elems; // largest all-reduce message in floats
     size_t shared_bytes;     // the caller's own shared area, zeroed
 };
@@ -42,29 +44,32 @@ struct rank_env {
 // Runs on every rank; returns 0 or an error. While it runs it waits for commands with rank_next_command().
 typedef int rank_main_fn(struct rank_env *env, void *arg, struct error *err);
 
-// Starts the ranks. arg is seen by every rank as it was at the time of the call (copied by fork; shared with threads: read only).
+// Starts the ranks. arg is seen by every rank as it was at the time of the call (copied by fork; shared with threads:
+// read only).
 int launch_start(struct launch **out, const struct launch_options *options, rank_main_fn *rank_main, void *arg,
                  struct error *err);
 void *launch_shared(struct launch *launch);
 
 // ---- commands: the parent posts one, all ranks take it, run it and report done ----------------------------------
-// Rank side. Blocks (spins a bounded time, then sleeps) until the parent posts a command; *command receives it. Returns ERR_* when aborted.
-// Command 0 means: end, return 0 from rank_main.
+// Rank side. Blocks (spins a bounded time, then sleeps) until the parent posts a command; *command receives it. Returns
+// ERR_* when aborted. Command 0 means: end, return 0 from rank_main.
 int rank_next_command(struct rank_env *env, int *command, struct error *err);
 // Rank side: this rank has finished the command (all ranks must call it).
 void rank_command_done(struct rank_env *env);
 // Rank side, any time: wakes the parent's launch_wait with an event (new data in the shared area).
 void rank_notify(struct rank_env *env);
 
-// Parent side. Post: a number > 0 meaningful to rank_main (its data lie in the shared area). Only when no command is running.
+// Parent side. Post: a number > 0 meaningful to rank_main (its data lie in the shared area). Only when no command is
+// running.
 int launch_post(struct launch *launch, int command, struct error *err);
-// Parent side: waits until the ranks notify (returns 1), the running command is done on all ranks (returns 0), or something failed (< 0: the
-// ranks are ended, err has the sentence). extra_fd (>= 0) is watched for input as well: returns 2. A signal: ERR_SIGINT or ERR_SIGTERM, the
-// ranks go on. Before the first command it waits for all ranks to reach rank_next_command (returns 0, once). With no command running it
-// waits for extra_fd, or returns 0 when there is none.
+// Parent side: waits until the ranks notify (returns 1), the running command is done on all ranks (returns 0), or
+// something failed (< 0: the ranks are ended, err has the sentence). extra_fd (>= 0) is watched for input as well:
+// returns 2. A signal: ERR_SIGINT or ERR_SIGTERM, the ranks go on. Before the first command it waits for all ranks to
+// reach rank_next_command (returns 0, once). With no command running it waits for extra_fd, or returns 0 when there is
+// none.
 int launch_wait(struct launch *launch, int extra_fd, struct error *err);
-// Ends the ranks and frees everything: command 0, or an abort where a command is still running; SIGKILL for those that live 3 s later.
-// Accepts NULL. Returns the error of a rank that ended badly after the last launch_wait, or 0.
+// Ends the ranks and frees everything: command 0, or an abort where a command is still running; SIGKILL for those that
+// live 3 s later. Accepts NULL. Returns the error of a rank that ended badly after the last launch_wait, or 0.
 int launch_stop(struct launch *launch, struct error *err);
 
 #endif

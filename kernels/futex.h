@@ -1,6 +1,6 @@
-// Waiting between threads or processes: spin for a bounded time, then sleep in the kernel until the word changes.
-// The word is any 32-bit atomic, also in memory shared between processes. Publishing is the caller's: a release (or stronger)
-// change of the word before futex_wake, an acquire load after futex_wait; a sleep may end without cause.
+// Waiting between threads or processes: spin for a bounded time, then sleep in the kernel until the word changes. The
+// word is any 32-bit atomic, also in memory shared between processes. Publishing is the caller's: a release (or
+// stronger) change of the word before futex_wake, an acquire load after futex_wait; a sleep may end without cause.
 #ifndef TPSHARD_KERNELS_FUTEX_H
 #define TPSHARD_KERNELS_FUTEX_H
 
@@ -42,9 +42,10 @@ static inline void cpu_relax(void)
 #endif
 }
 
-// How long a waiter spins. A sleep and its wake-up cost some tens of microseconds, so spinning that long at most doubles
-// the cost of any wait. But a spin that fails has kept the core from whoever was to end it (a rank or thread without a core
-// of its own, a foreign process): after failures the time shrinks, and only now and then is the full time tried again.
+// How long a waiter spins. A sleep and its wake-up cost some tens of microseconds, so spinning that long at most
+// doubles the cost of any wait. But a spin that fails has kept the core from whoever was to end it (a rank or thread
+// without a core of its own, a foreign process): after failures the time shrinks, and only now and then is the full
+// time tried again.
 enum { SPIN_MAX_NS = 50000, SPIN_MIN_NS = 1000, SPIN_RETRY = 16 };
 
 struct spinner {

@@ -1,8 +1,8 @@
 // The thread pool: how tasks are handed out and how threads wait. See thread_pool.h.
 //
-// `remaining` is the number of tasks not yet taken; taking one is one successful decrement of it. Only then are fn, arg and
-// tasks read: the run cannot end before the taken task is counted in `unfinished`, so they stay as they are. A thread
-// that sleeps through a whole run is never waited for.
+// `remaining` is the number of tasks not yet taken; taking one is one successful decrement of it. Only then are fn, arg
+// and tasks read: the run cannot end before the taken task is counted in `unfinished`, so they stay as they are. A
+// thread that sleeps through a whole run is never waited for.
 #include "kernels/thread_pool.h"
 
 #include "kernels/futex.h"

@@ -14,8 +14,9 @@ int thread_pool_create(struct thread_pool **out, int threads, struct error *err)
 void thread_pool_free(struct thread_pool *pool);
 int thread_pool_size(const struct thread_pool *pool);
 
-// Calls fn(arg, task, thread) once for every task in [0, tasks), on any of the threads (0 <= thread < size; the caller is thread 0), and
-// returns when all are done. Tasks are handed out dynamically: fn's results must not depend on the thread. Not reentrant.
+// Calls fn(arg, task, thread) once for every task in [0, tasks), on any of the threads (0 <= thread < size; the caller
+// is thread 0), and returns when all are done. Tasks are handed out dynamically: fn's results must not depend on the
+// thread. Not reentrant.
 typedef void thread_pool_fn(void *arg, int64_t task, int thread);
 void thread_pool_run(struct thread_pool *pool, thread_pool_fn *fn, void *arg, int64_t tasks);
 

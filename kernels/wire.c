@@ -1,4 +1,5 @@
-// Names of the wire codecs and the choice of their implementation. See wire.h; the codecs themselves stand in wire_impl.h.
+// Names of the wire codecs and the choice of their implementation. See wire.h; the codecs themselves stand in
+// wire_impl.h.
 #include "kernels/wire.h"
 
 #include <stddef.h>

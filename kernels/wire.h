@@ -4,10 +4,12 @@
 //   fp8   132 bytes: e4m3 q[128], f32 scale
 //   s8x   132 bytes: int8 q[128], u8 scale_code, u8 spike_index, bf16 spike
 //
-// Every step is one correctly rounded f32 operation (nearest, ties to even) or integer work, so the bytes depend on neither compiler
-// nor machine. Nothing is ever clamped or dropped silently: what a codec cannot carry arrives as NaN, on every rank alike.
+// Every step is one correctly rounded f32 operation (nearest, ties to even) or integer work, so the bytes depend on
+// neither compiler nor machine. Nothing is ever clamped or dropped silently: what a codec cannot carry arrives as NaN,
+// on every rank alike.
 //
-// bf16: each value rounded; a NaN keeps its sign and upper payload, Inf stays Inf, beyond the largest bfloat16 gives Inf.
+// bf16: each value rounded; a NaN keeps its sign and upper payload, Inf stays Inf, beyond the largest bfloat16 gives
+// Inf.
 //
 // fp8: largest = largest magnitude of the group.
 //   largest >= 2^-100: scale = largest / 448, inverse = 1 / scale, q = e4m3(x * inverse)
@@ -15,12 +17,13 @@
 //   NaN or Inf in it:  scale = NaN (0x7fc00000) and q = 0; every value decodes to NaN
 //
 // s8x: the value of largest magnitude (the first, if several) is the spike: it travels as bf16 and its q is 0.
-//   scale(c) = 2^((c mod 8) / 8) * 2^(c div 8 - 20), the eight mantissas rounded to f32; inverse(c) likewise from 2^(-(c mod 8) / 8):
-//   no division stands on the data path. scale_code is the smallest c <= 254 whose 127 * scale(c), rounded to f32, is >= the second
-//   largest magnitude; q = x * inverse(c), rounded to an integer, clamped to +-127 (the rounding of 127 * scale is all it can clip).
-//   A group is marked instead (scale_code 255, q = 0, spike_index 0, spike 0x7fc0) and decodes to NaN throughout when it holds NaN or
-//   Inf, when the spike would round to Inf, or when no code is large enough (second largest above 127 * scale(254), about 437000).
-//   Magnitudes below half of scale(0), 2^-21, may round to zero beside a spike.
+//   scale(c) = 2^((c mod 8) / 8) * 2^(c div 8 - 20), the eight mantissas rounded to f32; inverse(c) likewise from
+//   2^(-(c mod 8) / 8): no division stands on the data path. scale_code is the smallest c <= 254 whose 127 * scale(c),
+//   rounded to f32, is >= the second largest magnitude; q = x * inverse(c), rounded to an integer, clamped to +-127
+//   (the rounding of 127 * scale is all it can clip). A group is marked instead (scale_code 255, q = 0, spike_index 0,
+//   spike 0x7fc0) and decodes to NaN throughout when it holds NaN or Inf, when the spike would round to Inf, or when no
+//   code is large enough (second largest above 127 * scale(254), about 437000). Magnitudes below half of scale(0),
+//   2^-21, may round to zero beside a spike.
 #ifndef TPSHARD_KERNELS_WIRE_H
 #define TPSHARD_KERNELS_WIRE_H
 
@@ -40,8 +43,8 @@ static inline uint64_t wire_groups(uint64_t cols) { return (cols + WIRE_GROUP - 
 // In all of these 1 <= count <= WIRE_GROUP, and the buffers do not overlap.
 // Encodes `count` floats (missing ones are zeros) into wire_group_bytes(wire) bytes.
 void wire_encode_group(uint8_t *out, const float *x, int count, enum wire wire);
-// sum[i] = fma(q, scale, sum[i]) for i < count (bf16: sum[i] += value), then the spike is added at its index. Where that gives NaN,
-// or the group is marked, sum[i] = 0x7fc00000.
+// sum[i] = fma(q, scale, sum[i]) for i < count (bf16: sum[i] += value), then the spike is added at its index. Where
+// that gives NaN, or the group is marked, sum[i] = 0x7fc00000.
 void wire_add_group(float *sum, const uint8_t *in, int count, enum wire wire);
 // out[i] = value; exactly wire_add_group on zeros.
 void wire_decode_group(float *out, const uint8_t *in, int count, enum wire wire);

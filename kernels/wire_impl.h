@@ -1,9 +1,10 @@
 // The body of every wire_<target>.c: the three codecs in plain C, compiled for one instruction set and exported as one
 // table WIRE_TARGET named WIRE_TARGET_NAME. Included once per file, by those files alone. See wire.h for the formats.
 //
-// The inner loops run over whole groups with a fixed count, so that the compiler makes vectors of them; a short group goes
-// through a padded copy. fmaf is one instruction with -mfma and an exact library call without: the same bits.
-// Nobody looks at the exception flags of floating point; gcc, unless told so, makes no vectors of a select beside an addition.
+// The inner loops run over whole groups with a fixed count, so that the compiler makes vectors of them; a short group
+// goes through a padded copy. fmaf is one instruction with -mfma and an exact library call without: the same bits.
+// Nobody looks at the exception flags of floating point; gcc, unless told so, makes no vectors of a select beside an
+// addition.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("no-trapping-math")
 #endif

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes a Hugging Face checkpoint of random bf16 weights, of any size, fast: for tests and benchmarks of tpshard.
+"""Writes a Hugging Face checkpoint of random weights, of any size, fast: for tests and benchmarks of tpshard.
 
 Needs: the standard library only.
 
@@ -25,13 +25,17 @@ FAMILIES = {
 }
 
 
-def random_block(seed):
-    """bf16 numbers of both signs with magnitudes from 2^-9 to 2^-4."""
+# Bytes of a number, and the highest byte of a small one: its sign and most of its exponent.
+DTYPES = {"BF16": (2, 0x3B), "F16": (2, 0x20), "F32": (4, 0x3B)}
+
+
+def random_block(seed, dtype):
+    """Small numbers of both signs and several magnitudes."""
     source = random.Random(seed)
-    signs_and_exponents = bytes((i & 0x80) | 0x3B | ((i & 3) == 3) << 2 for i in range(256))
-    block = bytearray(BLOCK_BYTES)
-    block[0::2] = source.randbytes(BLOCK_BYTES // 2)
-    block[1::2] = source.randbytes(BLOCK_BYTES // 2).translate(signs_and_exponents)
+    width, small = DTYPES[dtype]
+    signs_and_exponents = bytes((i & 0x80) | small | ((i & 3) == 3) << 2 for i in range(256))
+    block = bytearray(source.randbytes(BLOCK_BYTES))
+    block[width - 1::width] = block[width - 1::width].translate(signs_and_exponents)
     return bytes(block)
 
 
@@ -77,13 +81,13 @@ def write_config(args, family):
         json.dump(config, f, indent=2)
 
 
-def write_file(path, named_shapes, block, offset):
+def write_file(path, named_shapes, dtype, block, offset):
     header, at = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in named_shapes:
-        num_bytes = 2
+        num_bytes = DTYPES[dtype][0]
         for dim in shape:
             num_bytes *= dim
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + num_bytes]}
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + num_bytes]}
         at += num_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -94,7 +98,7 @@ def write_file(path, named_shapes, block, offset):
             piece = block[offset:offset + left]
             f.write(piece)
             left -= len(piece)
-            offset = (offset + len(piece) + 2 * 7919) % BLOCK_BYTES  # never in step with the tensors
+            offset = (offset + len(piece) + 4 * 7919) % BLOCK_BYTES  # never in step with the tensors
     return offset, at
 
 
@@ -102,6 +106,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_dir")
     parser.add_argument("--family", choices=FAMILIES, default="llama")
+    parser.add_argument("--dtype", choices=DTYPES, default="BF16")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--intermediate", type=int, default=688)
@@ -117,13 +122,13 @@ def main():
     family = FAMILIES[args.family]
     os.makedirs(args.out_dir, exist_ok=True)
     write_config(args, family)
-    block, offset, total = random_block(args.seed), 0, 0
+    block, offset, total = random_block(args.seed, args.dtype), 0, 0
     everything = list(tensors(args, family))
     weight_map = {}
     for i in range(args.files):
         share = everything[len(everything) * i // args.files:len(everything) * (i + 1) // args.files]
         name = "model.safetensors" if args.files == 1 else f"model-{i + 1:05d}-of-{args.files:05d}.safetensors"
-        offset, num_bytes = write_file(os.path.join(args.out_dir, name), share, block, offset)
+        offset, num_bytes = write_file(os.path.join(args.out_dir, name), share, args.dtype, block, offset)
         total += num_bytes
         weight_map.update((tensor, name) for tensor, _ in share)
     if args.files > 1:

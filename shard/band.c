@@ -175,6 +175,16 @@ static int build_part(struct band_buffer *buffer, const struct plan *plan, const
     return 0;
 }
 
+static int build_computed(struct band_buffer *buffer, const struct plan *plan, const struct band *band,
+                          const struct row_source *source, struct error *err)
+{
+    uint64_t values = plan->ranks[band->rank_begin].tensors[band->tensor].shape.cols;
+    int rc = source->computed(source, band->tensor, (float *)(void *)buffer->bytes, values, err);
+    for (uint32_t rank = band->rank_begin + 1; !rc && rank < band->rank_end; rank++)
+        memcpy(band_bytes(buffer, plan, band, rank), buffer->bytes, values * sizeof(float));
+    return rc;
+}
+
 int band_build(struct band_buffer *buffer, const struct plan *plan, const struct band *band,
                const struct row_source *source, struct error *err)
 {
@@ -183,6 +193,8 @@ int band_build(struct band_buffer *buffer, const struct plan *plan, const struct
     int rc = band_reserve(buffer, plan, band, err);
     if (rc)
         return rc;
+    if (tensor->num_parts == 0)
+        return build_computed(buffer, plan, band, source, err);
     for (int part = 0; part < tensor->num_parts; part++) {
         if ((rc = build_part(buffer, plan, band, source, part, part_begin, err)))
             return rc;

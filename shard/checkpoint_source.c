@@ -18,8 +18,6 @@ static int source_read(const struct row_source *base, struct row_window *window,
     uint64_t cols = request->source->source_cols;
     int rc;
     window->request = *request;
-    if (strcmp(request->source->source, FAMILY_INV_FREQ) == 0)
-        return 0;
     const struct safetensors_tensor *tensor = checkpoint_find(source->checkpoint, request->source->source);
     if (!tensor)
         return error_set(err, ERR_MODEL, "tensor %s is not in the checkpoint", request->source->source);
@@ -47,13 +45,9 @@ static void widen(float *out, const uint8_t *raw, enum dtype dtype, uint64_t cou
 static int source_row(const struct row_source *base, struct row_window *window, uint64_t row, struct packed_row *out,
                       struct error *err)
 {
-    const struct checkpoint_source *source = (const struct checkpoint_source *)base;
     const struct row_request *request = &window->request;
     uint64_t cols = request->source->source_cols;
-    if (strcmp(request->source->source, FAMILY_INV_FREQ) == 0) {
-        memcpy(out->f32, source->inv_freq, cols * sizeof(float));
-        return 0;
-    }
+    (void)base;
     enum dtype dtype = (enum dtype)window->raw_format;
     const uint8_t *raw = window->raw + (row - request->row_begin) * cols * elem_bytes(dtype);
     struct error cause;
@@ -62,6 +56,17 @@ static int source_row(const struct row_source *base, struct row_window *window, 
     if (rc)
         return error_set(err, rc, "tensor %s, row %llu: %s", request->source->source, (unsigned long long)row,
                          cause.msg);
+    return 0;
+}
+
+// Of this kind there is only the table of inverse rope frequencies.
+static int source_computed(const struct row_source *base, uint64_t tensor, float *out, uint64_t values,
+                           struct error *err)
+{
+    const struct checkpoint_source *source = (const struct checkpoint_source *)base;
+    (void)tensor;
+    (void)err;
+    memcpy(out, source->inv_freq, values * sizeof *out);
     return 0;
 }
 
@@ -145,12 +150,11 @@ int checkpoint_source_init(struct checkpoint_source *out, const struct checkpoin
                            const struct rope *rope, struct error *err)
 {
     int rc;
-    struct checkpoint_source source = {.source = {source_read, source_row}, .checkpoint = checkpoint};
+    struct checkpoint_source source = {.source = {source_read, source_computed, source_row}, .checkpoint = checkpoint};
     for (uint64_t i = 0; i < plan->tensor_count; i++) {
         const struct shard_tensor *tensor = &plan->ranks[0].tensors[i];
         for (int p = 0; p < tensor->num_parts; p++)
-            if (tensor->role != ROLE_ROPE_INV_FREQ &&
-                (rc = check_tensor(&source, &tensor->parts[p], tensor->shape.kind, err)))
+            if ((rc = check_tensor(&source, &tensor->parts[p], tensor->shape.kind, err)))
                 return rc;
     }
     if ((rc = refuse_unused(checkpoint, plan, err)))

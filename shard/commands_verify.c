@@ -8,6 +8,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+enum { PRINTED = 20 };
+
 static struct {
     int64_t threads;
     const char *against;
@@ -111,10 +113,10 @@ static int report(const char *path, const struct manifest *manifest, const struc
     }
     if (findings->count == 1)
         return error_set(err, ERR_CORRUPT, "%s", findings->shown[0].msg);
-    for (uint64_t i = 0; i < findings->count && i < VERIFY_SHOWN; i++)
+    for (uint64_t i = 0; i < findings->count && i < PRINTED; i++)
         fprintf(stderr, "%s\n", findings->shown[i].msg);
     return error_set(err, ERR_CORRUPT, "%s: %llu things do not hold%s", path, (unsigned long long)findings->count,
-                     findings->count > VERIFY_SHOWN ? "; the first are above" : "");
+                     findings->count > PRINTED ? "; the first are above" : "");
 }
 
 int verify_run(int argc, char **argv, struct error *err)

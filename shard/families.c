@@ -7,7 +7,7 @@
 // Llama's names, which Mistral, Qwen2 and Qwen3 share.
 static const struct family_tensor llama_tensors[] = {
     {ROLE_EMBEDDING, "model.embed_tokens.weight", "embedding_rowwise", CUT_VOCAB, ALWAYS},
-    {ROLE_ROPE_INV_FREQ, FAMILY_INV_FREQ, "replicate", CUT_NONE, ALWAYS},
+    {ROLE_ROPE_INV_FREQ, FAMILY_COMPUTED, "replicate", CUT_NONE, ALWAYS},
 
     {ROLE_ATTENTION_NORM, "model.layers.*.input_layernorm.weight", "replicate", CUT_NONE, ALWAYS},
     {ROLE_QKV, "model.layers.*.self_attn.q_proj.weight", "colwise", CUT_HEADS, ALWAYS},

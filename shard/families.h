@@ -56,7 +56,7 @@ const char *family_list(void);
 enum split family_split(const struct family_tensor *tensor);
 bool family_tensor_present(const struct family_tensor *tensor, const struct model_desc *model);
 
-// The name under which the computed table of inverse rope frequencies is asked for; no checkpoint tensor is read.
-#define FAMILY_INV_FREQ "inv_freq"
+// In the place of a source: the tensor is computed, no checkpoint tensor is read.
+#define FAMILY_COMPUTED ""
 
 #endif

@@ -46,7 +46,7 @@ uint64_t memory_plan_parameters(const struct plan *plan)
     uint64_t parameters = 0;
     for (uint64_t i = 0; i < plan->tensor_count; i++) {
         const struct shard_tensor *tensor = &plan->ranks[0].tensors[i];
-        for (int p = 0; tensor->role != ROLE_ROPE_INV_FREQ && p < tensor->num_parts; p++)
+        for (int p = 0; p < tensor->num_parts; p++)
             parameters += tensor->parts[p].source_rows * tensor->parts[p].source_cols;
     }
     return parameters;

@@ -191,11 +191,12 @@ static int add_tensor(struct plan *plan, uint64_t index, const struct family_ten
     plan->splits[index] = family_split(&entries[0]);
     for (uint32_t rank = 0; rank < plan->tp_size; rank++) {
         struct shard_tensor *tensor = &plan->ranks[rank].tensors[index];
-        *tensor = (struct shard_tensor){.role = entries[0].role, .layer = layer, .num_parts = num_entries};
+        *tensor = (struct shard_tensor){.role = entries[0].role, .layer = layer};
         uint64_t rows = 0, cols = 0;
         for (int p = 0; p < num_entries; p++) {
             struct shard_part part = part_of(plan, &plan->ranks[rank].share, &entries[p], names + p * NAME_BYTES);
-            tensor->parts[p] = part;
+            if (strcmp(entries[p].source, FAMILY_COMPUTED) != 0)
+                tensor->parts[tensor->num_parts++] = part;
             rows = kind == WEIGHT_F32 ? 1 : rows + part.rows;
             cols = kind == WEIGHT_F32 ? cols + part.cols : part.cols;
         }

@@ -38,6 +38,8 @@ struct row_source {
     // Reads what the request needs from disk, in large pieces.
     int (*read)(const struct row_source *source, struct row_window *window, const struct row_request *request,
                 struct error *err);
+    // Fills a vector that has no source tensor, computed from the config. out [values].
+    int (*computed)(const struct row_source *source, uint64_t tensor, float *out, uint64_t values, struct error *err);
     // Fills one whole row, request.row_begin <= row < row_begin + rows. out has room for source_cols.
     // Errors name the tensor and the row.
     int (*row)(const struct row_source *source, struct row_window *window, uint64_t row, struct packed_row *out,

@@ -136,6 +136,16 @@ static int source_row(const struct row_source *base, struct row_window *window, 
     return 0;
 }
 
+// The same on every rank.
+static int source_computed(const struct row_source *base, uint64_t tensor, float *out, uint64_t values,
+                           struct error *err)
+{
+    const struct shards_source *source = (const struct shards_source *)base;
+    const struct plan_rank *rank = &source->plan->ranks[0];
+    return file_pread_full(source->fds[0], out, values * sizeof *out,
+                           rank->payload_offset + rank->tensors[tensor].data_offset, source->paths[0], err);
+}
+
 static int open_rank(struct shards_source *source, const char *dir, uint32_t rank, struct error *err)
 {
     char name[64], path[PATH_MAX];
@@ -155,7 +165,7 @@ static int open_rank(struct shards_source *source, const char *dir, uint32_t ran
 int shards_source_init(struct shards_source *out, const char *dir, const struct plan *plan, struct error *err)
 {
     int rc = 0;
-    struct shards_source source = {.source = {source_read, source_row}, .plan = plan};
+    struct shards_source source = {.source = {source_read, source_computed, source_row}, .plan = plan};
     source.fds = malloc(plan->tp_size * sizeof *source.fds);
     source.paths = calloc(plan->tp_size, sizeof *source.paths);
     for (uint32_t rank = 0; source.fds && rank < plan->tp_size; rank++)

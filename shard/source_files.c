@@ -137,10 +137,12 @@ struct source_hasher {
     struct error error; // read after the join
 };
 
+static bool give_up(const struct source_hasher *hasher) { return atomic_load(&hasher->cancelled) || stop_requested(); }
+
 static void wait_for_conversion(const struct source_hasher *hasher)
 {
     const struct progress *progress = hasher->progress;
-    while (!atomic_load(&hasher->unpaced) && !atomic_load(&hasher->cancelled)) {
+    while (!atomic_load(&hasher->unpaced) && !give_up(hasher)) {
         double share =
             progress->total_bytes ? (double)atomic_load(&progress->done_bytes) / (double)progress->total_bytes : 1;
         if ((double)hasher->hashed_bytes <= share * (double)hasher->total_bytes + AHEAD_BYTES)
@@ -159,7 +161,7 @@ static int hash_file(struct source_hasher *hasher, struct source_file *file, uin
         return error_set(err, ERR_MEMORY, "%s: out of memory for its checksum", file->path);
     if ((rc = file_open_read(&fd, &bytes, file->path, err)))
         goto done;
-    for (uint64_t at = 0; at < file->bytes && !atomic_load(&hasher->cancelled); at += PIECE_BYTES) {
+    for (uint64_t at = 0; at < file->bytes && !give_up(hasher); at += PIECE_BYTES) {
         uint64_t part = file->bytes - at < PIECE_BYTES ? file->bytes - at : PIECE_BYTES;
         wait_for_conversion(hasher);
         if ((rc = file_pread_full(fd, piece, part, at, file->path, err)))
@@ -184,7 +186,7 @@ static void *hash_all(void *arg)
     struct source_hasher *hasher = arg;
     uint8_t *piece = malloc(PIECE_BYTES);
     int rc = piece ? 0 : error_set(&hasher->error, ERR_MEMORY, "out of memory to hash the checkpoint");
-    for (size_t i = 0; !rc && i < hasher->files->count && !atomic_load(&hasher->cancelled); i++)
+    for (size_t i = 0; !rc && i < hasher->files->count && !give_up(hasher); i++)
         rc = hash_file(hasher, &hasher->files->files[i], piece, &hasher->error);
     free(piece);
     return NULL;
@@ -213,9 +215,9 @@ int source_hasher_finish(struct source_hasher *hasher, bool cancel, struct error
     atomic_store(&hasher->unpaced, true);
     atomic_store(&hasher->cancelled, cancel);
     pthread_join(hasher->thread, NULL);
-    int rc = hasher->error.code;
-    if (rc && !cancel)
+    int rc = 0;
+    if (!cancel && !(rc = stop_check(err)) && (rc = hasher->error.code))
         *err = hasher->error;
     free(hasher);
-    return cancel ? 0 : rc;
+    return rc;
 }

@@ -6,6 +6,7 @@
 #include "shard/pool_error.h"
 #include "shard/stop.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -17,7 +18,8 @@ struct against_job {
     int *fds;
     const struct band *bands;
     struct band_buffer *buffers; // one for each thread
-    uint8_t **stored;            // one for each thread, as large as the largest band
+    uint8_t *stored;             // stored_bytes for each thread
+    uint64_t stored_bytes;       // of the tensor's largest band on one rank
     bool *differs;               // [bands]
     struct progress *progress;
     struct pool_error failure;
@@ -52,9 +54,10 @@ static void run_against(void *arg, int64_t task, int thread)
     if (!rc)
         rc = band_build(buffer, job->plan, band, job->source, &err);
     for (uint32_t rank = band->rank_begin; !rc && rank < band->rank_end; rank++) {
+        uint8_t *stored = job->stored + (uint64_t)thread * job->stored_bytes;
         uint64_t bytes = band_rank_bytes(job->plan, band, rank);
-        if (!(rc = read_stored(job, band, rank, job->stored[thread], &err)) && bytes &&
-            memcmp(job->stored[thread], band_bytes(buffer, job->plan, band, rank), bytes) != 0)
+        if (!(rc = read_stored(job, band, rank, stored, &err)) &&
+            memcmp(stored, band_bytes(buffer, job->plan, band, rank), bytes) != 0)
             job->differs[task] = true;
         progress_add(job->progress, bytes);
     }
@@ -76,92 +79,114 @@ static void load_row(uint8_t *memory, uint64_t code_bytes, const struct weight_s
     memcpy(memory + code_bytes, &packed.scale, sizeof packed.scale);
 }
 
-// The first stored row of a band in which the two versions differ; row_end when only padding does.
-static int first_difference(uint64_t *out, const struct band *band, const struct weight_shape *shape,
-                            const uint8_t *wanted, const uint8_t *found, uint64_t data_bytes, struct error *err)
+// "tensor NAME, row N": the first row of a band of a matrix in which the two versions differ.
+static int name_row(char *out, size_t out_bytes, const struct band *band, const struct shard_tensor *tensor,
+                    const uint8_t *wanted, const uint8_t *found, uint64_t data_bytes, struct error *err)
 {
-    *out = band->row_begin;
-    if (shape->kind == WEIGHT_F32)
-        return 0;
+    const struct weight_shape *shape = &tensor->shape;
     uint64_t code_bytes = packed_row_bytes(shape->kind, shape->group_size, shape->cols);
-    uint64_t row_bytes = code_bytes + sizeof(float);
+    uint64_t row_bytes = code_bytes + sizeof(float), row = band->row_begin, source_row;
     uint8_t *memory = malloc(2 * row_bytes);
     if (!memory)
         return error_set(err, ERR_MEMORY, "out of memory to compare rows");
-    for (; *out < band->row_end; ++*out) {
-        load_row(memory, code_bytes, shape, wanted, data_bytes, *out - band->row_begin);
-        load_row(memory + row_bytes, code_bytes, shape, found, data_bytes, *out - band->row_begin);
+    for (; row < band->row_end; row++) {
+        load_row(memory, code_bytes, shape, wanted, data_bytes, row - band->row_begin);
+        load_row(memory + row_bytes, code_bytes, shape, found, data_bytes, row - band->row_begin);
         if (memcmp(memory, memory + row_bytes, row_bytes) != 0)
             break;
     }
     free(memory);
+    const char *source = band_row_source(tensor, row, &source_row);
+    if (source)
+        snprintf(out, out_bytes, "tensor %s, row %llu", source, (unsigned long long)source_row);
+    else
+        snprintf(out, out_bytes, "the padding of tensor %s", tensor->parts[0].source);
     return 0;
 }
 
-// buffers[0] holds the wanted band, stored[0] what was found on this rank.
-static int note_difference(const struct against_job *job, const struct band *band, uint32_t rank,
-                           struct verify_findings *findings, struct error *err)
+// "tensor NAME, element N": the first one of a vector. Its parts stand side by side.
+static void name_element(char *out, size_t out_bytes, const struct shard_tensor *tensor, const uint8_t *wanted,
+                         const uint8_t *found)
+{
+    uint64_t element = 0;
+    while (memcmp(wanted + 4 * element, found + 4 * element, 4) == 0)
+        element++;
+    int part = 0;
+    for (; part + 1 < tensor->num_parts && element >= tensor->parts[part].cols; part++)
+        element -= tensor->parts[part].cols;
+    if (tensor->num_parts)
+        snprintf(out, out_bytes, "tensor %s, element %llu", tensor->parts[part].source,
+                 (unsigned long long)(tensor->parts[part].col_begin + element));
+    else
+        snprintf(out, out_bytes, "%s, element %llu", tensor_role_name(tensor->role), (unsigned long long)element);
+}
+
+static int note_difference(const struct against_job *job, const struct band *band, uint32_t rank, const uint8_t *wanted,
+                           const uint8_t *found, struct verify_findings *findings, struct error *err)
 {
     const struct shard_tensor *tensor = &job->plan->ranks[rank].tensors[band->tensor];
-    struct band_place place = band_place(job->plan, band, rank);
-    uint64_t row, source_row;
+    char name[256];
     struct error sentence;
-    int rc = first_difference(&row, band, &tensor->shape, band_bytes(&job->buffers[0], job->plan, band, rank),
-                              job->stored[0], place.data_bytes, err);
+    int rc = 0;
+    if (tensor->shape.kind == WEIGHT_F32)
+        name_element(name, sizeof name, tensor, wanted, found);
+    else
+        rc =
+            name_row(name, sizeof name, band, tensor, wanted, found, band_place(job->plan, band, rank).data_bytes, err);
     if (rc)
         return rc;
-    const char *source = band_row_source(tensor, row, &source_row);
-    if (source)
-        error_set(&sentence, ERR_CORRUPT, "%s: rank %u: tensor %s, row %llu differs from the checkpoint",
-                  job->dir->paths[rank], rank, source, (unsigned long long)source_row);
-    else
-        error_set(&sentence, ERR_CORRUPT, "%s: rank %u: the padding of tensor %s differs", job->dir->paths[rank], rank,
-                  tensor->parts[0].source);
+    error_set(&sentence, ERR_CORRUPT, "%s: rank %u: %s differs from the checkpoint", job->dir->paths[rank], rank, name);
     verify_note(findings, &sentence);
     return 0;
 }
 
+// Once more, on this thread, to say what differs.
 static int explain_band(const struct against_job *job, const struct band *band, struct verify_findings *findings,
                         struct error *err)
 {
-    int rc = band_build(&job->buffers[0], job->plan, band, job->source, err);
+    struct band_buffer *buffer = &job->buffers[0];
+    int rc = band_build(buffer, job->plan, band, job->source, err);
     for (uint32_t rank = band->rank_begin; !rc && rank < band->rank_end; rank++) {
-        uint64_t bytes = band_rank_bytes(job->plan, band, rank);
-        if (!(rc = read_stored(job, band, rank, job->stored[0], err)) && bytes &&
-            memcmp(job->stored[0], band_bytes(&job->buffers[0], job->plan, band, rank), bytes) != 0)
-            rc = note_difference(job, band, rank, findings, err);
+        const uint8_t *wanted = band_bytes(buffer, job->plan, band, rank);
+        if (!(rc = read_stored(job, band, rank, job->stored, err)) &&
+            memcmp(job->stored, wanted, band_rank_bytes(job->plan, band, rank)) != 0)
+            rc = note_difference(job, band, rank, wanted, job->stored, findings, err);
     }
     return rc;
+}
+
+static uint64_t largest_band_bytes(const struct plan *plan, const struct band *bands, uint64_t count)
+{
+    uint64_t largest = 1;
+    for (uint64_t i = 0; i < count; i++)
+        for (uint32_t rank = bands[i].rank_begin; rank < bands[i].rank_end; rank++)
+            if (band_rank_bytes(plan, &bands[i], rank) > largest)
+                largest = band_rank_bytes(plan, &bands[i], rank);
+    return largest;
 }
 
 static int compare_tensor(struct against_job *job, uint64_t tensor, struct thread_pool *pool,
                           struct verify_findings *findings, struct error *err)
 {
     struct band *bands;
-    uint64_t count, largest = 1;
+    uint64_t count;
     int rc = band_list(&bands, &count, job->plan, tensor, err);
     if (rc)
         return rc;
     job->bands = bands;
-    for (uint64_t i = 0; i < count; i++)
-        for (uint32_t rank = bands[i].rank_begin; rank < bands[i].rank_end; rank++)
-            if (band_rank_bytes(job->plan, &bands[i], rank) > largest)
-                largest = band_rank_bytes(job->plan, &bands[i], rank);
+    job->stored_bytes = largest_band_bytes(job->plan, bands, count);
+    job->stored = malloc((size_t)thread_pool_size(pool) * job->stored_bytes);
     job->differs = calloc(count + 1, sizeof *job->differs);
-    if (!job->differs)
+    if (!job->stored || !job->differs) {
         rc = error_set(err, ERR_MEMORY, "out of memory to compare a tensor");
-    for (int thread = 0; !rc && thread < thread_pool_size(pool); thread++) {
-        free(job->stored[thread]);
-        if (!(job->stored[thread] = malloc(largest)))
-            rc = error_set(err, ERR_MEMORY, "out of memory to compare a tensor");
-    }
-    if (!rc) {
+    } else {
         thread_pool_run(pool, run_against, job, (int64_t)count);
         rc = pool_error_take(&job->failure, err);
     }
     for (uint64_t i = 0; !rc && i < count; i++)
         if (job->differs[i])
             rc = explain_band(job, &bands[i], findings, err);
+    free(job->stored);
     free(job->differs);
     free(bands);
     return rc;
@@ -175,10 +200,9 @@ int verify_against(const struct shard_dir *dir, const struct plan *plan, const s
     struct against_job job = {.plan = plan, .source = source, .dir = dir, .progress = progress};
     job.fds = malloc(plan->tp_size * sizeof *job.fds);
     job.buffers = calloc((size_t)threads, sizeof *job.buffers);
-    job.stored = calloc((size_t)threads, sizeof *job.stored);
     for (uint32_t rank = 0; job.fds && rank < plan->tp_size; rank++)
         job.fds[rank] = -1;
-    if (!job.fds || !job.buffers || !job.stored)
+    if (!job.fds || !job.buffers)
         rc = error_set(err, ERR_MEMORY, "out of memory to compare weights");
     for (uint32_t rank = 0; !rc && rank < plan->tp_size; rank++)
         rc = file_open_read(&job.fds[rank], NULL, dir->paths[rank], err);
@@ -189,14 +213,9 @@ int verify_against(const struct shard_dir *dir, const struct plan *plan, const s
     for (uint32_t rank = 0; job.fds && rank < plan->tp_size; rank++)
         if (job.fds[rank] >= 0)
             close(job.fds[rank]);
-    for (int thread = 0; thread < threads; thread++) {
-        if (job.buffers)
-            band_buffer_free(&job.buffers[thread]);
-        if (job.stored)
-            free(job.stored[thread]);
-    }
+    for (int thread = 0; job.buffers && thread < threads; thread++)
+        band_buffer_free(&job.buffers[thread]);
     free(job.fds);
     free(job.buffers);
-    free(job.stored);
     return rc;
 }

@@ -1,5 +1,5 @@
-// Collectives over shared memory, between threads and between forked processes: bits equal to a serial reference on every rank and for
-// every batch, pool and mode; errors that name rank, operation and layer; deadlines; the abort word.
+// Collectives over shared memory, between threads and between forked processes: bits equal to a serial reference on
+// every rank and for every batch, pool and mode; errors that name rank, operation and layer; deadlines; the abort word.
 #include "engine/comm.h"
 
 #include <math.h>
@@ -514,7 +514,8 @@ static int starting_body(struct comm *comm, void *arg, struct error *err)
     return comm_handshake(comm, "contract", 8, "contract", err);
 }
 
-// While a rank loads, only silence counts: 0.8 s of loading pass a start deadline of 0.3 s when it moves, and not when it does not.
+// While a rank loads, only silence counts: 0.8 s of loading pass a start deadline of 0.3 s when it moves, and not when
+// it does not.
 static void test_start_deadline(void **state)
 {
     (void)state;
@@ -536,10 +537,13 @@ static void test_start_deadline(void **state)
     munmap(results, 2 * sizeof *results);
 }
 
+// Not a multiple of the longest sleep between two looks, which alone would end the wait as well, but later.
+enum { ABORT_AFTER_US = 110000, ABORT_TRIES = 5 };
+
 static void *abort_later(void *arg)
 {
     struct error why;
-    usleep(100000);
+    usleep(ABORT_AFTER_US);
     error_set(&why, ERR_IO, "the parent has had enough");
     comm_region_abort(arg, 0, &why);
     error_set(&why, ERR_OTHER, "too late to count");
@@ -553,32 +557,45 @@ static int wait_body(struct comm *comm, void *arg, struct error *err)
     return comm_rank(comm) > 0 || *rank_0_waits ? comm_barrier(comm, err) : 0;
 }
 
+// Returns how long after the abort the last waiter left.
+static double time_abort(enum mode mode, struct rank_result *results)
+{
+    void *memory = map_shared(comm_region_bytes(3, 100));
+    struct comm_region *region = comm_region_init(memory, 3, 100);
+    assert_false(comm_region_aborted(region));
+    pthread_t thread;
+    pthread_create(&thread, NULL, abort_later, region);
+    int rank_0_waits = 0; // only with all ranks does the barrier open
+    run_ranks_in(mode, region, 3, 20000, wait_body, &rank_0_waits, results);
+    pthread_join(thread, NULL);
+    expect_error(results + 1, 2, ERR_IO, (const char *[]){"the parent has had enough", NULL});
+    double last_s = results[1].seconds > results[2].seconds ? results[1].seconds : results[2].seconds;
+    struct error kept;
+    int rank = -1;
+    assert_true(comm_region_error(region, &rank, &kept));
+    assert_int_equal(rank, 0);
+    assert_int_equal(kept.code, ERR_IO);
+    // Whoever comes later does not even start.
+    rank_0_waits = 1;
+    run_ranks_in(mode, region, 3, 20000, wait_body, &rank_0_waits, results);
+    expect_error(results, 3, ERR_IO, (const char *[]){"the parent has had enough", NULL});
+    munmap(memory, comm_region_bytes(3, 100));
+    return last_s - ABORT_AFTER_US * 1e-6;
+}
+
 static void test_abort_wakes_waiters(void **state)
 {
     (void)state;
     struct rank_result *results = map_shared(3 * sizeof *results);
     for (int mode = 0; mode < 2; mode++) {
-        void *memory = map_shared(comm_region_bytes(3, 100));
-        struct comm_region *region = comm_region_init(memory, 3, 100);
-        assert_false(comm_region_aborted(region));
-        pthread_t thread;
-        pthread_create(&thread, NULL, abort_later, region);
-        int waits = 0;
-        run_ranks_in((enum mode)mode, region, 3, 20000, wait_body, &waits, results);
-        pthread_join(thread, NULL);
-        expect_error(results + 1, 2, ERR_IO, (const char *[]){"the parent has had enough", NULL});
-        if (!(results[1].seconds < 1 && results[2].seconds < 1))
-            fail_msg("abort after 0.1 s was seen after %.3f s and %.3f s", results[1].seconds, results[2].seconds);
-        struct error kept;
-        int rank = -1;
-        assert_true(comm_region_error(region, &rank, &kept));
-        assert_int_equal(rank, 0);
-        assert_int_equal(kept.code, ERR_IO);
-        // Whoever comes later does not even start.
-        waits = 1;
-        run_ranks_in((enum mode)mode, region, 3, 20000, wait_body, &waits, results);
-        expect_error(results, 3, ERR_IO, (const char *[]){"the parent has had enough", NULL});
-        munmap(memory, comm_region_bytes(3, 100));
+        double best_s = 1; // the machine may be busy once or twice
+        for (int i = 0; i < ABORT_TRIES; i++) {
+            double took_s = time_abort((enum mode)mode, results);
+            best_s = took_s < best_s ? took_s : best_s;
+        }
+        print_message("%s: waiters left %.2f ms after the abort\n", mode_names[mode], best_s * 1e3);
+        if (!(best_s < 0.02))
+            fail_msg("the abort was seen after %.3f s", best_s);
     }
     munmap(results, 3 * sizeof *results);
 }

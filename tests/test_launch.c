@@ -1,5 +1,5 @@
-// The launcher: commands and notices; ranks that die, hang, dawdle or disagree, at every stage, as processes and as threads; a parent
-// that dies; signals; and that nothing is left behind. Prints how long each detection took.
+// The launcher: commands and notices; ranks that die, hang, dawdle or disagree, at every stage, as processes and as
+// threads; a parent that dies; signals; and that nothing is left behind. Prints how long each detection took.
 #include "engine/launch.h"
 
 #include <dirent.h>

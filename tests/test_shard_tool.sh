@@ -53,6 +53,31 @@ families() {
     done
 }
 
+# The weights themselves, by a reader that shares no code with tpshard.
+slices() {
+    local kind
+    make_synthetic --family llama-biases --layers 1 "$work/biases"
+    for kind in none int8 int4; do
+        convert --tp 4 --quant $kind --group-size 32 "$work/biases" "$work/slices-$kind"
+        expect "slices of $kind" 0 "hold what they should" \
+            python3 tests/check_slices.py "$tpshard" "$work/biases" "$work/slices-$kind"
+    done
+    rm -rf "$work/biases" "$work"/slices-*
+}
+
+# f16 and f32 are read too, and rounded to bf16 where they are stored so.
+source_dtypes() {
+    local dtype
+    for dtype in F16 F32; do
+        make_synthetic --dtype $dtype "$work/$dtype"
+        expect "$dtype source" 0 "rounded to bf16" "$tpshard" --tp 2 "$work/$dtype" "$work/$dtype-bf16"
+        expect "$dtype source as bf16" 0 "ok" "$tpshard" verify --against "$work/$dtype" "$work/$dtype-bf16"
+        convert --tp 2 --quant int8 "$work/$dtype" "$work/$dtype-int8"
+        expect "$dtype source as int8" 0 "ok" "$tpshard" verify --against "$work/$dtype" "$work/$dtype-int8"
+    done
+    rm -rf "$work"/F16* "$work"/F32*
+}
+
 bundled_model() {
     local threads
     convert --tp 2 --quant int4 "$model" "$work/model-2" || { not_ok "bundled model: $(cat "$work/err")"; return; }
@@ -253,6 +278,8 @@ for kind in $kinds; do
     reshard_matrix "$kind"
 done
 families
+slices
+source_dtypes
 bundled_model
 flipped_bits
 changed_source

@@ -1,5 +1,5 @@
-// Wire codecs: goldens of a second implementation, every target the same bits, the borders of the s8x code, sums against
-// fmaf, and the error figures that the choice of the codecs rests on.
+// Wire codecs: goldens of a second implementation, every target the same bits, the borders of the s8x code, sums
+// against fmaf, and the error figures that the choice of the codecs rests on.
 #include "kernels/wire.h"
 
 #include <math.h>
@@ -85,7 +85,8 @@ static void test_goldens(void **state)
     assert_int_equal(lines, 3 * 29);
 }
 
-// A group of random bits with exponents near each other, so that all codecs have something to do; now and then a special value.
+// A group of random bits with exponents near each other, so that all codecs have something to do; now and then a
+// special value.
 static void random_group(float *x, int kind)
 {
     for (int i = 0; i < WIRE_GROUP; i++) {
@@ -218,11 +219,11 @@ static void test_names(void **state)
 }
 
 // ---- error figures -------------------------------------------------------------------------------------------------
-// The data that the codecs were chosen on: rows of 8192 channels, independent parts from each rank rounded to bf16, Gaussian, either
-// as they are or with 8 channels (0.1 %) 50 times as large; result rounded to bf16; relative L2 error. The stated figures of bf16 and
-// fp8 are the root mean square of the rows' errors, those of s8x are pooled over all rows (lower with outliers: rows with small
-// outliers weigh less). A tolerance of 5 % covers the choice of random numbers: figures of all channels hang on 8 values a row and
-// vary by 3 % between seeds, the others by less than 1 %.
+// The data that the codecs were chosen on: rows of 8192 channels, independent parts from each rank rounded to bf16,
+// Gaussian, either as they are or with 8 channels (0.1 %) 50 times as large; result rounded to bf16; relative L2 error.
+// The stated figures of bf16 and fp8 are the root mean square of the rows' errors, those of s8x are pooled over all
+// rows (lower with outliers: rows with small outliers weigh less). A tolerance of 5 % covers the choice of random
+// numbers: figures of all channels hang on 8 values a row and vary by 3 % between seeds, the others by less than 1 %.
 
 enum { ERROR_COLS = 8192, ERROR_ROWS = 128, MAX_RANKS = 8 };
 static float parts[MAX_RANKS][ERROR_COLS], result[ERROR_COLS];

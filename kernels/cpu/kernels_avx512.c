@@ -345,7 +345,7 @@ VECTOR_INLINE void add_word(__m512i dot[TILE_TOKENS][BLOCK_VECTORS], const __m51
         __m512i x = _mm512_set1_epi32(four);
         UNROLL
         for (int i = 0; i < BLOCK_VECTORS; i++)
-            dot[t][i] = _mm512_dpbusd_epi32(dot[t][i], word[i], x);
+            __asm__("vpdpbusd %2, %1, %0" : "+v"(dot[t][i]) : "v"(word[i]), "v"(x));
     }
 }
 
@@ -367,29 +367,34 @@ VECTOR_INLINE void panel_tile(const struct panel_job *job, int tokens, int group
     int64_t stride = job->stride;
     for (int64_t col = 0; col < job->cols; col += group_size) {
         int64_t size = job->cols - col < group_size ? job->cols - col : group_size;
+        int32_t first[TILE_TOKENS] = {0};
+        for (int t = 0; t < tokens; t++)
+            for (int64_t i = col / 32; i < (col + size) / 32; i++)
+                first[t] -= bias * job->q_sum[t * (stride / 32) + i];
         __m512i dot[TILE_TOKENS][BLOCK_VECTORS];
         UNROLL
-        for (int t = 0; t < tokens; t++) {
-            const int32_t *q_sum = job->q_sum + t * (stride / 32) + col / 32;
-            int32_t x_sum = 0;
-            for (int i = 0; i < size / 32; i++)
-                x_sum += q_sum[i];
+        for (int t = 0; t < tokens; t++)
             UNROLL
-            for (int i = 0; i < BLOCK_VECTORS; i++)
-                dot[t][i] = _mm512_set1_epi32(-bias * x_sum);
-        }
-        if (group_size == 32) {
-            // Of the 16 words of a tile row, two of every four belong to each half.
-            int64_t first = col / 64 * 16 + col / 32 % 2 * 2;
-            for (int64_t k = first; k < first + 16; k += 4) {
-                add_word(dot, job->panel->v[k], job->q + 4 * k, stride, tokens);
-                add_word(dot, job->panel->v[k + 1], job->q + 4 * k + 4, stride, tokens);
+            for (int i = 0; i < BLOCK_VECTORS; i++) {
+                dot[t][i] = _mm512_set1_epi32(first[t]);
+                // Looks like four different values: gcc 12 would work on "what they share" and run out of registers.
+                __asm__("" : "+v"(dot[t][i]));
             }
-        } else {
-            for (int64_t k = col / 4; k < (col + size) / 4; k++)
-                add_word(dot, job->panel->v[k], job->q + 4 * k, stride, tokens);
+        int64_t word = col / 4, words = size / 4, step = 1;
+        if (group_size == 32) { // of the 16 words of a tile row, two of every four belong to each half
+            word = col / 64 * 16 + col / 32 % 2 * 2;
+            words = 4;
+            step = 4;
         }
-        UNROLL
+        const int8_t *q = job->q + 4 * word;
+        const __m512i(*from)[BLOCK_VECTORS] = &job->panel->v[word];
+        do {
+            add_word(dot, *from, q, stride, tokens);
+            if (group_size == 32)
+                add_word(dot, from[1], q + 4, stride, tokens);
+            from += step;
+            q += 4 * step;
+        } while (--words > 0);
         for (int i = 0; i < BLOCK_VECTORS; i++) {
             __m512 scale = _mm512_set1_ps(1.0f);
             if (job->scale)
