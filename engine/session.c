@@ -231,6 +231,21 @@ static int start(struct session *s, const struct session_options *options, int64
     return 0;
 }
 
+// What the kernels and ranks of this version can run.
+static int check_supported(const struct manifest *manifest, const char *dir, struct error *err)
+{
+    if (manifest->pp_size != 1)
+        return error_set(err, ERR_MODEL, "%s: cut into %u pipeline stages; this version runs models of one stage", dir,
+                         manifest->pp_size);
+    if (manifest->model.head_dim > KERNELS_MAX_HEAD_DIM)
+        return error_set(err, ERR_MODEL, "%s: heads of %lld elements; this version's attention takes at most %d", dir,
+                         (long long)manifest->model.head_dim, KERNELS_MAX_HEAD_DIM);
+    if (manifest->tp_size > COMM_MAX_RANKS)
+        return error_set(err, ERR_MODEL, "%s: cut for %u ranks; this version runs at most %d", dir, manifest->tp_size,
+                         COMM_MAX_RANKS);
+    return 0;
+}
+
 int session_open(struct session **out, const char *dir, const struct session_options *options, int64_t max_sequences,
                  int64_t logits_rows, struct error *err)
 {
@@ -241,7 +256,7 @@ int session_open(struct session **out, const char *dir, const struct session_opt
         free(s);
         return error_set(err, ERR_MEMORY, "no memory for a session");
     }
-    if ((rc = manifest_read(&s->manifest, dir, err)) ||
+    if ((rc = manifest_read(&s->manifest, dir, err)) || (rc = check_supported(s->manifest, dir, err)) ||
         (rc = choose_context(s->manifest, options->context, &context, err)) ||
         (rc = choose_wire(s->manifest, options->wire, &s->worker.wire, err)) ||
         (rc = kernels_select(&s->worker.kernels, options->backend, err)))

@@ -425,8 +425,7 @@ static int read_tensor(struct shard_file *file, uint64_t index, uint64_t *part_e
                       record.layer);
     tensor->role = (enum tensor_role)record.role;
     tensor->layer = record.layer;
-    if (record.kind >= WEIGHT_KIND_COUNT ||
-        !weight_shape_make(&tensor->shape, (enum weight_kind)record.kind, record.group_size, record.rows, record.cols))
+    if (!weight_shape_make(&tensor->shape, (enum weight_kind)record.kind, record.group_size, record.rows, record.cols))
         return refuse(file, err,
                       "tensor %" PRIu64 " (%s): impossible kind %" PRIu32 ", group size %" PRIu32 ", shape %" PRIu64
                       " x %" PRIu64,

@@ -318,7 +318,7 @@ static void vector_ops_rope(float *x, const float *restrict cos, const float *re
     }
 }
 
-enum { MAX_HEAD_DIM = 256, MAX_HEAD_VECTORS = MAX_HEAD_DIM / LANES };
+enum { MAX_HEAD_VECTORS = KERNELS_MAX_HEAD_DIM / LANES };
 
 static float dot_bf16(const f32x16 *q, const uint16_t *k, int64_t head_dim)
 {

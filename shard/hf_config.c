@@ -3,6 +3,7 @@
 
 #include "formats/file_io.h"
 #include "formats/json_file.h"
+#include "kernels/kernels.h"
 #include "shard/families.h"
 
 #include <limits.h>
@@ -18,7 +19,7 @@ enum {
     MAX_HIDDEN = 1 << 20,
     MAX_INTERMEDIATE = 1 << 24,
     MAX_HEADS = 1 << 14,
-    MAX_HEAD_DIM = 4096,
+    MAX_HEAD_DIM = KERNELS_MAX_HEAD_DIM, // what the engine can run
     MAX_VOCAB = 1 << 26,
     MAX_CONTEXT = 1 << 30,
 };

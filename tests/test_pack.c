@@ -121,6 +121,7 @@ static void shapes(void **unused)
         {WEIGHT_INT4, 256, 64, 64, false, 0, 0, 0, 0},
         {WEIGHT_INT8, 128, 64, 64, false, 0, 0, 0, 0},
         {WEIGHT_F32, 0, 0x80000000u, 1, false, 0, 0, 0, 0},
+        {WEIGHT_F32, 0, 1, 0x80000000u, false, 0, 0, 0, 0},
         {WEIGHT_F32, 0, 1, UINT64_MAX, false, 0, 0, 0, 0},
         {WEIGHT_F32, 0, 0x7fffffff, 0x7fffffff, false, 0, 0, 0, 0},
         {WEIGHT_BF16, 0, 0x7fffffff, 0x7fffffff, false, 0, 0, 0, 0},
@@ -625,16 +626,16 @@ static void golden_bytes(void **unused)
         bool weighted;
         uint64_t data, scale;
     } cases[] = {
-        {{WEIGHT_F32, 0}, false, 0x9b812bf8aa0e8b79, 0},
-        {{WEIGHT_BF16, 0}, false, 0x2448ce569ce0108c, 0},
-        {{WEIGHT_INT8, 0}, false, 0xecf2dc0286a7c598, 0x02fd4b261a04b64a},
-        {{WEIGHT_FP8, 0}, false, 0x8f99850b8702ddf3, 0xa564607a2376b75d},
-        {{WEIGHT_INT4, 32}, false, 0xf5f7574f45cad8d3, 0x4a700f9b14b01699},
-        {{WEIGHT_INT4, 64}, false, 0x33ec7c7c4ee08841, 0x4486876159bce2a9},
-        {{WEIGHT_INT4, 128}, false, 0xfabc5797cc6175a3, 0x7da7c6f6f23642ea},
-        {{WEIGHT_INT4, 128}, true, 0x4197bae58b05d257, 0x753624a021c67746},
+        {{WEIGHT_F32, 0}, false, 0x72fe510572300cef, 0},
+        {{WEIGHT_BF16, 0}, false, 0x306682f8be1ee444, 0},
+        {{WEIGHT_INT8, 0}, false, 0xaa0c92c0e99cbd7f, 0x7ad51567640a2bf0},
+        {{WEIGHT_FP8, 0}, false, 0xb4b5664f5bffbab3, 0x4f57352dc13ce9af},
+        {{WEIGHT_INT4, 32}, false, 0x596dfb47d6df4b69, 0xc0fe04fa27fe8090},
+        {{WEIGHT_INT4, 64}, false, 0x498923e388125966, 0xb800046c633a0cd0},
+        {{WEIGHT_INT4, 128}, false, 0x7ae7ed9ba4d6fb51, 0x709a3a9ef37ce794},
+        {{WEIGHT_INT4, 128}, true, 0x90df05eaf985927c, 0x43b06e9c679ccabc},
     };
-    const uint64_t rows = 130, cols = 1000;
+    const uint64_t rows = 1000, cols = 1000; // enough groups for a sum in another order to show
     int num_different = 0;
     float *x = allocate(cols * sizeof *x), *a = allocate(cols * sizeof *a);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {

@@ -575,22 +575,51 @@ static void every_field(void **state)
     free(file.bytes);
 }
 
+// Changes of more than one field that fit each other.
+static void consistent_lies(void **state)
+{
+    (void)state;
+    struct rank_file file;
+    make_file(&file, 1, some_contract, 0);
+    uint64_t longer[2] = {file.payload_bytes + 4096, file.file_bytes + 4096}, strings_bytes;
+    memcpy(file.bytes + 104, longer, sizeof longer);
+    put_head_hash(file.bytes, file.payload_offset);
+    assert_refused(file.bytes, file.payload_offset, file.file_bytes + 4096, "its tensors end at", "a page too many");
+    longer[0] = file.payload_bytes;
+    longer[1] = file.file_bytes;
+    memcpy(file.bytes + 104, longer, sizeof longer);
+
+    memcpy(&strings_bytes, file.bytes + 72, 8);
+    assert_true(strings_bytes % 16 != 0); // the padding has room for one more
+    strings_bytes++;
+    memcpy(file.bytes + 72, &strings_bytes, 8);
+    put_head_hash(file.bytes, file.payload_offset);
+    assert_refused(file.bytes, file.payload_offset, file.file_bytes, "belong to no tensor", "a byte behind the names");
+    free(file.bytes);
+}
+
 // The writer refuses what the reader would.
 static void writer_refuses(void **state)
 {
     (void)state;
-    static const char *const names[] = {"", "a\nb", "caf\xc3\xa9"};
+    char long_name[257];
+    memset(long_name, 'n', 256);
+    long_name[256] = 0;
+    const char *names[] = {"", "a\nb", "caf\xc3\xa9", long_name};
     struct rank_file file;
     make_file(&file, 1, some_contract, 0);
     uint64_t leaf = 0;
     uint8_t *head = NULL;
     struct error err = {0};
-    for (size_t i = 0; i < 3; i++) {
+    for (size_t i = 0; i < 4; i++) {
         file.tensors[0].parts[0].source = names[i];
         assert_int_equal(shard_head_serialise(&head, &file.identity, file.tensors, TENSORS, &leaf, NULL, &err),
                          ERR_CORRUPT);
     }
-    file.tensors[0].parts[0].source = "embed";
+    file.tensors[0].parts[0].source = long_name + 1;
+    assert_int_equal(shard_head_serialise(&head, &file.identity, file.tensors, TENSORS, &leaf, NULL, &err), 0);
+    free(head);
+    head = NULL;
     file.tensors[12].layer = 0;
     assert_int_equal(shard_head_serialise(&head, &file.identity, file.tensors, TENSORS, &leaf, NULL, &err),
                      ERR_CORRUPT);
@@ -825,6 +854,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(flipped_bits_of_the_payload),
         cmocka_unit_test(a_broken_leaf_is_named),
         cmocka_unit_test(every_field),
+        cmocka_unit_test(consistent_lies),
         cmocka_unit_test(writer_refuses),
         cmocka_unit_test(too_large),
         cmocka_unit_test_setup_teardown(opens_and_maps, make_dir, remove_dir),

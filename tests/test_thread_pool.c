@@ -125,6 +125,27 @@ static void test_idle_pool_sleeps(void **state)
     thread_pool_free(pool);
 }
 
+static void note_thread(void *arg, int64_t task, int thread)
+{
+    _Atomic int *threads = arg;
+    atomic_store(&threads[task], thread);
+    usleep(100000);
+}
+
+static void test_sleeping_workers_wake(void **state)
+{
+    (void)state;
+    struct thread_pool *pool = new_pool(3);
+    for (int i = 0; i < 2; i++) {
+        _Atomic int threads[3] = {0};
+        usleep(20000); // longer than any spin
+        thread_pool_run(pool, note_thread, threads, 3);
+        // Each task holds its thread for as long as a wake-up can take, so each had its own.
+        assert_int_equal(1 << threads[0] | 1 << threads[1] | 1 << threads[2], 7);
+    }
+    thread_pool_free(pool);
+}
+
 // Far more threads than cores: a thread that never got a core is not waited for.
 static void test_oversubscribed(void **state)
 {
@@ -146,9 +167,8 @@ static void test_oversubscribed(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_every_task_once),
-        cmocka_unit_test(test_create_and_free),
-        cmocka_unit_test(test_idle_pool_sleeps),
+        cmocka_unit_test(test_every_task_once),  cmocka_unit_test(test_create_and_free),
+        cmocka_unit_test(test_idle_pool_sleeps), cmocka_unit_test(test_sleeping_workers_wake),
         cmocka_unit_test(test_oversubscribed),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

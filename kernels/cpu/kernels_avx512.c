@@ -334,8 +334,9 @@ static void panel_int8(__m512i (*panel)[BLOCK_VECTORS], const int8_t *codes, int
     }
 }
 
-// dot[t][i] += panel words `word` times the activations of each token.
-VECTOR_INLINE void add_word(__m512i dot[TILE_TOKENS][BLOCK_VECTORS], const __m512i word[BLOCK_VECTORS], const int8_t *q,
+// dot[t][i] += panel words `word` times the activations of each token. dot has elements of 32 bits by its type: gcc 12 keeps
+// sums of type __m512i twice, once as what they are, and runs out of registers.
+VECTOR_INLINE void add_word(i32x16 dot[TILE_TOKENS][BLOCK_VECTORS], const __m512i word[BLOCK_VECTORS], const int8_t *q,
                             int64_t stride, int tokens)
 {
     UNROLL
@@ -345,7 +346,7 @@ VECTOR_INLINE void add_word(__m512i dot[TILE_TOKENS][BLOCK_VECTORS], const __m51
         __m512i x = _mm512_set1_epi32(four);
         UNROLL
         for (int i = 0; i < BLOCK_VECTORS; i++)
-            __asm__("vpdpbusd %2, %1, %0" : "+v"(dot[t][i]) : "v"(word[i]), "v"(x));
+            dot[t][i] = (i32x16)_mm512_dpbusd_epi32((__m512i)dot[t][i], word[i], x);
     }
 }
 
@@ -371,30 +372,24 @@ VECTOR_INLINE void panel_tile(const struct panel_job *job, int tokens, int group
         for (int t = 0; t < tokens; t++)
             for (int64_t i = col / 32; i < (col + size) / 32; i++)
                 first[t] -= bias * job->q_sum[t * (stride / 32) + i];
-        __m512i dot[TILE_TOKENS][BLOCK_VECTORS];
+        i32x16 dot[TILE_TOKENS][BLOCK_VECTORS];
         UNROLL
         for (int t = 0; t < tokens; t++)
             UNROLL
-            for (int i = 0; i < BLOCK_VECTORS; i++) {
-                dot[t][i] = _mm512_set1_epi32(first[t]);
-                // Looks like four different values: gcc 12 would work on "what they share" and run out of registers.
-                __asm__("" : "+v"(dot[t][i]));
+            for (int i = 0; i < BLOCK_VECTORS; i++)
+                dot[t][i] = (i32x16)_mm512_set1_epi32(first[t]);
+        if (group_size == 32) {
+            // Of the 16 words of a tile row, two of every four belong to each half.
+            int64_t begin = col / 64 * 16 + col / 32 % 2 * 2;
+            for (int64_t k = begin; k < begin + 16; k += 4) {
+                add_word(dot, job->panel->v[k], job->q + 4 * k, stride, tokens);
+                add_word(dot, job->panel->v[k + 1], job->q + 4 * k + 4, stride, tokens);
             }
-        int64_t word = col / 4, words = size / 4, step = 1;
-        if (group_size == 32) { // of the 16 words of a tile row, two of every four belong to each half
-            word = col / 64 * 16 + col / 32 % 2 * 2;
-            words = 4;
-            step = 4;
+        } else {
+            for (int64_t k = col / 4; k < (col + size) / 4; k++)
+                add_word(dot, job->panel->v[k], job->q + 4 * k, stride, tokens);
         }
-        const int8_t *q = job->q + 4 * word;
-        const __m512i(*from)[BLOCK_VECTORS] = &job->panel->v[word];
-        do {
-            add_word(dot, *from, q, stride, tokens);
-            if (group_size == 32)
-                add_word(dot, from[1], q + 4, stride, tokens);
-            from += step;
-            q += 4 * step;
-        } while (--words > 0);
+        UNROLL
         for (int i = 0; i < BLOCK_VECTORS; i++) {
             __m512 scale = _mm512_set1_ps(1.0f);
             if (job->scale)
@@ -402,7 +397,7 @@ VECTOR_INLINE void panel_tile(const struct panel_job *job, int tokens, int group
             UNROLL
             for (int t = 0; t < tokens; t++) {
                 __m512 x_scale = _mm512_set1_ps(job->q_scale[t * (stride / ACT_GROUP) + col / ACT_GROUP]);
-                __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps(dot[t][i]), _mm512_mul_ps(scale, x_scale));
+                __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)dot[t][i]), _mm512_mul_ps(scale, x_scale));
                 float *sum = job->sum[t] + i * LANES;
                 _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), term));
             }
