@@ -20,9 +20,9 @@
 #include <stdint.h>
 
 enum {
-    ACT_GROUP = 128,     // columns of an activation row that share one int8 scale
+    ACT_GROUP = 128,            // columns of an activation row that share one int8 scale
     KERNELS_MAX_HEAD_DIM = 256, // of attention
-    KV_PAGE_TOKENS = 64, // positions of one page of the KV cache
+    KV_PAGE_TOKENS = 64,        // positions of one page of the KV cache
 };
 
 // A weight matrix as it lies in the mapped rank file. Not owned.

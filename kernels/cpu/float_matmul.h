@@ -44,7 +44,7 @@ VECTOR_INLINE void float_tile(struct lanes *sum, const uint8_t *codes, int64_t r
     UNROLL
     for (int i = 0; i < rows * tokens; i++)
         s[i] = sum[i];
-    for (int64_t col = 0; col < cols; col += PARTS * LANES)
+    for (int64_t col = 0; col < cols; col += PARTS * LANES) {
         UNROLL
         for (int part = 0; part < PARTS; part++) {
             struct lanes weight[MAX_ROWS];
@@ -59,6 +59,7 @@ VECTOR_INLINE void float_tile(struct lanes *sum, const uint8_t *codes, int64_t r
                     lanes_fmadd(&s[r * tokens + t], weight[r], xt);
             }
         }
+    }
     UNROLL
     for (int i = 0; i < rows * tokens; i++)
         sum[i] = s[i];

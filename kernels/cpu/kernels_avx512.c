@@ -374,10 +374,11 @@ VECTOR_INLINE void panel_tile(const struct panel_job *job, int tokens, int group
                 first[t] -= bias * job->q_sum[t * (stride / 32) + i];
         i32x16 dot[TILE_TOKENS][BLOCK_VECTORS];
         UNROLL
-        for (int t = 0; t < tokens; t++)
+        for (int t = 0; t < tokens; t++) {
             UNROLL
             for (int i = 0; i < BLOCK_VECTORS; i++)
                 dot[t][i] = (i32x16)_mm512_set1_epi32(first[t]);
+        }
         if (group_size == 32) {
             // Of the 16 words of a tile row, two of every four belong to each half.
             int64_t begin = col / 64 * 16 + col / 32 % 2 * 2;
