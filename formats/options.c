@@ -421,6 +421,19 @@ static int fail(const struct program_spec *program, const struct error *err)
     return error_exit_code(err->code);
 }
 
+// "tool --quiet command ..." means "tool command ... --quiet".
+static void common_flags_last(const struct program_spec *program, int argc, char **argv)
+{
+    for (int moved = 1; moved < argc && strncmp(argv[1], "--", 2) == 0; moved++) {
+        const struct option_spec *option = find_option(program->common, argv[1] + 2, strlen(argv[1] + 2));
+        if (!option || option->type != OPTION_FLAG)
+            return;
+        char *flag = argv[1];
+        memmove(argv + 1, argv + 2, (size_t)(argc - 2) * sizeof *argv);
+        argv[argc - 1] = flag;
+    }
+}
+
 int options_main(const struct program_spec *program, int argc, char **argv)
 {
     struct error err = {0};
@@ -441,6 +454,7 @@ int options_main(const struct program_spec *program, int argc, char **argv)
         print_completion(program);
         return 0;
     }
+    common_flags_last(program, argc, argv);
     const struct command_spec *command = find_command(program, argv[1]);
     int skip = command ? 2 : 1;
     if (!command && program->default_command)

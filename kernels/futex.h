@@ -57,15 +57,11 @@ static inline void spinner_init(struct spinner *spinner) { *spinner = (struct sp
 
 static inline void spinner_learn(struct spinner *spinner, bool success)
 {
-    if (success) {
-        spinner->budget_ns = SPIN_MAX_NS;
+    bool full_time = success || ++spinner->failures >= SPIN_RETRY;
+    int64_t less_ns = spinner->budget_ns / 2 > SPIN_MIN_NS ? spinner->budget_ns / 2 : SPIN_MIN_NS;
+    spinner->budget_ns = full_time ? SPIN_MAX_NS : less_ns;
+    if (full_time)
         spinner->failures = 0;
-    } else if (++spinner->failures >= SPIN_RETRY) {
-        spinner->budget_ns = SPIN_MAX_NS;
-        spinner->failures = 0;
-    } else {
-        spinner->budget_ns = spinner->budget_ns / 2 > SPIN_MIN_NS ? spinner->budget_ns / 2 : SPIN_MIN_NS;
-    }
 }
 
 // One round of a spin: `while (!condition && spin_again(&spin)) {}`. False once the time is over.

@@ -45,6 +45,12 @@ static double now_s(void)
     return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
 }
 
+static void sleep_ms(int ms)
+{
+    for (int i = 0; i < ms / 10; i++)
+        usleep(10000);
+}
+
 // ---- a small model of a rank ---------------------------------------------------------------------------------------
 
 // Where in its life the faulty rank commits its fault; the stages of one run in order.
@@ -107,14 +113,14 @@ static int maybe_fault(struct rank_env *env, const struct plan *plan, enum stage
         return 0;
     commit_fault(env, plan);
     if (plan->act == SLEEP_LONG)
-        usleep(1500000);
+        sleep_ms(1500);
     return plan->act == ERROR ? error_set(err, ERR_IO, "rank%d.bin: the disk is gone", env->rank) : 0;
 }
 
 static int step(struct rank_env *env, const struct plan *plan, int command, struct error *err)
 {
     struct area *area = env->shared;
-    float data[1024];
+    float data[1024] = {0};
     int rc = 0;
     for (int layer = 0; layer < (plan->layers ? plan->layers : 20) && !rc; layer++) {
         for (int i = 0; i < 1024; i++)
@@ -129,7 +135,9 @@ static int step(struct rank_env *env, const struct plan *plan, int command, stru
         if (command == COMMAND_LONG && env->rank != 0)
             usleep(10000); // rank 0 waits nearly all the time
         if (layer == 2 && plan->stage == AT_COLLECTIVE && env->rank != plan->faulty_rank)
-            usleep(20000); // the faulty rank is inside and waits when its fault comes
+            sleep_ms(250); // the faulty rank is inside and waits when its fault comes
+        if (faulty && plan->stage == AT_COLLECTIVE)
+            atomic_store(&area->reached, 1);
         int64_t cols = faulty && plan->stage == AT_COMPUTE && plan->act == OTHER_SIZE ? 1000 : 1024;
         rc = comm_all_reduce(env->comm, data, 1, cols, 1024, WIRE_BF16, NULL, err);
         if (command == COMMAND_NOTIFY && env->rank == 0) {
@@ -145,8 +153,10 @@ static void *kill_inside(void *arg)
 {
     // Kills the faulty rank from a second thread of its own while the first sits in a collective.
     struct rank_env *env = arg;
-    usleep(10000);
     struct area *area = env->shared;
+    while (!atomic_load(&area->reached))
+        usleep(1000);
+    usleep(10000);
     atomic_store(&area->fault_s, now_s());
     kill(getpid(), SIGKILL);
     return NULL;
@@ -248,9 +258,9 @@ static void test_commands(void **state)
                 expect(launch_post(launch, COMMAND_STEP, &err), 0, &err);
                 assert_int_equal(launch_post(launch, COMMAND_STEP, &err), ERR_OTHER); // one at a time
                 expect(launch_wait(launch, -1, &err), 0, &err);
+                int sum_of_ranks = tp_size * (tp_size + 1) / 2;
                 for (int rank = 0; rank < tp_size; rank++)
-                    assert_true(area->sums[rank] == (float)(tp_size * (tp_size + 1) / 2) &&
-                                area->commands[rank] == i + 1);
+                    assert_true(area->sums[rank] == (float)sum_of_ranks && area->commands[rank] == i + 1);
             }
             assert_int_equal(launch_post(launch, 0, &err), ERR_OTHER);
             expect(launch_wait(launch, -1, &err), 0, &err); // nothing runs, nothing to wait for
@@ -610,7 +620,7 @@ static void test_stopped_together(void **state)
     wait_until_ready(family);
     usleep(100000);
     kill(-parent, SIGSTOP);
-    usleep(1200000);
+    sleep_ms(1200);
     kill(-parent, SIGCONT);
     int status;
     assert_int_equal(waitpid(parent, &status, 0), parent);

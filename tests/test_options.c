@@ -99,6 +99,8 @@ static void test_status(void **state)
         {"tool convert a --gpu-memory 24GiB", 0, 1},
         {"tool inspect a --count 3", 2, 0}, // an option of another command
         {"tool inspect a --json", 0, 1},
+        {"tool --json inspect a", 0, 1}, // a common switch may come first
+        {"tool --json a b", 0, 1},
         {"tool convert corrupt", 4, 1},
         {"tool convert -- --flag", 0, 1}, // an argument, not an option
     };
