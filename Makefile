@@ -192,15 +192,15 @@ cppcheck:
 
 demo: programs ## shard the bundled model for two ranks and generate text with it
 	$(BUILD)/tpshard --force --tp 2 --quant int4 tests/model $(BUILD)/demo
-	$(BUILD)/tpengine generate $(BUILD)/demo --prompt "$(PROMPT)" --max-tokens 80
-PROMPT = In the beginning
+	$(BUILD)/tpengine generate $(BUILD)/demo --prompt "$(PROMPT)" --max-tokens 90 --temperature 0.7 --top-p 0.9 --seed 5
+PROMPT = And the LORD said unto Moses,
 
 test: tests ## run every test that this machine can run (ONLY='test_json*' selects)
 	@BUILD="$(BUILD)" tests/run_tests $(if $(ONLY),--only '$(ONLY)') $(TEST_PROGRAMS) $(FUZZ_PROGRAMS) $(TEST_SCRIPTS)
 
 # What ThreadSanitizer runs.
 .PHONY: test-threads benchmarks
-THREAD_TESTS := $(foreach test,$(TEST_PROGRAMS),$(if $(strip $(foreach word,thread comm,$(findstring $(word),$(test)))),$(test)))
+THREAD_TESTS := $(foreach test,$(TEST_PROGRAMS),$(if $(strip $(foreach word,thread comm launch,$(findstring $(word),$(test)))),$(test)))
 test-threads: $(THREAD_TESTS)
 	@BUILD="$(BUILD)" tests/run_tests --if-any $(THREAD_TESTS)
 benchmarks: programs $(BENCH_PROGRAMS)

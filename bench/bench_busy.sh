@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What one foreign busy core costs: decode of two ranks with one thread each, alone and beside a process that never sleeps, in turns. Spinning
-# engines fall by 8 to 30 times here; a fair share on two cores would be about 1.3 to 2 times.
+# What one foreign busy core costs: decode of two ranks with one thread each, alone and beside a process that never sleeps, in turns. A fair
+# share on two cores would cost 1.3 to 2 times; ranks that only spin lose far more.
 #
 #   busy quant=int4 tp_size=2 quiet_tokens_per_s=.. busy_tokens_per_s=.. slowdown=..
 set -eu

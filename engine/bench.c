@@ -42,7 +42,6 @@ static bool take(void *arg, int64_t sequence, const uint32_t *tokens, int64_t co
 static int measure(struct session *session, struct result *out, double opened_s, struct error *err)
 {
     struct generation generations[MAX_SEQUENCES];
-    struct shared_area *shared = session_shared(session);
     const struct manifest *manifest = session_manifest(session);
     int64_t vocab = manifest->model.vocab_size;
     assert(vocab > 0); // the manifest was checked
@@ -64,13 +63,20 @@ static int measure(struct session *session, struct result *out, double opened_s,
     free(prompt);
     if (rc)
         return rc;
+    int64_t decoded = -options.batch; // the first token of each comes from prefill
+    for (int64_t i = 0; i < options.batch; i++)
+        decoded += generations[i].produced;
+    if (decoded < 1)
+        return error_set(err, ERR_USAGE, "the context of %lld tokens leaves no token to decode after the prompt",
+                         (long long)session_context(session));
+    struct shared_area *shared = session_shared(session);
     double begin = 1e-9 * (double)atomic_load(&shared->command_ns),
            first = 1e-9 * (double)atomic_load(&shared->first_token_ns);
     double end = 1e-9 * (double)atomic_load(&shared->finished_ns);
     out->load_s = 1e-9 * (double)(atomic_load(&shared->loaded_ns) - atomic_load(&shared->started_ns));
     out->first_token_s = first - opened_s;
     out->prefill_tokens_per_s = (double)(options.prompt_tokens * options.batch) / (first - begin);
-    out->decode_tokens_per_s = (double)((options.gen_tokens - 1) * options.batch) / (end - first);
+    out->decode_tokens_per_s = (double)decoded / (end - first);
     for (uint32_t r = 0; r < manifest->tp_size; r++) {
         out->rss_bytes += atomic_load(&shared->rank_rss_bytes[r]);
         out->file_bytes += (int64_t)manifest->ranks[r].bytes;
@@ -107,16 +113,12 @@ static int report(struct session *session, const struct result *r, struct error 
                                 r->first_token_s, "prefill_tokens_per_s", r->prefill_tokens_per_s,
                                 "decode_tokens_per_s", r->decode_tokens_per_s, "rss_bytes", (json_int_t)r->rss_bytes,
                                 "file_bytes", (json_int_t)r->file_bytes, "tokens_hash", (json_int_t)r->last_token);
-    char *text = NULL;
-    if (object && figures && json_object_update(object, figures) == 0)
-        text = json_dumps(object, JSON_INDENT(2));
-    json_decref(object);
+    bool complete = object && figures && json_object_update(object, figures) == 0;
     json_decref(figures);
-    if (!text)
-        return error_set(err, ERR_MEMORY, "no memory for the report");
-    puts(text);
-    free(text);
-    return 0;
+    if (complete)
+        return print_report(object, err);
+    json_decref(object);
+    return print_report(NULL, err);
 }
 
 int bench_run(int argc, char **argv, struct error *err)
@@ -126,8 +128,7 @@ int bench_run(int argc, char **argv, struct error *err)
     struct session_options wanted = session_options;
     struct result result = {0};
     double opened = now_s();
-    if (wanted.context == 0)
-        wanted.context = options.prompt_tokens + options.gen_tokens;
+    wanted.default_context = options.prompt_tokens + options.gen_tokens;
     int rc = session_open(&session, argv[0], &wanted, options.batch, 0, err);
     if (rc == 0 && (rc = measure(session, &result, opened, err)) == 0)
         rc = report(session, &result, err);

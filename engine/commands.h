@@ -6,6 +6,8 @@
 #include "formats/error.h"
 #include "formats/options.h"
 
+#include <jansson.h>
+
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -60,6 +62,8 @@ int tokenize_run(int argc, char **argv, struct error *err);
 int read_text(const char *path, char **out, size_t *bytes, struct error *err);
 // "1,2,3" with optional blanks; appends to *out, whose ids the caller frees.
 int parse_token_ids(const char *text, struct token_list *out, struct error *err);
+// Prints a report and gives it back (decref). NULL, as json_pack returns it, and failed printing are ERR_MEMORY.
+int print_report(json_t *report, struct error *err);
 // CLOCK_MONOTONIC in seconds.
 double now_s(void);
 

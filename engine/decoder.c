@@ -45,7 +45,7 @@ static int64_t widest_input(const struct model_desc *desc, const struct rank_sha
     return largest(desc->hidden_size, largest(share->num_heads_local * desc->head_dim, share->intermediate_local));
 }
 
-// Floats of a decoder's own buffers for one row (first) and in all (second factor: rows).
+// Floats that a decoder keeps for one row.
 static uint64_t row_floats(const struct model_desc *desc, const struct rank_share *share)
 {
     uint64_t q = (uint64_t)(share->num_heads_local * desc->head_dim),
@@ -299,7 +299,7 @@ static int embed(struct decoder *d, struct error *err)
             continue;
         d->k->dequantize_row(x, &d->model->embedding, local);
         for (int64_t i = 0; i < hidden; i++)
-            x[i] = bf16_to_f32(f32_to_bf16(x[i]));
+            x[i] = bf16_to_f32(f32_to_bf16(x[i])) + 0.0f; // a sum of ranks has no -0.0
     }
     return comm_all_reduce(d->comm, d->residual, d->count, hidden, hidden, WIRE_BF16, d->pool, err);
 }

@@ -1,7 +1,7 @@
 // tpengine eval: how well a model predicts a text, and how far it is from another one.
 //
-// The text is cut into windows of context - 1 tokens; each stands behind a beginning-of-sequence token (when the model has one; else its
-// first token is not scored). Every token of a window is predicted once. Perplexity = exp(mean negative log-likelihood).
+// The text is cut into windows of context - 1 tokens, each behind a beginning-of-sequence token; every token of a window is
+// predicted once. A model without such a token gets windows of context tokens, whose first is not scored. Perplexity = exp(mean negative log-likelihood).
 // With --against, the other directory is the reference P: KL(P || Q) in nats, the mean over predicted positions, and the share of positions
 // where both find the same token likeliest. Sums are in double precision and in text order.
 #include "engine/commands.h"
@@ -87,6 +87,8 @@ static int score_text(struct session *session, struct session *reference, const 
 {
     int64_t bos = session_manifest(session)->model.bos_token_id, context = session_context(session);
     int64_t lead = bos >= 0 ? 1 : 0, body = context - lead;
+    if (context < 2)
+        return error_set(err, ERR_USAGE, "--context %lld: a window needs at least 2 tokens", (long long)context);
     uint32_t *window = malloc((size_t)context * sizeof *window);
     int rc = 0;
     if (!window)
@@ -103,7 +105,7 @@ static int score_text(struct session *session, struct session *reference, const 
         return rc;
     if (score->tokens == 0)
         return error_set(err, ERR_USAGE, "%s: the text has no token to predict", options.text);
-    if (!isfinite(score->nll))
+    if (!isfinite(score->nll) || !isfinite(score->kl))
         return error_set(err, ERR_OTHER, "the logits hold NaN or infinity; the weights or the activations are damaged");
     return 0;
 }
@@ -120,31 +122,20 @@ static int report(const struct score *score, int64_t context, bool compared, str
     }
     json_t *object = json_pack("{s:i, s:f, s:I, s:I}", "schema_version", 1, "perplexity", perplexity, "tokens",
                                (json_int_t)score->tokens, "context", (json_int_t)context);
-    if (object && compared) {
-        json_object_set_new(object, "kl_divergence", json_real(score->kl / n));
-        json_object_set_new(object, "top1_agreement", json_real((double)score->top1_equal / n));
+    if (object && compared &&
+        (json_object_set_new(object, "kl_divergence", json_real(score->kl / n)) ||
+         json_object_set_new(object, "top1_agreement", json_real((double)score->top1_equal / n)))) {
+        json_decref(object);
+        object = NULL;
     }
-    char *text = object ? json_dumps(object, JSON_INDENT(2)) : NULL;
-    json_decref(object);
-    if (!text)
-        return error_set(err, ERR_MEMORY, "no memory for the report");
-    puts(text);
-    free(text);
-    return 0;
+    return print_report(object, err);
 }
 
 static int open_both(struct session **session, struct session **reference, const char *dir, struct error *err)
 {
     int rc;
     struct session_options window = session_options;
-    if (window.context == 0)
-        window.context = 512;
-    struct manifest *manifest;
-    if ((rc = manifest_read(&manifest, dir, err)))
-        return rc;
-    if (session_options.context == 0 && manifest->model.context < window.context)
-        window.context = manifest->model.context;
-    manifest_free(manifest);
+    window.default_context = 512;
     if ((rc = session_open(session, dir, &window, 1, CHUNK, err)))
         return rc;
     if (!options.against)

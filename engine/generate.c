@@ -46,9 +46,9 @@ struct output {
     size_t bytes, capacity, printed;
     const uint32_t *ids; // in the shared area
     int64_t num_ids;
-    bool live;    // print as it comes
-    bool stopped; // a stop string was met
-    bool failed;  // out of memory or a write error
+    bool live;          // print as it comes
+    bool stopped;       // a stop string was met
+    struct error error; // the first failure: memory, an id the tokenizer does not know, writing
 };
 
 static size_t longest_stop(void)
@@ -70,8 +70,8 @@ static void print_live(struct output *o, bool end)
         until--; // not inside a UTF-8 sequence
     if (!o->live || until <= o->printed)
         return;
-    o->failed |=
-        fwrite(o->text + o->printed, 1, until - o->printed, stdout) != until - o->printed || fflush(stdout) != 0;
+    if (fwrite(o->text + o->printed, 1, until - o->printed, stdout) != until - o->printed || fflush(stdout) != 0)
+        error_set_errno(&o->error, "the output could not be written");
     o->printed = until;
 }
 
@@ -81,7 +81,7 @@ static void append(struct output *o, const char *text, size_t bytes)
         size_t capacity = 2 * (o->bytes + bytes + 1);
         char *larger = realloc(o->text, capacity);
         if (!larger) {
-            o->failed = true;
+            error_set(&o->error, ERR_MEMORY, "no memory for the output");
             return;
         }
         o->text = larger;
@@ -111,20 +111,20 @@ static bool on_tokens(void *arg, int64_t sequence, const uint32_t *tokens, int64
     struct output *o = (struct output *)arg + sequence;
     if (o->num_ids == 0)
         o->ids = tokens;
-    for (int64_t i = 0; i < count && !o->stopped && !o->failed; i++) {
+    for (int64_t i = 0; i < count && !o->stopped && !o->error.code; i++) {
         const char *text;
         size_t bytes;
         o->num_ids++;
         if (options.ids) {
-            if (o->live)
-                o->failed |= printf("%s%u", o->num_ids == 1 ? "" : ",", tokens[i]) < 0 || fflush(stdout) != 0;
+            if (o->live && (printf("%s%u", o->num_ids == 1 ? "" : ",", tokens[i]) < 0 || fflush(stdout) != 0))
+                error_set_errno(&o->error, "the output could not be written");
             continue;
         }
-        if (tokenizer_stream_push(o->stream, tokens[i], &text, &bytes, NULL) == 0)
+        if (tokenizer_stream_push(o->stream, tokens[i], &text, &bytes, &o->error) == 0)
             append(o, text, bytes);
         print_live(o, false);
     }
-    return !o->stopped && !o->failed;
+    return !o->stopped && !o->error.code;
 }
 
 static double or_default(double given, double model, double otherwise)
@@ -187,14 +187,7 @@ static int print_json(const struct output *outputs, const struct generation *gen
                                                  "generated_tokens", (json_int_t)outputs[i].num_ids, "finish_reason",
                                                  finish_name(&outputs[i], generations[i].finished)));
     }
-    json_t *report = json_pack("{s:i, s:o}", "schema_version", 1, "choices", choices);
-    char *text = report ? json_dumps(report, JSON_INDENT(2)) : NULL;
-    json_decref(report);
-    if (!text)
-        return error_set(err, ERR_MEMORY, "no memory for the report");
-    puts(text);
-    free(text);
-    return 0;
+    return print_report(json_pack("{s:i, s:o}", "schema_version", 1, "choices", choices), err);
 }
 
 static void print_batch(const struct output *outputs, int count)
@@ -208,6 +201,18 @@ static void print_batch(const struct output *outputs, int count)
             fwrite(outputs[i].text, 1, outputs[i].bytes, stdout);
     }
     printf("\n");
+}
+
+static void print_start(struct session *session)
+{
+    const struct manifest *m = session_manifest(session);
+    struct shared_area *shared = session_shared(session);
+    if (!common_options.quiet)
+        fprintf(stderr, "%u rank%s (%s), %d thread%s each, %s kernels, %s wire, context %lld, loaded in %.3f s\n",
+                m->tp_size, m->tp_size == 1 ? "" : "s", session_options.ranks, session_threads(session),
+                session_threads(session) == 1 ? "" : "s", session_backend(session), session_wire(session),
+                (long long)session_context(session),
+                1e-9 * (double)(atomic_load(&shared->loaded_ns) - atomic_load(&shared->started_ns)));
 }
 
 static int run_prompts(struct session *session, struct output *outputs, int count, struct error *err)
@@ -227,37 +232,31 @@ static int run_prompts(struct session *session, struct output *outputs, int coun
                                              .on_tokens = on_tokens,
                                              .arg = outputs};
     }
+    if ((rc = session_check_prompts(session, generations, count, err)) || (rc = session_start(session, err)))
+        return rc;
+    print_start(session);
     rc = session_generate(session, generations, count, err);
     for (int i = 0; i < count; i++) {
         const char *text;
         size_t bytes;
-        if (!options.ids && !outputs[i].stopped && tokenizer_stream_flush(outputs[i].stream, &text, &bytes, NULL) == 0)
+        if (!options.ids && !outputs[i].stopped &&
+            tokenizer_stream_flush(outputs[i].stream, &text, &bytes, &outputs[i].error) == 0)
             append(&outputs[i], text, bytes);
         print_live(&outputs[i], true);
-        if (outputs[i].failed && !rc)
-            rc = error_set(err, ERR_IO, "the output could not be written");
+        if (outputs[i].error.code && !rc) {
+            rc = outputs[i].error.code;
+            *err = outputs[i].error;
+        }
     }
-    if (live)
-        printf("\n");
     if (rc)
         return rc;
+    if (live)
+        printf("\n");
     if (common_options.json)
         return print_json(outputs, generations, count, err);
     if (!live)
         print_batch(outputs, count);
     return 0;
-}
-
-static void print_start(struct session *session)
-{
-    const struct manifest *m = session_manifest(session);
-    struct shared_area *shared = session_shared(session);
-    if (!common_options.quiet)
-        fprintf(stderr, "%u rank%s (%s), %d thread%s each, %s kernels, %s wire, context %lld, loaded in %.3f s\n",
-                m->tp_size, m->tp_size == 1 ? "" : "s", session_options.ranks, session_threads(session),
-                session_threads(session) == 1 ? "" : "s", session_backend(session), session_wire(session),
-                (long long)session_context(session),
-                1e-9 * (double)(atomic_load(&shared->loaded_ns) - atomic_load(&shared->started_ns)));
 }
 
 static void print_rates(struct session *session)
@@ -279,11 +278,9 @@ int generate_run(int argc, char **argv, struct error *err)
     struct output *outputs = calloc((size_t)count, sizeof *outputs);
     if (!outputs)
         return error_set(err, ERR_MEMORY, "no memory for %d prompts", count);
-    if ((rc = session_open(&session, argv[0], &session_options, count, 0, err)) == 0) {
-        print_start(session);
-        if ((rc = run_prompts(session, outputs, count, err)) == 0)
-            print_rates(session);
-    }
+    if ((rc = session_open(&session, argv[0], &session_options, count, 0, err)) == 0 &&
+        (rc = run_prompts(session, outputs, count, err)) == 0)
+        print_rates(session);
     for (int i = 0; i < count; i++) {
         tokenizer_stream_free(outputs[i].stream);
         free(outputs[i].prompt.ids);

@@ -303,7 +303,9 @@ int launch_start(struct launch **out, const struct launch_options *options, rank
         goto fail;
     handle_signals(launch);
     launch->looked_ns = clock_now_ns();
-    fflush(NULL); // or every rank would write what is buffered once more
+    for (int rank = 0; rank < options->tp_size; rank++)
+        launch->ranks[rank].pidfd = -1; // also of those that a failed start never reaches
+    fflush(NULL);                       // or every rank would write what is buffered once more
     for (int rank = 0; rank < options->tp_size && !rc; rank++) {
         struct rank_handle *handle = &launch->ranks[rank];
         *handle = (struct rank_handle){.pidfd = -1, .launch = launch};
@@ -541,7 +543,7 @@ int launch_wait(struct launch *launch, int extra_fd, struct error *err)
             return launch->error.code;
         }
         bool extra = wait_for_events(launch, extra_fd, timeout_ms);
-        if (launch->handles_signals && signal_pending) {
+        if (signal_pending) {
             int number = signal_pending;
             signal_pending = 0;
             return error_set(err, number == SIGINT ? ERR_SIGINT : ERR_SIGTERM, "stopped by %s",
@@ -564,7 +566,7 @@ int launch_wait(struct launch *launch, int extra_fd, struct error *err)
             return 2;
         }
         if (notice) {
-            atomic_store(&area->notices, 0);
+            atomic_exchange(&area->notices, 0); // takes what the notice announced
             launch->last_was_notice = true;
             return 1;
         }

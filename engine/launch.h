@@ -7,7 +7,7 @@
 // Signals: from launch_start to launch_stop SIGINT and SIGTERM of the process are handled here; rank processes ignore
 // both, since Ctrl-C reaches them too and the parent ends them in order. launch_wait reports the first signal once and
 // leaves the ranks as they are (drain or launch_stop, as the caller likes); the second signal ends the process and with
-// it the ranks at once, exit code 130 or 143. One launch at a time in a process.
+// it the ranks at once, exit code 130 or 143. Of several launches in one process, whichever waits next reports it.
 //
 // All memory that ranks and parent share is anonymous (MAP_SHARED before the fork): nothing is left behind, however
 // anyone ends.

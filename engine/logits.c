@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 static struct {
     const char *token_ids, *output;
@@ -31,9 +32,11 @@ static int write_npy(const char *path, const float *data, int64_t rows, int64_t 
         return error_set_errno(err, "%s", path);
     size_t count = (size_t)(rows * cols);
     bool ok = fwrite(header, 1, sizeof header, out) == sizeof header && fwrite(data, sizeof *data, count, out) == count;
-    if (fclose(out) != 0 || !ok)
-        return error_set_errno(err, "%s: writing", path);
-    return 0;
+    if (fclose(out) == 0 && ok)
+        return 0;
+    int rc = error_set_errno(err, "%s: writing", path);
+    unlink(path); // half an array is worse than none
+    return rc;
 }
 
 int logits_run(int argc, char **argv, struct error *err)
@@ -54,7 +57,10 @@ int logits_run(int argc, char **argv, struct error *err)
     if ((rc = session_open(&session, argv[0], &session_options, 1, (int64_t)ids.count, err)) ||
         (rc = session_forward(session, ids.ids, (int64_t)ids.count, 0, &logits, err)))
         goto done;
-    rc = write_npy(options.output, logits, (int64_t)ids.count, session_manifest(session)->model.vocab_size, err);
+    int64_t vocab_size = session_manifest(session)->model.vocab_size;
+    rc = write_npy(options.output, logits, (int64_t)ids.count, vocab_size, err);
+    if (!rc && common_options.json)
+        printf("{\"schema_version\": 1, \"tokens\": %zu, \"vocab_size\": %lld}\n", ids.count, (long long)vocab_size);
 done:
     free(ids.ids);
     session_close(session);

@@ -53,8 +53,20 @@ double now_s(void)
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
+int print_report(json_t *report, struct error *err)
+{
+    char *text = report ? json_dumps(report, JSON_INDENT(2) | JSON_REAL_PRECISION(17)) : NULL;
+    json_decref(report);
+    if (!text)
+        return error_set(err, ERR_MEMORY, "no memory for the report");
+    puts(text);
+    free(text);
+    return 0;
+}
+
 int read_text(const char *path, char **out, size_t *bytes, struct error *err)
 {
+    enum { MAX_TEXT_BYTES = 1 << 30 };
     bool standard = strcmp(path, "-") == 0;
     FILE *in = standard ? stdin : fopen(path, "re");
     if (!in)
@@ -64,7 +76,7 @@ int read_text(const char *path, char **out, size_t *bytes, struct error *err)
     int rc = 0;
     while (text) {
         used += fread(text + used, 1, capacity - used - 1, in);
-        if (used + 1 < capacity)
+        if (used + 1 < capacity || used > MAX_TEXT_BYTES)
             break;
         char *larger = realloc(text, capacity *= 2);
         if (!larger)
@@ -73,6 +85,8 @@ int read_text(const char *path, char **out, size_t *bytes, struct error *err)
     }
     if (!text)
         rc = error_set(err, ERR_MEMORY, "%s: no memory for the text", path);
+    else if (used > MAX_TEXT_BYTES)
+        rc = error_set(err, ERR_USAGE, "%s: more than 1 GiB of text", path);
     else if (ferror(in))
         rc = error_set_errno(err, "%s: reading", path);
     if (!standard)

@@ -44,9 +44,7 @@ static int check_identity(const struct shard_file *file, const struct manifest *
                          "%s: contract %s differs from the manifest's %s: the file comes from another run of tpshard",
                          path, found_hex, want_hex);
     }
-    struct checksum128 root = shard_file_root(file);
-    const struct checksum128 *expected = &manifest->ranks[rank].hash;
-    if (root.low != expected->low || root.high != expected->high)
+    if (!checksum128_equal(shard_file_root(file), manifest->ranks[rank].hash))
         return error_set(err, ERR_CORRUPT,
                          "%s: the header's checksum differs from the manifest's; shard the model again", path);
     return 0;
@@ -129,7 +127,7 @@ static int bind_matrix(const struct binder *b, struct matrix *out, enum tensor_r
     const uint8_t *payload = shard_file_payload(b->file);
     out->shape = tensor->shape;
     out->data = payload + tensor->data_offset;
-    out->scale = tensor->shape.scale_bytes ? payload + tensor->scale_offset : NULL;
+    out->scale = tensor->shape.kind == WEIGHT_BF16 ? NULL : payload + tensor->scale_offset;
     return 0;
 }
 

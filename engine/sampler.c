@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { RADIX_BITS = 11, RADIX_BINS = 1 << RADIX_BITS, MAX_RANKS = 64 };
+enum { RADIX_BITS = 11, RADIX_BINS = 1 << RADIX_BITS };
 
 struct sampler {
     int64_t vocab_begin, vocab_local;
@@ -74,7 +74,7 @@ struct candidate {
 // The best of everyone's best; equal scores go to the lowest token.
 static int best_of_all(struct comm *comm, struct candidate mine, uint32_t *token, float *score, struct error *err)
 {
-    struct candidate all[MAX_RANKS];
+    struct candidate all[COMM_MAX_RANKS];
     int rc = comm_all_gather(comm, all, &mine, sizeof mine, err);
     if (rc)
         return rc;
@@ -262,13 +262,14 @@ int sampler_choose(struct sampler *s, struct comm *comm, float *logits, const st
     float maximum, threshold = -INFINITY;
     comm_at(comm, OP_SAMPLE, -1);
     apply_penalties(s, logits, counts, how);
-    if (how->temperature > 0)
-        for (int64_t i = 0; i < s->vocab_local; i++)
-            logits[i] = (float)(logits[i] / how->temperature);
     if ((rc = best_of_all(comm, local_maximum(s, logits), token, &maximum, err)))
         return rc;
     if (how->temperature <= 0 || isinf(maximum))
         return 0;
+    // Relative to the maximum, so that no temperature makes the likeliest tokens overflow.
+    for (int64_t i = 0; i < s->vocab_local; i++)
+        logits[i] = (float)((logits[i] - (double)maximum) / how->temperature);
+    maximum = 0;
     if (how->top_k > 0 || how->top_p < 1.0)
         if ((rc = make_histograms(s, comm, err)))
             return rc;

@@ -33,7 +33,7 @@ struct token_counts {
 
 struct sampler;
 
-// Scratch for one rank: vocab_local logits that begin at vocab_begin, of a model with vocab_size tokens.
+// Scratch for one rank: vocab_local logits that begin at vocab_begin,.
 int sampler_create(struct sampler **out, int64_t vocab_begin, int64_t vocab_local, struct error *err);
 void sampler_free(struct sampler *sampler);
 

@@ -16,7 +16,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { DEFAULT_CONTEXT = 4096, START_TIMEOUT_MS = 120000 };
 #define TOKENIZER_FILE_NAME "tokenizer.bin"
 
 const struct session_options session_defaults = {
@@ -25,13 +24,16 @@ const struct session_options session_defaults = {
     .verify = "full",
     .ranks = "process",
     .timeout_s = 10,
+    .default_context = 4096,
 };
 
 struct session {
     char *dir;
     struct manifest *manifest;
     struct worker_options worker;
-    struct launch *launch;
+    bool ranks_are_threads;
+    int timeout_ms;
+    struct launch *launch; // NULL until session_start
     struct shared_area *shared;
     struct tokenizer_map tokenizer;
 };
@@ -80,7 +82,7 @@ int tokenizer_map_open(struct tokenizer_map *out, const char *dir, const struct 
     if ((rc = map_file(&map.bytes, &map.byte_count, path, err)))
         return rc;
     struct checksum128 hash = checksum_whole(map.bytes, map.byte_count);
-    if (map.byte_count != extra->bytes || hash.low != extra->hash.low || hash.high != extra->hash.high) {
+    if (map.byte_count != extra->bytes || !checksum128_equal(hash, extra->hash)) {
         rc = error_set(err, ERR_CORRUPT, "%s: size or checksum differs from the manifest's; shard the model again",
                        path);
         goto fail;
@@ -135,8 +137,10 @@ static double available_bytes(void)
     double limit = read_figure("/sys/fs/cgroup/memory.max", "", 1),
            used = read_figure("/sys/fs/cgroup/memory.current", "", 1);
     double inactive = read_figure("/sys/fs/cgroup/memory.stat", "inactive_file ", 1);
+    double active =
+        read_figure("/sys/fs/cgroup/memory.stat", "active_file ", 1); // page cache as well, given back as readily
     if (limit >= 0 && used >= 0) {
-        double left = limit - used + (inactive > 0 ? inactive : 0);
+        double left = limit - used + (inactive > 0 ? inactive : 0) + (active > 0 ? active : 0);
         if (available < 0 || left < available)
             available = left;
     }
@@ -155,9 +159,16 @@ static struct rank_share upper_share(const struct model_desc *d, int64_t tp)
     return share;
 }
 
-// Weights are mapped from the page cache, so they need not fit at once, but the engine is useless when they do not.
-static int check_memory(const struct session *s, int64_t context, struct error *err)
+static uint64_t shared_bytes(const struct session *s)
 {
+    return shared_area_bytes(s->worker.context, s->worker.max_sequences, s->worker.logits_rows,
+                             s->manifest->model.vocab_size);
+}
+
+// Weights are mapped from the page cache, so they need not fit at once, but the engine is useless when they do not.
+static int check_memory(const struct session *s, struct error *err)
+{
+    int64_t context = s->worker.context;
     const struct model_desc *d = &s->manifest->model;
     int64_t tp = s->manifest->tp_size;
     struct rank_share share = upper_share(d, tp);
@@ -166,7 +177,8 @@ static int check_memory(const struct session *s, int64_t context, struct error *
         weights += (double)s->manifest->ranks[i].bytes;
     double cache =
         (double)tp * (double)kv_cache_bytes(d->num_layers, share.num_kv_heads_local, d->head_dim, s->worker.num_pages);
-    double buffers = (double)tp * (double)decoder_bytes(d, &share, s->worker.max_rows, context, s->worker.threads);
+    double buffers = (double)tp * (double)decoder_bytes(d, &share, s->worker.max_rows, context, s->worker.threads) +
+                     (double)shared_bytes(s);
     double needed = weights + cache + buffers;
     if (available < 0 || needed <= available)
         return 0;
@@ -195,40 +207,41 @@ static enum verify_mode verify_mode_of(const char *name)
 
 static int default_threads(int64_t tp_size)
 {
-    long cores = sysconf(_SC_NPROCESSORS_ONLN);
-    return cores > tp_size ? (int)(cores / tp_size) : 1;
+    int cores = thread_pool_default_threads();
+    return cores > tp_size ? cores / (int)tp_size : 1;
 }
 
-static int choose_context(const struct manifest *manifest, int64_t wanted, int64_t *context, struct error *err)
+static int choose_context(const struct manifest *manifest, const struct session_options *options, int64_t *context,
+                          struct error *err)
 {
-    int64_t limit = manifest->model.context;
+    int64_t limit = manifest->model.context, wanted = options->context, otherwise = options->default_context;
     if (wanted > limit)
         return error_set(err, ERR_USAGE, "--context %lld: the model was made for at most %lld tokens",
                          (long long)wanted, (long long)limit);
-    *context = wanted > 0 ? wanted : limit < DEFAULT_CONTEXT ? limit : DEFAULT_CONTEXT;
+    *context = wanted > 0 ? wanted : limit < otherwise ? limit : otherwise;
     return 0;
 }
 
-static int start(struct session *s, const struct session_options *options, int64_t context, int64_t max_sequences,
-                 int64_t logits_rows, struct error *err)
+int session_start(struct session *s, struct error *err)
 {
     const struct model_desc *d = &s->manifest->model;
     struct launch_options launch = {
         .tp_size = (int)s->manifest->tp_size,
-        .threads = strcmp(options->ranks, "thread") == 0,
-        .start_timeout_ms = START_TIMEOUT_MS,
-        .wait_timeout_ms = (int)(options->timeout_s * 1000),
+        .threads = s->ranks_are_threads,
+        .wait_timeout_ms = s->timeout_ms,
         .comm_max_elems = (uint64_t)d->hidden_size * 64,
-        .shared_bytes = shared_area_bytes(context, max_sequences, logits_rows, d->vocab_size),
+        .shared_bytes = shared_bytes(s),
     };
-    int rc = launch_start(&s->launch, &launch, worker_main, &s->worker, err);
-    if (rc)
+    if (s->launch)
+        return 0;
+    int rc = check_memory(s, err);
+    if (rc || (rc = launch_start(&s->launch, &launch, worker_main, &s->worker, err)))
         return rc;
     s->shared = launch_shared(s->launch);
-    s->shared->context = context;
-    s->shared->max_sequences = max_sequences;
+    s->shared->context = s->worker.context;
+    s->shared->max_sequences = s->worker.max_sequences;
     s->shared->vocab_size = d->vocab_size;
-    return 0;
+    return launch_wait(s->launch, -1, err);
 }
 
 // What the kernels and ranks of this version can run.
@@ -257,7 +270,7 @@ int session_open(struct session **out, const char *dir, const struct session_opt
         return error_set(err, ERR_MEMORY, "no memory for a session");
     }
     if ((rc = manifest_read(&s->manifest, dir, err)) || (rc = check_supported(s->manifest, dir, err)) ||
-        (rc = choose_context(s->manifest, options->context, &context, err)) ||
+        (rc = choose_context(s->manifest, options, &context, err)) ||
         (rc = choose_wire(s->manifest, options->wire, &s->worker.wire, err)) ||
         (rc = kernels_select(&s->worker.kernels, options->backend, err)))
         goto fail;
@@ -270,9 +283,8 @@ int session_open(struct session **out, const char *dir, const struct session_opt
     s->worker.context = context;
     s->worker.max_sequences = max_sequences;
     s->worker.logits_rows = logits_rows;
-    if ((rc = check_memory(s, context, err)) || (rc = start(s, options, context, max_sequences, logits_rows, err)) ||
-        (rc = launch_wait(s->launch, -1, err)))
-        goto fail;
+    s->ranks_are_threads = strcmp(options->ranks, "thread") == 0;
+    s->timeout_ms = (int)(options->timeout_s * 1000);
     *out = s;
     return 0;
 fail:
@@ -327,6 +339,8 @@ int session_forward(struct session *s, const uint32_t *tokens, int64_t count, in
     if (count < 1 || count > s->worker.logits_rows || start_position + count > s->worker.context)
         return error_set(err, ERR_USAGE, "%lld tokens at position %lld: the context is %lld tokens", (long long)count,
                          (long long)start_position, (long long)s->worker.context);
+    if ((rc = session_start(s, err)))
+        return rc;
     memcpy(shared_input(s->shared, 0), tokens, (size_t)count * sizeof *tokens);
     s->shared->forward.start = start_position;
     s->shared->forward.count = count;
@@ -336,15 +350,26 @@ int session_forward(struct session *s, const uint32_t *tokens, int64_t count, in
     return 0;
 }
 
-static int fill_sequence(struct session *s, const struct generation *g, int64_t i, struct error *err)
+static int check_prompt(const struct session *s, const struct generation *g, struct error *err)
 {
-    struct shared_sequence *sequence = &s->shared->sequences[i];
     if (g->prompt_count < 1 || g->prompt_count > s->worker.context)
         return error_set(err, ERR_USAGE, "the prompt has %lld tokens; from 1 to %lld fit the context",
                          (long long)g->prompt_count, (long long)s->worker.context);
-    int rc = check_tokens(s, g->prompt, g->prompt_count, err);
-    if (rc)
-        return rc;
+    return check_tokens(s, g->prompt, g->prompt_count, err);
+}
+
+int session_check_prompts(const struct session *s, const struct generation *generations, int64_t count,
+                          struct error *err)
+{
+    int rc = 0;
+    for (int64_t i = 0; i < count && !rc; i++)
+        rc = check_prompt(s, &generations[i], err);
+    return rc;
+}
+
+static void fill_sequence(struct session *s, const struct generation *g, int64_t i)
+{
+    struct shared_sequence *sequence = &s->shared->sequences[i];
     memcpy(shared_input(s->shared, i), g->prompt, (size_t)g->prompt_count * sizeof *g->prompt);
     sequence->prompt_count = g->prompt_count;
     sequence->max_tokens = g->max_tokens < s->worker.context ? g->max_tokens : s->worker.context;
@@ -353,7 +378,6 @@ static int fill_sequence(struct session *s, const struct generation *g, int64_t 
     atomic_store(&sequence->cancel, false);
     atomic_store(&sequence->produced, 0);
     atomic_store(&sequence->finished, FINISH_NONE);
-    return 0;
 }
 
 // Hands new tokens to their owners.
@@ -379,11 +403,12 @@ int session_generate(struct session *s, struct generation *generations, int64_t 
     if (count < 1 || count > s->worker.max_sequences)
         return error_set(err, ERR_USAGE, "%lld sequences: from 1 to %lld run together", (long long)count,
                          (long long)s->worker.max_sequences);
+    if ((rc = session_check_prompts(s, generations, count, err)) || (rc = session_start(s, err)))
+        return rc;
     for (int64_t i = 0; i < count; i++) {
         generations[i].produced = 0;
         generations[i].finished = FINISH_NONE;
-        if ((rc = fill_sequence(s, &generations[i], i, err)))
-            return rc;
+        fill_sequence(s, &generations[i], i);
     }
     s->shared->num_sequences = count;
     atomic_store(&s->shared->decode_steps, 0);

@@ -17,22 +17,27 @@ struct session_options {
     const char *verify;  // "full", "sample", "off"
     const char *ranks;   // "process", "thread"
     int64_t threads;     // worker threads of each rank; 0: cores / ranks
-    int64_t context;     // longest sequence; 0: the model's own, at most 4096
-    double timeout_s;    // longest silence of a busy rank
+    int64_t context;     // longest sequence; 0: default_context, or the model's own if that is less
+    int64_t default_context;
+    double timeout_s; // longest silence of a busy rank
 };
 extern const struct session_options session_defaults;
 
 struct session;
 
-// max_sequences: how many sequences generate may run together. logits_rows: most tokens of one session_forward (0: none).
-// ERR_MEMORY with both figures when it cannot fit. Success: caller owns *out.
+// Reads the manifest and plans; no rank runs yet, so that whatever is wrong with options, prompts or tokens is said before any weight is
+// touched. max_sequences: how many sequences generate may run together. logits_rows: most tokens of one session_forward (0: none).
+// Success: caller owns *out.
 int session_open(struct session **out, const char *dir, const struct session_options *options, int64_t max_sequences,
                  int64_t logits_rows, struct error *err);
+// Starts the ranks and waits until their weights are ready; the first work does it as well. ERR_MEMORY with both figures when it
+// cannot fit.
+int session_start(struct session *session, struct error *err);
 // Ends the ranks. Accepts NULL.
 void session_close(struct session *session);
 
 const struct manifest *session_manifest(const struct session *session);
-struct shared_area *session_shared(struct session *session);
+struct shared_area *session_shared(struct session *session); // NULL before the start
 int64_t session_context(const struct session *session);
 const char *session_backend(const struct session *session);
 int session_threads(const struct session *session); // of each rank
@@ -58,6 +63,9 @@ struct generation {
     int64_t produced;
     enum finish_reason finished;
 };
+// Whether all prompts fit the model and the context; also done by session_generate, before the ranks start.
+int session_check_prompts(const struct session *session, const struct generation *generations, int64_t count,
+                          struct error *err);
 int session_generate(struct session *session, struct generation *generations, int64_t count, struct error *err);
 
 // A tokenizer of a shard directory without starting any rank (tpengine tokenize). Caller closes with tokenizer_map_close.

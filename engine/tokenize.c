@@ -56,14 +56,7 @@ static int print_ids(const struct token_list *ids, struct error *err)
     json_t *array = json_array();
     for (size_t i = 0; i < ids->count; i++)
         json_array_append_new(array, json_integer(ids->ids[i]));
-    json_t *report = json_pack("{s:i, s:o}", "schema_version", 1, "token_ids", array);
-    char *text = report ? json_dumps(report, JSON_COMPACT) : NULL;
-    json_decref(report);
-    if (!text)
-        return error_set(err, ERR_MEMORY, "no memory for the report");
-    puts(text);
-    free(text);
-    return 0;
+    return print_report(json_pack("{s:i, s:o}", "schema_version", 1, "token_ids", array), err);
 }
 
 static int encode(const struct tokenizer *tokenizer, const char *text, size_t bytes, struct error *err)
@@ -84,7 +77,9 @@ static int decode(const struct tokenizer *tokenizer, const char *text, struct er
     int rc = parse_token_ids(text, &ids, err);
     if (rc == 0)
         rc = tokenizer_decode(tokenizer, ids.ids, ids.count, options.no_special, &decoded, &bytes, err);
-    if (rc == 0 && (fwrite(decoded, 1, bytes, stdout) != bytes || putchar('\n') == EOF))
+    if (rc == 0 && common_options.json)
+        rc = print_report(json_pack("{s:i, s:s%}", "schema_version", 1, "text", decoded, bytes), err);
+    else if (rc == 0 && (fwrite(decoded, 1, bytes, stdout) != bytes || putchar('\n') == EOF))
         rc = error_set(err, ERR_IO, "the output could not be written");
     free(decoded);
     free(ids.ids);

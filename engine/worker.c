@@ -101,6 +101,7 @@ static int agree(struct worker *w, struct error *err)
     const struct worker_options *o = w->options;
     struct agreement mine;
     memset(&mine, 0, sizeof mine);
+    comm_at(w->env->comm, OP_HANDSHAKE, -1);
     mine.contract = o->manifest->contract;
     mine.tp_size = o->manifest->tp_size;
     mine.wire = (uint32_t)o->wire;
@@ -111,6 +112,26 @@ static int agree(struct worker *w, struct error *err)
     return comm_handshake(w->env->comm, &mine, sizeof mine, "model contract and options", err);
 }
 
+// The ranks' parts of vocabulary and mlp must follow each other from 0 to the whole: each knows only its own file.
+static int check_shares(struct worker *w, struct error *err)
+{
+    const struct model_desc *desc = &w->model.desc;
+    struct rank_share all[COMM_MAX_RANKS];
+    int64_t vocab = 0, mlp = 0, heads = 0;
+    int rc = comm_all_gather(w->env->comm, all, &w->model.share, sizeof all[0], err);
+    for (int r = 0; r < w->env->tp_size && !rc; r++) {
+        if (all[r].vocab_begin != vocab || all[r].mlp_begin != mlp || all[r].head_begin != heads)
+            rc = error_set(err, ERR_CORRUPT, "%s: rank %d's share does not begin where rank %d's ends", w->options->dir,
+                           r, r - 1);
+        vocab += all[r].vocab_local;
+        mlp += all[r].intermediate_local;
+        heads += all[r].num_heads_local;
+    }
+    if (!rc && (vocab != desc->vocab_size || mlp != desc->intermediate_size || heads != desc->num_heads))
+        rc = error_set(err, ERR_CORRUPT, "%s: the ranks' shares do not add up to the model", w->options->dir);
+    return rc;
+}
+
 static int worker_open(struct worker *w, struct error *err)
 {
     const struct worker_options *o = w->options;
@@ -119,6 +140,7 @@ static int worker_open(struct worker *w, struct error *err)
     int rc;
     if ((rc = thread_pool_create(&w->pool, o->threads, err)) || (rc = agree(w, err)) ||
         (rc = model_open(&w->model, o->dir, o->manifest, w->env->rank, o->verify, w->pool, w->env->comm, err)) ||
+        (rc = check_shares(w, err)) ||
         (rc = kv_cache_create(&w->cache, desc->num_layers, w->model.share.num_kv_heads_local, desc->head_dim,
                               o->num_pages, (int)sequences, context, err)) ||
         (rc = decoder_create(&w->decoder, &w->model, o->kernels, w->pool, w->env->comm, w->cache, o->wire, o->max_rows,

@@ -46,7 +46,7 @@ struct shared_area {
     // CLOCK_MONOTONIC nanoseconds, by rank 0: start of the rank, weights ready, first token of the batch, end of the command
     atomic_llong started_ns, loaded_ns, command_ns, first_token_ns, finished_ns;
     atomic_llong decode_steps;
-    atomic_llong rank_rss_bytes[64];
+    atomic_llong rank_rss_bytes[COMM_MAX_RANKS];
 };
 
 // The arrays behind struct shared_area, in this order: input tokens [max_sequences][context], output tokens [max_sequences][context],

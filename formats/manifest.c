@@ -17,7 +17,7 @@
 
 enum { VERSION = 1, RANKS_MAX = 1024, FILES_MAX = 10000, NAME_MAX_BYTES = 255, TOOL_MAX_BYTES = 255 };
 
-// ---- the model description as a table --------------------------------------------------------------------------------
+// ---- the model description as a table -------------------------------------------------------------------------------
 
 enum field_type {
     FIELD_INT,           // int64_t, required
@@ -75,7 +75,7 @@ static bool is_wire_codec(const char *name)
     return false;
 }
 
-// ---- emitting --------------------------------------------------------------------------------------------------------
+// ---- emitting -------------------------------------------------------------------------------------------------------
 
 struct emitter {
     FILE *out;
@@ -230,7 +230,7 @@ static int emit(char **out, const struct manifest *manifest, const struct checks
     struct emitter emitter = {.out = open_memstream(&text, &bytes), .pretty = contract != NULL, .first = true};
     struct emitter *to = &emitter;
     if (!to->out)
-        return error_set(err, ERR_MEMORY, MANIFEST_FILE_NAME ": out of memory");
+        goto no_memory;
     emit_open(to, NULL, '{');
     if (contract) {
         emit_checksum(to, "contract", *contract);
@@ -255,12 +255,14 @@ static int emit(char **out, const struct manifest *manifest, const struct checks
     if (to->pretty)
         fputc('\n', to->out);
     bool failed = ferror(to->out);
-    if (fclose(to->out) || failed) {
-        free(text);
-        return error_set(err, ERR_MEMORY, MANIFEST_FILE_NAME ": out of memory");
-    }
+    if (fclose(to->out) || failed)
+        goto no_memory;
     *out = text;
     return 0;
+no_memory:
+    free(text);
+    error_set(err, ERR_MEMORY, MANIFEST_FILE_NAME ": out of memory");
+    return ERR_MEMORY;
 }
 
 int manifest_core(const struct manifest *manifest, char **out, struct error *err)
@@ -297,7 +299,7 @@ int manifest_to_json(const struct manifest *manifest, char **out, struct error *
     return 0;
 }
 
-// ---- parsing ---------------------------------------------------------------------------------------------------------
+// ---- parsing --------------------------------------------------------------------------------------------------------
 
 static const char *const root_keys[] = {"contract", "extras", "model",   "pp_size", "quant",       "ranks",
                                         "sources",  "tool",   "tp_size", "version", "wire_advice", NULL};
@@ -333,7 +335,7 @@ static bool is_clean_text(const char *text, size_t max_bytes)
 
 static bool is_plain_name(const char *name)
 {
-    return *name && is_clean_text(name, NAME_MAX_BYTES) && !strchr(name, '/') && strcmp(name, ".") != 0 &&
+    return name && *name && is_clean_text(name, NAME_MAX_BYTES) && !strchr(name, '/') && strcmp(name, ".") != 0 &&
            strcmp(name, "..") != 0;
 }
 
@@ -359,7 +361,10 @@ static int get_text(char **out, const struct json_object *object, const char *ke
         return error_set(err, ERR_CORRUPT, "%s: %s%s must be at most %zu bytes without control characters",
                          object->file_name, object->path, key, max_bytes);
     *out = strdup(text);
-    return *out ? 0 : error_set(err, ERR_MEMORY, "%s: out of memory", object->file_name);
+    if (*out)
+        return 0;
+    error_set(err, ERR_MEMORY, "%s: out of memory", object->file_name);
+    return ERR_MEMORY;
 }
 
 static int get_kind(enum weight_kind *out, const struct json_object *object, const char *key, struct error *err)
@@ -423,7 +428,7 @@ static int parse_field(struct model_desc *model, const struct json_object *objec
         if (!is_clean_text(text, MODEL_NAME_BYTES - 1))
             return error_set(err, ERR_CORRUPT, "%s: %s%s must be at most %d bytes without control characters",
                              object->file_name, object->path, field->name, MODEL_NAME_BYTES - 1);
-        strcpy(value, text);
+        memcpy(value, text, strlen(text) + 1);
         return 0;
     case FIELD_EOS:
         return parse_eos(model, object, field, err);

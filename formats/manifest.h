@@ -1,4 +1,5 @@
-// model.json, the manifest: written last, so that a directory without it is not a model. Specification: formats/shard_file.md.
+// model.json, the manifest: written last, so that a directory without it is not a model. Specification:
+// formats/shard_file.md.
 #ifndef TPSHARD_FORMATS_MANIFEST_H
 #define TPSHARD_FORMATS_MANIFEST_H
 
@@ -42,7 +43,8 @@ struct manifest {
 };
 
 // The canonical core: compact JSON, sorted keys, of version, model, tp/pp, quant, and sources (name, bytes, hash). It
-// reads nothing else. Its XXH3-128 is the contract that every rank file carries, computable before the first weight is written. Caller frees *out.
+// reads nothing else. Its XXH3-128 is the contract that every rank file carries, computable before the first weight is
+// written. Caller frees *out.
 int manifest_core(const struct manifest *manifest, char **out, struct error *err);
 int manifest_contract(const struct manifest *manifest, struct checksum128 *out, struct error *err);
 
@@ -56,7 +58,8 @@ int manifest_read(struct manifest **out, const char *dir, struct error *err);
 // Frees the manifest and all it points to; accepts NULL.
 void manifest_free(struct manifest *manifest);
 
-// Name of a rank file: "rank-00-of-04.tpshard" (pp: "stage-00-rank-00-of-04.tpshard" is reserved). Buffer of at least 64 bytes.
+// Name of a rank file: "rank-00-of-04.tpshard" (pp: "stage-00-rank-00-of-04.tpshard" is reserved). Buffer of at least
+// 64 bytes.
 void manifest_rank_file_name(char *buffer, size_t bytes, uint32_t rank, uint32_t tp_size);
 
 #endif

@@ -32,12 +32,12 @@ struct model_desc {
     int64_t default_top_k;
 };
 
-// How a dimension of `units` whole units is dealt out: rank r of tp_size owns [partition_begin(r), partition_begin(r+1)).
-// Uneven splits and empty shares are legal.
+// How a dimension of `units` whole units is dealt out: rank r of tp_size owns [partition_begin(r),
+// partition_begin(r+1)). Uneven splits and empty shares are legal.
 static inline int64_t partition_begin(int64_t units, int64_t rank, int64_t tp_size) { return units * rank / tp_size; }
 
 // One rank's share of attention, mlp and vocabulary. Everything follows from the description, tp_size and the unit that
-// keeps quantization groups whole (attention_unit_heads, mlp_unit: see shard/plan.h); it is written into the rank file,
+// keeps quantization groups whole (plan_attention_unit_heads, plan_mlp_unit in shard/plan.h); it is written into the rank file,
 // so that the engine reads it and computes nothing.
 struct rank_share {
     int64_t head_begin, num_heads_local;       // query heads [head_begin, head_begin + num_heads_local)

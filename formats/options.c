@@ -5,6 +5,7 @@
 #include <ctype.h>
 #include <errno.h>
 #include <math.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -307,8 +308,7 @@ static void print_command_help(const struct program_spec *program, const struct 
     printf("\nCommon options:\n");
     print_options(stdout, program->common);
     printf("  --help                        this text\n  --version                     version and build\n");
-    printf("\nEvery option can also come from the environment: --max-tokens is %sMAX_TOKENS.\n",
-           program->environment_prefix);
+    printf("\nEvery option can also come from the environment: --json is %sJSON.\n", program->environment_prefix);
 }
 
 static void print_help(const struct program_spec *program)
@@ -370,7 +370,7 @@ static void print_man(const struct program_spec *program)
     }
     printf(".SH COMMON OPTIONS\n");
     print_man_options(program->common);
-    printf(".SH ENVIRONMENT\nEvery option can also come from the environment: \\-\\-max\\-tokens is %sMAX_TOKENS. A "
+    printf(".SH ENVIRONMENT\nEvery option can also come from the environment: \\-\\-json is %sJSON. A "
            "flag goes "
            "before the environment.\n.SH EXIT STATUS\n.nf\n",
            program->environment_prefix);
@@ -438,6 +438,7 @@ int options_main(const struct program_spec *program, int argc, char **argv)
 {
     struct error err = {0};
     assert(program->commands && program->common);
+    signal(SIGXFSZ, SIG_IGN); // a file-size limit is a write that fails, with a sentence, not the end of the process
     if (argc < 2 || strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "help") == 0) {
         print_help(program);
         return argc < 2 ? error_exit_code(ERR_USAGE) : 0;
@@ -481,7 +482,8 @@ int options_main(const struct program_spec *program, int argc, char **argv)
                       command->arguments, count, count == 1 ? "" : "s", program->name, command->name);
         return fail(program, &err);
     }
-    if (command->run(count, argv, &err))
-        return fail(program, &err);
-    return 0;
+    int rc = command->run(count, argv, &err);
+    if (!rc && (fflush(stdout) || ferror(stdout)))
+        rc = error_set(&err, ERR_IO, "the result could not be written to standard output");
+    return rc ? fail(program, &err) : 0;
 }

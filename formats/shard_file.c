@@ -1,12 +1,13 @@
-// Reader and writer of rank files. See shard_file.h; the specification is shard_file.md.
+// Reader of rank files. See shard_file.h; the specification is shard_file.md, the writer shard_layout.c.
 //
-// A rank file has exactly one valid spelling: every offset and length in it follows from its counts, names and shapes. So the
-// reader decodes the records, lays the tensors out again as the writer would, and refuses any difference: there
+// A rank file has exactly one valid spelling: every offset and length in it follows from its counts, names and shapes.
+// So the reader decodes the records, lays the tensors out again as the writer would, and refuses any difference: there
 // is no room for overlaps, holes or unread bytes.
 #include "formats/shard_file.h"
 
 #include "formats/checked.h"
 #include "formats/file_io.h"
+#include "formats/shard_layout.h"
 
 #include <assert.h>
 #include <inttypes.h>
@@ -17,83 +18,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
-               "the records below are copied from and to little-endian files");
-
-// ---- on disk -------------------------------------------------------------------------------------------------------
-
-static const uint8_t shard_magic[8] = {'T', 'P', 'S', 'H', 'A', 'R', 'D', '\n'};
-
-enum {
-    REQUIRED_FEATURES_KNOWN = 0, // none yet
-    HEADER_BYTES = 256,
-    HEAD_MAX_BYTES = 16 << 20,
-    LEAVES_ALIGN = 16,
-    NAME_MAX_BYTES = 255,
-    LAYER_MAX = 65535,
-    RANKS_MAX = 1024,
-};
-
-struct disk_header {
-    uint8_t magic[8];           //   0  "TPSHARD\n"
-    uint32_t version;           //   8  SHARD_VERSION; readers reject any other
-    uint32_t header_bytes;      //  12  256
-    uint32_t required_features; //  16  a reader rejects a bit that it does not know
-    uint32_t optional_features; //  20  a reader ignores bits that it does not know
-    uint32_t rank;              //  24  < tp_size
-    uint32_t tp_size;           //  28  1 to 1024
-    uint32_t pp_rank;           //  32  < pp_size
-    uint32_t pp_size;           //  36  1 to 1024
-    uint32_t tensor_count;      //  40  >= 1
-    uint32_t part_count;        //  44  all tensors' parts
-    uint64_t tensors_offset;    //  48  from the file's start, as all offsets here; 256
-    uint64_t parts_offset;      //  56  directly behind the tensor records
-    uint64_t strings_offset;    //  64  directly behind the part records
-    uint64_t strings_bytes;     //  72
-    uint64_t leaves_offset;     //  80  end of the strings, rounded up to 16
-    uint64_t leaf_count;        //  88  payload_bytes / 1 MiB, rounded up
-    uint64_t payload_offset;    //  96  end of the leaves, rounded up to 2 MiB
-    uint64_t payload_bytes;     // 104  up to the end of the file, multiple of 4096
-    uint64_t file_bytes;        // 112  payload_offset + payload_bytes
-    uint64_t reserved;          // 120  0
-    uint8_t contract[16];       // 128
-    uint64_t share[8];          // 144  struct rank_share, in its order
-    uint8_t head_hash[16];      // 208  XXH3-128, canonical, of [0, payload_offset) with this field zero
-    uint8_t reserved_end[32];   // 224  0
-};
-_Static_assert(sizeof(struct disk_header) == HEADER_BYTES, "on-disk layout");
-_Static_assert(offsetof(struct disk_header, tensors_offset) == 48, "on-disk layout");
-_Static_assert(offsetof(struct disk_header, contract) == 128, "on-disk layout");
-_Static_assert(offsetof(struct disk_header, head_hash) == 208, "on-disk layout");
-
-struct disk_tensor {
-    uint32_t role;         //  0  enum tensor_role
-    int32_t layer;         //  4  -1 outside the layers
-    uint32_t kind;         //  8  enum weight_kind
-    uint32_t group_size;   // 12  int4: 32, 64, 128; else 0
-    uint64_t rows, cols;   // 16, 24  logical
-    uint64_t data_offset;  // 32  from the payload's start, as scale_offset
-    uint64_t data_bytes;   // 40
-    uint64_t scale_offset; // 48  0 when scale_bytes is 0
-    uint64_t scale_bytes;  // 56
-    uint32_t first_part;   // 64  index of its first part record
-    uint32_t num_parts;    // 68  0 to 4
-    uint64_t reserved;     // 72  0
-};
-_Static_assert(sizeof(struct disk_tensor) == 80, "on-disk layout");
-_Static_assert(offsetof(struct disk_tensor, data_offset) == 32, "on-disk layout");
-
-struct disk_part {
-    uint32_t name_offset;              //  0  from strings_offset
-    uint32_t name_bytes;               //  4  without the NUL that follows; 1 to 255
-    uint64_t source_rows, source_cols; //  8, 16
-    uint64_t row_begin, rows;          // 24, 32
-    uint64_t col_begin, cols;          // 40, 48
-    uint64_t reserved;                 // 56  0
-};
-_Static_assert(sizeof(struct disk_part) == 64, "on-disk layout");
-
-// ---- roles ---------------------------------------------------------------------------------------------------------
+// ---- roles ----------------------------------------------------------------------------------------------------------
 
 static const struct {
     const char *name;
@@ -123,117 +48,12 @@ const char *tensor_role_name(enum tensor_role role)
     return (unsigned)role < ROLE_COUNT ? roles[role].name : "unknown";
 }
 
-// "layers.3.down (model.layers.3.mlp.down_proj.weight)", for messages.
-static const char *tensor_label(char *buffer, size_t bytes, const struct shard_tensor *tensor)
-{
-    char place[32] = "";
-    if (tensor->layer >= 0)
-        snprintf(place, sizeof place, "layers.%" PRId32 ".", tensor->layer);
-    const char *source = tensor->num_parts ? tensor->parts[0].source : "computed";
-    snprintf(buffer, bytes, "%s%s (%s%s)", place, tensor_role_name(tensor->role), source,
-             tensor->num_parts > 1 ? ", ..." : "");
-    return buffer;
-}
-
-// ---- layout --------------------------------------------------------------------------------------------------------
-
-// Where everything lies; see struct disk_header.
-struct layout {
-    uint64_t part_count, parts_offset, strings_offset, strings_bytes, leaves_offset, leaf_count;
-    uint64_t payload_offset, payload_bytes, file_bytes;
-};
-
-// Gives `bytes` the next aligned place behind *end.
-static bool place_bytes(uint64_t *offset, uint64_t *end, uint64_t bytes)
-{
-    uint64_t begin;
-    if (!checked_round_up(*end, SHARD_TENSOR_ALIGN, &begin) || !checked_add(begin, bytes, end))
-        return false;
-    *offset = begin;
-    return true;
-}
-
-static bool place_tensor(struct shard_tensor *tensor, uint64_t *end)
-{
-    tensor->scale_offset = 0;
-    return place_bytes(&tensor->data_offset, end, tensor->shape.data_bytes) &&
-           (tensor->shape.scale_bytes == 0 || place_bytes(&tensor->scale_offset, end, tensor->shape.scale_bytes));
-}
-
-// The rest of the layout, from the payload's end and the sizes of the index. False when something overflows or
-// the head would be too large. Counts are bounded by the caller: they came from memory or from bytes that are there.
-static bool layout_file(struct layout *out, uint64_t tensor_count, uint64_t part_count, uint64_t strings_bytes,
-                        uint64_t payload_end)
-{
-    if (tensor_count > HEAD_MAX_BYTES || part_count > HEAD_MAX_BYTES || strings_bytes > HEAD_MAX_BYTES)
-        return false;
-    struct layout layout = {.part_count = part_count, .strings_bytes = strings_bytes};
-    if (!checked_round_up(payload_end, SHARD_FILE_ALIGN, &layout.payload_bytes))
-        return false;
-    layout.leaf_count = layout.payload_bytes / SHARD_LEAF_BYTES + (layout.payload_bytes % SHARD_LEAF_BYTES != 0);
-    if (layout.leaf_count > HEAD_MAX_BYTES)
-        return false;
-    layout.parts_offset = HEADER_BYTES + tensor_count * sizeof(struct disk_tensor);
-    layout.strings_offset = layout.parts_offset + part_count * sizeof(struct disk_part);
-    layout.leaves_offset = round_up(layout.strings_offset + strings_bytes, LEAVES_ALIGN);
-    layout.payload_offset = round_up(layout.leaves_offset + layout.leaf_count * sizeof(uint64_t), SHARD_PAYLOAD_ALIGN);
-    layout.file_bytes = layout.payload_offset + layout.payload_bytes;
-    if (layout.payload_offset > HEAD_MAX_BYTES)
-        return false;
-    *out = layout;
-    return true;
-}
-
-static int layout_tensors(struct layout *out, struct shard_tensor *tensors, uint64_t count, struct error *err)
-{
-    uint64_t end = 0, part_count = 0, strings_bytes = 0;
-    char label[192];
-    for (uint64_t i = 0; i < count; i++) {
-        struct shard_tensor *tensor = &tensors[i];
-        assert(tensor->num_parts >= 0 && tensor->num_parts <= SHARD_MAX_PARTS);
-        if (!place_tensor(tensor, &end))
-            return error_set(err, ERR_MODEL, "tensor %s: the rank file would exceed 2^64 bytes",
-                             tensor_label(label, sizeof label, tensor));
-        part_count += (uint64_t)tensor->num_parts;
-        for (int p = 0; p < tensor->num_parts; p++)
-            strings_bytes += strlen(tensor->parts[p].source) + 1;
-    }
-    if (!layout_file(out, count, part_count, strings_bytes, end))
-        return error_set(err, ERR_MODEL,
-                         "the index of the rank file would exceed %d MiB (%" PRIu64 " tensors, %" PRIu64
-                         " bytes of weights); split the model over more ranks",
-                         HEAD_MAX_BYTES >> 20, count, end);
-    return 0;
-}
-
-int shard_layout(struct shard_tensor *tensors, uint64_t count, uint64_t *payload_offset, uint64_t *payload_bytes,
-                 uint64_t *file_bytes, struct error *err)
-{
-    struct layout layout;
-    int rc = layout_tensors(&layout, tensors, count, err);
-    if (rc)
-        return rc;
-    *payload_offset = layout.payload_offset;
-    *payload_bytes = layout.payload_bytes;
-    *file_bytes = layout.file_bytes;
-    return 0;
-}
-
-// The canonical bytes of a checksum: big-endian, high half first, as in its hexadecimal spelling.
-static void put_checksum(uint8_t out[16], struct checksum128 sum)
-{
-    for (int i = 0; i < 8; i++) {
-        out[i] = (uint8_t)(sum.high >> (56 - 8 * i));
-        out[8 + i] = (uint8_t)(sum.low >> (56 - 8 * i));
-    }
-}
-
-// ---- reading -------------------------------------------------------------------------------------------------------
+// ---- reading --------------------------------------------------------------------------------------------------------
 
 struct shard_file {
     char *name; // as given, for messages
     struct shard_identity identity;
-    struct layout layout;
+    struct shard_disk_layout layout;
     struct checksum128 root;
     uint8_t *index; // copy of the file's bytes up to the end of the leaves; names point into it
     struct shard_tensor *tensors;
@@ -270,7 +90,7 @@ static int check_kind(const struct shard_file *file, const struct disk_header *h
 {
     if (available < HEADER_BYTES)
         return refuse(file, err, "truncated: %" PRIu64 " bytes, a rank file has at least %d", available, HEADER_BYTES);
-    if (memcmp(header->magic, shard_magic, sizeof shard_magic) != 0)
+    if (memcmp(header->magic, SHARD_MAGIC, sizeof header->magic) != 0)
         return refuse(file, err, "not a rank file: it does not begin with the letters TPSHARD");
     if (header->version != SHARD_VERSION)
         return refuse(file, err, "rank file version %" PRIu32 ", this program reads version %d", header->version,
@@ -302,7 +122,7 @@ static int check_head_hash(const struct shard_file *file, const struct disk_head
     checksum_stream_update(stream, &unhashed, sizeof unhashed);
     checksum_stream_update(stream, bytes + HEADER_BYTES, header->payload_offset - HEADER_BYTES);
     uint8_t hash[16];
-    put_checksum(hash, checksum_stream_final(stream));
+    shard_layout_put_checksum(hash, checksum_stream_final(stream));
     checksum_stream_free(stream);
     if (memcmp(hash, header->head_hash, sizeof hash) != 0)
         return refuse(file, err, "checksum mismatch in its head (file bytes 0 to %" PRIu64 ")",
@@ -335,10 +155,11 @@ static int read_header(struct shard_file *file, const struct disk_header *header
     };
     memcpy(file->identity.contract, header->contract, sizeof header->contract);
 
-    struct layout layout;
+    struct shard_disk_layout layout;
     if (header->tensor_count == 0)
         return refuse(file, err, "it holds no tensor");
-    if (!layout_file(&layout, header->tensor_count, header->part_count, header->strings_bytes, header->payload_bytes))
+    if (!shard_layout_file(&layout, header->tensor_count, header->part_count, header->strings_bytes,
+                           header->payload_bytes))
         return refuse(file, err,
                       "impossible counts: %" PRIu32 " tensors, %" PRIu32 " parts, %" PRIu64 " bytes of names",
                       header->tensor_count, header->part_count, header->strings_bytes);
@@ -444,7 +265,7 @@ static int read_tensor(struct shard_file *file, uint64_t index, uint64_t *part_e
         return refuse(file, err, "tensor %" PRIu64 " (%s): its parts do not add up to %" PRIu64 " x %" PRIu64, index,
                       roles[record.role].name, record.rows, record.cols);
 
-    if (!place_tensor(tensor, payload_end) || record.data_offset != tensor->data_offset ||
+    if (!shard_layout_tensor(tensor, payload_end) || record.data_offset != tensor->data_offset ||
         record.data_bytes != tensor->shape.data_bytes || record.scale_offset != tensor->scale_offset ||
         record.scale_bytes != tensor->shape.scale_bytes || record.reserved)
         return refuse(file, err, "tensor %" PRIu64 " (%s) is out of place or has the wrong size", index,
@@ -619,7 +440,7 @@ static int report_leaf(const struct shard_file *file, uint64_t begin, uint64_t e
             shape->scale_bytes ? tensor->scale_offset + shape->scale_bytes : tensor->data_offset + shape->data_bytes;
         bool empty = tensor_end == tensor->data_offset;
         if (!empty && tensor->data_offset < end && tensor_end > begin && broken++ == 0)
-            tensor_label(label, sizeof label, tensor);
+            shard_layout_label(label, sizeof label, tensor);
     }
     char more[48] = "";
     if (broken > 1)
@@ -639,121 +460,4 @@ int shard_file_verify_leaf(const struct shard_file *file, uint64_t index, const 
         return 0;
     uint64_t begin = index * SHARD_LEAF_BYTES;
     return report_leaf(file, begin, begin + leaf_bytes, err);
-}
-
-// ---- writing -------------------------------------------------------------------------------------------------------
-
-static struct disk_header make_header(const struct layout *layout, const struct shard_identity *identity,
-                                      uint64_t tensor_count)
-{
-    const struct rank_share *share = &identity->share;
-    struct disk_header header = {
-        .version = SHARD_VERSION,
-        .header_bytes = HEADER_BYTES,
-        .rank = identity->rank,
-        .tp_size = identity->tp_size,
-        .pp_rank = identity->pp_rank,
-        .pp_size = identity->pp_size,
-        .tensor_count = (uint32_t)tensor_count,
-        .part_count = (uint32_t)layout->part_count,
-        .tensors_offset = HEADER_BYTES,
-        .parts_offset = layout->parts_offset,
-        .strings_offset = layout->strings_offset,
-        .strings_bytes = layout->strings_bytes,
-        .leaves_offset = layout->leaves_offset,
-        .leaf_count = layout->leaf_count,
-        .payload_offset = layout->payload_offset,
-        .payload_bytes = layout->payload_bytes,
-        .file_bytes = layout->file_bytes,
-        .share = {(uint64_t)share->head_begin, (uint64_t)share->num_heads_local, (uint64_t)share->kv_head_begin,
-                  (uint64_t)share->num_kv_heads_local, (uint64_t)share->mlp_begin, (uint64_t)share->intermediate_local,
-                  (uint64_t)share->vocab_begin, (uint64_t)share->vocab_local},
-    };
-    memcpy(header.magic, shard_magic, sizeof header.magic);
-    memcpy(header.contract, identity->contract, sizeof header.contract);
-    return header;
-}
-
-// Tensor records, part records and names.
-static void write_index(uint8_t *head, const struct layout *layout, const struct shard_tensor *tensors, uint64_t count)
-{
-    uint8_t *tensor_at = head + HEADER_BYTES, *part_at = head + layout->parts_offset;
-    char *names = (char *)head + layout->strings_offset;
-    uint32_t part_end = 0, name_end = 0;
-    for (uint64_t i = 0; i < count; i++) {
-        const struct shard_tensor *tensor = &tensors[i];
-        struct disk_tensor record = {
-            .role = (uint32_t)tensor->role,
-            .layer = tensor->layer,
-            .kind = (uint32_t)tensor->shape.kind,
-            .group_size = tensor->shape.group_size,
-            .rows = tensor->shape.rows,
-            .cols = tensor->shape.cols,
-            .data_offset = tensor->data_offset,
-            .data_bytes = tensor->shape.data_bytes,
-            .scale_offset = tensor->scale_offset,
-            .scale_bytes = tensor->shape.scale_bytes,
-            .first_part = part_end,
-            .num_parts = (uint32_t)tensor->num_parts,
-        };
-        memcpy(tensor_at + i * sizeof record, &record, sizeof record);
-        for (int p = 0; p < tensor->num_parts; p++, part_end++) {
-            const struct shard_part *part = &tensor->parts[p];
-            struct disk_part part_record = {
-                .name_offset = name_end,
-                .name_bytes = (uint32_t)strlen(part->source),
-                .source_rows = part->source_rows,
-                .source_cols = part->source_cols,
-                .row_begin = part->row_begin,
-                .rows = part->rows,
-                .col_begin = part->col_begin,
-                .cols = part->cols,
-            };
-            memcpy(part_at + part_end * sizeof part_record, &part_record, sizeof part_record);
-            memcpy(names + name_end, part->source, part_record.name_bytes);
-            name_end += part_record.name_bytes + 1;
-        }
-    }
-}
-
-int shard_head_serialise(uint8_t **out, const struct shard_identity *identity, const struct shard_tensor *tensors,
-                         uint64_t count, const uint64_t *leaves, struct checksum128 *root, struct error *err)
-{
-    int rc;
-    struct layout layout;
-    uint8_t *head = NULL;
-    struct shard_file *check = NULL;
-    struct shard_tensor *placed = malloc(count * sizeof *placed + 1);
-    if (!placed)
-        return error_set(err, ERR_MEMORY, "out of memory for the index of %" PRIu64 " tensors", count);
-    memcpy(placed, tensors, count * sizeof *placed);
-    if ((rc = layout_tensors(&layout, placed, count, err)))
-        goto fail;
-    head = calloc(1, layout.payload_offset);
-    if (!head) {
-        rc = error_set(err, ERR_MEMORY, "out of memory for the head of a rank file (%" PRIu64 " bytes)",
-                       layout.payload_offset);
-        goto fail;
-    }
-    struct disk_header header = make_header(&layout, identity, count);
-    memcpy(head, &header, sizeof header);
-    write_index(head, &layout, placed, count);
-    if (layout.leaf_count)
-        memcpy(head + layout.leaves_offset, leaves, layout.leaf_count * sizeof *leaves);
-    put_checksum(header.head_hash, checksum_whole(head, layout.payload_offset));
-    memcpy(head, &header, sizeof header);
-
-    // What is written can be read: the reader's checks are the writer's too.
-    if ((rc = shard_file_parse(&check, head, layout.payload_offset, layout.file_bytes, "new rank file", err)))
-        goto fail;
-    if (root)
-        *root = check->root;
-    shard_file_close(check);
-    free(placed);
-    *out = head;
-    return 0;
-fail:
-    free(placed);
-    free(head);
-    return rc;
 }

@@ -1,6 +1,7 @@
-// One rank's file: a header, the rank's share, a tensor index, checksum leaves, then one flat payload that is byte for byte what the
-// kernels read. Little-endian. The specification is formats/shard_file.md; this file is its C reader and writer.
-// It leaves to others: which rank owns what (shard/plan), quantizing and packing (kernels/pack), the manifest (formats/manifest).
+// One rank's file: a header, the rank's share, a tensor index, checksum leaves, then one flat payload that is byte for
+// byte what the kernels read. Little-endian. The specification is formats/shard_file.md; this file is its C reader and
+// writer. It leaves to others: which rank owns what (shard/plan), quantizing and packing (kernels/pack), the manifest
+// (formats/manifest).
 #ifndef TPSHARD_FORMATS_SHARD_FILE_H
 #define TPSHARD_FORMATS_SHARD_FILE_H
 
@@ -44,8 +45,8 @@ enum tensor_role {
 const char *tensor_role_name(enum tensor_role role); // "embedding", "attention_norm", "qkv", ...
 
 // A rectangle of a source tensor that stands in the stored tensor. A matrix holds its parts one below the other (each
-// has the matrix's cols, their rows add up to its rows); a vector holds them side by side (1 x n each, their cols add up).
-// A tensor without parts was computed (rope_inv_freq).
+// has the matrix's cols, their rows add up to its rows); a vector holds them side by side (1 x n each, their cols add
+// up). A tensor without parts was computed (rope_inv_freq).
 struct shard_part {
     const char *source;                // name in the checkpoint, e.g. "model.layers.0.self_attn.q_proj.weight";
                                        // 1 to 255 bytes of printable ASCII
@@ -102,9 +103,9 @@ uint64_t shard_file_leaf_bytes(const struct shard_file *file, uint64_t index); /
 // Tensors' offsets are filled in by shard_layout(). *payload_offset and *file_bytes are from the file's start.
 int shard_layout(struct shard_tensor *tensors, uint64_t count, uint64_t *payload_offset, uint64_t *payload_bytes,
                  uint64_t *file_bytes, struct error *err);
-// Serialises header + index + leaf table (leaves[leaf_count] of XXH3-64, one per SHARD_LEAF_BYTES of payload_bytes) into
-// a malloc'ed block of exactly *payload_offset bytes, zero padded. root (may be NULL) receives its XXH3-128. Refuses
-// whatever shard_file_parse would refuse.
+// Serialises header + index + leaf table (leaves[leaf_count] of XXH3-64, one per SHARD_LEAF_BYTES of payload_bytes)
+// into a malloc'ed block of exactly *payload_offset bytes, zero padded. root (may be NULL) receives its XXH3-128.
+// Refuses whatever shard_file_parse would refuse.
 int shard_head_serialise(uint8_t **out, const struct shard_identity *identity, const struct shard_tensor *tensors,
                          uint64_t count, const uint64_t *leaves, struct checksum128 *root, struct error *err);
 

@@ -12,6 +12,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
+#include "formats/file_io.h"
 #include "formats/tokenizer_components.h"
 #include "formats/tokenizer_image_write.h"
 #include "formats/tokenizer_internal.h"
@@ -55,51 +56,15 @@ static int out_of_memory(const struct compiler *c)
 
 // ---- JSON
 
-static int read_file(const char *path, const char *file, char **out, size_t *out_bytes, struct error *err)
-{
-    int rc = 0;
-    char *data = NULL;
-    struct stat status;
-    FILE *stream = fopen(path, "rb");
-    if (!stream)
-        return error_set_errno(err, "%s: cannot open", path);
-    if (fstat(fileno(stream), &status)) {
-        rc = error_set_errno(err, "%s: cannot read", path);
-        goto done;
-    }
-    if (!S_ISREG(status.st_mode) || status.st_size > MAX_JSON_BYTES) {
-        rc = error_set(err, ERR_MODEL, "%s: not a regular file of at most 512 MiB", file);
-        goto done;
-    }
-    size_t bytes = (size_t)status.st_size;
-    if (!(data = malloc(bytes + 1))) {
-        rc = error_set(err, ERR_MEMORY, "%s: out of memory", file);
-        goto done;
-    }
-    errno = 0;
-    if (fread(data, 1, bytes, stream) != bytes) {
-        rc = errno ? error_set_errno(err, "%s: cannot read", path)
-                   : error_set(err, ERR_IO, "%s: the file shrank while it was read", path);
-        goto done;
-    }
-    *out = data;
-    *out_bytes = bytes;
-    data = NULL;
-done:
-    free(data);
-    fclose(stream);
-    return rc;
-}
-
 static int read_json(const char *path, const char *file, json_t **out, struct error *err)
 {
-    char *data = NULL;
-    size_t bytes;
+    uint8_t *data;
+    uint64_t bytes;
     json_error_t error;
-    int rc = read_file(path, file, &data, &bytes, err);
+    int rc = file_read_all(&data, &bytes, path, MAX_JSON_BYTES, ERR_MODEL, err);
     if (rc)
         return rc;
-    *out = json_loadb(data, bytes, JSON_REJECT_DUPLICATES, &error);
+    *out = json_loadb((const char *)data, bytes, JSON_REJECT_DUPLICATES, &error);
     free(data);
     if (*out && json_is_object(*out))
         return 0;

@@ -9,12 +9,9 @@
 enum { ALIGNMENT = 64 };
 
 // Zeroed, so that no kernel ever meets bits that nobody wrote.
-static void *alloc_zeroed(int64_t count, int64_t elem_bytes)
+static void *alloc_zeroed(uint64_t bytes)
 {
-    uint64_t bytes;
-    if (!checked_mul((uint64_t)count, (uint64_t)elem_bytes, &bytes) || !checked_round_up(bytes, ALIGNMENT, &bytes) ||
-        bytes > PTRDIFF_MAX)
-        return NULL;
+    bytes = round_up(bytes, ALIGNMENT);
     void *memory = aligned_alloc(ALIGNMENT, bytes ? bytes : ALIGNMENT);
     return memory ? memset(memory, 0, bytes) : NULL;
 }
@@ -24,15 +21,15 @@ int activations_alloc(struct activations *act, int64_t max_tokens, int64_t max_c
     *act = (struct activations){0};
     uint64_t stride, elems;
     if (max_tokens < 0 || max_cols < 0 || !checked_round_up((uint64_t)max_cols, ACT_GROUP, &stride) ||
-        !checked_mul((uint64_t)max_tokens, stride, &elems) || elems > INT64_MAX)
+        !checked_mul((uint64_t)max_tokens, stride, &elems) || elems > (PTRDIFF_MAX - ALIGNMENT) / sizeof(float))
         return error_set(err, ERR_MEMORY, "activations of %" PRId64 " tokens with %" PRId64 " columns are too large",
                          max_tokens, max_cols);
     act->max_tokens = max_tokens;
     act->stride = (int64_t)stride;
-    act->f32 = alloc_zeroed((int64_t)elems, sizeof *act->f32);
-    act->q = alloc_zeroed((int64_t)elems, sizeof *act->q);
-    act->q_scale = alloc_zeroed((int64_t)elems / ACT_GROUP, sizeof *act->q_scale);
-    act->q_sum = alloc_zeroed((int64_t)elems / 32, sizeof *act->q_sum);
+    act->f32 = alloc_zeroed(elems * sizeof *act->f32);
+    act->q = alloc_zeroed(elems * sizeof *act->q);
+    act->q_scale = alloc_zeroed(elems / ACT_GROUP * sizeof *act->q_scale);
+    act->q_sum = alloc_zeroed(elems / 32 * sizeof *act->q_sum);
     if (act->f32 && act->q && act->q_scale && act->q_sum)
         return 0;
     activations_free(act);

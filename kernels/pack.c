@@ -20,7 +20,7 @@ enum { MAX_GROUP = 128, LANES = 16, QUAD = 4 };
 // Bytes of one code of a packed row; of a stored one too, except that int4 stores two codes in a byte.
 static uint64_t code_bytes(enum weight_kind kind) { return kind == WEIGHT_F32 ? 4 : kind == WEIGHT_BF16 ? 2 : 1; }
 
-// ---- rows in memory ------------------------------------------------------------------------------------------------
+// ---- rows in memory -------------------------------------------------------------------------------------------------
 
 // Group scales first, then the codes, each rounded up to 16 bytes so that rows can stand one behind the other.
 static uint64_t group_scale_bytes(enum weight_kind kind, uint32_t group_size, uint64_t cols)
@@ -53,7 +53,7 @@ void packed_row_place(struct packed_row *row, void *memory, enum weight_kind kin
     }
 }
 
-// ---- int4: the scale of a group --------------------------------------------------------------------------------------
+// ---- int4: the scale of a group -------------------------------------------------------------------------------------
 
 typedef float quad __attribute__((vector_size(QUAD * sizeof(float))));
 
@@ -202,7 +202,7 @@ static uint16_t quantize_group(int8_t *q, const float *x, const float *a, uint32
         float heaviest = 0;
         for (uint32_t i = 0; a && i < count; i++)
             heaviest = a[i] > heaviest ? a[i] : heaviest;
-        if (heaviest >= FLT_MIN && heaviest <= FLT_MAX) {
+        if (a && heaviest >= FLT_MIN && heaviest <= FLT_MAX) {
             memset(padded_a, 0, sizeof padded_a);
             memset(ax, 0, sizeof ax);
             for (uint32_t i = 0; i < count; i++) {
@@ -227,7 +227,7 @@ static uint16_t quantize_group(int8_t *q, const float *x, const float *a, uint32
     return stored;
 }
 
-// ---- quantizing rows -------------------------------------------------------------------------------------------------
+// ---- quantizing rows ------------------------------------------------------------------------------------------------
 
 // Largest magnitude as bits of an f32: above 0x7f800000 there is a NaN, at it an Inf.
 static uint32_t largest_magnitude_bits(const float *x, uint64_t cols)
@@ -325,7 +325,7 @@ void pack_dequantize_row(float *out, const struct packed_row *row, enum weight_k
     }
 }
 
-// ---- stored layouts --------------------------------------------------------------------------------------------------
+// ---- stored layouts -------------------------------------------------------------------------------------------------
 
 uint64_t pack_block_data_bytes(const struct weight_shape *shape)
 {
@@ -354,9 +354,9 @@ static const uint8_t tile_col[WEIGHT_COL_UNIT] = {
     52, 60, 53, 61, 6,  14, 7,  15, 22, 30, 23, 31, 38, 46, 39, 47, 54, 62, 55, 63,
 };
 
-enum { TILE_ROWS = 16, TILES_PER_COLUMN = WEIGHT_ROW_UNIT / TILE_ROWS };
+enum { TILE_ROWS = 16, TILE_COLUMN_BYTES = WEIGHT_ROW_UNIT / TILE_ROWS * WEIGHT_TILE_BYTES };
 
-// One row of T16x64 in a block of 64 rows: the byte of its first column (the next 64 columns lie TILES_PER_COLUMN tiles
+// One row of T16x64 in a block of 64 rows: the byte of its first column (the next 64 columns lie TILE_COLUMN_BYTES
 // further), its nibble, and the index of its first group's scale (the next lies TILE_ROWS further).
 struct int4_row {
     uint64_t first_byte, first_scale;
@@ -379,7 +379,7 @@ static void store_int4(uint8_t *data, uint16_t *scale, const struct weight_shape
     struct int4_row at = int4_row(shape, row);
     uint8_t keep = (uint8_t)(0xf0 >> at.shift);
     uint8_t *to = data + at.first_byte;
-    for (uint64_t col = 0; col < shape->cols; col += WEIGHT_COL_UNIT, to += TILES_PER_COLUMN * WEIGHT_TILE_BYTES) {
+    for (uint64_t col = 0; col < shape->cols; col += WEIGHT_COL_UNIT, to += TILE_COLUMN_BYTES) {
         const int8_t *codes = in->q + col_begin + col;
         int8_t padded[WEIGHT_COL_UNIT] = {0};
         if (shape->cols - col < WEIGHT_COL_UNIT) {
@@ -399,7 +399,7 @@ static void load_int4(struct packed_row *out, uint64_t col_begin, const uint8_t 
 {
     struct int4_row at = int4_row(shape, row);
     const uint8_t *from = data + at.first_byte;
-    for (uint64_t col = 0; col < shape->cols; col += WEIGHT_COL_UNIT, from += TILES_PER_COLUMN * WEIGHT_TILE_BYTES) {
+    for (uint64_t col = 0; col < shape->cols; col += WEIGHT_COL_UNIT, from += TILE_COLUMN_BYTES) {
         int8_t codes[WEIGHT_COL_UNIT];
         for (int b = 0; b < WEIGHT_COL_UNIT; b++)
             codes[tile_col[b]] = int4_sign_extend((uint8_t)(from[b] >> at.shift));

@@ -22,7 +22,8 @@ struct packed_row {
     float scale;
     uint16_t *scale_f16;
 };
-// Bytes one packed_row needs for `cols` columns (codes and group scales), a multiple of 16, to carve from one allocation.
+// Bytes one packed_row needs for `cols` columns (codes and group scales), a multiple of 16, to carve from one
+// allocation.
 uint64_t packed_row_bytes(enum weight_kind kind, uint32_t group_size, uint64_t cols);
 void packed_row_place(struct packed_row *row, void *memory, enum weight_kind kind, uint32_t group_size, uint64_t cols);
 
@@ -33,23 +34,23 @@ void packed_row_place(struct packed_row *row, void *memory, enum weight_kind kin
 //   f32:  bits as they are
 //   bf16: an exact bf16 keeps its bits (NaN payloads too), others round to nearest even
 //   int8: scale = row maximum / 127, fp8: row maximum / 448; code = x / scale, to nearest even
-//   int4: per group, scales from (largest magnitude / 8) * (0.76 ... 1.24), 25 steps, both signs; each is refitted to its
+//   int4: per group, scales (largest magnitude / 8) * (0.76 ... 1.24) in 25 steps, both signs; each is refitted to its
 //         codes in closed form, the one with the least squared error wins, and the codes are taken anew from its f16
 int pack_quantize_row(struct packed_row *out, enum weight_kind kind, uint32_t group_size, const float *x, uint64_t cols,
                       const float *weight, struct error *err);
 
-// Places columns [col_begin, col_begin + shape->cols) of a whole packed row at row `row` of the stored matrix. The caller
-// has zeroed the block: padding is not written. data and scale (NULL when the kind has none) point at the stored block
-// that begins with row block_row (a multiple of WEIGHT_ROW_UNIT). col_begin is a multiple of group_size (int4). int4 rows
-// share bytes: the rows of one block belong to one thread at a time.
+// Places columns [col_begin, col_begin + shape->cols) of a whole packed row at row `row` of the stored matrix. The
+// caller has zeroed the block: padding is not written. data and scale (NULL when the kind has none) point at the stored
+// block that begins with row block_row (a multiple of WEIGHT_ROW_UNIT). col_begin is a multiple of group_size (int4).
+// int4 rows share bytes: the rows of one block belong to one thread at a time.
 void pack_store_row(void *data, void *scale, const struct weight_shape *shape, uint64_t block_row, uint64_t row,
                     const struct packed_row *in, uint64_t col_begin);
 // The reverse: reads row `row` of the stored matrix, whose first block is at data and scale, into columns
 // [col_begin, col_begin + shape->cols) of a whole packed row.
 void pack_load_row(struct packed_row *out, uint64_t col_begin, const void *data, const void *scale,
                    const struct weight_shape *shape, uint64_t row);
-// Bytes of data and of scale for a block of WEIGHT_ROW_UNIT rows (the stored matrix is a sequence of such blocks; of f32,
-// which is not padded, the last block is shorter).
+// Bytes of data and of scale for a block of WEIGHT_ROW_UNIT rows (the stored matrix is a sequence of such blocks; of
+// f32, which is not padded, the last block is shorter).
 uint64_t pack_block_data_bytes(const struct weight_shape *shape);
 uint64_t pack_block_scale_bytes(const struct weight_shape *shape);
 

@@ -8,6 +8,7 @@
 #include "kernels/futex.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -131,6 +132,12 @@ void thread_pool_free(struct thread_pool *pool)
         pthread_join(pool->workers[i].thread, NULL);
     free(pool->workers);
     free(pool);
+}
+
+int thread_pool_default_threads(void)
+{
+    cpu_set_t set;
+    return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
 }
 
 int thread_pool_size(const struct thread_pool *pool) { return pool->threads; }

@@ -12,6 +12,8 @@ struct thread_pool;
 // `threads` >= 1 includes the caller: threads - 1 are started. Success: caller owns *out.
 int thread_pool_create(struct thread_pool **out, int threads, struct error *err);
 void thread_pool_free(struct thread_pool *pool);
+// Processors that this process may run on, at least 1.
+int thread_pool_default_threads(void);
 int thread_pool_size(const struct thread_pool *pool);
 
 // Calls fn(arg, task, thread) once for every task in [0, tasks), on any of the threads (0 <= thread < size; the caller

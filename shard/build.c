@@ -11,7 +11,6 @@
 
 #include "version.h"
 
-#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,12 +26,6 @@ struct build {
     struct progress progress;
     bool keep_work;
 };
-
-int build_default_threads(void)
-{
-    cpu_set_t set;
-    return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
-}
 
 const char *build_tool_name(void) { return "tpshard " TPSHARD_VERSION " (" TPSHARD_COMMIT ")"; }
 

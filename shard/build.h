@@ -44,8 +44,6 @@ struct build_result {
 int build_directory(struct build_result *result, const struct build_input *input, const struct build_options *options,
                     struct error *err);
 
-// Number of CPUs that this process may use.
-int build_default_threads(void);
 const char *build_tool_name(void); // "tpshard 0.1.0 (commit)"
 
 #endif

@@ -104,7 +104,7 @@ static int convert(struct conversion *c, const char *out_dir, struct error *err)
         .force = options.force,
         .resume = options.resume,
         .quiet = common.quiet,
-        .threads = options.threads > 0 ? (int)options.threads : build_default_threads(),
+        .threads = options.threads > 0 ? (int)options.threads : thread_pool_default_threads(),
     };
     struct build_result result;
     int rc = build_directory(&result, &input, &build_options, err);

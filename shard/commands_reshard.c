@@ -30,7 +30,7 @@ struct resharding {
     struct source_files files; // the rank files, for --resume
 };
 
-static int threads(void) { return options.threads > 0 ? (int)options.threads : build_default_threads(); }
+static int threads(void) { return options.threads > 0 ? (int)options.threads : thread_pool_default_threads(); }
 
 static int refuse_same_dir(const char *from, const char *to, struct error *err)
 {

@@ -131,7 +131,8 @@ int verify_run(int argc, char **argv, struct error *err)
         return error_set(err, ERR_MEMORY, "out of memory");
     stop_install();
     if ((rc = shard_dir_open(&dir, argv[0], err)) ||
-        (rc = thread_pool_create(&pool, options.threads > 0 ? (int)options.threads : build_default_threads(), err)))
+        (rc = thread_pool_create(&pool, options.threads > 0 ? (int)options.threads : thread_pool_default_threads(),
+                                 err)))
         goto done;
     progress_start(&progress, "verify", verify_bytes(dir.manifest), common.quiet);
     rc = verify_checksums(&dir, argv[0], pool, &progress, findings, err);

@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 enum { EXTRA_CAP_BYTES = 256 << 20 };
@@ -18,9 +19,11 @@ static int add(struct extras *extras, const char *name, uint8_t *bytes, uint64_t
 {
     struct extra extra = {strdup(name), bytes, num_bytes};
     if (!extra.name || extras->count == EXTRAS_MAX) {
+        int rc = extra.name ? error_set(err, ERR_CORRUPT, "%s: more than %d extra files", name, EXTRAS_MAX)
+                            : error_set(err, ERR_MEMORY, "%s: out of memory for its name", name);
         free(extra.name);
         free(bytes);
-        return error_set(err, ERR_MEMORY, "%s: no room for it", name);
+        return rc;
     }
     size_t at = extras->count++;
     for (; at > 0 && strcmp(extras->files[at - 1].name, name) > 0; at--)
@@ -31,7 +34,9 @@ static int add(struct extras *extras, const char *name, uint8_t *bytes, uint64_t
 
 static bool there(char path[PATH_MAX], const char *dir, const char *name)
 {
-    return snprintf(path, PATH_MAX, "%s/%s", dir, name) < PATH_MAX && access(path, F_OK) == 0;
+    // A link that loops or leads nowhere is there: reading it gives the reason.
+    struct stat status;
+    return snprintf(path, PATH_MAX, "%s/%s", dir, name) < PATH_MAX && lstat(path, &status) == 0;
 }
 
 static int copy_if_there(struct extras *extras, const char *dir, const char *name, bool *copied, struct error *err)

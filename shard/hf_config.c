@@ -254,7 +254,7 @@ static int parse_token_ids(struct model_desc *model, const struct json_object *o
 static int parse_generation(struct model_desc *model, const struct json_object *object, struct error *err)
 {
     int rc;
-    bool do_sample = true;
+    bool do_sample = true; // as servers read the file: a temperature counts unless do_sample says no
     if ((rc = parse_token_ids(model, object, err)) ||
         (rc = json_file_get_number(&model->default_temperature, object, "temperature", 0, 1000, JSON_OPTIONAL, err)) ||
         (rc = json_file_get_number(&model->default_top_p, object, "top_p", 0, 1, JSON_OPTIONAL, err)) ||
@@ -263,8 +263,10 @@ static int parse_generation(struct model_desc *model, const struct json_object *
         (rc = json_file_get_int(&model->default_top_k, object, "top_k", 0, INT_MAX, JSON_OPTIONAL, err)) ||
         (rc = json_file_get_bool(&do_sample, object, "do_sample", JSON_OPTIONAL, err)))
         return rc;
-    if (!do_sample)
-        model->default_temperature = 0; // greedy, whatever else the file says
+    if (!do_sample || model->default_top_p == 0) // no mass is left but the likeliest token's
+        model->default_temperature = 0;          // greedy, whatever else the file says
+    if (model->default_top_p == 0)
+        model->default_top_p = NAN;
     return 0;
 }
 

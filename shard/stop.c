@@ -2,9 +2,10 @@
 #include "shard/stop.h"
 
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 
-static volatile sig_atomic_t stop_signal;
+static atomic_int stop_signal; // lock-free: a handler may set it while threads read it
 
 static void on_signal(int number) { stop_signal = number; }
 

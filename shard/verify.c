@@ -114,9 +114,11 @@ int verify_checksums(struct shard_dir *dir, const char *path, struct thread_pool
     struct error found;
     int rc;
     for (uint32_t rank = 0; rank < dir->manifest->num_ranks; rank++) {
-        if (shard_dir_open_rank(dir, rank, &found))
+        if (shard_dir_open_rank(dir, rank, &found)) {
+            if (found.code == ERR_MEMORY) // says nothing about the file
+                return error_set(err, ERR_MEMORY, "%s", found.msg);
             verify_note(findings, &found);
-        else if ((rc = verify_rank(dir, rank, pool, progress, findings, err)))
+        } else if ((rc = verify_rank(dir, rank, pool, progress, findings, err)))
             return rc;
     }
     for (size_t i = 0; i < dir->manifest->num_extras; i++)

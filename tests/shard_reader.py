@@ -20,11 +20,12 @@ PART = struct.Struct("<II7Q")
 assert (HEADER.size, TENSOR.size, PART.size) == (256, 80, 64)
 
 KINDS = ["f32", "bf16", "int8", "fp8", "int4"]
-ROLES = ["embedding", "rope_inv_freq", "attention_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "o_bias", "mlp_norm",
-         "gate_up", "gate_up_bias", "down", "down_bias", "final_norm", "head"]
+ROLES = ["embedding", "rope_inv_freq", "attention_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "o_bias",
+         "mlp_norm", "gate_up", "gate_up_bias", "down", "down_bias", "final_norm", "head"]
 OUTSIDE_LAYERS = {"embedding", "rope_inv_freq", "final_norm", "head"}
 MATRICES = {"embedding", "qkv", "o", "gate_up", "down", "head"}
-SHARE = ["head_begin", "num_heads", "kv_head_begin", "num_kv_heads", "mlp_begin", "intermediate", "vocab_begin", "vocab"]
+SHARE = ["head_begin", "num_heads", "kv_head_begin", "num_kv_heads", "mlp_begin", "intermediate", "vocab_begin",
+         "vocab"]
 
 
 class Refused(Exception):
@@ -141,7 +142,7 @@ class RankFile:
             check(role < len(ROLES) and kind < len(KINDS), f"{what}: role or kind")
             role, kind = ROLES[role], KINDS[kind]
             check(layer == -1 if role in OUTSIDE_LAYERS else 0 <= layer <= 65535, f"{what} ({role}): layer {layer}")
-            check(group_size in (32, 64, 128) if kind == "int4" else group_size == 0, f"{what}: group_size {group_size}")
+            check(group_size in ((32, 64, 128) if kind == "int4" else (0,)), f"{what}: group_size {group_size}")
             check(rows <= MAX_DIM and cols <= MAX_DIM, f"{what}: shape")
             vector = role not in MATRICES
             check(not vector or kind == "f32" and rows == 1, f"{what} ({role}): not a vector")
@@ -184,7 +185,8 @@ class RankFile:
     def check_padding(self):
         """Between tensors; inside them, see dequantize."""
         end = 0
-        for begin, size in sorted(span for tensor in self.tensors for span in (tensor["data"], tensor["scale"]) if span[1]):
+        spans = (span for tensor in self.tensors for span in (tensor["data"], tensor["scale"]))
+        for begin, size in sorted(span for span in spans if span[1]):
             check(not any(self.payload[end:begin]), f"payload padding at {end}")
             end = begin + size
         check(not any(self.payload[end:]), "payload padding at the end")
@@ -360,7 +362,7 @@ def read_directory(folder):
     for number, entry in enumerate(manifest["ranks"]):
         path = os.path.join(folder, entry["name"])
         file = RankFile(path)
-        check(file.tp_size == manifest["tp_size"] and file.pp_size == manifest["pp_size"], f"{path}: tp_size or pp_size")
+        check((file.tp_size, file.pp_size) == (manifest["tp_size"], manifest["pp_size"]), f"{path}: tp_size or pp_size")
         check(file.pp_rank * file.tp_size + file.rank == number, f"{path}: rank {file.rank} in place {number}")
         check(file.contract.hex() == manifest["contract"], f"{path}: of another run (contract)")
         check(len(file.bytes) == entry["bytes"] and file.root == entry["xxh3_128"], f"{path}: size or root")

@@ -1,5 +1,5 @@
-// Sizes of weights, quantizers and stored layouts: the order of the bytes against the specification, the quality against
-// measured figures, and law 1: slicing and quantizing commute.
+// Sizes of weights, quantizers and stored layouts: the order of the bytes against the specification, the quality
+// against measured figures, and law 1: slicing and quantizing commute.
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -18,7 +18,7 @@
 #include "formats/number_formats.h"
 #include "kernels/pack.h"
 
-// ---- numbers to work on ----------------------------------------------------------------------------------------------
+// ---- numbers to work on ---------------------------------------------------------------------------------------------
 
 static uint64_t state;
 
@@ -93,7 +93,7 @@ static void assert_rows_equal(struct kind_case c, const struct packed_row *a, co
         assert_memory_equal(a->scale_f16, b->scale_f16, (cols + c.group_size - 1) / c.group_size * 2);
 }
 
-// ---- weight.h --------------------------------------------------------------------------------------------------------
+// ---- weight.h -------------------------------------------------------------------------------------------------------
 
 static void shapes(void **unused)
 {
@@ -163,7 +163,7 @@ static void kind_names(void **unused)
     assert_int_equal(kind, WEIGHT_INT8);
 }
 
-// ---- stored layouts --------------------------------------------------------------------------------------------------
+// ---- stored layouts -------------------------------------------------------------------------------------------------
 
 // The code of (row, col), looked up as the specification says it: by tile, lane, word, byte and nibble.
 static int specified_code(const uint8_t *data, uint64_t cols_padded, uint64_t row, uint64_t col)
@@ -302,8 +302,8 @@ static void store_load_round_trip(void **unused)
             }
 }
 
-// Law 1. Whole rows are quantized; ranks store slices of their columns, cut at whole groups; put together again they are
-// the whole rows, bit for bit, for every number of ranks.
+// Law 1. Whole rows are quantized; ranks store slices of their columns, cut at whole groups; put together again they
+// are the whole rows, bit for bit, for every number of ranks.
 static void slicing_commutes(void **unused)
 {
     (void)unused;
@@ -350,7 +350,7 @@ static void slicing_commutes(void **unused)
             }
 }
 
-// ---- quality ---------------------------------------------------------------------------------------------------------
+// ---- quality --------------------------------------------------------------------------------------------------------
 
 // Relative root mean square error in per cent over rows of different size, as formats are compared in the literature.
 static double relative_error(struct kind_case c, double (*draw)(void))
@@ -448,8 +448,8 @@ static void int4_search_is_as_good_as_force(void **unused)
                     found += (weight ? weight[i] : 1) * ((double)x[i] - y[i]) * ((double)x[i] - y[i]);
                 wanted += best;
             }
-            // The choice among candidates is made before the scale is rounded to f16, which costs a little in tiny groups,
-            // where the error itself is nothing but that rounding.
+            // The choice among candidates is made before the scale is rounded to f16, which costs a little in tiny
+            // groups, where the error itself is nothing but that rounding.
             if (!(found <= wanted * (counts[k] >= 32 ? 1.002 : 1.5)))
                 fail_msg("%d values, weighted %d: squared error %g, by force %g", counts[k], weighted, found, wanted);
             free_row(&row);
@@ -512,7 +512,7 @@ static void importance(void **unused)
     free_row(&plain);
 }
 
-// ---- extremes --------------------------------------------------------------------------------------------------------
+// ---- extremes -------------------------------------------------------------------------------------------------------
 
 static void extremes(void **unused)
 {
@@ -615,7 +615,7 @@ static void bf16_is_exact(void **unused)
     free(x);
 }
 
-// ---- the same bytes everywhere ---------------------------------------------------------------------------------------
+// ---- the same bytes everywhere --------------------------------------------------------------------------------------
 
 // Hashes of stored bytes: every compiler, optimisation level and instruction set must give these.
 static void golden_bytes(void **unused)

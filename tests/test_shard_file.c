@@ -1,6 +1,6 @@
 // Rank files: layout, round trip, refusals (truncation, flipped bits, every field), leaves, a golden file.
-// `build/tests/test_shard_file --write DIR` writes a small directory of two ranks that holds every kind of weight, whose
-// sources are known by formula; test_shard_reader.py reads it with a reader of its own.
+// `build/tests/test_shard_file --write DIR` writes a small directory of two ranks that holds every kind of weight,
+// whose sources are known by formula; test_shard_reader.py reads it with a reader of its own.
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -20,182 +20,7 @@
 #include "formats/file_io.h"
 #include "formats/manifest.h"
 #include "formats/shard_file.h"
-#include "kernels/pack.h"
-
-// ---- a small model ---------------------------------------------------------------------------------------------------
-
-enum { HIDDEN = 128, HEADS = 4, KV_HEADS = 2, HEAD_DIM = 32, INTERMEDIATE = 192, VOCAB = 300, TP = 2, TENSORS = 13 };
-
-// Element (row, col) of source `number`; exact in bf16. The same formula stands in test_shard_reader.py.
-static float source_value(unsigned number, uint64_t row, uint64_t col)
-{
-    return (float)((int)((row * 131 + col * 71 + row * col % 97 + number * 17) % 251) - 125) / 1024;
-}
-
-static const char *const source_names[] = {
-    "embed", "input_norm", "q",    "k",  "v",    "q_bias", "k_bias",  "v_bias",
-    "o",     "post_norm",  "gate", "up", "down", "norm",   "lm_head",
-};
-
-static unsigned source_number(const char *name)
-{
-    for (unsigned i = 0; i < sizeof source_names / sizeof *source_names; i++)
-        if (strcmp(name, source_names[i]) == 0)
-            return i;
-    fail_msg("no source %s", name);
-    return 0;
-}
-
-static struct rank_share share_of(uint32_t rank)
-{
-    int64_t mlp = partition_begin(3, rank, TP) * 64, vocab = partition_begin(VOCAB, rank, TP);
-    return (struct rank_share){
-        .head_begin = rank * 2,
-        .num_heads_local = 2,
-        .kv_head_begin = rank,
-        .num_kv_heads_local = 1,
-        .mlp_begin = mlp,
-        .intermediate_local = partition_begin(3, rank + 1, TP) * 64 - mlp,
-        .vocab_begin = vocab,
-        .vocab_local = partition_begin(VOCAB, rank + 1, TP) - vocab,
-    };
-}
-
-static void set_tensor(struct shard_tensor *tensor, enum tensor_role role, int32_t layer, enum weight_kind kind,
-                       uint32_t group_size, uint64_t rows, uint64_t cols)
-{
-    *tensor = (struct shard_tensor){.role = role, .layer = layer};
-    assert_true(weight_shape_make(&tensor->shape, kind, group_size, rows, cols));
-}
-
-static void add_part(struct shard_tensor *tensor, const char *source, uint64_t source_rows, uint64_t source_cols,
-                     uint64_t row_begin, uint64_t rows, uint64_t col_begin, uint64_t cols)
-{
-    tensor->parts[tensor->num_parts++] =
-        (struct shard_part){source, source_rows, source_cols, row_begin, rows, col_begin, cols};
-}
-
-static void make_tensors(struct shard_tensor tensors[TENSORS], const struct rank_share *share)
-{
-    uint64_t q_begin = (uint64_t)share->head_begin * HEAD_DIM, q = (uint64_t)share->num_heads_local * HEAD_DIM;
-    uint64_t kv_begin = (uint64_t)share->kv_head_begin * HEAD_DIM, kv = (uint64_t)share->num_kv_heads_local * HEAD_DIM;
-    uint64_t mlp_begin = (uint64_t)share->mlp_begin, mlp = (uint64_t)share->intermediate_local;
-    uint64_t vocab_begin = (uint64_t)share->vocab_begin, vocab = (uint64_t)share->vocab_local;
-    struct shard_tensor *t = tensors;
-    set_tensor(t, ROLE_EMBEDDING, -1, WEIGHT_BF16, 0, vocab, HIDDEN);
-    add_part(t++, "embed", VOCAB, HIDDEN, vocab_begin, vocab, 0, HIDDEN);
-    set_tensor(t++, ROLE_ROPE_INV_FREQ, -1, WEIGHT_F32, 0, 1, HEAD_DIM / 2);
-    set_tensor(t, ROLE_ATTENTION_NORM, 0, WEIGHT_F32, 0, 1, HIDDEN);
-    add_part(t++, "input_norm", 1, HIDDEN, 0, 1, 0, HIDDEN);
-    set_tensor(t, ROLE_QKV, 0, WEIGHT_INT4, 32, q + 2 * kv, HIDDEN);
-    add_part(t, "q", HEADS * HEAD_DIM, HIDDEN, q_begin, q, 0, HIDDEN);
-    add_part(t, "k", KV_HEADS * HEAD_DIM, HIDDEN, kv_begin, kv, 0, HIDDEN);
-    add_part(t++, "v", KV_HEADS * HEAD_DIM, HIDDEN, kv_begin, kv, 0, HIDDEN);
-    set_tensor(t, ROLE_QKV_BIAS, 0, WEIGHT_F32, 0, 1, q + 2 * kv);
-    add_part(t, "q_bias", 1, HEADS * HEAD_DIM, 0, 1, q_begin, q);
-    add_part(t, "k_bias", 1, KV_HEADS * HEAD_DIM, 0, 1, kv_begin, kv);
-    add_part(t++, "v_bias", 1, KV_HEADS * HEAD_DIM, 0, 1, kv_begin, kv);
-    set_tensor(t, ROLE_O, 0, WEIGHT_FP8, 0, HIDDEN, q);
-    add_part(t++, "o", HIDDEN, HEADS * HEAD_DIM, 0, HIDDEN, q_begin, q);
-    set_tensor(t, ROLE_MLP_NORM, 0, WEIGHT_F32, 0, 1, HIDDEN);
-    add_part(t++, "post_norm", 1, HIDDEN, 0, 1, 0, HIDDEN);
-    set_tensor(t, ROLE_GATE_UP, 0, WEIGHT_INT4, 128, 2 * mlp, HIDDEN);
-    add_part(t, "gate", INTERMEDIATE, HIDDEN, mlp_begin, mlp, 0, HIDDEN);
-    add_part(t++, "up", INTERMEDIATE, HIDDEN, mlp_begin, mlp, 0, HIDDEN);
-    set_tensor(t, ROLE_DOWN, 0, WEIGHT_INT4, 64, HIDDEN, mlp);
-    add_part(t++, "down", HIDDEN, INTERMEDIATE, 0, HIDDEN, mlp_begin, mlp);
-    set_tensor(t, ROLE_FINAL_NORM, -1, WEIGHT_F32, 0, 1, HIDDEN);
-    add_part(t++, "norm", 1, HIDDEN, 0, 1, 0, HIDDEN);
-    set_tensor(t, ROLE_HEAD, -1, WEIGHT_INT8, 0, vocab, HIDDEN);
-    add_part(t++, "lm_head", VOCAB, HIDDEN, vocab_begin, vocab, 0, HIDDEN);
-    // Two of no size: a rank may own nothing of a layer.
-    set_tensor(t, ROLE_QKV, 1, WEIGHT_INT8, 0, 0, HIDDEN);
-    add_part(t++, "q", HEADS * HEAD_DIM, HIDDEN, 0, 0, 0, HIDDEN);
-    set_tensor(t, ROLE_O, 1, WEIGHT_INT4, 32, HIDDEN, 0);
-    add_part(t++, "o", HIDDEN, HEADS * HEAD_DIM, 0, HIDDEN, 0, 0);
-    assert_int_equal(t - tensors, TENSORS);
-}
-
-static void fill_tensor(uint8_t *payload, const struct shard_tensor *tensor)
-{
-    if (tensor->role == ROLE_ROPE_INV_FREQ) {
-        for (int i = 0; i < HEAD_DIM / 2; i++) {
-            float value = 1.0f / (float)(i + 1);
-            memcpy(payload + tensor->data_offset + 4 * i, &value, 4);
-        }
-        return;
-    }
-    uint64_t stored_row = 0, stored_col = 0;
-    for (int p = 0; p < tensor->num_parts; p++) {
-        const struct shard_part *part = &tensor->parts[p];
-        unsigned number = source_number(part->source);
-        if (tensor->shape.kind == WEIGHT_F32) {
-            for (uint64_t i = 0; i < part->cols; i++, stored_col++) {
-                float value = source_value(number, 0, part->col_begin + i);
-                memcpy(payload + tensor->data_offset + 4 * stored_col, &value, 4);
-            }
-            continue;
-        }
-        for (uint64_t r = 0; r < part->rows; r++, stored_row++) {
-            enum weight_kind kind = tensor->shape.kind;
-            uint32_t group_size = tensor->shape.group_size;
-            float x[256];
-            assert_true(part->source_cols <= 256);
-            for (uint64_t c = 0; c < part->source_cols; c++)
-                x[c] = source_value(number, part->row_begin + r, c);
-            uint64_t memory[256];
-            assert_true(packed_row_bytes(kind, group_size, part->source_cols) <= sizeof memory);
-            struct packed_row row;
-            packed_row_place(&row, memory, kind, group_size, part->source_cols);
-            assert_int_equal(pack_quantize_row(&row, kind, group_size, x, part->source_cols, NULL, NULL), 0);
-            pack_store_row(payload + tensor->data_offset, payload + tensor->scale_offset, &tensor->shape, 0, stored_row,
-                           &row, part->col_begin);
-        }
-    }
-}
-
-struct rank_file {
-    struct shard_identity identity;
-    struct shard_tensor tensors[TENSORS];
-    uint8_t *bytes; // the whole file
-    uint64_t payload_offset, payload_bytes, file_bytes;
-    struct checksum128 root;
-};
-
-// extra_vocab makes the file longer: rows of zeros of a larger vocabulary.
-static void make_file(struct rank_file *file, uint32_t rank, const uint8_t contract[16], uint64_t extra_vocab)
-{
-    struct error err = {0};
-    *file = (struct rank_file){
-        .identity = {.rank = rank, .tp_size = TP, .pp_rank = 0, .pp_size = 1, .share = share_of(rank)}};
-    memcpy(file->identity.contract, contract, 16);
-    make_tensors(file->tensors, &file->identity.share);
-    if (extra_vocab) {
-        struct shard_tensor *embedding = &file->tensors[0];
-        embedding->shape.rows += extra_vocab;
-        assert_true(weight_shape_make(&embedding->shape, WEIGHT_BF16, 0, embedding->shape.rows, HIDDEN));
-        embedding->parts[0].rows += extra_vocab;
-        embedding->parts[0].source_rows += extra_vocab;
-    }
-    if (shard_layout(file->tensors, TENSORS, &file->payload_offset, &file->payload_bytes, &file->file_bytes, &err))
-        fail_msg("%s", err.msg);
-    file->bytes = calloc(1, file->file_bytes);
-    assert_non_null(file->bytes);
-    uint8_t *payload = file->bytes + file->payload_offset;
-    for (int i = 0; i < TENSORS; i++)
-        fill_tensor(payload, &file->tensors[i]);
-    uint64_t leaves[64], leaf_count = (file->payload_bytes + SHARD_LEAF_BYTES - 1) / SHARD_LEAF_BYTES;
-    assert_true(leaf_count <= 64);
-    for (uint64_t i = 0; i < leaf_count; i++) {
-        uint64_t begin = i * SHARD_LEAF_BYTES, left = file->payload_bytes - begin;
-        leaves[i] = checksum_leaf(payload + begin, left < SHARD_LEAF_BYTES ? left : SHARD_LEAF_BYTES);
-    }
-    uint8_t *head;
-    if (shard_head_serialise(&head, &file->identity, file->tensors, TENSORS, leaves, &file->root, &err))
-        fail_msg("%s", err.msg);
-    memcpy(file->bytes, head, file->payload_offset);
-    free(head);
-}
+#include "tests/shard_fixture.h"
 
 static const uint8_t some_contract[16] = {0xc0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 0x0f};
 
@@ -218,15 +43,15 @@ static void assert_refused(const uint8_t *bytes, uint64_t available, uint64_t fi
         fail_msg("%s: '%s' instead of '%s'", what, err.msg, wanted);
 }
 
-// ---- round trip ------------------------------------------------------------------------------------------------------
+// ---- round trip -----------------------------------------------------------------------------------------------------
 
 static void layout_follows_the_rules(void **state)
 {
     (void)state;
-    struct rank_file file;
-    make_file(&file, 1, some_contract, 0);
+    struct shard_fixture file;
+    shard_fixture_make(&file, 1, some_contract, 0);
     uint64_t end = 0;
-    for (int i = 0; i < TENSORS; i++) {
+    for (int i = 0; i < SHARD_FIXTURE_TENSORS; i++) {
         const struct shard_tensor *tensor = &file.tensors[i];
         uint64_t data = (end + 255) / 256 * 256;
         assert_int_equal(tensor->data_offset, data);
@@ -262,10 +87,10 @@ static void assert_same_tensor(const struct shard_tensor *a, const struct shard_
 static void what_is_written_is_read(void **state)
 {
     (void)state;
-    struct rank_file written;
+    struct shard_fixture written;
     struct shard_file *file = NULL;
     struct error err = {0};
-    make_file(&written, 1, some_contract, 0);
+    shard_fixture_make(&written, 1, some_contract, 0);
     uint8_t *head = malloc(written.payload_offset);
     assert_non_null(head);
     memcpy(head, written.bytes, written.payload_offset);
@@ -273,8 +98,8 @@ static void what_is_written_is_read(void **state)
         fail_msg("%s", err.msg);
     free(head); // the reader keeps a copy
     assert_memory_equal(shard_file_identity(file), &written.identity, sizeof written.identity);
-    assert_int_equal(shard_file_tensor_count(file), TENSORS);
-    for (int i = 0; i < TENSORS; i++) {
+    assert_int_equal(shard_file_tensor_count(file), SHARD_FIXTURE_TENSORS);
+    for (int i = 0; i < SHARD_FIXTURE_TENSORS; i++) {
         const struct shard_tensor *wanted = &written.tensors[i];
         assert_same_tensor(shard_file_tensor(file, (uint64_t)i), wanted);
         assert_ptr_equal(shard_file_find(file, wanted->role, wanted->layer), shard_file_tensor(file, (uint64_t)i));
@@ -291,8 +116,8 @@ static void what_is_written_is_read(void **state)
     shard_file_close(file);
 
     // The same input, the same bytes.
-    struct rank_file again;
-    make_file(&again, 1, some_contract, 0);
+    struct shard_fixture again;
+    shard_fixture_make(&again, 1, some_contract, 0);
     assert_memory_equal(again.bytes, written.bytes, written.file_bytes);
     free(again.bytes);
     free(written.bytes);
@@ -309,13 +134,13 @@ static void roles_have_names(void **state)
     assert_string_equal(tensor_role_name(ROLE_COUNT), "unknown");
 }
 
-// ---- refusals --------------------------------------------------------------------------------------------------------
+// ---- refusals -------------------------------------------------------------------------------------------------------
 
 static void truncated(void **state)
 {
     (void)state;
-    struct rank_file file;
-    make_file(&file, 1, some_contract, 12000);
+    struct shard_fixture file;
+    shard_fixture_make(&file, 1, some_contract, 12000);
     // Every byte of the part that is in use, then a few; the file's length known, or that of the truncated copy.
     for (uint64_t bytes = 0; bytes < file.payload_offset; bytes += bytes < 8192 ? 1 : 4093) {
         // An exact copy: a read past its end shows under the address sanitizer.
@@ -340,17 +165,17 @@ static void truncated(void **state)
 static void every_flipped_bit_of_the_head(void **state)
 {
     (void)state;
-    struct rank_file file;
-    make_file(&file, 1, some_contract, 0);
+    struct shard_fixture file;
+    shard_fixture_make(&file, 1, some_contract, 0);
     uint64_t used = file.payload_offset;
     while (file.bytes[used - 1] == 0)
         used--;
-    uint64_t random = 1;
+    uint64_t random = 1, padding_bits = (file.payload_offset - used) * 8;
     for (uint64_t i = 0; i < used * 8 + 1000; i++) {
         uint64_t bit = i;
-        if (bit >= used * 8) { // somewhere in the padding
+        if (bit >= used * 8 && padding_bits) { // somewhere in the padding
             random = random * 6364136223846793005u + 1442695040888963407u;
-            bit = used * 8 + (random >> 16) % ((file.payload_offset - used) * 8);
+            bit = used * 8 + (random >> 16) % padding_bits;
         }
         file.bytes[bit / 8] ^= (uint8_t)(1 << bit % 8);
         struct error err = {0};
@@ -365,10 +190,10 @@ static void every_flipped_bit_of_the_head(void **state)
 static void flipped_bits_of_the_payload(void **state)
 {
     (void)state;
-    struct rank_file written;
+    struct shard_fixture written;
     struct shard_file *file = NULL;
     struct error err = {0};
-    make_file(&written, 1, some_contract, 5000);
+    shard_fixture_make(&written, 1, some_contract, 5000);
     assert_int_equal(parse(written.bytes, written.payload_offset, written.file_bytes, &file, &err), 0);
     uint64_t leaves = shard_file_leaf_count(file), covered = 0;
     assert_true(leaves >= 2);
@@ -400,10 +225,10 @@ static void flipped_bits_of_the_payload(void **state)
 static void a_broken_leaf_is_named(void **state)
 {
     (void)state;
-    struct rank_file written;
+    struct shard_fixture written;
     struct shard_file *file = NULL;
     struct error err = {0};
-    make_file(&written, 1, some_contract, 9000);
+    shard_fixture_make(&written, 1, some_contract, 9000);
     assert_int_equal(parse(written.bytes, written.payload_offset, written.file_bytes, &file, &err), 0);
     assert_int_equal(shard_file_leaf_count(file), 3);
     uint8_t *zeros = calloc(1, SHARD_LEAF_BYTES);
@@ -421,7 +246,7 @@ static void a_broken_leaf_is_named(void **state)
     free(written.bytes);
 }
 
-// ---- fields ----------------------------------------------------------------------------------------------------------
+// ---- fields ---------------------------------------------------------------------------------------------------------
 
 static void put_head_hash(uint8_t *head, uint64_t head_bytes)
 {
@@ -437,7 +262,7 @@ static void put_head_hash(uint8_t *head, uint64_t head_bytes)
 static void every_field(void **state)
 {
     (void)state;
-    enum { T = 256, P = T + 80 * TENSORS, PARTS = 17, S = P + 64 * PARTS };
+    enum { T = 256, P = T + 80 * SHARD_FIXTURE_TENSORS, PARTS = 17, S = P + 64 * PARTS };
     static const struct {
         const char *what;
         uint64_t offset;
@@ -460,8 +285,8 @@ static void every_field(void **state)
         {"pp_rank", 32, 4, 1, "stage 1 of 1"},
         {"pp_size 0", 36, 4, 0, "stage 0 of 0"},
         {"no tensor", 40, 4, 0, "holds no tensor"},
-        {"one tensor less", 40, 4, TENSORS - 1, "offset of parts"},
-        {"one tensor more", 40, 4, TENSORS + 1, "offset of parts"},
+        {"one tensor less", 40, 4, SHARD_FIXTURE_TENSORS - 1, "offset of parts"},
+        {"one tensor more", 40, 4, SHARD_FIXTURE_TENSORS + 1, "offset of parts"},
         {"2^32 - 1 tensors", 40, 4, 0xffffffffu, "impossible counts"},
         {"one part less", 44, 4, PARTS - 1, "offset of names"},
         {"2^32 - 1 parts", 44, 4, 0xffffffffu, "impossible counts"},
@@ -546,8 +371,8 @@ static void every_field(void **state)
         {"another name", S, 1, 'f', NULL},
         {"padding of the head", (2 << 20) - 1, 1, 1, "padding of its head is not zero"},
     };
-    struct rank_file file;
-    make_file(&file, 1, some_contract, 0);
+    struct shard_fixture file;
+    shard_fixture_make(&file, 1, some_contract, 0);
     uint8_t *head = malloc(file.payload_offset);
     assert_non_null(head);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -579,8 +404,8 @@ static void every_field(void **state)
 static void consistent_lies(void **state)
 {
     (void)state;
-    struct rank_file file;
-    make_file(&file, 1, some_contract, 0);
+    struct shard_fixture file;
+    shard_fixture_make(&file, 1, some_contract, 0);
     uint64_t longer[2] = {file.payload_bytes + 4096, file.file_bytes + 4096}, strings_bytes;
     memcpy(file.bytes + 104, longer, sizeof longer);
     put_head_hash(file.bytes, file.payload_offset);
@@ -606,28 +431,32 @@ static void writer_refuses(void **state)
     memset(long_name, 'n', 256);
     long_name[256] = 0;
     const char *names[] = {"", "a\nb", "caf\xc3\xa9", long_name};
-    struct rank_file file;
-    make_file(&file, 1, some_contract, 0);
+    struct shard_fixture file;
+    shard_fixture_make(&file, 1, some_contract, 0);
     uint64_t leaf = 0;
     uint8_t *head = NULL;
     struct error err = {0};
     for (size_t i = 0; i < 4; i++) {
         file.tensors[0].parts[0].source = names[i];
-        assert_int_equal(shard_head_serialise(&head, &file.identity, file.tensors, TENSORS, &leaf, NULL, &err),
-                         ERR_CORRUPT);
+        assert_int_equal(
+            shard_head_serialise(&head, &file.identity, file.tensors, SHARD_FIXTURE_TENSORS, &leaf, NULL, &err),
+            ERR_CORRUPT);
     }
     file.tensors[0].parts[0].source = long_name + 1;
-    assert_int_equal(shard_head_serialise(&head, &file.identity, file.tensors, TENSORS, &leaf, NULL, &err), 0);
+    assert_int_equal(
+        shard_head_serialise(&head, &file.identity, file.tensors, SHARD_FIXTURE_TENSORS, &leaf, NULL, &err), 0);
     free(head);
     head = NULL;
     file.tensors[12].layer = 0;
-    assert_int_equal(shard_head_serialise(&head, &file.identity, file.tensors, TENSORS, &leaf, NULL, &err),
-                     ERR_CORRUPT);
+    assert_int_equal(
+        shard_head_serialise(&head, &file.identity, file.tensors, SHARD_FIXTURE_TENSORS, &leaf, NULL, &err),
+        ERR_CORRUPT);
     assert_non_null(strstr(err.msg, "two tensors are o of layer 0"));
     file.tensors[12].layer = 1;
     file.identity.rank = 2;
-    assert_int_equal(shard_head_serialise(&head, &file.identity, file.tensors, TENSORS, &leaf, NULL, &err),
-                     ERR_CORRUPT);
+    assert_int_equal(
+        shard_head_serialise(&head, &file.identity, file.tensors, SHARD_FIXTURE_TENSORS, &leaf, NULL, &err),
+        ERR_CORRUPT);
     assert_null(head);
     free(file.bytes);
 }
@@ -640,18 +469,18 @@ static void too_large(void **state)
     uint64_t payload_offset, payload_bytes, file_bytes;
     struct error err = {0};
     for (int32_t i = 0; i < 5; i++)
-        set_tensor(&tensors[i], ROLE_QKV, i, WEIGHT_INT8, 0, 0x7fffffff, 0x7fffffff);
+        shard_fixture_set_tensor(&tensors[i], ROLE_QKV, i, WEIGHT_INT8, 0, 0x7fffffff, 0x7fffffff);
     assert_int_equal(shard_layout(tensors, 5, &payload_offset, &payload_bytes, &file_bytes, &err), ERR_MODEL);
     assert_non_null(strstr(err.msg, "2^64"));
     assert_int_equal(shard_layout(tensors, 1, &payload_offset, &payload_bytes, &file_bytes, &err), ERR_MODEL);
     assert_non_null(strstr(err.msg, "16 MiB"));
     // A large model's rank file: the index needs no more than one step of 2 MiB.
-    set_tensor(&tensors[0], ROLE_QKV, 0, WEIGHT_INT8, 0, 1 << 20, 40 << 10);
+    shard_fixture_set_tensor(&tensors[0], ROLE_QKV, 0, WEIGHT_INT8, 0, 1 << 20, 40 << 10);
     assert_int_equal(shard_layout(tensors, 1, &payload_offset, &payload_bytes, &file_bytes, &err), 0);
     assert_int_equal(payload_offset, 2 << 20);
 }
 
-// ---- files -----------------------------------------------------------------------------------------------------------
+// ---- files ----------------------------------------------------------------------------------------------------------
 
 static char dir[64];
 
@@ -671,11 +500,11 @@ static int remove_dir(void **state)
 static void opens_and_maps(void **state)
 {
     (void)state;
-    struct rank_file written;
+    struct shard_fixture written;
     struct shard_file *file = NULL;
     struct error err = {0};
     char path[128];
-    make_file(&written, 0, some_contract, 5000);
+    shard_fixture_make(&written, 0, some_contract, 5000);
     snprintf(path, sizeof path, "%s/rank", dir);
     assert_int_equal(shard_file_open(&file, path, &err), ERR_IO);
     assert_int_equal(shard_file_open(&file, dir, &err), ERR_IO);
@@ -718,69 +547,7 @@ static void opens_and_maps(void **state)
     shard_file_close(NULL);
 }
 
-// ---- a directory -----------------------------------------------------------------------------------------------------
-
-static void write_directory(const char *out_dir)
-{
-    struct error err = {0};
-    struct manifest_file ranks[TP] = {0}, extra = {.name = "note.txt", .bytes = 6};
-    extra.hash = checksum_whole("hello\n", 6);
-    struct manifest_file source = {.name = "model.safetensors", .bytes = 1000, .hash = {1, 2}};
-    struct manifest manifest = {
-        .version = 1,
-        .tool = "test",
-        .model = {.architecture = "Formula",
-                  .num_layers = 2,
-                  .hidden_size = HIDDEN,
-                  .intermediate_size = INTERMEDIATE,
-                  .num_heads = HEADS,
-                  .num_kv_heads = KV_HEADS,
-                  .head_dim = HEAD_DIM,
-                  .vocab_size = VOCAB,
-                  .context = 64,
-                  .norm_eps = 1e-5,
-                  .rope_attention_factor = 1.1,
-                  .qkv_bias = true,
-                  .bos_token_id = -1,
-                  .eos_token_ids = {7, 8},
-                  .num_eos = 2,
-                  .default_temperature = 0.7,
-                  .default_top_p = 0.9,
-                  .default_repetition_penalty = 1.05,
-                  .default_top_k = -1},
-        .tp_size = TP,
-        .pp_size = 1,
-        .quant = {.linear = WEIGHT_INT4, .embedding = WEIGHT_BF16, .head = WEIGHT_INT8, .group_size = 64},
-        .wire_advice = "bf16",
-        .ranks = ranks,
-        .num_ranks = TP,
-        .extras = &extra,
-        .num_extras = 1,
-        .sources = &source,
-        .num_sources = 1,
-    };
-    struct checksum128 sum;
-    if (manifest_contract(&manifest, &sum, &err))
-        fail_msg("%s", err.msg);
-    uint8_t contract[16];
-    for (int i = 0; i < 16; i++)
-        contract[i] = (uint8_t)((i < 8 ? sum.high : sum.low) >> (56 - 8 * (i % 8)));
-    char names[TP][64];
-    for (uint32_t rank = 0; rank < TP; rank++) {
-        struct rank_file file;
-        make_file(&file, rank, contract, 0);
-        manifest_rank_file_name(names[rank], sizeof names[rank], rank, TP);
-        ranks[rank] = (struct manifest_file){names[rank], file.file_bytes, file.root};
-        if (file_write_atomic(out_dir, names[rank], file.bytes, file.file_bytes, &err))
-            fail_msg("%s", err.msg);
-        free(file.bytes);
-    }
-    char *text = NULL;
-    if (file_write_atomic(out_dir, extra.name, "hello\n", 6, &err) || manifest_to_json(&manifest, &text, &err) ||
-        file_write_atomic(out_dir, MANIFEST_FILE_NAME, text, strlen(text), &err))
-        fail_msg("%s", err.msg);
-    free(text);
-}
+// ---- a directory ----------------------------------------------------------------------------------------------------
 
 static uint8_t *read_file(const char *folder, const char *name, uint64_t *bytes)
 {
@@ -799,7 +566,7 @@ static void golden(void **state)
     (void)state;
     static const char golden_dir[] = "tests/golden/shard_file";
     static const char *const names[] = {"model.json", "note.txt", "rank-00-of-02.tpshard", "rank-01-of-02.tpshard"};
-    write_directory(dir);
+    shard_fixture_write(dir);
     struct manifest *manifest = NULL;
     struct error err = {0};
     if (manifest_read(&manifest, dir, &err))
@@ -842,7 +609,7 @@ static void golden(void **state)
 int main(int argc, char **argv)
 {
     if (argc == 3 && strcmp(argv[1], "--write") == 0) {
-        write_directory(argv[2]);
+        shard_fixture_write(argv[2]);
         return 0;
     }
     const struct CMUnitTest tests[] = {

@@ -78,8 +78,8 @@ def refused(folder):
 
 # ---- the small directory of test_shard_file --------------------------------------------------------------------------
 
-FORMULA_SOURCES = ["embed", "input_norm", "q", "k", "v", "q_bias", "k_bias", "v_bias", "o", "post_norm", "gate", "up", "down",
-                   "norm", "lm_head"]
+FORMULA_SOURCES = ["embed", "input_norm", "q", "k", "v", "q_bias", "k_bias", "v_bias", "o", "post_norm", "gate", "up",
+                   "down", "norm", "lm_head"]
 
 
 def formula_row(name, row, begin, end):
@@ -175,7 +175,8 @@ class Safetensors:
         assert tensor["dtype"] == "BF16", "the bundled model is bf16"
         cols = tensor["shape"][-1]
         at = tensor["data_offsets"][0] + 2 * (row * cols + begin)
-        return [shard_reader.f32_from_bits(bits << 16) for bits in struct.unpack_from(f"<{end - begin}H", self.data, at)]
+        values = struct.unpack_from(f"<{end - begin}H", self.data, at)
+        return [shard_reader.f32_from_bits(bits << 16) for bits in values]
 
     def covered(self, files):
         """Source tensors of which an element stands in no rank file."""

@@ -1,6 +1,6 @@
-// The head of a rank file. The checksum in it would stop nearly every mutation, so the target computes it anew, and takes
-// the length of the file from the header: the checks behind are what is tested. An input is a head without its trailing
-// zeros.
+// The head of a rank file. The checksum in it would stop nearly every mutation, so the target computes it anew, and
+// takes the length of the file from the header: the checks behind are what is tested. An input is a head without its
+// trailing zeros.
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>

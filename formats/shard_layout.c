@@ -1,0 +1,225 @@
+// Writer of rank files: where everything lies, and the bytes of the head. See shard_file.h for what is public; the
+// specification is shard_file.md.
+#include "formats/shard_layout.h"
+
+#include "formats/checked.h"
+#include "formats/error.h"
+
+#include <assert.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+const char *shard_layout_label(char *buffer, size_t bytes, const struct shard_tensor *tensor)
+{
+    char place[32] = "";
+    if (tensor->layer >= 0)
+        snprintf(place, sizeof place, "layers.%" PRId32 ".", tensor->layer);
+    const char *source = tensor->num_parts ? tensor->parts[0].source : "computed";
+    snprintf(buffer, bytes, "%s%s (%s%s)", place, tensor_role_name(tensor->role), source,
+             tensor->num_parts > 1 ? ", ..." : "");
+    return buffer;
+}
+
+// Gives `bytes` the next aligned place behind *end.
+static bool place_bytes(uint64_t *offset, uint64_t *end, uint64_t bytes)
+{
+    uint64_t begin;
+    if (!checked_round_up(*end, SHARD_TENSOR_ALIGN, &begin) || !checked_add(begin, bytes, end))
+        return false;
+    *offset = begin;
+    return true;
+}
+
+bool shard_layout_tensor(struct shard_tensor *tensor, uint64_t *end)
+{
+    tensor->scale_offset = 0;
+    return place_bytes(&tensor->data_offset, end, tensor->shape.data_bytes) &&
+           (tensor->shape.scale_bytes == 0 || place_bytes(&tensor->scale_offset, end, tensor->shape.scale_bytes));
+}
+
+// Counts are bounded before they are multiplied: a hostile header may say anything.
+bool shard_layout_file(struct shard_disk_layout *out, uint64_t tensor_count, uint64_t part_count,
+                       uint64_t strings_bytes, uint64_t payload_end)
+{
+    if (tensor_count > HEAD_MAX_BYTES || part_count > HEAD_MAX_BYTES || strings_bytes > HEAD_MAX_BYTES)
+        return false;
+    struct shard_disk_layout layout = {.part_count = part_count, .strings_bytes = strings_bytes};
+    if (!checked_round_up(payload_end, SHARD_FILE_ALIGN, &layout.payload_bytes))
+        return false;
+    layout.leaf_count = layout.payload_bytes / SHARD_LEAF_BYTES + (layout.payload_bytes % SHARD_LEAF_BYTES != 0);
+    if (layout.leaf_count > HEAD_MAX_BYTES)
+        return false;
+    layout.parts_offset = HEADER_BYTES + tensor_count * sizeof(struct disk_tensor);
+    layout.strings_offset = layout.parts_offset + part_count * sizeof(struct disk_part);
+    layout.leaves_offset = round_up(layout.strings_offset + strings_bytes, LEAVES_ALIGN);
+    layout.payload_offset = round_up(layout.leaves_offset + layout.leaf_count * sizeof(uint64_t), SHARD_PAYLOAD_ALIGN);
+    layout.file_bytes = layout.payload_offset + layout.payload_bytes;
+    if (layout.payload_offset > HEAD_MAX_BYTES)
+        return false;
+    *out = layout;
+    return true;
+}
+
+static int layout_tensors(struct shard_disk_layout *out, struct shard_tensor *tensors, uint64_t count,
+                          struct error *err)
+{
+    uint64_t end = 0, part_count = 0, strings_bytes = 0;
+    char label[192];
+    for (uint64_t i = 0; i < count; i++) {
+        struct shard_tensor *tensor = &tensors[i];
+        assert(tensor->num_parts >= 0 && tensor->num_parts <= SHARD_MAX_PARTS);
+        if (!shard_layout_tensor(tensor, &end))
+            return error_set(err, ERR_MODEL, "tensor %s: the rank file would exceed 2^64 bytes",
+                             shard_layout_label(label, sizeof label, tensor));
+        part_count += (uint64_t)tensor->num_parts;
+        for (int p = 0; p < tensor->num_parts; p++)
+            strings_bytes += strlen(tensor->parts[p].source) + 1;
+    }
+    if (!shard_layout_file(out, count, part_count, strings_bytes, end))
+        return error_set(err, ERR_MODEL,
+                         "the index of the rank file would exceed %d MiB (%" PRIu64 " tensors, %" PRIu64
+                         " bytes of weights); split the model over more ranks",
+                         HEAD_MAX_BYTES >> 20, count, end);
+    return 0;
+}
+
+int shard_layout(struct shard_tensor *tensors, uint64_t count, uint64_t *payload_offset, uint64_t *payload_bytes,
+                 uint64_t *file_bytes, struct error *err)
+{
+    struct shard_disk_layout layout;
+    int rc = layout_tensors(&layout, tensors, count, err);
+    if (rc)
+        return rc;
+    *payload_offset = layout.payload_offset;
+    *payload_bytes = layout.payload_bytes;
+    *file_bytes = layout.file_bytes;
+    return 0;
+}
+
+void shard_layout_put_checksum(uint8_t out[16], struct checksum128 sum)
+{
+    for (int i = 0; i < 8; i++) {
+        out[i] = (uint8_t)(sum.high >> (56 - 8 * i));
+        out[8 + i] = (uint8_t)(sum.low >> (56 - 8 * i));
+    }
+}
+
+// ---- writing --------------------------------------------------------------------------------------------------------
+
+static struct disk_header make_header(const struct shard_disk_layout *layout, const struct shard_identity *identity,
+                                      uint64_t tensor_count)
+{
+    const struct rank_share *share = &identity->share;
+    struct disk_header header = {
+        .version = SHARD_VERSION,
+        .header_bytes = HEADER_BYTES,
+        .rank = identity->rank,
+        .tp_size = identity->tp_size,
+        .pp_rank = identity->pp_rank,
+        .pp_size = identity->pp_size,
+        .tensor_count = (uint32_t)tensor_count,
+        .part_count = (uint32_t)layout->part_count,
+        .tensors_offset = HEADER_BYTES,
+        .parts_offset = layout->parts_offset,
+        .strings_offset = layout->strings_offset,
+        .strings_bytes = layout->strings_bytes,
+        .leaves_offset = layout->leaves_offset,
+        .leaf_count = layout->leaf_count,
+        .payload_offset = layout->payload_offset,
+        .payload_bytes = layout->payload_bytes,
+        .file_bytes = layout->file_bytes,
+        .share = {(uint64_t)share->head_begin, (uint64_t)share->num_heads_local, (uint64_t)share->kv_head_begin,
+                  (uint64_t)share->num_kv_heads_local, (uint64_t)share->mlp_begin, (uint64_t)share->intermediate_local,
+                  (uint64_t)share->vocab_begin, (uint64_t)share->vocab_local},
+    };
+    memcpy(header.magic, SHARD_MAGIC, sizeof header.magic);
+    memcpy(header.contract, identity->contract, sizeof header.contract);
+    return header;
+}
+
+// Tensor records, part records and names.
+static void write_index(uint8_t *head, const struct shard_disk_layout *layout, const struct shard_tensor *tensors,
+                        uint64_t count)
+{
+    uint8_t *tensor_at = head + HEADER_BYTES, *part_at = head + layout->parts_offset;
+    char *names = (char *)head + layout->strings_offset;
+    uint32_t part_end = 0, name_end = 0;
+    for (uint64_t i = 0; i < count; i++) {
+        const struct shard_tensor *tensor = &tensors[i];
+        struct disk_tensor record = {
+            .role = (uint32_t)tensor->role,
+            .layer = tensor->layer,
+            .kind = (uint32_t)tensor->shape.kind,
+            .group_size = tensor->shape.group_size,
+            .rows = tensor->shape.rows,
+            .cols = tensor->shape.cols,
+            .data_offset = tensor->data_offset,
+            .data_bytes = tensor->shape.data_bytes,
+            .scale_offset = tensor->scale_offset,
+            .scale_bytes = tensor->shape.scale_bytes,
+            .first_part = part_end,
+            .num_parts = (uint32_t)tensor->num_parts,
+        };
+        memcpy(tensor_at + i * sizeof record, &record, sizeof record);
+        for (int p = 0; p < tensor->num_parts; p++, part_end++) {
+            const struct shard_part *part = &tensor->parts[p];
+            struct disk_part part_record = {
+                .name_offset = name_end,
+                .name_bytes = (uint32_t)strlen(part->source),
+                .source_rows = part->source_rows,
+                .source_cols = part->source_cols,
+                .row_begin = part->row_begin,
+                .rows = part->rows,
+                .col_begin = part->col_begin,
+                .cols = part->cols,
+            };
+            memcpy(part_at + part_end * sizeof part_record, &part_record, sizeof part_record);
+            memcpy(names + name_end, part->source, part_record.name_bytes);
+            name_end += part_record.name_bytes + 1;
+        }
+    }
+}
+
+int shard_head_serialise(uint8_t **out, const struct shard_identity *identity, const struct shard_tensor *tensors,
+                         uint64_t count, const uint64_t *leaves, struct checksum128 *root, struct error *err)
+{
+    int rc;
+    struct shard_disk_layout layout;
+    uint8_t *head = NULL;
+    struct shard_file *check = NULL;
+    struct shard_tensor *placed = malloc(count * sizeof *placed + 1);
+    if (!placed)
+        return error_set(err, ERR_MEMORY, "out of memory for the index of %" PRIu64 " tensors", count);
+    memcpy(placed, tensors, count * sizeof *placed);
+    if ((rc = layout_tensors(&layout, placed, count, err)))
+        goto fail;
+    head = calloc(1, layout.payload_offset);
+    if (!head) {
+        rc = error_set(err, ERR_MEMORY, "out of memory for the head of a rank file (%" PRIu64 " bytes)",
+                       layout.payload_offset);
+        goto fail;
+    }
+    struct disk_header header = make_header(&layout, identity, count);
+    memcpy(head, &header, sizeof header);
+    write_index(head, &layout, placed, count);
+    if (layout.leaf_count)
+        memcpy(head + layout.leaves_offset, leaves, layout.leaf_count * sizeof *leaves);
+    shard_layout_put_checksum(header.head_hash, checksum_whole(head, layout.payload_offset));
+    memcpy(head, &header, sizeof header);
+
+    // What is written can be read: the reader's checks are the writer's too.
+    if ((rc = shard_file_parse(&check, head, layout.payload_offset, layout.file_bytes, "new rank file", err)))
+        goto fail;
+    if (root)
+        *root = shard_file_root(check);
+    shard_file_close(check);
+    free(placed);
+    *out = head;
+    return 0;
+fail:
+    free(placed);
+    free(head);
+    return rc;
+}

@@ -1,0 +1,103 @@
+// The records of a rank file as they lie on disk, and where everything lies: what the reader (shard_file.c) and the
+// writer (shard_layout.c) share. For these two files alone; the specification is shard_file.md.
+#ifndef TPSHARD_FORMATS_SHARD_LAYOUT_H
+#define TPSHARD_FORMATS_SHARD_LAYOUT_H
+
+#include "formats/checksum.h"
+#include "formats/shard_file.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the records are copied from and to little-endian files");
+
+#define SHARD_MAGIC "TPSHARD\n" // 8 bytes, without the NUL
+
+enum {
+    REQUIRED_FEATURES_KNOWN = 0, // none yet
+    HEADER_BYTES = 256,
+    HEAD_MAX_BYTES = 16 << 20,
+    LEAVES_ALIGN = 16,
+    NAME_MAX_BYTES = 255,
+    LAYER_MAX = 65535,
+    RANKS_MAX = 1024,
+};
+
+struct disk_header {
+    uint8_t magic[8];           //   0  "TPSHARD\n"
+    uint32_t version;           //   8  SHARD_VERSION; readers reject any other
+    uint32_t header_bytes;      //  12  256
+    uint32_t required_features; //  16  a reader rejects a bit that it does not know
+    uint32_t optional_features; //  20  a reader ignores bits that it does not know
+    uint32_t rank;              //  24  < tp_size
+    uint32_t tp_size;           //  28  1 to 1024
+    uint32_t pp_rank;           //  32  < pp_size
+    uint32_t pp_size;           //  36  1 to 1024
+    uint32_t tensor_count;      //  40  >= 1
+    uint32_t part_count;        //  44  all tensors' parts
+    uint64_t tensors_offset;    //  48  from the file's start, as all offsets here; 256
+    uint64_t parts_offset;      //  56  directly behind the tensor records
+    uint64_t strings_offset;    //  64  directly behind the part records
+    uint64_t strings_bytes;     //  72
+    uint64_t leaves_offset;     //  80  end of the strings, rounded up to 16
+    uint64_t leaf_count;        //  88  payload_bytes / 1 MiB, rounded up
+    uint64_t payload_offset;    //  96  end of the leaves, rounded up to 2 MiB
+    uint64_t payload_bytes;     // 104  up to the end of the file, multiple of 4096
+    uint64_t file_bytes;        // 112  payload_offset + payload_bytes
+    uint64_t reserved;          // 120  0
+    uint8_t contract[16];       // 128
+    uint64_t share[8];          // 144  struct rank_share, in its order
+    uint8_t head_hash[16];      // 208  XXH3-128, canonical, of [0, payload_offset) with this field zero
+    uint8_t reserved_end[32];   // 224  0
+};
+_Static_assert(sizeof(struct disk_header) == HEADER_BYTES, "on-disk layout");
+_Static_assert(offsetof(struct disk_header, tensors_offset) == 48, "on-disk layout");
+_Static_assert(offsetof(struct disk_header, contract) == 128, "on-disk layout");
+_Static_assert(offsetof(struct disk_header, head_hash) == 208, "on-disk layout");
+
+struct disk_tensor {
+    uint32_t role;         //  0  enum tensor_role
+    int32_t layer;         //  4  -1 outside the layers
+    uint32_t kind;         //  8  enum weight_kind
+    uint32_t group_size;   // 12  int4: 32, 64, 128; else 0
+    uint64_t rows, cols;   // 16, 24  logical
+    uint64_t data_offset;  // 32  from the payload's start, as scale_offset
+    uint64_t data_bytes;   // 40
+    uint64_t scale_offset; // 48  0 when scale_bytes is 0
+    uint64_t scale_bytes;  // 56
+    uint32_t first_part;   // 64  index of its first part record
+    uint32_t num_parts;    // 68  0 to 4
+    uint64_t reserved;     // 72  0
+};
+_Static_assert(sizeof(struct disk_tensor) == 80, "on-disk layout");
+_Static_assert(offsetof(struct disk_tensor, data_offset) == 32, "on-disk layout");
+
+struct disk_part {
+    uint32_t name_offset;              //  0  from strings_offset
+    uint32_t name_bytes;               //  4  without the NUL that follows; 1 to 255
+    uint64_t source_rows, source_cols; //  8, 16
+    uint64_t row_begin, rows;          // 24, 32
+    uint64_t col_begin, cols;          // 40, 48
+    uint64_t reserved;                 // 56  0
+};
+_Static_assert(sizeof(struct disk_part) == 64, "on-disk layout");
+
+// Where everything lies; see struct disk_header.
+struct shard_disk_layout {
+    uint64_t part_count, parts_offset, strings_offset, strings_bytes, leaves_offset, leaf_count;
+    uint64_t payload_offset, payload_bytes, file_bytes;
+};
+
+// Gives a tensor the places behind *end, which is moved to its end. False on overflow.
+bool shard_layout_tensor(struct shard_tensor *tensor, uint64_t *end);
+// The rest of the layout, from the counts and the end of the last tensor. False when something overflows or the head
+// would be larger than HEAD_MAX_BYTES.
+bool shard_layout_file(struct shard_disk_layout *out, uint64_t tensor_count, uint64_t part_count,
+                       uint64_t strings_bytes, uint64_t payload_end);
+// The canonical bytes of a checksum: big-endian, high half first, as in its hexadecimal spelling.
+void shard_layout_put_checksum(uint8_t out[16], struct checksum128 sum);
+// "layers.3.down (model.layers.3.mlp.down_proj.weight)", for messages.
+const char *shard_layout_label(char *buffer, size_t bytes, const struct shard_tensor *tensor);
+
+#endif
