@@ -61,6 +61,9 @@ static int read_json(const char *path, const char *file, json_t **out, struct er
     uint8_t *data;
     uint64_t bytes;
     json_error_t error;
+    struct stat status;
+    if (stat(path, &status) == 0 && !S_ISREG(status.st_mode))
+        return error_set(err, ERR_MODEL, "%s: not a regular file", file);
     int rc = file_read_all(&data, &bytes, path, MAX_JSON_BYTES, ERR_MODEL, err);
     if (rc)
         return rc;

@@ -218,14 +218,18 @@ static float dot_f32(const float *restrict x, const float *restrict w, int64_t c
     return sum_lanes(&sum);
 }
 
-static void vector_ops_matmul_f32(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
-                                  int64_t tokens, int64_t row_begin, int64_t row_end)
+// Does the matmuls that are the same everywhere: f32, and matrices without columns (a rank that holds no part). False: not one of them.
+static bool vector_ops_matmul(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
+                              int64_t tokens, int64_t row_begin, int64_t row_end)
 {
-    const float *data = w->data;
     int64_t cols = (int64_t)w->shape.cols, stored_cols = (int64_t)w->shape.cols_padded;
+    if (w->shape.kind != WEIGHT_F32 && cols > 0)
+        return false;
     for (int64_t row = row_begin; row < row_end; row++)
         for (int64_t t = 0; t < tokens; t++)
-            y[t * y_stride + row] = dot_f32(act->f32 + t * act->stride, data + row * stored_cols, cols);
+            y[t * y_stride + row] =
+                cols ? dot_f32(act->f32 + t * act->stride, (const float *)w->data + row * stored_cols, cols) : 0.0f;
+    return true;
 }
 
 static void vector_ops_dequantize_row(float *out, const struct matrix *w, int64_t row)

@@ -224,7 +224,8 @@ static void check_tables(const struct test_matrix *t, int64_t tokens)
         float *y = multiply(kernels, &t->m, &act, tokens);
         if (is_integer(t->m.shape.kind) || t->m.shape.kind == WEIGHT_F32)
             assert_same(y, want, tokens * rows, t->name);
-        check_against_double(y, t, &act, tokens, kernels->name);
+        else
+            check_against_double(y, t, &act, tokens, kernels->name);
         if (vector)
             assert_same(y, vector, tokens * rows, t->name); // avx2 and avx512 agree on every kind
         free(vector);
@@ -256,8 +257,8 @@ static void test_matmul(void **state)
 static void test_company(void **state)
 {
     (void)state;
-    enum { TOKENS = 110, ROWS = 300, COLS = 832 };
-    static const int counts[] = {1, 2, 3, 7, 16, 33, 97, 110};
+    enum { TOKENS = 97, ROWS = 264, COLS = 576 }; // more than one block of each kind
+    static const int counts[] = {1, 2, 3, 7, 16, 33, 97};
     for (int k = 0; k < KIND_CASES; k++) {
         struct test_matrix t = make_matrix(kind_cases[k], ROWS, COLS);
         struct activations act = make_activations(TOKENS, COLS);

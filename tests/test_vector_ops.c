@@ -52,7 +52,7 @@ static float *random_floats(int64_t count)
 }
 
 // The operations as this file's own flags compile them: one more instruction set, and a way to exp16.
-static const struct kernels baseline = {.name = "baseline", .matmul = vector_ops_matmul_f32, VECTOR_OPS_ENTRIES};
+static const struct kernels baseline = {.name = "baseline", VECTOR_OPS_ENTRIES};
 
 static double ulp(float x)
 {
@@ -63,7 +63,7 @@ static double ulp(float x)
 static void test_exp(void **state)
 {
     (void)state;
-    (void)baseline;
+    (void)vector_ops_matmul; // tests/test_kernels.c
     uint32_t step = 1009;
     for (uint64_t bits = 0; bits < 0x100000000; bits += step * LANES) {
         float x[LANES], y[LANES];

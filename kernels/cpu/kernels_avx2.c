@@ -253,10 +253,9 @@ static void int8_block(float *y, int64_t y_stride, const struct matrix *w, const
 static void matmul(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act, int64_t tokens,
                    int64_t row_begin, int64_t row_end)
 {
+    if (vector_ops_matmul(y, y_stride, w, act, tokens, row_begin, row_end))
+        return;
     switch (w->shape.kind) {
-    case WEIGHT_F32:
-        vector_ops_matmul_f32(y, y_stride, w, act, tokens, row_begin, row_end);
-        break;
     case WEIGHT_BF16:
         float_matmul_bf16(y, y_stride, w, act, tokens, row_begin, row_end);
         break;
@@ -273,6 +272,7 @@ static void matmul(float *y, int64_t y_stride, const struct matrix *w, const str
             for (int64_t t = 0; t < tokens; t += PANEL_TOKENS)
                 int4_block(y, y_stride, w, act, t, tokens - t < PANEL_TOKENS ? tokens - t : PANEL_TOKENS, row, row_end);
         break;
+    case WEIGHT_F32:
     case WEIGHT_KIND_COUNT:
         break;
     }

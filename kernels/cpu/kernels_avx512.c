@@ -501,10 +501,9 @@ static void int_matmul(float *y, int64_t y_stride, const struct matrix *w, const
 static void matmul(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act, int64_t tokens,
                    int64_t row_begin, int64_t row_end)
 {
+    if (vector_ops_matmul(y, y_stride, w, act, tokens, row_begin, row_end))
+        return;
     switch (w->shape.kind) {
-    case WEIGHT_F32:
-        vector_ops_matmul_f32(y, y_stride, w, act, tokens, row_begin, row_end);
-        break;
     case WEIGHT_BF16:
         float_matmul_bf16(y, y_stride, w, act, tokens, row_begin, row_end);
         break;
@@ -515,6 +514,7 @@ static void matmul(float *y, int64_t y_stride, const struct matrix *w, const str
     case WEIGHT_INT4:
         int_matmul(y, y_stride, w, act, tokens, row_begin, row_end);
         break;
+    case WEIGHT_F32:
     case WEIGHT_KIND_COUNT:
         break;
     }

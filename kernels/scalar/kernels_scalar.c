@@ -86,10 +86,8 @@ static float dot_fp8_row(const struct matrix *w, int64_t row, const float *x)
 static void matmul(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act, int64_t tokens,
                    int64_t row_begin, int64_t row_end)
 {
-    if (w->shape.kind == WEIGHT_F32) {
-        vector_ops_matmul_f32(y, y_stride, w, act, tokens, row_begin, row_end);
+    if (vector_ops_matmul(y, y_stride, w, act, tokens, row_begin, row_end))
         return;
-    }
     for (int64_t row = row_begin; row < row_end; row++)
         for (int64_t t = 0; t < tokens; t++) {
             const float *x = act->f32 + t * act->stride;
