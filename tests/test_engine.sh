@@ -72,6 +72,9 @@ generate "$tmp/int4-2" --prompt "In the beginning" --max-tokens 30 --ids --tempe
 generate "$tmp/int4-2" --prompt "In the beginning" --max-tokens 30 --ids >"$tmp/greedy"
 check "top-k 1 is greedy" same "$tmp/top-1" "$tmp/greedy"
 
+generate "$tmp/int4-2" --prompt "In the beginning" --max-tokens 30 --ids --temperature 1e-39 >"$tmp/cold"
+check "a temperature near 0 is greedy" same "$tmp/cold" "$tmp/greedy"
+
 # ---- stop strings, streaming ------------------------------------------------------------------------------------
 generate "$tmp/int4-2" --prompt "In the beginning" --max-tokens 60 >"$tmp/text"
 stop=$(python3 -c 'import sys; t=open(sys.argv[1]).read(); print(t[20:24], end="")' "$tmp/text")
@@ -101,6 +104,16 @@ status "unknown option" 2 "did you mean --prompt" "$engine" generate "$tmp/int4-
 status "no prompt" 2 "needs --prompt" "$engine" generate "$tmp/int4-2"
 status "context beyond the model's" 2 "at most" "$engine" generate "$tmp/int4-2" --prompt x --context 100000
 status "prompt longer than the context" 2 "fit the context" "$engine" generate "$tmp/int4-2" --prompt "a b c d e f g h" --context 4
+status "a window of one token" 2 "at least 2" "$engine" eval "$tmp/int4-2" --text tests/model/heldout.txt --context 1
+full() { # COMMAND...: output that cannot be written is exit 5
+    "$@" >/dev/full 2>"$tmp/err"
+    [ "$?" = 5 ] && grep -q "written\|No space" "$tmp/err"
+}
+for words in "generate DIR --prompt x --max-tokens 3" "generate DIR --prompt x --max-tokens 3 --json" "tokenize DIR x" "tokenize DIR x --json" \
+    "eval DIR --text tests/model/heldout.txt --max-tokens 5" "bench DIR --prompt-tokens 4 --gen-tokens 2" "bench DIR --gen-tokens 2 --json"; do
+    # shellcheck disable=SC2086
+    check "full output: $words" full "$engine" ${words//DIR/$tmp/int4-2} --quiet
+done
 status "token out of the vocabulary" 2 "vocabulary" "$engine" logits "$tmp/int4-2" --token-ids 1,99999 --output "$tmp/x.npy"
 status "unsupported backend" 2 "cuda" "$engine" generate "$tmp/int4-2" --prompt x --backend cuda
 cp -r "$tmp/int4-2" "$tmp/swapped"

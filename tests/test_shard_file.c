@@ -474,6 +474,9 @@ static void too_large(void **state)
     assert_non_null(strstr(err.msg, "2^64"));
     assert_int_equal(shard_layout(tensors, 1, &payload_offset, &payload_bytes, &file_bytes, &err), ERR_MODEL);
     assert_non_null(strstr(err.msg, "16 MiB"));
+    shard_fixture_set_tensor(&tensors[0], ROLE_QKV, 0, WEIGHT_INT8, 0, 0x7fffffff, 1025); // 2 TiB: the leaves alone
+    assert_int_equal(shard_layout(tensors, 1, &payload_offset, &payload_bytes, &file_bytes, &err), ERR_MODEL);
+    assert_non_null(strstr(err.msg, "16 MiB"));
     // A large model's rank file: the index needs no more than one step of 2 MiB.
     shard_fixture_set_tensor(&tensors[0], ROLE_QKV, 0, WEIGHT_INT8, 0, 1 << 20, 40 << 10);
     assert_int_equal(shard_layout(tensors, 1, &payload_offset, &payload_bytes, &file_bytes, &err), 0);

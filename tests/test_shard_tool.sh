@@ -169,6 +169,20 @@ misfits_of_models() {
     with_config 's/x/x/'
     rm "$work/bad/model-00002-of-00003.safetensors"
     expect "incomplete checkpoint" 3 "model-00002-of-00003.safetensors" "$tpshard" "$work/bad" "$work/x"
+    local file status
+    for file in tokenizer.json tokenizer_config.json generation_config.json config.json; do
+        status=5
+        [ $file = tokenizer.json ] && status=3
+        with_config 's/x/x/'
+        rm -f "$work/bad/$file"
+        mkfifo "$work/bad/$file"
+        expect "a FIFO as $file is never waited for" $status "$file" timeout 10 "$tpshard" "$work/bad" "$work/x"
+    done
+    with_config 's/x/x/'
+    ln -s tokenizer.json "$work/bad/tokenizer.json"
+    expect "a link that loops" 5 "tokenizer.json" "$tpshard" "$work/bad" "$work/x"
+    expect "a file-size limit" 5 "File too large" prlimit --fsize=2000000 "$tpshard" --tp 2 "$model" "$work/limited"
+    rm -rf "$work/limited"
     make_synthetic "$work/nan"
     printf '\xc0\x7f' | dd of="$work/nan/model.safetensors" bs=1 conv=notrunc status=none \
         seek=$(($(stat -c %s "$work/nan/model.safetensors") - 2))
