@@ -236,7 +236,7 @@ static void test_config(void **state)
     char *json_path = temporary_file(json, strlen(json)), *config_path = temporary_file(config, strlen(config));
     uint8_t *image;
     size_t bytes;
-    struct tokenizer *tok;
+    struct tokenizer *tok = NULL;
     struct error err = {0};
     if (tokenizer_compile(&image, &bytes, json_path, config_path, 10, &err) ||
         tokenizer_open(&tok, image, bytes, "test", &err))
