@@ -31,6 +31,8 @@ WARNINGS = -Wall -Wextra -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wvla
 ifeq ($(SANITIZE),)
 HARDENING = -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2 -fstack-protector-strong
 HARDENING_LD = -Wl,-z,relro,-z,now
+else
+HARDENING = -DKERNELS_SANITIZED
 endif
 
 # One call for all libraries: where pkg-config or one of its files is missing, the plain names are used for all of them.

@@ -42,9 +42,10 @@ int kv_cache_create(struct kv_cache **out, int64_t num_layers, int64_t num_kv_he
     c->tables = calloc((size_t)(num_sequences * c->max_pages), sizeof *c->tables);
     c->lengths = calloc((size_t)num_sequences, sizeof *c->lengths);
     c->free_pages = calloc((size_t)num_pages, sizeof *c->free_pages);
-    void *memory =
+    c->memory =
         mmap(NULL, c->memory_bytes ? c->memory_bytes : 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    c->memory = memory == MAP_FAILED ? NULL : memory;
+    if (c->memory == MAP_FAILED)
+        c->memory = NULL;
     if (!c->tables || !c->lengths || !c->free_pages || !c->memory) {
         int rc = error_set(err, ERR_MEMORY, "no memory for a KV cache of %llu bytes; ask for a smaller --context",
                            (unsigned long long)c->memory_bytes);

@@ -73,7 +73,7 @@ static int decode(const struct tokenizer *tokenizer, const char *text, struct er
 {
     struct token_list ids = {0};
     char *decoded = NULL;
-    size_t bytes;
+    size_t bytes = 0;
     int rc = parse_token_ids(text, &ids, err);
     if (rc == 0)
         rc = tokenizer_decode(tokenizer, ids.ids, ids.count, options.no_special, &decoded, &bytes, err);

@@ -69,7 +69,7 @@ static int read_json(const char *path, const char *file, json_t **out, struct er
         return rc;
     *out = json_loadb((const char *)data, bytes, JSON_REJECT_DUPLICATES, &error);
     free(data);
-    if (*out && json_is_object(*out))
+    if (json_is_object(*out)) // not so for NULL
         return 0;
     if (*out)
         return error_set(err, ERR_MODEL, "%s: not a JSON object", file);

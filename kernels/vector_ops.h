@@ -19,8 +19,10 @@ typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 #define VECTOR_INLINE static inline __attribute__((always_inline))
 
-// Before a loop over arrays of vectors: unrolled early, they live in registers.
-#ifdef __clang__
+// Before a loop over arrays of vectors: unrolled early, they live in registers. Sanitizers would need minutes for what comes of it.
+#ifdef KERNELS_SANITIZED
+#define UNROLL
+#elif defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define UNROLL _Pragma("GCC unroll 16")
@@ -29,11 +31,10 @@ typedef uint32_t u32x16 __attribute__((vector_size(64)));
 VECTOR_INLINE void load16(f32x16 *out, const float *x) { memcpy(out, x, sizeof *out); }
 VECTOR_INLINE void store16(float *out, const f32x16 *x) { memcpy(out, x, sizeof *x); }
 
-// Size of the next tile when `left` are left, so that all tiles are of almost equal size.
-VECTOR_INLINE int64_t even_tile(int64_t left, int64_t largest)
+// Size of the next tile of tokens when `left` are left: 6, 4, 2 or 1, for which loops are compiled apart.
+VECTOR_INLINE int64_t tile_tokens(int64_t left)
 {
-    int64_t tiles = (left + largest - 1) / largest;
-    return (left + tiles - 1) / tiles;
+    return left == 8 ? 4 : left >= 6 ? 6 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
 }
 
 // The first `count` < 16 floats; the others are `rest`.

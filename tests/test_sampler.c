@@ -81,7 +81,7 @@ static int choose(int tp_size, const float *logits, const struct sampling *how, 
     void *memory = aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
     memset(memory, 0, bytes);
     struct comm_region *region = comm_region_init(memory, tp_size, 4096);
-    struct rank_job jobs[MAX_TP];
+    struct rank_job jobs[MAX_TP] = {{0}};
     pthread_t threads[MAX_TP];
     for (int r = 0; r < tp_size; r++) {
         jobs[r] = (struct rank_job){

@@ -5,7 +5,7 @@
 //   lanes_fp8(const uint8_t *codes, bool odd)         the even or odd ones of 32 weights, 2^-8 times their value, NaN as anything
 //   lanes_fmadd(struct lanes *sum, a, b)              *sum = a * b + *sum, rounded once
 //   lanes_store(float *, const struct lanes *)
-//   FLOAT_TILE_ROWS, FLOAT_TILE_TOKENS, FLOAT_DECODE_ROWS   sums that fit the registers; divide FLOAT_ROWS; tokens <= 6
+//   FLOAT_TILE_ROWS, FLOAT_TILE_TOKENS, FLOAT_DECODE_ROWS   sums that fit the registers; rows divide FLOAT_ROWS; tokens 3 or 6
 // Every sum is 16 partial sums over ascending columns, whatever the tile: see kernels.h.
 #ifndef TPSHARD_KERNELS_CPU_FLOAT_MATMUL_H
 #define TPSHARD_KERNELS_CPU_FLOAT_MATMUL_H
@@ -15,7 +15,7 @@
 enum {
     FLOAT_ROWS = 32,  // rows and columns for which a tile of tokens
     FLOAT_COLS = 512, //   stays in L1 with its sums
-    FLOAT_PREFETCH_BYTES = 1024,
+    FLOAT_PREFETCH_BYTES = 256,
 };
 
 // Which rows hold an fp8 NaN: the conversion does not see it.
@@ -75,11 +75,11 @@ VECTOR_INLINE void float_tile_any(struct lanes *sum, const uint8_t *codes, int64
     switch (tokens) {
         FLOAT_CASE(1);
         FLOAT_CASE(2);
-        FLOAT_CASE(3);
 #if FLOAT_TILE_TOKENS == 6
         FLOAT_CASE(4);
-        FLOAT_CASE(5);
         FLOAT_CASE(6);
+#else
+        FLOAT_CASE(3);
 #endif
     }
 #undef FLOAT_CASE
@@ -136,7 +136,8 @@ VECTOR_INLINE void float_block(float *y, int64_t y_stride, const struct matrix *
     for (int r = 0; fp8 && r < FLOAT_ROWS; r++)
         nan[r] = float_has_nan(codes + r * row_bytes, cols);
     for (int64_t token = 0, count; token < tokens; token += count) {
-        count = even_tile(tokens - token, FLOAT_TILE_TOKENS);
+        int64_t left = tokens - token;
+        count = FLOAT_TILE_TOKENS == 6 ? tile_tokens(left) : left < 3 ? left : 3;
         struct lanes sum[FLOAT_ROWS * FLOAT_TILE_TOKENS];
         for (int64_t i = 0; i < FLOAT_ROWS * count; i++)
             sum[i] = lanes_zero();

@@ -15,6 +15,7 @@ enum {
     TILE_TOKENS = 6,   // tokens whose sums stay in registers at once
     PANEL_COLS = 256,  // 16 KiB of unpacked codes
     PANEL_TOKENS = 96, // tokens that share a panel: 24 KiB of sums
+    DECODE_BLOCKS = 4, // blocks of int4 read side by side
     PREFETCH_BYTES = 2048,
 };
 
@@ -145,13 +146,13 @@ VECTOR_INLINE __m512 add_term(__m512 sum, __m512i dot, const uint16_t *scale, __
 
 // `blocks` blocks of 64 rows side by side.
 VECTOR_INLINE void int4_decode(float *y, const struct matrix *w, const int8_t *q, const float *q_scale,
-                               int64_t row_begin, int64_t row_end, int blocks, int group_size)
+                               int64_t row_begin, int64_t row_end, int64_t blocks, int group_size)
 {
     int64_t cols = (int64_t)w->shape.cols_padded, groups = cols / group_size, block_bytes = cols * BLOCK_ROWS / 2;
     const uint8_t *data = (const uint8_t *)w->data + row_begin / BLOCK_ROWS * block_bytes;
     const uint16_t *scale = (const uint16_t *)w->scale + row_begin * groups;
     int step = group_size == 128 ? 128 : 64;
-    __m512 sum[4 * BLOCK_VECTORS];
+    __m512 sum[DECODE_BLOCKS * BLOCK_VECTORS];
     for (int i = 0; i < blocks * BLOCK_VECTORS; i++)
         sum[i] = _mm512_setzero_ps();
 
@@ -163,7 +164,7 @@ VECTOR_INLINE void int4_decode(float *y, const struct matrix *w, const int8_t *q
         }
         __m512 x_scale = _mm512_set1_ps(q_scale[col / ACT_GROUP]);
         for (int i = 0; i < BLOCK_VECTORS; i++)
-            for (int b = 0; b < blocks; b++) {
+            for (int64_t b = 0; b < blocks; b++) {
                 const uint8_t *tile =
                     data + b * block_bytes + col / 64 * (4 * WEIGHT_TILE_BYTES) + i * WEIGHT_TILE_BYTES;
                 const uint16_t *s = scale + ((b * BLOCK_VECTORS + i) * groups + col / group_size) * LANES;
@@ -187,25 +188,19 @@ VECTOR_INLINE void int4_decode(float *y, const struct matrix *w, const int8_t *q
         store_rows(y, row_begin + i * LANES, row_end, _mm512_mul_ps(sum[i], _mm512_set1_ps(0x1p-8f)));
 }
 
-VECTOR_INLINE void int4_decode_rows(float *y, const struct matrix *w, const int8_t *q, const float *q_scale,
-                                    int64_t row_begin, int64_t row_end, int group_size)
-{
-    int64_t row = row_begin;
-    for (; row + 3 * BLOCK_ROWS < row_end; row += 4 * BLOCK_ROWS)
-        int4_decode(y, w, q, q_scale, row, row_end, 4, group_size);
-    for (; row < row_end; row += BLOCK_ROWS)
-        int4_decode(y, w, q, q_scale, row, row_end, 1, group_size);
-}
-
 static void int4_decode_any(float *y, const struct matrix *w, const int8_t *q, const float *q_scale, int64_t row_begin,
                             int64_t row_end)
 {
-    if (w->shape.group_size == 128)
-        int4_decode_rows(y, w, q, q_scale, row_begin, row_end, 128);
-    else if (w->shape.group_size == 64)
-        int4_decode_rows(y, w, q, q_scale, row_begin, row_end, 64);
-    else
-        int4_decode_rows(y, w, q, q_scale, row_begin, row_end, 32);
+    for (int64_t row = row_begin; row < row_end; row += DECODE_BLOCKS * BLOCK_ROWS) {
+        int64_t left = (row_end - row + BLOCK_ROWS - 1) / BLOCK_ROWS;
+        int64_t blocks = left < DECODE_BLOCKS ? left : DECODE_BLOCKS;
+        if (w->shape.group_size == 128)
+            int4_decode(y, w, q, q_scale, row, row_end, blocks, 128);
+        else if (w->shape.group_size == 64)
+            int4_decode(y, w, q, q_scale, row, row_end, blocks, 64);
+        else
+            int4_decode(y, w, q, q_scale, row, row_end, blocks, 32);
+    }
 }
 
 // ---- int8, one token: 8 rows and 2 groups at a time ----------------------------------------------------------------
@@ -353,7 +348,8 @@ VECTOR_INLINE void add_word(i32x16 dot[TILE_TOKENS][BLOCK_VECTORS], const __m512
 // What a panel is multiplied with; all pointers stand at the panel's first column and the tile's first token.
 struct panel_job {
     const struct panel *panel;
-    int64_t cols;
+    int64_t cols, group_size; // of sums: the weight's group, or ACT_GROUP
+    int32_t bias;             // of the codes
     const int8_t *q;
     const float *q_scale;
     const int32_t *q_sum;
@@ -363,15 +359,15 @@ struct panel_job {
     float (*sum)[BLOCK_ROWS]; // [tokens]
 };
 
-VECTOR_INLINE void panel_tile(const struct panel_job *job, int tokens, int group_size, int bias)
+VECTOR_INLINE void panel_tile(const struct panel_job *job, int tokens, bool halves)
 {
-    int64_t stride = job->stride;
+    int64_t stride = job->stride, group_size = halves ? 32 : job->group_size;
     for (int64_t col = 0; col < job->cols; col += group_size) {
         int64_t size = job->cols - col < group_size ? job->cols - col : group_size;
         int32_t first[TILE_TOKENS] = {0};
         for (int t = 0; t < tokens; t++)
             for (int64_t i = col / 32; i < (col + size) / 32; i++)
-                first[t] -= bias * job->q_sum[t * (stride / 32) + i];
+                first[t] -= job->bias * job->q_sum[t * (stride / 32) + i];
         i32x16 dot[TILE_TOKENS][BLOCK_VECTORS];
         UNROLL
         for (int t = 0; t < tokens; t++) {
@@ -379,7 +375,7 @@ VECTOR_INLINE void panel_tile(const struct panel_job *job, int tokens, int group
             for (int i = 0; i < BLOCK_VECTORS; i++)
                 dot[t][i] = (i32x16)_mm512_set1_epi32(first[t]);
         }
-        if (group_size == 32) {
+        if (halves) {
             // Of the 16 words of a tile row, two of every four belong to each half.
             int64_t begin = col / 64 * 16 + col / 32 % 2 * 2;
             for (int64_t k = begin; k < begin + 16; k += 4) {
@@ -406,54 +402,47 @@ VECTOR_INLINE void panel_tile(const struct panel_job *job, int tokens, int group
     }
 }
 
-VECTOR_INLINE void panel_tile_any(const struct panel_job *job, int64_t tokens, int group_size, int bias)
+// halves: groups of 32. tokens as tile_tokens says.
+VECTOR_INLINE void panel_tile_any(const struct panel_job *job, int64_t tokens, bool halves)
 {
     switch (tokens) {
     case 1:
-        panel_tile(job, 1, group_size, bias);
+        panel_tile(job, 1, halves);
         break;
     case 2:
-        panel_tile(job, 2, group_size, bias);
-        break;
-    case 3:
-        panel_tile(job, 3, group_size, bias);
+        panel_tile(job, 2, halves);
         break;
     case 4:
-        panel_tile(job, 4, group_size, bias);
+        panel_tile(job, 4, halves);
         break;
-    case 5:
-        panel_tile(job, 5, group_size, bias);
+    case 6:
+        panel_tile(job, 6, halves);
         break;
-    default:
-        panel_tile(job, 6, group_size, bias);
     }
 }
 
-static void panel_tile_int4_32(const struct panel_job *job, int64_t tokens) { panel_tile_any(job, tokens, 32, 8); }
-static void panel_tile_int4_64(const struct panel_job *job, int64_t tokens) { panel_tile_any(job, tokens, 64, 8); }
-static void panel_tile_int4_128(const struct panel_job *job, int64_t tokens) { panel_tile_any(job, tokens, 128, 8); }
-static void panel_tile_int8(const struct panel_job *job, int64_t tokens)
-{
-    panel_tile_any(job, tokens, ACT_GROUP, 128);
-}
+static void panel_tile_32(const struct panel_job *job, int64_t tokens) { panel_tile_any(job, tokens, true); }
+static void panel_tile_wide(const struct panel_job *job, int64_t tokens) { panel_tile_any(job, tokens, false); }
 
 // 64 rows from `row` on, tokens [token, token + tokens), tokens <= PANEL_TOKENS.
 static void panel_block(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
                         int64_t token, int64_t tokens, int64_t row, int64_t row_end)
 {
-    int64_t cols = (int64_t)w->shape.cols_padded, stride = act->stride, group_size = w->shape.group_size;
     bool int4 = w->shape.kind == WEIGHT_INT4;
-    void (*tile)(const struct panel_job *, int64_t) = !int4              ? panel_tile_int8
-                                                      : group_size == 32 ? panel_tile_int4_32
-                                                      : group_size == 64 ? panel_tile_int4_64
-                                                                         : panel_tile_int4_128;
+    int64_t cols = (int64_t)w->shape.cols_padded, stride = act->stride;
+    int64_t group_size = int4 ? w->shape.group_size : ACT_GROUP;
     struct panel panel;
     float sum[PANEL_TOKENS][BLOCK_ROWS];
     memset(sum, 0, (size_t)tokens * sizeof *sum);
 
     for (int64_t col = 0; col < cols; col += PANEL_COLS) {
         struct panel_job job = {
-            .panel = &panel, .cols = cols - col < PANEL_COLS ? cols - col : PANEL_COLS, .stride = stride};
+            .panel = &panel,
+            .cols = cols - col < PANEL_COLS ? cols - col : PANEL_COLS,
+            .group_size = group_size,
+            .bias = int4 ? 8 : 128,
+            .stride = stride,
+        };
         for (int64_t c = 0; c < job.cols; c += 64) {
             if (int4)
                 panel_int4(&panel.v[c / 4], (const uint8_t *)w->data + (row * cols + (col + c) * BLOCK_ROWS) / 2);
@@ -465,12 +454,12 @@ static void panel_block(float *y, int64_t y_stride, const struct matrix *w, cons
             job.scale = (const uint16_t *)w->scale + row / LANES * job.scale_stride + col / group_size * LANES;
         }
         for (int64_t t = 0, count; t < tokens; t += count) {
-            count = even_tile(tokens - t, TILE_TOKENS);
+            count = tile_tokens(tokens - t);
             job.q = act->q + (token + t) * stride + col;
             job.q_scale = act->q_scale + (token + t) * (stride / ACT_GROUP) + col / ACT_GROUP;
             job.q_sum = act->q_sum + (token + t) * (stride / 32) + col / 32;
             job.sum = sum + t;
-            tile(&job, count);
+            (group_size == 32 ? panel_tile_32 : panel_tile_wide)(&job, count);
         }
     }
     for (int i = 0; i < BLOCK_VECTORS; i++) {
