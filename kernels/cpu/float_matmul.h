@@ -49,8 +49,12 @@ VECTOR_INLINE void float_tile(struct lanes *sum, const uint8_t *codes, int64_t r
         for (int part = 0; part < PARTS; part++) {
             struct lanes weight[MAX_ROWS];
             UNROLL
-            for (int r = 0; r < rows; r++)
-                weight[r] = float_weights(codes + r * row_bytes, col, part, fp8);
+            for (int r = 0; r < rows; r++) {
+                const uint8_t *row = codes + r * row_bytes;
+                weight[r] = float_weights(row, col, part, fp8);
+                if (tokens <= 4 && part % (fp8 ? 4 : 2) == 0)
+                    __builtin_prefetch(row + (fp8 ? col : 2 * (col + part * LANES)) + FLOAT_PREFETCH_BYTES);
+            }
             UNROLL
             for (int t = 0; t < tokens; t++) {
                 struct lanes xt = lanes_load(x + t * x_stride + col + part * LANES);

@@ -203,9 +203,9 @@ static void int4_decode_any(float *y, const struct matrix *w, const int8_t *q, c
     }
 }
 
-// ---- int8, one token: 8 rows and 2 groups at a time ----------------------------------------------------------------
+// ---- int8, few tokens: 8 rows and 2 groups at a time ---------------------------------------------------------------
 
-enum { INT8_ROWS = 8 };
+enum { INT8_ROWS = 8, INT8_DECODE_TOKENS = 4 };
 
 // dot[r] = products of 64 * parts columns of row r.
 VECTOR_INLINE void int8_dots(__m512i dot[INT8_ROWS], const int8_t *codes, int64_t cols, const int8_t *q, int parts)
@@ -225,38 +225,46 @@ VECTOR_INLINE void int8_dots(__m512i dot[INT8_ROWS], const int8_t *codes, int64_
     }
 }
 
-static void int8_decode(float *y, const struct matrix *w, const int8_t *q, const float *q_scale, int64_t row_begin,
-                        int64_t row_end)
+static void int8_rows(float *y, const struct matrix *w, const int8_t *q, const float *q_scale, int64_t row,
+                      int64_t row_end)
 {
     int64_t cols = (int64_t)w->shape.cols_padded;
-    for (int64_t row = row_begin; row < row_end; row += INT8_ROWS) {
-        const int8_t *codes = (const int8_t *)w->data + row * cols;
-        __m256 sum = _mm256_setzero_ps();
-        __m512i dot[16];
-        int64_t col = 0;
-        for (; col + 2 * ACT_GROUP <= cols; col += 2 * ACT_GROUP) {
-            int8_dots(dot, codes + col, cols, q + col, 2);
-            int8_dots(dot + INT8_ROWS, codes + col + ACT_GROUP, cols, q + col + ACT_GROUP, 2);
-            const float *s = q_scale + col / ACT_GROUP;
-            __m512 x_scale = _mm512_insertf32x8(_mm512_set1_ps(s[0]), _mm256_set1_ps(s[1]), 1);
-            __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps(sum_16(dot)), x_scale);
-            sum = _mm256_add_ps(sum, _mm512_castps512_ps256(term));
-            sum = _mm256_add_ps(sum, _mm512_extractf32x8_ps(term, 1));
-        }
-        for (; col < cols; col += ACT_GROUP) {
-            if (cols - col >= ACT_GROUP)
-                int8_dots(dot, codes + col, cols, q + col, 2);
-            else
-                int8_dots(dot, codes + col, cols, q + col, 1);
-            for (int r = INT8_ROWS; r < 16; r++)
-                dot[r] = _mm512_setzero_si512();
-            __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps(sum_16(dot)), _mm512_set1_ps(q_scale[col / ACT_GROUP]));
-            sum = _mm256_add_ps(sum, _mm512_castps512_ps256(term));
-        }
-        sum = _mm256_mul_ps(sum, _mm256_loadu_ps((const float *)w->scale + row));
-        int64_t last = row_end < row + INT8_ROWS ? row_end : row + INT8_ROWS;
-        store_rows(y, row, last, _mm512_castps256_ps512(sum));
+    const int8_t *codes = (const int8_t *)w->data + row * cols;
+    __m256 sum = _mm256_setzero_ps();
+    __m512i dot[16];
+    int64_t col = 0;
+    for (; col + 2 * ACT_GROUP <= cols; col += 2 * ACT_GROUP) {
+        int8_dots(dot, codes + col, cols, q + col, 2);
+        int8_dots(dot + INT8_ROWS, codes + col + ACT_GROUP, cols, q + col + ACT_GROUP, 2);
+        const float *s = q_scale + col / ACT_GROUP;
+        __m512 x_scale = _mm512_insertf32x8(_mm512_set1_ps(s[0]), _mm256_set1_ps(s[1]), 1);
+        __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps(sum_16(dot)), x_scale);
+        sum = _mm256_add_ps(sum, _mm512_castps512_ps256(term));
+        sum = _mm256_add_ps(sum, _mm512_extractf32x8_ps(term, 1));
     }
+    for (; col < cols; col += ACT_GROUP) {
+        if (cols - col >= ACT_GROUP)
+            int8_dots(dot, codes + col, cols, q + col, 2);
+        else
+            int8_dots(dot, codes + col, cols, q + col, 1);
+        for (int r = INT8_ROWS; r < 16; r++)
+            dot[r] = _mm512_setzero_si512();
+        __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps(sum_16(dot)), _mm512_set1_ps(q_scale[col / ACT_GROUP]));
+        sum = _mm256_add_ps(sum, _mm512_castps512_ps256(term));
+    }
+    sum = _mm256_mul_ps(sum, _mm256_loadu_ps((const float *)w->scale + row));
+    int64_t last = row_end < row + INT8_ROWS ? row_end : row + INT8_ROWS;
+    store_rows(y, row, last, _mm512_castps256_ps512(sum));
+}
+
+// One token, or few enough that reading 8 rows again from a cache for each is quicker than a panel.
+static void int8_decode(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
+                        int64_t tokens, int64_t row_begin, int64_t row_end)
+{
+    for (int64_t row = row_begin; row < row_end; row += INT8_ROWS)
+        for (int64_t t = 0; t < tokens; t++)
+            int8_rows(y + t * y_stride, w, act->q + t * act->stride, act->q_scale + t * (act->stride / ACT_GROUP), row,
+                      row_end);
 }
 
 // ---- int8 and int4, several tokens ---------------------------------------------------------------------------------
@@ -317,8 +325,11 @@ static void panel_int8(__m512i (*panel)[BLOCK_VECTORS], const int8_t *codes, int
         for (int p = 0; p < 4; p++) {
             const int8_t *row = codes + (i * LANES + 4 * p) * cols;
             __m512i v[4];
-            for (int r = 0; r < 4; r++)
+            for (int r = 0; r < 4; r++) {
                 v[r] = _mm512_xor_si512(_mm512_loadu_si512(row + r * cols), flip);
+                // To L2: 64 rows of a length of 2^n would crowd each other out of L1.
+                _mm_prefetch((const char *)(row + r * cols + PANEL_COLS), _MM_HINT_T1);
+            }
             transpose_words(part[p], v[0], v[1], v[2], v[3]);
         }
         for (int c = 0; c < 4; c++) {
@@ -475,8 +486,8 @@ static void panel_block(float *y, int64_t y_stride, const struct matrix *w, cons
 static void int_matmul(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
                        int64_t tokens, int64_t row_begin, int64_t row_end)
 {
-    if (tokens == 1 && w->shape.kind == WEIGHT_INT8) {
-        int8_decode(y, w, act->q, act->q_scale, row_begin, row_end);
+    if (tokens <= INT8_DECODE_TOKENS && w->shape.kind == WEIGHT_INT8) {
+        int8_decode(y, y_stride, w, act, tokens, row_begin, row_end);
     } else if (tokens == 1) {
         int4_decode_any(y, w, act->q, act->q_scale, row_begin, row_end);
     } else {
