@@ -161,7 +161,7 @@ esac
 # ---- law 6: lost, silent and orphaned ranks ---------------------------------------------------------------------
 long=(--max-tokens 1000 --ignore-eos --quiet --context 1024)
 for _ in $(seq 24); do long+=(--prompt "And the king said"); done
-ranks_of() { pgrep -P "$1" | tr '\n' ' '; }
+ranks_of() { awk -v parent="$1" '$4 == parent {printf "%s ", $1}' /proc/[0-9]*/stat 2>/dev/null; }
 # start: a long generation in the background; sets $parent and $ranks (array)
 start() {
     "$engine" generate "$tmp/int4-2" "${long[@]}" "$@" >/dev/null 2>"$tmp/err" &
