@@ -76,7 +76,9 @@ def main():
         for tp in (2, 4):
             split = shards.eval("none", tp)
             cost = relative(split, bf16)
-            check(f"tp {tp} equals tp 1, bf16 wire", abs(cost) <= 0.0001, f"{100 * cost:+.5f} %")
+            # Rounding on the wire has mean zero: over n tokens it shrinks with their square root. The promise is for 4,000 and more.
+            bound = 0.0001 * max(1.0, (4000 / (PART or 4000)) ** 0.5)
+            check(f"tp {tp} equals tp 1, bf16 wire", abs(cost) <= bound, f"{100 * cost:+.5f} %, bound {100 * bound:.3f} %")
         for quant, bound in (("int8", 0.01), ("fp8", 0.01), ("int4", 0.04)):
             quantized = shards.eval(quant, 2)
             distance = shards.eval(quant, 2, against=("none", 2), tokens=FEW)
