@@ -130,8 +130,11 @@ int bench_run(int argc, char **argv, struct error *err)
     double opened = now_s();
     wanted.default_context = options.prompt_tokens + options.gen_tokens;
     int rc = session_open(&session, argv[0], &wanted, options.batch, 0, err);
-    if (rc == 0 && (rc = measure(session, &result, opened, err)) == 0)
+    if (rc == 0 && (rc = measure(session, &result, opened, err)) == 0) {
+        if (!common_options.quiet)
+            session_print_devices(session, stderr);
         rc = report(session, &result, err);
+    }
     session_close(session);
     return rc;
 }

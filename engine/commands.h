@@ -21,7 +21,21 @@ extern struct common_options common_options;
 extern struct session_options session_options;
 // The lines of the option table for session_options; each such command's table begins with them.
 #define SESSION_OPTION_LINES                                                                                           \
-    {"backend", OPTION_CHOICE, &session_options.backend, "auto|scalar|avx2|avx512", 0, 0, "kernels to use"},           \
+    {"backend",                                                                                                        \
+     OPTION_CHOICE,                                                                                                    \
+     &session_options.backend,                                                                                         \
+     "auto|cuda|scalar|avx2|avx512",                                                                                   \
+     0,                                                                                                                \
+     0,                                                                                                                \
+     "where to compute; auto: on GPUs where there is a driver, else the CPU's fastest kernels"},                       \
+        {"cuda-library",                                                                                               \
+         OPTION_TEXT,                                                                                                  \
+         &session_options.cuda_library,                                                                                \
+         "FILE",                                                                                                       \
+         0,                                                                                                            \
+         0,                                                                                                            \
+         "the CUDA backend, if it is not beside tpengine or in ../lib"},                                               \
+        {"kv-cache", OPTION_CHOICE, &session_options.kv_cache, "bf16|fp8", 0, 0, "format of keys and values"},         \
         {"wire", OPTION_CHOICE, &session_options.wire, "auto|bf16|fp8|s8x", 0, 0, "codec of the all-reduces"},         \
         {"verify",                                                                                                     \
          OPTION_CHOICE,                                                                                                \

@@ -1,40 +1,41 @@
-// The one decoder: every model that the description can express runs through it. It owns the buffers of a step and nothing else.
-//
-// Law 9: the arithmetic of a token row depends on its own sequence alone, so rows of any sequences may share a step.
+// The one decoder: every model that the description can express runs through it, on any backend. It owns the order of the operations
+// and the exchange between ranks; numbers and memory are the backend's.
 #ifndef TPSHARD_ENGINE_DECODER_H
 #define TPSHARD_ENGINE_DECODER_H
 
 #include "engine/comm.h"
-#include "engine/kv_cache.h"
 #include "engine/model.h"
-#include "kernels/kernels.h"
+#include "kernels/backend.h"
 #include "kernels/thread_pool.h"
 
 #include <stdint.h>
 
-// One token to be computed: at `position` of sequence slot `sequence`, whose earlier positions are in the KV cache or in earlier rows.
-struct token_row {
-    uint32_t token;
-    int32_t sequence;
-    int64_t position;
+// Everything is borrowed. The device is prepared for the model.
+struct decoder {
+    const struct model *model;
+    const struct backend *backend;
+    struct device *device;
+    struct comm *comm;
+    enum wire wire;
+    struct thread_pool *pool; // for the exchange
+    int64_t count;            // rows of the last step
 };
 
-struct decoder;
-
-// Everything is borrowed and must outlive the decoder. max_rows: most rows of one step. max_context: longest sequence.
-int decoder_create(struct decoder **out, const struct model *model, const struct kernels *kernels,
-                   struct thread_pool *pool, struct comm *comm, struct kv_cache *cache, enum wire wire,
-                   int64_t max_rows, int64_t max_context, struct error *err);
-void decoder_free(struct decoder *decoder);
-// Bytes a decoder takes on the rank with this share.
-uint64_t decoder_bytes(const struct model_desc *desc, const struct rank_share *share, int64_t max_rows,
-                       int64_t max_context, int threads);
-
 // Runs rows (count <= max_rows) through all layers; KV room must be reserved. Collective: every rank calls it with the same rows.
-int decoder_forward(struct decoder *decoder, const struct token_row *rows, int64_t count, struct error *err);
+// rows and pages stay as they are until the next step.
+int decoder_forward(struct decoder *decoder, const struct token_row *rows, int64_t count, enum phase phase,
+                    const struct kv_pages *pages, struct error *err);
 // Logits of this rank's part of the vocabulary for some rows of the last forward: logits [count][stride], f32, stride >= vocab_local.
 // row_index [count] (NULL: rows 0 .. count-1).
 int decoder_logits(struct decoder *decoder, const int64_t *row_index, int64_t count, float *logits, int64_t stride,
                    struct error *err);
+
+// Whether the device chooses tokens itself: it can, and one rank holds the whole vocabulary.
+bool decoder_samples(const struct decoder *decoder);
+// One step on such a device: forward, then a token for each of the last `count` of num_rows rows (a prompt's last row, or all rows of a decode
+// step). sampling [count], steps [count]: tokens that their sequence has produced so far. tokens [count].
+int decoder_sample(struct decoder *decoder, const struct token_row *rows, int64_t num_rows, enum phase phase,
+                   const struct kv_pages *pages, const struct sampling *const *sampling, const uint64_t *steps,
+                   int64_t count, uint32_t *tokens, struct error *err);
 
 #endif

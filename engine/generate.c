@@ -213,6 +213,8 @@ static void print_start(struct session *session)
                 session_threads(session) == 1 ? "" : "s", session_backend(session), session_wire(session),
                 (long long)session_context(session),
                 1e-9 * (double)(atomic_load(&shared->loaded_ns) - atomic_load(&shared->started_ns)));
+    if (!common_options.quiet)
+        session_print_devices(session, stderr);
 }
 
 static int run_prompts(struct session *session, struct output *outputs, int count, struct error *err)

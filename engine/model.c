@@ -54,42 +54,53 @@ static int check_identity(const struct shard_file *file, const struct manifest *
 
 struct verify_job {
     const struct shard_file *file;
+    struct thread_pool *pool;
     struct comm *comm;
-    uint64_t stride; // check every stride-th leaf
+    enum verify_mode mode;
+    // of the piece under way
+    const uint8_t *data;
+    uint64_t first_leaf;
     atomic_int failed;
     struct error *err; // written by the first that fails
 };
 
+enum { SAMPLE_STRIDE = 64 }; // VERIFY_SAMPLE checks every so manyth leaf
+
 static void verify_leaf(void *arg, int64_t task, int thread)
 {
     struct verify_job *job = arg;
-    if (atomic_load_explicit(&job->failed, memory_order_relaxed))
+    uint64_t leaf = job->first_leaf + (uint64_t)task;
+    if (atomic_load_explicit(&job->failed, memory_order_relaxed) ||
+        (job->mode == VERIFY_SAMPLE && leaf % SAMPLE_STRIDE != 0))
         return;
     if (thread == 0 && job->comm)
         comm_at(job->comm, OP_LOAD, -1);
-    uint64_t leaf = (uint64_t)task * job->stride;
     struct error err;
-    if (shard_file_verify_leaf(job->file, leaf, shard_file_payload(job->file) + leaf * SHARD_LEAF_BYTES, &err) == 0)
+    if (shard_file_verify_leaf(job->file, leaf, job->data + (uint64_t)task * SHARD_LEAF_BYTES, &err) == 0)
         return;
     if (atomic_exchange(&job->failed, 1) == 0)
         *job->err = err;
 }
 
-static int verify_payload(const struct shard_file *file, enum verify_mode mode, struct thread_pool *pool,
-                          struct comm *comm, struct error *err)
+static int verify_piece(void *arg, const uint8_t *data, uint64_t offset, uint64_t bytes, struct error *err)
 {
-    if (mode == VERIFY_OFF)
+    struct verify_job *job = arg;
+    if (job->comm)
+        comm_at(job->comm, OP_LOAD, -1);
+    if (job->mode == VERIFY_OFF)
         return 0;
-    struct verify_job job = {.file = file, .comm = comm, .stride = mode == VERIFY_SAMPLE ? 64 : 1, .err = err};
-    uint64_t leaves = shard_file_leaf_count(file);
-    thread_pool_run(pool, verify_leaf, &job, (int64_t)div_up(leaves, job.stride));
-    return atomic_load(&job.failed) ? err->code : 0;
+    job->data = data;
+    job->first_leaf = offset / SHARD_LEAF_BYTES;
+    job->err = err;
+    thread_pool_run(job->pool, verify_leaf, job, (int64_t)div_up(bytes, SHARD_LEAF_BYTES));
+    return atomic_load(&job->failed) ? err->code : 0;
 }
 
 // ---- views -----------------------------------------------------------------------------------------------------
 
 struct binder {
     const struct shard_file *file;
+    const uint8_t *base; // where the payload lies, for the backend
     const char *path;
     struct error *err;
 };
@@ -124,10 +135,9 @@ static int bind_matrix(const struct binder *b, struct matrix *out, enum tensor_r
     if (tensor->shape.kind == WEIGHT_F32)
         return error_set(b->err, ERR_CORRUPT, "%s: matrix %s of layer %d is stored as f32", b->path,
                          tensor_role_name(role), layer);
-    const uint8_t *payload = shard_file_payload(b->file);
     out->shape = tensor->shape;
-    out->data = payload + tensor->data_offset;
-    out->scale = tensor->shape.kind == WEIGHT_BF16 ? NULL : payload + tensor->scale_offset;
+    out->data = b->base + tensor->data_offset;
+    out->scale = tensor->shape.kind == WEIGHT_BF16 ? NULL : b->base + tensor->scale_offset;
     return 0;
 }
 
@@ -142,7 +152,7 @@ static int bind_vector(const struct binder *b, const float **out, enum tensor_ro
     if (tensor->shape.kind != WEIGHT_F32)
         return error_set(b->err, ERR_CORRUPT, "%s: vector %s of layer %d is not stored as f32", b->path,
                          tensor_role_name(role), layer);
-    *out = (const float *)(const void *)(shard_file_payload(b->file) + tensor->data_offset);
+    *out = (const float *)(const void *)(b->base + tensor->data_offset);
     return 0;
 }
 
@@ -184,50 +194,54 @@ static bool share_fits(const struct rank_share *s, const struct model_desc *d)
            s->vocab_begin <= d->vocab_size - s->vocab_local;
 }
 
-static int bind_model(struct model *m, const char *path, struct error *err)
+static int bind_model(struct model *m, const uint8_t *base, struct error *err)
 {
-    const struct binder b = {m->file, path, err};
+    const struct binder b = {m->file, base, m->path, err};
     const struct model_desc *d = &m->desc;
-    if (!share_fits(&m->share, d))
-        return error_set(err, ERR_CORRUPT,
-                         "%s: the rank's share of heads, mlp or vocabulary does not fit the model description", path);
+    struct weights *w = &m->weights;
     int rc;
-    if ((rc = bind_matrix(&b, &m->embedding, ROLE_EMBEDDING, -1, m->share.vocab_local, d->hidden_size)) ||
-        (rc = bind_vector(&b, &m->inv_freq, ROLE_ROPE_INV_FREQ, -1, d->head_dim / 2, true)) ||
-        (rc = bind_vector(&b, &m->final_norm, ROLE_FINAL_NORM, -1, d->hidden_size, true)))
+    if ((rc = bind_matrix(&b, &w->embedding, ROLE_EMBEDDING, -1, m->share.vocab_local, d->hidden_size)) ||
+        (rc = bind_vector(&b, &w->inv_freq, ROLE_ROPE_INV_FREQ, -1, d->head_dim / 2, true)) ||
+        (rc = bind_vector(&b, &w->final_norm, ROLE_FINAL_NORM, -1, d->hidden_size, true)))
         return rc;
-    m->head = m->embedding;
-    if (!d->tied_embeddings && (rc = bind_matrix(&b, &m->head, ROLE_HEAD, -1, m->share.vocab_local, d->hidden_size)))
+    w->head = w->embedding;
+    if (!d->tied_embeddings && (rc = bind_matrix(&b, &w->head, ROLE_HEAD, -1, m->share.vocab_local, d->hidden_size)))
         return rc;
     for (int32_t i = 0; i < d->num_layers; i++)
-        if ((rc = bind_layer(&b, m, &m->layers[i], i)))
+        if ((rc = bind_layer(&b, m, &w->layers[i], i)))
             return rc;
     return 0;
 }
 
 // ---- opening ---------------------------------------------------------------------------------------------------
 
-int model_open(struct model *out, const char *dir, const struct manifest *manifest, int rank, enum verify_mode verify,
-               struct thread_pool *pool, struct comm *comm, struct error *err)
+int model_open(struct model *out, const char *dir, const struct manifest *manifest, int rank, struct comm *comm,
+               struct error *err)
 {
     int rc;
     struct model model = {.desc = manifest->model};
-    char path[4096];
-    if (snprintf(path, sizeof path, "%s/%s", dir, manifest->ranks[rank].name) >= (int)sizeof path)
-        return error_set(err, ERR_IO, "%s: the path is too long", dir);
     if (comm)
         comm_at(comm, OP_LOAD, -1);
-    if ((rc = shard_file_open(&model.file, path, err)))
+    if (asprintf(&model.path, "%s/%s", dir, manifest->ranks[rank].name) < 0)
+        return error_set(err, ERR_MEMORY, "%s: no memory for the name of a file", dir);
+    if ((rc = shard_file_open(&model.file, model.path, err)))
         goto fail;
-    if ((rc = check_identity(model.file, manifest, rank, path, err)))
+    if ((rc = check_identity(model.file, manifest, rank, model.path, err)))
         goto fail;
     model.share = shard_file_identity(model.file)->share;
-    model.layers = calloc((size_t)manifest->model.num_layers, sizeof *model.layers);
-    if (!model.layers) {
-        rc = error_set(err, ERR_MEMORY, "%s: no memory for %lld layers", path, (long long)manifest->model.num_layers);
+    if (!share_fits(&model.share, &model.desc)) {
+        rc = error_set(err, ERR_CORRUPT,
+                       "%s: the rank's share of heads, mlp or vocabulary does not fit the model description",
+                       model.path);
         goto fail;
     }
-    if ((rc = bind_model(&model, path, err)) || (rc = verify_payload(model.file, verify, pool, comm, err)))
+    model.weights.layers = calloc((size_t)manifest->model.num_layers, sizeof *model.weights.layers);
+    if (!model.weights.layers) {
+        rc = error_set(err, ERR_MEMORY, "%s: no memory for %lld layers", model.path,
+                       (long long)manifest->model.num_layers);
+        goto fail;
+    }
+    if ((rc = bind_model(&model, shard_file_payload(model.file), err)))
         goto fail;
     *out = model;
     return 0;
@@ -236,9 +250,20 @@ fail:
     return rc;
 }
 
+int model_load(struct model *model, const struct backend *backend, struct device *device, enum verify_mode verify,
+               struct thread_pool *pool, struct comm *comm, struct error *err)
+{
+    struct verify_job job = {.file = model->file, .pool = pool, .comm = comm, .mode = verify};
+    const uint8_t *base;
+    int rc = backend->load(device, &base, shard_file_payload(model->file), shard_file_payload_bytes(model->file),
+                           verify_piece, &job, err);
+    return rc ? rc : bind_model(model, base, err);
+}
+
 void model_close(struct model *model)
 {
-    free(model->layers);
+    free(model->weights.layers);
+    free(model->path);
     shard_file_close(model->file);
     *model = (struct model){0};
 }

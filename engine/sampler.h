@@ -10,20 +10,13 @@
 
 #include "engine/comm.h"
 #include "formats/error.h"
+#include "kernels/backend.h"
 
 #include <stdint.h>
 
-struct sampling {
-    double temperature; // 0: greedy
-    double top_p;       // 1: off
-    double min_p;       // 0: off
-    int64_t top_k;      // 0: off
-    double
-        repetition_penalty; // 1: off; divides positive and multiplies negative logits of tokens in prompt or output (CTRL)
-    double frequency_penalty; // 0: off; subtracted once for each earlier occurrence in the output
-    double presence_penalty;  // 0: off; subtracted once if the token is in the output
-    uint64_t seed;
-};
+// struct sampling: kernels/backend.h. top_k, top_p and min_p keep the likeliest tokens by number, by mass and by share of the likeliest
+// one's probability. repetition_penalty divides positive and multiplies negative logits of tokens in prompt or output (CTRL);
+// frequency_penalty is subtracted once for each earlier occurrence in the output, presence_penalty once if there is any.
 
 // One sequence's counts on one rank's part of the vocabulary, for the penalties.
 struct token_counts {

@@ -1,10 +1,10 @@
 // The parent's end of a running model. See session.h.
 #include "engine/session.h"
 
-#include "engine/decoder.h"
-#include "engine/kv_cache.h"
+#include "engine/backends.h"
 #include "formats/checked.h"
 #include "formats/checksum.h"
+#include "kernels/kv.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -20,6 +20,7 @@
 
 const struct session_options session_defaults = {
     .backend = "auto",
+    .kv_cache = "bf16",
     .wire = "auto",
     .verify = "full",
     .ranks = "process",
@@ -165,20 +166,23 @@ static uint64_t shared_bytes(const struct session *s)
                              s->manifest->model.vocab_size);
 }
 
-// Weights are mapped from the page cache, so they need not fit at once, but the engine is useless when they do not.
+// The host's memory. Weights are mapped from the page cache, so they need not fit at once, but the engine is useless when they do
+// not. What a device must hold, its ranks check.
 static int check_memory(const struct session *s, struct error *err)
 {
     int64_t context = s->worker.context;
     const struct model_desc *d = &s->manifest->model;
     int64_t tp = s->manifest->tp_size;
     struct rank_share share = upper_share(d, tp);
-    double weights = 0, available = available_bytes();
-    for (size_t i = 0; i < s->manifest->num_ranks; i++)
-        weights += (double)s->manifest->ranks[i].bytes;
-    double cache =
-        (double)tp * (double)kv_cache_bytes(d->num_layers, share.num_kv_heads_local, d->head_dim, s->worker.num_pages);
-    double buffers = (double)tp * (double)decoder_bytes(d, &share, s->worker.max_rows, context, s->worker.threads) +
-                     (double)shared_bytes(s);
+    struct device_shape shape = {
+        .desc = d, .share = &share, .max_rows = s->worker.max_rows, .context = s->worker.context};
+    double weights = 0, cache = 0, buffers = (double)shared_bytes(s), available = available_bytes();
+    if (s->worker.backend == &backend_cpu) {
+        for (size_t i = 0; i < s->manifest->num_ranks; i++)
+            weights += (double)s->manifest->ranks[i].bytes;
+        cache = (double)tp * (double)kv_bytes(d, &share, s->worker.num_pages, s->worker.kv_format);
+        buffers += (double)tp * (double)backend_cpu_scratch_bytes(&shape, s->worker.threads);
+    }
     double needed = weights + cache + buffers;
     if (available < 0 || needed <= available)
         return 0;
@@ -272,13 +276,14 @@ int session_open(struct session **out, const char *dir, const struct session_opt
     if ((rc = manifest_read(&s->manifest, dir, err)) || (rc = check_supported(s->manifest, dir, err)) ||
         (rc = choose_context(s->manifest, options, &context, err)) ||
         (rc = choose_wire(s->manifest, options->wire, &s->worker.wire, err)) ||
-        (rc = kernels_select(&s->worker.kernels, options->backend, err)))
+        (rc = backends_select(&s->worker.backend, &s->worker.kernels, options->backend, options->cuda_library, err)))
         goto fail;
     s->worker.dir = s->dir;
     s->worker.manifest = s->manifest;
     s->worker.threads = options->threads > 0 ? (int)options->threads : default_threads(s->manifest->tp_size);
     s->worker.verify = verify_mode_of(options->verify);
-    s->worker.max_rows = PREFILL_ROWS;
+    s->worker.kv_format = strcmp(options->kv_cache, "fp8") == 0 ? KV_E4M3 : KV_BF16;
+    s->worker.max_rows = s->worker.backend->prefill_rows;
     s->worker.num_pages = (int64_t)div_up((uint64_t)context, KV_PAGE_TOKENS) * max_sequences;
     s->worker.context = context;
     s->worker.max_sequences = max_sequences;
@@ -306,7 +311,17 @@ void session_close(struct session *s)
 const struct manifest *session_manifest(const struct session *s) { return s->manifest; }
 struct shared_area *session_shared(struct session *s) { return s->shared; }
 int64_t session_context(const struct session *s) { return s->worker.context; }
-const char *session_backend(const struct session *s) { return s->worker.kernels->name; }
+const char *session_backend(const struct session *s)
+{
+    return s->worker.backend == &backend_cpu ? s->worker.kernels->name : s->worker.backend->name;
+}
+
+void session_print_devices(struct session *s, FILE *out)
+{
+    for (uint32_t r = 0; r < s->manifest->tp_size && s->worker.backend != &backend_cpu; r++)
+        if (r == 0 || strcmp(s->shared->device[r], s->shared->device[r - 1]) != 0)
+            fprintf(out, "rank %u: %s\n", r, s->shared->device[r]);
+}
 int session_threads(const struct session *s) { return s->worker.threads; }
 const char *session_wire(const struct session *s) { return wire_name(s->worker.wire); }
 

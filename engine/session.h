@@ -10,14 +10,17 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+#include <stdio.h>
 
 struct session_options {
-    const char *backend; // "auto" or a kernel table's name
-    const char *wire;    // "auto", "bf16", "fp8", "s8x"
-    const char *verify;  // "full", "sample", "off"
-    const char *ranks;   // "process", "thread"
-    int64_t threads;     // worker threads of each rank; 0: cores / ranks
-    int64_t context;     // longest sequence; 0: default_context, or the model's own if that is less
+    const char *backend;      // "auto", "cuda" or a kernel table's name
+    const char *cuda_library; // NULL: libtpengine_cuda.so beside the program or in ../lib
+    const char *kv_cache;     // "bf16", "fp8"
+    const char *wire;         // "auto", "bf16", "fp8", "s8x"
+    const char *verify;       // "full", "sample", "off"
+    const char *ranks;        // "process", "thread"
+    int64_t threads;          // worker threads of each rank; 0: cores / ranks
+    int64_t context;          // longest sequence; 0: default_context, or the model's own if that is less
     int64_t default_context;
     double timeout_s; // longest silence of a busy rank
 };
@@ -39,7 +42,9 @@ void session_close(struct session *session);
 const struct manifest *session_manifest(const struct session *session);
 struct shared_area *session_shared(struct session *session); // NULL before the start
 int64_t session_context(const struct session *session);
-const char *session_backend(const struct session *session);
+const char *session_backend(const struct session *session); // "cuda", or the name of the host's kernel table
+// What devices the ranks run on and how, one line each; after the start. Equal lines are said once; the host's CPU needs none.
+void session_print_devices(struct session *session, FILE *out);
 int session_threads(const struct session *session); // of each rank
 const char *session_wire(const struct session *session);
 

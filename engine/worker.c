@@ -55,12 +55,13 @@ struct worker {
     struct shared_area *shared;
     struct thread_pool *pool;
     struct model model;
+    struct device *device;
     struct kv_cache *cache;
-    struct decoder *decoder;
-    struct sampler *sampler;
+    struct decoder decoder;
+    struct sampler *sampler; // NULL where the device samples
     struct token_counts counts[MAX_SEQUENCES];
     struct token_row *rows; // [max_rows]
-    float *logits;          // [max(max_sequences, 1)][vocab_local], for sampling
+    float *logits;          // [max(max_sequences, 1)][vocab_local], for sampling on the host
 };
 
 static void worker_close(struct worker *w)
@@ -68,7 +69,7 @@ static void worker_close(struct worker *w)
     for (int i = 0; i < MAX_SEQUENCES; i++)
         token_counts_free(&w->counts[i]);
     sampler_free(w->sampler);
-    decoder_free(w->decoder);
+    w->options->backend->close(w->device);
     kv_cache_free(w->cache);
     model_close(&w->model);
     thread_pool_free(w->pool);
@@ -93,7 +94,8 @@ struct agreement {
     struct checksum128 contract;
     uint32_t tp_size, wire;
     int64_t context, max_rows, num_pages;
-    char kernels[16];
+    uint32_t kv_format;
+    char backend[16], kernels[16];
 };
 
 static int agree(struct worker *w, struct error *err)
@@ -108,6 +110,8 @@ static int agree(struct worker *w, struct error *err)
     mine.context = o->context;
     mine.max_rows = o->max_rows;
     mine.num_pages = o->num_pages;
+    mine.kv_format = (uint32_t)o->kv_format;
+    snprintf(mine.backend, sizeof mine.backend, "%s", o->backend->name);
     snprintf(mine.kernels, sizeof mine.kernels, "%s", o->kernels->name);
     return comm_handshake(w->env->comm, &mine, sizeof mine, "model contract and options", err);
 }
@@ -132,40 +136,121 @@ static int check_shares(struct worker *w, struct error *err)
     return rc;
 }
 
+// Ranks may share a device: what all of them will take there must fit before any of them takes it.
+static int check_device_memory(struct worker *w, const struct device_shape *shape, struct error *err)
+{
+    const struct worker_options *o = w->options;
+    struct memory_need {
+        double weights, kv, scratch, available;
+        int64_t device;
+    } mine = {0}, all[COMM_MAX_RANKS];
+    struct memory_plan plan;
+    int rc;
+    if ((rc = comm_barrier(w->env->comm, err)) || // every rank has opened its device, which takes memory as well
+        (rc = o->backend->plan(w->device, shape, &plan, err)))
+        return rc;
+    mine.device = plan.device;
+    mine.weights = (double)shard_file_payload_bytes(w->model.file);
+    mine.kv = (double)plan.kv_bytes;
+    mine.scratch = (double)plan.scratch_bytes;
+    mine.available = (double)plan.available_bytes;
+    if ((rc = comm_all_gather(w->env->comm, all, &mine, sizeof mine, err)))
+        return rc;
+    if (plan.available_bytes == UINT64_MAX)
+        return 0;
+    struct memory_need sum = {.available = mine.available};
+    int sharing = 0;
+    for (int r = 0; r < w->env->tp_size; r++) {
+        if (all[r].device != mine.device)
+            continue;
+        sharing++;
+        sum.weights += all[r].weights;
+        sum.kv += all[r].kv;
+        sum.scratch += all[r].scratch;
+        sum.available = all[r].available < sum.available ? all[r].available : sum.available;
+    }
+    double needed = sum.weights + sum.kv + sum.scratch;
+    if (needed <= sum.available)
+        return 0;
+    return error_set(
+        err, ERR_MEMORY,
+        "%s: device %lld (%d rank%s) needs %.2f GiB (weights %.2f, KV cache %.2f at context %lld, buffers "
+        "%.2f) and has %.2f GiB free; use a smaller --context, --kv-cache fp8, stronger quantization or more ranks",
+        o->dir, (long long)mine.device, sharing, sharing == 1 ? "" : "s", needed / 0x1p30, sum.weights / 0x1p30,
+        sum.kv / 0x1p30, (long long)o->context, sum.scratch / 0x1p30, sum.available / 0x1p30);
+}
+
+// The weights on the device, verified, and everything that computes with them.
+static int open_device(struct worker *w, struct error *err)
+{
+    const struct worker_options *o = w->options;
+    struct device_options options = {
+        .kernels = o->kernels, .pool = w->pool, .rank = w->env->rank, .tp_size = w->env->tp_size};
+    struct device_shape shape = {.desc = &w->model.desc,
+                                 .share = &w->model.share,
+                                 .max_rows = o->max_rows,
+                                 .max_sequences = o->max_sequences,
+                                 .context = o->context,
+                                 .num_pages = o->num_pages,
+                                 .kv_format = o->kv_format,
+                                 .samples = decoder_samples(&w->decoder)};
+    int rc;
+    if ((rc = o->backend->open(&w->device, &options, err)) || (rc = check_device_memory(w, &shape, err)) ||
+        (rc = model_load(&w->model, o->backend, w->device, o->verify, w->pool, w->env->comm, err)) ||
+        (rc = o->backend->prepare(w->device, &shape, &w->model.weights, err)))
+        return rc;
+    o->backend->describe(w->device, w->shared->device[w->env->rank]);
+    return 0;
+}
+
 static int worker_open(struct worker *w, struct error *err)
 {
     const struct worker_options *o = w->options;
-    const struct model_desc *desc = &o->manifest->model;
-    int64_t sequences = o->max_sequences, context = o->context;
+    int64_t sequences = o->max_sequences;
     int rc;
     if ((rc = thread_pool_create(&w->pool, o->threads, err)) || (rc = agree(w, err)) ||
-        (rc = model_open(&w->model, o->dir, o->manifest, w->env->rank, o->verify, w->pool, w->env->comm, err)) ||
-        (rc = check_shares(w, err)) ||
-        (rc = kv_cache_create(&w->cache, desc->num_layers, w->model.share.num_kv_heads_local, desc->head_dim,
-                              o->num_pages, (int)sequences, context, err)) ||
-        (rc = decoder_create(&w->decoder, &w->model, o->kernels, w->pool, w->env->comm, w->cache, o->wire, o->max_rows,
-                             context, err)) ||
-        (rc = sampler_create(&w->sampler, w->model.share.vocab_begin, w->model.share.vocab_local, err)))
+        (rc = model_open(&w->model, o->dir, o->manifest, w->env->rank, w->env->comm, err)) ||
+        (rc = check_shares(w, err)))
         return rc;
+    w->decoder = (struct decoder){
+        .model = &w->model, .backend = o->backend, .comm = w->env->comm, .wire = o->wire, .pool = w->pool};
+    if ((rc = open_device(w, err)) || (rc = kv_cache_create(&w->cache, o->num_pages, (int)sequences, o->context, err)))
+        return rc;
+    w->decoder.device = w->device;
     w->rows = calloc((size_t)o->max_rows, sizeof *w->rows);
+    if (!w->rows)
+        return error_set(err, ERR_MEMORY, "no memory for steps of %lld rows", (long long)o->max_rows);
+    if (decoder_samples(&w->decoder))
+        return 0;
     w->logits = calloc((size_t)(sequences * (w->model.share.vocab_local + 1)), sizeof *w->logits);
-    if (!w->rows || !w->logits)
+    if (!w->logits)
         return error_set(err, ERR_MEMORY, "no memory for the logits of %lld sequences", (long long)sequences);
-    return 0;
+    return sampler_create(&w->sampler, w->model.share.vocab_begin, w->model.share.vocab_local, err);
 }
 
 // ---- COMMAND_FORWARD -------------------------------------------------------------------------------------------
 
-// Runs tokens [start, start + count) of a sequence through the layers.
-static int run_tokens(struct worker *w, int sequence, const uint32_t *tokens, int64_t start, int64_t count,
-                      struct error *err)
+// Makes rows of tokens [start, start + count) of a sequence and room for them.
+static int make_rows(struct worker *w, int sequence, const uint32_t *tokens, int64_t start, int64_t count,
+                     struct error *err)
 {
     int rc = kv_cache_reserve(w->cache, sequence, start + count, err);
     if (rc)
         return rc;
     for (int64_t i = 0; i < count; i++)
         w->rows[i] = (struct token_row){.token = tokens[i], .sequence = sequence, .position = start + i};
-    return decoder_forward(w->decoder, w->rows, count, err);
+    return 0;
+}
+
+// Runs tokens [start, start + count) of a sequence through the layers.
+static int run_tokens(struct worker *w, int sequence, const uint32_t *tokens, int64_t start, int64_t count,
+                      struct error *err)
+{
+    int rc = make_rows(w, sequence, tokens, start, count, err);
+    if (rc)
+        return rc;
+    struct kv_pages pages = kv_cache_pages(w->cache);
+    return decoder_forward(&w->decoder, w->rows, count, PHASE_PREFILL, &pages, err);
 }
 
 static int run_forward(struct worker *w, struct error *err)
@@ -179,7 +264,8 @@ static int run_forward(struct worker *w, struct error *err)
     for (int64_t done = 0; done < shared->forward.count;) {
         int64_t left = shared->forward.count - done, count = left < w->options->max_rows ? left : w->options->max_rows;
         if ((rc = run_tokens(w, 0, tokens + done, shared->forward.start + done, count, err)) ||
-            (rc = decoder_logits(w->decoder, NULL, count, logits + done * shared->vocab_size, shared->vocab_size, err)))
+            (rc =
+                 decoder_logits(&w->decoder, NULL, count, logits + done * shared->vocab_size, shared->vocab_size, err)))
             return rc;
         done += count;
     }
@@ -213,20 +299,14 @@ static void finish(struct worker *w, struct running *s, enum finish_reason reaso
         atomic_store_explicit(&w->shared->sequences[s->slot].finished, (int)reason, memory_order_release);
 }
 
-// Chooses the next token of a sequence from its row of logits and decides whether it goes on.
-static int advance(struct worker *w, struct running *s, float *logits, struct error *err)
+// Takes the token that was chosen for a sequence and decides whether it goes on.
+static void advance(struct worker *w, struct running *s, uint32_t token)
 {
     struct shared_sequence *shared = &w->shared->sequences[s->slot];
-    uint32_t token;
-    int rc = sampler_choose(w->sampler, w->env->comm, logits, &w->counts[s->slot], &shared->sampling,
-                            (uint64_t)s->produced, &token, err);
-    if (rc)
-        return rc;
     if (!shared->ignore_eos && is_eos(&w->model.desc, token)) {
         finish(w, s, FINISH_EOS);
-        return 0;
+        return;
     }
-    token_counts_add(&w->counts[s->slot], w->sampler, token, true);
     s->last = token;
     if (w->env->rank == 0) {
         shared_output(w->shared, s->slot)[s->produced] = token;
@@ -235,29 +315,67 @@ static int advance(struct worker *w, struct running *s, float *logits, struct er
     s->produced++;
     if (s->produced == shared->max_tokens || s->position + 1 > w->shared->context)
         finish(w, s, FINISH_LENGTH);
+}
+
+// Runs w->rows [num_rows] and chooses a token behind each of the last `count` rows, which belong to sequences [count] in this order: on the
+// device where it can, else here from the ranks' logits.
+static int step(struct worker *w, int64_t num_rows, enum phase phase, struct running *const *sequences, int64_t count,
+                struct error *err)
+{
+    struct kv_pages pages = kv_cache_pages(w->cache);
+    int64_t vocab = w->model.share.vocab_local, last = num_rows - 1;
+    uint32_t tokens[MAX_SEQUENCES];
+    int rc;
+    if (decoder_samples(&w->decoder)) {
+        const struct sampling *sampling[MAX_SEQUENCES];
+        uint64_t steps[MAX_SEQUENCES];
+        for (int64_t i = 0; i < count; i++) {
+            sampling[i] = &w->shared->sequences[sequences[i]->slot].sampling;
+            steps[i] = (uint64_t)sequences[i]->produced;
+        }
+        if ((rc = decoder_sample(&w->decoder, w->rows, num_rows, phase, &pages, sampling, steps, count, tokens, err)))
+            return rc;
+    } else {
+        if ((rc = decoder_forward(&w->decoder, w->rows, num_rows, phase, &pages, err)) ||
+            (rc = decoder_logits(&w->decoder, count < num_rows ? &last : NULL, count, w->logits, vocab, err)))
+            return rc;
+        for (int64_t i = 0; i < count; i++) {
+            struct running *s = sequences[i];
+            if ((rc = sampler_choose(w->sampler, w->env->comm, w->logits + i * vocab, &w->counts[s->slot],
+                                     &w->shared->sequences[s->slot].sampling, (uint64_t)s->produced, &tokens[i], err)))
+                return rc;
+            token_counts_add(&w->counts[s->slot], w->sampler, tokens[i], true);
+        }
+    }
+    for (int64_t i = 0; i < count; i++)
+        advance(w, sequences[i], tokens[i]);
+    return 0;
+}
+
+static int count_prompt(struct worker *w, int slot, const uint32_t *prompt, int64_t count, struct error *err)
+{
+    int rc;
+    if (decoder_samples(&w->decoder))
+        return w->options->backend->count_prompt(w->device, slot, prompt, count, err);
+    token_counts_free(&w->counts[slot]);
+    if ((rc = token_counts_alloc(&w->counts[slot], w->model.share.vocab_local, err)))
+        return rc;
+    for (int64_t i = 0; i < count; i++)
+        token_counts_add(&w->counts[slot], w->sampler, prompt[i], false);
     return 0;
 }
 
 static int prefill(struct worker *w, struct running *s, struct error *err)
 {
     const uint32_t *prompt = shared_input(w->shared, s->slot);
-    int64_t count = w->shared->sequences[s->slot].prompt_count, last_rows = 0;
-    int rc;
-    token_counts_free(&w->counts[s->slot]);
-    if ((rc = token_counts_alloc(&w->counts[s->slot], w->model.share.vocab_local, err)))
+    int64_t count = w->shared->sequences[s->slot].prompt_count, done = 0;
+    int rc = count_prompt(w, s->slot, prompt, count, err);
+    for (; !rc && count - done > w->options->max_rows; done += w->options->max_rows)
+        rc = run_tokens(w, s->slot, prompt + done, done, w->options->max_rows, err);
+    if (rc || (rc = make_rows(w, s->slot, prompt + done, done, count - done, err)))
         return rc;
-    for (int64_t i = 0; i < count; i++)
-        token_counts_add(&w->counts[s->slot], w->sampler, prompt[i], false);
-    for (int64_t done = 0; done < count; done += last_rows) {
-        last_rows = count - done < w->options->max_rows ? count - done : w->options->max_rows;
-        if ((rc = run_tokens(w, s->slot, prompt + done, done, last_rows, err)))
-            return rc;
-    }
     s->position = count;
-    int64_t last_row = last_rows - 1;
-    if ((rc = decoder_logits(w->decoder, &last_row, 1, w->logits, w->model.share.vocab_local, err)))
-        return rc;
-    return advance(w, s, w->logits, err);
+    return step(w, count - done, PHASE_PREFILL, &s, 1, err);
 }
 
 // Rank 0 reads which sequences the parent has given up; the others hear it from rank 0, so that all agree.
@@ -279,7 +397,8 @@ static int drop_cancelled(struct worker *w, struct running *sequences, int64_t c
 // One token for every active sequence. *any: whether there was one.
 static int decode_step(struct worker *w, struct running *sequences, int64_t count, bool *any, struct error *err)
 {
-    int64_t rows = 0, vocab = w->model.share.vocab_local;
+    struct running *active[MAX_SEQUENCES];
+    int64_t rows = 0;
     int rc = drop_cancelled(w, sequences, count, err);
     if (rc)
         return rc;
@@ -289,18 +408,11 @@ static int decode_step(struct worker *w, struct running *sequences, int64_t coun
             continue;
         if ((rc = kv_cache_reserve(w->cache, s->slot, s->position + 1, err)))
             return rc;
+        active[rows] = s;
         w->rows[rows++] = (struct token_row){.token = s->last, .sequence = s->slot, .position = s->position++};
     }
     *any = rows > 0;
-    if (rows == 0)
-        return 0;
-    if ((rc = decoder_forward(w->decoder, w->rows, rows, err)) ||
-        (rc = decoder_logits(w->decoder, NULL, rows, w->logits, vocab, err)))
-        return rc;
-    for (int64_t row = 0; row < rows; row++)
-        if ((rc = advance(w, &sequences[w->rows[row].sequence], w->logits + row * vocab, err)))
-            return rc;
-    return 0;
+    return rows > 0 ? step(w, rows, PHASE_DECODE, active, rows, err) : 0;
 }
 
 static int run_generate(struct worker *w, struct error *err)

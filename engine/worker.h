@@ -7,13 +7,13 @@
 #include "engine/model.h"
 #include "engine/sampler.h"
 #include "formats/manifest.h"
-#include "kernels/kernels.h"
+#include "kernels/backend.h"
 #include "kernels/wire.h"
 
 #include <stdatomic.h>
 #include <stdint.h>
 
-enum { MAX_SEQUENCES = 64, PREFILL_ROWS = 256 };
+enum { MAX_SEQUENCES = 64 };
 
 enum worker_command {
     COMMAND_FORWARD = 1, // shared->forward: run tokens of one sequence, write all logits
@@ -47,6 +47,7 @@ struct shared_area {
     atomic_llong started_ns, loaded_ns, command_ns, first_token_ns, finished_ns;
     atomic_llong decode_steps;
     atomic_llong rank_rss_bytes[COMM_MAX_RANKS];
+    char device[COMM_MAX_RANKS][DEVICE_TEXT_BYTES]; // each rank's, once its weights are ready
 };
 
 // The arrays behind struct shared_area, in this order: input tokens [max_sequences][context], output tokens [max_sequences][context],
@@ -60,8 +61,10 @@ float *shared_logits(struct shared_area *shared);
 struct worker_options {
     const char *dir;
     const struct manifest *manifest;
-    const struct kernels *kernels;
-    int threads; // worker threads of a rank
+    const struct backend *backend;
+    const struct kernels *kernels; // of the host
+    int threads;                   // worker threads of a rank
+    enum kv_format kv_format;
     enum wire wire;
     enum verify_mode verify;
     int64_t context, max_sequences, logits_rows;

@@ -54,11 +54,15 @@ struct activations {
 int activations_alloc(struct activations *act, int64_t max_tokens, int64_t max_cols, struct error *err);
 void activations_free(struct activations *act);
 
+// How keys and values are kept. e4m3 has no scale: it saturates at 448, and a NaN stays NaN.
+enum kv_format { KV_BF16 = 0, KV_E4M3 = 1 };
+
 // One layer's keys and values on one rank, in pages.
-//   k, v   bfloat16 [num_pages][num_kv_heads][KV_PAGE_TOKENS][head_dim]
+//   k, v   [num_pages][num_kv_heads][KV_PAGE_TOKENS][head_dim] in the format
 //   pages  [pages of this sequence]: position p lies in page pages[p / KV_PAGE_TOKENS], slot p % KV_PAGE_TOKENS
 struct kv_view {
-    const uint16_t *k, *v;
+    void *k, *v;
+    enum kv_format format;
     const int32_t *pages;
     int64_t num_kv_heads, head_dim;
 };

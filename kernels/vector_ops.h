@@ -359,10 +359,23 @@ static float exp_scores(float *scores, int64_t count)
     return sum_lanes(&sum);
 }
 
+// Slots of one page of keys or values as bfloat16; e4m3 is widened into `wide`, exactly.
+static const uint16_t *page_rows(const struct kv_view *kv, const void *pool, int64_t slot, int64_t count,
+                                 uint16_t wide[KV_PAGE_TOKENS * KERNELS_MAX_HEAD_DIM])
+{
+    if (kv->format == KV_BF16)
+        return (const uint16_t *)pool + slot * kv->head_dim;
+    const uint8_t *narrow = (const uint8_t *)pool + slot * kv->head_dim;
+    for (int64_t i = 0; i < count * kv->head_dim; i++)
+        wide[i] = (uint16_t)(f32_bits(e4m3_to_f32(narrow[i])) >> 16);
+    return wide;
+}
+
 static void vector_ops_attention(float *out, const float *q, const struct kv_view *kv, int64_t kv_head, int64_t first,
                                  int64_t end, float scale, float *scores)
 {
     int64_t head_dim = kv->head_dim;
+    uint16_t wide[KV_PAGE_TOKENS * KERNELS_MAX_HEAD_DIM];
     memset(out, 0, (size_t)head_dim * sizeof *out);
     if (first >= end)
         return;
@@ -371,21 +384,25 @@ static void vector_ops_attention(float *out, const float *q, const struct kv_vie
     int64_t vectors = (head_dim + LANES - 1) / LANES;
     for (int64_t i = 0; i < vectors; i++)
         load_part(&query[i], q + i * LANES, head_dim - i * LANES, 0.0f);
-    for (int64_t p = first; p < end; p++) {
+    for (int64_t p = first, stop; p < end; p = stop) {
+        int64_t page_end = (p / KV_PAGE_TOKENS + 1) * KV_PAGE_TOKENS;
+        stop = page_end < end ? page_end : end;
         int64_t slot =
             (kv->pages[p / KV_PAGE_TOKENS] * kv->num_kv_heads + kv_head) * KV_PAGE_TOKENS + p % KV_PAGE_TOKENS;
-        scores[p - first] = dot_bf16(query, kv->k + slot * head_dim, head_dim) * scale;
+        const uint16_t *k = page_rows(kv, kv->k, slot, stop - p, wide);
+        for (int64_t s = 0; s < stop - p; s++)
+            scores[p - first + s] = dot_bf16(query, k + s * head_dim, head_dim) * scale;
     }
     float sum = exp_scores(scores, end - first);
 
     // Each output element is a sum over ascending positions. Page by page and 64 elements at a time, so that the partial
     // sums stay in registers.
-    for (int64_t p = first; p < end;) {
+    for (int64_t p = first, stop; p < end; p = stop) {
         int64_t page_end = (p / KV_PAGE_TOKENS + 1) * KV_PAGE_TOKENS;
-        int64_t stop = page_end < end ? page_end : end;
+        stop = page_end < end ? page_end : end;
         int64_t slot =
             (kv->pages[p / KV_PAGE_TOKENS] * kv->num_kv_heads + kv_head) * KV_PAGE_TOKENS + p % KV_PAGE_TOKENS;
-        const uint16_t *v = kv->v + slot * head_dim;
+        const uint16_t *v = page_rows(kv, kv->v, slot, stop - p, wide);
         const float *weight = scores + (p - first);
         int64_t count = stop - p, i = 0;
         for (; i + 4 * LANES <= head_dim; i += 4 * LANES) {
@@ -403,7 +420,6 @@ static void vector_ops_attention(float *out, const float *q, const struct kv_vie
         for (int64_t s = 0; s < count; s++)
             for (int64_t d = i; d < head_dim; d++)
                 out[d] += bf16_to_f32(v[s * head_dim + d]) * weight[s];
-        p = stop;
     }
     for (int64_t i = 0; i < head_dim; i++)
         out[i] /= sum;

@@ -115,7 +115,8 @@ for words in "generate DIR --prompt x --max-tokens 3" "generate DIR --prompt x -
     check "full output: $words" full "$engine" ${words//DIR/$tmp/int4-2} --quiet
 done
 status "token out of the vocabulary" 2 "vocabulary" "$engine" logits "$tmp/int4-2" --token-ids 1,99999 --output "$tmp/x.npy"
-status "unsupported backend" 2 "cuda" "$engine" generate "$tmp/int4-2" --prompt x --backend cuda
+status "unknown backend" 2 "auto" "$engine" generate "$tmp/int4-2" --prompt x --backend tpu
+status "missing CUDA backend" 6 "/nonexistent" "$engine" generate "$tmp/int4-2" --prompt x --backend cuda --cuda-library /nonexistent
 cp -r "$tmp/int4-2" "$tmp/swapped"
 mv "$tmp/swapped/rank-00-of-02.tpshard" "$tmp/swapped/x"
 mv "$tmp/swapped/rank-01-of-02.tpshard" "$tmp/swapped/rank-00-of-02.tpshard"

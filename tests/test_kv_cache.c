@@ -8,63 +8,117 @@
 
 #include "engine/kv_cache.h"
 #include "formats/number_formats.h"
+#include "kernels/kv.h"
 
-enum { LAYERS = 2, HEADS = 3, HEAD_DIM = 8, PAGES = 5, SEQUENCES = 3, MAX_TOKENS = 3 * KV_PAGE_TOKENS };
+#include <math.h>
+#include <stdlib.h>
+
+enum { HEADS = 3, HEAD_DIM = 8, PAGES = 5, SEQUENCES = 3, MAX_TOKENS = 3 * KV_PAGE_TOKENS };
+enum { ELEMS = PAGES * HEADS * KV_PAGE_TOKENS * HEAD_DIM };
 
 static struct kv_cache *make(void)
 {
     struct kv_cache *cache = NULL;
     struct error err;
-    assert_int_equal(kv_cache_create(&cache, LAYERS, HEADS, HEAD_DIM, PAGES, SEQUENCES, MAX_TOKENS, &err), 0);
+    assert_int_equal(kv_cache_create(&cache, PAGES, SEQUENCES, MAX_TOKENS, &err), 0);
     return cache;
 }
 
-static float value_of(int64_t layer, int sequence, int64_t position, int64_t head, int64_t i, int which)
+static float value_of(int sequence, int64_t position, int64_t head, int64_t i, int which)
 {
-    return (float)((layer * 7 + sequence * 31 + position * 3 + head * 11 + i + which * 5) % 251); // exact in bfloat16
+    return (float)((sequence * 31 + position * 3 + head * 11 + i + which * 5) % 16); // exact in both formats
 }
 
-static void store(struct kv_cache *cache, int64_t layer, int sequence, int64_t position)
+static struct kv_view view_of(const struct kv_cache *cache, int sequence, enum kv_format format, void *k, void *v)
+{
+    struct kv_pages pages = kv_cache_pages(cache);
+    return (struct kv_view){k, v, format, pages.pages + sequence * pages.pages_per_sequence, HEADS, HEAD_DIM};
+}
+
+static void store(const struct kv_view *view, int sequence, int64_t position)
 {
     float k[HEADS * HEAD_DIM], v[HEADS * HEAD_DIM];
     for (int64_t h = 0; h < HEADS; h++)
         for (int64_t i = 0; i < HEAD_DIM; i++) {
-            k[h * HEAD_DIM + i] = value_of(layer, sequence, position, h, i, 0);
-            v[h * HEAD_DIM + i] = value_of(layer, sequence, position, h, i, 1);
+            k[h * HEAD_DIM + i] = value_of(sequence, position, h, i, 0);
+            v[h * HEAD_DIM + i] = value_of(sequence, position, h, i, 1);
         }
-    kv_cache_store(cache, layer, sequence, position, k, v);
+    kv_store(view, position, k, v);
 }
 
-static void check(const struct kv_cache *cache, int64_t layer, int sequence, int64_t position)
+static float value_at(const void *pool, enum kv_format format, int64_t at)
 {
-    struct kv_view view = kv_cache_view(cache, layer, sequence);
+    return format == KV_BF16 ? bf16_to_f32(((const uint16_t *)pool)[at]) : e4m3_to_f32(((const uint8_t *)pool)[at]);
+}
+
+static void check(const struct kv_view *view, int sequence, int64_t position)
+{
     for (int64_t h = 0; h < HEADS; h++)
         for (int64_t i = 0; i < HEAD_DIM; i++) {
-            int64_t at = (((int64_t)view.pages[position / KV_PAGE_TOKENS] * HEADS + h) * KV_PAGE_TOKENS +
+            int64_t at = (((int64_t)view->pages[position / KV_PAGE_TOKENS] * HEADS + h) * KV_PAGE_TOKENS +
                           position % KV_PAGE_TOKENS) *
                              HEAD_DIM +
                          i;
-            assert_true(bf16_to_f32(view.k[at]) == value_of(layer, sequence, position, h, i, 0));
-            assert_true(bf16_to_f32(view.v[at]) == value_of(layer, sequence, position, h, i, 1));
+            assert_true(value_at(view->k, view->format, at) == value_of(sequence, position, h, i, 0));
+            assert_true(value_at(view->v, view->format, at) == value_of(sequence, position, h, i, 1));
         }
+}
+
+static void values_stay_apart(enum kv_format format)
+{
+    struct kv_cache *cache = make();
+    struct error err;
+    uint16_t *k = calloc(ELEMS, sizeof *k), *v = calloc(ELEMS, sizeof *v);
+    static const int64_t lengths[SEQUENCES] = {KV_PAGE_TOKENS + 1, 5, 2 * KV_PAGE_TOKENS};
+    for (int s = 0; s < SEQUENCES; s++)
+        for (int64_t p = 0; p < lengths[s]; p++) { // grown one by one: pages of the sequences interleave
+            assert_int_equal(kv_cache_reserve(cache, s, p + 1, &err), 0);
+            struct kv_view view = view_of(cache, s, format, k, v);
+            store(&view, s, p);
+        }
+    for (int s = 0; s < SEQUENCES; s++)
+        for (int64_t p = 0; p < lengths[s]; p++) {
+            struct kv_view view = view_of(cache, s, format, k, v);
+            check(&view, s, p);
+        }
+    free(k);
+    free(v);
+    kv_cache_free(cache);
 }
 
 static void test_values_stay_apart(void **state)
 {
     (void)state;
+    values_stay_apart(KV_BF16);
+    values_stay_apart(KV_E4M3);
+}
+
+// What e4m3 cannot hold: too large saturates, NaN stays NaN.
+static void test_e4m3_limits(void **state)
+{
+    (void)state;
+    static const int32_t pages[] = {0};
+    uint8_t k[KV_PAGE_TOKENS * 2] = {0}, v[KV_PAGE_TOKENS * 2] = {0};
+    struct kv_view view = {k, v, KV_E4M3, pages, 1, 2};
+    kv_store(&view, 3, (float[]){1000, -449}, (float[]){NAN, 0.0625f});
+    assert_true(e4m3_to_f32(k[6]) == 448 && e4m3_to_f32(k[7]) == -448);
+    assert_true(isnan(e4m3_to_f32(v[6])) && e4m3_to_f32(v[7]) == 0.0625f);
+}
+
+// Whoever keeps a copy of the tables can tell when it is stale.
+static void test_version_follows_the_tables(void **state)
+{
+    (void)state;
     struct kv_cache *cache = make();
     struct error err;
-    static const int64_t lengths[SEQUENCES] = {KV_PAGE_TOKENS + 1, 5, 2 * KV_PAGE_TOKENS};
-    for (int s = 0; s < SEQUENCES; s++)
-        for (int64_t p = 0; p < lengths[s]; p++) { // grown one by one: pages of the sequences interleave
-            assert_int_equal(kv_cache_reserve(cache, s, p + 1, &err), 0);
-            for (int64_t layer = 0; layer < LAYERS; layer++)
-                store(cache, layer, s, p);
-        }
-    for (int s = 0; s < SEQUENCES; s++)
-        for (int64_t layer = 0; layer < LAYERS; layer++)
-            for (int64_t p = 0; p < lengths[s]; p++)
-                check(cache, layer, s, p);
+    uint64_t before = kv_cache_pages(cache).version;
+    assert_int_equal(kv_cache_reserve(cache, 0, 1, &err), 0);
+    uint64_t first = kv_cache_pages(cache).version;
+    assert_true(first != before);
+    assert_int_equal(kv_cache_reserve(cache, 0, KV_PAGE_TOKENS, &err), 0);
+    assert_true(kv_cache_pages(cache).version == first);
+    assert_int_equal(kv_cache_reserve(cache, 0, KV_PAGE_TOKENS + 1, &err), 0);
+    assert_true(kv_cache_pages(cache).version != first);
     kv_cache_free(cache);
 }
 
@@ -87,18 +141,21 @@ static void test_full_cache_says_so(void **state)
 static void test_rank_without_heads(void **state)
 {
     (void)state;
-    struct kv_cache *cache = NULL;
-    struct error err;
-    assert_int_equal(kv_cache_bytes(LAYERS, 0, HEAD_DIM, PAGES), 0);
-    assert_int_equal(kv_cache_create(&cache, LAYERS, 0, HEAD_DIM, PAGES, 1, MAX_TOKENS, &err), 0);
-    assert_int_equal(kv_cache_reserve(cache, 0, 1, &err), 0);
-    kv_cache_store(cache, 1, 0, 0, NULL, NULL);
-    kv_cache_free(cache);
+    struct model_desc desc = {.num_layers = 2, .head_dim = HEAD_DIM};
+    struct rank_share share = {0};
+    static const int32_t pages[] = {0};
+    struct kv_view view = {NULL, NULL, KV_BF16, pages, 0, HEAD_DIM};
+    assert_int_equal(kv_bytes(&desc, &share, PAGES, KV_BF16), 0);
+    kv_store(&view, 0, NULL, NULL);
+    share.num_kv_heads_local = HEADS;
+    assert_int_equal(kv_bytes(&desc, &share, PAGES, KV_BF16), 2 * 2 * 2 * ELEMS);
+    assert_int_equal(kv_bytes(&desc, &share, PAGES, KV_E4M3), 2 * 2 * ELEMS);
 }
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_values_stay_apart),
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_values_stay_apart), cmocka_unit_test(test_e4m3_limits),
+                                       cmocka_unit_test(test_version_follows_the_tables),
                                        cmocka_unit_test(test_full_cache_says_so),
                                        cmocka_unit_test(test_rank_without_heads)};
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -206,7 +206,7 @@ static void attention_reference(double *out, const float *q, const struct kv_vie
                 (kv->pages[p / KV_PAGE_TOKENS] * kv->num_kv_heads + kv_head) * KV_PAGE_TOKENS + p % KV_PAGE_TOKENS;
             if (pass == 0) {
                 for (int64_t d = 0; d < kv->head_dim; d++)
-                    score[p - first] += (double)q[d] * bf16_to_f32(kv->k[slot * kv->head_dim + d]);
+                    score[p - first] += (double)q[d] * bf16_to_f32(((const uint16_t *)kv->k)[slot * kv->head_dim + d]);
                 score[p - first] *= scale;
                 largest = fmax(largest, score[p - first]);
                 continue;
@@ -214,7 +214,7 @@ static void attention_reference(double *out, const float *q, const struct kv_vie
             double weight = exp(score[p - first] - largest);
             sum += weight;
             for (int64_t d = 0; d < kv->head_dim; d++)
-                out[d] += weight * bf16_to_f32(kv->v[slot * kv->head_dim + d]);
+                out[d] += weight * bf16_to_f32(((const uint16_t *)kv->v)[slot * kv->head_dim + d]);
         }
     for (int64_t d = 0; d < kv->head_dim; d++)
         out[d] /= sum;
@@ -235,7 +235,7 @@ static void test_attention(void **state)
             v[i] = f32_to_bf16(uniform());
         }
         static const int32_t pages[] = {3, 0, 4, 1};
-        struct kv_view kv = {k, v, pages, KV_HEADS, dim};
+        struct kv_view kv = {k, v, KV_BF16, pages, KV_HEADS, dim};
         float *q = random_floats(dim), scale = 1 / sqrtf((float)dim);
         for (size_t r = 0; r < 6; r++) {
             int64_t first = ranges[r][0], end = ranges[r][1], head = (int64_t)r % KV_HEADS;

@@ -1,0 +1,15 @@
+// Which backend computes: the host's, or CUDA's shared object, loaded when it is wanted. The choice is the parent's, before ranks are forked,
+// so it never talks to a driver: a CUDA context does not survive a fork.
+#ifndef TPSHARD_ENGINE_BACKENDS_H
+#define TPSHARD_ENGINE_BACKENDS_H
+
+#include "formats/error.h"
+#include "kernels/backend.h"
+
+// wanted: "cuda", the name of a kernel table, or "auto": CUDA where a GPU driver and the shared object are there, else the fastest kernel
+// table. library: the shared object's file, or NULL for libtpengine_cuda.so beside the program or in ../lib of it. *kernels is the
+// host's table, which every backend gets. ERR_USAGE for a name that this machine cannot run; ERR_GPU when "cuda" cannot be loaded.
+int backends_select(const struct backend **backend, const struct kernels **kernels, const char *wanted,
+                    const char *library, struct error *err);
+
+#endif

@@ -1,0 +1,177 @@
+// A backend: where one rank's numbers live, and the operations of the decoder over the rows of a step. The kernel table (kernels.h) is
+// numbers in the host's memory; this is the layer above, shaped so that a device can do it too: whole rows, named buffers, nothing
+// that returns a number to the host before it is asked for. "cpu" runs it on a kernel table and a thread pool; "cuda" is a shared
+// object that is loaded when it is wanted.
+//
+// A step: begin, embed, then per layer norm, linear, finish_qkv, attend, linear, (reduce), norm, linear, activate, linear,
+// (reduce), at the end head and logits or sample. What a backend has not finished when an operation returns, it finishes in the same
+// order later; host memory that an operation filled or lent is valid when the operation returns.
+//
+// Law 9: the result of a row depends on its own sequence, the phase and the model, never on the rows beside it.
+#ifndef TPSHARD_KERNELS_BACKEND_H
+#define TPSHARD_KERNELS_BACKEND_H
+
+#include "formats/error.h"
+#include "formats/model_desc.h"
+#include "kernels/kernels.h"
+#include "kernels/thread_pool.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+// One token to be computed: at `position` of sequence slot `sequence`, whose earlier positions are in the KV cache or in earlier rows.
+struct token_row {
+    uint32_t token;
+    int32_t sequence;
+    int64_t position;
+};
+
+// What the arithmetic may be chosen by. Prefill: consecutive positions of one sequence. Decode: any rows.
+enum phase { PHASE_PREFILL, PHASE_DECODE };
+
+// One layer's weights where the backend wants them (load). Vectors are f32 and NULL where the model has none.
+struct layer {
+    const float *attention_norm, *mlp_norm;
+    const float *q_norm, *k_norm;
+    const float *qkv_bias, *o_bias, *gate_up_bias, *down_bias;
+    struct matrix qkv, o, gate_up, down;
+};
+struct weights {
+    struct matrix embedding, head; // the same matrix when embeddings are tied
+    const float *inv_freq;         // [head_dim / 2]
+    const float *final_norm;       // [hidden_size]
+    struct layer *layers;          // [num_layers]
+};
+
+// What a device is made for; borrowed pointers outlive it.
+struct device_shape {
+    const struct model_desc *desc;
+    const struct rank_share *share;
+    int64_t max_rows;      // of a step
+    int64_t max_sequences; // decode rows of a step
+    int64_t context;       // longest sequence
+    int64_t num_pages;     // of the KV cache, all sequences
+    enum kv_format kv_format;
+    bool samples; // sample will be called (one rank, whole vocabulary)
+};
+
+// Page tables of all sequences: position p of sequence s lies in page pages[s * pages_per_sequence + p / KV_PAGE_TOKENS].
+struct kv_pages {
+    const int32_t *pages;
+    int64_t pages_per_sequence;
+    uint64_t version; // changes whenever an entry does
+};
+
+// One sequence's sampling; engine/sampler.h says what each part means.
+struct sampling {
+    double temperature;                                             // 0: greedy
+    double top_p;                                                   // 1: off
+    double min_p;                                                   // 0: off
+    int64_t top_k;                                                  // 0: off
+    double repetition_penalty, frequency_penalty, presence_penalty; // 1, 0, 0: off
+    uint64_t seed;
+};
+
+// The f32 buffers of a step that operations name.
+enum buffer {
+    BUFFER_RESIDUAL, // [rows][hidden]
+    BUFFER_QKV,      // [rows][q + 2 kv]: this rank's heads
+    BUFFER_GATE_UP,  // [rows][2 * intermediate_local]
+    BUFFER_PARTIAL,  // [rows][hidden]: this rank's part of a sum over ranks
+};
+
+struct memory_plan {
+    uint64_t kv_bytes, scratch_bytes; // weights: the file's payload
+    uint64_t available_bytes;         // on the device, before anything was taken; UINT64_MAX: not known
+    int device;                       // ranks that name the same device share it; -1: the host's memory
+};
+
+struct device_options {
+    const struct kernels *kernels; // of the host
+    struct thread_pool *pool;
+    int rank, tp_size;
+    int device; // -1: rank modulo the number of devices
+};
+
+struct device; // one rank's end of a backend; belongs to one thread
+
+// Compares [offset, offset + bytes) of the payload, which lie at `data`, with its checksums; may use the pool.
+typedef int payload_check_fn(void *arg, const uint8_t *data, uint64_t offset, uint64_t bytes, struct error *err);
+
+enum { BACKEND_ABI = 1, DEVICE_TEXT_BYTES = 512 };
+
+// All functions but close return 0 or an error; `device` is filled by open and owned by the caller.
+struct backend {
+    uint32_t abi;         // BACKEND_ABI
+    const char *name;     // "cpu", "cuda"
+    int64_t prefill_rows; // good size of a prefill step
+
+    int (*open)(struct device **out, const struct device_options *options, struct error *err);
+    void (*close)(struct device *device); // accepts NULL
+    // One line about the device and how matrices will be multiplied on it; the second part is known after prepare.
+    void (*describe)(const struct device *device, char text[DEVICE_TEXT_BYTES]);
+
+    // Memory that prepare will take; nothing is allocated yet.
+    int (*plan)(struct device *device, const struct device_shape *shape, struct memory_plan *plan, struct error *err);
+    // Brings the rank file's payload to where the kernels read it: *base + offset holds payload byte `offset`. `mapped` outlives the
+    // device. check runs over every byte once, in ascending pieces of whole MiB, on the bytes that will be used.
+    int (*load)(struct device *device, const uint8_t **base, const uint8_t *mapped, uint64_t bytes,
+                payload_check_fn *check, void *arg, struct error *err);
+    // Allocates buffers and KV cache. weights point into the loaded payload and outlive the device.
+    int (*prepare)(struct device *device, const struct device_shape *shape, const struct weights *weights,
+                   struct error *err);
+
+    // ---- a step --------------------------------------------------------------------------------------------------
+    int (*begin)(struct device *device, const struct token_row *rows, int64_t count, enum phase phase,
+                 const struct kv_pages *pages, struct error *err);
+    // A decode step from embed to sample may be kept and run again for the same number of rows. record: *replayed says that the whole step
+    // was run from a kept one; otherwise the caller runs the operations and ends with finish. Not called for steps that
+    // exchange anything over the host.
+    int (*record)(struct device *device, bool *replayed, struct error *err);
+    int (*finish)(struct device *device, struct error *err);
+
+    // residual = the tokens' rows of the embedding, rounded to bf16; zeros for tokens that this rank does not hold.
+    int (*embed)(struct device *device, struct error *err);
+    // residual += partial + bias (when `add`; bias may be NULL); input = RMSNorm(residual) * weight, prepared for `next`.
+    int (*norm)(struct device *device, bool add, const float *bias, const float *weight, const struct matrix *next,
+                struct error *err);
+    // out = input * w^T.
+    int (*linear)(struct device *device, enum buffer out, const struct matrix *w, struct error *err);
+    // Bias, q and k norms, rotation; keys and values of the rows go into the cache.
+    int (*finish_qkv)(struct device *device, int64_t layer, struct error *err);
+    // input = attention of the rows over their sequences, prepared for `next`.
+    int (*attend)(struct device *device, int64_t layer, const struct matrix *next, struct error *err);
+    // input = silu(gate + bias) * (up + bias), prepared for `next`.
+    int (*activate)(struct device *device, const float *bias, const struct matrix *next, struct error *err);
+    // Lends a buffer's rows to the host ([rows][hidden] f32), which changes them; returned takes them back.
+    int (*lend)(struct device *device, enum buffer buffer, float **host, struct error *err);
+    int (*returned)(struct device *device, enum buffer buffer, struct error *err);
+
+    // Logits of some rows after the last layer: residual += partial + bias happens for them alone; row_index [count] (NULL: 0 .. count-1).
+    // The logits stay with the device for sample, or go to host [count][stride] when host is not NULL.
+    int (*logits)(struct device *device, const float *bias, const int64_t *row_index, int64_t count, float *host,
+                  int64_t stride, struct error *err);
+
+    // ---- sampling on the device; NULL where the host does it -------------------------------------------------------
+    // Forgets the counts of a sequence and counts its prompt; needed before the first sample of a sequence.
+    int (*count_prompt)(struct device *device, int32_t sequence, const uint32_t *prompt, int64_t count,
+                        struct error *err);
+    // After begin: how the tokens behind `rows` [count] of the step are chosen. sampling [count]; steps [count]: tokens their sequence has
+    // produced so far.
+    int (*sampling)(struct device *device, const struct sampling *const *sampling, const uint64_t *steps,
+                    const struct token_row *rows, int64_t count, struct error *err);
+    // Chooses a token for each of the rows whose logits were computed.
+    int (*sample)(struct device *device, struct error *err);
+    // Waits for the step and hands out its tokens [count].
+    int (*tokens)(struct device *device, uint32_t *tokens, int64_t count, struct error *err);
+};
+
+extern const struct backend backend_cpu;
+// What cpu's prepare takes beside the KV cache, for a parent that plans before its ranks run.
+uint64_t backend_cpu_scratch_bytes(const struct device_shape *shape, int threads);
+
+// The entry of a backend's shared object.
+#define BACKEND_ENTRY "tpengine_cuda_backend"
+typedef const struct backend *backend_entry_fn(void);
+
+#endif
