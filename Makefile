@@ -60,8 +60,11 @@ KERNELS_SRC := $(wildcard kernels/*.c kernels/scalar/*.c kernels/cpu/*.c)
 SHARD_SRC := $(filter-out shard/main.c,$(wildcard shard/*.c))
 ENGINE_SRC := $(filter-out engine/main.c,$(wildcard engine/*.c))
 CUDA_SRC := $(wildcard kernels/cuda/*.cu)
+CUDA_HOST_SRC := $(wildcard kernels/cuda/*.c)
 TEST_SRC := $(wildcard tests/test_*.c)
 TEST_HELPER_SRC := $(filter-out $(TEST_SRC),$(wildcard tests/*.c))
+EMULATED_TEST_SRC := $(wildcard tests/test_*.cc)
+EMULATOR_SRC := $(wildcard tests/emulator/*.cc tests/emulator/*.c)
 FUZZ_SRC := $(wildcard tests/fuzz/fuzz_*.c)
 BENCH_SRC := $(wildcard bench/bench_*.c)
 BENCH_HELPER_SRC := $(filter-out $(BENCH_SRC),$(wildcard bench/*.c))
@@ -81,6 +84,8 @@ ALL_LIB := $(BUILD)/obj/all.a
 # A program is built as soon as its main exists.
 PROGRAMS := $(if $(wildcard shard/main.c),$(BUILD)/tpshard) $(if $(wildcard engine/main.c),$(BUILD)/tpengine)
 TEST_PROGRAMS := $(TEST_SRC:%.c=$(BUILD)/%)
+EMULATED_TESTS := $(EMULATED_TEST_SRC:%.cc=$(BUILD)/%)
+EMULATED_BACKEND := $(BUILD)/tests/libtpengine_cuda_emulated.so
 TEST_SCRIPTS := $(wildcard tests/test_*.sh tests/test_*.py)
 FUZZ_PROGRAMS := $(FUZZ_SRC:tests/fuzz/%.c=$(BUILD)/tests/%)
 BENCH_PROGRAMS := $(BENCH_SRC:%.c=$(BUILD)/%)
@@ -99,7 +104,7 @@ endif
 
 all: programs ## build the programs, and the CUDA backend where nvcc is there (the default)
 programs: $(PROGRAMS) $(CUDA_BACKEND) $(ALL_OBJ)
-tests: programs $(TEST_PROGRAMS) $(FUZZ_PROGRAMS)
+tests: programs $(TEST_PROGRAMS) $(FUZZ_PROGRAMS) $(EMULATED_TESTS) $(EMULATED_BACKEND)
 
 # ---- Compiling and linking -----------------------------------------------------------------------------------------
 
@@ -145,13 +150,73 @@ $(BENCH_PROGRAMS): $(BUILD)/%: $(BUILD)/obj/%.o $(call objects,$(BENCH_HELPER_SR
 
 # Every architecture of the list that this nvcc knows.
 CUDA_ARCHS ?= $(filter 80 86 89 90 120,$(patsubst compute_%,%,$(shell $(NVCC) --list-gpu-arch 2>/dev/null)))
-NVCC_FLAGS = -std=c++17 -O3 -lineinfo --fmad=false -I. -I$(BUILD) -Xcompiler -fPIC,-Wall,-Wextra --Werror all-warnings
+NVCC_FLAGS = -std=c++17 -O3 -lineinfo --fmad=false -I. -I$(BUILD) -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra \
+             --Werror all-warnings
+CUDA_HOME = $(abspath $(dir $(realpath $(NVCC)))/..)
+# The host's part sees the toolkit's headers as it sees the system's: their warnings are not ours.
+CUDA_HOST_CFLAGS = $(filter-out -fPIE,$(HOUSE_CFLAGS)) -fPIC -fvisibility=hidden -isystem $(CUDA_HOME)/include
 
 $(BUILD)/obj/%.cu.o: %.cu $(BUILD)/flags | $(BUILD)/version.h
 	$(call say,NVCC,$<) mkdir -p $(@D) && $(NVCC) $(NVCC_FLAGS) \
 	    $(foreach arch,$(CUDA_ARCHS),-gencode arch=compute_$(arch),code=sm_$(arch)) -MMD -MP -c -o $@ $<
-$(BUILD)/libtpengine_cuda.so: $(CUDA_SRC:%=$(BUILD)/obj/%.o)
-	$(call say,LINK,$@) $(NVCC) -shared -o $@ $^
+$(BUILD)/obj/kernels/cuda/%.o: kernels/cuda/%.c $(BUILD)/flags | $(BUILD)/version.h
+	$(call say,CC,$<) mkdir -p $(@D) && $(CC) $(CUDA_HOST_CFLAGS) $(CFLAGS) -MMD -MP -c -o $@ $<
+CUDA_OBJ := $(CUDA_SRC:%=$(BUILD)/obj/%.o) $(CUDA_HOST_SRC:%.c=$(BUILD)/obj/%.o)
+# cuBLASLt is not linked: gemm_cublaslt.c loads it when a product needs it. What the backend shares with the program (error.c and its like) is
+# the program's.
+$(BUILD)/libtpengine_cuda.so: $(CUDA_OBJ)
+	$(call say,LINK,$@) $(NVCC) -shared -cudart static -o $@ $^
+
+# ---- The emulated device -------------------------------------------------------------------------------------------
+
+# The same sources without nvcc, for tests. gemm_cublaslt.c alone has another in its place.
+EMULATED_FLAGS = -DCUDA_EMULATOR -Itests/emulator/include
+CXX_OF_gcc = g++
+CXX_OF_clang = clang++
+EMULATED_CXX = $(or $(CXX_OF_$(notdir $(CC))),$(CXX))
+EMULATED_CXXFLAGS = -std=gnu++17 -D_GNU_SOURCE $(EMULATED_FLAGS) -I. -I$(BUILD) -O2 -g -ffp-contract=off -fno-math-errno \
+                    -fPIC -Wall -Wextra -Wno-unknown-pragmas $(WERROR) $(SANITIZE)
+EMULATED_CFLAGS = $(filter-out -fPIE,$(HOUSE_CFLAGS)) -fPIC $(EMULATED_FLAGS)
+emulated = $(patsubst %,$(BUILD)/obj/emulated/%.o,$(1))
+EMULATED_OBJ := $(call emulated,$(CUDA_SRC) $(filter-out %/gemm_cublaslt.c,$(CUDA_HOST_SRC)) $(EMULATOR_SRC))
+
+$(BUILD)/obj/emulated/%.cu.o: %.cu $(BUILD)/flags
+	$(call say,CXX,$<) mkdir -p $(@D) && $(EMULATED_CXX) -x c++ $(EMULATED_CXXFLAGS) -MMD -MP -c -o $@ $<
+$(BUILD)/obj/emulated/%.cc.o: %.cc $(BUILD)/flags
+	$(call say,CXX,$<) mkdir -p $(@D) && $(EMULATED_CXX) $(EMULATED_CXXFLAGS) -MMD -MP -c -o $@ $<
+$(BUILD)/obj/emulated/%.c.o: %.c $(BUILD)/flags | $(BUILD)/version.h
+	$(call say,CC,$<) mkdir -p $(@D) && $(CC) $(EMULATED_CFLAGS) $(CFLAGS) -MMD -MP -c -o $@ $<
+EMULATED_LIB := $(BUILD)/obj/emulated/all.a
+$(EMULATED_LIB): $(EMULATED_OBJ) $(BUILD)/sources
+	$(call say,AR,$@) rm -f $@ && $(AR) rcs $@ $(filter %.o,$^)
+$(EMULATED_TESTS): $(BUILD)/%: $(BUILD)/obj/emulated/%.cc.o $(EMULATED_LIB) $(ALL_LIB)
+	$(call say,LINK,$@) mkdir -p $(@D) && $(EMULATED_CXX) $(HOUSE_LDFLAGS) $(LDFLAGS) -o $@ $(filter %.o %.a,$^) \
+	    $(TEST_LIBRARIES) $(LDLIBS)
+$(EMULATED_BACKEND): $(EMULATED_OBJ)
+	$(call say,LINK,$@) mkdir -p $(@D) && $(EMULATED_CXX) -shared $(SANITIZE) -o $@ $^
+
+# ---- On a device ---------------------------------------------------------------------------------------------------
+
+# What `make gpu-check` runs: the emulator's tests on the real thing, and benchmarks. Tests look into device memory, so there they get memory
+# that both sides see.
+DEVICE_TESTS := $(patsubst tests/%.cc,$(BUILD)/device/%,$(filter tests/test_cuda_%.cc,$(EMULATED_TEST_SRC)))
+GPU_BENCH := $(patsubst bench/gpu/%.c,$(BUILD)/bench/%,$(wildcard bench/gpu/*.c))
+CUDA_LIBRARIES = -L$(CUDA_HOME)/lib64 -lcudart_static -lrt -lstdc++
+DEVICE_CXXFLAGS = $(filter-out $(EMULATED_FLAGS),$(EMULATED_CXXFLAGS)) -isystem $(CUDA_HOME)/include
+
+.PHONY: gpu-programs
+gpu-programs: programs $(DEVICE_TESTS) $(GPU_BENCH)
+$(BUILD)/obj/device/%.cc.o: %.cc $(BUILD)/flags
+	$(call say,CXX,$<) mkdir -p $(@D) && $(EMULATED_CXX) $(DEVICE_CXXFLAGS) -include tests/device/device.h -MMD -MP -c -o $@ $<
+$(BUILD)/obj/tests/device/%.o: tests/device/%.c $(BUILD)/flags | $(BUILD)/version.h
+	$(call say,CC,$<) mkdir -p $(@D) && $(CC) $(CUDA_HOST_CFLAGS) $(CFLAGS) -MMD -MP -c -o $@ $<
+$(DEVICE_TESTS): $(BUILD)/device/%: $(BUILD)/obj/device/tests/%.cc.o $(BUILD)/obj/tests/device/device.o $(CUDA_OBJ) $(ALL_LIB)
+	$(call say,LINK,$@) mkdir -p $(@D) && $(EMULATED_CXX) $(HOUSE_LDFLAGS) $(LDFLAGS) -o $@ $(filter %.o %.a,$^) \
+	    $(TEST_LIBRARIES) $(LDLIBS) $(CUDA_LIBRARIES)
+$(BUILD)/obj/bench/gpu/%.o: bench/gpu/%.c $(BUILD)/flags | $(BUILD)/version.h
+	$(call say,CC,$<) mkdir -p $(@D) && $(CC) $(CUDA_HOST_CFLAGS) $(CFLAGS) -MMD -MP -c -o $@ $<
+$(GPU_BENCH): $(BUILD)/bench/%: $(BUILD)/obj/bench/gpu/%.o $(CUDA_OBJ) $(ALL_LIB)
+	$(call say,LINK,$@) mkdir -p $(@D) && $(CC) $(HOUSE_LDFLAGS) $(LDFLAGS) -o $@ $(filter %.o %.a,$^) $(LDLIBS) $(CUDA_LIBRARIES)
 
 # The header that both backends share must mean the same to nvcc.
 .PHONY: cuda cuda-headers
@@ -198,7 +263,8 @@ demo: programs ## shard the bundled model for two ranks and generate text with i
 PROMPT = And the LORD said unto Moses,
 
 test: tests ## run every test that this machine can run (ONLY='test_json*' selects)
-	@BUILD="$(BUILD)" tests/run_tests $(if $(ONLY),--only '$(ONLY)') $(TEST_PROGRAMS) $(FUZZ_PROGRAMS) $(TEST_SCRIPTS)
+	@BUILD="$(BUILD)" tests/run_tests $(if $(ONLY),--only '$(ONLY)') $(TEST_PROGRAMS) $(EMULATED_TESTS) \
+	    $(FUZZ_PROGRAMS) $(TEST_SCRIPTS)
 
 # What ThreadSanitizer runs.
 .PHONY: test-threads benchmarks

@@ -1,0 +1,308 @@
+// Attention of many rows at consecutive positions of one sequence, on the tensor cores. Declared in launch.h.
+//
+// A block takes QUERIES rows of one query head, a warp 16 of them, and goes over the pages of keys and values that they see, in
+// ascending order, with the softmax of flash attention: scores, running maximum and sum in f32; queries, keys, weights and values
+// enter the products as bf16. A page is a tile, whatever the launch's first position: the order of a row's sums is given by its
+// position alone, and a tile that a row does not see leaves its sums as they are (law 9).
+//
+// One buffer each for queries, keys and values: values arrive while scores are computed, the next keys while values are used.
+#include "kernels/cuda/attention.cuh"
+
+enum {
+    WARP = 32,
+    WARPS = 4,
+    THREADS = WARPS * WARP,
+    QUERIES = 16 * WARPS,
+    KEYS = KV_PAGE_TOKENS,
+    KEY_TILES = KEYS / 8, // of an MMA's result
+};
+
+struct prefill_input {
+    const float *qkv;
+    float *out;
+    struct attention_shape shape;
+    struct device_rows rows;
+    struct device_kv kv;
+};
+
+// Place of (row, 8 elements) in a tile of rows of DIM bf16, in units of 16 bytes. ldmatrix reads the same unit of 8 consecutive rows:
+// they lie in different banks, by exchanging units inside 128 bytes, or by an odd pitch where DIM is no multiple of 64.
+template <int DIM> constexpr int tile_pitch = DIM % 64 ? DIM / 8 | 1 : DIM / 8;
+template <int DIM> __device__ __forceinline__ int tile_place(int row, int unit)
+{
+    return row * tile_pitch<DIM> + (DIM % 64 ? unit : unit ^ (row & 7));
+}
+
+// Threads are dealt to units of 16 bytes as if a row had this many, a power of two: so the 8 lanes that store together stay in one row.
+template <int DIM> constexpr int dealt_units = DIM <= 64 ? 8 : DIM <= 128 ? 16 : 32;
+
+// Starts to bring one page of keys or values; zeros behind head_dim and from slot `end` on: what lies there was never written, and 0 times
+// it might be a NaN.
+template <enum kv_format FORMAT, int DIM>
+__device__ __forceinline__ void load_page(uint4 *tile, const void *cache, int head_dim, int64_t row, int end)
+{
+    bool by_eights = head_dim % 8 == 0;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < KEYS * dealt_units<DIM>; i += THREADS) {
+        int slot = i / dealt_units<DIM>, unit = i % dealt_units<DIM>;
+        if (unit >= DIM / 8)
+            continue;
+        bool valid = slot < end && unit * 8 < head_dim;
+        int64_t at = row + (int64_t)slot * head_dim;
+        uint4 *to = &tile[tile_place<DIM>(slot, unit)];
+        if (FORMAT == KV_BF16 && by_eights)
+            copy_async16(to, valid ? (const uint16_t *)cache + at + unit * 8 : (const uint16_t *)cache, valid);
+        else
+            store_shared(to, eight_to_bf16<FORMAT>(load_eight<FORMAT>(cache, at, valid ? unit * 8 : head_dim, head_dim, by_eights)));
+    }
+}
+
+__device__ __forceinline__ bool is_special(uint32_t bf16) { return (bf16 & 0x7f80) == 0x7f80; } // Inf or NaN
+
+// Looks for Inf and NaN in the units of a tile that fall to this thread, and clears them if asked to. True if there was any.
+template <int DIM> __device__ __forceinline__ bool scan_special(uint4 *tile, bool clear)
+{
+    bool any = false;
+    for (int i = threadIdx.x; i < KEYS * dealt_units<DIM>; i += THREADS) {
+        int slot = i / dealt_units<DIM>, unit = i % dealt_units<DIM>;
+        if (unit >= DIM / 8)
+            continue;
+        uint4 *place = &tile[tile_place<DIM>(slot, unit)];
+        uint4 x = load_shared(place);
+        uint32_t word[4] = {x.x, x.y, x.z, x.w};
+        bool here = false;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            bool low = is_special(word[j]), high = is_special(word[j] >> 16);
+            here |= low | high;
+            word[j] &= (low ? 0xffff0000 : 0xffffffff) & (high ? 0x0000ffff : 0xffffffff);
+        }
+        any |= here;
+        if (clear && here)
+            store_shared(place, make_uint4(word[0], word[1], word[2], word[3]));
+    }
+    return any;
+}
+
+__device__ __forceinline__ float quad_max(float x)
+{
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x)
+{
+    x += __shfl_xor_sync(0xffffffffu, x, 1);
+    return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// grid (tile of queries, query head). In the fragments of an MMA this thread has rows g and g + 8 of its warp's 16, and columns 2t, 2t + 1 of
+// each 8. Index h = 0, 1 stands for the two rows.
+template <enum kv_format FORMAT, int DIM> __global__ void __launch_bounds__(THREADS, DIM > 128 ? 1 : DIM > 80 ? 3 : 4) attend_tile(struct prefill_input in)
+{
+    constexpr int TILE = KEYS * tile_pitch<DIM>; // QUERIES == KEYS
+    constexpr bool QUERIES_STAY = DIM < 128;       // in registers
+    SHARED_DYNAMIC(uint4, tiles);
+    SHARED(int, special, 1);
+    uint4 *q_tile = tiles, *k_tile = tiles + TILE, *v_tile = tiles + 2 * TILE;
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+    int head_dim = (int)in.kv.head_dim;
+    int64_t head = blockIdx.y, kv_head = (in.shape.head_begin + head) / in.shape.heads_per_kv - in.shape.kv_head_begin;
+    int64_t q_stride = (in.shape.num_heads + 2 * in.kv.num_kv_heads) * head_dim;
+
+    // The tiles with the longest way first.
+    int row_begin = (int)(gridDim.x - 1 - blockIdx.x) * QUERIES;
+    int row_count = min((int)in.rows.count - row_begin, (int)QUERIES);
+    int launch_end = in.rows.position[0] + (int)in.rows.count; // behind it nothing is written
+    int first_position = in.rows.position[0] + row_begin, last_position = first_position + row_count - 1;
+    const int32_t *pages = in.kv.pages + in.rows.sequence[0] * in.kv.pages_per_sequence;
+    int page = (int)window_begin(in.shape, first_position) / KEYS, page_end = last_position / KEYS + 1;
+
+    load_page<FORMAT, DIM>(k_tile, in.kv.k, head_dim, kv_row(in.kv, pages[page], kv_head, 0),
+                           min(launch_end - page * KEYS, (int)KEYS));
+    copy_async_commit();
+    for (int i = threadIdx.x; i < QUERIES * 4 * dealt_units<DIM>; i += THREADS) {
+        // head_dim is even; lanes behind the last pair repeat it
+        int row = i / (4 * dealt_units<DIM>), dim = min(i % (4 * dealt_units<DIM>) * 2, DIM - 2);
+        const float *q = in.qkv + (int64_t)(row_begin + row) * q_stride + head * head_dim + dim;
+        float2 x = row < row_count && dim < head_dim ? load_global((const float2 *)q) : make_float2(0, 0);
+        store_shared((uint32_t *)&q_tile[tile_place<DIM>(row, dim / 8)] + dim % 8 / 2, floats_to_bf162(x.x, x.y));
+    }
+    if (threadIdx.x == 0)
+        special[0] = 0;
+
+    uint32_t q[QUERIES_STAY ? DIM / 16 : 1][4];
+    if (QUERIES_STAY) {
+        __syncthreads();
+#pragma unroll
+        for (int k = 0; k < DIM / 16; k++)
+            load_matrix_x4(q[k], &q_tile[tile_place<DIM>(warp * 16 + lane % 16, 2 * k + lane / 16)]);
+    }
+
+    int position[2], seen_from[2];
+    float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+    float value[DIM / 8][4];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        position[h] = first_position + warp * 16 + g + 8 * h;
+        seen_from[h] = (int)window_begin(in.shape, position[h]);
+    }
+#pragma unroll
+    for (int n = 0; n < DIM / 8; n++)
+        value[n][0] = value[n][1] = value[n][2] = value[n][3] = 0;
+
+    for (; page < page_end; page++) {
+        int first_key = page * KEYS;
+        bool all_seen = first_key + KEYS - 1 <= first_position && first_key >= window_begin(in.shape, last_position);
+        copy_async_wait<0>();
+        __syncthreads(); // the keys are there, the last values done with
+        load_page<FORMAT, DIM>(v_tile, in.kv.v, head_dim, kv_row(in.kv, pages[page], kv_head, 0),
+                               min(launch_end - first_key, (int)KEYS));
+        copy_async_commit();
+
+        float score[KEY_TILES][4];
+#pragma unroll
+        for (int n = 0; n < KEY_TILES; n++)
+            score[n][0] = score[n][1] = score[n][2] = score[n][3] = 0;
+#pragma unroll(QUERIES_STAY ? DIM / 16 : 4)
+        for (int k = 0; k < DIM / 16; k++) {
+            if (!QUERIES_STAY)
+                load_matrix_x4(q[0], &q_tile[tile_place<DIM>(warp * 16 + lane % 16, 2 * k + lane / 16)]);
+#pragma unroll
+            for (int n = 0; n < KEY_TILES; n += 2) {
+                uint32_t b[4];
+                load_matrix_x4(b, &k_tile[tile_place<DIM>(n * 8 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2)]);
+                mma_bf16(score[n], q[QUERIES_STAY ? k : 0], b);
+                mma_bf16(score[n + 1], q[QUERIES_STAY ? k : 0], b + 2);
+            }
+        }
+
+        float tile_largest[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+        for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int h = i / 2;
+                int key = first_key + n * 8 + 2 * t + i % 2;
+                score[n][i] = finished_score(in.shape, score[n][i]);
+                if (!all_seen && (key > position[h] || key < seen_from[h]))
+                    score[n][i] = -INFINITY;
+                tile_largest[h] = fmaxf(tile_largest[h], score[n][i]); // passes over NaN, which reaches the sum
+            }
+        float shrink[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float now = fmaxf(largest[h], quad_max(tile_largest[h]));
+            shrink[h] = weight_of(largest[h], now);
+            largest[h] = now;
+            sum[h] *= shrink[h];
+        }
+        uint32_t weight[KEY_TILES][2];
+#pragma unroll
+        for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float a = weight_of(score[n][2 * h], largest[h]), b = weight_of(score[n][2 * h + 1], largest[h]);
+                sum[h] += a;
+                sum[h] += b;
+                weight[n][h] = floats_to_bf162(a, b);
+            }
+#pragma unroll
+        for (int n = 0; n < DIM / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                value[n][i] *= shrink[i / 2];
+
+        copy_async_wait<0>();
+        __syncthreads(); // the values are there, the keys done with
+        // A row takes no harm from Inf and NaN among values that it does not see, though 0 times them is a NaN: in a tile that not every
+        // row sees whole they are taken out and added singly to the rows that see them.
+        if (!all_seen) {
+            if (scan_special<DIM>(v_tile, false))
+                special[0] = 1;
+            __syncthreads();
+            if (special[0]) {
+                uint32_t *p = (uint32_t *)k_tile + warp * 16 * (KEYS / 2);
+#pragma unroll
+                for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+                    for (int h = 0; h < 2; h++)
+                        p[(g + 8 * h) * (KEYS / 2) + n * 4 + t] = weight[n][h];
+                __syncwarp();
+                for (int slot = 0; slot < KEYS; slot++)
+#pragma unroll
+                    for (int n = 0; n < DIM / 8; n++) {
+                        uint32_t pair = ((const uint32_t *)&v_tile[tile_place<DIM>(slot, n)])[t];
+#pragma unroll
+                        for (int i = 0; i < 4; i++) {
+                            int h = i / 2;
+                            uint32_t v = pair >> i % 2 * 16 & 0xffff;
+                            if (is_special(v) && first_key + slot <= position[h] && first_key + slot >= seen_from[h])
+                                value[n][i] += f32_from_bits(p[(g + 8 * h) * (KEYS / 2) + slot / 2] >> slot % 2 * 16 << 16) *
+                                               f32_from_bits(v << 16);
+                        }
+                    }
+                __syncthreads();
+                scan_special<DIM>(v_tile, true);
+                if (threadIdx.x == 0)
+                    special[0] = 0;
+                __syncthreads();
+            }
+        }
+        if (page + 1 < page_end)
+            load_page<FORMAT, DIM>(k_tile, in.kv.k, head_dim, kv_row(in.kv, pages[page + 1], kv_head, 0),
+                                   min(launch_end - first_key - KEYS, (int)KEYS));
+        copy_async_commit();
+
+#pragma unroll
+        for (int k = 0; k < KEYS / 16; k++) {
+            const uint32_t a[4] = {weight[2 * k][0], weight[2 * k][1], weight[2 * k + 1][0], weight[2 * k + 1][1]};
+#pragma unroll
+            for (int n = 0; n < DIM / 8; n += 2) {
+                uint32_t b[4];
+                load_matrix_x4_transposed(b, &v_tile[tile_place<DIM>(k * 16 + lane % 16, n + lane / 16)]);
+                mma_bf16(value[n], a, b);
+                mma_bf16(value[n + 1], a, b + 2);
+            }
+        }
+    }
+
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        int row = warp * 16 + g + 8 * h;
+        float whole = quad_sum(sum[h]);
+        float *out = in.out + ((int64_t)(row_begin + row) * in.shape.num_heads + head) * head_dim;
+#pragma unroll
+        for (int n = 0; n < DIM / 8; n++)
+            if (row < row_count && n * 8 + 2 * t < head_dim)
+                store_global((float2 *)(out + n * 8 + 2 * t), make_float2(value[n][2 * h] / whole, value[n][2 * h + 1] / whole));
+    }
+}
+
+template <enum kv_format FORMAT>
+static cudaError_t launch_tiles(struct prefill_input in, dim3 grid, cudaStream_t stream)
+{
+    int64_t dim = in.kv.head_dim;
+    enum { TILE_BYTES = 3 * KEYS * 16 }; // of one unit of the pitch
+    if (dim <= 64)
+        return LAUNCH((attend_tile<FORMAT, 64>), grid, dim3(THREADS), TILE_BYTES * tile_pitch<64>, stream, in);
+    if (dim <= 80)
+        return LAUNCH((attend_tile<FORMAT, 80>), grid, dim3(THREADS), TILE_BYTES * tile_pitch<80>, stream, in);
+    if (dim <= 96)
+        return LAUNCH((attend_tile<FORMAT, 96>), grid, dim3(THREADS), TILE_BYTES * tile_pitch<96>, stream, in);
+    if (dim <= 128)
+        return LAUNCH((attend_tile<FORMAT, 128>), grid, dim3(THREADS), TILE_BYTES * tile_pitch<128>, stream, in);
+    return LAUNCH((attend_tile<FORMAT, 256>), grid, dim3(THREADS), TILE_BYTES * tile_pitch<256>, stream, in);
+}
+
+extern "C" cudaError_t launch_attention_prefill(float *out, const float *qkv, struct attention_shape shape,
+                                                struct device_rows rows, struct device_kv kv, cudaStream_t stream)
+{
+    if (rows.count == 0 || shape.num_heads == 0)
+        return cudaSuccess;
+    if (kv.head_dim < 2 || kv.head_dim % 2 || kv.head_dim > KERNELS_MAX_HEAD_DIM)
+        return cudaErrorInvalidValue;
+    struct prefill_input in = {qkv, out, shape, rows, kv};
+    dim3 grid((unsigned)((rows.count + QUERIES - 1) / QUERIES), (unsigned)shape.num_heads);
+    return kv.format == KV_E4M3 ? launch_tiles<KV_E4M3>(in, grid, stream) : launch_tiles<KV_BF16>(in, grid, stream);
+}

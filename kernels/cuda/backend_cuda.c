@@ -1,0 +1,99 @@
+// The CUDA backend's table, and a device's beginning and end. See kernels/backend.h.
+#include "kernels/cuda/device.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+int device_status(const struct device *d, cudaError_t status, const char *what, struct error *err)
+{
+    if (status == cudaSuccess)
+        return 0;
+    return error_set(err, status == cudaErrorMemoryAllocation ? ERR_MEMORY : ERR_GPU, "device %d: %s: %s (%s)",
+                     d->index, what, cudaGetErrorString(status), cudaGetErrorName(status));
+}
+
+static int choose_device(struct device *d, const struct device_options *options, struct error *err)
+{
+    int count = 0;
+    cudaError_t status = cudaGetDeviceCount(&count);
+    if (status != cudaSuccess || count < 1)
+        return error_set(err, ERR_GPU, "no GPU can be used: %s; --backend scalar, avx2 or avx512 run on the CPU",
+                         status != cudaSuccess ? cudaGetErrorString(status) : "the driver reports none");
+    d->index = options->device >= 0 ? options->device : options->rank % count;
+    if (d->index >= count)
+        return error_set(err, ERR_GPU, "device %d does not exist: there are %d", d->index, count);
+    return device_status(d, cudaSetDevice(d->index), "choosing it", err);
+}
+
+static int read_properties(struct device *d, struct error *err)
+{
+    struct cudaDeviceProp properties;
+    int rc = device_status(d, cudaGetDeviceProperties(&properties, d->index), "reading its properties", err);
+    if (rc)
+        return rc;
+    d->sm = 10 * properties.major + properties.minor;
+    snprintf(d->name, sizeof d->name, "%.63s", properties.name);
+    if (d->sm < 80)
+        return error_set(err, ERR_GPU, "device %d: %s has compute capability %d.%d; 8.0 is the least that is supported",
+                         d->index, d->name, properties.major, properties.minor);
+    return 0;
+}
+
+static void cuda_close(struct device *d)
+{
+    if (!d)
+        return;
+    cudaSetDevice(d->index);
+    multiply_free(d);
+    device_free_memory(d);
+    if (d->uploaded)
+        cudaEventDestroy(d->uploaded);
+    if (d->stream)
+        cudaStreamDestroy(d->stream);
+    free(d);
+}
+
+static int cuda_open(struct device **out, const struct device_options *options, struct error *err)
+{
+    struct device *d = calloc(1, sizeof *d);
+    if (!d)
+        return error_set(err, ERR_MEMORY, "no memory for a device");
+    int rc;
+    d->pool = options->pool;
+    d->tp_size = options->tp_size;
+    if ((rc = choose_device(d, options, err)) || (rc = read_properties(d, err)) ||
+        (rc = device_status(d, cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking), "making a stream", err)) ||
+        (rc = device_status(d, cudaEventCreateWithFlags(&d->uploaded, cudaEventDisableTiming), "making an event",
+                            err))) {
+        cuda_close(d);
+        return rc;
+    }
+    *out = d;
+    return 0;
+}
+
+static void cuda_describe(const struct device *d, char text[DEVICE_TEXT_BYTES])
+{
+    int used = snprintf(text, DEVICE_TEXT_BYTES, "device %d, %s (sm_%d): ", d->index, d->name, d->sm);
+    multiply_describe(d, text + used, DEVICE_TEXT_BYTES - (size_t)used);
+}
+
+static struct backend table;
+
+__attribute__((visibility("default"))) const struct backend *tpengine_cuda_backend(void);
+const struct backend *tpengine_cuda_backend(void)
+{
+    table = step_operations;
+    table.abi = BACKEND_ABI;
+    table.name = "cuda";
+    table.prefill_rows = PREFILL_ROWS;
+    table.open = cuda_open;
+    table.close = cuda_close;
+    table.describe = cuda_describe;
+    table.plan = device_plan;
+    table.load = device_load;
+    table.prepare = device_prepare;
+    return &table;
+}

@@ -1,0 +1,160 @@
+// The device kernels' launchers: what the host side of the CUDA backend (C11) calls, one function per operation over rows.
+//
+// Every pointer is device memory unless said otherwise; every launch is asynchronous on `stream` and returns what
+// cudaGetLastError says of it. Nothing here allocates, waits or depends on values that only the device knows, so any launch may
+// be captured into a CUDA graph: the counts are arguments, all that changes from step to step lies in device memory.
+//
+// Law 9: what a row becomes depends on that row, the weights and the shapes of the model alone, never on the number of rows in the
+// launch or on the order in which blocks run. Splits of a sum are fixed by the shape, and their parts are added in a fixed order.
+#ifndef TPSHARD_KERNELS_CUDA_LAUNCH_H
+#define TPSHARD_KERNELS_CUDA_LAUNCH_H
+
+#include "kernels/backend.h"
+
+#include <cuda_runtime_api.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// ---- inputs of a matrix product ------------------------------------------------------------------------------------
+
+// How the rows of a matmul's input lie in memory. The permutations let one lane of the tensor cores' operand B read its part of
+// 64 columns with 16-byte loads.
+enum input_format {
+    INPUT_F16, // half, natural order; scale [rows]: a power of two, x = value * scale, 1 unless |x| exceeds 32768
+    INPUT_F16_TILE, // half, inside each 64 columns element t * 16 + w * 4 + j holds column 16 w + 2 t + {0, 1, 8, 9}[j]; scale as above
+    INPUT_BF16, // bfloat16, natural order; no scale
+    INPUT_INT8, // int8, natural order; scale [rows][stride / 128], exactly kernels.h's q_scale (NaN for a group with NaN or Inf)
+    INPUT_INT8_TILE, // int8, inside each 64 columns byte (t * 4 + w) * 4 + j holds column 16 w + 2 t + {0, 8, 1, 9}[j]; scale as above
+    INPUT_E4M3, // e4m3, natural order; scale [rows]: largest magnitude / 448, NaN if the row holds NaN or Inf
+};
+
+struct device_input {
+    void *values;   // [rows][stride] elements of the format; columns from cols to the next multiple of 128 are zero
+    float *scale;   // see the format
+    int64_t stride; // elements, a multiple of 128
+};
+
+// ---- rows --------------------------------------------------------------------------------------------------------------
+
+// residual[row, :] = bf16(row tokens[row] - vocab_begin of table) + 0.0f, zeros where this rank does not hold the token.
+cudaError_t launch_embed(float *residual, const struct matrix *table, const uint32_t *tokens, int64_t rows,
+                         int64_t vocab_begin, cudaStream_t stream);
+
+// x = residual[r, :] (+ partial[r, :]) (+ bias), r = row_index ? row_index[row] : row; in this order, each sum rounded: first
+// partial + bias, then residual + that. Without row_index, x is written back to residual when partial is there.
+// out[row, :] = x / sqrt(mean(x^2) + eps) * weight in `format`. residual and partial are [..][cols]; partial, bias, row_index may be NULL.
+cudaError_t launch_norm(struct device_input out, enum input_format format, float *residual, const float *partial,
+                        const float *bias, const float *weight, const int32_t *row_index, int64_t rows, int64_t cols,
+                        float eps, cudaStream_t stream);
+
+// out[row, :] = x[row, :] in `format`.
+cudaError_t launch_prepare(struct device_input out, enum input_format format, const float *x, int64_t x_stride,
+                           int64_t rows, int64_t cols, cudaStream_t stream);
+
+// out[row, i] = silu(gate + bias) * (up + bias) in `format`; gate_up is [rows][2 * cols], gate first; bias [2 * cols] or NULL.
+cudaError_t launch_activate(struct device_input out, enum input_format format, const float *gate_up, const float *bias,
+                            int64_t rows, int64_t cols, cudaStream_t stream);
+
+// ---- attention ---------------------------------------------------------------------------------------------------------
+
+// One layer's keys and values, as struct kv_view, for all sequences.
+//   k, v    [num_pages][num_kv_heads][KV_PAGE_TOKENS][head_dim]
+//   pages   [sequences][pages_per_sequence]: position p of sequence s lies in page pages[s][p / KV_PAGE_TOKENS]
+struct device_kv {
+    void *k, *v;
+    enum kv_format format;
+    const int32_t *pages;
+    int64_t pages_per_sequence, num_kv_heads, head_dim;
+};
+
+// The rows of a step: row i belongs to sequence[i] and stands at position[i].
+struct device_rows {
+    const int32_t *sequence, *position;
+    int64_t count;
+};
+
+// What attention is, in this model and on this rank. Query head h (0 <= h < num_heads, this rank's) reads kv head
+// (head_begin + h) / heads_per_kv - kv_head_begin.
+struct attention_shape {
+    int64_t num_heads, head_begin, heads_per_kv, kv_head_begin;
+    float scale;    // of q . k
+    float soft_cap; // 0: none; else s becomes soft_cap * tanh(s / soft_cap)
+    int64_t window; // positions a query sees, itself included; 0: all
+};
+
+// qkv [rows][(num_heads + 2 * num_kv_heads) * head_dim], q then k then v: adds bias (may be NULL), normalises each q and k head
+// (norms [head_dim], may be NULL), rotates pairs (i, i + head_dim / 2) by position * inv_freq[i] (angle rounded to f32; cos and sin
+// times rope_factor), writes q back and stores k and v of the row in the cache.
+cudaError_t launch_finish_qkv(float *qkv, const float *bias, const float *q_norm, const float *k_norm, float eps,
+                              const float *inv_freq, float rope_factor, struct device_rows rows, struct device_kv kv,
+                              int64_t num_heads, cudaStream_t stream);
+
+// out [rows][num_heads * head_dim] = attention of each row over positions max(0, p + 1 - window) .. p of its sequence.
+// Few rows, of any sequences (decode). Positions are dealt to blocks in chunks of ATTENTION_CHUNK from position 0 on, whatever the length;
+// the chunks' parts are combined in ascending order. max_context bounds the positions; scratch: attention_scratch_bytes.
+enum { ATTENTION_CHUNK = 256 };
+uint64_t attention_scratch_bytes(int64_t max_rows, int64_t num_heads, int64_t head_dim, int64_t max_context);
+cudaError_t launch_attention_decode(float *out, const float *qkv, struct attention_shape shape, struct device_rows rows,
+                                    struct device_kv kv, int64_t max_context, void *scratch, cudaStream_t stream);
+// The same for the rows of one sequence at ascending, consecutive positions (prefill); tensor cores, no scratch.
+cudaError_t launch_attention_prefill(float *out, const float *qkv, struct attention_shape shape,
+                                     struct device_rows rows, struct device_kv kv, cudaStream_t stream);
+
+// ---- matrix products -----------------------------------------------------------------------------------------------------
+
+// y[row, :] = in[row, :] * w^T, f32, y [rows][y_stride]; any row count. w's pointers are on the device.
+// linear_f16: weights stay as they are and are widened in registers, f32 sums. int4 takes INPUT_F16_TILE, fp8 INPUT_F16, bf16
+// INPUT_BF16. Made for few rows: reads the weights once for each 64 rows.
+cudaError_t launch_linear_f16(float *y, int64_t y_stride, const struct matrix *w, struct device_input in, int64_t rows,
+                              cudaStream_t stream);
+// linear_int8: int4 with INPUT_INT8_TILE, int8 with INPUT_INT8, exact integer sums over groups; the same bits as kernels.h's matmul.
+// Any row count: a kernel for few rows and one with tiles for many, the same bits from both.
+cudaError_t launch_linear_int8(float *y, int64_t y_stride, const struct matrix *w, struct device_input in, int64_t rows,
+                               cudaStream_t stream);
+
+// ---- slabs for cuBLASLt ---------------------------------------------------------------------------------------------------
+
+enum slab_format { SLAB_F16, SLAB_BF16, SLAB_E4M3 };
+// Expands rows [row_begin, row_end) of w into slab [row_end - row_begin][cols_padded] of the format, row-major. SLAB_E4M3 from int4 also writes
+// row_scale [row_end - row_begin], w ~ slab * row_scale, chosen so that the row's largest magnitude is 448; the other formats hold
+// the weights themselves (row_scale NULL). f16 saturates at 65504.
+cudaError_t launch_slab(void *slab, enum slab_format format, float *row_scale, const struct matrix *w,
+                        int64_t row_begin, int64_t row_end, cudaStream_t stream);
+// y[row, i] *= row_factor[row] * column_factor[i]; either may be NULL (1). y [rows][y_stride].
+cudaError_t launch_scale(float *y, int64_t y_stride, const float *row_factor, const float *column_factor, int64_t rows,
+                         int64_t cols, cudaStream_t stream);
+
+// ---- sampling --------------------------------------------------------------------------------------------------------------
+
+// One row's sampling, as engine/sampler.h describes it, in device memory.
+struct device_sampling {
+    double temperature; // 0: greedy
+    double top_p;       // 1: off
+    double min_p;       // 0: off
+    double repetition_penalty, frequency_penalty, presence_penalty;
+    uint64_t seed, step;
+    int32_t top_k;    // 0: off
+    int32_t sequence; // whose counts are used and whose chosen token is counted
+};
+#define SAMPLE_NAN UINT32_MAX        // the row's logits hold a NaN
+#define SAMPLE_NONE (UINT32_MAX - 1) // every logit is minus infinity, or min_p leaves none
+// Chooses one token for each row of logits [rows][stride] (changed) over the whole vocabulary. Exact top-k and top-p by radix search over
+// ordered bits; masses are summed as integers, so that the result does not depend on the order of blocks. Ties as in engine/sampler.h.
+//   in_output u16 [sequences][vocab], in_any u8 [sequences][vocab]: the counts of engine/sampler.h, NULL when no row has a penalty;
+//     the chosen token is counted
+//   tokens [rows]: the choice, or SAMPLE_NAN, or SAMPLE_NONE
+//   scratch: sample_scratch_bytes, on 16 bytes; nothing in it is kept from launch to launch
+// No two rows of one launch have the same sequence.
+cudaError_t launch_sample(uint32_t *tokens, float *logits, int64_t stride, int64_t vocab,
+                          const struct device_sampling *how, uint16_t *in_output, uint8_t *in_any, int64_t rows,
+                          void *scratch, cudaStream_t stream);
+uint64_t sample_scratch_bytes(int64_t max_rows, int64_t vocab);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

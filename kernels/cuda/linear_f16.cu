@@ -1,0 +1,244 @@
+// Matrix products with weights widened in registers (int4 and e4m3 to f16, bf16 as it is) and f32 sums: made for a few tokens, where
+// reading the weights is all that takes time.
+//
+// A block takes a few tiles of 16 rows. Of each tile, 4 or 8 warps share the columns: step s (128 columns) belongs to warp s mod splits, and
+// each warp's sums are added at the end in the order of the warps. How many is fixed by the matrix's shape, so that a token's
+// result does not depend on its company. Weights go from memory to registers, several steps ahead; inputs go through shared memory,
+// one panel (a step for each warp) at a time, for all tiles of the block.
+#include "kernels/cuda/linear.cuh"
+
+namespace
+{
+
+enum { X_STEP_BYTES = STEP_COLS * 2 };
+
+// Tokens of a stage: 64 would not leave room for two stages, so they come in two parts, and the weights are widened twice.
+#define PART_TILES(TILES) ((TILES) < 4 ? (TILES) : 4)
+#define STAGES(TILES) ((TILES) == 1 ? 4 : (TILES) == 2 ? 3 : 2)
+#define GROUPS_OF(GROUP) ((GROUP) ? STEP_COLS / (GROUP) : 0)
+// Steps of weights on their way: 8 loads of 16 bytes a lane.
+#define DEPTH(KIND) ((KIND) == WEIGHT_INT4 ? 4 : (KIND) == WEIGHT_BF16 ? 1 : 2)
+#define MAX_THREADS(TILES) ((TILES) < 4 ? 256 : 512)
+
+// Two operands A of 16 columns each: half `half` of a column tile. w: the loads of that tile.
+template <int KIND> __device__ __forceinline__ void f16_operands(uint32_t (&a)[2][4], const uint4 *w, int half)
+{
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        if (KIND == WEIGHT_INT4) {
+            // (nibble ^ 8) in the mantissa of 1024 is 1032 + q; four bits higher it is 1152 + 16 q.
+            uint32_t q = word_of(w[0], half * 2 + i), q8 = q >> 8;
+            a[i][0] = fma_half2(lop3<0x6a>(q, 0x000f000fu, 0x64086408u), 0x3c003c00u, 0xe408e408u);
+            a[i][1] = fma_half2(lop3<0x6a>(q, 0x00f000f0u, 0x64806480u), 0x2c002c00u, 0xd480d480u);
+            a[i][2] = fma_half2(lop3<0x6a>(q8, 0x000f000fu, 0x64086408u), 0x3c003c00u, 0xe408e408u);
+            a[i][3] = fma_half2(lop3<0x6a>(q8, 0x00f000f0u, 0x64806480u), 0x2c002c00u, 0xd480d480u);
+        } else if (KIND == WEIGHT_FP8) {
+            uint32_t low = word_of(w[0], half * 2 + i), high = word_of(w[1], half * 2 + i);
+            a[i][0] = e4m3x2_to_half2((uint16_t)low);
+            a[i][1] = e4m3x2_to_half2((uint16_t)high);
+            a[i][2] = e4m3x2_to_half2((uint16_t)(low >> 16));
+            a[i][3] = e4m3x2_to_half2((uint16_t)(high >> 16));
+        } else {
+            a[i][0] = word_of(w[half * 2], i * 2);
+            a[i][1] = word_of(w[half * 2 + 1], i * 2);
+            a[i][2] = word_of(w[half * 2], i * 2 + 1);
+            a[i][3] = word_of(w[half * 2 + 1], i * 2 + 1);
+        }
+    }
+}
+
+template <int KIND>
+__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
+{
+    uint32_t b[2] = {b0, b1};
+    if (KIND == WEIGHT_BF16)
+        mma_bf16(c, a, b);
+    else
+        mma_f16(c, a, b);
+}
+
+// Adds one step's products to acc. int4: the sum of a group is multiplied by the group's scale, not the weights.
+//   x       this warp's step of the stage
+//   scales  f16 [groups][16] of this warp's step
+template <int KIND, int GROUP, int TILES>
+__device__ __forceinline__ void add_step(float (*acc)[4], const uint4 (&w)[STEP_LOADS(KIND)], const uint8_t *x,
+                                         const uint8_t *scales, int lane)
+{
+    enum { LOADS = STEP_LOADS(KIND) / 2, GROUPS = GROUP ? STEP_COLS / GROUP : 1 };
+    int g = lane >> 2, t = lane & 3;
+    float row_scale[GROUPS][2], c[TILES][4];
+    if (GROUP)
+        int4_row_scales<GROUPS>(row_scale, scales, g);
+#pragma unroll
+    for (int half = 0; half < 4; half++) { // 32 columns each
+        int slot = KIND == WEIGHT_BF16 ? half % 2 * 4 + t : t * 2 + half % 2;
+        const uint8_t *from = x + g * X_STEP_BYTES + half / 2 * 128 + x_slot(g, slot) * 16;
+        uint32_t a[2][4];
+        f16_operands<KIND>(a, w + half / 2 * LOADS, half % 2);
+#pragma unroll
+        for (int n = 0; n < TILES; n++) {
+            uint4 b = load_shared((const uint4 *)(const void *)(from + n * TILE_TOKENS * X_STEP_BYTES));
+            float(&sum)[4] = GROUP ? c[n] : acc[n];
+            if (GROUP && half % (4 / GROUPS) == 0)
+                sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
+            multiply<KIND>(sum, a[0], b.x, b.y);
+            multiply<KIND>(sum, a[1], b.z, b.w);
+            if (GROUP && (half + 1) % (4 / GROUPS) == 0)
+#pragma unroll
+                for (int k = 0; k < 4; k++)
+                    acc[n][k] = fmaf(sum[k], row_scale[half * GROUPS / 4][k >> 1], acc[n][k]);
+        }
+    }
+}
+
+// Adds what the warps of a tile of rows have, in their order, and writes it. sums: [tiles of rows][splits][TILES][32 lanes][4].
+template <int KIND, int TILES>
+__device__ __forceinline__ void write_sums(const struct linear &l, const float *sums, int64_t row_tile,
+                                           int64_t token_begin, int tile_in_block, int split, int lane)
+{
+    int splits = 1 << l.split_bits, element = split * 32 + lane, owner = element >> 2;
+    int64_t row = row_tile * TILE_ROWS + (owner >> 2) + (element & 2) * 4;
+    if (split >= 4 || row >= l.out_rows)
+        return;
+    float row_scale = KIND == WEIGHT_FP8 ? ((const float *)l.weight_scale)[row] : KIND == WEIGHT_INT4 ? 0x1p-8f : 1.0f;
+#pragma unroll
+    for (int n = 0; n < TILES; n++) {
+        int64_t token = token_begin + n * TILE_TOKENS + (owner & 3) * 2 + (element & 1);
+        float y = 0.0f;
+        for (int s = 0; s < splits; s++)
+            y += load_shared(sums + (((tile_in_block << l.split_bits) + s) * TILES + n) * 128 + element);
+        if (token < l.tokens)
+            l.y[token * l.y_stride + row] = y * row_scale * (KIND == WEIGHT_BF16 ? 1.0f : l.x_scale[token]);
+    }
+}
+
+// Starts the copies of one phase, that is one part of the block's tokens of one panel. Past the last phase only the count goes on.
+template <int GROUPS, int PARTS, int PART_TOKENS>
+__device__ __forceinline__ void copy_phase(const struct linear &l, const struct stager &stager, uint8_t *stage,
+                                           int phase, int panels, int tokens)
+{
+    int begin = phase % PARTS * PART_TOKENS;
+    if (phase < panels * PARTS)
+        stager_copy<X_STEP_BYTES, GROUPS>(l, stager, stage, phase / PARTS, begin, min(tokens - begin, PART_TOKENS));
+    copy_async_commit();
+}
+
+// One block: blockDim.x / 32 / splits tiles of 16 rows, 8 * TILES tokens.
+template <int KIND, int GROUP, int TILES>
+__global__ void __launch_bounds__(MAX_THREADS(TILES)) linear_f16(struct linear l, int stage_bytes)
+{
+    enum {
+        PART = PART_TILES(TILES),
+        PARTS = TILES / PART,
+        PART_TOKENS = PART * TILE_TOKENS,
+        AHEAD = DEPTH(KIND),
+        GROUPS = GROUPS_OF(GROUP),
+    };
+    SHARED_DYNAMIC(uint8_t, shared);
+    int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, splits = 1 << l.split_bits;
+    int split = warp & (splits - 1), tile_in_block = warp >> l.split_bits;
+    int row_tiles = (int)blockDim.x >> (5 + l.split_bits);
+    int64_t row_tile = (int64_t)blockIdx.x * row_tiles + tile_in_block;
+    int64_t token_begin = (int64_t)blockIdx.y * TILES * TILE_TOKENS;
+    int tokens = (int)min((int64_t)TILES * TILE_TOKENS, l.tokens - token_begin);
+    int panels = (l.steps + splits - 1) >> l.split_bits;
+    int x_at = split * PART_TOKENS * X_STEP_BYTES;
+    int scale_at = ((PART_TOKENS * X_STEP_BYTES) << l.split_bits) + warp * GROUPS * 32;
+
+    const uint8_t *weights = weights_of_lane<KIND>(l, row_tile, lane);
+    uint4 w[AHEAD][STEP_LOADS(KIND)];
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++)
+        if (i * splits + split < l.steps)
+            load_step<KIND>(w[i], l, weights, i * splits + split);
+
+    struct stager stager =
+        stager_make<X_STEP_BYTES, PART_TOKENS, GROUPS>(l, token_begin, (int64_t)blockIdx.x * row_tiles, row_tiles);
+    int stage = 0, next_stage = 0, next = 0; // next: the first phase whose copies have not started
+    for (; next < STAGES(TILES) - 1; next++)
+        copy_phase<GROUPS, PARTS, PART_TOKENS>(l, stager, shared + next_stage++ * stage_bytes, next, panels, tokens);
+
+    float acc[TILES][4];
+#pragma unroll
+    for (int n = 0; n < TILES; n++)
+        acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0.0f;
+
+    for (int panel = 0; panel < panels; panel += AHEAD)
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            if (panel + i >= panels)
+                break;
+            int step = (panel + i) * splits + split;
+#pragma unroll
+            for (int part = 0; part < PARTS; part++) {
+                copy_async_wait<STAGES(TILES) - 2>();
+                __syncthreads(); // the stage is there for all, and all are done with the one before it
+                copy_phase<GROUPS, PARTS, PART_TOKENS>(l, stager, shared + next_stage * stage_bytes, next++, panels,
+                                                       tokens);
+                next_stage = next_stage + 1 == STAGES(TILES) ? 0 : next_stage + 1;
+                if (step < l.steps) {
+                    const uint8_t *from = shared + stage * stage_bytes;
+                    add_step<KIND, GROUP, PART>(acc + part * PART, w[i], from + x_at, from + scale_at, lane);
+                }
+                stage = stage + 1 == STAGES(TILES) ? 0 : stage + 1;
+            }
+            if (step + AHEAD * splits < l.steps)
+                load_step<KIND>(w[i], l, weights, step + AHEAD * splits);
+        }
+
+    copy_async_wait<0>();
+    __syncthreads();
+    float *sums = (float *)(void *)shared;
+#pragma unroll
+    for (int n = 0; n < TILES; n++)
+        store_shared((float4 *)(void *)(sums + ((warp * TILES + n) * 32 + lane) * 4),
+                     make_float4(acc[n][0], acc[n][1], acc[n][2], acc[n][3]));
+    __syncthreads();
+    write_sums<KIND, TILES>(l, sums, row_tile, token_begin, tile_in_block, split, lane);
+}
+
+template <int KIND, int GROUP, int TILES> cudaError_t launch(const struct linear *l, cudaStream_t stream)
+{
+    int splits = 1 << l->split_bits;
+    int row_tiles = splits == 8 ? 1 : TILES < 4 ? 2 : 4;
+    int stage_bytes = splits * (PART_TILES(TILES) * TILE_TOKENS * X_STEP_BYTES + row_tiles * GROUPS_OF(GROUP) * 32);
+    int sums_bytes = row_tiles * splits * TILES * ACCUMULATOR_BYTES;
+    int shared_bytes = max(STAGES(TILES) * stage_bytes, sums_bytes);
+    dim3 grid((unsigned)((l->out_rows + row_tiles * TILE_ROWS - 1) / (row_tiles * TILE_ROWS)),
+              (unsigned)((l->tokens + TILES * TILE_TOKENS - 1) / (TILES * TILE_TOKENS)));
+    return LAUNCH((linear_f16<KIND, GROUP, TILES>), grid, 32 * row_tiles * splits, shared_bytes, stream, *l,
+                  stage_bytes);
+}
+
+template <int KIND, int GROUP> cudaError_t launch_for_tokens(const struct linear *l, cudaStream_t stream)
+{
+    int64_t most =
+        l->split_bits == 3 ? 16 : 64; // 8 warps' panels leave room for 16 tokens; further ones reread a small matrix
+    int64_t tokens = l->tokens < most ? l->tokens : most;
+    return tokens <= 8    ? launch<KIND, GROUP, 1>(l, stream)
+           : tokens <= 16 ? launch<KIND, GROUP, 2>(l, stream)
+           : tokens <= 32 ? launch<KIND, GROUP, 4>(l, stream)
+                          : launch<KIND, GROUP, 8>(l, stream);
+}
+
+} // namespace
+
+extern "C" cudaError_t launch_linear_f16(float *y, int64_t y_stride, const struct matrix *w, struct device_input in,
+                                         int64_t rows, cudaStream_t stream)
+{
+    if (rows <= 0 || w->shape.rows == 0)
+        return cudaSuccess;
+    struct linear l = linear_of(y, y_stride, w, in, rows, 2);
+    if (w->shape.cols == 0)
+        return launch_without_columns(&l, stream);
+    l.split_bits = w->shape.rows_padded < 2048 ? 3 : 2;
+    if (w->shape.kind == WEIGHT_BF16)
+        return launch_for_tokens<WEIGHT_BF16, 0>(&l, stream);
+    if (w->shape.kind == WEIGHT_FP8)
+        return launch_for_tokens<WEIGHT_FP8, 0>(&l, stream);
+    if (w->shape.kind != WEIGHT_INT4)
+        return cudaErrorInvalidValue;
+    return w->shape.group_size == 128  ? launch_for_tokens<WEIGHT_INT4, 128>(&l, stream)
+           : w->shape.group_size == 64 ? launch_for_tokens<WEIGHT_INT4, 64>(&l, stream)
+                                       : launch_for_tokens<WEIGHT_INT4, 32>(&l, stream);
+}

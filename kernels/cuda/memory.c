@@ -1,0 +1,270 @@
+// What a device holds: planned, allocated in one piece, cut up; and the way of the weights to it. See device.h.
+#include "formats/checked.h"
+#include "kernels/cuda/device.h"
+#include "kernels/kv.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum { ALIGNMENT = 256 };
+
+// ---- the plan --------------------------------------------------------------------------------------------------
+
+// Cuts memory into pieces; with base NULL it only counts.
+struct cutter {
+    uint8_t *base;
+    uint64_t used;
+};
+
+static void *cut(struct cutter *c, uint64_t bytes)
+{
+    void *piece = c->base ? c->base + c->used : NULL;
+    c->used += round_up(bytes, ALIGNMENT);
+    return piece;
+}
+
+static int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
+
+struct step_block device_step_block(const struct device *d, uint8_t *memory, int64_t count)
+{
+    struct step_block block;
+    uint64_t at = (uint64_t)d->shape.max_sequences * sizeof *block.sampling;
+    block.sampling = (struct device_sampling *)(void *)memory;
+    block.token = (uint32_t *)(void *)(memory + at);
+    block.sequence = (int32_t *)(void *)(block.token + count);
+    block.position = block.sequence + count;
+    block.bytes = at + 3 * (uint64_t)count * sizeof *block.token;
+    return block;
+}
+
+static uint64_t step_bytes(const struct device_shape *s)
+{
+    return (uint64_t)s->max_sequences * sizeof(struct device_sampling) + 3 * (uint64_t)s->max_rows * sizeof(uint32_t);
+}
+
+static int64_t pages_per_sequence(const struct device_shape *s)
+{
+    return (int64_t)div_up((uint64_t)s->context, KV_PAGE_TOKENS);
+}
+
+// Everything but weights and KV cache, in the order in which it is used.
+static void cut_scratch(struct device *d, const struct device_shape *s, struct cutter *c)
+{
+    const struct model_desc *desc = s->desc;
+    const struct rank_share *share = s->share;
+    uint64_t rows = round_up((uint64_t)s->max_rows, GEMM_ROWS_STEP), floats = rows * sizeof(float);
+    uint64_t sequences = (uint64_t)s->max_sequences, vocab = (uint64_t)share->vocab_local;
+    uint64_t q = (uint64_t)(share->num_heads_local * desc->head_dim),
+             kv = (uint64_t)(share->num_kv_heads_local * desc->head_dim);
+    uint64_t hidden = (uint64_t)desc->hidden_size, mlp = (uint64_t)share->intermediate_local;
+    uint64_t widest = round_up((uint64_t)largest((int64_t)hidden, largest((int64_t)q, (int64_t)mlp)), ACT_GROUP);
+    uint64_t input_rows = (uint64_t)largest((int64_t)rows, LOGITS_ROWS);
+    d->rows_capacity = (int64_t)rows;
+    d->step_device = cut(c, step_bytes(s));
+    d->pages = cut(c, sequences * (uint64_t)pages_per_sequence(s) * sizeof *d->pages);
+    d->row_index = cut(c, LOGITS_ROWS * sizeof *d->row_index);
+    d->identity = cut(c, LOGITS_ROWS * sizeof *d->identity);
+    d->residual = cut(c, floats * hidden);
+    d->partial = cut(c, floats * hidden);
+    d->qkv = cut(c, floats * (q + 2 * kv));
+    d->attended = cut(c, floats * q);
+    d->gate_up = cut(c, floats * 2 * mlp);
+    d->input.values = cut(c, input_rows * widest * 2);
+    d->input.scale = cut(c, input_rows * (widest / ACT_GROUP) * sizeof(float));
+    d->input.stride = (int64_t)widest;
+    d->logits = cut(c, LOGITS_ROWS * vocab * sizeof(float));
+    d->attention_scratch =
+        cut(c, attention_scratch_bytes(s->max_sequences, share->num_heads_local, desc->head_dim, s->context));
+    d->slab = cut(c, SLAB_BYTES);
+    d->slab_scale = cut(c, SLAB_BYTES / 64 * sizeof(float)); // no row of a slab is shorter than 64 bytes
+    d->one = cut(c, sizeof *d->one);
+    if (s->samples) {
+        d->sample_scratch = cut(c, sample_scratch_bytes(s->max_sequences, (int64_t)vocab));
+        d->in_output = cut(c, sequences * vocab * sizeof *d->in_output);
+        d->in_any = cut(c, sequences * vocab);
+        d->chosen = cut(c, sequences * sizeof *d->chosen);
+    }
+}
+
+int device_plan(struct device *d, const struct device_shape *shape, struct memory_plan *plan, struct error *err)
+{
+    size_t available, total;
+    struct cutter count = {0};
+    int rc = device_status(d, cudaMemGetInfo(&available, &total), "asking for its free memory", err);
+    if (rc)
+        return rc;
+    cut_scratch(d, shape, &count);
+    plan->kv_bytes = kv_bytes(shape->desc, shape->share, shape->num_pages, shape->kv_format);
+    plan->scratch_bytes = count.used + multiply_workspace_bytes(d->sm);
+    plan->available_bytes = available;
+    plan->device = d->index;
+    return 0;
+}
+
+// ---- the weights -----------------------------------------------------------------------------------------------
+
+// Pinned pieces through which the file goes to the device: while one is on its way, the next is filled and checked.
+struct ring {
+    uint8_t *piece[LOAD_PIECES];
+    cudaEvent_t sent[LOAD_PIECES];
+};
+
+static void ring_free(struct ring *ring)
+{
+    for (int i = 0; i < LOAD_PIECES; i++) {
+        if (ring->piece[i])
+            cudaFreeHost(ring->piece[i]);
+        if (ring->sent[i])
+            cudaEventDestroy(ring->sent[i]);
+    }
+}
+
+static int ring_make(const struct device *d, struct ring *ring, uint64_t bytes, struct error *err)
+{
+    int rc = 0;
+    for (int i = 0; i < LOAD_PIECES && !rc && (uint64_t)i * LOAD_PIECE_BYTES < bytes; i++)
+        if ((rc = device_status(d, cudaMallocHost((void **)&ring->piece[i], LOAD_PIECE_BYTES),
+                                "pinning memory to load through", err)) == 0)
+            rc = device_status(d, cudaEventCreateWithFlags(&ring->sent[i], cudaEventDisableTiming), "making an event",
+                               err);
+    return rc;
+}
+
+struct copy_job {
+    uint8_t *to;
+    const uint8_t *from;
+    uint64_t bytes;
+};
+
+enum { COPY_BYTES = 1 << 20 };
+
+static void copy_part(void *arg, int64_t task, int thread)
+{
+    (void)thread;
+    const struct copy_job *job = arg;
+    uint64_t at = (uint64_t)task * COPY_BYTES, left = job->bytes - at;
+    memcpy(job->to + at, job->from + at, left < COPY_BYTES ? left : COPY_BYTES);
+}
+
+int device_load(struct device *d, const uint8_t **base, const uint8_t *mapped, uint64_t bytes, payload_check_fn *check,
+                void *arg, struct error *err)
+{
+    struct ring ring = {0};
+    int rc;
+    if ((rc = device_status(d, cudaMalloc((void **)&d->payload, bytes > 0 ? bytes : 1), "taking memory for the weights",
+                            err)) ||
+        (rc = ring_make(d, &ring, bytes, err)))
+        goto done;
+    int slot = 0;
+    for (uint64_t at = 0; at < bytes; at += LOAD_PIECE_BYTES, slot = (slot + 1) % LOAD_PIECES) {
+        uint64_t count = bytes - at < LOAD_PIECE_BYTES ? bytes - at : LOAD_PIECE_BYTES;
+        uint8_t *piece = ring.piece[slot];
+        struct copy_job job = {piece, mapped + at, count};
+        if ((rc = device_status(d, cudaEventSynchronize(ring.sent[slot]), "copying the weights", err)))
+            goto done;
+        thread_pool_run(d->pool, copy_part, &job, (int64_t)div_up(count, COPY_BYTES));
+        if ((rc = check(arg, piece, at, count, err)) ||
+            (rc = device_status(d, cudaMemcpyAsync(d->payload + at, piece, count, cudaMemcpyHostToDevice, d->stream),
+                                "copying the weights", err)) ||
+            (rc = device_status(d, cudaEventRecord(ring.sent[slot], d->stream), "copying the weights", err)))
+            goto done;
+    }
+    rc = device_status(d, cudaStreamSynchronize(d->stream), "copying the weights", err);
+    *base = d->payload;
+done:
+    if (rc)
+        cudaStreamSynchronize(d->stream); // nothing may still read a piece that is given back
+    ring_free(&ring);
+    return rc;
+}
+
+// ---- everything else -------------------------------------------------------------------------------------------
+
+static int pin(const struct device *d, void *pointer, uint64_t bytes, struct error *err)
+{
+    return device_status(d, cudaMallocHost((void **)pointer, bytes > 0 ? bytes : 1), "pinning memory for the host",
+                         err);
+}
+
+static int pin_all(struct device *d, struct error *err)
+{
+    const struct device_shape *s = &d->shape;
+    int rc;
+    if ((rc = pin(d, &d->step_host, step_bytes(s), err)) ||
+        (rc = pin(d, &d->pages_host, (uint64_t)(s->max_sequences * d->pages_per_sequence) * sizeof *d->pages, err)) ||
+        (rc = pin(d, &d->row_index_host, LOGITS_ROWS * sizeof *d->row_index, err)) ||
+        (rc = pin(d, &d->chosen_host, (uint64_t)s->max_sequences * sizeof *d->chosen, err)))
+        return rc;
+    if (d->tp_size == 1)
+        return 0;
+    return pin(d, &d->lent, (uint64_t)(s->max_rows * s->desc->hidden_size) * sizeof *d->lent, err);
+}
+
+// What never changes. The arena is zeroed, so that no kernel meets bits that nobody wrote.
+static int fill_constants(struct device *d, uint64_t arena_bytes, struct error *err)
+{
+    static const float one = 1.0f;
+    int32_t identity[LOGITS_ROWS];
+    int rc;
+    for (int i = 0; i < LOGITS_ROWS; i++)
+        identity[i] = i;
+    if ((rc = device_status(d, cudaMemsetAsync(d->arena, 0, arena_bytes, d->stream), "clearing its memory", err)) ||
+        (rc = device_status(d, cudaStreamSynchronize(d->stream), "clearing its memory", err)) ||
+        (rc = device_status(d, cudaMemcpy(d->identity, identity, sizeof identity, cudaMemcpyHostToDevice),
+                            "copying constants", err)))
+        return rc;
+    return device_status(d, cudaMemcpy(d->one, &one, sizeof one, cudaMemcpyHostToDevice), "copying constants", err);
+}
+
+int device_prepare(struct device *d, const struct device_shape *shape, const struct weights *weights, struct error *err)
+{
+    struct cutter cutter = {0};
+    uint64_t kv = kv_bytes(shape->desc, shape->share, shape->num_pages, shape->kv_format);
+    int rc;
+    d->shape = *shape;
+    d->weights = weights;
+    d->q_size = shape->share->num_heads_local * shape->desc->head_dim;
+    d->kv_size = shape->share->num_kv_heads_local * shape->desc->head_dim;
+    d->mlp_size = shape->share->intermediate_local;
+    d->pages_per_sequence = pages_per_sequence(shape);
+    cut_scratch(d, shape, &cutter);
+    uint64_t arena_bytes = cutter.used + kv;
+    if ((rc = device_status(d, cudaMalloc((void **)&d->arena, arena_bytes), "taking memory for buffers and KV cache",
+                            err)))
+        return rc;
+    cutter = (struct cutter){.base = d->arena};
+    cut_scratch(d, shape, &cutter);
+    d->kv = cut(&cutter, kv);
+    d->graphs = calloc((size_t)shape->max_sequences + 1, sizeof(cudaGraphExec_t));
+    if (!d->graphs)
+        return error_set(err, ERR_MEMORY, "no memory for the table of graphs");
+    if ((rc = pin_all(d, err)) || (rc = fill_constants(d, arena_bytes, err)))
+        return rc;
+    return multiply_prepare(d, err);
+}
+
+static void free_pinned(void *pointer)
+{
+    if (pointer)
+        cudaFreeHost(pointer);
+}
+
+void device_free_memory(struct device *d)
+{
+    if (d->stream)
+        cudaStreamSynchronize(d->stream);
+    for (int64_t i = 0; d->graphs && i <= d->shape.max_sequences; i++)
+        if (d->graphs[i])
+            cudaGraphExecDestroy(d->graphs[i]);
+    free(d->graphs);
+    free_pinned(d->step_host);
+    free_pinned(d->pages_host);
+    free_pinned(d->row_index_host);
+    free_pinned(d->chosen_host);
+    free_pinned(d->lent);
+    free_pinned(d->logits_host);
+    if (d->payload)
+        cudaFree(d->payload);
+    if (d->arena)
+        cudaFree(d->arena);
+}

@@ -1,0 +1,321 @@
+// Which arithmetic a matrix product takes on this device, and taking it. See device.h.
+//
+// Decode steps read every weight for few rows: own kernels, whose sums do not depend on the number of rows. Prefill is bound by
+// arithmetic: int8 tensor cores by an own kernel where they are the fastest exact way, cuBLASLt where it is faster. What cuBLASLt is
+// to do is proven at the start, on small products with known results and by preparing every shape; what fails there falls
+// back to an own kernel, and the line that describes the device says so. The head always takes decode's arithmetic.
+#include "formats/checked.h"
+#include "kernels/cuda/device.h"
+
+#include <stdio.h>
+#include <string.h>
+
+enum {
+    // From so many sequences on, int4 decode is bound by arithmetic rather than by memory on most chips: integer tensor cores then. Chosen
+    // by what the engine was started for, not by how many sequences happen to run (law 9).
+    INT8_DECODE_SEQUENCES = 32,
+};
+
+uint64_t multiply_workspace_bytes(int sm) { return sm == 90 ? 32 << 20 : 4 << 20; }
+
+static bool by_cublaslt(enum arithmetic arithmetic) { return arithmetic >= ARITHMETIC_GEMM_F16; }
+
+// The own kernel for a kind, which exists for every shape.
+static enum arithmetic own_kernel(enum weight_kind kind, enum phase phase, int64_t max_sequences)
+{
+    if (kind == WEIGHT_INT8)
+        return ARITHMETIC_INT8;
+    if (kind == WEIGHT_INT4 && (phase == PHASE_PREFILL || max_sequences >= INT8_DECODE_SEQUENCES))
+        return ARITHMETIC_INT8;
+    return ARITHMETIC_F16;
+}
+
+static enum arithmetic best_prefill(enum weight_kind kind, int sm)
+{
+    if (kind == WEIGHT_BF16)
+        return ARITHMETIC_GEMM_BF16;
+    if (sm == 90 && (kind == WEIGHT_FP8 || kind == WEIGHT_INT4))
+        return ARITHMETIC_FP8_OUTER;
+    if (kind == WEIGHT_FP8)
+        return sm >= 89 ? ARITHMETIC_FP8_TENSOR : ARITHMETIC_GEMM_F16;
+    return own_kernel(kind, PHASE_PREFILL, 0);
+}
+
+static enum arithmetic arithmetic_of(const struct device *d, const struct matrix *w)
+{
+    enum phase phase = w == &d->weights->head ? PHASE_DECODE : d->phase;
+    enum arithmetic arithmetic = d->arithmetic[phase][w->shape.kind];
+    if (by_cublaslt(arithmetic) && w->shape.cols == 0) // zeros, which need no library
+        return own_kernel(w->shape.kind, phase, d->shape.max_sequences);
+    return arithmetic;
+}
+
+enum input_format multiply_input(const struct device *d, const struct matrix *w)
+{
+    switch (arithmetic_of(d, w)) {
+    case ARITHMETIC_INT8:
+        return w->shape.kind == WEIGHT_INT4 ? INPUT_INT8_TILE : INPUT_INT8;
+    case ARITHMETIC_FP8_OUTER:
+    case ARITHMETIC_FP8_TENSOR:
+        return INPUT_E4M3;
+    case ARITHMETIC_GEMM_BF16:
+        return INPUT_BF16;
+    case ARITHMETIC_GEMM_F16:
+        return INPUT_F16;
+    case ARITHMETIC_F16:
+        break;
+    }
+    return w->shape.kind == WEIGHT_INT4 ? INPUT_F16_TILE : w->shape.kind == WEIGHT_BF16 ? INPUT_BF16 : INPUT_F16;
+}
+
+// ---- products by cuBLASLt ----------------------------------------------------------------------------------------
+
+// Weights that do not lie in the file as cuBLASLt wants them are expanded, a slab of rows at a time.
+static bool needs_slab(enum arithmetic arithmetic, enum weight_kind kind)
+{
+    return arithmetic == ARITHMETIC_GEMM_F16 || (arithmetic == ARITHMETIC_FP8_OUTER && kind == WEIGHT_INT4);
+}
+
+static int64_t slab_rows(enum arithmetic arithmetic, const struct matrix *w)
+{
+    uint64_t row_bytes = w->shape.cols_padded * (arithmetic == ARITHMETIC_GEMM_F16 ? 2 : 1);
+    int64_t fit = (int64_t)(SLAB_BYTES / row_bytes) / WEIGHT_ROW_UNIT * WEIGHT_ROW_UNIT;
+    return needs_slab(arithmetic, w->shape.kind) && fit < (int64_t)w->shape.rows ? fit : (int64_t)w->shape.rows;
+}
+
+// Rows [begin, end) of w times m prepared rows.
+static struct gemm make_gemm(const struct device *d, enum arithmetic arithmetic, const struct matrix *w, float *y,
+                             int64_t y_stride, int64_t begin, int64_t end, int64_t m)
+{
+    bool slab = needs_slab(arithmetic, w->shape.kind);
+    int64_t k = (int64_t)w->shape.cols_padded, elem_bytes = arithmetic == ARITHMETIC_GEMM_BF16 ? 2 : 1;
+    struct gemm gemm = {
+        .m = m,
+        .n = end - begin,
+        .k = k,
+        .in = GEMM_E4M3,
+        .out = GEMM_F32,
+        .x_stride = d->input.stride,
+        .w_stride = k,
+        .y_stride = y_stride,
+        .x = d->input.values,
+        .w = slab ? d->slab : (const uint8_t *)w->data + begin * k * elem_bytes,
+        .y = y + begin,
+        .workspace_bytes = multiply_workspace_bytes(d->sm),
+    };
+    switch (arithmetic) {
+    case ARITHMETIC_FP8_OUTER:
+        gemm.scale = GEMM_SCALE_OUTER;
+        gemm.x_scale = d->input.scale;
+        gemm.w_scale = slab ? d->slab_scale : (const float *)w->scale + begin;
+        break;
+    case ARITHMETIC_FP8_TENSOR:
+        gemm.scale = GEMM_SCALE_TENSOR;
+        gemm.x_scale = gemm.w_scale = d->one;
+        break;
+    case ARITHMETIC_GEMM_BF16:
+        gemm.in = GEMM_BF16;
+        break;
+    default:
+        gemm.in = GEMM_F16;
+        break;
+    }
+    return gemm;
+}
+
+static bool same_problem(const struct gemm *a, const struct gemm *b)
+{
+    return a->m == b->m && a->n == b->n && a->k == b->k && a->in == b->in && a->out == b->out && a->scale == b->scale &&
+           a->x_stride == b->x_stride && a->w_stride == b->w_stride && a->y_stride == b->y_stride;
+}
+
+static const struct gemm_plan *find_plan(const struct device *d, const struct gemm *gemm)
+{
+    for (int i = 0; i < d->num_plans; i++)
+        if (same_problem(&d->plans[i].problem, gemm))
+            return d->plans[i].plan;
+    return NULL;
+}
+
+static int add_plan(struct device *d, const struct gemm *gemm, struct error *err)
+{
+    int rc;
+    if (find_plan(d, gemm))
+        return 0;
+    if (d->num_plans == MAX_GEMM_PLANS)
+        return error_set(err, ERR_GPU, "device %d: the model has more than %d different matrix products", d->index,
+                         MAX_GEMM_PLANS);
+    if ((rc = gemm_check(gemm, d->sm, err)) || (rc = gemm_prepare(d->gemm, &d->plans[d->num_plans].plan, gemm, err)))
+        return rc;
+    d->plans[d->num_plans++].problem = *gemm;
+    return 0;
+}
+
+static int64_t gemm_rows(int64_t rows) { return (int64_t)round_up((uint64_t)rows, GEMM_ROWS_STEP); }
+
+// Plans for every number of rows that a step may have.
+static int plan_matrix(struct device *d, enum arithmetic arithmetic, const struct matrix *w, float *y, int64_t y_stride,
+                       struct error *err)
+{
+    int64_t rows = (int64_t)w->shape.rows;
+    int rc = 0;
+    if (rows == 0 || w->shape.cols == 0)
+        return 0;
+    int64_t step = slab_rows(arithmetic, w);
+    for (int64_t m = GEMM_ROWS_STEP; m <= d->rows_capacity && !rc; m += GEMM_ROWS_STEP)
+        for (int64_t begin = 0; begin < rows && !rc; begin += step) {
+            int64_t end = begin + step < rows ? begin + step : rows;
+            struct gemm gemm = make_gemm(d, arithmetic, w, y, y_stride, begin, end, m);
+            rc = add_plan(d, &gemm, err);
+        }
+    return rc;
+}
+
+static int plan_kind(struct device *d, enum arithmetic arithmetic, enum weight_kind kind, struct error *err)
+{
+    int64_t hidden = d->shape.desc->hidden_size;
+    int rc = 0;
+    for (int64_t i = 0; i < d->shape.desc->num_layers && !rc; i++) {
+        const struct layer *layer = &d->weights->layers[i];
+        if (layer->qkv.shape.kind == kind)
+            rc = plan_matrix(d, arithmetic, &layer->qkv, d->qkv, d->q_size + 2 * d->kv_size, err);
+        if (!rc && layer->o.shape.kind == kind)
+            rc = plan_matrix(d, arithmetic, &layer->o, d->partial, hidden, err);
+        if (!rc && layer->gate_up.shape.kind == kind)
+            rc = plan_matrix(d, arithmetic, &layer->gate_up, d->gate_up, 2 * d->mlp_size, err);
+        if (!rc && layer->down.shape.kind == kind)
+            rc = plan_matrix(d, arithmetic, &layer->down, d->partial, hidden, err);
+    }
+    return rc;
+}
+
+static int run_gemm(struct device *d, enum arithmetic arithmetic, const struct matrix *w, float *y, int64_t y_stride,
+                    int64_t rows, struct error *err)
+{
+    int64_t all = (int64_t)w->shape.rows, step = slab_rows(arithmetic, w);
+    bool slab = needs_slab(arithmetic, w->shape.kind);
+    int rc;
+    for (int64_t begin = 0; begin < all; begin += step) {
+        int64_t end = begin + step < all ? begin + step : all;
+        struct gemm gemm = make_gemm(d, arithmetic, w, y, y_stride, begin, end, gemm_rows(rows));
+        const struct gemm_plan *plan = find_plan(d, &gemm);
+        if (!plan)
+            return error_set(err, ERR_OTHER, "device %d: a product of %lld x %lld x %lld was not prepared", d->index,
+                             (long long)gemm.m, (long long)gemm.n, (long long)gemm.k);
+        if (slab && (rc = device_status(d,
+                                        launch_slab(d->slab, arithmetic == ARITHMETIC_GEMM_F16 ? SLAB_F16 : SLAB_E4M3,
+                                                    arithmetic == ARITHMETIC_GEMM_F16 ? NULL : d->slab_scale, w, begin,
+                                                    end, d->stream),
+                                        "expanding weights", err)))
+            return rc;
+        if ((rc = gemm_run(d->gemm, plan, &gemm, d->stream, err)))
+            return rc;
+    }
+    const float *columns = arithmetic == ARITHMETIC_FP8_TENSOR ? w->scale : NULL;
+    if (arithmetic != ARITHMETIC_FP8_TENSOR && arithmetic != ARITHMETIC_GEMM_F16)
+        return 0;
+    return device_status(d, launch_scale(y, y_stride, d->input.scale, columns, rows, all, d->stream),
+                         "scaling a product", err);
+}
+
+int multiply(struct device *d, float *y, int64_t y_stride, const struct matrix *w, int64_t rows, struct error *err)
+{
+    enum arithmetic arithmetic = arithmetic_of(d, w);
+    if (by_cublaslt(arithmetic))
+        return run_gemm(d, arithmetic, w, y, y_stride, rows, err);
+    if (arithmetic == ARITHMETIC_INT8)
+        return device_status(d, launch_linear_int8(y, y_stride, w, d->input, rows, d->stream), "an int8 matrix product",
+                             err);
+    return device_status(d, launch_linear_f16(y, y_stride, w, d->input, rows, d->stream), "a matrix product", err);
+}
+
+// ---- choosing ------------------------------------------------------------------------------------------------------
+
+static void note_problem(struct device *d, const struct error *why)
+{
+    if (d->gemm_problem[0] == 0)
+        snprintf(d->gemm_problem, sizeof d->gemm_problem, "%.255s", why->msg);
+}
+
+// Whether cuBLASLt does what this kind needs: a small product comes out right, and every shape has an algorithm.
+static bool prove(struct device *d, enum arithmetic arithmetic, enum weight_kind kind)
+{
+    struct error why = {0};
+    struct matrix any = {.shape = {.kind = kind, .cols_padded = ACT_GROUP, .rows = 1}};
+    struct gemm example = make_gemm(d, arithmetic, &any, d->partial, d->shape.desc->hidden_size, 0, 1, GEMM_ROWS_STEP);
+    if ((d->gemm || gemm_open(&d->gemm, multiply_workspace_bytes(d->sm), &why) == 0) &&
+        gemm_probe(d->gemm, &example, &why) == 0 && plan_kind(d, arithmetic, kind, &why) == 0)
+        return true;
+    note_problem(d, &why);
+    return false;
+}
+
+static bool has_kind(const struct device *d, enum weight_kind kind)
+{
+    for (int64_t i = 0; i < d->shape.desc->num_layers; i++) {
+        const struct layer *layer = &d->weights->layers[i];
+        if (layer->qkv.shape.kind == kind || layer->o.shape.kind == kind || layer->gate_up.shape.kind == kind ||
+            layer->down.shape.kind == kind)
+            return true;
+    }
+    return false;
+}
+
+int multiply_prepare(struct device *d, struct error *err)
+{
+    (void)err;
+    for (int kind = 0; kind < WEIGHT_KIND_COUNT; kind++) {
+        enum arithmetic wanted = best_prefill((enum weight_kind)kind, d->sm);
+        d->arithmetic[PHASE_DECODE][kind] = own_kernel((enum weight_kind)kind, PHASE_DECODE, d->shape.max_sequences);
+        d->arithmetic[PHASE_PREFILL][kind] = own_kernel((enum weight_kind)kind, PHASE_PREFILL, 0);
+        if (has_kind(d, (enum weight_kind)kind) && by_cublaslt(wanted) && prove(d, wanted, (enum weight_kind)kind))
+            d->arithmetic[PHASE_PREFILL][kind] = wanted;
+    }
+    return 0;
+}
+
+void multiply_free(struct device *d)
+{
+    for (int i = 0; i < d->num_plans; i++)
+        gemm_plan_free(d->plans[i].plan);
+    d->num_plans = 0;
+    gemm_close(d->gemm);
+    d->gemm = NULL;
+}
+
+static const char *arithmetic_name(enum arithmetic arithmetic, enum weight_kind kind)
+{
+    switch (arithmetic) {
+    case ARITHMETIC_F16:
+        return kind == WEIGHT_BF16 ? "bf16" : "f16";
+    case ARITHMETIC_INT8:
+        return "int8";
+    case ARITHMETIC_GEMM_F16:
+        return "cuBLASLt f16";
+    case ARITHMETIC_GEMM_BF16:
+        return "cuBLASLt bf16";
+    case ARITHMETIC_FP8_OUTER:
+        return "cuBLASLt fp8, scales by row and column";
+    case ARITHMETIC_FP8_TENSOR:
+        break;
+    }
+    return "cuBLASLt fp8, scales by tensor";
+}
+
+void multiply_describe(const struct device *d, char *text, size_t bytes)
+{
+    size_t used = 0;
+    text[0] = 0;
+    for (int kind = 0; kind < WEIGHT_KIND_COUNT; kind++) {
+        if (!has_kind(d, (enum weight_kind)kind) || used >= bytes)
+            continue;
+        used += (size_t)snprintf(text + used, bytes - used, "%s%s weights: decode %s, prefill %s", used ? "; " : "",
+                                 weight_kind_name((enum weight_kind)kind),
+                                 arithmetic_name(d->arithmetic[PHASE_DECODE][kind], (enum weight_kind)kind),
+                                 arithmetic_name(d->arithmetic[PHASE_PREFILL][kind], (enum weight_kind)kind));
+    }
+    if (d->gemm && used < bytes)
+        used += (size_t)snprintf(text + used, bytes - used, "; %s", gemm_library(d->gemm));
+    if (d->gemm_problem[0] && used < bytes)
+        snprintf(text + used, bytes - used, "; without cuBLASLt where it was wanted: %s", d->gemm_problem);
+}

@@ -1,0 +1,484 @@
+// A block of threads on the CPU. See emulator.h.
+//
+// Each thread is a fiber. A fiber runs until it has to wait: at a barrier, or where the lanes of its warp meet. The scheduler then runs
+// another that is ready, in an order that the seed decides; when none is ready and some are not at their end, they are deadlocked.
+#include "tests/emulator/block.h"
+
+#include "tests/emulator/fiber.h"
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace emulator
+{
+
+namespace
+{
+
+enum { WARP = 32, POISON = 0xCD, SECTOR_BYTES = 32, BANKS = 32, BANK_BYTES = 4 };
+
+struct copy {
+    void *to;
+    const void *from; // null: zeros
+};
+
+struct thread {
+    fiber *stack = nullptr;
+    indices where;
+    bool done = false, ready = true;
+    place waits = {nullptr, 0};
+    const char *waits_for = nullptr;
+    std::vector<copy> open;
+    std::vector<std::vector<copy>> groups;
+    std::map<std::pair<const void *, int>, uint32_t> visits; // of counted accesses, by place
+};
+
+// Lanes that have come to a meeting of this mask.
+struct meeting {
+    uint32_t present = 0;
+    const char *what = nullptr;
+    lanes all = {};
+};
+
+struct request {
+    space which;
+    uint32_t present = 0;
+    uint64_t address[WARP];
+    size_t bytes = 0;
+};
+
+struct array {
+    char *memory;
+    size_t bytes;
+};
+
+struct block {
+    const char *kernel = nullptr;
+    std::vector<thread> threads;
+    std::vector<int> ready;
+    std::vector<std::map<uint32_t, meeting>> warps;
+    std::map<std::pair<const void *, int>, array> arrays; // by place
+    std::vector<char *> dynamic;
+    std::vector<int> at_barrier;
+    place barrier_place = {nullptr, 0};
+    int alive = 0, current = -1;
+    fiber main;
+    const std::function<void()> *body = nullptr;
+    std::vector<std::map<std::tuple<const void *, int, uint32_t>, request>> requests; // by warp
+    struct emulator_stats stats = {};
+};
+
+thread_local block *running;
+// Stacks are kept from block to block, as long as the thread lives.
+struct fiber_pool {
+    std::vector<fiber *> spare;
+    ~fiber_pool()
+    {
+        for (fiber *f : spare)
+            fiber_free(f);
+    }
+};
+thread_local fiber_pool fibers;
+
+std::mutex lock; // of what follows
+uint64_t seed;
+bool counting;
+std::map<std::string, struct emulator_stats> counts;
+
+uint64_t next_random(uint64_t &state)
+{
+    state += 0x9e3779b97f4a7c15u;
+    uint64_t z = state;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    return z ^ z >> 31;
+}
+
+thread &self() { return running->threads[(size_t)running->current]; }
+
+void yield() { fiber_switch(self().stack, &running->main); }
+
+void wake(int t)
+{
+    running->threads[(size_t)t].ready = true;
+    running->threads[(size_t)t].waits_for = nullptr;
+    running->ready.push_back(t);
+}
+
+void wait_for(const char *what, place where)
+{
+    thread &t = self();
+    t.ready = false;
+    t.waits_for = what;
+    t.waits = where;
+    yield();
+    at = self().where;
+}
+
+void finish_barrier()
+{
+    std::vector<int> waiting;
+    waiting.swap(running->at_barrier);
+    for (int t : waiting)
+        if (t != running->current)
+            wake(t);
+}
+
+void thread_main()
+{
+    block *b = running;
+    (*b->body)();
+    self().done = true;
+    b->alive--;
+    if (b->alive > 0 && (int)b->at_barrier.size() == b->alive)
+        finish_barrier();
+    fiber_exit(self().stack, &b->main);
+}
+
+// ---- counting ------------------------------------------------------------------------------------------------------
+
+void count_global(const request &r)
+{
+    std::vector<uint64_t> sectors;
+    uint64_t bytes = 0;
+    for (int l = 0; l < WARP; l++) {
+        if (!(r.present >> l & 1))
+            continue;
+        bytes += r.bytes;
+        for (uint64_t s = r.address[l] / SECTOR_BYTES; s <= (r.address[l] + r.bytes - 1) / SECTOR_BYTES; s++)
+            sectors.push_back(s);
+    }
+    std::sort(sectors.begin(), sectors.end());
+    uint64_t distinct = (uint64_t)(std::unique(sectors.begin(), sectors.end()) - sectors.begin());
+    running->stats.global_requests++;
+    running->stats.global_sectors += distinct;
+    running->stats.global_ideal_sectors += std::min(distinct, (bytes + SECTOR_BYTES - 1) / SECTOR_BYTES);
+}
+
+// Accesses of 8 and 16 bytes are served by half and quarter warps. Within one such part each bank serves one word at a time; lanes that want
+// the same word share it.
+void count_shared(const request &r)
+{
+    int lanes_together = r.bytes >= 16 ? 8 : r.bytes >= 8 ? 16 : 32;
+    running->stats.shared_requests++;
+    for (int first = 0; first < WARP; first += lanes_together) {
+        std::vector<uint64_t> words[BANKS];
+        size_t wavefronts = 0;
+        for (int l = first; l < first + lanes_together; l++)
+            for (size_t at_byte = 0; (r.present >> l & 1) && at_byte < r.bytes; at_byte += BANK_BYTES) {
+                uint64_t word = (r.address[l] + at_byte) / BANK_BYTES;
+                std::vector<uint64_t> &bank = words[word % BANKS];
+                if (std::find(bank.begin(), bank.end(), word) == bank.end())
+                    bank.push_back(word);
+                wavefronts = std::max(wavefronts, bank.size());
+            }
+        if (wavefronts > 1)
+            running->stats.shared_conflicts += wavefronts - 1;
+    }
+}
+
+void count(const request &r)
+{
+    if (r.which == GLOBAL_LOAD || r.which == GLOBAL_STORE)
+        count_global(r);
+    else
+        count_shared(r);
+}
+
+// ---- running -------------------------------------------------------------------------------------------------------
+
+fiber *take_fiber()
+{
+    if (fibers.spare.empty())
+        return fiber_new(thread_main);
+    fiber *f = fibers.spare.back();
+    fibers.spare.pop_back();
+    fiber_restart(f, thread_main);
+    return f;
+}
+
+[[noreturn]] void deadlock(const block &b)
+{
+    for (size_t i = 0; i < b.threads.size(); i++)
+        if (!b.threads[i].done)
+            fail("kernel %s, block (%u, %u, %u): deadlock: thread %zu waits at %s:%d for %s, and %d of %zu threads are "
+                 "not at their end",
+                 b.kernel, b.threads[i].where.block.x, b.threads[i].where.block.y, b.threads[i].where.block.z, i,
+                 b.threads[i].waits.file, b.threads[i].waits.line, b.threads[i].waits_for, b.alive, b.threads.size());
+    abort();
+}
+
+void run_block(block &b, dim3 index, dim3 size, dim3 grid, size_t dynamic_bytes, uint64_t &state, bool shuffled)
+{
+    size_t count_threads = (size_t)size.x * size.y * size.z;
+    b.threads.assign(count_threads, thread());
+    b.warps.assign((count_threads + WARP - 1) / WARP, {});
+    b.requests.assign(b.warps.size(), {});
+    b.alive = (int)count_threads;
+    b.dynamic.assign(1, (char *)aligned_alloc(128, (dynamic_bytes + 128) / 128 * 128));
+    memset(b.dynamic[0], POISON, dynamic_bytes);
+    for (size_t t = 0; t < count_threads; t++) {
+        b.threads[t].stack = take_fiber();
+        b.threads[t].where = {dim3((unsigned)(t % size.x), (unsigned)(t / size.x % size.y), (unsigned)(t / size.x / size.y)),
+                              index, size, grid};
+        b.ready.push_back((int)t);
+    }
+    while (!b.ready.empty()) {
+        size_t pick = shuffled ? next_random(state) % b.ready.size() : 0;
+        b.current = b.ready[pick];
+        if (shuffled) {
+            b.ready[pick] = b.ready.back();
+            b.ready.pop_back();
+        } else {
+            b.ready.erase(b.ready.begin());
+        }
+        at = self().where;
+        fiber_switch(&b.main, self().stack);
+    }
+    if (b.alive > 0)
+        deadlock(b);
+    for (thread &t : b.threads)
+        fibers.spare.push_back(t.stack);
+    for (auto &warp : b.requests)
+        for (auto &entry : warp)
+            if (entry.second.present)
+                count(entry.second);
+    for (auto &entry : b.arrays)
+        free(entry.second.memory);
+    b.arrays.clear();
+    free(b.dynamic[0]);
+}
+
+void run_grid(const char *kernel, dim3 grid, dim3 size, size_t dynamic_bytes, const std::function<void()> &body)
+{
+    block b;
+    uint64_t state, total = (uint64_t)grid.x * grid.y * grid.z;
+    bool shuffled;
+    {
+        std::lock_guard<std::mutex> hold(lock);
+        shuffled = seed != 0;
+        state = seed;
+        if (shuffled)
+            seed += 0x632be59bd9b4e019u; // another order for the next launch
+    }
+    b.kernel = kernel;
+    b.body = &body;
+    if (running)
+        fail("kernel %s was launched from a kernel", kernel);
+    running = &b;
+    // A permutation of the blocks without storing it: i -> (i * stride + offset) mod total.
+    uint64_t stride = 1, offset = shuffled ? next_random(state) % total : 0;
+    while (shuffled && total > 2) {
+        uint64_t a = stride = next_random(state) % total, c = total;
+        while (a) {
+            uint64_t rest = c % a;
+            c = a;
+            a = rest;
+        }
+        if (c == 1)
+            break;
+    }
+    for (uint64_t i = 0; i < total; i++) {
+        uint64_t n = (uint64_t)(((unsigned __int128)i * stride + offset) % total);
+        dim3 index((unsigned)(n % grid.x), (unsigned)(n / grid.x % grid.y), (unsigned)(n / grid.x / grid.y));
+        run_block(b, index, size, grid, dynamic_bytes, state, shuffled);
+    }
+    running = nullptr;
+    std::lock_guard<std::mutex> hold(lock);
+    if (!counting)
+        return;
+    struct emulator_stats &sum = counts[kernel];
+    sum.launches++;
+    sum.global_requests += b.stats.global_requests;
+    sum.global_sectors += b.stats.global_sectors;
+    sum.global_ideal_sectors += b.stats.global_ideal_sectors;
+    sum.shared_requests += b.stats.shared_requests;
+    sum.shared_conflicts += b.stats.shared_conflicts;
+}
+
+} // namespace
+
+thread_local indices at;
+
+void fail(const char *format, ...)
+{
+    va_list list;
+    va_start(list, format);
+    fprintf(stderr, "emulator: ");
+    vfprintf(stderr, format, list);
+    fprintf(stderr, "\n");
+    va_end(list);
+    abort();
+}
+
+cudaError_t launch(const char *name, dim3 grid, dim3 size, size_t shared_bytes, cudaStream_t stream,
+                   std::function<void()> body)
+{
+    enum { MOST_SHARED = 227 << 10, MOST_THREADS = 1024, MOST_ROWS = 65535 };
+    if (!grid.x || !grid.y || !grid.z || !size.x || !size.y || !size.z || size.x * size.y * size.z > MOST_THREADS ||
+        grid.x > 0x7fffffff || grid.y > MOST_ROWS || grid.z > MOST_ROWS)
+        return cudaErrorInvalidConfiguration;
+    if (shared_bytes > MOST_SHARED)
+        return cudaErrorInvalidValue;
+    return enqueue(stream, [=] { run_grid(name, grid, size, shared_bytes, body); });
+}
+
+int lane(void) { return running->current % WARP; }
+
+void *shared_array(place where, size_t bytes)
+{
+    array &a = running->arrays[{where.file, where.line}];
+    if (!a.memory) {
+        a.memory = (char *)aligned_alloc(128, (bytes + 127) / 128 * 128);
+        a.bytes = bytes;
+        memset(a.memory, POISON, bytes);
+    }
+    if (a.bytes != bytes)
+        fail("kernel %s: two shared arrays are declared at %s:%d", running->kernel, where.file, where.line);
+    return a.memory;
+}
+
+void *shared_dynamic(void) { return running->dynamic[0]; }
+
+void barrier(place where)
+{
+    block &b = *running;
+    if (b.at_barrier.empty())
+        b.barrier_place = where;
+    if (b.barrier_place.line != where.line || strcmp(b.barrier_place.file, where.file) != 0)
+        fail("kernel %s, block (%u, %u, %u), thread %d: divergent barrier: it came to %s:%d while others wait at %s:%d",
+             b.kernel, at.block.x, at.block.y, at.block.z, b.current, where.file, where.line, b.barrier_place.file,
+             b.barrier_place.line);
+    b.at_barrier.push_back(b.current);
+    if ((int)b.at_barrier.size() == b.alive)
+        finish_barrier();
+    else
+        wait_for("a barrier", where);
+}
+
+void meet(uint32_t mask, const char *what, const void *in, void *out, void (*run)(lanes &all))
+{
+    block &b = *running;
+    int warp = b.current / WARP, mine = b.current % WARP;
+    size_t left = b.threads.size() - (size_t)warp * WARP;
+    uint32_t exist = left >= WARP ? 0xffffffffu : (1u << left) - 1;
+    if (!(mask >> mine & 1))
+        fail("kernel %s, thread %d: %s with a mask 0x%08x that does not hold the lane itself", b.kernel, b.current, what,
+             mask);
+    meeting &m = b.warps[(size_t)warp][mask];
+    if (m.present && strcmp(m.what, what) != 0)
+        fail("kernel %s, block (%u, %u, %u), warp %d: lanes diverge: some are at %s, lane %d at %s", b.kernel, at.block.x,
+             at.block.y, at.block.z, warp, m.what, mine, what);
+    m.what = what;
+    m.present |= 1u << mine;
+    m.all.in[mine] = in;
+    m.all.out[mine] = out;
+    if (m.present != (mask & exist)) {
+        wait_for(what, {"warp", warp});
+        return;
+    }
+    m.all.mask = m.present;
+    run(m.all);
+    uint32_t waiting = m.present & ~(1u << mine);
+    m.present = 0;
+    for (int l = 0; l < WARP; l++)
+        if (waiting >> l & 1)
+            wake(warp * WARP + l);
+}
+
+void note_access(space which, place where, const void *address, size_t bytes)
+{
+    block &b = *running;
+    if ((uintptr_t)address % bytes != 0)
+        fail("kernel %s, block (%u, %u, %u), thread %d: %s:%d: an access of %zu bytes at an address that is no multiple of it",
+             b.kernel, at.block.x, at.block.y, at.block.z, b.current, where.file, where.line, bytes);
+    if (!counting)
+        return;
+    uint32_t visit = self().visits[{where.file, where.line}]++;
+    auto &warp = b.requests[(size_t)(b.current / WARP)];
+    auto key = std::make_tuple((const void *)where.file, where.line * 4 + (int)which, visit);
+    request &r = warp[key];
+    int mine = b.current % WARP;
+    r.which = which;
+    r.bytes = bytes;
+    r.present |= 1u << mine;
+    r.address[mine] = (uint64_t)(uintptr_t)address;
+    if (r.present == 0xffffffffu) {
+        count(r);
+        warp.erase(key);
+    }
+}
+
+void copy_async(void *to, const void *from, bool valid, place where)
+{
+    enum { BYTES = 16 };
+    if ((uintptr_t)to % BYTES != 0 || (valid && (uintptr_t)from % BYTES != 0))
+        fail("kernel %s, thread %d: %s:%d: an asynchronous copy of 16 bytes that is not aligned to them", running->kernel,
+             running->current, where.file, where.line);
+    if (valid)
+        note_access(GLOBAL_LOAD, where, from, BYTES);
+    note_access(SHARED_STORE, where, to, BYTES);
+    memset(to, POISON, BYTES); // it may land at any time from now on
+    self().open.push_back({to, valid ? from : nullptr});
+}
+
+void copy_async_commit()
+{
+    self().groups.push_back(std::move(self().open));
+    self().open.clear();
+}
+
+void copy_async_wait(int groups_left)
+{
+    enum { BYTES = 16 };
+    auto &groups = self().groups;
+    while ((int)groups.size() > groups_left) {
+        for (const copy &c : groups.front())
+            if (c.from)
+                memcpy(c.to, c.from, BYTES);
+            else
+                memset(c.to, 0, BYTES);
+        groups.erase(groups.begin());
+    }
+}
+
+} // namespace emulator
+
+void emulator_seed(uint64_t value)
+{
+    std::lock_guard<std::mutex> hold(emulator::lock);
+    emulator::seed = value;
+}
+
+void emulator_stats_reset(void)
+{
+    std::lock_guard<std::mutex> hold(emulator::lock);
+    emulator::counts.clear();
+    emulator::counting = true;
+}
+
+struct emulator_stats emulator_count(const char *kernel)
+{
+    struct emulator_stats sum = {};
+    std::lock_guard<std::mutex> hold(emulator::lock);
+    for (const auto &entry : emulator::counts) {
+        if (entry.first.find(kernel) == std::string::npos)
+            continue;
+        const struct emulator_stats &s = entry.second;
+        sum.launches += s.launches;
+        sum.global_requests += s.global_requests;
+        sum.global_sectors += s.global_sectors;
+        sum.global_ideal_sectors += s.global_ideal_sectors;
+        sum.shared_requests += s.shared_requests;
+        sum.shared_conflicts += s.shared_conflicts;
+    }
+    return sum;
+}

@@ -1,0 +1,62 @@
+// The device's side of the emulator: what kernels/cuda/primitives.cuh is made of when it is compiled for the CPU.
+#ifndef TPSHARD_TESTS_EMULATOR_BLOCK_H
+#define TPSHARD_TESTS_EMULATOR_BLOCK_H
+
+#include "tests/emulator/emulator.h"
+
+#include <functional>
+#include <stddef.h>
+#include <stdint.h>
+
+struct dim3 {
+    unsigned x, y, z;
+    constexpr dim3(unsigned width = 1, unsigned height = 1, unsigned depth = 1) : x(width), y(height), z(depth) {}
+};
+
+namespace emulator
+{
+
+// Where an access stands in the source.
+struct place {
+    const char *file;
+    int line;
+};
+
+// The thread that runs.
+struct indices {
+    dim3 thread, block, block_size, grid;
+};
+extern thread_local indices at;
+
+// Queues a launch; the name is for messages and counts.
+cudaError_t launch(const char *name, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                   std::function<void()> body);
+// Runs work when the stream comes to it.
+cudaError_t enqueue(cudaStream_t stream, std::function<void()> work);
+
+[[noreturn]] void fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+void *shared_array(place where, size_t bytes); // the block's array that is declared at this place
+void *shared_dynamic(void);
+
+void barrier(place where);
+
+// All lanes of the mask meet; the last to come calls run with every lane's `in` and `out`. `what` must be the same for all.
+struct lanes {
+    uint32_t mask;
+    const void *in[32];
+    void *out[32];
+};
+void meet(uint32_t mask, const char *what, const void *in, void *out, void (*run)(lanes &all));
+int lane(void);
+
+enum space { GLOBAL_LOAD, GLOBAL_STORE, SHARED_LOAD, SHARED_STORE };
+void note_access(space which, place where, const void *address, size_t bytes);
+
+void copy_async(void *to, const void *from, bool valid, place where);
+void copy_async_commit();
+void copy_async_wait(int groups_left);
+
+} // namespace emulator
+
+#endif

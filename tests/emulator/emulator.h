@@ -1,0 +1,51 @@
+// A CUDA device on the CPU, for tests: the backend's own sources, compiled as C++ (-DCUDA_EMULATOR -Itests/emulator/include), run on it
+// unchanged.
+//
+//   block.cc    a block of threads: one fiber each, barriers, warp collectives, shared memory, asynchronous copies
+//   runtime.cc  the host's side: memory, streams that run when someone waits, events, graphs
+//
+// What it checks beyond results. Shared memory starts poisoned (0xCD), and so does device memory. An asynchronous copy poisons its
+// target and lands at the wait. Threads and blocks run in an order that the seed decides. Threads that wait for each other for ever, or
+// meet at different barriers, end the program with a sentence. Work on a stream runs only when the host waits for it, so a missing wait
+// shows. Asynchronous copies want pinned memory. Each allocation has guard bytes.
+//
+// One test is built by `make build/tests/test_<area>`.
+#ifndef TPSHARD_TESTS_EMULATOR_EMULATOR_H
+#define TPSHARD_TESTS_EMULATOR_EMULATOR_H
+
+#include <cuda_runtime_api.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Whether this is the emulator: false in the same tests built for a device (tests/device), which counts nothing.
+bool emulator_present(void);
+// The order of threads and blocks from now on (0: as numbered).
+void emulator_seed(uint64_t seed);
+// The compute capability that the device reports, 10 * major + minor. Without it: EMULATED_SM, or 86. Other variables:
+// EMULATED_MEMORY (bytes), EMULATED_DEVICES.
+void emulator_set_sm(int sm);
+// The nth call from now (0: the next) of the runtime function of this name fails with the error.
+void emulator_fail_call(const char *name, int nth, cudaError_t error);
+// Runs fn(arg) when the stream comes to it; may be captured.
+void emulator_enqueue(cudaStream_t stream, void (*fn)(void *arg), void *arg);
+
+// What kernels did since the reset, which also turns counting on. Counted are the accesses through the wrappers of
+// kernels/cuda/primitives.cuh, grouped as a warp issues them: the nth access of each lane at the same place in the source.
+struct emulator_stats {
+    uint64_t launches;
+    uint64_t global_requests, global_sectors; // 32-byte sectors touched
+    uint64_t global_ideal_sectors;            // were the same bytes contiguous and aligned
+    uint64_t shared_requests;
+    uint64_t shared_conflicts; // wavefronts beyond those that the request's bytes need
+};
+void emulator_stats_reset(void);
+struct emulator_stats emulator_count(const char *kernel); // sum over kernels whose name contains this
+
+#ifdef __cplusplus
+}
+#endif
+#endif

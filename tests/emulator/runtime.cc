@@ -1,0 +1,551 @@
+// The host's side of the emulator: memory, streams, events and graphs of the CUDA runtime. See emulator.h.
+//
+// A stream is a queue of closures that run when the host waits for it. A graph is the list of those that were queued while it was captured.
+#include "tests/emulator/block.h"
+
+#include <deque>
+#include <map>
+#include <mutex>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <string>
+#include <time.h>
+#include <vector>
+
+typedef std::function<void()> work;
+
+struct CUstream_st {
+    std::deque<work> queue;
+    std::vector<work> captured;
+    bool capturing = false;
+    uint64_t queued = 0, run = 0;
+};
+struct CUevent_st {
+    CUstream_st *stream = nullptr; // where it was recorded last
+    uint64_t ticket = 0;           // work of the stream before it
+    double ms = 0;
+};
+struct CUgraph_st {
+    std::vector<work> nodes;
+};
+struct CUgraphExec_st {
+    std::vector<work> nodes;
+};
+
+namespace
+{
+
+enum { GUARD_BYTES = 256, GUARD = 0xA5, POISON = 0xCD };
+
+std::mutex lock;                        // of what all threads share
+std::map<uintptr_t, size_t> on_device;  // allocations
+std::map<uintptr_t, size_t> pinned;
+size_t device_bytes;
+int forced_sm;
+struct planned_failure {
+    std::string name;
+    int nth;
+    cudaError_t error;
+};
+std::vector<planned_failure> failures;
+
+thread_local cudaError_t last_error;
+thread_local int current_device;
+thread_local CUstream_st default_stream;
+
+uint64_t setting(const char *name, uint64_t otherwise)
+{
+    const char *text = getenv(name);
+    return text ? strtoull(text, nullptr, 10) : otherwise;
+}
+
+cudaError_t give(cudaError_t error)
+{
+    if (error != cudaSuccess && error != cudaErrorNotReady)
+        last_error = error;
+    return error;
+}
+
+// cudaSuccess, or the failure that a test has planned for this call.
+cudaError_t planned(const char *name)
+{
+    std::lock_guard<std::mutex> hold(lock);
+    for (size_t i = 0; i < failures.size(); i++)
+        if (failures[i].name == name && failures[i].nth-- == 0) {
+            cudaError_t error = failures[i].error;
+            failures.erase(failures.begin() + (long)i);
+            return error;
+        }
+    return cudaSuccess;
+}
+#define PLANNED()                                                                                                      \
+    do {                                                                                                               \
+        cudaError_t planned_error = planned(__func__);                                                                 \
+        if (planned_error != cudaSuccess)                                                                              \
+            return give(planned_error);                                                                                \
+    } while (0)
+
+CUstream_st *stream_of(cudaStream_t stream) { return stream ? stream : &default_stream; }
+
+void run_until(CUstream_st *s, uint64_t ticket)
+{
+    while (s->run < ticket) {
+        work next = std::move(s->queue.front());
+        s->queue.pop_front();
+        next();
+        s->run++;
+    }
+}
+
+double now_ms()
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return 1e3 * (double)t.tv_sec + 1e-6 * (double)t.tv_nsec;
+}
+
+bool is_pinned(const void *pointer, size_t bytes)
+{
+    std::lock_guard<std::mutex> hold(lock);
+    auto after = pinned.upper_bound((uintptr_t)pointer);
+    if (after == pinned.begin())
+        return false;
+    auto entry = std::prev(after);
+    return (uintptr_t)pointer + bytes <= entry->first + entry->second;
+}
+
+// Guarded memory: [guard][bytes][guard].
+void *guarded(size_t bytes, int fill)
+{
+    size_t whole = (bytes + 2 * GUARD_BYTES + 511) / 512 * 512;
+    char *memory = (char *)aligned_alloc(512, whole);
+    if (!memory)
+        return nullptr;
+    memset(memory, GUARD, GUARD_BYTES);
+    memset(memory + GUARD_BYTES, fill, bytes);
+    memset(memory + GUARD_BYTES + bytes, GUARD, whole - GUARD_BYTES - bytes);
+    return memory + GUARD_BYTES;
+}
+
+void check_guards(const void *pointer, size_t bytes, const char *what)
+{
+    const unsigned char *p = (const unsigned char *)pointer;
+    size_t whole = (bytes + 2 * GUARD_BYTES + 511) / 512 * 512;
+    for (size_t i = 0; i < GUARD_BYTES; i++)
+        if (p[-1 - (long)i] != GUARD)
+            emulator::fail("something wrote %zu bytes before %s of %zu bytes", i + 1, what, bytes);
+    for (size_t i = bytes; i < whole - GUARD_BYTES; i++)
+        if (p[i] != GUARD)
+            emulator::fail("something wrote at byte %zu of %s of %zu bytes", i, what, bytes);
+}
+
+cudaError_t release(std::map<uintptr_t, size_t> &table, void *pointer, const char *what, bool device)
+{
+    if (!pointer)
+        return cudaSuccess;
+    size_t bytes;
+    {
+        std::lock_guard<std::mutex> hold(lock);
+        auto entry = table.find((uintptr_t)pointer);
+        if (entry == table.end())
+            return cudaErrorInvalidValue;
+        bytes = entry->second;
+        table.erase(entry);
+        if (device)
+            device_bytes -= bytes;
+    }
+    check_guards(pointer, bytes, what);
+    free((char *)pointer - GUARD_BYTES);
+    return cudaSuccess;
+}
+
+size_t memory_total() { return setting("EMULATED_MEMORY", 8ull << 30); }
+
+} // namespace
+
+namespace emulator
+{
+
+cudaError_t enqueue(cudaStream_t stream, work w)
+{
+    CUstream_st *s = stream_of(stream);
+    if (s->capturing) {
+        s->captured.push_back(std::move(w));
+    } else {
+        s->queue.push_back(std::move(w));
+        s->queued++;
+    }
+    return cudaSuccess;
+}
+
+} // namespace emulator
+
+// ---- the tests' own calls ------------------------------------------------------------------------------------------
+
+bool emulator_present(void) { return true; }
+
+void emulator_set_sm(int sm) { forced_sm = sm; }
+
+void emulator_fail_call(const char *name, int nth, cudaError_t error)
+{
+    std::lock_guard<std::mutex> hold(lock);
+    failures.push_back({name, nth, error});
+}
+
+void emulator_enqueue(cudaStream_t stream, void (*fn)(void *arg), void *arg)
+{
+    emulator::enqueue(stream, [=] { fn(arg); });
+}
+
+// ---- devices and errors --------------------------------------------------------------------------------------------
+
+cudaError_t cudaGetDeviceCount(int *count)
+{
+    PLANNED();
+    *count = (int)setting("EMULATED_DEVICES", 1);
+    return *count > 0 ? cudaSuccess : give(cudaErrorNoDevice);
+}
+
+cudaError_t cudaSetDevice(int device)
+{
+    PLANNED();
+    if (device < 0 || device >= (int)setting("EMULATED_DEVICES", 1))
+        return give(cudaErrorInvalidDevice);
+    current_device = device;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGetDevice(int *device)
+{
+    *device = current_device;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *properties, int device)
+{
+    PLANNED();
+    (void)device;
+    int sm = forced_sm ? forced_sm : (int)setting("EMULATED_SM", 86);
+    memset(properties, 0, sizeof *properties);
+    snprintf(properties->name, sizeof properties->name, "emulated");
+    properties->major = sm / 10;
+    properties->minor = sm % 10;
+    properties->totalGlobalMem = memory_total();
+    properties->sharedMemPerBlockOptin = 99 << 10;
+    properties->multiProcessorCount = 4;
+    properties->l2CacheSize = 4 << 20;
+    return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, int device)
+{
+    struct cudaDeviceProp properties;
+    cudaError_t error = cudaGetDeviceProperties(&properties, device);
+    if (error != cudaSuccess)
+        return error;
+    switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+        *value = properties.multiProcessorCount;
+        return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+        *value = properties.major;
+        return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+        *value = properties.minor;
+        return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+        *value = (int)properties.sharedMemPerBlockOptin;
+        return cudaSuccess;
+    }
+    return give(cudaErrorInvalidValue);
+}
+
+cudaError_t cudaMemGetInfo(size_t *available, size_t *total)
+{
+    PLANNED();
+    std::lock_guard<std::mutex> hold(lock);
+    *total = memory_total();
+    *available = *total > device_bytes ? *total - device_bytes : 0;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGetLastError(void)
+{
+    cudaError_t error = last_error;
+    last_error = cudaSuccess;
+    return error;
+}
+
+cudaError_t cudaPeekAtLastError(void) { return last_error; }
+
+const char *cudaGetErrorName(cudaError_t error)
+{
+    switch (error) {
+    case cudaSuccess:
+        return "cudaSuccess";
+    case cudaErrorInvalidValue:
+        return "cudaErrorInvalidValue";
+    case cudaErrorMemoryAllocation:
+        return "cudaErrorMemoryAllocation";
+    case cudaErrorInvalidConfiguration:
+        return "cudaErrorInvalidConfiguration";
+    case cudaErrorNoDevice:
+        return "cudaErrorNoDevice";
+    case cudaErrorInvalidDevice:
+        return "cudaErrorInvalidDevice";
+    case cudaErrorNotReady:
+        return "cudaErrorNotReady";
+    case cudaErrorLaunchFailure:
+        return "cudaErrorLaunchFailure";
+    case cudaErrorStreamCaptureUnsupported:
+        return "cudaErrorStreamCaptureUnsupported";
+    case cudaErrorUnknown:
+        break;
+    }
+    return "cudaErrorUnknown";
+}
+
+const char *cudaGetErrorString(cudaError_t error)
+{
+    return error == cudaErrorNoDevice ? "no CUDA-capable device is detected" : cudaGetErrorName(error);
+}
+
+// ---- memory --------------------------------------------------------------------------------------------------------
+
+cudaError_t cudaMalloc(void **pointer, size_t bytes)
+{
+    PLANNED();
+    {
+        std::lock_guard<std::mutex> hold(lock);
+        if (device_bytes + bytes > memory_total())
+            return give(cudaErrorMemoryAllocation);
+        device_bytes += bytes;
+    }
+    *pointer = guarded(bytes, POISON);
+    if (!*pointer)
+        return give(cudaErrorMemoryAllocation);
+    std::lock_guard<std::mutex> hold(lock);
+    on_device[(uintptr_t)*pointer] = bytes;
+    return cudaSuccess;
+}
+
+cudaError_t cudaFree(void *pointer) { return give(release(on_device, pointer, "a device allocation", true)); }
+
+cudaError_t cudaMallocHost(void **pointer, size_t bytes)
+{
+    PLANNED();
+    *pointer = guarded(bytes, POISON);
+    if (!*pointer)
+        return give(cudaErrorMemoryAllocation);
+    std::lock_guard<std::mutex> hold(lock);
+    pinned[(uintptr_t)*pointer] = bytes;
+    return cudaSuccess;
+}
+
+cudaError_t cudaFreeHost(void *pointer) { return give(release(pinned, pointer, "a pinned allocation", false)); }
+
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind, cudaStream_t stream)
+{
+    PLANNED();
+    const void *host = kind == cudaMemcpyHostToDevice ? from : kind == cudaMemcpyDeviceToHost ? to : nullptr;
+    if (host && !is_pinned(host, bytes))
+        emulator::fail("an asynchronous copy of %zu bytes %s memory of the host that is not pinned", bytes,
+                       kind == cudaMemcpyHostToDevice ? "from" : "to");
+    return emulator::enqueue(stream, [=] { memcpy(to, from, bytes); });
+}
+
+// As with the runtime, streams made without blocking go on behind its back.
+cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind)
+{
+    PLANNED();
+    (void)kind;
+    cudaError_t error = cudaStreamSynchronize(nullptr);
+    if (error == cudaSuccess)
+        memcpy(to, from, bytes);
+    return error;
+}
+
+cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t stream)
+{
+    PLANNED();
+    return emulator::enqueue(stream, [=] { memset(to, value, bytes); });
+}
+
+cudaError_t cudaMemset(void *to, int value, size_t bytes)
+{
+    cudaError_t error = cudaMemsetAsync(to, value, bytes, nullptr);
+    return error == cudaSuccess ? cudaStreamSynchronize(nullptr) : error;
+}
+
+// ---- streams and events --------------------------------------------------------------------------------------------
+
+static thread_local std::vector<CUstream_st *> streams; // of this thread, for cudaDeviceSynchronize
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags)
+{
+    PLANNED();
+    (void)flags;
+    *stream = new CUstream_st;
+    streams.push_back(*stream);
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreate(cudaStream_t *stream) { return cudaStreamCreateWithFlags(stream, cudaStreamDefault); }
+
+cudaError_t cudaStreamSynchronize(cudaStream_t stream)
+{
+    PLANNED();
+    CUstream_st *s = stream_of(stream);
+    if (s->capturing)
+        return give(cudaErrorStreamCaptureUnsupported);
+    run_until(s, s->queued);
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamDestroy(cudaStream_t stream)
+{
+    cudaError_t error = cudaStreamSynchronize(stream);
+    for (size_t i = 0; i < streams.size(); i++)
+        if (streams[i] == stream)
+            streams.erase(streams.begin() + (long)i--);
+    delete stream;
+    return error;
+}
+
+cudaError_t cudaStreamQuery(cudaStream_t stream)
+{
+    CUstream_st *s = stream_of(stream);
+    if (s->run == s->queued)
+        return cudaSuccess;
+    run_until(s, s->run + 1); // time passes
+    return cudaErrorNotReady;
+}
+
+cudaError_t cudaDeviceSynchronize(void)
+{
+    PLANNED();
+    cudaError_t error = cudaStreamSynchronize(nullptr);
+    for (CUstream_st *s : streams)
+        if (error == cudaSuccess)
+            error = cudaStreamSynchronize(s);
+    return error;
+}
+
+cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t fn, void *arg)
+{
+    return emulator::enqueue(stream, [=] { fn(arg); });
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags)
+{
+    PLANNED();
+    (void)flags;
+    *event = new CUevent_st;
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventDestroy(cudaEvent_t event)
+{
+    cudaError_t error = cudaEventSynchronize(event);
+    delete event;
+    return error;
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
+{
+    PLANNED();
+    CUstream_st *s = stream_of(stream);
+    if (s->capturing)
+        emulator::fail("an event was recorded into a graph, which the emulator does not do");
+    emulator::enqueue(stream, [=] { event->ms = now_ms(); });
+    event->stream = s;
+    event->ticket = s->queued;
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventSynchronize(cudaEvent_t event)
+{
+    PLANNED();
+    if (event->stream)
+        run_until(event->stream, event->ticket);
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventQuery(cudaEvent_t event)
+{
+    if (!event->stream || event->stream->run >= event->ticket)
+        return cudaSuccess;
+    run_until(event->stream, event->stream->run + 1);
+    return cudaErrorNotReady;
+}
+
+cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t begin, cudaEvent_t end)
+{
+    *ms = (float)(end->ms - begin->ms);
+    return cudaEventQuery(end);
+}
+
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags)
+{
+    (void)flags;
+    CUstream_st *of = event->stream;
+    uint64_t ticket = event->ticket;
+    return emulator::enqueue(stream, [=] {
+        if (of)
+            run_until(of, ticket);
+    });
+}
+
+// ---- graphs --------------------------------------------------------------------------------------------------------
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode)
+{
+    PLANNED();
+    (void)mode;
+    if (!stream || stream->capturing)
+        return give(cudaErrorStreamCaptureUnsupported);
+    stream->capturing = true;
+    stream->captured.clear();
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph)
+{
+    PLANNED();
+    if (!stream->capturing)
+        return give(cudaErrorInvalidValue);
+    stream->capturing = false;
+    *graph = new CUgraph_st;
+    (*graph)->nodes.swap(stream->captured);
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long flags)
+{
+    PLANNED();
+    (void)flags;
+    *exec = new CUgraphExec_st;
+    (*exec)->nodes = graph->nodes;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream)
+{
+    PLANNED();
+    for (const work &node : exec->nodes)
+        emulator::enqueue(stream, node);
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec)
+{
+    delete exec;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphDestroy(cudaGraph_t graph)
+{
+    delete graph;
+    return cudaSuccess;
+}

@@ -1,0 +1,218 @@
+#!/usr/bin/env python3
+"""tpengine with the CUDA backend on an emulated device: host side, kernels, graphs and sampling together, against the CPU backend.
+
+The backend's shared object is the real one's sources, compiled against tests/emulator instead of a driver and nvcc; cuBLASLt is
+replaced by a plain product that checks what it is asked for. CUDA_LIBRARY names another library to test: the real one, on a device.
+
+Bounds, in rms of the logits. A device's prefill multiplies bf16 weights with bf16 inputs (rounding by up to 2^-9 in each of eight
+products), takes scores and probabilities in bf16, and e4m3 inputs (2.6 % rms) for fp8 weights where the chip has them. Random weights
+amplify such noise two to three times: 2 % against transformers for bf16 weights (1.2 % is usual), and for quantized ones as far from
+transformers' logits as the CPU is, whose rounding of inputs to int8 makes noise of the same size elsewhere, plus 1 %; plus 12 % with
+e4m3 inputs.
+"""
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_families import BUILD, GOLDEN, read_npy, relative_error, run  # noqa: E402
+
+REAL = os.environ.get("CUDA_LIBRARY")
+QUICK = os.environ.get("CUDA_ENGINE_QUICK")  # for slow builds: one of each
+LIBRARY = Path(REAL or BUILD / "tests" / "libtpengine_cuda_emulated.so")
+DEVICE = ["--backend", "cuda", "--cuda-library", LIBRARY]
+MODEL = Path("tests/model")
+failures = 0
+
+
+def check(name, ok, detail=""):
+    global failures
+    failures += not ok
+    print(f"{'ok' if ok else 'not ok'} {name} {detail}", flush=True)
+
+
+def attempt(name, function):
+    try:
+        function()
+    except (RuntimeError, OSError, AssertionError, ValueError) as problem:
+        check(name, False, problem)
+
+
+def engine(*words, **environment):
+    done = subprocess.run([str(w) for w in (BUILD / "tpengine", *words)], capture_output=True, text=True,
+                          env={**os.environ, **environment})
+    return done.returncode, done.stdout, done.stderr
+
+
+def must(*words, **environment):
+    rc, out, problem = engine(*words, **environment)
+    if rc:
+        raise RuntimeError(f"{' '.join(map(str, words))}: exit {rc}: {problem.strip()[-500:]}")
+    return out
+
+
+def logits(shards, ids, out, *more, **environment):
+    must("logits", shards, "--token-ids", ",".join(map(str, ids)), "--output", out, "--quiet", *more, **environment)
+    return read_npy(out)
+
+
+def test_families(tmp):
+    for case in [GOLDEN / "qwen3"] if QUICK else sorted(GOLDEN.iterdir()):
+        golden = json.loads((case / "golden.json").read_text())
+        want = read_npy(case / "logits.npy")
+        for tp in (1, 3):
+            shards = tmp / f"{case.name}-{tp}"
+            run(BUILD / "tpshard", "--tp", tp, "--quant", "none", case, shards, "--quiet")
+            error = relative_error(logits(shards, golden["token_ids"], tmp / "out.npy", *DEVICE), want)
+            check(f"{case.name} tp {tp}", error <= 0.02, f"error {100 * error:.3f} % of rms, bound 2 %")
+
+
+# What the line about the device must say, by kind of weight and generation of chip. Sizes that cuBLASLt does not take (llama_odd) fall back.
+PREFILL = {
+    "none": dict.fromkeys((80, 86, 89, 90, 120), "cuBLASLt bf16"),
+    "int8": dict.fromkeys((80, 86, 89, 90, 120), "int8"),
+    "fp8": {80: "cuBLASLt f16", 86: "cuBLASLt f16", 89: "cuBLASLt fp8, scales by tensor",
+            90: "cuBLASLt fp8, scales by row and column", 120: "cuBLASLt fp8, scales by tensor"},
+    "int4": {80: "int8", 86: "int8", 89: "int8", 90: "cuBLASLt fp8, scales by row and column", 120: "int8"},
+}
+NAMES = {"none": "bf16", "int8": "int8", "fp8": "fp8", "int4": "int4"}
+
+
+def test_arithmetic(tmp):
+    for case, regular in ((GOLDEN / "llama3", True), (GOLDEN / "llama_odd", False)):
+        golden = json.loads((case / "golden.json").read_text())
+        want = read_npy(case / "logits.npy")
+        for quant, ways in PREFILL.items():
+            shards = tmp / f"{case.name}-{quant}"
+            run(BUILD / "tpshard", "--tp", 1, "--quant", quant, "--group-size", 32, case, shards, "--quiet")
+            ids = golden["token_ids"]
+            cpu = relative_error(logits(shards, ids, tmp / "cpu.npy"), want)
+            for sm, way in ways.items():
+                if (REAL or QUICK) and sm != 90:
+                    continue
+                fp8 = regular and "fp8" in way
+                bound = cpu + 0.01 + 0.12 * fp8
+                error = relative_error(logits(shards, ids, tmp / "out.npy", *DEVICE, EMULATED_SM=str(sm)), want)
+                check(f"{case.name} {quant} on sm_{sm}", error <= bound, f"error {100 * error:.3f} %, the CPU's {100 * cpu:.3f} %")
+                if fp8:
+                    check(f"{case.name} {quant} on sm_{sm} has rounded inputs to e4m3", abs(error - cpu) > 0.002)
+                said = described(shards, sm)
+                expected = f"{NAMES[quant]} weights: decode"
+                check(f"{case.name} {quant} on sm_{sm} is said", expected in said and
+                      (not regular or f"prefill {way}" in said), said)
+
+
+def described(shards, sm):
+    rc, _, text = engine("bench", shards, "--prompt-tokens", 2, "--gen-tokens", 2, *DEVICE, EMULATED_SM=str(sm))
+    return text if rc == 0 else f"exit {rc}: {text}"
+
+
+PROMPTS = ["In the beginning", "And the LORD said unto Moses,", "Blessed are"]
+
+
+def greedy(shards, prompts, tokens, *more, **environment):
+    words = [word for prompt in prompts for word in ("--prompt", prompt)]
+    text = must("generate", shards, *words, "--max-tokens", tokens, "--ignore-eos", "--ids", "--quiet", "--temperature", 0,
+                *more, **environment)
+    lines = text.strip().split("\n")
+    return [line.split("] ")[-1] for line in lines if line]
+
+
+def ids_of(shards, text):
+    return [int(word) for word in must("tokenize", shards, text).strip().split(",")]
+
+
+# How much likelier the CPU finds its own token than the device's, where the two texts part.
+def gap(shards, prompt, want, got, tmp):
+    want, got = ([int(word) for word in text.split(",")] for text in (want, got))
+    part = next(i for i in range(len(want)) if want[i] != got[i])
+    row = logits(shards, ids_of(shards, prompt) + want[:part], tmp / "gap.npy")
+    vocab = len(row) // (len(ids_of(shards, prompt)) + part)
+    last = row[-vocab:]
+    return last[want[part]] - last[got[part]]
+
+
+# Greedy tokens are the CPU's, unless two are so close that the rounding of scores decides: a gap of 0.1 in logits of rms 3.
+def test_greedy(tmp):
+    count = 64 if REAL else 2 if QUICK else 8
+    for quant in ("int8", "int4", "none"):
+        for tp in (1,) if QUICK else (1, 2, 4):
+            shards = tmp / f"model-{quant}-{tp}"
+            run(BUILD / "tpshard", "--tp", tp, "--quant", quant, MODEL, shards, "--quiet")
+            for prompt in PROMPTS if tp == 1 and quant != "none" else PROMPTS[:1]:
+                want = greedy(shards, [prompt], count)
+                got = greedy(shards, [prompt], count, *DEVICE, "--context", 256)
+                near = want != got and len(got) == 1 and gap(shards, prompt, want[0], got[0], tmp) <= 0.1
+                check(f"greedy {quant} tp {tp} \"{prompt}\"", got == want or near,
+                      f"{'a tie in' if near else ''} {got} {want if got != want else ''}")
+
+
+# Law 9: alone and in company, recorded steps and new ones, threads and processes.
+def test_company(tmp):
+    shards = tmp / "model-int4-1"
+    alone = [greedy(shards, [prompt], 6, *DEVICE, "--context", 256)[0] for prompt in PROMPTS]
+    together = greedy(shards, PROMPTS, 6, *DEVICE, "--context", 256)
+    check("greedy tokens equal alone and in a batch", alone == together, f"{alone} {together}")
+    threads = greedy(shards, [PROMPTS[0]], 6, *DEVICE, "--context", 256, "--ranks", "thread")
+    check("greedy tokens equal with ranks as threads", threads == alone[:1], f"{threads}")
+
+
+def test_sampling(tmp):
+    shards = tmp / "model-int8-1"
+    how = ["--temperature", 0.8, "--top-p", 0.9, "--top-k", 50, "--seed", 7, "--repetition-penalty", 1.1]
+    words = ["generate", shards, "--prompt", PROMPTS[1], "--max-tokens", 6, "--ids", "--quiet", "--context", 256, *how]
+    want = must(*words)
+    got = must(*words, *DEVICE)
+    check("sampled tokens equal the CPU's", got == want, f"{got} {want}")
+    check("sampled tokens repeat", got == must(*words, *DEVICE))
+
+
+def test_kv_cache(tmp):
+    case = GOLDEN / "llama_odd"
+    golden = json.loads((case / "golden.json").read_text())
+    want, ids, shards = read_npy(case / "logits.npy"), golden["token_ids"], tmp / "llama_odd-none"
+    fp8 = relative_error(logits(shards, ids, tmp / "cpu.npy", "--kv-cache", "fp8"), want)
+    bf16 = relative_error(logits(shards, ids, tmp / "cpu.npy"), want)
+    error = relative_error(logits(shards, ids, tmp / "out.npy", *DEVICE, "--kv-cache", "fp8"), want)
+    check("fp8 keys and values as good as the CPU's", error <= fp8 + 0.01, f"error {100 * error:.3f} %, {100 * fp8:.3f} %")
+    check("fp8 keys and values are really rounded", fp8 > 2 * bf16 and error > 2 * bf16)
+
+
+def test_refusals(tmp):
+    shards = tmp / "model-int4-1"
+    words = ["generate", shards, "--prompt", "x", "--max-tokens", 2, *DEVICE]
+    if not REAL:
+        rc, _, problem = engine(*words, EMULATED_MEMORY="8000000")
+        check("too little device memory", rc == 8 and "GiB free" in problem, f"exit {rc}: {problem}")
+        rc, _, problem = engine(*words, EMULATED_SM="75")
+        check("too old a device", rc == 6 and "7.5" in problem, f"exit {rc}: {problem}")
+        rc, _, problem = engine(*words, EMULATED_DEVICES="0")
+        check("no device", rc == 6 and "--backend" in problem, f"exit {rc}: {problem}")
+    broken = tmp / "broken"
+    subprocess.run(["cp", "-r", shards, broken], check=True)
+    file = broken / "rank-00-of-01.tpshard"
+    data = bytearray(file.read_bytes())
+    data[-5000] ^= 1
+    file.write_bytes(data)
+    rc, _, problem = engine("generate", broken, "--prompt", "x", "--max-tokens", 2, *DEVICE)
+    check("a flipped bit is met on the way to the device", rc == 4 and "rank 0" in problem, f"exit {rc}: {problem}")
+    rc, _, problem = engine(*words, "--quiet")
+    check("quiet is quiet", rc == 0 and problem == "", problem)
+    rc, _, problem = engine(*words)
+    check("device and arithmetic are said", rc == 0 and "int4 weights: decode f16" in problem, problem)
+
+
+def main():
+    with tempfile.TemporaryDirectory() as name:
+        tmp = Path(name)
+        for test in (test_families, test_arithmetic, test_greedy, test_company, test_sampling, test_kv_cache,
+                     test_refusals):
+            attempt(test.__name__, lambda: test(tmp))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
