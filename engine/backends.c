@@ -43,7 +43,8 @@ static int load(const struct backend **out, const char *path, struct error *err)
 {
     void *handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     if (!handle)
-        return error_set(err, ERR_GPU, "the CUDA backend could not be loaded: %s", dlerror());
+        return error_set(err, ERR_GPU, "the CUDA backend could not be loaded: %s; --backend cpu runs without it",
+                         dlerror());
     backend_entry_fn *entry;
     *(void **)(&entry) = dlsym(handle, BACKEND_ENTRY);
     const struct backend *backend = entry ? entry() : NULL;
@@ -62,7 +63,7 @@ int backends_select(const struct backend **backend, const struct kernels **kerne
     char path[PATH_MAX];
     bool cuda = strcmp(wanted, "cuda") == 0, any = strcmp(wanted, "auto") == 0;
     *backend = &backend_cpu;
-    int rc = kernels_select(kernels, cuda ? "auto" : wanted, err);
+    int rc = kernels_select(kernels, cuda || strcmp(wanted, "cpu") == 0 ? "auto" : wanted, err);
     if (rc || (!cuda && !(any && gpu_driver_present())))
         return rc;
     if (library || find_library(path))

@@ -24,10 +24,10 @@ extern struct session_options session_options;
     {"backend",                                                                                                        \
      OPTION_CHOICE,                                                                                                    \
      &session_options.backend,                                                                                         \
-     "auto|cuda|scalar|avx2|avx512",                                                                                   \
+     "auto|cpu|cuda|scalar|avx2|avx512",                                                                               \
      0,                                                                                                                \
      0,                                                                                                                \
-     "where to compute; auto: on GPUs where there is a driver, else the CPU's fastest kernels"},                       \
+     "where to compute; auto: cuda where there is a driver, else cpu, its fastest kernels"},                           \
         {"cuda-library",                                                                                               \
          OPTION_TEXT,                                                                                                  \
          &session_options.cuda_library,                                                                                \

@@ -107,5 +107,6 @@ int decoder_sample(struct decoder *d, const struct token_row *rows, int64_t num_
                       (rc = b->logits(d->device, last_bias(d), count < num_rows ? &last : NULL, count, NULL, 0, err)) ||
                       (rc = b->sample(d->device, err)) || (rc = b->finish(d->device, err))))
         return rc;
+    comm_at(d->comm, OP_SAMPLE, -1); // a replayed step has said nothing of itself so far
     return b->tokens(d->device, tokens, count, err);
 }

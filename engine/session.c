@@ -174,14 +174,19 @@ static int check_memory(const struct session *s, struct error *err)
     const struct model_desc *d = &s->manifest->model;
     int64_t tp = s->manifest->tp_size;
     struct rank_share share = upper_share(d, tp);
-    struct device_shape shape = {
-        .desc = d, .share = &share, .max_rows = s->worker.max_rows, .context = s->worker.context};
-    double weights = 0, cache = 0, buffers = (double)shared_bytes(s), available = available_bytes();
+    struct device_shape shape = {.desc = d,
+                                 .share = &share,
+                                 .max_rows = s->worker.max_rows,
+                                 .max_sequences = s->worker.max_sequences,
+                                 .context = s->worker.context,
+                                 .samples = tp == 1};
+    double weights = 0, cache = 0, available = available_bytes();
+    double buffers =
+        (double)shared_bytes(s) + (double)tp * (double)s->worker.backend->host_bytes(&shape, s->worker.threads);
     if (s->worker.backend == &backend_cpu) {
         for (size_t i = 0; i < s->manifest->num_ranks; i++)
             weights += (double)s->manifest->ranks[i].bytes;
         cache = (double)tp * (double)kv_bytes(d, &share, s->worker.num_pages, s->worker.kv_format);
-        buffers += (double)tp * (double)backend_cpu_scratch_bytes(&shape, s->worker.threads);
     }
     double needed = weights + cache + buffers;
     if (available < 0 || needed <= available)

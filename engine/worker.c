@@ -185,7 +185,7 @@ static int open_device(struct worker *w, struct error *err)
 {
     const struct worker_options *o = w->options;
     struct device_options options = {
-        .kernels = o->kernels, .pool = w->pool, .rank = w->env->rank, .tp_size = w->env->tp_size};
+        .kernels = o->kernels, .pool = w->pool, .rank = w->env->rank, .tp_size = w->env->tp_size, .device = -1};
     struct device_shape shape = {.desc = &w->model.desc,
                                  .share = &w->model.share,
                                  .max_rows = o->max_rows,

@@ -105,6 +105,8 @@ struct backend {
     uint32_t abi;         // BACKEND_ABI
     const char *name;     // "cpu", "cuda"
     int64_t prefill_rows; // good size of a prefill step
+    // Host memory that a rank's device takes beside the KV cache, for a parent that plans before its ranks run.
+    uint64_t (*host_bytes)(const struct device_shape *shape, int threads);
 
     int (*open)(struct device **out, const struct device_options *options, struct error *err);
     void (*close)(struct device *device); // accepts NULL
@@ -126,7 +128,7 @@ struct backend {
                  const struct kv_pages *pages, struct error *err);
     // A decode step from embed to sample may be kept and run again for the same number of rows. record: *replayed says that the whole step
     // was run from a kept one; otherwise the caller runs the operations and ends with finish. Not called for steps that
-    // exchange anything over the host.
+    // exchange anything over the host. Both are there where sample is.
     int (*record)(struct device *device, bool *replayed, struct error *err);
     int (*finish)(struct device *device, struct error *err);
 
@@ -167,8 +169,6 @@ struct backend {
 };
 
 extern const struct backend backend_cpu;
-// What cpu's prepare takes beside the KV cache, for a parent that plans before its ranks run.
-uint64_t backend_cpu_scratch_bytes(const struct device_shape *shape, int threads);
 
 // The entry of a backend's shared object.
 #define BACKEND_ENTRY "tpengine_cuda_backend"

@@ -95,7 +95,7 @@ static void cpu_describe(const struct device *d, char text[DEVICE_TEXT_BYTES])
     snprintf(text, DEVICE_TEXT_BYTES, "cpu, %s kernels, %d threads", d->k->name, thread_pool_size(d->pool));
 }
 
-uint64_t backend_cpu_scratch_bytes(const struct device_shape *s, int threads)
+static uint64_t cpu_host_bytes(const struct device_shape *s, int threads)
 {
     uint64_t activations = round_up((uint64_t)widest_input(s->desc, s->share), ACT_GROUP) * 6;
     return (uint64_t)s->max_rows * (row_floats(s->desc, s->share) * sizeof(float) + activations) +
@@ -106,7 +106,7 @@ static int cpu_plan(struct device *d, const struct device_shape *s, struct memor
 {
     (void)err;
     plan->kv_bytes = kv_bytes(s->desc, s->share, s->num_pages, s->kv_format);
-    plan->scratch_bytes = backend_cpu_scratch_bytes(s, thread_pool_size(d->pool));
+    plan->scratch_bytes = cpu_host_bytes(s, thread_pool_size(d->pool));
     plan->available_bytes = UINT64_MAX; // the parent knows the host's memory
     plan->device = -1;
     return 0;
@@ -457,6 +457,7 @@ const struct backend backend_cpu = {
     .abi = BACKEND_ABI,
     .name = "cpu",
     .prefill_rows = 256,
+    .host_bytes = cpu_host_bytes,
     .open = cpu_open,
     .close = cpu_close,
     .describe = cpu_describe,

@@ -12,7 +12,10 @@ except ImportError:
     sys.exit(0)
 
 RUNS, REPEATS = 11, 20
-GPU = torch.cuda.get_device_name(0).replace(" ", "-")
+
+
+def comment(what, problem):
+    print(f"# {what}: {(str(problem).splitlines() or ['failed'])[0]}", flush=True)
 
 
 def median_us(work, repeats=REPEATS):
@@ -35,12 +38,35 @@ def median_us(work, repeats=REPEATS):
     return sorted(times)[RUNS // 2]
 
 
+def scaled_products(gpu):
+    """fp8 through torch._scaled_mm, an interface that changes from version to version."""
+    n = 8192
+    a = torch.randn(n, n, device="cuda").to(torch.float8_e4m3fn)
+    b = torch.randn(n, n, device="cuda").to(torch.float8_e4m3fn).T
+    for name, shapes in (("tensor", ((), ())), ("outer", ((n, 1), (1, n)))):
+        try:
+            scales = [torch.ones(shape, device="cuda") for shape in shapes]
+            us = median_us(lambda: torch._scaled_mm(a, b, scale_a=scales[0], scale_b=scales[1],
+                                                    out_dtype=torch.bfloat16), 4)
+        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as problem:
+            comment(f"torch_scaled_mm scale={name}", problem)
+            continue
+        print(f"torch_scaled_mm scale={name} rows={n} cols={n} tokens={n} us={us:.1f} tflops={2e-6 * n ** 3 / us:.1f} "
+              f"gpu={gpu}", flush=True)
+
+
 def main():
+    try:
+        gpu = torch.cuda.get_device_name(0).replace(" ", "-")
+        torch.zeros(1, device="cuda")
+    except (RuntimeError, AssertionError) as problem:  # no driver, one too old, or torch without CUDA
+        comment("torch has no device", problem)
+        return
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     us = median_us(lambda: target.copy_(source), 4)
     copy_gb_s = 2e-3 * source.numel() / us
-    print(f"torch_copy us={us:.1f} gb_s={copy_gb_s:.0f} gpu={GPU}")
+    print(f"torch_copy us={us:.1f} gb_s={copy_gb_s:.0f} gpu={gpu}", flush=True)
     del source, target
     for rows, cols in [(4096, 4096), (8192, 8192), (14336, 4096), (4096, 14336), (28672, 8192)]:
         copies = max(2, (256 << 20) // (rows * cols * 2) + 1)
@@ -56,18 +82,10 @@ def main():
             us = median_us(product, 20 if tokens < 1024 else 4)
             gb_s = 2e-3 * rows * cols / us
             print(f"torch_linear kind=f16 rows={rows} cols={cols} tokens={tokens} us={us:.2f} gb_s={gb_s:.0f} "
-                  f"copy_share={gb_s / copy_gb_s:.3f} tflops={2e-6 * tokens * rows * cols / us:.1f} gpu={GPU}", flush=True)
+                  f"copy_share={gb_s / copy_gb_s:.3f} tflops={2e-6 * tokens * rows * cols / us:.1f} gpu={gpu}", flush=True)
         del weights
     if torch.cuda.get_device_capability(0) >= (9, 0):
-        n = 8192
-        a = torch.randn(n, n, device="cuda").to(torch.float8_e4m3fn)
-        b = torch.randn(n, n, device="cuda").to(torch.float8_e4m3fn).T
-        for name, shape in (("tensor", ((1,), (1,))), ("outer", ((n, 1), (1, n)))):
-            scales = [torch.ones(s, device="cuda") for s in shape]
-            us = median_us(lambda: torch._scaled_mm(a, b, scale_a=scales[0], scale_b=scales[1],
-                                                    out_dtype=torch.bfloat16), 4)
-            print(f"torch_scaled_mm scale={name} rows={n} cols={n} tokens={n} us={us:.1f} tflops={2e-6 * n ** 3 / us:.1f} "
-                  f"gpu={GPU}")
+        scaled_products(gpu)
 
 
 if __name__ == "__main__":

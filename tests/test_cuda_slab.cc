@@ -12,6 +12,7 @@ extern "C" {
 }
 #include "formats/number_formats.h"
 #include "kernels/cuda/launch.h"
+#include "tests/device/quick.h"
 #include "tests/emulator/emulator.h"
 
 #include <math.h>
@@ -157,7 +158,7 @@ static void test_slab(void **)
         {200, 96, 64, 192}, {70, 640, 5, 23}, {64, 64, 17, 17},
     };
     for (int k = 0; k < NUM_KINDS; k++)
-        for (size_t s = 0; s < sizeof shapes / sizeof shapes[0]; s++) {
+        for (size_t s = 0; s < sizeof shapes / sizeof shapes[0]; s += quick() ? 3 : 1) {
             char name[96];
             snprintf(name, sizeof name, "kind %d, group %u, format %d, shape %d", kinds[k].kind, kinds[k].group_size,
                      kinds[k].format, (int)s);
@@ -190,6 +191,8 @@ static void test_hostile_scales(void **)
 // Whole sectors only, and no bank is met twice.
 static void test_access(void **)
 {
+    if (!emulator_present() || quick())
+        skip(); // nothing is counted
     for (int k = 0; k < NUM_KINDS; k++) {
         random_state = 4;
         struct matrix w = make_matrix(kinds[k].kind, kinds[k].group_size, 128, 1024);

@@ -30,7 +30,10 @@ __device__ __forceinline__ float finished_score(const struct attention_shape &sh
 }
 
 // 2^(x - largest). A largest of -Inf says that nothing finite has been seen: then x is -Inf (gives 0) or NaN.
-__device__ __forceinline__ float weight_of(float x, float largest) { return exp2f(x - (largest == -INFINITY ? 0.0f : largest)); }
+__device__ __forceinline__ float weight_of(float x, float largest)
+{
+    return exp2f(x - (largest == -INFINITY ? 0.0f : largest));
+}
 
 // Elements dim .. dim + 7 of the row that begins at element `row`, as stored: bf16 in x .. w, e4m3 in x and y; zeros from head_dim on.
 // by_eights: head_dim is a multiple of 8, so that one load does it.

@@ -59,8 +59,9 @@ __device__ __forceinline__ int step_of_lane(int lanes, int lane)
 
 // Where a lane group's next STEP positions lie; `seen` says which of them the query sees.
 template <enum kv_format FORMAT>
-__device__ __forceinline__ void load_steps(uint4 *x, const void *cache, const struct device_kv &kv, const int64_t *row_of_page,
-                                           int first_slot, int dim, int seen_begin, int seen_end)
+__device__ __forceinline__ void load_steps(uint4 *x, const void *cache, const struct device_kv &kv,
+                                           const int64_t *row_of_page, int first_slot, int dim, int seen_begin,
+                                           int seen_end)
 {
     int head_dim = (int)kv.head_dim;
 #pragma unroll
@@ -77,8 +78,8 @@ template <enum kv_format FORMAT, int HEADS>
 __global__ void __launch_bounds__(THREADS, HEADS > 8 ? 1 : 2) attend_chunk(struct decode_input in)
 {
     constexpr int WORK = HEADS > 2 * WARPS ? HEADS : 2 * WARPS;
-    SHARED(float, scores, HEADS * ATTENTION_CHUNK);
-    SHARED(float, work, WORK * MAX_DIM); // first the queries [HEADS], then the warps' sums of values [2][WARPS]
+    SHARED(float, scores, HEADS *ATTENTION_CHUNK);
+    SHARED(float, work, WORK *MAX_DIM); // first the queries [HEADS], then the warps' sums of values [2][WARPS]
     SHARED(int64_t, row_of_page, ATTENTION_CHUNK / KV_PAGE_TOKENS);
     int64_t row = blockIdx.z, kv_head = blockIdx.y, chunk = blockIdx.x;
     int64_t position = in.rows.position[row], begin = chunk * ATTENTION_CHUNK;
@@ -239,7 +240,8 @@ __global__ void __launch_bounds__(COMBINE_THREADS) combine_chunks(float *out, st
     SHARED(float, part_sum, COMBINE_THREADS);
     SHARED(float, warp_largest, COMBINE_THREADS / WARP);
     int64_t row = blockIdx.y, head = blockIdx.x, position = in.rows.position[row];
-    int64_t chunk_begin = window_begin(in.shape, position) / ATTENTION_CHUNK, chunk_end = position / ATTENTION_CHUNK + 1;
+    int64_t chunk_begin = window_begin(in.shape, position) / ATTENTION_CHUNK,
+            chunk_end = position / ATTENTION_CHUNK + 1;
     int64_t part = (row * in.shape.num_heads + head) * in.parts.chunks;
     int head_dim = (int)in.kv.head_dim, thread = threadIdx.x;
 
@@ -270,7 +272,8 @@ __global__ void __launch_bounds__(COMBINE_THREADS) combine_chunks(float *out, st
             for (int j = 0; j < MAX_DIM / COMBINE_THREADS; j++) {
                 int dim = thread + j * COMBINE_THREADS;
                 if (dim < head_dim)
-                    value[j] = fmaf(factor[i], load_global(&in.parts.value[(part + base + i) * head_dim + dim]), value[j]);
+                    value[j] =
+                        fmaf(factor[i], load_global(&in.parts.value[(part + base + i) * head_dim + dim]), value[j]);
             }
         }
     }
@@ -323,7 +326,7 @@ extern "C" cudaError_t launch_attention_decode(float *out, const float *qkv, str
     dim3 grid((unsigned)chunks, (unsigned)kv.num_kv_heads, (unsigned)rows.count);
     cudaError_t rc = kv.format == KV_E4M3 ? launch_chunks<KV_E4M3>(in, grid, shape.heads_per_kv, stream)
                                           : launch_chunks<KV_BF16>(in, grid, shape.heads_per_kv, stream);
-    return rc != cudaSuccess
-               ? rc
-               : LAUNCH(combine_chunks, dim3((unsigned)shape.num_heads, (unsigned)rows.count), dim3(COMBINE_THREADS), 0, stream, out, in);
+    return rc != cudaSuccess ? rc
+                             : LAUNCH(combine_chunks, dim3((unsigned)shape.num_heads, (unsigned)rows.count),
+                                      dim3(COMBINE_THREADS), 0, stream, out, in);
 }

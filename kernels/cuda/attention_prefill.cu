@@ -53,7 +53,8 @@ __device__ __forceinline__ void load_page(uint4 *tile, const void *cache, int he
         if (FORMAT == KV_BF16 && by_eights)
             copy_async16(to, valid ? (const uint16_t *)cache + at + unit * 8 : (const uint16_t *)cache, valid);
         else
-            store_shared(to, eight_to_bf16<FORMAT>(load_eight<FORMAT>(cache, at, valid ? unit * 8 : head_dim, head_dim, by_eights)));
+            store_shared(to, eight_to_bf16<FORMAT>(
+                                 load_eight<FORMAT>(cache, at, valid ? unit * 8 : head_dim, head_dim, by_eights)));
     }
 }
 
@@ -98,13 +99,14 @@ __device__ __forceinline__ float quad_sum(float x)
 
 // grid (tile of queries, query head). In the fragments of an MMA this thread has rows g and g + 8 of its warp's 16, and columns 2t, 2t + 1 of
 // each 8. Index h = 0, 1 stands for the two rows.
-template <enum kv_format FORMAT, int DIM> __global__ void __launch_bounds__(THREADS, DIM > 128 ? 1 : DIM > 80 ? 3 : 4) attend_tile(struct prefill_input in)
+template <enum kv_format FORMAT, int DIM>
+__global__ void __launch_bounds__(THREADS, DIM > 128 ? 1 : 3) attend_tile(struct prefill_input in)
 {
     constexpr int TILE = KEYS * tile_pitch<DIM>; // QUERIES == KEYS
-    constexpr bool QUERIES_STAY = DIM < 128;       // in registers
+    constexpr bool QUERIES_STAY = DIM < 128;     // in registers
     SHARED_DYNAMIC(uint4, tiles);
-    SHARED(int, special, 1);
     uint4 *q_tile = tiles, *k_tile = tiles + TILE, *v_tile = tiles + 2 * TILE;
+    int *special = (int *)(void *)(tiles + 3 * TILE);
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
     int head_dim = (int)in.kv.head_dim;
     int64_t head = blockIdx.y, kv_head = (in.shape.head_begin + head) / in.shape.heads_per_kv - in.shape.kv_head_begin;
@@ -123,7 +125,7 @@ template <enum kv_format FORMAT, int DIM> __global__ void __launch_bounds__(THRE
     copy_async_commit();
     for (int i = threadIdx.x; i < QUERIES * 4 * dealt_units<DIM>; i += THREADS) {
         // head_dim is even; lanes behind the last pair repeat it
-        int row = i / (4 * dealt_units<DIM>), dim = min(i % (4 * dealt_units<DIM>) * 2, DIM - 2);
+        int row = i / (4 * dealt_units<DIM>), dim = min(i % (4 * dealt_units<DIM>)*2, DIM - 2);
         const float *q = in.qkv + (int64_t)(row_begin + row) * q_stride + head * head_dim + dim;
         float2 x = row < row_count && dim < head_dim ? load_global((const float2 *)q) : make_float2(0, 0);
         store_shared((uint32_t *)&q_tile[tile_place<DIM>(row, dim / 8)] + dim % 8 / 2, floats_to_bf162(x.x, x.y));
@@ -238,8 +240,9 @@ template <enum kv_format FORMAT, int DIM> __global__ void __launch_bounds__(THRE
                             int h = i / 2;
                             uint32_t v = pair >> i % 2 * 16 & 0xffff;
                             if (is_special(v) && first_key + slot <= position[h] && first_key + slot >= seen_from[h])
-                                value[n][i] += f32_from_bits(p[(g + 8 * h) * (KEYS / 2) + slot / 2] >> slot % 2 * 16 << 16) *
-                                               f32_from_bits(v << 16);
+                                value[n][i] +=
+                                    f32_from_bits(p[(g + 8 * h) * (KEYS / 2) + slot / 2] >> slot % 2 * 16 << 16) *
+                                    f32_from_bits(v << 16);
                         }
                     }
                 __syncthreads();
@@ -275,7 +278,8 @@ template <enum kv_format FORMAT, int DIM> __global__ void __launch_bounds__(THRE
 #pragma unroll
         for (int n = 0; n < DIM / 8; n++)
             if (row < row_count && n * 8 + 2 * t < head_dim)
-                store_global((float2 *)(out + n * 8 + 2 * t), make_float2(value[n][2 * h] / whole, value[n][2 * h + 1] / whole));
+                store_global((float2 *)(out + n * 8 + 2 * t),
+                             make_float2(value[n][2 * h] / whole, value[n][2 * h + 1] / whole));
     }
 }
 
@@ -283,16 +287,21 @@ template <enum kv_format FORMAT>
 static cudaError_t launch_tiles(struct prefill_input in, dim3 grid, cudaStream_t stream)
 {
     int64_t dim = in.kv.head_dim;
-    enum { TILE_BYTES = 3 * KEYS * 16 }; // of one unit of the pitch
+    enum { TILE_BYTES = 3 * KEYS * 16, SPECIAL_BYTES = 16 }; // of one unit of the pitch; behind the tiles
     if (dim <= 64)
-        return LAUNCH((attend_tile<FORMAT, 64>), grid, dim3(THREADS), TILE_BYTES * tile_pitch<64>, stream, in);
+        return LAUNCH((attend_tile<FORMAT, 64>), grid, dim3(THREADS), TILE_BYTES * tile_pitch<64> + SPECIAL_BYTES,
+                      stream, in);
     if (dim <= 80)
-        return LAUNCH((attend_tile<FORMAT, 80>), grid, dim3(THREADS), TILE_BYTES * tile_pitch<80>, stream, in);
+        return LAUNCH((attend_tile<FORMAT, 80>), grid, dim3(THREADS), TILE_BYTES * tile_pitch<80> + SPECIAL_BYTES,
+                      stream, in);
     if (dim <= 96)
-        return LAUNCH((attend_tile<FORMAT, 96>), grid, dim3(THREADS), TILE_BYTES * tile_pitch<96>, stream, in);
+        return LAUNCH((attend_tile<FORMAT, 96>), grid, dim3(THREADS), TILE_BYTES * tile_pitch<96> + SPECIAL_BYTES,
+                      stream, in);
     if (dim <= 128)
-        return LAUNCH((attend_tile<FORMAT, 128>), grid, dim3(THREADS), TILE_BYTES * tile_pitch<128>, stream, in);
-    return LAUNCH((attend_tile<FORMAT, 256>), grid, dim3(THREADS), TILE_BYTES * tile_pitch<256>, stream, in);
+        return LAUNCH((attend_tile<FORMAT, 128>), grid, dim3(THREADS), TILE_BYTES * tile_pitch<128> + SPECIAL_BYTES,
+                      stream, in);
+    return LAUNCH((attend_tile<FORMAT, 256>), grid, dim3(THREADS), TILE_BYTES * tile_pitch<256> + SPECIAL_BYTES, stream,
+                  in);
 }
 
 extern "C" cudaError_t launch_attention_prefill(float *out, const float *qkv, struct attention_shape shape,

@@ -19,7 +19,7 @@ static int choose_device(struct device *d, const struct device_options *options,
     int count = 0;
     cudaError_t status = cudaGetDeviceCount(&count);
     if (status != cudaSuccess || count < 1)
-        return error_set(err, ERR_GPU, "no GPU can be used: %s; --backend scalar, avx2 or avx512 run on the CPU",
+        return error_set(err, ERR_GPU, "no GPU can be used: %s; --backend cpu runs without one",
                          status != cudaSuccess ? cudaGetErrorString(status) : "the driver reports none");
     d->index = options->device >= 0 ? options->device : options->rank % count;
     if (d->index >= count)
@@ -35,10 +35,13 @@ static int read_properties(struct device *d, struct error *err)
         return rc;
     d->sm = 10 * properties.major + properties.minor;
     snprintf(d->name, sizeof d->name, "%.63s", properties.name);
-    if (d->sm < 80)
-        return error_set(err, ERR_GPU, "device %d: %s has compute capability %d.%d; 8.0 is the least that is supported",
-                         d->index, d->name, properties.major, properties.minor);
-    return 0;
+    // Code for sm_80, 86, 89, 90 and 120 runs on its own generation and on later members of it.
+    if (properties.major == 8 || properties.major == 9 || properties.major == 12)
+        return 0;
+    return error_set(err, ERR_GPU,
+                     "device %d: %s has compute capability %d.%d; the kernels are compiled for 8.x, 9.0 and 12.x; "
+                     "--backend cpu runs without it",
+                     d->index, d->name, properties.major, properties.minor);
 }
 
 static void cuda_close(struct device *d)
@@ -89,6 +92,7 @@ const struct backend *tpengine_cuda_backend(void)
     table.abi = BACKEND_ABI;
     table.name = "cuda";
     table.prefill_rows = PREFILL_ROWS;
+    table.host_bytes = device_host_bytes;
     table.open = cuda_open;
     table.close = cuda_close;
     table.describe = cuda_describe;

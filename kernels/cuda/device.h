@@ -23,6 +23,8 @@ enum {
     LOAD_PIECE_BYTES = 16 << 20,
     LOAD_PIECES = 4,
 };
+// Beside what is allocated here: the code of kernels, which is loaded when it is first run, graphs, and what the driver rounds up.
+#define RESERVE_BYTES (192ull << 20)
 #define SLAB_BYTES (32ull << 20) // weights expanded for cuBLASLt at a time; stays in the L2 cache of large chips
 
 // How a matrix is multiplied.
@@ -49,6 +51,12 @@ struct step_block {
     uint64_t bytes;
 };
 
+// A decode step of so many rows. The first runs as it comes, which loads its kernels; the second is recorded; all others replay it.
+struct step_graph {
+    bool ran;
+    cudaGraphExec_t exec;
+};
+
 struct device {
     int index, sm; // sm: 10 * major + minor of the compute capability
     char name[64];
@@ -61,7 +69,7 @@ struct device {
     int64_t q_size, kv_size, mlp_size;
     int64_t rows_capacity; // of buffers: max_rows, rounded up for cuBLASLt
 
-    // Device memory: two allocations, cut up by memory.c.
+    // Device memory: two allocations, the second cut up by memory.c; cuBLASLt's workspace is a third.
     uint8_t *payload, *arena;
     float *residual, *qkv, *attended, *gate_up, *partial, *logits;
     struct device_input input; // of the next product
@@ -78,6 +86,7 @@ struct device {
     uint8_t *step_host;
     int32_t *pages_host, *row_index_host;
     uint32_t *chosen_host;
+    uint8_t *seen_host; // [vocab], of a prompt; only where the device samples
     float *lent;        // [max_rows][hidden]; only with several ranks
     float *logits_host; // [LOGITS_ROWS][vocab_local]; from the first use on
 
@@ -89,8 +98,8 @@ struct device {
     struct step_block host, block; // block: the same on the device
     cudaEvent_t uploaded;          // the host's part of the step has been read
     bool recording;
-    int64_t sampled;         // rows that sample chooses for
-    cudaGraphExec_t *graphs; // [max_sequences + 1], by rows of a decode step
+    int64_t sampled;           // rows that sample chooses for
+    struct step_graph *graphs; // [max_sequences + 1], by rows of a decode step
 
     // Products.
     struct gemm_handle *gemm; // NULL: not needed, or the library is not there
@@ -104,6 +113,7 @@ struct device {
 int device_status(const struct device *d, cudaError_t status, const char *what, struct error *err);
 
 // ---- memory.c
+uint64_t device_host_bytes(const struct device_shape *shape, int threads);
 int device_plan(struct device *d, const struct device_shape *shape, struct memory_plan *plan, struct error *err);
 int device_load(struct device *d, const uint8_t **base, const uint8_t *mapped, uint64_t bytes, payload_check_fn *check,
                 void *arg, struct error *err);

@@ -165,8 +165,10 @@ static int set_scales(const struct gemm_handle *h, cublasLtMatmulDesc_t desc, co
 {
     if (!at->has_scales)
         return 0;
-    cublasStatus_t status = SET(h, desc, A_SCALE_MODE, at->a_scale_mode);
-    if (status == CUBLAS_STATUS_SUCCESS)
+    cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
+    if (at->a_scale_mode != GEMM_CUBLASLT_SCALE_SCALAR_32F) // which is the default, and older libraries know no other
+        status = SET(h, desc, A_SCALE_MODE, at->a_scale_mode);
+    if (status == CUBLAS_STATUS_SUCCESS && at->b_scale_mode != GEMM_CUBLASLT_SCALE_SCALAR_32F)
         status = SET(h, desc, B_SCALE_MODE, at->b_scale_mode);
     if (status == CUBLAS_STATUS_SUCCESS)
         status = SET(h, desc, A_SCALE_POINTER, at->a_scale);

@@ -1,8 +1,8 @@
 // The device kernels' launchers: what the host side of the CUDA backend (C11) calls, one function per operation over rows.
 //
-// Every pointer is device memory unless said otherwise; every launch is asynchronous on `stream` and returns what
-// cudaGetLastError says of it. Nothing here allocates, waits or depends on values that only the device knows, so any launch may
-// be captured into a CUDA graph: the counts are arguments, all that changes from step to step lies in device memory.
+// Every pointer is device memory unless said otherwise; every launch is asynchronous on `stream` and returns its own
+// error. Nothing here allocates, waits or depends on values that only the device knows, so any launch may be captured into a CUDA
+// graph (after a first one, which loads its code): the counts are arguments, all that changes from step to step lies in device memory.
 //
 // Law 9: what a row becomes depends on that row, the weights and the shapes of the model alone, never on the number of rows in the
 // launch or on the order in which blocks run. Splits of a sum are fixed by the shape, and their parts are added in a fixed order.
@@ -108,7 +108,8 @@ cudaError_t launch_attention_prefill(float *out, const float *qkv, struct attent
 
 // y[row, :] = in[row, :] * w^T, f32, y [rows][y_stride]; any row count. w's pointers are on the device.
 // linear_f16: weights stay as they are and are widened in registers, f32 sums. int4 takes INPUT_F16_TILE, fp8 INPUT_F16, bf16
-// INPUT_BF16. Made for few rows: reads the weights once for each 64 rows.
+// INPUT_BF16. Made for few rows: reads the weights once for each 64 rows
+// (each 16 where the matrix has fewer than 2048).
 cudaError_t launch_linear_f16(float *y, int64_t y_stride, const struct matrix *w, struct device_input in, int64_t rows,
                               cudaStream_t stream);
 // linear_int8: int4 with INPUT_INT8_TILE, int8 with INPUT_INT8, exact integer sums over groups; the same bits as kernels.h's matmul.

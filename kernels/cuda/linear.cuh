@@ -96,25 +96,28 @@ __device__ __forceinline__ const uint8_t *weights_of_lane(const struct linear &l
 //   int4        the 16 bytes of T16x64
 //   int8, fp8   16 columns from 16 t on, of row g and then of row g + 8
 //   bf16        for each half of 32 columns: 8 columns from 8 t on, of row g and then of row g + 8
-// A missing second tile reads as zeros. Every request of a warp is made of whole sectors; int4's is 512 bytes side by side.
-template <int KIND>
+// A missing second tile reads as zeros; WHOLE: it is there. Every request of a warp is made of whole sectors; int4's is 512 bytes side by
+// side.
+template <int KIND, bool WHOLE>
 __device__ __forceinline__ void load_step(uint4 (&w)[STEP_LOADS(KIND)], const struct linear &l,
                                           const uint8_t *lane_weights, int step)
 {
     enum {
         LOADS = STEP_LOADS(KIND) / 2,
         TILE_BYTES = KIND == WEIGHT_INT4   ? 4 * WEIGHT_TILE_BYTES
-                     : KIND == WEIGHT_BF16 ? 128
-                                           : 64
+                     : KIND == WEIGHT_BF16 ? 2 * TILE_COLS
+                                           : TILE_COLS,
     };
     const uint8_t *p = lane_weights + (int64_t)step * (2 * TILE_BYTES);
-    bool both = 2 * step + 1 < l.col_tiles;
+    const uint8_t *p8 = KIND == WEIGHT_INT4 ? p : p + 8 * l.weight_row_bytes;
+    bool both = WHOLE || 2 * step + 1 < l.col_tiles;
 #pragma unroll
     for (int tile = 0; tile < 2; tile++)
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {
-            const uint8_t *from = p + tile * TILE_BYTES + (i >> 1) * 64 + (i & 1 ? 8 * l.weight_row_bytes : 0);
-            w[tile * LOADS + i] = make_uint4(0, 0, 0, 0);
+            const uint8_t *from = (i & 1 ? p8 : p) + tile * TILE_BYTES + (i >> 1) * 64;
+            if (!WHOLE)
+                w[tile * LOADS + i] = make_uint4(0, 0, 0, 0);
             if (tile == 0 || both)
                 w[tile * LOADS + i] = load_weights((const uint4 *)(const void *)from);
         }
@@ -129,14 +132,15 @@ __device__ __forceinline__ void load_step(uint4 (&w)[STEP_LOADS(KIND)], const st
 // Tokens that are not there are never written: what stands in their columns of B touches no other column.
 __device__ __forceinline__ int x_slot(int token, int slot) { return slot ^ ((token & 1) * 5); }
 
-// What a thread copies of each panel.
+// What a thread copies of each panel, and how far it has come.
 struct stager {
-    const uint8_t *x; // of its first token, in the first panel
+    const uint8_t *x; // of its first token, in the next panel
     int x_at;         // offset in a stage
     int token, token_step;
-    int split;
-    const uint8_t *scale; // in the first panel; NULL: this thread copies none
-    int scale_at, scale_group;
+    int step;             // of the next panel, that it copies of
+    const uint8_t *scale; // in the next panel; NULL: this thread copies none
+    int scale_at;
+    int64_t groups_left; // of this row of scales, from the next panel's on
 };
 
 template <int STEP_BYTES, int TOKENS, int GROUPS>
@@ -149,10 +153,11 @@ __device__ __forceinline__ struct stager stager_make(const struct linear &l, int
     int chunk = thread & (chunks - 1);
     s.token = thread / chunks;
     s.token_step = (int)blockDim.x / chunks; // even: the exchange of slots stays the same
-    s.split = chunk / STEP_CHUNKS;
+    s.step = chunk / STEP_CHUNKS;
     s.x = l.x + (token_begin + s.token) * l.x_row_bytes + chunk * 16;
-    s.x_at = (s.split * TOKENS + s.token) * STEP_BYTES + x_slot(s.token, chunk % STEP_CHUNKS) * 16;
+    s.x_at = (s.step * TOKENS + s.token) * STEP_BYTES + x_slot(s.token, chunk % STEP_CHUNKS) * 16;
     s.scale = NULL;
+    s.groups_left = 0;
     if (GROUPS > 0) {
         int panel = (GROUPS * 2) << l.split_bits; // chunks of one tile of rows
         int64_t groups = (int64_t)l.col_tiles * GROUPS / 2;
@@ -160,18 +165,18 @@ __device__ __forceinline__ struct stager stager_make(const struct linear &l, int
             s.scale =
                 (const uint8_t *)l.weight_scale + (row_tile_begin + thread / panel) * groups * 32 + thread % panel * 16;
         s.scale_at = ((TOKENS * STEP_BYTES) << l.split_bits) + thread * 16;
-        s.scale_group = thread % panel / 2;
+        s.groups_left = groups - thread % panel / 2;
     }
     return s;
 }
 
-template <int STEP_BYTES, int GROUPS>
-__device__ __forceinline__ void stager_copy(const struct linear &l, const struct stager &s, uint8_t *stage, int panel,
-                                            int token_begin, int tokens)
+// Starts the copies of the next panel, of its tokens from token_begin on. WHOLE: the panel has all its steps. last: the panel's last part.
+template <int STEP_BYTES, int GROUPS, bool WHOLE>
+__device__ __forceinline__ void stager_copy(const struct linear &l, struct stager &s, uint8_t *stage, int token_begin,
+                                            int tokens, bool last)
 {
-    int step = panel << l.split_bits;
-    if (step + s.split < l.steps) {
-        const uint8_t *x = s.x + token_begin * l.x_row_bytes + (int64_t)step * STEP_BYTES;
+    if (WHOLE || s.step < l.steps) {
+        const uint8_t *x = token_begin ? s.x + token_begin * l.x_row_bytes : s.x;
         uint8_t *to = stage + s.x_at;
         for (int token = s.token; token < tokens; token += s.token_step) {
             copy_async16(to, x, true);
@@ -180,9 +185,15 @@ __device__ __forceinline__ void stager_copy(const struct linear &l, const struct
         }
     }
     if (GROUPS > 0 && s.scale) {
-        int64_t group = (int64_t)step * GROUPS;
-        bool valid = group + s.scale_group < (int64_t)l.col_tiles * GROUPS / 2;
-        copy_async16(stage + s.scale_at, valid ? s.scale + group * 32 : s.scale, valid);
+        bool valid = WHOLE || s.groups_left > 0;
+        copy_async16(stage + s.scale_at, valid ? s.scale : (const uint8_t *)l.weight_scale, valid);
+    }
+    if (last) {
+        s.x += STEP_BYTES << l.split_bits;
+        s.step += 1 << l.split_bits;
+        if (GROUPS > 0 && s.scale)
+            s.scale += (GROUPS * 32) << l.split_bits;
+        s.groups_left -= GROUPS << l.split_bits;
     }
 }
 

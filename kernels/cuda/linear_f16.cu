@@ -18,7 +18,6 @@ enum { X_STEP_BYTES = STEP_COLS * 2 };
 #define GROUPS_OF(GROUP) ((GROUP) ? STEP_COLS / (GROUP) : 0)
 // Steps of weights on their way: 8 loads of 16 bytes a lane.
 #define DEPTH(KIND) ((KIND) == WEIGHT_INT4 ? 4 : (KIND) == WEIGHT_BF16 ? 1 : 2)
-#define MAX_THREADS(TILES) ((TILES) < 4 ? 256 : 512)
 
 // Two operands A of 16 columns each: half `half` of a column tile. w: the loads of that tile.
 template <int KIND> __device__ __forceinline__ void f16_operands(uint32_t (&a)[2][4], const uint4 *w, int half)
@@ -66,13 +65,13 @@ __device__ __forceinline__ void add_step(float (*acc)[4], const uint4 (&w)[STEP_
 {
     enum { LOADS = STEP_LOADS(KIND) / 2, GROUPS = GROUP ? STEP_COLS / GROUP : 1 };
     int g = lane >> 2, t = lane & 3;
-    float row_scale[GROUPS][2], c[TILES][4];
-    if (GROUP)
-        int4_row_scales<GROUPS>(row_scale, scales, g);
+    float row_scale[1][2], c[TILES][4];
 #pragma unroll
     for (int half = 0; half < 4; half++) { // 32 columns each
         int slot = KIND == WEIGHT_BF16 ? half % 2 * 4 + t : t * 2 + half % 2;
         const uint8_t *from = x + g * X_STEP_BYTES + half / 2 * 128 + x_slot(g, slot) * 16;
+        if (GROUP && half % (4 / GROUPS) == 0)
+            int4_row_scales<1>(row_scale, scales + half * GROUPS / 4 * 32, g);
         uint32_t a[2][4];
         f16_operands<KIND>(a, w + half / 2 * LOADS, half % 2);
 #pragma unroll
@@ -86,7 +85,7 @@ __device__ __forceinline__ void add_step(float (*acc)[4], const uint4 (&w)[STEP_
             if (GROUP && (half + 1) % (4 / GROUPS) == 0)
 #pragma unroll
                 for (int k = 0; k < 4; k++)
-                    acc[n][k] = fmaf(sum[k], row_scale[half * GROUPS / 4][k >> 1], acc[n][k]);
+                    acc[n][k] = fmaf(sum[k], row_scale[0][k >> 1], acc[n][k]);
         }
     }
 }
@@ -112,102 +111,128 @@ __device__ __forceinline__ void write_sums(const struct linear &l, const float *
     }
 }
 
-// Starts the copies of one phase, that is one part of the block's tokens of one panel. Past the last phase only the count goes on.
-template <int GROUPS, int PARTS, int PART_TOKENS>
-__device__ __forceinline__ void copy_phase(const struct linear &l, const struct stager &stager, uint8_t *stage,
-                                           int phase, int panels, int tokens)
+// What a block works with, and how far it has come. A phase is one part of the tokens of one panel, and has its stage in turn.
+struct place {
+    const uint8_t *weights; // of the lane
+    uint8_t *shared;
+    int stage_bytes, x_at, scale_at; // of the warp's step in a stage
+    int lane, split, tokens, panels;
+    int stage, next_stage, next; // next: the first phase whose copies have not started
+};
+
+// Starts the copies of the next phase. Past the last one only the count goes on. WHOLE: it belongs to a panel with all its steps.
+template <int GROUP, int TILES, bool WHOLE>
+__device__ __forceinline__ void copy_phase(const struct linear &l, struct stager &stager, struct place &at)
 {
-    int begin = phase % PARTS * PART_TOKENS;
-    if (phase < panels * PARTS)
-        stager_copy<X_STEP_BYTES, GROUPS>(l, stager, stage, phase / PARTS, begin, min(tokens - begin, PART_TOKENS));
+    enum { PARTS = TILES / PART_TILES(TILES), PART_TOKENS = PART_TILES(TILES) * TILE_TOKENS };
+    int part = at.next % PARTS, begin = part * PART_TOKENS;
+    if (WHOLE || at.next < at.panels * PARTS)
+        stager_copy<X_STEP_BYTES, GROUPS_OF(GROUP), WHOLE>(l, stager, at.shared + at.next_stage * at.stage_bytes, begin,
+                                                           min(at.tokens - begin, (int)PART_TOKENS), part == PARTS - 1);
     copy_async_commit();
+    at.next++;
+    at.next_stage = at.next_stage + 1 == STAGES(TILES) ? 0 : at.next_stage + 1;
+}
+
+// One panel: the warp's step, with the weights in w, which then receive the step that is AHEAD panels further. WHOLE: all that is begun or
+// waited for here belongs to panels with all their steps.
+template <int KIND, int GROUP, int TILES, bool WHOLE>
+__device__ __forceinline__ void add_panel(float (&acc)[TILES][4], uint4 (&w)[STEP_LOADS(KIND)], const struct linear &l,
+                                          struct stager &stager, struct place &at, int panel)
+{
+    enum { PART = PART_TILES(TILES), PARTS = TILES / PART, AHEAD = DEPTH(KIND) };
+    int step = (panel << l.split_bits) + at.split, next_step = step + (AHEAD << l.split_bits);
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+        copy_async_wait<STAGES(TILES) - 2>();
+        __syncthreads(); // the stage is there for all, and all are done with the one before it
+        copy_phase<GROUP, TILES, WHOLE>(l, stager, at);
+        if (WHOLE || step < l.steps) {
+            const uint8_t *from = at.shared + at.stage * at.stage_bytes;
+            add_step<KIND, GROUP, PART>(acc + part * PART, w, from + at.x_at, from + at.scale_at, at.lane);
+        }
+        at.stage = at.stage + 1 == STAGES(TILES) ? 0 : at.stage + 1;
+    }
+    if (WHOLE || next_step < l.steps)
+        load_step<KIND, WHOLE>(w, l, at.weights, next_step);
 }
 
 // One block: blockDim.x / 32 / splits tiles of 16 rows, 8 * TILES tokens.
 template <int KIND, int GROUP, int TILES>
-__global__ void __launch_bounds__(MAX_THREADS(TILES)) linear_f16(struct linear l, int stage_bytes)
+__global__ void __launch_bounds__(256, TILES < 4 ? 2 : 1) linear_f16(struct linear l, int stage_bytes)
 {
     enum {
-        PART = PART_TILES(TILES),
-        PARTS = TILES / PART,
-        PART_TOKENS = PART * TILE_TOKENS,
+        PARTS = TILES / PART_TILES(TILES),
+        PART_TOKENS = PART_TILES(TILES) * TILE_TOKENS,
         AHEAD = DEPTH(KIND),
+        REACH = AHEAD > STAGES(TILES) - 1 ? AHEAD
+                                          : STAGES(TILES) - 1, // panels between a load or a copy and its use, at most
         GROUPS = GROUPS_OF(GROUP),
     };
     SHARED_DYNAMIC(uint8_t, shared);
-    int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, splits = 1 << l.split_bits;
-    int split = warp & (splits - 1), tile_in_block = warp >> l.split_bits;
+    int warp = (int)threadIdx.x >> 5, splits = 1 << l.split_bits, tile_in_block = warp >> l.split_bits;
     int row_tiles = (int)blockDim.x >> (5 + l.split_bits);
     int64_t row_tile = (int64_t)blockIdx.x * row_tiles + tile_in_block;
     int64_t token_begin = (int64_t)blockIdx.y * TILES * TILE_TOKENS;
-    int tokens = (int)min((int64_t)TILES * TILE_TOKENS, l.tokens - token_begin);
-    int panels = (l.steps + splits - 1) >> l.split_bits;
-    int x_at = split * PART_TOKENS * X_STEP_BYTES;
-    int scale_at = ((PART_TOKENS * X_STEP_BYTES) << l.split_bits) + warp * GROUPS * 32;
+    struct place at;
+    at.lane = (int)threadIdx.x & 31;
+    at.split = warp & (splits - 1);
+    at.weights = weights_of_lane<KIND>(l, row_tile, at.lane);
+    at.shared = shared;
+    at.stage_bytes = stage_bytes;
+    at.x_at = at.split * PART_TOKENS * X_STEP_BYTES;
+    at.scale_at = ((PART_TOKENS * X_STEP_BYTES) << l.split_bits) + warp * GROUPS * 32;
+    at.tokens = (int)min((int64_t)TILES * TILE_TOKENS, l.tokens - token_begin);
+    at.panels = (l.steps + splits - 1) >> l.split_bits;
+    at.stage = at.next_stage = at.next = 0;
 
-    const uint8_t *weights = weights_of_lane<KIND>(l, row_tile, lane);
     uint4 w[AHEAD][STEP_LOADS(KIND)];
 #pragma unroll
     for (int i = 0; i < AHEAD; i++)
-        if (i * splits + split < l.steps)
-            load_step<KIND>(w[i], l, weights, i * splits + split);
-
+        if (i * splits + at.split < l.steps)
+            load_step<KIND, false>(w[i], l, at.weights, i * splits + at.split);
     struct stager stager =
         stager_make<X_STEP_BYTES, PART_TOKENS, GROUPS>(l, token_begin, (int64_t)blockIdx.x * row_tiles, row_tiles);
-    int stage = 0, next_stage = 0, next = 0; // next: the first phase whose copies have not started
-    for (; next < STAGES(TILES) - 1; next++)
-        copy_phase<GROUPS, PARTS, PART_TOKENS>(l, stager, shared + next_stage++ * stage_bytes, next, panels, tokens);
+#pragma unroll
+    for (int i = 0; i < STAGES(TILES) - 1; i++)
+        copy_phase<GROUP, TILES, false>(l, stager, at);
 
     float acc[TILES][4];
 #pragma unroll
     for (int n = 0; n < TILES; n++)
         acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0.0f;
-
-    for (int panel = 0; panel < panels; panel += AHEAD)
+    int panel = 0, whole = (l.col_tiles / 2) >> l.split_bits;
+    for (; panel + AHEAD + REACH <= whole; panel += AHEAD)
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            if (panel + i >= panels)
-                break;
-            int step = (panel + i) * splits + split;
+        for (int i = 0; i < AHEAD; i++)
+            add_panel<KIND, GROUP, TILES, true>(acc, w[i], l, stager, at, panel + i);
+    for (; panel < at.panels; panel += AHEAD)
 #pragma unroll
-            for (int part = 0; part < PARTS; part++) {
-                copy_async_wait<STAGES(TILES) - 2>();
-                __syncthreads(); // the stage is there for all, and all are done with the one before it
-                copy_phase<GROUPS, PARTS, PART_TOKENS>(l, stager, shared + next_stage * stage_bytes, next++, panels,
-                                                       tokens);
-                next_stage = next_stage + 1 == STAGES(TILES) ? 0 : next_stage + 1;
-                if (step < l.steps) {
-                    const uint8_t *from = shared + stage * stage_bytes;
-                    add_step<KIND, GROUP, PART>(acc + part * PART, w[i], from + x_at, from + scale_at, lane);
-                }
-                stage = stage + 1 == STAGES(TILES) ? 0 : stage + 1;
-            }
-            if (step + AHEAD * splits < l.steps)
-                load_step<KIND>(w[i], l, weights, step + AHEAD * splits);
-        }
+        for (int i = 0; i < AHEAD; i++)
+            if (panel + i < at.panels)
+                add_panel<KIND, GROUP, TILES, false>(acc, w[i], l, stager, at, panel + i);
 
     copy_async_wait<0>();
     __syncthreads();
     float *sums = (float *)(void *)shared;
 #pragma unroll
     for (int n = 0; n < TILES; n++)
-        store_shared((float4 *)(void *)(sums + ((warp * TILES + n) * 32 + lane) * 4),
+        store_shared((float4 *)(void *)(sums + ((warp * TILES + n) * 32 + at.lane) * 4),
                      make_float4(acc[n][0], acc[n][1], acc[n][2], acc[n][3]));
     __syncthreads();
-    write_sums<KIND, TILES>(l, sums, row_tile, token_begin, tile_in_block, split, lane);
+    write_sums<KIND, TILES>(l, sums, row_tile, token_begin, tile_in_block, at.split, at.lane);
 }
 
 template <int KIND, int GROUP, int TILES> cudaError_t launch(const struct linear *l, cudaStream_t stream)
 {
     int splits = 1 << l->split_bits;
-    int row_tiles = splits == 8 ? 1 : TILES < 4 ? 2 : 4;
+    int row_tiles = 8 / splits;
     int stage_bytes = splits * (PART_TILES(TILES) * TILE_TOKENS * X_STEP_BYTES + row_tiles * GROUPS_OF(GROUP) * 32);
     int sums_bytes = row_tiles * splits * TILES * ACCUMULATOR_BYTES;
     int shared_bytes = max(STAGES(TILES) * stage_bytes, sums_bytes);
     dim3 grid((unsigned)((l->out_rows + row_tiles * TILE_ROWS - 1) / (row_tiles * TILE_ROWS)),
               (unsigned)((l->tokens + TILES * TILE_TOKENS - 1) / (TILES * TILE_TOKENS)));
-    return LAUNCH((linear_f16<KIND, GROUP, TILES>), grid, 32 * row_tiles * splits, shared_bytes, stream, *l,
-                  stage_bytes);
+    return LAUNCH((linear_f16<KIND, GROUP, TILES>), grid, 256, shared_bytes, stream, *l, stage_bytes);
 }
 
 template <int KIND, int GROUP> cudaError_t launch_for_tokens(const struct linear *l, cudaStream_t stream)

@@ -17,18 +17,16 @@ enum { X_STEP_BYTES = STEP_COLS, STAGES = 3, MOST_TOKENS = 16 };
 // Steps of weights on their way: 8 loads of 16 bytes a lane.
 #define DEPTH(KIND) ((KIND) == WEIGHT_INT4 ? 4 : 2)
 
-// Scales of tokens 2 t and 2 t + 1 of each token tile, for one step.
+// Scales of tokens 2 t and 2 t + 1 of each tile of tokens, for one step. from: the first of them.
 template <int TILES>
-__device__ __forceinline__ void load_q_scales(float2 (&q_scale)[TILES], const struct linear &l, int step, int t)
+__device__ __forceinline__ void load_q_scales(float2 (&q_scale)[TILES], const struct linear &l, const float *from,
+                                              int t)
 {
 #pragma unroll
     for (int n = 0; n < TILES; n++) {
-        int64_t token = n * TILE_TOKENS + t * 2;
-        q_scale[n] = make_float2(0.0f, 0.0f);
-        if (step < l.steps && token < l.tokens)
-            q_scale[n].x = load_global(l.x_scale + token * l.x_groups + step);
-        if (step < l.steps && token + 1 < l.tokens)
-            q_scale[n].y = load_global(l.x_scale + (token + 1) * l.x_groups + step);
+        int token = n * TILE_TOKENS + t * 2, tokens = (int)l.tokens;
+        q_scale[n].x = token < tokens ? load_global(from + n * TILE_TOKENS * l.x_groups) : 0.0f;
+        q_scale[n].y = token + 1 < tokens ? load_global(from + (n * TILE_TOKENS + 1) * l.x_groups) : 0.0f;
     }
 }
 
@@ -66,10 +64,57 @@ __device__ __forceinline__ void add_terms(float (&y)[TILES], const float *terms,
 {
 #pragma unroll
     for (int n = 0; n < TILES; n++)
+#pragma unroll 4
         for (int s = 0; s < steps; s++)
 #pragma unroll
             for (int i = 0; i < GROUPS; i++)
                 y[n] += load_shared(terms + ((s * TILES + n) * GROUPS + i) * 128 + element);
+}
+
+// What a block works with, and how far it has come.
+struct place {
+    const uint8_t *weights; // of the lane
+    const float *q_scale;   // of the lane's first token, in the next step that is loaded
+    uint8_t *shared;
+    float *terms;                    // of the tile of rows, in the first of the two places
+    int terms_of_panel;              // floats from one place to the other
+    int stage_bytes, x_at, scale_at; // of the warp's step in a stage
+    int lane, split, tokens, panels;
+    int stage, next_stage;
+};
+
+// One panel: leaves the terms of the warp's step, with the weights in w, which then receive the step that is AHEAD panels further; adds the
+// terms of the panel before it. WHOLE: all that is begun or waited for here belongs to panels with all their steps.
+template <int KIND, int GROUP, int TILES, bool WHOLE>
+__device__ __forceinline__ void add_panel(float (&y)[TILES], uint4 (&w)[STEP_LOADS(KIND)], float2 (&q_scale)[TILES],
+                                          const struct linear &l, struct stager &stager, struct place &at, int panel)
+{
+    enum { GROUPS = GROUPS_OF(GROUP), TERMS = TILES * GROUPS * 128, AHEAD = DEPTH(KIND) };
+    int splits = 1 << l.split_bits, step = (panel << l.split_bits) + at.split;
+    int next_step = step + (AHEAD << l.split_bits);
+    copy_async_wait<STAGES - 2>();
+    __syncthreads(); // the stage and the last panel's terms are there for all; all are done with what was there before them
+    if (WHOLE || panel + STAGES - 1 < at.panels)
+        stager_copy<X_STEP_BYTES, SCALE_GROUPS(GROUP), WHOLE>(l, stager, at.shared + at.next_stage * at.stage_bytes, 0,
+                                                              at.tokens, true);
+    copy_async_commit();
+    float2 now[TILES];
+#pragma unroll
+    for (int n = 0; n < TILES; n++)
+        now[n] = q_scale[n];
+    if (WHOLE || step + splits < l.steps)
+        load_q_scales<TILES>(q_scale, l, at.q_scale += splits, at.lane & 3);
+    if (WHOLE || step < l.steps) {
+        const uint8_t *from = at.shared + at.stage * at.stage_bytes;
+        leave_terms<KIND, GROUP, TILES>(at.terms + (panel & 1) * at.terms_of_panel + at.split * TERMS, w,
+                                        from + at.x_at, from + at.scale_at, now, at.lane);
+    }
+    if (WHOLE || next_step < l.steps)
+        load_step<KIND, WHOLE>(w, l, at.weights, next_step);
+    if (panel > 0 && at.split < 4) // a panel with all its steps: only the last one may lack some
+        add_terms<GROUPS, TILES>(y, at.terms + (~panel & 1) * at.terms_of_panel, splits, at.split * 32 + at.lane);
+    at.stage = at.stage + 1 == STAGES ? 0 : at.stage + 1;
+    at.next_stage = at.next_stage + 1 == STAGES ? 0 : at.next_stage + 1;
 }
 
 // One block: blockDim.x / 32 / splits tiles of 16 rows, 8 * TILES tokens.
@@ -80,37 +125,44 @@ __global__ void __launch_bounds__(256) linear_int8(struct linear l, int stage_by
         GROUPS = GROUPS_OF(GROUP),
         TOKENS = TILES * TILE_TOKENS,
         AHEAD = DEPTH(KIND),
-        TERMS = TILES * GROUPS * 128, // floats of one step
+        REACH = AHEAD > STAGES - 1 ? AHEAD : STAGES - 1, // panels between a load or a copy and its use, at most
+        TERMS = TILES * GROUPS * 128,                    // floats of one step
     };
     SHARED_DYNAMIC(uint8_t, shared);
-    int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, splits = 1 << l.split_bits;
-    int split = warp & (splits - 1), tile_in_block = warp >> l.split_bits;
+    int warp = (int)threadIdx.x >> 5, splits = 1 << l.split_bits, tile_in_block = warp >> l.split_bits;
     int row_tiles = (int)blockDim.x >> (5 + l.split_bits);
     int64_t row_tile = (int64_t)blockIdx.x * row_tiles + tile_in_block;
-    int tokens = (int)l.tokens, panels = (l.steps + splits - 1) >> l.split_bits;
-    int x_at = split * TOKENS * X_STEP_BYTES;
-    int scale_at = ((TOKENS * X_STEP_BYTES) << l.split_bits) + warp * SCALE_GROUPS(GROUP) * 32;
-    float *terms = (float *)(void *)(shared + STAGES * stage_bytes); // [2][tiles of rows][splits][TERMS]
-    int terms_of_panel = (row_tiles << l.split_bits) * TERMS;
-    int terms_of_tile = tile_in_block * splits * TERMS;
-    int element = split * 32 + lane; // of 128: the first four warps of a tile of rows keep its results
-    bool keeps = split < 4;
+    struct place at;
+    at.lane = (int)threadIdx.x & 31;
+    at.split = warp & (splits - 1);
+    at.weights = weights_of_lane<KIND>(l, row_tile, at.lane);
+    at.q_scale = l.x_scale + (at.lane & 3) * 2 * l.x_groups + at.split;
+    at.shared = shared;
+    at.terms = (float *)(void *)(shared + STAGES * stage_bytes) + tile_in_block * splits * TERMS;
+    at.terms_of_panel = (row_tiles << l.split_bits) * TERMS;
+    at.stage_bytes = stage_bytes;
+    at.x_at = at.split * TOKENS * X_STEP_BYTES;
+    at.scale_at = ((TOKENS * X_STEP_BYTES) << l.split_bits) + warp * SCALE_GROUPS(GROUP) * 32;
+    at.tokens = (int)l.tokens;
+    at.panels = (l.steps + splits - 1) >> l.split_bits;
+    at.stage = 0;
+    at.next_stage = STAGES - 1;
 
-    const uint8_t *weights = weights_of_lane<KIND>(l, row_tile, lane);
     uint4 w[AHEAD][STEP_LOADS(KIND)];
 #pragma unroll
     for (int i = 0; i < AHEAD; i++)
-        if (i * splits + split < l.steps)
-            load_step<KIND>(w[i], l, weights, i * splits + split);
-    float2 q_scale[TILES], next_q_scale[TILES];
-    load_q_scales<TILES>(next_q_scale, l, split, lane & 3);
-
+        if (i * splits + at.split < l.steps)
+            load_step<KIND, false>(w[i], l, at.weights, i * splits + at.split);
+    float2 q_scale[TILES] = {};
+    if (at.split < l.steps)
+        load_q_scales<TILES>(q_scale, l, at.q_scale, at.lane & 3);
     struct stager stager =
         stager_make<X_STEP_BYTES, TOKENS, SCALE_GROUPS(GROUP)>(l, 0, (int64_t)blockIdx.x * row_tiles, row_tiles);
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) {
-        if (i < panels)
-            stager_copy<X_STEP_BYTES, SCALE_GROUPS(GROUP)>(l, stager, shared + i * stage_bytes, i, 0, tokens);
+        if (i < at.panels)
+            stager_copy<X_STEP_BYTES, SCALE_GROUPS(GROUP), false>(l, stager, shared + i * stage_bytes, 0, at.tokens,
+                                                                  true);
         copy_async_commit();
     }
 
@@ -118,41 +170,23 @@ __global__ void __launch_bounds__(256) linear_int8(struct linear l, int stage_by
 #pragma unroll
     for (int n = 0; n < TILES; n++)
         y[n] = 0.0f;
-    int stage = 0, next_stage = STAGES - 1;
-    for (int first = 0; first < panels; first += AHEAD)
+    int panel = 0, whole = (l.col_tiles / 2) >> l.split_bits;
+    for (; panel + AHEAD + REACH <= whole; panel += AHEAD)
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            int panel = first + i, step = panel * splits + split;
-            if (panel >= panels)
-                break;
-            copy_async_wait<STAGES - 2>();
-            __syncthreads(); // the stage and the last panel's terms are there for all; all are done with what was there before them
-            if (panel + STAGES - 1 < panels)
-                stager_copy<X_STEP_BYTES, SCALE_GROUPS(GROUP)>(l, stager, shared + next_stage * stage_bytes,
-                                                               panel + STAGES - 1, 0, tokens);
-            copy_async_commit();
+        for (int i = 0; i < AHEAD; i++)
+            add_panel<KIND, GROUP, TILES, true>(y, w[i], q_scale, l, stager, at, panel + i);
+    for (; panel < at.panels; panel += AHEAD)
 #pragma unroll
-            for (int n = 0; n < TILES; n++)
-                q_scale[n] = next_q_scale[n];
-            load_q_scales<TILES>(next_q_scale, l, step + splits, lane & 3);
-            if (step < l.steps) {
-                const uint8_t *from = shared + stage * stage_bytes;
-                leave_terms<KIND, GROUP, TILES>(terms + (panel & 1) * terms_of_panel + terms_of_tile + split * TERMS,
-                                                w[i], from + x_at, from + scale_at, q_scale, lane);
-            }
-            if (step + AHEAD * splits < l.steps)
-                load_step<KIND>(w[i], l, weights, step + AHEAD * splits);
-            if (panel > 0 && keeps) // a whole panel: only the last one may lack steps
-                add_terms<GROUPS, TILES>(y, terms + (~panel & 1) * terms_of_panel + terms_of_tile, splits, element);
-            stage = stage + 1 == STAGES ? 0 : stage + 1;
-            next_stage = next_stage + 1 == STAGES ? 0 : next_stage + 1;
-        }
+        for (int i = 0; i < AHEAD; i++)
+            if (panel + i < at.panels)
+                add_panel<KIND, GROUP, TILES, false>(y, w[i], q_scale, l, stager, at, panel + i);
     __syncthreads();
-    int owner = element >> 2;
+    // The first four warps of a tile of rows keep its results, an element of each tile of tokens a thread.
+    int element = at.split * 32 + at.lane, owner = element >> 2;
     int64_t row = row_tile * TILE_ROWS + (owner >> 2) + (element & 2) * 4;
-    if (!keeps || row >= l.out_rows)
+    if (at.split >= 4 || row >= l.out_rows)
         return;
-    add_terms<GROUPS, TILES>(y, terms + (~panels & 1) * terms_of_panel + terms_of_tile, l.steps - (panels - 1) * splits,
+    add_terms<GROUPS, TILES>(y, at.terms + (~at.panels & 1) * at.terms_of_panel, l.steps - (at.panels - 1) * splits,
                              element);
     float row_scale = KIND == WEIGHT_INT4 ? 0x1p-8f : ((const float *)l.weight_scale)[row];
 #pragma unroll

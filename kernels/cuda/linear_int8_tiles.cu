@@ -29,46 +29,87 @@ struct tiling {
     };
 };
 
-// Starts the copies of one step. Rows, tokens and columns that are not there become zeros.
-template <int KIND, int GROUP, typename TILING>
-__device__ __forceinline__ void copy_step(const struct linear &l, uint8_t *stage, int64_t row_tile_begin,
-                                          int64_t row_tiles, int64_t token_begin, int step)
+// What a thread copies of each step. Its chunks of 16 bytes of an operand lie evenly, in memory and in the stage.
+struct copier {
+    const uint8_t *weights, *x, *scale; // its first chunks, in the next step
+    int weights_at, x_at;               // and in a stage
+    int weights_left, x_left;           // chunks of it that are there
+    int64_t weights_stride, x_stride;   // bytes from one to the next in memory
+    int col_tile;                       // int4: of its first chunk
+    int64_t bytes_left;                 // int8: of its rows of weights, from its first chunk on
+    int64_t groups_left;                // int4: of its row of scales; 0 or less: none
+};
+
+// How many of first, first + step, first + 2 step ... are below end.
+__device__ __forceinline__ int count_below(int64_t first, int step, int64_t end)
 {
-    for (int i = (int)threadIdx.x; i < TILING::WEIGHT_BYTES / 16; i += TILING::THREADS) {
-        const uint8_t *from;
-        bool valid;
-        int to;
-        if (KIND == WEIGHT_INT4) {
-            int64_t row_tile = row_tile_begin + (i >> 5) % TILING::BLOCK_ROW_TILES;
-            int64_t col_tile = 2 * step + (i >> 5) / TILING::BLOCK_ROW_TILES;
-            valid = row_tile < row_tiles && col_tile < l.col_tiles;
-            from = l.weights + (((row_tile >> 2) * l.col_tiles + col_tile) * 4 + (row_tile & 3)) * WEIGHT_TILE_BYTES +
-                   (i & 31) * 16;
-            to = i * 16;
-        } else {
-            int row = i >> 3;
-            int64_t byte = (int64_t)step * STEP_COLS + (i & 7) * 16;
-            valid = row_tile_begin + row / TILE_ROWS < row_tiles && byte < l.weight_row_bytes;
-            from = l.weights + (row_tile_begin * TILE_ROWS + row) * l.weight_row_bytes + byte;
-            to = row * STEP_COLS + x_slot(row, i & 7) * 16;
-        }
-        copy_async16(stage + to, valid ? from : l.weights, valid);
-    }
-    for (int i = (int)threadIdx.x; i < TILING::TOKENS * 8; i += TILING::THREADS) {
-        int token = i >> 3;
-        bool valid = token_begin + token < l.tokens;
-        const uint8_t *from = l.x + (token_begin + token) * l.x_row_bytes + (int64_t)step * STEP_COLS + (i & 7) * 16;
-        copy_async16(stage + TILING::X_AT + token * STEP_COLS + x_slot(token, i & 7) * 16, valid ? from : l.x, valid);
-    }
-    if (GROUP) {
-        enum { GROUPS = GROUPS_OF(GROUP) };
-        int i = (int)threadIdx.x;
-        int64_t row_tile = row_tile_begin + i / (2 * GROUPS), group = (int64_t)step * GROUPS + i % (2 * GROUPS) / 2;
+    return first < end ? (int)((end - first + step - 1) / step) : 0;
+}
+
+template <int KIND, int GROUP, typename TILING>
+__device__ __forceinline__ struct copier copier_make(const struct linear &l, int64_t row_tile_begin, int64_t row_tiles,
+                                                     int64_t token_begin)
+{
+    enum { ROWS_AT_ONCE = TILING::THREADS / 8, GROUPS = GROUPS_OF(GROUP) };
+    int thread = (int)threadIdx.x, row = thread >> 3, slot = thread & 7;
+    struct copier c = {};
+    c.x = l.x + (token_begin + row) * l.x_row_bytes + slot * 16;
+    c.x_at = TILING::X_AT + row * STEP_COLS + x_slot(row, slot) * 16;
+    c.x_left = count_below(token_begin + row, ROWS_AT_ONCE, l.tokens);
+    c.x_stride = ROWS_AT_ONCE * l.x_row_bytes;
+    if (KIND == WEIGHT_INT4) {
+        int64_t row_tile = row_tile_begin + (thread >> 5) % TILING::BLOCK_ROW_TILES;
+        c.col_tile = (thread >> 5) / TILING::BLOCK_ROW_TILES;
+        c.weights = weights_of_lane<WEIGHT_INT4>(l, row_tile, thread & 31) + c.col_tile * (4 * WEIGHT_TILE_BYTES);
+        c.weights_at = thread * 16;
+        c.weights_left = row_tile < row_tiles ? 2 : 0;
+        c.weights_stride = 4 * WEIGHT_TILE_BYTES;
+        row_tile = row_tile_begin + thread / (2 * GROUPS);
         int64_t groups = (int64_t)l.col_tiles * GROUPS / 2;
-        bool valid = row_tile < row_tiles && group < groups;
-        const uint8_t *from = (const uint8_t *)l.weight_scale + (row_tile * groups + group) * 32 + (i & 1) * 16;
-        if (i < TILING::SCALE_BYTES / 16)
-            copy_async16(stage + TILING::SCALE_AT + i * 16, valid ? from : l.weight_scale, valid);
+        c.scale = (const uint8_t *)l.weight_scale + row_tile * groups * 32 + thread % (2 * GROUPS) * 16;
+        c.groups_left = row_tile < row_tiles ? groups - thread % (2 * GROUPS) / 2 : 0;
+    } else {
+        c.weights = l.weights + (row_tile_begin * TILE_ROWS + row) * l.weight_row_bytes + slot * 16;
+        c.weights_at = row * STEP_COLS + x_slot(row, slot) * 16;
+        c.weights_left = count_below(row_tile_begin * TILE_ROWS + row, ROWS_AT_ONCE, row_tiles * TILE_ROWS);
+        c.weights_stride = ROWS_AT_ONCE * l.weight_row_bytes;
+        c.bytes_left = l.weight_row_bytes - slot * 16;
+    }
+    return c;
+}
+
+// Starts the copies of the next step. Rows, tokens and columns that are not there become zeros.
+template <int KIND, int GROUP, typename TILING>
+__device__ __forceinline__ void copy_step(const struct linear &l, struct copier &c, uint8_t *stage)
+{
+    enum {
+        CHUNKS = TILING::WEIGHT_BYTES / 16,
+        X_CHUNKS = TILING::TOKENS * 8,
+        COL_TILES = TILING::THREADS / 32 / TILING::BLOCK_ROW_TILES, // int4: that are copied at once
+    };
+#pragma unroll
+    for (int i = 0; i < (CHUNKS + TILING::THREADS - 1) / TILING::THREADS; i++) {
+        bool valid =
+            i < c.weights_left && (KIND == WEIGHT_INT4 ? c.col_tile + i * COL_TILES < l.col_tiles : c.bytes_left > 0);
+        if (CHUNKS % TILING::THREADS == 0 || (int)threadIdx.x < CHUNKS)
+            copy_async16(stage + c.weights_at + i * TILING::THREADS * 16,
+                         valid ? c.weights + i * c.weights_stride : l.weights, valid);
+    }
+#pragma unroll
+    for (int i = 0; i < X_CHUNKS / TILING::THREADS; i++) {
+        bool valid = i < c.x_left;
+        copy_async16(stage + c.x_at + i * TILING::THREADS * 16, valid ? c.x + i * c.x_stride : l.x, valid);
+    }
+    c.weights += KIND == WEIGHT_INT4 ? 8 * WEIGHT_TILE_BYTES : STEP_COLS;
+    c.col_tile += 2;
+    c.bytes_left -= STEP_COLS;
+    c.x += STEP_COLS;
+    if (GROUP) {
+        bool valid = c.groups_left > 0;
+        if ((int)threadIdx.x < TILING::SCALE_BYTES / 16)
+            copy_async16(stage + TILING::SCALE_AT + (int)threadIdx.x * 16, valid ? c.scale : l.weight_scale, valid);
+        c.scale += GROUPS_OF(GROUP) * 32;
+        c.groups_left -= GROUPS_OF(GROUP);
     }
 }
 
@@ -130,7 +171,7 @@ __device__ __forceinline__ void add_step(float (&y)[ROW_TILES][TOKEN_TILES][4], 
 }
 
 template <int KIND, int GROUP, int ROW_TILES, int TOKEN_TILES, int ROW_WARPS, int TOKEN_WARPS, int STAGES>
-__global__ void __launch_bounds__(32 * ROW_WARPS * TOKEN_WARPS)
+__global__ void __launch_bounds__(32 * ROW_WARPS * TOKEN_WARPS, 1)
     linear_int8_block(struct linear l, int64_t row_tiles, int token_blocks)
 {
     typedef struct tiling<KIND, GROUP, ROW_TILES, TOKEN_TILES, ROW_WARPS, TOKEN_WARPS, STAGES> tiling;
@@ -144,11 +185,11 @@ __global__ void __launch_bounds__(32 * ROW_WARPS * TOKEN_WARPS)
     bool has_tokens = token_begin + first_token < l.tokens;
 
     bool scales_token = thread < tiling::TOKENS;
+    struct copier copier = copier_make<KIND, GROUP, tiling>(l, row_tile_begin, row_tiles, token_begin);
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) {
         if (i < l.steps)
-            copy_step<KIND, GROUP, tiling>(l, shared + i * tiling::STAGE_BYTES, row_tile_begin, row_tiles, token_begin,
-                                           i);
+            copy_step<KIND, GROUP, tiling>(l, copier, shared + i * tiling::STAGE_BYTES);
         copy_async_commit();
     }
     float next_q_scale = 0.0f;
@@ -168,8 +209,7 @@ __global__ void __launch_bounds__(32 * ROW_WARPS * TOKEN_WARPS)
         copy_async_wait<STAGES - 2>();
         __syncthreads(); // the stage and its scales are there for all, and all are done with the one before it
         if (step + STAGES - 1 < l.steps)
-            copy_step<KIND, GROUP, tiling>(l, shared + next_stage * tiling::STAGE_BYTES, row_tile_begin, row_tiles,
-                                           token_begin, step + STAGES - 1);
+            copy_step<KIND, GROUP, tiling>(l, copier, shared + next_stage * tiling::STAGE_BYTES);
         copy_async_commit();
         if (scales_token) {
             store_shared(q_scales + (~step & 1) * tiling::TOKENS + thread, next_q_scale);

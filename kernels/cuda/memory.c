@@ -75,7 +75,7 @@ static void cut_scratch(struct device *d, const struct device_shape *s, struct c
     d->logits = cut(c, LOGITS_ROWS * vocab * sizeof(float));
     d->attention_scratch =
         cut(c, attention_scratch_bytes(s->max_sequences, share->num_heads_local, desc->head_dim, s->context));
-    d->slab = cut(c, SLAB_BYTES);
+    d->slab = cut(c, SLAB_BYTES > WEIGHT_ROW_UNIT * widest * 2 ? SLAB_BYTES : WEIGHT_ROW_UNIT * widest * 2);
     d->slab_scale = cut(c, SLAB_BYTES / 64 * sizeof(float)); // no row of a slab is shorter than 64 bytes
     d->one = cut(c, sizeof *d->one);
     if (s->samples) {
@@ -86,16 +86,30 @@ static void cut_scratch(struct device *d, const struct device_shape *s, struct c
     }
 }
 
+// Pinned memory: while the weights come, the ring; later, what the steps copy through.
+uint64_t device_host_bytes(const struct device_shape *s, int threads)
+{
+    uint64_t ring = (uint64_t)LOAD_PIECES * LOAD_PIECE_BYTES;
+    uint64_t lent = s->samples ? 0 : (uint64_t)(s->max_rows * s->desc->hidden_size) * sizeof(float);
+    uint64_t logits = (uint64_t)(LOGITS_ROWS * s->desc->vocab_size) * sizeof(float);
+    (void)threads;
+    return ring + lent + logits + step_bytes(s) +
+           (uint64_t)(s->max_sequences * pages_per_sequence(s)) * sizeof(int32_t);
+}
+
 int device_plan(struct device *d, const struct device_shape *shape, struct memory_plan *plan, struct error *err)
 {
     size_t available, total;
     struct cutter count = {0};
+    if (shape->max_sequences > LOGITS_ROWS)
+        return error_set(err, ERR_USAGE, "%lld sequences: the CUDA backend decodes at most %d together",
+                         (long long)shape->max_sequences, LOGITS_ROWS);
     int rc = device_status(d, cudaMemGetInfo(&available, &total), "asking for its free memory", err);
     if (rc)
         return rc;
     cut_scratch(d, shape, &count);
     plan->kv_bytes = kv_bytes(shape->desc, shape->share, shape->num_pages, shape->kv_format);
-    plan->scratch_bytes = count.used + multiply_workspace_bytes(d->sm);
+    plan->scratch_bytes = count.used + multiply_workspace_bytes(d->sm) + RESERVE_BYTES;
     plan->available_bytes = available;
     plan->device = d->index;
     return 0;
@@ -195,6 +209,8 @@ static int pin_all(struct device *d, struct error *err)
         (rc = pin(d, &d->row_index_host, LOGITS_ROWS * sizeof *d->row_index, err)) ||
         (rc = pin(d, &d->chosen_host, (uint64_t)s->max_sequences * sizeof *d->chosen, err)))
         return rc;
+    if (s->samples && (rc = pin(d, &d->seen_host, (uint64_t)s->share->vocab_local, err)))
+        return rc;
     if (d->tp_size == 1)
         return 0;
     return pin(d, &d->lent, (uint64_t)(s->max_rows * s->desc->hidden_size) * sizeof *d->lent, err);
@@ -235,7 +251,7 @@ int device_prepare(struct device *d, const struct device_shape *shape, const str
     cutter = (struct cutter){.base = d->arena};
     cut_scratch(d, shape, &cutter);
     d->kv = cut(&cutter, kv);
-    d->graphs = calloc((size_t)shape->max_sequences + 1, sizeof(cudaGraphExec_t));
+    d->graphs = calloc((size_t)shape->max_sequences + 1, sizeof *d->graphs);
     if (!d->graphs)
         return error_set(err, ERR_MEMORY, "no memory for the table of graphs");
     if ((rc = pin_all(d, err)) || (rc = fill_constants(d, arena_bytes, err)))
@@ -251,16 +267,23 @@ static void free_pinned(void *pointer)
 
 void device_free_memory(struct device *d)
 {
+    if (d->recording) { // a step failed on the way
+        cudaGraph_t graph = NULL;
+        cudaStreamEndCapture(d->stream, &graph);
+        if (graph)
+            cudaGraphDestroy(graph);
+    }
     if (d->stream)
         cudaStreamSynchronize(d->stream);
     for (int64_t i = 0; d->graphs && i <= d->shape.max_sequences; i++)
-        if (d->graphs[i])
-            cudaGraphExecDestroy(d->graphs[i]);
+        if (d->graphs[i].exec)
+            cudaGraphExecDestroy(d->graphs[i].exec);
     free(d->graphs);
     free_pinned(d->step_host);
     free_pinned(d->pages_host);
     free_pinned(d->row_index_host);
     free_pinned(d->chosen_host);
+    free_pinned(d->seen_host);
     free_pinned(d->lent);
     free_pinned(d->logits_host);
     if (d->payload)

@@ -80,6 +80,7 @@ static int64_t slab_rows(enum arithmetic arithmetic, const struct matrix *w)
 {
     uint64_t row_bytes = w->shape.cols_padded * (arithmetic == ARITHMETIC_GEMM_F16 ? 2 : 1);
     int64_t fit = (int64_t)(SLAB_BYTES / row_bytes) / WEIGHT_ROW_UNIT * WEIGHT_ROW_UNIT;
+    fit = fit < WEIGHT_ROW_UNIT ? WEIGHT_ROW_UNIT : fit; // device_plan sees to it that so many always fit
     return needs_slab(arithmetic, w->shape.kind) && fit < (int64_t)w->shape.rows ? fit : (int64_t)w->shape.rows;
 }
 
@@ -238,16 +239,19 @@ static void note_problem(struct device *d, const struct error *why)
 }
 
 // Whether cuBLASLt does what this kind needs: a small product comes out right, and every shape has an algorithm.
-static bool prove(struct device *d, enum arithmetic arithmetic, enum weight_kind kind)
+static int prove(struct device *d, enum arithmetic arithmetic, enum weight_kind kind, bool *proven, struct error *err)
 {
     struct error why = {0};
     struct matrix any = {.shape = {.kind = kind, .cols_padded = ACT_GROUP, .rows = 1}};
     struct gemm example = make_gemm(d, arithmetic, &any, d->partial, d->shape.desc->hidden_size, 0, 1, GEMM_ROWS_STEP);
     if ((d->gemm || gemm_open(&d->gemm, multiply_workspace_bytes(d->sm), &why) == 0) &&
-        gemm_probe(d->gemm, &example, &why) == 0 && plan_kind(d, arithmetic, kind, &why) == 0)
-        return true;
+        gemm_probe(d->gemm, &example, &why) == 0 && plan_kind(d, arithmetic, kind, &why) == 0) {
+        *proven = true;
+        return 0;
+    }
     note_problem(d, &why);
-    return false;
+    cudaGetLastError(); // what was tried here is forgiven, unless the device itself is broken
+    return device_status(d, cudaStreamSynchronize(d->stream), "trying cuBLASLt", err);
 }
 
 static bool has_kind(const struct device *d, enum weight_kind kind)
@@ -263,12 +267,17 @@ static bool has_kind(const struct device *d, enum weight_kind kind)
 
 int multiply_prepare(struct device *d, struct error *err)
 {
-    (void)err;
     for (int kind = 0; kind < WEIGHT_KIND_COUNT; kind++) {
         enum arithmetic wanted = best_prefill((enum weight_kind)kind, d->sm);
         d->arithmetic[PHASE_DECODE][kind] = own_kernel((enum weight_kind)kind, PHASE_DECODE, d->shape.max_sequences);
         d->arithmetic[PHASE_PREFILL][kind] = own_kernel((enum weight_kind)kind, PHASE_PREFILL, 0);
-        if (has_kind(d, (enum weight_kind)kind) && by_cublaslt(wanted) && prove(d, wanted, (enum weight_kind)kind))
+        bool proven = false;
+        if (!has_kind(d, (enum weight_kind)kind) || !by_cublaslt(wanted))
+            continue;
+        int rc = prove(d, wanted, (enum weight_kind)kind, &proven, err);
+        if (rc)
+            return rc;
+        if (proven)
             d->arithmetic[PHASE_PREFILL][kind] = wanted;
     }
     return 0;

@@ -23,15 +23,19 @@ template <typename... PARAMETERS, typename... ARGUMENTS>
 static cudaError_t primitives_launch(void (*kernel)(PARAMETERS...), dim3 grid, dim3 block, size_t shared_bytes,
                                      cudaStream_t stream, ARGUMENTS... arguments)
 {
-    enum { WITHOUT_ASKING = 48 << 10 };
+    enum { WITHOUT_ASKING = 32 << 10 }; // of 48 KiB, which static arrays share
     if (shared_bytes > WITHOUT_ASKING) {
         cudaError_t status =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes);
         if (status != cudaSuccess)
             return status;
     }
-    kernel<<<grid, block, shared_bytes, stream>>>(static_cast<PARAMETERS>(arguments)...);
-    return cudaGetLastError();
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    return cudaLaunchKernelEx(&config, kernel, static_cast<PARAMETERS>(arguments)...);
 }
 
 // An array of the block; and the part whose size the launch gives.
@@ -62,7 +66,8 @@ template <typename T> __device__ __forceinline__ void store_shared(T *p, T v) { 
 __device__ __forceinline__ void copy_async16(void *shared, const void *global, bool valid)
 {
     uint32_t to = (uint32_t)__cvta_generic_to_shared(shared);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid ? 16 : 0) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid ? 16 : 0)
+                 : "memory");
 }
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int GROUPS_LEFT> __device__ __forceinline__ void copy_async_wait()
@@ -77,9 +82,10 @@ template <int GROUPS_LEFT> __device__ __forceinline__ void copy_async_wait()
 // columns 2t and 2t + 1; c[2], c[3] row g + 8.
 __device__ __forceinline__ void mma_f16(float *c, const uint32_t *a, const uint32_t *b)
 {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 __device__ __forceinline__ void mma_bf16(float *c, const uint32_t *a, const uint32_t *b)
 {
@@ -166,9 +172,10 @@ __device__ __forceinline__ uint32_t floats_to_e4m3x2(float low, float high)
 {
 #if __CUDA_ARCH__ >= 890
     uint16_t r;
-    float inf_is_nan_low = fabsf(low) <= 3.4e38f ? low : __int_as_float(0x7fc00000);
-    float inf_is_nan_high = fabsf(high) <= 3.4e38f ? high : __int_as_float(0x7fc00000);
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(inf_is_nan_high), "f"(inf_is_nan_low));
+    float nan = __int_as_float(0x7fc00000); // the instruction would make Inf 448
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;"
+        : "=h"(r)
+        : "f"(isinf(high) ? nan : high), "f"(isinf(low) ? nan : low));
     return r;
 #else
     return f32_to_e4m3(low) | (uint32_t)f32_to_e4m3(high) << 8;
@@ -195,7 +202,7 @@ __device__ __forceinline__ uint32_t e4m3x2_to_half2(uint16_t two)
 
 #else // ---- the same for the emulator --------------------------------------------------------------------------------
 
-#include "tests/emulator/block.h"
+#include <emulator_block.h>
 
 #include <algorithm>
 #include <math.h>
@@ -215,7 +222,7 @@ using std::min;
 #define blockIdx (emulator::at.block)
 #define blockDim (emulator::at.block_size)
 #define gridDim (emulator::at.grid)
-#define EMULATOR_PLACE (emulator::place{__builtin_FILE(), __builtin_LINE()})
+#define EMULATOR_PLACE emulator::place()
 
 struct alignas(8) uint2 {
     uint32_t x, y;
@@ -291,12 +298,12 @@ template <typename T> static inline T emulator_exchange(uint32_t mask, const cha
 template <typename T> static inline T __shfl_sync(uint32_t mask, T value, int lane, int width = 32)
 {
     int first = emulator::lane() / width * width;
-    return emulator_exchange(mask, "__shfl_sync", value, first + lane % width);
+    return emulator_exchange(mask, "__shfl_sync", value, first + (lane & (width - 1)));
 }
 template <typename T> static inline T __shfl_xor_sync(uint32_t mask, T value, int bits, int width = 32)
 {
-    (void)width;
-    return emulator_exchange(mask, "__shfl_xor_sync", value, emulator::lane() ^ bits);
+    int own = emulator::lane(), last = own / width * width + width - 1, other = own ^ bits;
+    return emulator_exchange(mask, "__shfl_xor_sync", value, other <= last ? other : own);
 }
 template <typename T> static inline T __shfl_down_sync(uint32_t mask, T value, int distance, int width = 32)
 {
@@ -475,7 +482,8 @@ static inline void load_matrix_x4(uint32_t *r, const void *shared_row, emulator:
     emulator::note_access(emulator::SHARED_LOAD, where, shared_row, 16);
     emulator::meet(0xffffffffu, "load_matrix_x4", shared_row, r, emulator_load_matrix<false>);
 }
-static inline void load_matrix_x4_transposed(uint32_t *r, const void *shared_row, emulator::place where = EMULATOR_PLACE)
+static inline void load_matrix_x4_transposed(uint32_t *r, const void *shared_row,
+                                             emulator::place where = EMULATOR_PLACE)
 {
     emulator::note_access(emulator::SHARED_LOAD, where, shared_row, 16);
     emulator::meet(0xffffffffu, "load_matrix_x4_transposed", shared_row, r, emulator_load_matrix<true>);

@@ -14,11 +14,11 @@
 
 enum {
     WARP = 32,
-    MAX_WARPS = 16,      // of a block
-    KEPT_GROUPS = 64,    // 8192 columns in 32 KiB
-    HEAD_WARPS = 8,      // of a block of finish_qkv
+    MAX_WARPS = 16,                               // of a block
+    KEPT_GROUPS = 64,                             // 8192 columns in 32 KiB
+    HEAD_WARPS = 8,                               // of a block of finish_qkv
     HEAD_PAIRS = KERNELS_MAX_HEAD_DIM / 2 / WARP, // that a lane holds
-    FEW_ROWS = 16,       // up to here finish_qkv spreads the heads of a row over blocks
+    FEW_ROWS = 16,                                // up to here finish_qkv spreads the heads of a row over blocks
 };
 
 static int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -150,7 +150,8 @@ __device__ __forceinline__ float4 summed_four(const struct row_input &in, int64_
     return add_four(x, sum);
 }
 
-template <bool TILED> __device__ __forceinline__ float4 silu_four(const struct row_input &in, int64_t row, int64_t begin)
+template <bool TILED>
+__device__ __forceinline__ float4 silu_four(const struct row_input &in, int64_t row, int64_t begin)
 {
     const float *x = in.x + row * in.x_stride;
     float4 gate = read_four<TILED>(x, begin, in.cols, in.aligned);
@@ -199,7 +200,10 @@ __device__ __forceinline__ uint32_t four_bytes(uint32_t a, uint32_t b, uint32_t 
 }
 
 // A zero factor stands for zeros; NaN and Inf times 0 are a NaN, which int8 already takes for 0.
-__device__ __forceinline__ uint32_t to_int8(float x, float factor) { return (uint32_t)(int32_t)f32_to_int8(x * factor); }
+__device__ __forceinline__ uint32_t to_int8(float x, float factor)
+{
+    return (uint32_t)(int32_t)f32_to_int8(x * factor);
+}
 __device__ __forceinline__ uint32_t to_e4m3(float x, float factor)
 {
     return factor == 0.0f ? 0 : (uint32_t)f32_to_e4m3(x * factor);
@@ -210,8 +214,8 @@ template <enum input_format FORMAT> __device__ __forceinline__ void write_values
 {
     int lane = threadIdx.x % WARP;
     if (FORMAT == INPUT_F16 || FORMAT == INPUT_F16_TILE)
-        store_global((uint2 *)out + lane,
-                     make_uint2(floats_to_half2(x.x * factor, x.y * factor), floats_to_half2(x.z * factor, x.w * factor)));
+        store_global((uint2 *)out + lane, make_uint2(floats_to_half2(x.x * factor, x.y * factor),
+                                                     floats_to_half2(x.z * factor, x.w * factor)));
     else if (FORMAT == INPUT_BF16)
         store_global((uint2 *)out + lane, make_uint2((uint32_t)f32_to_bf16(x.x) | (uint32_t)f32_to_bf16(x.y) << 16,
                                                      (uint32_t)f32_to_bf16(x.z) | (uint32_t)f32_to_bf16(x.w) << 16));
@@ -237,6 +241,7 @@ __global__ void __launch_bounds__(MAX_WARPS *WARP)
     constexpr int VALUE_BYTES = GROUP_SCALE || FORMAT == INPUT_E4M3 ? 1 : 2;
     SHARED_DYNAMIC(float4, kept);
     SHARED(float, warp_squares, MAX_WARPS);
+    SHARED(float, row_inverse, 1);
     SHARED(uint32_t, warp_largest, MAX_WARPS);
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     int64_t row = blockIdx.x, groups = (in.cols + ACT_GROUP - 1) / ACT_GROUP;
@@ -261,10 +266,14 @@ __global__ void __launch_bounds__(MAX_WARPS *WARP)
         if (lane == 0)
             warp_squares[warp] = squares;
         __syncthreads();
-        double sum = 0;
-        for (int i = 0; i < warps; i++)
-            sum += (double)warp_squares[i];
-        inverse = (float)(1.0 / sqrt(sum / (double)in.cols + (double)in.eps));
+        if (threadIdx.x == 0) { // one thread: GeForce chips have few units for doubles
+            double sum = 0;
+            for (int i = 0; i < warps; i++)
+                sum += (double)warp_squares[i];
+            row_inverse[0] = (float)(1.0 / sqrt(sum / (double)in.cols + (double)in.eps));
+        }
+        __syncthreads();
+        inverse = row_inverse[0];
     }
 
     // The group's values: for a norm, from its x; once known for the whole row's scale, taken from where they are kept.
@@ -399,12 +408,14 @@ __device__ __forceinline__ float int4_value(const struct matrix &table, int64_t 
     int r = (int)(row % 16), c = (int)(col % 64), in_word = c % 16;
     int t = in_word % 8 / 2, j = in_word % 2 * 2 + in_word / 8;
     uint8_t byte = ((const uint8_t *)table.data)[tile * WEIGHT_TILE_BYTES + (r % 8 * 4 + t) * 16 + c / 16 * 4 + j];
-    uint16_t scale = ((const uint16_t *)table.scale)[(row / 16 * (cols_padded / group_size) + col / group_size) * 16 + r];
+    uint16_t scale =
+        ((const uint16_t *)table.scale)[(row / 16 * (cols_padded / group_size) + col / group_size) * 16 + r];
     return (float)int4_sign_extend(r >= 8 ? nibble_high(byte) : byte) * f16_to_f32(scale) * 0x1p-8f;
 }
 
 // Four columns of one row. All kinds but f32 have rows of a multiple of 64 columns, zeros behind the last.
-__device__ __forceinline__ float4 table_four(const struct matrix &table, int64_t row, int64_t col, int64_t cols, bool aligned)
+__device__ __forceinline__ float4 table_four(const struct matrix &table, int64_t row, int64_t col, int64_t cols,
+                                             bool aligned)
 {
     int64_t at = row * (int64_t)table.shape.cols_padded + col;
     if (table.shape.kind == WEIGHT_F32) {
@@ -419,8 +430,8 @@ __device__ __forceinline__ float4 table_four(const struct matrix &table, int64_t
                            f32_from_bits(x.y & 0xffff0000));
     }
     if (table.shape.kind == WEIGHT_INT4)
-        return make_float4(int4_value(table, row, col), int4_value(table, row, col + 1), int4_value(table, row, col + 2),
-                           int4_value(table, row, col + 3));
+        return make_float4(int4_value(table, row, col), int4_value(table, row, col + 1),
+                           int4_value(table, row, col + 2), int4_value(table, row, col + 3));
     uint32_t q = load_global((const uint32_t *)((const uint8_t *)table.data + at));
     float scale = ((const float *)table.scale)[row];
     if (table.shape.kind == WEIGHT_INT8)
@@ -433,7 +444,8 @@ __device__ __forceinline__ float4 table_four(const struct matrix &table, int64_t
 // A sum of ranks has no -0: the zero makes it +0 here too.
 __device__ __forceinline__ float embedded(float x) { return bf16_to_f32(f32_to_bf16(x)) + 0.0f; }
 
-__global__ void embed_row(float *residual, struct matrix table, const uint32_t *tokens, int64_t vocab_begin, bool aligned)
+__global__ void embed_row(float *residual, struct matrix table, const uint32_t *tokens, int64_t vocab_begin,
+                          bool aligned)
 {
     int64_t cols = (int64_t)table.shape.cols, local = (int64_t)tokens[blockIdx.x] - vocab_begin;
     bool here = local >= 0 && local < (int64_t)table.shape.rows;
@@ -464,7 +476,8 @@ extern "C" cudaError_t launch_embed(float *residual, const struct matrix *table,
         return cudaSuccess;
     bool aligned = cols % 4 == 0 && on_16_bytes(residual) && on_16_bytes(table->data);
     unsigned threads = (unsigned)at_most(rounded_up_quotient(cols, 4 * WARP), MAX_WARPS) * WARP;
-    return LAUNCH(embed_row, dim3((unsigned)rows), dim3(threads), 0, stream, residual, *table, tokens, vocab_begin, aligned);
+    return LAUNCH(embed_row, dim3((unsigned)rows), dim3(threads), 0, stream, residual, *table, tokens, vocab_begin,
+                  aligned);
 }
 
 // ---- finish_qkv ----------------------------------------------------------------------------------------------------

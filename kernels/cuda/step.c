@@ -48,13 +48,26 @@ static int step_begin(struct device *d, const struct token_row *rows, int64_t co
     return 0;
 }
 
+// Behind it the host's part of the step has been read.
+static int launch_graph(struct device *d, cudaGraphExec_t graph, struct error *err)
+{
+    int rc = CHECK(cudaGraphLaunch(graph, d->stream), "launching a step's graph");
+    return rc ? rc : CHECK(cudaEventRecord(d->uploaded, d->stream), "launching a step's graph");
+}
+
 static int step_record(struct device *d, bool *replayed, struct error *err)
 {
-    *replayed = d->graphs[d->count] != NULL;
+    struct step_graph *graph = &d->graphs[d->count];
+    *replayed = graph->exec != NULL;
+    if (d->sampled != d->count)
+        return error_set(err, ERR_OTHER, "device %d: a decode step of %lld rows samples %lld", d->index,
+                         (long long)d->count, (long long)d->sampled);
     if (*replayed)
-        return CHECK(cudaGraphLaunch(d->graphs[d->count], d->stream), "launching a step's graph");
-    d->recording = true;
-    return CHECK(cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal), "recording a step");
+        return launch_graph(d, graph->exec, err);
+    d->recording = graph->ran;
+    graph->ran = true;
+    return d->recording ? CHECK(cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal), "recording a step")
+                        : 0;
 }
 
 static int step_finish(struct device *d, struct error *err)
@@ -66,9 +79,9 @@ static int step_finish(struct device *d, struct error *err)
     d->recording = false;
     if ((rc = CHECK(cudaStreamEndCapture(d->stream, &graph), "recording a step")))
         return rc;
-    rc = CHECK(cudaGraphInstantiate(&d->graphs[d->count], graph, 0), "making a step's graph");
+    rc = CHECK(cudaGraphInstantiate(&d->graphs[d->count].exec, graph, 0), "making a step's graph");
     cudaGraphDestroy(graph);
-    return rc ? rc : CHECK(cudaGraphLaunch(d->graphs[d->count], d->stream), "launching a step's graph");
+    return rc ? rc : launch_graph(d, d->graphs[d->count].exec, err);
 }
 
 // ---- operations ------------------------------------------------------------------------------------------------
@@ -233,8 +246,12 @@ static int step_logits(struct device *d, const float *bias, const int64_t *row_i
                        int64_t stride, struct error *err)
 {
     int rc;
-    if (!host && !row_index) // rows 0 .. count - 1, of a decode step: nothing to copy, so that it can be recorded
+    if (!host && !row_index &&
+        count <= LOGITS_ROWS) // rows 0 .. count - 1, of a decode step: nothing to copy, so that it can be recorded
         return logits_part(d, bias, d->identity, count, err);
+    if (!host && count > LOGITS_ROWS)
+        return error_set(err, ERR_OTHER, "device %d: logits of %lld rows are to stay on it, which holds %d", d->index,
+                         (long long)count, LOGITS_ROWS);
     for (int64_t done = 0; done < count; done += LOGITS_ROWS) {
         int64_t part = count - done < LOGITS_ROWS ? count - done : LOGITS_ROWS;
         for (int64_t i = 0; i < part; i++)
@@ -256,22 +273,18 @@ static int step_count_prompt(struct device *d, int32_t sequence, const uint32_t 
                              struct error *err)
 {
     int64_t vocab = d->shape.share->vocab_local;
-    uint8_t *seen = NULL;
     int rc;
-    if ((rc = CHECK(cudaMallocHost((void **)&seen, (uint64_t)vocab), "pinning memory for a prompt")))
-        return rc;
-    memset(seen, 0, (size_t)vocab);
+    memset(d->seen_host, 0, (size_t)vocab);
     for (int64_t i = 0; i < count; i++)
-        seen[prompt[i]] = 1;
+        d->seen_host[prompt[i]] = 1;
     if ((rc = CHECK(
              cudaMemsetAsync(d->in_output + sequence * vocab, 0, (uint64_t)vocab * sizeof *d->in_output, d->stream),
-             "clearing a sequence's counts")) == 0 &&
-        (rc = CHECK(
-             cudaMemcpyAsync(d->in_any + sequence * vocab, seen, (uint64_t)vocab, cudaMemcpyHostToDevice, d->stream),
-             "counting a prompt")) == 0)
-        rc = CHECK(cudaStreamSynchronize(d->stream), "counting a prompt");
-    cudaFreeHost(seen);
-    return rc;
+             "clearing a sequence's counts")) ||
+        (rc = CHECK(cudaMemcpyAsync(d->in_any + sequence * vocab, d->seen_host, (uint64_t)vocab, cudaMemcpyHostToDevice,
+                                    d->stream),
+                    "counting a prompt")))
+        return rc;
+    return CHECK(cudaStreamSynchronize(d->stream), "counting a prompt"); // the buffer may be filled again
 }
 
 static int step_sampling(struct device *d, const struct sampling *const *sampling, const uint64_t *steps,

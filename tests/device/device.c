@@ -3,15 +3,7 @@
 
 bool emulator_present(void) { return false; }
 void emulator_seed(uint64_t seed) { (void)seed; }
-void emulator_set_sm(int sm) { (void)sm; }
 void emulator_stats_reset(void) {}
-void emulator_fail_call(const char *name, int nth, cudaError_t error)
-{
-    (void)name;
-    (void)nth;
-    (void)error;
-}
-void emulator_enqueue(cudaStream_t stream, void (*fn)(void *arg), void *arg) { cudaLaunchHostFunc(stream, fn, arg); }
 struct emulator_stats emulator_count(const char *kernel)
 {
     (void)kernel;

@@ -23,7 +23,9 @@ namespace emulator
 namespace
 {
 
-enum { WARP = 32, POISON = 0xCD, SECTOR_BYTES = 32, BANKS = 32, BANK_BYTES = 4 };
+// What a block may have of shared memory on every chip from sm_80 on; and without asking, as LAUNCH does above ASKED_FROM dynamic bytes.
+enum { MOST_SHARED = 99 << 10, UNASKED_SHARED = 48 << 10, ASKED_FROM = 32 << 10 };
+enum { WARP = 32, POISON = 0xCD, COPY_BYTES = 16, SECTOR_BYTES = 32, BANKS = 32, BANK_BYTES = 4 };
 
 struct copy {
     void *to;
@@ -56,8 +58,9 @@ struct request {
 };
 
 struct array {
-    char *memory;
-    size_t bytes;
+    char *memory = nullptr;
+    size_t bytes = 0;
+    std::vector<uint16_t> not_landed; // copies on their way, for each unit of 16 bytes
 };
 
 struct block {
@@ -66,12 +69,14 @@ struct block {
     std::vector<int> ready;
     std::vector<std::map<uint32_t, meeting>> warps;
     std::map<std::pair<const void *, int>, array> arrays; // by place
-    std::vector<char *> dynamic;
+    array dynamic;
+    size_t static_bytes = 0, dynamic_bytes = 0; // of shared memory
     std::vector<int> at_barrier;
     place barrier_place = {nullptr, 0};
     int alive = 0, current = -1;
     fiber main;
     const std::function<void()> *body = nullptr;
+    std::vector<range> known; // allocations that this launch has used
     std::vector<std::map<std::tuple<const void *, int, uint32_t>, request>> requests; // by warp
     struct emulator_stats stats = {};
 };
@@ -100,6 +105,14 @@ uint64_t next_random(uint64_t &state)
     z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
     z = (z ^ z >> 27) * 0x94d049bb133111ebu;
     return z ^ z >> 31;
+}
+
+void array_new(array &a, size_t bytes)
+{
+    a.memory = (char *)aligned_alloc(128, (bytes + 128) / 128 * 128);
+    a.bytes = bytes;
+    a.not_landed.assign((bytes + COPY_BYTES - 1) / COPY_BYTES, 0);
+    memset(a.memory, POISON, bytes);
 }
 
 thread &self() { return running->threads[(size_t)running->current]; }
@@ -207,13 +220,24 @@ fiber *take_fiber()
 
 [[noreturn]] void deadlock(const block &b)
 {
-    for (size_t i = 0; i < b.threads.size(); i++)
-        if (!b.threads[i].done)
-            fail("kernel %s, block (%u, %u, %u): deadlock: thread %zu waits at %s:%d for %s, and %d of %zu threads are "
-                 "not at their end",
-                 b.kernel, b.threads[i].where.block.x, b.threads[i].where.block.y, b.threads[i].where.block.z, i,
-                 b.threads[i].waits.file, b.threads[i].waits.line, b.threads[i].waits_for, b.alive, b.threads.size());
-    abort();
+    struct crowd {
+        size_t first, count;
+    };
+    std::map<std::string, crowd> waiting; // by what for
+    for (size_t i = 0; i < b.threads.size(); i++) {
+        const thread &t = b.threads[i];
+        if (t.done)
+            continue;
+        std::string what = std::string(t.waits_for) + " at " + t.waits.file + ":" + std::to_string(t.waits.line);
+        waiting.insert({what, {i, 0}}).first->second.count++;
+    }
+    std::string all;
+    for (const auto &entry : waiting)
+        all += "; thread " + std::to_string(entry.second.first) + " and " + std::to_string(entry.second.count - 1) +
+               " others wait for " + entry.first;
+    dim3 index = b.threads[0].where.block;
+    fail("kernel %s, block (%u, %u, %u): deadlock: %d of %zu threads are not at their end%s", b.kernel, index.x,
+         index.y, index.z, b.alive, b.threads.size(), all.c_str());
 }
 
 void run_block(block &b, dim3 index, dim3 size, dim3 grid, size_t dynamic_bytes, uint64_t &state, bool shuffled)
@@ -223,12 +247,14 @@ void run_block(block &b, dim3 index, dim3 size, dim3 grid, size_t dynamic_bytes,
     b.warps.assign((count_threads + WARP - 1) / WARP, {});
     b.requests.assign(b.warps.size(), {});
     b.alive = (int)count_threads;
-    b.dynamic.assign(1, (char *)aligned_alloc(128, (dynamic_bytes + 128) / 128 * 128));
-    memset(b.dynamic[0], POISON, dynamic_bytes);
+    b.static_bytes = 0;
+    b.dynamic_bytes = dynamic_bytes;
+    array_new(b.dynamic, dynamic_bytes);
     for (size_t t = 0; t < count_threads; t++) {
         b.threads[t].stack = take_fiber();
-        b.threads[t].where = {dim3((unsigned)(t % size.x), (unsigned)(t / size.x % size.y), (unsigned)(t / size.x / size.y)),
-                              index, size, grid};
+        b.threads[t].where = {
+            dim3((unsigned)(t % size.x), (unsigned)(t / size.x % size.y), (unsigned)(t / size.x / size.y)), index, size,
+            grid};
         b.ready.push_back((int)t);
     }
     while (!b.ready.empty()) {
@@ -254,7 +280,7 @@ void run_block(block &b, dim3 index, dim3 size, dim3 grid, size_t dynamic_bytes,
     for (auto &entry : b.arrays)
         free(entry.second.memory);
     b.arrays.clear();
-    free(b.dynamic[0]);
+    free(b.dynamic.memory);
 }
 
 void run_grid(const char *kernel, dim3 grid, dim3 size, size_t dynamic_bytes, const std::function<void()> &body)
@@ -322,7 +348,7 @@ void fail(const char *format, ...)
 cudaError_t launch(const char *name, dim3 grid, dim3 size, size_t shared_bytes, cudaStream_t stream,
                    std::function<void()> body)
 {
-    enum { MOST_SHARED = 227 << 10, MOST_THREADS = 1024, MOST_ROWS = 65535 };
+    enum { MOST_THREADS = 1024, MOST_ROWS = 65535 };
     if (!grid.x || !grid.y || !grid.z || !size.x || !size.y || !size.z || size.x * size.y * size.z > MOST_THREADS ||
         grid.x > 0x7fffffff || grid.y > MOST_ROWS || grid.z > MOST_ROWS)
         return cudaErrorInvalidConfiguration;
@@ -337,16 +363,19 @@ void *shared_array(place where, size_t bytes)
 {
     array &a = running->arrays[{where.file, where.line}];
     if (!a.memory) {
-        a.memory = (char *)aligned_alloc(128, (bytes + 127) / 128 * 128);
-        a.bytes = bytes;
-        memset(a.memory, POISON, bytes);
+        array_new(a, bytes);
+        running->static_bytes += bytes;
+        if (running->static_bytes + running->dynamic_bytes >
+            (running->dynamic_bytes > ASKED_FROM ? MOST_SHARED : UNASKED_SHARED))
+            fail("kernel %s: %zu bytes of static and %zu of dynamic shared memory are more than a launch may have",
+                 running->kernel, running->static_bytes, running->dynamic_bytes);
     }
     if (a.bytes != bytes)
         fail("kernel %s: two shared arrays are declared at %s:%d", running->kernel, where.file, where.line);
     return a.memory;
 }
 
-void *shared_dynamic(void) { return running->dynamic[0]; }
+void *shared_dynamic(void) { return running->dynamic.memory; }
 
 void barrier(place where)
 {
@@ -371,12 +400,12 @@ void meet(uint32_t mask, const char *what, const void *in, void *out, void (*run
     size_t left = b.threads.size() - (size_t)warp * WARP;
     uint32_t exist = left >= WARP ? 0xffffffffu : (1u << left) - 1;
     if (!(mask >> mine & 1))
-        fail("kernel %s, thread %d: %s with a mask 0x%08x that does not hold the lane itself", b.kernel, b.current, what,
-             mask);
+        fail("kernel %s, thread %d: %s with a mask 0x%08x that does not hold the lane itself", b.kernel, b.current,
+             what, mask);
     meeting &m = b.warps[(size_t)warp][mask];
     if (m.present && strcmp(m.what, what) != 0)
-        fail("kernel %s, block (%u, %u, %u), warp %d: lanes diverge: some are at %s, lane %d at %s", b.kernel, at.block.x,
-             at.block.y, at.block.z, warp, m.what, mine, what);
+        fail("kernel %s, block (%u, %u, %u), warp %d: lanes diverge: some are at %s, lane %d at %s", b.kernel,
+             at.block.x, at.block.y, at.block.z, warp, m.what, mine, what);
     m.what = what;
     m.present |= 1u << mine;
     m.all.in[mine] = in;
@@ -394,12 +423,66 @@ void meet(uint32_t mask, const char *what, const void *in, void *out, void (*run
             wake(warp * WARP + l);
 }
 
+namespace
+{
+
+[[noreturn]] void bad_access(place where, size_t bytes, const char *why)
+{
+    fail("kernel %s, block (%u, %u, %u), thread %d: %s:%d: an access of %zu bytes %s", running->kernel, at.block.x,
+         at.block.y, at.block.z, running->current, where.file, where.line, bytes, why);
+}
+
+bool inside(const range &r, uintptr_t address, size_t bytes) { return address >= r.begin && address + bytes <= r.end; }
+
+bool in_an_allocation(uintptr_t address, size_t bytes)
+{
+    for (const range &r : running->known)
+        if (inside(r, address, bytes))
+            return true;
+    range found = allocation_of((const void *)address);
+    if (!inside(found, address, bytes))
+        return false;
+    running->known.push_back(found);
+    return true;
+}
+
+array *shared_array_of(uintptr_t address, size_t bytes)
+{
+    auto holds = [=](const array &a) {
+        uintptr_t begin = (uintptr_t)a.memory;
+        return inside({begin, begin + a.bytes}, address, bytes);
+    };
+    if (holds(running->dynamic))
+        return &running->dynamic;
+    for (auto &entry : running->arrays)
+        if (holds(entry.second))
+            return &entry.second;
+    return nullptr;
+}
+
+uint16_t &not_landed(array &a, const void *address)
+{
+    return a.not_landed[(size_t)((const char *)address - a.memory) / COPY_BYTES];
+}
+
+} // namespace
+
 void note_access(space which, place where, const void *address, size_t bytes)
 {
     block &b = *running;
-    if ((uintptr_t)address % bytes != 0)
-        fail("kernel %s, block (%u, %u, %u), thread %d: %s:%d: an access of %zu bytes at an address that is no multiple of it",
-             b.kernel, at.block.x, at.block.y, at.block.z, b.current, where.file, where.line, bytes);
+    uintptr_t first = (uintptr_t)address;
+    if (first % bytes != 0)
+        bad_access(where, bytes, "at an address that is no multiple of it");
+    if (which == GLOBAL_LOAD || which == GLOBAL_STORE) {
+        if (!in_an_allocation(first, bytes))
+            bad_access(where, bytes, "that is not inside an allocation");
+    } else {
+        array *shared = shared_array_of(first, bytes);
+        if (!shared)
+            bad_access(where, bytes, "that is not inside a shared array of the block");
+        if (not_landed(*shared, address))
+            bad_access(where, bytes, "where an asynchronous copy has not landed");
+    }
     if (!counting)
         return;
     uint32_t visit = self().visits[{where.file, where.line}]++;
@@ -419,14 +502,14 @@ void note_access(space which, place where, const void *address, size_t bytes)
 
 void copy_async(void *to, const void *from, bool valid, place where)
 {
-    enum { BYTES = 16 };
-    if ((uintptr_t)to % BYTES != 0 || (valid && (uintptr_t)from % BYTES != 0))
-        fail("kernel %s, thread %d: %s:%d: an asynchronous copy of 16 bytes that is not aligned to them", running->kernel,
-             running->current, where.file, where.line);
+    if ((uintptr_t)to % COPY_BYTES != 0 || (valid && (uintptr_t)from % COPY_BYTES != 0))
+        fail("kernel %s, thread %d: %s:%d: an asynchronous copy of 16 bytes that is not aligned to them",
+             running->kernel, running->current, where.file, where.line);
     if (valid)
-        note_access(GLOBAL_LOAD, where, from, BYTES);
-    note_access(SHARED_STORE, where, to, BYTES);
-    memset(to, POISON, BYTES); // it may land at any time from now on
+        note_access(GLOBAL_LOAD, where, from, COPY_BYTES);
+    note_access(SHARED_STORE, where, to, COPY_BYTES);
+    memset(to, POISON, COPY_BYTES); // it may land at any time from now on
+    not_landed(*shared_array_of((uintptr_t)to, COPY_BYTES), to)++;
     self().open.push_back({to, valid ? from : nullptr});
 }
 
@@ -438,14 +521,15 @@ void copy_async_commit()
 
 void copy_async_wait(int groups_left)
 {
-    enum { BYTES = 16 };
     auto &groups = self().groups;
     while ((int)groups.size() > groups_left) {
-        for (const copy &c : groups.front())
+        for (const copy &c : groups.front()) {
             if (c.from)
-                memcpy(c.to, c.from, BYTES);
+                memcpy(c.to, c.from, COPY_BYTES);
             else
-                memset(c.to, 0, BYTES);
+                memset(c.to, 0, COPY_BYTES);
+            not_landed(*shared_array_of((uintptr_t)c.to, COPY_BYTES), c.to)--;
+        }
         groups.erase(groups.begin());
     }
 }

@@ -16,10 +16,15 @@ struct dim3 {
 namespace emulator
 {
 
-// Where an access stands in the source.
+// Where an access stands in the source: as a default argument `place()` is the caller's line. (g++ would take place{__builtin_FILE(), ...} for
+// the line of the declaration.)
 struct place {
     const char *file;
     int line;
+    constexpr place(const char *its_file = __builtin_FILE(), int its_line = __builtin_LINE())
+        : file(its_file), line(its_line)
+    {
+    }
 };
 
 // The thread that runs.
@@ -50,6 +55,13 @@ struct lanes {
 void meet(uint32_t mask, const char *what, const void *in, void *out, void (*run)(lanes &all));
 int lane(void);
 
+// The allocation that holds an address, of the device or pinned; empty where there is none.
+struct range {
+    uintptr_t begin, end;
+};
+range allocation_of(const void *address);
+
+// Each access is checked: aligned, inside an allocation or a shared array, not where a copy is still on its way.
 enum space { GLOBAL_LOAD, GLOBAL_STORE, SHARED_LOAD, SHARED_STORE };
 void note_access(space which, place where, const void *address, size_t bytes);
 

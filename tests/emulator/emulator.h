@@ -7,7 +7,8 @@
 // What it checks beyond results. Shared memory starts poisoned (0xCD), and so does device memory. An asynchronous copy poisons its
 // target and lands at the wait. Threads and blocks run in an order that the seed decides. Threads that wait for each other for ever, or
 // meet at different barriers, end the program with a sentence. Work on a stream runs only when the host waits for it, so a missing wait
-// shows. Asynchronous copies want pinned memory. Each allocation has guard bytes.
+// shows. Asynchronous copies want pinned memory. Each allocation has guard bytes. An access through the wrappers of primitives.cuh must be
+// aligned, inside an allocation or a shared array, and not where an asynchronous copy is still on its way.
 //
 // One test is built by `make build/tests/test_<area>`.
 #ifndef TPSHARD_TESTS_EMULATOR_EMULATOR_H
@@ -28,7 +29,7 @@ void emulator_seed(uint64_t seed);
 // The compute capability that the device reports, 10 * major + minor. Without it: EMULATED_SM, or 86. Other variables:
 // EMULATED_MEMORY (bytes), EMULATED_DEVICES.
 void emulator_set_sm(int sm);
-// The nth call from now (0: the next) of the runtime function of this name fails with the error.
+// The nth call from now (0: the next) of the runtime function of this name fails with the error. NULL: nothing planned fails any more.
 void emulator_fail_call(const char *name, int nth, cudaError_t error);
 // Runs fn(arg) when the stream comes to it; may be captured.
 void emulator_enqueue(cudaStream_t stream, void (*fn)(void *arg), void *arg);

@@ -38,8 +38,8 @@ namespace
 
 enum { GUARD_BYTES = 256, GUARD = 0xA5, POISON = 0xCD };
 
-std::mutex lock;                        // of what all threads share
-std::map<uintptr_t, size_t> on_device;  // allocations
+std::mutex lock;                       // of what all threads share
+std::map<uintptr_t, size_t> on_device; // allocations
 std::map<uintptr_t, size_t> pinned;
 size_t device_bytes;
 int forced_sm;
@@ -118,6 +118,8 @@ bool is_pinned(const void *pointer, size_t bytes)
 // Guarded memory: [guard][bytes][guard].
 void *guarded(size_t bytes, int fill)
 {
+    if (bytes > SIZE_MAX / 2)
+        return nullptr;
     size_t whole = (bytes + 2 * GUARD_BYTES + 511) / 512 * 512;
     char *memory = (char *)aligned_alloc(512, whole);
     if (!memory)
@@ -167,6 +169,17 @@ size_t memory_total() { return setting("EMULATED_MEMORY", 8ull << 30); }
 namespace emulator
 {
 
+range allocation_of(const void *address)
+{
+    std::lock_guard<std::mutex> hold(lock);
+    for (const auto *table : {&on_device, &pinned}) {
+        auto after = table->upper_bound((uintptr_t)address);
+        if (after != table->begin() && (uintptr_t)address < std::prev(after)->first + std::prev(after)->second)
+            return {std::prev(after)->first, std::prev(after)->first + std::prev(after)->second};
+    }
+    return {0, 0};
+}
+
 cudaError_t enqueue(cudaStream_t stream, work w)
 {
     CUstream_st *s = stream_of(stream);
@@ -190,7 +203,10 @@ void emulator_set_sm(int sm) { forced_sm = sm; }
 void emulator_fail_call(const char *name, int nth, cudaError_t error)
 {
     std::lock_guard<std::mutex> hold(lock);
-    failures.push_back({name, nth, error});
+    if (name)
+        failures.push_back({name, nth, error});
+    else
+        failures.clear();
 }
 
 void emulator_enqueue(cudaStream_t stream, void (*fn)(void *arg), void *arg)
@@ -318,14 +334,15 @@ cudaError_t cudaMalloc(void **pointer, size_t bytes)
     PLANNED();
     {
         std::lock_guard<std::mutex> hold(lock);
-        if (device_bytes + bytes > memory_total())
+        size_t total = memory_total();
+        if (device_bytes > total || bytes > total - device_bytes)
             return give(cudaErrorMemoryAllocation);
-        device_bytes += bytes;
     }
     *pointer = guarded(bytes, POISON);
     if (!*pointer)
         return give(cudaErrorMemoryAllocation);
     std::lock_guard<std::mutex> hold(lock);
+    device_bytes += bytes;
     on_device[(uintptr_t)*pointer] = bytes;
     return cudaSuccess;
 }
