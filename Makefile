@@ -306,7 +306,7 @@ $(BUILD)/explore_%: $(BUILD)/obj/tests/fuzz/fuzz_%.o $(ALL_LIB)
 	$(call link,-fsanitize=fuzzer)
 
 format: ## apply clang-format to every source
-	$(CLANG_FORMAT) -i $$(find $(wildcard formats kernels shard engine tests bench) -regex '.*\.\(c\|h\|cu\|cuh\)')
+	$(CLANG_FORMAT) -i $$(find $(wildcard formats kernels shard engine tests bench) -regex '.*\.\(c\|h\|cc\|cu\|cuh\)')
 
 # ---- Installing ----------------------------------------------------------------------------------------------------
 

@@ -75,9 +75,9 @@ __device__ __forceinline__ void load_steps(uint4 *x, const void *cache, const st
 
 // grid (chunk, kv head, row). HEADS query heads at a time; what a head becomes does not depend on HEADS.
 template <enum kv_format FORMAT, int HEADS>
-__global__ void __launch_bounds__(THREADS, HEADS > 8 ? 1 : 2) attend_chunk(struct decode_input in)
+__global__ void __launch_bounds__(THREADS, 2) attend_chunk(struct decode_input in)
 {
-    constexpr int WORK = HEADS > 2 * WARPS ? HEADS : 2 * WARPS;
+    constexpr int WORK = 2 * WARPS; // at least HEADS
     SHARED(float, scores, HEADS *ATTENTION_CHUNK);
     SHARED(float, work, WORK *MAX_DIM); // first the queries [HEADS], then the warps' sums of values [2][WARPS]
     SHARED(int64_t, row_of_page, ATTENTION_CHUNK / KV_PAGE_TOKENS);
@@ -302,9 +302,7 @@ static cudaError_t launch_chunks(struct decode_input in, dim3 grid, int64_t head
         return LAUNCH((attend_chunk<FORMAT, 2>), grid, dim3(THREADS), 0, stream, in);
     if (heads_per_kv <= 4)
         return LAUNCH((attend_chunk<FORMAT, 4>), grid, dim3(THREADS), 0, stream, in);
-    if (heads_per_kv <= 8)
-        return LAUNCH((attend_chunk<FORMAT, 8>), grid, dim3(THREADS), 0, stream, in);
-    return LAUNCH((attend_chunk<FORMAT, 16>), grid, dim3(THREADS), 0, stream, in);
+    return LAUNCH((attend_chunk<FORMAT, 8>), grid, dim3(THREADS), 0, stream, in); // more heads take turns
 }
 
 extern "C" cudaError_t launch_attention_decode(float *out, const float *qkv, struct attention_shape shape,

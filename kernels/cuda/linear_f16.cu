@@ -16,8 +16,8 @@ enum { X_STEP_BYTES = STEP_COLS * 2 };
 #define PART_TILES(TILES) ((TILES) < 4 ? (TILES) : 4)
 #define STAGES(TILES) ((TILES) == 1 ? 4 : (TILES) == 2 ? 3 : 2)
 #define GROUPS_OF(GROUP) ((GROUP) ? STEP_COLS / (GROUP) : 0)
-// Steps of weights on their way: 8 loads of 16 bytes a lane.
-#define DEPTH(KIND) ((KIND) == WEIGHT_INT4 ? 4 : (KIND) == WEIGHT_BF16 ? 1 : 2)
+// Steps of weights on their way: 8 loads of 16 bytes a lane; 4 for int4 where many sums need registers.
+#define DEPTH(KIND, TILES) ((KIND) == WEIGHT_BF16 ? 1 : (KIND) == WEIGHT_INT4 && (TILES) == 1 ? 4 : 2)
 
 // Two operands A of 16 columns each: half `half` of a column tile. w: the loads of that tile.
 template <int KIND> __device__ __forceinline__ void f16_operands(uint32_t (&a)[2][4], const uint4 *w, int half)
@@ -140,7 +140,7 @@ template <int KIND, int GROUP, int TILES, bool WHOLE>
 __device__ __forceinline__ void add_panel(float (&acc)[TILES][4], uint4 (&w)[STEP_LOADS(KIND)], const struct linear &l,
                                           struct stager &stager, struct place &at, int panel)
 {
-    enum { PART = PART_TILES(TILES), PARTS = TILES / PART, AHEAD = DEPTH(KIND) };
+    enum { PART = PART_TILES(TILES), PARTS = TILES / PART, AHEAD = DEPTH(KIND, TILES) };
     int step = (panel << l.split_bits) + at.split, next_step = step + (AHEAD << l.split_bits);
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(256, TILES < 4 ? 2 : 1) linear_f16(struct line
     enum {
         PARTS = TILES / PART_TILES(TILES),
         PART_TOKENS = PART_TILES(TILES) * TILE_TOKENS,
-        AHEAD = DEPTH(KIND),
+        AHEAD = DEPTH(KIND, TILES),
         REACH = AHEAD > STAGES(TILES) - 1 ? AHEAD
                                           : STAGES(TILES) - 1, // panels between a load or a copy and its use, at most
         GROUPS = GROUPS_OF(GROUP),

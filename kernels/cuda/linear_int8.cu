@@ -14,8 +14,8 @@ enum { X_STEP_BYTES = STEP_COLS, STAGES = 3, MOST_TOKENS = 16 };
 
 #define GROUPS_OF(GROUP) ((GROUP) ? STEP_COLS / (GROUP) : 1)
 #define SCALE_GROUPS(GROUP) ((GROUP) ? STEP_COLS / (GROUP) : 0)
-// Steps of weights on their way: 8 loads of 16 bytes a lane.
-#define DEPTH(KIND) ((KIND) == WEIGHT_INT4 ? 4 : 2)
+// Steps of weights on their way: 8 loads of 16 bytes a lane; 6 or 4 for int4, which needs registers for scales and terms.
+#define DEPTH(KIND, TILES) ((KIND) == WEIGHT_INT4 && (TILES) == 1 ? 3 : 2)
 
 // Scales of tokens 2 t and 2 t + 1 of each tile of tokens, for one step. from: the first of them.
 template <int TILES>
@@ -89,7 +89,7 @@ template <int KIND, int GROUP, int TILES, bool WHOLE>
 __device__ __forceinline__ void add_panel(float (&y)[TILES], uint4 (&w)[STEP_LOADS(KIND)], float2 (&q_scale)[TILES],
                                           const struct linear &l, struct stager &stager, struct place &at, int panel)
 {
-    enum { GROUPS = GROUPS_OF(GROUP), TERMS = TILES * GROUPS * 128, AHEAD = DEPTH(KIND) };
+    enum { GROUPS = GROUPS_OF(GROUP), TERMS = TILES * GROUPS * 128, AHEAD = DEPTH(KIND, TILES) };
     int splits = 1 << l.split_bits, step = (panel << l.split_bits) + at.split;
     int next_step = step + (AHEAD << l.split_bits);
     copy_async_wait<STAGES - 2>();
@@ -119,12 +119,12 @@ __device__ __forceinline__ void add_panel(float (&y)[TILES], uint4 (&w)[STEP_LOA
 
 // One block: blockDim.x / 32 / splits tiles of 16 rows, 8 * TILES tokens.
 template <int KIND, int GROUP, int TILES>
-__global__ void __launch_bounds__(256) linear_int8(struct linear l, int stage_bytes)
+__global__ void __launch_bounds__(256, 2) linear_int8(struct linear l, int stage_bytes)
 {
     enum {
         GROUPS = GROUPS_OF(GROUP),
         TOKENS = TILES * TILE_TOKENS,
-        AHEAD = DEPTH(KIND),
+        AHEAD = DEPTH(KIND, TILES),
         REACH = AHEAD > STAGES - 1 ? AHEAD : STAGES - 1, // panels between a load or a copy and its use, at most
         TERMS = TILES * GROUPS * 128,                    // floats of one step
     };

@@ -95,7 +95,8 @@ static void prepare_stack(fiber *f)
 fiber *fiber_new(void (*entry)())
 {
     fiber *f = new fiber;
-    void *memory = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *memory =
+        mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) {
         fprintf(stderr, "emulator: no memory for the stack of a thread\n");
         abort();

@@ -10,7 +10,7 @@
 
 struct fiber {
     void *stack_pointer = nullptr;
-    char *memory = nullptr; // the stack; null for the thread's own
+    char *memory = nullptr;     // the stack; null for the thread's own
     void *fake_stack = nullptr; // the address sanitizer's
     const void *bottom = nullptr;
     size_t bytes = 0;
