@@ -54,7 +54,7 @@ static int load(const struct backend **out, const char *path, struct error *err)
                          "%s: it is not the CUDA backend of this version of tpengine; build both together", path);
     }
     *out = backend;
-    return 0;
+    return 0; // cppcheck-suppress resourceLeak ; it stays loaded on purpose
 }
 
 int backends_select(const struct backend **backend, const struct kernels **kernels, const char *wanted,
