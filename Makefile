@@ -174,7 +174,9 @@ EMULATED_FLAGS = -DCUDA_EMULATOR -Itests/emulator/include
 CXX_OF_gcc = g++
 CXX_OF_clang = clang++
 EMULATED_CXX = $(or $(CXX_OF_$(notdir $(CC))),$(CXX))
-EMULATED_CXXFLAGS = -std=gnu++17 -D_GNU_SOURCE $(EMULATED_FLAGS) -I. -I$(BUILD) -O2 -g -ffp-contract=off -fno-math-errno \
+# Sanitizers need minutes for what the kernels' pragmas unroll.
+EMULATED_OPTIMIZE = $(if $(SANITIZE),-O1 $(if $(findstring clang,$(CC)),-mllvm -pragma-unroll-threshold=64),-O2)
+EMULATED_CXXFLAGS = -std=gnu++17 -D_GNU_SOURCE $(EMULATED_FLAGS) -I. -I$(BUILD) $(EMULATED_OPTIMIZE) -g -ffp-contract=off -fno-math-errno \
                     -fPIC -Wall -Wextra -Wno-unknown-pragmas -Wno-pass-failed $(WERROR) $(SANITIZE)
 EMULATED_CFLAGS = $(filter-out -fPIE,$(HOUSE_CFLAGS)) -fPIC $(EMULATED_FLAGS)
 emulated = $(patsubst %,$(BUILD)/obj/emulated/%.o,$(1))
