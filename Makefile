@@ -170,14 +170,16 @@ $(BUILD)/libtpengine_cuda.so: $(CUDA_OBJ)
 # ---- The emulated device -------------------------------------------------------------------------------------------
 
 # The same sources without nvcc, for tests. gemm_cublaslt.c alone has another in its place.
-EMULATED_FLAGS = -DCUDA_EMULATOR -Itests/emulator/include
+EMULATED_FLAGS = -DCUDA_EMULATOR -DSLAB_BYTES=65536ull -Itests/emulator/include
 CXX_OF_gcc = g++
 CXX_OF_clang = clang++
 EMULATED_CXX = $(or $(CXX_OF_$(notdir $(CC))),$(CXX))
-# Sanitizers need minutes for what the kernels' pragmas unroll.
+comma := ,
+# Sanitizers need minutes for what the kernels' pragmas unroll; and their C++ checks want a run-time part that a C program lacks.
 EMULATED_OPTIMIZE = $(if $(SANITIZE),-O1 $(if $(findstring clang,$(CC)),-mllvm -pragma-unroll-threshold=64),-O2)
 EMULATED_CXXFLAGS = -std=gnu++17 -D_GNU_SOURCE $(EMULATED_FLAGS) -I. -I$(BUILD) $(EMULATED_OPTIMIZE) -g -ffp-contract=off -fno-math-errno \
-                    -fPIC -Wall -Wextra -Wno-unknown-pragmas -Wno-pass-failed $(WERROR) $(SANITIZE)
+                    -fPIC -Wall -Wextra -Wno-unknown-pragmas -Wno-pass-failed $(WERROR) $(SANITIZE) \
+                    $(if $(SANITIZE),$(if $(findstring clang,$(CC)),-fno-sanitize=function$(comma)vptr))
 EMULATED_CFLAGS = $(filter-out -fPIE,$(HOUSE_CFLAGS)) -fPIC $(EMULATED_FLAGS)
 emulated = $(patsubst %,$(BUILD)/obj/emulated/%.o,$(1))
 EMULATED_OBJ := $(call emulated,$(CUDA_SRC) $(filter-out %/gemm_cublaslt.c,$(CUDA_HOST_SRC)) $(EMULATOR_SRC))

@@ -20,6 +20,7 @@ const struct backend *tpengine_cuda_backend(void);
 namespace
 {
 
+enum { RESERVE = 192 << 20 }; // of the plan, for what the driver takes
 enum { HIDDEN = 128, HEADS = 2, HEAD_DIM = 64, MLP = 128, VOCAB = 64, CONTEXT = 128, SEQUENCES = 2, MAX_ROWS = 8 };
 
 // A rank file's payload with one layer, all zeros but the norms: every logit is 0, so token 0 wins.
@@ -230,9 +231,10 @@ void test_the_plan_holds(void **state)
     struct error err = {};
     struct tiny_model *m = make_model();
     struct memory_plan plan;
+    emulator_set_sm(86);
     size_t before, after, total;
     const uint8_t *base;
-    struct device_shape shape = {&m->desc, &m->share, MAX_ROWS, SEQUENCES, CONTEXT, 4, KV_E4M3, true};
+    struct device_shape shape = {&m->desc, &m->share, 4096, SEQUENCES, CONTEXT, 4, KV_E4M3, true};
     assert_int_equal(thread_pool_create(&pool, 1, &err), 0);
     struct device_options options = {NULL, pool, 0, 1, -1};
     assert_int_equal(b->open(&d, &options, &err), 0);
@@ -244,7 +246,8 @@ void test_the_plan_holds(void **state)
     assert_int_equal(b->prepare(d, &shape, &m->weights, &err), 0);
     cudaMemGetInfo(&after, &total);
     assert_int_equal(plan.kv_bytes, 2 * 4 * KV_PAGE_TOKENS * HEAD_DIM);
-    assert_true(before - after <= m->bytes + plan.kv_bytes + plan.scratch_bytes);
+    assert_true(plan.scratch_bytes > RESERVE);
+    assert_true(before - after <= m->bytes + plan.kv_bytes + plan.scratch_bytes - RESERVE);
     // What the plan keeps free: code, graphs, cuBLASLt's workspace.
     assert_true(before - after + (200 << 20) >= m->bytes + plan.kv_bytes + plan.scratch_bytes);
     b->close(d);
@@ -315,7 +318,7 @@ void test_every_call_fails_once(void **state)
     emulator_set_sm(86);
     for (size_t i = 0; i < sizeof calls / sizeof *calls; i++) {
         int failed = 0;
-        for (int nth = 0, rc = -1; rc; nth++) {
+        for (int nth = 0, rc = -1; rc; nth += getenv("TEST_QUICK") ? 9 : 1) { // slow builds try fewer
             struct tiny_model *m = make_model();
             struct device *d = NULL;
             err.code = 0;

@@ -49,6 +49,7 @@ static void cuda_close(struct device *d)
     if (!d)
         return;
     cudaSetDevice(d->index);
+    device_settle(d);
     multiply_free(d);
     device_free_memory(d);
     if (d->uploaded)

@@ -25,7 +25,9 @@ enum {
 };
 // Beside what is allocated here: the code of kernels, which is loaded when it is first run, graphs, and what the driver rounds up.
 #define RESERVE_BYTES (192ull << 20)
+#ifndef SLAB_BYTES               // the emulator's are small, so that small matrices take several
 #define SLAB_BYTES (32ull << 20) // weights expanded for cuBLASLt at a time; stays in the L2 cache of large chips
+#endif
 
 // How a matrix is multiplied.
 enum arithmetic {
@@ -119,6 +121,7 @@ int device_load(struct device *d, const uint8_t **base, const uint8_t *mapped, u
                 void *arg, struct error *err);
 int device_prepare(struct device *d, const struct device_shape *shape, const struct weights *weights,
                    struct error *err);
+void device_settle(struct device *d); // before anything is freed: nothing runs any more
 void device_free_memory(struct device *d);
 struct step_block device_step_block(const struct device *d, uint8_t *memory, int64_t count);
 

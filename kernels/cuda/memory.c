@@ -265,7 +265,7 @@ static void free_pinned(void *pointer)
         cudaFreeHost(pointer);
 }
 
-void device_free_memory(struct device *d)
+void device_settle(struct device *d)
 {
     if (d->recording) { // a step failed on the way
         cudaGraph_t graph = NULL;
@@ -275,6 +275,10 @@ void device_free_memory(struct device *d)
     }
     if (d->stream)
         cudaStreamSynchronize(d->stream);
+}
+
+void device_free_memory(struct device *d)
+{
     for (int64_t i = 0; d->graphs && i <= d->shape.max_sequences; i++)
         if (d->graphs[i].exec)
             cudaGraphExecDestroy(d->graphs[i].exec);

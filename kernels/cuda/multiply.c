@@ -242,7 +242,8 @@ static void note_problem(struct device *d, const struct error *why)
 static int prove(struct device *d, enum arithmetic arithmetic, enum weight_kind kind, bool *proven, struct error *err)
 {
     struct error why = {0};
-    struct matrix any = {.shape = {.kind = kind, .cols_padded = ACT_GROUP, .rows = 1}};
+    struct matrix any = {
+        .shape = {.kind = kind, .cols_padded = ACT_GROUP, .rows = 1}, .data = d->slab, .scale = d->slab_scale};
     struct gemm example = make_gemm(d, arithmetic, &any, d->partial, d->shape.desc->hidden_size, 0, 1, GEMM_ROWS_STEP);
     if ((d->gemm || gemm_open(&d->gemm, multiply_workspace_bytes(d->sm), &why) == 0) &&
         gemm_probe(d->gemm, &example, &why) == 0 && plan_kind(d, arithmetic, kind, &why) == 0) {

@@ -412,8 +412,13 @@ cudaError_t cudaStreamCreate(cudaStream_t *stream) { return cudaStreamCreateWith
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream)
 {
-    PLANNED();
     CUstream_st *s = stream_of(stream);
+    cudaError_t error = planned(__func__);
+    if (error != cudaSuccess) { // what was to run is lost
+        s->queue.clear();
+        s->run = s->queued;
+        return give(error);
+    }
     if (s->capturing)
         return give(cudaErrorStreamCaptureUnsupported);
     run_until(s, s->queued);
