@@ -268,7 +268,8 @@ void test_a_failed_trial_is_forgiven(void **state)
     assert_int_equal(thread_pool_create(&pool, 1, &err), 0);
     emulator_set_sm(90);
     int forgiven = 0;
-    for (int nth = 2; nth < 5; nth++) { // the first two allocations are the weights' and the arena's
+    for (int nth = 2; nth < (getenv("TEST_QUICK") ? 3 : 5);
+         nth++) { // the first two allocations are the weights' and the arena's
         struct tiny_model *m = make_model();
         struct device *d = NULL;
         emulator_fail_call("cudaMalloc", nth, cudaErrorMemoryAllocation);
@@ -318,7 +319,7 @@ void test_every_call_fails_once(void **state)
     emulator_set_sm(86);
     for (size_t i = 0; i < sizeof calls / sizeof *calls; i++) {
         int failed = 0;
-        for (int nth = 0, rc = -1; rc; nth += getenv("TEST_QUICK") ? 9 : 1) { // slow builds try fewer
+        for (int nth = 0, rc = -1; rc; nth += getenv("TEST_QUICK") ? 40 : 1) { // slow builds try fewer
             struct tiny_model *m = make_model();
             struct device *d = NULL;
             err.code = 0;
