@@ -1,5 +1,6 @@
 // tpengine generate: prompts in, text out, as it is made.
 #include "engine/commands.h"
+#include "engine/generate_chat.h"
 
 #include <jansson.h>
 #include <math.h>
@@ -12,13 +13,19 @@ static struct {
     int64_t max_tokens, top_k;
     double temperature, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty;
     int64_t seed;
-    bool ignore_eos, ids;
+    bool ignore_eos, ids, chat;
+    const char *system, *messages;
 } options = {
     .max_tokens = 256, .top_k = -1, .temperature = -1, .top_p = -1, .min_p = 0, .repetition_penalty = -1, .seed = 0};
 
 const struct option_spec generate_options[] = {
     {"prompt", OPTION_LIST, &options.prompts, "TEXT|-", 0, 0,
      "text to continue, - for standard input; several run as one batch"},
+    {"chat", OPTION_FLAG, &options.chat, NULL, 0, 0,
+     "prompts are messages to the model's chat template; with none, a conversation: one line of standard input a turn"},
+    {"system", OPTION_TEXT, &options.system, "TEXT", 0, 0, "the system message of a chat"},
+    {"messages", OPTION_TEXT, &options.messages, "FILE|-", 0, 0,
+     "chat: a JSON list of messages with role and content, instead of a prompt"},
     {"max-tokens", OPTION_INT, &options.max_tokens, "N", 1, 1 << 24, "most tokens to generate"},
     {"temperature", OPTION_NUMBER, &options.temperature, "T", 0, 100, "0 is greedy; default: the model's own, else 0"},
     {"top-p", OPTION_NUMBER, &options.top_p, "P", 1e-6, 1, "keep the likeliest tokens with this much mass"},
@@ -149,17 +156,24 @@ static struct sampling sampling_for(const struct model_desc *desc)
     return how;
 }
 
-static int encode_prompt(struct session *session, struct output *o, const char *prompt, struct error *err)
+// Exactly one of prompt and messages is given; chat is NULL without --chat.
+static int encode_prompt(struct session *session, const struct chat *chat, struct output *o, const char *prompt,
+                         const json_t *messages, struct error *err)
 {
     const struct tokenizer *tokenizer;
     char *text = NULL;
-    size_t bytes = strlen(prompt);
+    size_t bytes = prompt ? strlen(prompt) : 0;
     int rc = session_tokenizer(session, &tokenizer, err);
     if (rc)
         return rc;
-    if (strcmp(prompt, "-") == 0 && (rc = read_text("-", &text, &bytes, err)))
+    if (prompt && strcmp(prompt, "-") == 0 && (rc = read_text("-", &text, &bytes, err)))
         return rc;
-    rc = tokenizer_encode(tokenizer, text ? text : prompt, bytes, TOKENIZER_ADD_SPECIAL, &o->prompt, err);
+    if (messages)
+        rc = generate_chat_encode(chat, tokenizer, messages, &o->prompt, err);
+    else if (chat)
+        rc = generate_chat_prompt(chat, tokenizer, options.system, text ? text : prompt, bytes, &o->prompt, err);
+    else
+        rc = tokenizer_encode(tokenizer, text ? text : prompt, bytes, TOKENIZER_ADD_SPECIAL, &o->prompt, err);
     free(text);
     if (rc)
         return rc;
@@ -217,13 +231,16 @@ static void print_start(struct session *session)
         session_print_devices(session, stderr);
 }
 
-static int run_prompts(struct session *session, struct output *outputs, int count, struct error *err)
+// The prompts of the command line, or one conversation.
+static int run_prompts(struct session *session, const struct chat *chat, const json_t *messages, struct output *outputs,
+                       int count, struct error *err)
 {
     struct generation generations[OPTION_LIST_MAX];
     int rc;
     bool live = count == 1 && !common_options.json;
     for (int i = 0; i < count; i++) {
-        if ((rc = encode_prompt(session, &outputs[i], options.prompts.items[i], err)))
+        const char *prompt = messages ? NULL : options.prompts.items[i];
+        if ((rc = encode_prompt(session, chat, &outputs[i], prompt, messages, err)))
             return rc;
         outputs[i].live = live;
         generations[i] = (struct generation){.prompt = outputs[i].prompt.ids,
@@ -234,9 +251,11 @@ static int run_prompts(struct session *session, struct output *outputs, int coun
                                              .on_tokens = on_tokens,
                                              .arg = outputs};
     }
+    bool started = session_shared(session) != NULL; // in an earlier turn
     if ((rc = session_check_prompts(session, generations, count, err)) || (rc = session_start(session, err)))
         return rc;
-    print_start(session);
+    if (!started)
+        print_start(session);
     rc = session_generate(session, generations, count, err);
     for (int i = 0; i < count; i++) {
         const char *text;
@@ -270,25 +289,78 @@ static void print_rates(struct session *session)
         fprintf(stderr, "%lld decode steps in %.2f s: %.1f steps/s\n", steps, decode, (double)steps / decode);
 }
 
+static void clear_output(struct output *o)
+{
+    tokenizer_stream_free(o->stream);
+    free(o->prompt.ids);
+    free(o->text);
+    *o = (struct output){0};
+}
+
+// One line of standard input a turn; the model sees all turns so far.
+static int run_conversation(struct session *session, const struct chat *chat, struct error *err)
+{
+    struct output output = {0};
+    char *line = NULL;
+    size_t bytes;
+    json_t *messages = generate_chat_begin(options.system);
+    int rc = messages ? 0 : error_set(err, ERR_MEMORY, "no memory for the conversation");
+    while (!rc && (rc = generate_chat_line(&line, &bytes, err)) == 0 && line) {
+        if ((rc = generate_chat_add(messages, "user", line, bytes, err)) ||
+            (rc = run_prompts(session, chat, messages, &output, 1, err)) ||
+            (rc = generate_chat_add(messages, "assistant", output.text ? output.text : "", output.bytes, err)))
+            break;
+        clear_output(&output);
+    }
+    clear_output(&output);
+    free(line);
+    json_decref(messages);
+    return rc;
+}
+
+static int check_options(struct error *err)
+{
+    bool chat = options.chat || options.messages;
+    if (options.prompts.count == 0 && !chat)
+        return error_set(err, ERR_USAGE, "generate needs --prompt TEXT, or --prompt - for standard input, or --chat");
+    if (options.system && (!chat || options.messages))
+        return error_set(err, ERR_USAGE,
+                         "--system goes with --chat, and not with --messages, which holds all messages");
+    if (options.messages && options.prompts.count)
+        return error_set(err, ERR_USAGE, "--messages and --prompt cannot be given together");
+    if (chat && !options.prompts.count && !options.messages && (common_options.json || options.ids))
+        return error_set(err, ERR_USAGE, "--json and --ids need --prompt or --messages");
+    return 0;
+}
+
 int generate_run(int argc, char **argv, struct error *err)
 {
     (void)argc;
     struct session *session = NULL;
-    int count = options.prompts.count, rc;
-    if (count == 0)
-        return error_set(err, ERR_USAGE, "generate needs --prompt TEXT, or --prompt - for standard input");
+    struct chat *chat = NULL;
+    json_t *messages = NULL;
+    int count = options.prompts.count > 0 ? options.prompts.count : 1, rc = check_options(err);
+    if (rc)
+        return rc;
     struct output *outputs = calloc((size_t)count, sizeof *outputs);
     if (!outputs)
         return error_set(err, ERR_MEMORY, "no memory for %d prompts", count);
-    if ((rc = session_open(&session, argv[0], &session_options, count, 0, err)) == 0 &&
-        (rc = run_prompts(session, outputs, count, err)) == 0)
+    if ((rc = session_open(&session, argv[0], &session_options, count, 0, err)) ||
+        ((options.chat || options.messages) && (rc = chat_open(&chat, argv[0], err))) ||
+        (options.messages && (rc = generate_chat_read(&messages, options.messages, err))))
+        goto done;
+    if (messages || options.prompts.count)
+        rc = run_prompts(session, chat, messages, outputs, count, err);
+    else
+        rc = run_conversation(session, chat, err);
+    if (rc == 0 && session_shared(session))
         print_rates(session);
-    for (int i = 0; i < count; i++) {
-        tokenizer_stream_free(outputs[i].stream);
-        free(outputs[i].prompt.ids);
-        free(outputs[i].text);
-    }
+done:
+    for (int i = 0; i < count; i++)
+        clear_output(&outputs[i]);
     free(outputs);
+    json_decref(messages);
+    chat_close(chat);
     session_close(session);
     return rc;
 }

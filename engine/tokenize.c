@@ -1,5 +1,6 @@
 // tpengine tokenize: text to ids and back, from the compiled tokenizer alone; no rank is started.
 #include "engine/commands.h"
+#include "engine/generate_chat.h"
 
 #include <errno.h>
 #include <jansson.h>
@@ -8,13 +9,14 @@
 #include <string.h>
 
 static struct {
-    bool decode, no_special;
+    bool decode, no_special, chat;
 } options;
 
 const struct option_spec tokenize_options[] = {
     {"decode", OPTION_FLAG, &options.decode, NULL, 0, 0, "TEXT holds ids, comma separated; print the text"},
     {"no-special", OPTION_FLAG, &options.no_special, NULL, 0, 0,
      "add no special tokens; with --decode, leave them out"},
+    {"chat", OPTION_FLAG, &options.chat, NULL, 0, 0, "TEXT is a message to the model's chat template"},
     {NULL, OPTION_FLAG, NULL, NULL, 0, 0, NULL},
 };
 
@@ -86,6 +88,22 @@ static int decode(const struct tokenizer *tokenizer, const char *text, struct er
     return rc;
 }
 
+static int encode_chat(const char *dir, const struct tokenizer *tokenizer, const char *text, size_t bytes,
+                       struct error *err)
+{
+    struct token_list ids = {0};
+    struct chat *chat;
+    int rc = chat_open(&chat, dir, err);
+    if (rc)
+        return rc;
+    rc = generate_chat_prompt(chat, tokenizer, NULL, text, bytes, &ids, err);
+    if (rc == 0)
+        rc = print_ids(&ids, err);
+    free(ids.ids);
+    chat_close(chat);
+    return rc;
+}
+
 int tokenize_run(int argc, char **argv, struct error *err)
 {
     (void)argc;
@@ -99,7 +117,12 @@ int tokenize_run(int argc, char **argv, struct error *err)
     if (strcmp(argv[1], "-") == 0 && (rc = read_text("-", &text, &bytes, err)))
         goto done;
     const char *input = text ? text : argv[1];
-    rc = options.decode ? decode(map.tokenizer, input, err) : encode(map.tokenizer, input, bytes, err);
+    if (options.chat && (options.decode || options.no_special))
+        rc = error_set(err, ERR_USAGE, "--chat goes with neither --decode nor --no-special");
+    else if (options.chat)
+        rc = encode_chat(argv[0], map.tokenizer, input, bytes, err);
+    else
+        rc = options.decode ? decode(map.tokenizer, input, err) : encode(map.tokenizer, input, bytes, err);
 done:
     free(text);
     tokenizer_map_close(&map);

@@ -223,6 +223,32 @@ static void plan_decoder(struct tokenizer *tok)
             tok->decodes_in_chunks = false;
 }
 
+// White space and the mark that stands for a space.
+static bool is_blank(const struct tokenizer *tok, const struct tokenizer_added *added)
+{
+    const char *text = tok->op_text + added->text_offset;
+    for (size_t at = 0; at < added->text_bytes;) {
+        uint32_t code_point;
+        at += tokenizer_text_next(text + at, added->text_bytes - at, &code_point);
+        if (!tokenizer_text_is_space(code_point) && code_point != 0x2581)
+            return false;
+    }
+    return true;
+}
+
+static int find_controls(struct tokenizer *tok, struct error *err)
+{
+    const struct tokenizer_added_list *lists[] = {&tok->added_raw, &tok->added_normalized};
+    tok->controls = calloc(tok->header->id_count, sizeof *tok->controls);
+    if (!tok->controls)
+        return error_set(err, ERR_MEMORY, "%s: out of memory", tok->name);
+    for (int list = 0; list < 2; list++)
+        for (uint32_t i = 0; i < lists[list]->count; i++)
+            if (!is_blank(tok, &lists[list]->added[i]))
+                tok->controls[lists[list]->added[i].id] = true;
+    return 0;
+}
+
 int tokenizer_open(struct tokenizer **out, const uint8_t *bytes, size_t byte_count, const char *name_for_messages,
                    struct error *err)
 {
@@ -245,7 +271,7 @@ int tokenizer_open(struct tokenizer **out, const uint8_t *bytes, size_t byte_cou
         goto fail;
     }
     if ((rc = check_decode_texts(tok, err)) || (rc = open_added(tok, &tok->added_raw, err)) ||
-        (rc = open_added(tok, &tok->added_normalized, err)))
+        (rc = open_added(tok, &tok->added_normalized, err)) || (rc = find_controls(tok, err)))
         goto fail;
     if ((rc = open_ops(tok, &tok->normalizer, false, "normalizer", err)) ||
         (rc = open_ops(tok, &tok->pretokenizer, false, "pre_tokenizer", err)) ||
@@ -270,6 +296,7 @@ void tokenizer_close(struct tokenizer *tok)
         tokenizer_regex_close(tok->pretokenizer.regexes[i]);
         tokenizer_regex_close(tok->decoder.regexes[i]);
     }
+    free(tok->controls);
     free(tok);
 }
 

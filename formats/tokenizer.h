@@ -12,6 +12,7 @@
 #include <stdint.h>
 
 #include "formats/error.h"
+#include "formats/marked_text.h"
 #include "formats/tokenizer_compile.h"
 
 struct tokenizer;        // immutable after opening: any number of threads may use one at the same time
@@ -38,6 +39,14 @@ void tokenizer_close(struct tokenizer *tok); // accepts NULL
 // Appends the ids of the text to *out. On failure *out holds what it held before.
 int tokenizer_encode(const struct tokenizer *tok, const char *text, size_t text_bytes, unsigned flags,
                      struct token_list *out, struct error *err);
+
+// Appends the ids of a text of which some comes from a user: the segments, in order, cover it. What a user wrote never becomes
+// an added token, special or not, neither as a whole nor together with text around it; added tokens that are white space
+// alone control nothing and are found as ever. Apart from that the ids are those of the whole text: where no user wrote an
+// added token they equal tokenizer_encode's. flags: TOKENIZER_ADD_SPECIAL or 0. ERR_USAGE for invalid UTF-8.
+int tokenizer_encode_marked(const struct tokenizer *tok, const char *text, size_t text_bytes,
+                            const struct text_segment *segments, size_t num_segments, unsigned flags,
+                            struct token_list *out, struct error *err);
 
 // The text of ids, as Hugging Face decode(ids, skip_special_tokens=skip_special) gives it. *out is malloc'ed (caller
 // frees) and NUL-terminated; *out_bytes does not count the NUL. ERR_USAGE for an id that does not exist.

@@ -40,16 +40,9 @@ static int push_symbol(struct tokenizer_bpe *bpe, size_t *count, uint32_t id, st
     return 0;
 }
 
-static bool blocked(const struct tokenizer *tok, uint32_t id, bool plain)
+static bool blocked(const struct tokenizer *tok, uint32_t id, enum tokenizer_block block)
 {
-    return plain && tok->token_flags[id] & TOKEN_SPECIAL;
-}
-
-static uint32_t character_id(const struct tokenizer *tok, const char *text, size_t length, uint32_t code_point,
-                             bool plain)
-{
-    uint32_t id = code_point < 0x800 ? tok->letter_ids[code_point] : tokenizer_find(tok, text, length, TOKEN_IN_MODEL);
-    return id == TOKENIZER_NONE || blocked(tok, id, plain) ? TOKENIZER_NONE : id;
+    return block == BLOCK_SPECIAL ? tok->token_flags[id] & TOKEN_SPECIAL : block == BLOCK_ADDED && tok->controls[id];
 }
 
 static bool all_bytes_have_ids(const struct tokenizer *tok, const char *text, size_t length)
@@ -60,9 +53,20 @@ static bool all_bytes_have_ids(const struct tokenizer *tok, const char *text, si
     return true;
 }
 
+static uint32_t character_id(const struct tokenizer *tok, const char *text, size_t length, uint32_t code_point,
+                             enum tokenizer_block block)
+{
+    uint32_t id = code_point < 0x800 ? tok->letter_ids[code_point] : tokenizer_find(tok, text, length, TOKEN_IN_MODEL);
+    if (id == TOKENIZER_NONE || !blocked(tok, id, block))
+        return id;
+    // A letter that is an added token has no smaller parts but its bytes: without those, dropping it would lose text.
+    bool splits = tok->header->flags & IMAGE_BYTE_FALLBACK && all_bytes_have_ids(tok, text, length);
+    return block == BLOCK_ADDED && !splits ? id : TOKENIZER_NONE;
+}
+
 // One symbol per character; unknown characters become byte tokens, the unknown token, or nothing.
 static int split_characters(const struct tokenizer *tok, struct tokenizer_bpe *bpe, const char *piece, size_t bytes,
-                            bool plain, size_t *count, struct error *err)
+                            enum tokenizer_block block, size_t *count, struct error *err)
 {
     const struct tokenizer_image_header *h = tok->header;
     int rc = 0;
@@ -71,7 +75,7 @@ static int split_characters(const struct tokenizer *tok, struct tokenizer_bpe *b
     for (size_t at = 0; at < bytes && !rc;) {
         uint32_t code_point;
         size_t length = tokenizer_text_next(piece + at, bytes - at, &code_point);
-        uint32_t id = character_id(tok, piece + at, length, code_point, plain);
+        uint32_t id = character_id(tok, piece + at, length, code_point, block);
         if (id != TOKENIZER_NONE) {
             if (unknown_pending)
                 rc = push_symbol(bpe, count, h->unk_id, err);
@@ -95,29 +99,29 @@ static int split_characters(const struct tokenizer *tok, struct tokenizer_bpe *b
 
 // The merge of two neighbours, or NULL.
 static const struct tokenizer_merge_slot *find_merge(const struct tokenizer *tok, uint32_t left, uint32_t right,
-                                                     bool plain)
+                                                     enum tokenizer_block block)
 {
     uint32_t mask = tok->header->merge_slots - 1;
     uint32_t hash = tokenizer_image_pair_hash(left, right);
     for (uint32_t probe = 0; probe < TOKENIZER_PROBE_LIMIT; probe++) {
         const struct tokenizer_merge_slot *slot = &tok->merges[(hash + probe) & mask];
         if (slot->left == left && slot->right == right)
-            return slot->merged < tok->header->id_count && !blocked(tok, slot->merged, plain) ? slot : NULL;
+            return slot->merged < tok->header->id_count && !blocked(tok, slot->merged, block) ? slot : NULL;
         if (slot->left == TOKENIZER_NONE)
             return NULL;
     }
     return NULL;
 }
 
-static int merge_by_scan(const struct tokenizer *tok, const struct bpe_symbol *symbols, size_t count, bool plain,
-                         struct token_list *out, struct error *err)
+static int merge_by_scan(const struct tokenizer *tok, const struct bpe_symbol *symbols, size_t count,
+                         enum tokenizer_block block, struct token_list *out, struct error *err)
 {
     uint32_t ids[SCAN_SYMBOLS];
     const struct tokenizer_merge_slot *merges[SCAN_SYMBOLS]; // [i]: of ids[i] and ids[i + 1]
     for (size_t i = 0; i < count; i++)
         ids[i] = symbols[i].id;
     for (size_t i = 0; i + 1 < count; i++)
-        merges[i] = find_merge(tok, ids[i], ids[i + 1], plain);
+        merges[i] = find_merge(tok, ids[i], ids[i + 1], block);
     for (;;) {
         const struct tokenizer_merge_slot *best = NULL;
         size_t at = 0;
@@ -133,9 +137,9 @@ static int merge_by_scan(const struct tokenizer *tok, const struct bpe_symbol *s
         memmove(&ids[at + 1], &ids[at + 2], (count - at - 1) * sizeof *ids);
         memmove(&merges[at], &merges[at + 1], (count - at - 1) * sizeof *merges);
         if (at)
-            merges[at - 1] = find_merge(tok, ids[at - 1], ids[at], plain);
+            merges[at - 1] = find_merge(tok, ids[at - 1], ids[at], block);
         if (at + 1 < count)
-            merges[at] = find_merge(tok, ids[at], ids[at + 1], plain);
+            merges[at] = find_merge(tok, ids[at], ids[at + 1], block);
     }
     int rc = 0;
     for (size_t i = 0; i < count && !rc; i++)
@@ -173,16 +177,16 @@ static struct bpe_candidate heap_pop(struct bpe_candidate *heap, size_t *size)
 }
 
 static void push_candidate(const struct tokenizer *tok, struct tokenizer_bpe *bpe, size_t *size, uint32_t left,
-                           uint32_t right, bool plain)
+                           uint32_t right, enum tokenizer_block block)
 {
-    const struct tokenizer_merge_slot *merge = find_merge(tok, bpe->symbols[left].id, bpe->symbols[right].id, plain);
+    const struct tokenizer_merge_slot *merge = find_merge(tok, bpe->symbols[left].id, bpe->symbols[right].id, block);
     if (merge)
         heap_push(bpe->heap, size, (struct bpe_candidate){merge->rank, left, merge->merged});
 }
 
 // n log n for long pieces. Candidates whose symbols changed meanwhile stay in the heap and are dropped when popped.
-static int merge_by_heap(const struct tokenizer *tok, struct tokenizer_bpe *bpe, size_t count, bool plain,
-                         struct token_list *out, struct error *err)
+static int merge_by_heap(const struct tokenizer *tok, struct tokenizer_bpe *bpe, size_t count,
+                         enum tokenizer_block block, struct token_list *out, struct error *err)
 {
     // At most one candidate per neighbours at first; each merge pops one, pushes two, and there are below count merges.
     if (bpe->heap_capacity < 2 * count) {
@@ -199,14 +203,14 @@ static int merge_by_heap(const struct tokenizer *tok, struct tokenizer_bpe *bpe,
         symbols[i].next = i + 1 < count ? i + 1 : TOKENIZER_NONE;
     }
     for (uint32_t i = 0; i + 1 < count; i++)
-        push_candidate(tok, bpe, &size, i, i + 1, plain);
+        push_candidate(tok, bpe, &size, i, i + 1, block);
     while (size) {
         struct bpe_candidate top = heap_pop(bpe->heap, &size);
         struct bpe_symbol *left = &symbols[top.position];
         if (left->id == TOKENIZER_NONE || left->next == TOKENIZER_NONE)
             continue;
         struct bpe_symbol *right = &symbols[left->next];
-        const struct tokenizer_merge_slot *merge = find_merge(tok, left->id, right->id, plain);
+        const struct tokenizer_merge_slot *merge = find_merge(tok, left->id, right->id, block);
         if (!merge || merge->merged != top.merged)
             continue;
         left->id = merge->merged;
@@ -215,9 +219,9 @@ static int merge_by_heap(const struct tokenizer *tok, struct tokenizer_bpe *bpe,
         if (left->next != TOKENIZER_NONE)
             symbols[left->next].prev = top.position;
         if (left->prev != TOKENIZER_NONE)
-            push_candidate(tok, bpe, &size, left->prev, top.position, plain);
+            push_candidate(tok, bpe, &size, left->prev, top.position, block);
         if (left->next != TOKENIZER_NONE)
-            push_candidate(tok, bpe, &size, top.position, left->next, plain);
+            push_candidate(tok, bpe, &size, top.position, left->next, block);
     }
     int rc = 0;
     for (uint32_t i = 0; i != TOKENIZER_NONE && !rc; i = symbols[i].next)
@@ -226,20 +230,20 @@ static int merge_by_heap(const struct tokenizer *tok, struct tokenizer_bpe *bpe,
 }
 
 int tokenizer_bpe_encode(const struct tokenizer *tok, struct tokenizer_bpe *bpe, const char *piece, size_t bytes,
-                         bool plain, struct token_list *out, struct error *err)
+                         enum tokenizer_block block, struct token_list *out, struct error *err)
 {
     if (bytes <= tok->header->longest_token) {
         uint32_t id = tokenizer_find(tok, piece, bytes, TOKEN_WHOLE);
-        if (id != TOKENIZER_NONE && !blocked(tok, id, plain))
+        if (id != TOKENIZER_NONE && !blocked(tok, id, block))
             return tokenizer_push_id(out, id, err);
     }
     size_t count;
-    int rc = split_characters(tok, bpe, piece, bytes, plain, &count, err);
+    int rc = split_characters(tok, bpe, piece, bytes, block, &count, err);
     if (rc || !count)
         return rc;
     if (count >= TOKENIZER_NONE / 2)
         return error_set(err, ERR_USAGE, "a text of %zu characters without a break is too long to encode", count);
     if (count <= SCAN_SYMBOLS)
-        return merge_by_scan(tok, bpe->symbols, count, plain, out, err);
-    return merge_by_heap(tok, bpe, count, plain, out, err);
+        return merge_by_scan(tok, bpe->symbols, count, block, out, err);
+    return merge_by_heap(tok, bpe, count, block, out, err);
 }

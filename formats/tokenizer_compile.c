@@ -531,7 +531,8 @@ static int mark_whole_tokens(struct compiler *c, const struct tokenizer *tok)
             continue;
         ids.count = 0;
         if (!c->ignore_merges)
-            rc = tokenizer_bpe_encode(tok, &bpe, c->contents[id].text, c->contents[id].bytes, false, &ids, c->err);
+            rc = tokenizer_bpe_encode(tok, &bpe, c->contents[id].text, c->contents[id].bytes, BLOCK_NOTHING, &ids,
+                                      c->err);
         if (c->ignore_merges || (ids.count == 1 && ids.ids[0] == id))
             c->token_flags[id] |= TOKEN_WHOLE;
     }

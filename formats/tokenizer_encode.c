@@ -15,10 +15,12 @@ static const char META[] = "\xE2\x96\x81"; // U+2581, the word mark of SentenceP
 struct encoder { // one call of tokenizer_encode
     const struct tokenizer *tok;
     bool plain;
+    enum tokenizer_block block; // of what is being encoded
     struct token_list *out;
     struct tokenizer_bpe bpe;
     struct tokenizer_regex_memory *memory;
     struct tokenizer_text normalized[2];                // normalizer steps write to these in turn
+    struct tokenizer_text normalized_marks[2];          // a byte for each of theirs
     struct tokenizer_text rewritten[TOKENIZER_MAX_OPS]; // pre-tokenizer step i writes to the i-th
     struct error *err;
 };
@@ -98,7 +100,7 @@ static int encode_words(struct encoder *e, const char *piece, size_t bytes)
             at += 3;
         const char *mark = tokenizer_text_find(piece + at, bytes - at, META, 3);
         size_t end = mark ? (size_t)(mark - piece) : bytes;
-        rc = tokenizer_bpe_encode(e->tok, &e->bpe, piece + start, end - start, e->plain, e->out, e->err);
+        rc = tokenizer_bpe_encode(e->tok, &e->bpe, piece + start, end - start, e->block, e->out, e->err);
         start = end;
     }
     return rc;
@@ -108,7 +110,7 @@ static int encode_piece(struct encoder *e, const char *piece, size_t bytes)
 {
     if (e->tok->header->flags & IMAGE_CUT_AT_META)
         return encode_words(e, piece, bytes);
-    return tokenizer_bpe_encode(e->tok, &e->bpe, piece, bytes, e->plain, e->out, e->err);
+    return tokenizer_bpe_encode(e->tok, &e->bpe, piece, bytes, e->block, e->out, e->err);
 }
 
 // ---- pre-tokenizer steps
@@ -345,13 +347,38 @@ static size_t skip_spaces_back(const char *text, size_t end)
     return end;
 }
 
+static bool any_from_user(const uint8_t *marks, size_t bytes) { return marks && memchr(marks, 1, bytes) != NULL; }
+
+// Whether a user wrote something of a token that begins a text. Word marks in front of it do not count: normalizing puts them
+// there, for a space that may be the user's.
+static bool is_forged(const char *text, const uint8_t *marks, size_t bytes)
+{
+    size_t begin = 0;
+    while (bytes - begin > 3 && !memcmp(text + begin, META, 3))
+        begin += 3;
+    return marks && any_from_user(marks + begin, bytes - begin);
+}
+
+// The longest added token at the front of a text that has no byte from a user, or is white space.
+static const struct tokenizer_added *longest_allowed(const struct tokenizer *tok,
+                                                     const struct tokenizer_added_list *list, const char *text,
+                                                     const uint8_t *marks, size_t bytes)
+{
+    const struct tokenizer_added *added = longest_added(tok, list, text, bytes);
+    while (added && tok->controls[added->id] && is_forged(text, marks, added->text_bytes))
+        added = longest_added(tok, list, text, added->text_bytes - 1);
+    return added;
+}
+
 // The next added token at or behind *position, leftmost then longest; *position moves behind it. False: none.
 static bool next_added(const struct tokenizer *tok, const struct tokenizer_added_list *list, const char *text,
-                       size_t bytes, size_t *position, struct added_match *match)
+                       const uint8_t *marks, size_t bytes, size_t *position, struct added_match *match)
 {
     for (size_t at = *position; at < bytes;) {
         const struct tokenizer_added *added =
-            list->first_byte[(uint8_t)text[at]] ? longest_added(tok, list, text + at, bytes - at) : NULL;
+            list->first_byte[(uint8_t)text[at]]
+                ? longest_allowed(tok, list, text + at, marks ? marks + at : NULL, bytes - at)
+                : NULL;
         if (!added) {
             at++;
             continue;
@@ -369,18 +396,20 @@ static bool next_added(const struct tokenizer *tok, const struct tokenizer_added
     return false;
 }
 
-typedef int segment_function(struct encoder *e, const char *text, size_t bytes, bool at_start);
+typedef int segment_function(struct encoder *e, const char *text, const uint8_t *marks, size_t bytes, bool at_start);
 
-// Pushes the ids of the added tokens in a text and hands what lies between them to encode_segment.
-static int cut_at_added(struct encoder *e, const struct tokenizer_added_list *list, const char *text, size_t bytes,
-                        bool at_start, segment_function *encode_segment)
+// Pushes the ids of the added tokens in a text and hands what lies between them to encode_segment. marks: 1 for each byte from
+// a user; NULL: none is.
+static int cut_at_added(struct encoder *e, const struct tokenizer_added_list *list, const char *text,
+                        const uint8_t *marks, size_t bytes, bool at_start, segment_function *encode_segment)
 {
+#define MARKS_AT(at) (marks ? marks + (at) : NULL)
     struct added_match match;
     size_t done = 0, position = 0;
     int rc = 0;
     if (e->plain || !list->count)
-        return encode_segment(e, text, bytes, at_start);
-    while (!rc && next_added(e->tok, list, text, bytes, &position, &match)) {
+        return encode_segment(e, text, marks, bytes, at_start);
+    while (!rc && next_added(e->tok, list, text, marks, bytes, &position, &match)) {
         if (match.added->flags & ADDED_LSTRIP) {
             match.start = skip_spaces_back(text, match.start);
             match.start = match.start > done ? match.start : done; // the token before may have taken the spaces
@@ -388,18 +417,21 @@ static int cut_at_added(struct encoder *e, const struct tokenizer_added_list *li
         if (match.added->flags & ADDED_RSTRIP)
             match.end = skip_spaces(text, bytes, match.end);
         if (match.start > done)
-            rc = encode_segment(e, text + done, match.start - done, at_start && done == 0);
+            rc = encode_segment(e, text + done, MARKS_AT(done), match.start - done, at_start && done == 0);
         if (!rc)
             rc = tokenizer_push_id(e->out, match.added->id, e->err);
         done = match.end;
     }
     if (!rc && done < bytes)
-        rc = encode_segment(e, text + done, bytes - done, at_start && done == 0);
+        rc = encode_segment(e, text + done, MARKS_AT(done), bytes - done, at_start && done == 0);
     return rc;
+#undef MARKS_AT
 }
 
-static int encode_normalized_segment(struct encoder *e, const char *text, size_t bytes, bool at_start)
+static int encode_normalized_segment(struct encoder *e, const char *text, const uint8_t *marks, size_t bytes,
+                                     bool at_start)
 {
+    e->block = e->plain ? BLOCK_SPECIAL : any_from_user(marks, bytes) ? BLOCK_ADDED : BLOCK_NOTHING;
     return run_steps(e, 0, text, bytes, at_start);
 }
 
@@ -423,13 +455,101 @@ static int normalize(struct encoder *e, const char *text, size_t bytes, struct t
     return 0;
 }
 
-static int encode_raw_segment(struct encoder *e, const char *text, size_t bytes, bool at_start)
+// ---- marks of normalized text
+
+// A character composes with nothing before it. Everything below U+0300 is such a character.
+static bool begins_cluster(const char *text) { return (uint8_t)*text < 0xCC && ((uint8_t)*text & 0xC0) != 0x80; }
+
+// NFC cluster by cluster: one that changes is the user's as soon as one byte of it is.
+static int mark_nfc(struct encoder *e, struct tokenizer_slice from, const uint8_t *marks, struct tokenizer_text *out)
+{
+    struct tokenizer_text cluster = {0};
+    int rc = 0;
+    for (size_t begin = 0, end; begin < from.bytes && !rc; begin = end) {
+        for (end = begin + 1; end < from.bytes && !begins_cluster(from.text + end); end++)
+            ;
+        cluster.bytes = 0;
+        if (!tokenizer_text_append_nfc(&cluster, from.text + begin, end - begin) ||
+            !tokenizer_text_reserve(out, cluster.bytes)) {
+            rc = out_of_memory(e->err);
+        } else if (cluster.bytes == end - begin && !memcmp(cluster.data, from.text + begin, cluster.bytes)) {
+            memcpy(out->data + out->bytes, marks + begin, cluster.bytes);
+        } else {
+            memset(out->data + out->bytes, any_from_user(marks + begin, end - begin), cluster.bytes);
+        }
+        out->bytes += rc ? 0 : cluster.bytes;
+    }
+    tokenizer_text_free(&cluster);
+    return rc;
+}
+
+// What a Replace step puts in is the user's as soon as one byte of what it replaces is.
+static int mark_replaced(struct encoder *e, const struct tokenizer_op *op, const struct tokenizer_regex *regex,
+                         struct tokenizer_slice from, const uint8_t *marks, struct tokenizer_text *out)
+{
+    struct matcher matcher = matcher_of(e->tok, op, regex, e->memory, from.text, from.bytes);
+    size_t done = 0, start, end;
+    int found;
+    while ((found = next_match(&matcher, &start, &end, e->err)) > 0) {
+        if (!tokenizer_text_append(out, (const char *)marks + done, start - done) ||
+            !tokenizer_text_reserve(out, op->content_bytes))
+            return out_of_memory(e->err);
+        memset(out->data + out->bytes, any_from_user(marks + start, end - start), op->content_bytes);
+        out->bytes += op->content_bytes;
+        done = end;
+    }
+    if (found < 0)
+        return found;
+    return tokenizer_text_append(out, (const char *)marks + done, from.bytes - done) ? 0 : out_of_memory(e->err);
+}
+
+// The normalizer steps on a text and its marks. *normalized as in normalize, *marks into e or as they were.
+static int normalize_marked(struct encoder *e, const char *text, size_t bytes, struct tokenizer_slice *normalized,
+                            const uint8_t **marks)
+{
+    const struct tokenizer_op_list *list = &e->tok->normalizer;
+    *normalized = (struct tokenizer_slice){text, bytes};
+    int turn = 0;
+    for (uint32_t i = 0; i < list->count; i++) {
+        bool changed;
+        struct tokenizer_text *out = &e->normalized[turn], *marked = &e->normalized_marks[turn];
+        const struct tokenizer_op *op = &list->ops[i];
+        int rc = rewrite(e, op, list->regexes[i], normalized->text, normalized->bytes, true, out, &changed);
+        if (rc || !changed) {
+            if (rc)
+                return rc;
+            continue;
+        }
+        marked->bytes = 0;
+        if (op->kind == OP_NFC) {
+            rc = mark_nfc(e, *normalized, *marks, marked);
+        } else if (op->kind == OP_REPLACE) {
+            rc = mark_replaced(e, op, list->regexes[i], *normalized, *marks, marked);
+        } else { // a prefix
+            size_t added = out->bytes - normalized->bytes;
+            if (!tokenizer_text_reserve(marked, out->bytes))
+                return out_of_memory(e->err);
+            memset(marked->data, 0, added);
+            memcpy(marked->data + added, *marks, normalized->bytes);
+            marked->bytes = out->bytes;
+        }
+        if (rc)
+            return rc;
+        *normalized = (struct tokenizer_slice){out->data, out->bytes};
+        *marks = (const uint8_t *)marked->data;
+        turn = !turn;
+    }
+    return 0;
+}
+
+static int encode_raw_segment(struct encoder *e, const char *text, const uint8_t *marks, size_t bytes, bool at_start)
 {
     struct tokenizer_slice normalized;
-    int rc = normalize(e, text, bytes, &normalized);
+    marks = any_from_user(marks, bytes) ? marks : NULL;
+    int rc = marks ? normalize_marked(e, text, bytes, &normalized, &marks) : normalize(e, text, bytes, &normalized);
     if (rc || !normalized.bytes)
         return rc;
-    return cut_at_added(e, &e->tok->added_normalized, normalized.text, normalized.bytes, at_start,
+    return cut_at_added(e, &e->tok->added_normalized, normalized.text, marks, normalized.bytes, at_start,
                         encode_normalized_segment);
 }
 
@@ -444,8 +564,10 @@ static void encoder_close(struct encoder *e)
 {
     tokenizer_bpe_free(&e->bpe);
     tokenizer_regex_memory_free(e->memory);
-    for (int i = 0; i < 2; i++)
+    for (int i = 0; i < 2; i++) {
         tokenizer_text_free(&e->normalized[i]);
+        tokenizer_text_free(&e->normalized_marks[i]);
+    }
     for (int i = 0; i < TOKENIZER_MAX_OPS; i++)
         tokenizer_text_free(&e->rewritten[i]);
 }
@@ -455,6 +577,19 @@ static int push_ids(struct token_list *out, const uint32_t *ids, uint32_t count,
     int rc = 0;
     for (uint32_t i = 0; i < count && !rc; i++)
         rc = tokenizer_push_id(out, ids[i], err);
+    return rc;
+}
+
+static int encode_text(struct encoder *e, const char *text, const uint8_t *marks, size_t bytes, unsigned flags)
+{
+    const struct tokenizer *tok = e->tok;
+    int rc = 0;
+    if (flags & TOKENIZER_ADD_SPECIAL)
+        rc = push_ids(e->out, tok->prefix_ids, tok->header->prefix_ids, e->err);
+    if (!rc && bytes)
+        rc = cut_at_added(e, &tok->added_raw, text, marks, bytes, true, encode_raw_segment);
+    if (!rc && flags & TOKENIZER_ADD_SPECIAL)
+        rc = push_ids(e->out, tok->suffix_ids, tok->header->suffix_ids, e->err);
     return rc;
 }
 
@@ -482,16 +617,44 @@ int tokenizer_encode(const struct tokenizer *tok, const char *text, size_t text_
         text = repaired.data;
         text_bytes = repaired.bytes;
     }
-    if (flags & TOKENIZER_ADD_SPECIAL && (rc = push_ids(out, tok->prefix_ids, tok->header->prefix_ids, err)))
-        goto done;
-    if (text_bytes && (rc = cut_at_added(&e, &tok->added_raw, text, text_bytes, true, encode_raw_segment)))
-        goto done;
-    if (flags & TOKENIZER_ADD_SPECIAL)
-        rc = push_ids(out, tok->suffix_ids, tok->header->suffix_ids, err);
+    rc = encode_text(&e, text, NULL, text_bytes, flags);
 done:
     if (rc)
         out->count = count_before;
     tokenizer_text_free(&repaired);
+    encoder_close(&e);
+    return rc;
+}
+
+int tokenizer_encode_marked(const struct tokenizer *tok, const char *text, size_t text_bytes,
+                            const struct text_segment *segments, size_t num_segments, unsigned flags,
+                            struct token_list *out, struct error *err)
+{
+    struct encoder e;
+    size_t count_before = out->count, covered = 0;
+    uint8_t *marks = malloc(text_bytes + 1);
+    int rc = encoder_open(&e, tok, err);
+    e.out = out;
+    if (!rc && !marks)
+        rc = out_of_memory(err);
+    if (!rc && (text_bytes > MAX_TEXT_BYTES || tokenizer_text_valid_prefix(text, text_bytes) != text_bytes))
+        rc = error_set(err, ERR_USAGE, "a marked text must be valid UTF-8 of at most 1 GiB, this one has %zu bytes",
+                       text_bytes);
+    for (size_t i = 0; i < num_segments && !rc; i++) {
+        if (segments[i].begin != covered || segments[i].end < covered || segments[i].end > text_bytes) {
+            rc = error_set(err, ERR_USAGE, "the marked segments of a text do not cover it in order");
+            break;
+        }
+        covered = segments[i].end;
+        memset(marks + segments[i].begin, segments[i].from_user, covered - segments[i].begin);
+    }
+    if (!rc && covered != text_bytes)
+        rc = error_set(err, ERR_USAGE, "the marked segments of a text do not cover it");
+    if (!rc)
+        rc = encode_text(&e, text, marks, text_bytes, flags);
+    if (rc)
+        out->count = count_before;
+    free(marks);
     encoder_close(&e);
     return rc;
 }

@@ -32,6 +32,7 @@ struct tokenizer {
     const char *token_text, *op_text;
     struct tokenizer_op_list normalizer, pretokenizer, decoder;
     struct tokenizer_added_list added_raw, added_normalized;
+    bool *controls;             // [id_count] an added token that is not white space alone; malloc'ed
     uint32_t letter_ids[0x800]; // ids of all one- and two-byte characters, or NONE
     struct tokenizer_letter {   // how byte-level tokenizers write each byte: one letter
         char text[2];           // UTF-8
@@ -69,9 +70,16 @@ struct tokenizer_bpe { // working memory; start from {0}
 
 void tokenizer_bpe_free(struct tokenizer_bpe *bpe);
 
-// Appends the ids of one piece of valid UTF-8. plain: special tokens do not come out.
+// What the model may not yield: a merge to it is not made, a whole word is split.
+enum tokenizer_block {
+    BLOCK_NOTHING,
+    BLOCK_SPECIAL, // TOKEN_SPECIAL
+    BLOCK_ADDED,   // tokenizer.controls; the unknown token, byte tokens and what cannot be split apart
+};
+
+// Appends the ids of one piece of valid UTF-8.
 int tokenizer_bpe_encode(const struct tokenizer *tok, struct tokenizer_bpe *bpe, const char *piece, size_t bytes,
-                         bool plain, struct token_list *out, struct error *err);
+                         enum tokenizer_block block, struct token_list *out, struct error *err);
 
 // ---- tokenizer_encode.c
 

@@ -1,8 +1,8 @@
 // See extras.h.
 #include "shard/extras.h"
+#include "shard/extras_chat.h"
 
 #include "formats/file_io.h"
-#include "formats/json_file.h"
 #include "formats/tokenizer_compile.h"
 
 #include <limits.h>
@@ -14,8 +14,7 @@
 
 enum { EXTRA_CAP_BYTES = 256 << 20 };
 
-// Takes ownership of bytes, on failure too.
-static int add(struct extras *extras, const char *name, uint8_t *bytes, uint64_t num_bytes, struct error *err)
+int extras_add(struct extras *extras, const char *name, uint8_t *bytes, uint64_t num_bytes, struct error *err)
 {
     struct extra extra = {strdup(name), bytes, num_bytes};
     if (!extra.name || extras->count == EXTRAS_MAX) {
@@ -50,42 +49,7 @@ static int copy_if_there(struct extras *extras, const char *dir, const char *nam
         return 0;
     if ((rc = file_read_all(&bytes, &num_bytes, path, EXTRA_CAP_BYTES, ERR_MODEL, err)))
         return rc;
-    return add(extras, name, bytes, num_bytes, err);
-}
-
-// The member chat_template of tokenizer_config.json: a text, or a list of {name, template} of which "default" counts.
-static const char *template_text(const struct json_object *config)
-{
-    const json_t *value = json_object_get(config->json, "chat_template");
-    if (json_is_string(value))
-        return json_string_value(value);
-    for (size_t i = 0; i < json_array_size(value); i++) {
-        const json_t *item = json_array_get(value, i);
-        const char *name = json_string_value(json_object_get(item, "name"));
-        if (name && strcmp(name, "default") == 0)
-            return json_string_value(json_object_get(item, "template"));
-    }
-    return NULL;
-}
-
-static int add_chat_template(struct extras *extras, const char *model_dir, struct error *err)
-{
-    char path[PATH_MAX];
-    struct json_object config = {0};
-    bool copied;
-    int rc = copy_if_there(extras, model_dir, "chat_template.jinja", &copied, err);
-    if (rc || copied || !there(path, model_dir, "tokenizer_config.json"))
-        return rc;
-    if ((rc = json_file_open(&config, path, 16 << 20, ERR_MODEL, err)))
-        return rc;
-    const char *text = template_text(&config);
-    char *copy = text ? strdup(text) : NULL;
-    if (text && !copy)
-        rc = error_set(err, ERR_MEMORY, "out of memory for the chat template");
-    else if (text)
-        rc = add(extras, "chat_template.jinja", (uint8_t *)copy, strlen(copy), err);
-    json_file_close(&config);
-    return rc;
+    return extras_add(extras, name, bytes, num_bytes, err);
 }
 
 static int add_tokenizer(struct extras *extras, bool *has_tokenizer, const char *model_dir, int64_t vocab_size,
@@ -102,7 +66,7 @@ static int add_tokenizer(struct extras *extras, bool *has_tokenizer, const char 
     if ((rc =
              tokenizer_compile(&image, &image_bytes, path, has_config ? config_path : NULL, (uint64_t)vocab_size, err)))
         return rc;
-    return add(extras, "tokenizer.bin", image, image_bytes, err);
+    return extras_add(extras, "tokenizer.bin", image, image_bytes, err);
 }
 
 int extras_from_model(struct extras *out, bool *has_tokenizer, const char *model_dir, int64_t vocab_size,
@@ -113,7 +77,7 @@ int extras_from_model(struct extras *out, bool *has_tokenizer, const char *model
     int rc;
     if ((rc = copy_if_there(&extras, model_dir, "config.json", &copied, err)) ||
         (rc = copy_if_there(&extras, model_dir, "generation_config.json", &copied, err)) ||
-        (rc = add_chat_template(&extras, model_dir, err)) ||
+        (rc = extras_chat_add(&extras, model_dir, err)) ||
         (rc = add_tokenizer(&extras, has_tokenizer, model_dir, vocab_size, err)))
         extras_clear(&extras);
     else
@@ -139,7 +103,7 @@ int extras_from_shards(struct extras *out, const char *dir, const struct manifes
         if (rc)
             free(bytes);
         else
-            rc = add(&extras, file->name, bytes, num_bytes, err);
+            rc = extras_add(&extras, file->name, bytes, num_bytes, err);
     }
     if (rc)
         extras_clear(&extras);

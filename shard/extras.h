@@ -19,6 +19,7 @@ enum { EXTRAS_MAX = 8 };
 struct extras {
     struct extra files[EXTRAS_MAX]; // sorted by name
     size_t count;
+    char warning[ERROR_MSG_BYTES]; // why the chat template cannot be used, or empty
 };
 
 // From a Hugging Face model. tokenizer.json is compiled; without it *has_tokenizer is false and that is no error.
@@ -27,6 +28,8 @@ int extras_from_model(struct extras *out, bool *has_tokenizer, const char *model
                       struct error *err);
 // From a shard directory, each checked against its checksum in the manifest (ERR_CORRUPT).
 int extras_from_shards(struct extras *out, const char *dir, const struct manifest *manifest, struct error *err);
+// Takes ownership of bytes (malloc), on failure too.
+int extras_add(struct extras *extras, const char *name, uint8_t *bytes, uint64_t num_bytes, struct error *err);
 void extras_clear(struct extras *extras); // accepts a zeroed one
 
 // Writes and syncs the files in dir and lists them in manifest->extras.
