@@ -6,10 +6,15 @@
 #include "formats/error.h"
 #include "kernels/backend.h"
 
-// wanted: "cuda", "cpu" (its fastest kernel table), the name of a kernel table, or "auto": CUDA where a GPU driver and the shared object are there, else the fastest kernel
-// table. library: the shared object's file, or NULL for libtpengine_cuda.so beside the program or in ../lib of it. *kernels is the
-// host's table, which every backend gets. ERR_USAGE for a name that this machine cannot run; ERR_GPU when "cuda" cannot be loaded.
-int backends_select(const struct backend **backend, const struct kernels **kernels, const char *wanted,
-                    const char *library, struct error *err);
+struct backend_choice {
+    const struct backend *backend;
+    const struct kernels *kernels; // the host's table, which every backend gets
+    const char *note;              // what the user should know of the choice; NULL: nothing
+};
+
+// wanted: "cuda", "cpu" (its fastest kernel table), the name of a kernel table, or "auto": CUDA where a GPU driver and the shared object are
+// there, else the fastest kernel table. library: the shared object's file; NULL or "": libtpengine_cuda.so beside the program or in
+// ../lib of it. ERR_USAGE for a name that this machine cannot run; ERR_GPU when "cuda" cannot be loaded.
+int backends_select(struct backend_choice *out, const char *wanted, const char *library, struct error *err);
 
 #endif

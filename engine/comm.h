@@ -69,6 +69,8 @@ int comm_barrier(struct comm *comm, struct error *err);
 // be NULL; it changes the speed of large messages and no bit.
 int comm_all_reduce(struct comm *comm, float *data, int64_t rows, int64_t cols, int64_t stride, enum wire wire,
                     struct thread_pool *pool, struct error *err);
+// Bytes that this rank has sent in all_reduces so far, as over links of its own.
+uint64_t comm_sent_bytes(const struct comm *comm);
 // all [tp_size][bytes] receives everyone's `mine`. bytes <= COMM_GATHER_MAX_BYTES.
 int comm_all_gather(struct comm *comm, void *all, const void *mine, size_t bytes, struct error *err);
 int comm_broadcast(struct comm *comm, void *data, size_t bytes, int root, struct error *err);

@@ -69,7 +69,8 @@ struct comm {
     struct comm_region *region;
     struct rank_slot *slot; // of this rank
     int rank, tp_size, timeout_ms;
-    uint32_t token; // last phase posted
+    uint32_t token;      // last phase posted
+    uint64_t sent_bytes; // of all_reduces
     struct spinner spinner;
 };
 
@@ -587,5 +588,9 @@ int comm_all_reduce(struct comm *comm, float *data, int64_t rows, int64_t cols, 
             return rc;
         run_step((struct piece_job){&piece, decode_results}, pool);
     }
+    // The parts of the others go to their owners, and the own result to each of them: 2 (n - 1) / n of the message.
+    comm->sent_bytes += groups * piece.group_bytes * 2 * (uint64_t)(comm->tp_size - 1) / (uint64_t)comm->tp_size;
     return 0;
 }
+
+uint64_t comm_sent_bytes(const struct comm *comm) { return comm->sent_bytes; }

@@ -19,30 +19,88 @@ static int exchange(struct decoder *d, enum buffer buffer, enum wire wire, struc
     return b->returned(d->device, buffer, err);
 }
 
-static int attention_block(struct decoder *d, int64_t i, struct error *err)
+// q and k are normed over all heads of all ranks together: their sums of squares are added up in rank order.
+static int exchange_squares(struct decoder *d, int64_t layer, struct error *err)
+{
+    enum { PIECE = 64 }; // rows of one exchange
+    const struct backend *b = d->backend;
+    int ranks = comm_size(d->comm), rc = b->squares(d->device, layer, err);
+    float *squares, all[COMM_MAX_RANKS * 2 * PIECE];
+    if (rc || ranks == 1)
+        return rc;
+    if ((rc = b->lend(d->device, BUFFER_SQUARES, &squares, err)))
+        return rc;
+    for (int64_t row = 0; row < d->count; row += PIECE) {
+        int64_t values = 2 * (d->count - row < PIECE ? d->count - row : PIECE);
+        if ((rc = comm_all_gather(d->comm, all, squares + 2 * row, (size_t)values * sizeof *all, err)))
+            return rc;
+        for (int64_t i = 0; i < values; i++) {
+            float sum = all[i];
+            for (int rank = 1; rank < ranks; rank++)
+                sum += all[rank * values + i];
+            squares[2 * row + i] = sum;
+        }
+    }
+    return b->returned(d->device, BUFFER_SQUARES, err);
+}
+
+// Queries by way of their latent, where the model has one, and the latent of keys and values.
+static int project_latent(struct decoder *d, int64_t i, struct error *err)
 {
     const struct backend *b = d->backend;
     const struct layer *layer = &d->model->weights.layers[i];
-    const float *earlier_bias = i > 0 ? layer[-1].down_bias : NULL;
+    int rc;
+    if (d->model->desc.latent.q_rank == 0)
+        return (rc = b->linear(d->device, BUFFER_QKV, &layer->q_b, err))
+                   ? rc
+                   : b->linear(d->device, BUFFER_KV_LATENT, &layer->kv_a, err);
+    if ((rc = b->linear(d->device, BUFFER_Q_LATENT, &layer->q_a, err)) ||
+        (rc = b->linear(d->device, BUFFER_KV_LATENT, &layer->kv_a, err)) || (rc = b->norm_latent(d->device, i, err)))
+        return rc;
+    return b->linear(d->device, BUFFER_QKV, &layer->q_b, err);
+}
+
+static int attention_block(struct decoder *d, int64_t i, struct error *err)
+{
+    const struct backend *b = d->backend;
+    const struct model_desc *desc = &d->model->desc;
+    const struct layer *layer = &d->model->weights.layers[i];
+    const struct join *join = i > 0 ? &layer[-1].mlp_join : NULL;
+    bool latent = desc->latent.kv_rank > 0;
+    const struct matrix *first = !latent ? &layer->qkv : desc->latent.q_rank > 0 ? &layer->q_a : &layer->q_b;
     int rc;
     comm_at(d->comm, OP_ATTENTION, (int)i);
-    if ((rc = b->norm(d->device, i > 0, earlier_bias, layer->attention_norm, &layer->qkv, err)) ||
-        (rc = b->linear(d->device, BUFFER_QKV, &layer->qkv, err)) || (rc = b->finish_qkv(d->device, i, err)) ||
-        (rc = b->attend(d->device, i, &layer->o, err)) || (rc = b->linear(d->device, BUFFER_PARTIAL, &layer->o, err)))
+    if ((rc = b->norm(d->device, join, layer->attention_norm, layer->qkv_order, first, err)) ||
+        (rc = latent ? project_latent(d, i, err) : b->linear(d->device, BUFFER_QKV, &layer->qkv, err)) ||
+        (rc = desc->qk_norm == QK_NORM_FULL ? exchange_squares(d, i, err) : 0) ||
+        (rc = b->finish_qkv(d->device, i, err)) || (rc = b->attend(d->device, i, err)) ||
+        (rc = b->linear(d->device, BUFFER_PARTIAL, &layer->o, err)))
         return rc;
     return exchange(d, BUFFER_PARTIAL, d->wire, err);
+}
+
+static int dense_mlp(struct decoder *d, const struct mlp *mlp, struct error *err)
+{
+    const struct backend *b = d->backend;
+    int rc;
+    if ((rc = b->linear(d->device, BUFFER_GATE_UP, &mlp->gate_up, err)) || (rc = b->activate(d->device, mlp, err)))
+        return rc;
+    return b->linear(d->device, BUFFER_PARTIAL, &mlp->down, err);
 }
 
 static int mlp_block(struct decoder *d, int64_t i, struct error *err)
 {
     const struct backend *b = d->backend;
     const struct layer *layer = &d->model->weights.layers[i];
+    bool experts = layer->flags & LAYER_EXPERTS, shared = d->model->desc.experts.shared_size > 0;
+    const struct matrix *first = experts ? &layer->router : &layer->mlp.gate_up;
     int rc;
     comm_at(d->comm, OP_MLP, (int)i);
-    if ((rc = b->norm(d->device, true, layer->o_bias, layer->mlp_norm, &layer->gate_up, err)) ||
-        (rc = b->linear(d->device, BUFFER_GATE_UP, &layer->gate_up, err)) ||
-        (rc = b->activate(d->device, layer->gate_up_bias, &layer->down, err)) ||
-        (rc = b->linear(d->device, BUFFER_PARTIAL, &layer->down, err)))
+    if ((rc = b->norm(d->device, &layer->attention_join, layer->mlp_norm, layer->gate_up_order, first, err)) ||
+        (rc = experts ? b->linear(d->device, BUFFER_ROUTER, &layer->router, err) : 0) ||
+        (rc = experts ? b->route(d->device, i, err) : 0) ||
+        (rc = !experts || shared ? dense_mlp(d, &layer->mlp, err) : 0) ||
+        (rc = experts ? b->experts(d->device, i, err) : 0))
         return rc;
     return exchange(d, BUFFER_PARTIAL, d->wire, err);
 }
@@ -50,20 +108,23 @@ static int mlp_block(struct decoder *d, int64_t i, struct error *err)
 // From the tokens to the residual and the last partial sum, which logits adds.
 static int run_layers(struct decoder *d, struct error *err)
 {
+    const struct model_desc *desc = &d->model->desc;
     int rc;
     comm_at(d->comm, OP_EMBED, -1);
     // Each rank holds some rows of the embedding, rounded to bf16; the others add zeros, so the sum over a bf16 wire is exact.
-    if ((rc = d->backend->embed(d->device, err)) || (rc = exchange(d, BUFFER_RESIDUAL, WIRE_BF16, err)))
+    if ((rc = d->backend->embed(d->device, err)) || (rc = exchange(d, BUFFER_RESIDUAL, WIRE_BF16, err)) ||
+        (rc =
+             desc->embedding_scale != 1 ? d->backend->scale_residual(d->device, (float)desc->embedding_scale, err) : 0))
         return rc;
-    for (int64_t i = 0; i < d->model->desc.num_layers; i++)
+    for (int64_t i = 0; i < desc->num_layers; i++)
         if ((rc = attention_block(d, i, err)) || (rc = mlp_block(d, i, err)))
             return rc;
     return 0;
 }
 
-static const float *last_bias(const struct decoder *d)
+static const struct join *last_join(const struct decoder *d)
 {
-    return d->model->weights.layers[d->model->desc.num_layers - 1].down_bias;
+    return &d->model->weights.layers[d->model->desc.num_layers - 1].mlp_join;
 }
 
 int decoder_forward(struct decoder *d, const struct token_row *rows, int64_t count, enum phase phase,
@@ -84,7 +145,7 @@ int decoder_logits(struct decoder *d, const int64_t *row_index, int64_t count, f
             return error_set(err, ERR_OTHER, "logits of row %lld were asked for after a step of %lld rows",
                              (long long)row, (long long)d->count);
     }
-    return d->backend->logits(d->device, last_bias(d), row_index, count, logits, stride, err);
+    return d->backend->logits(d->device, last_join(d), row_index, count, logits, stride, err);
 }
 
 bool decoder_samples(const struct decoder *d) { return d->backend->sample && comm_size(d->comm) == 1; }
@@ -104,7 +165,7 @@ int decoder_sample(struct decoder *d, const struct token_row *rows, int64_t num_
     if (phase == PHASE_DECODE && (rc = b->record(d->device, &replayed, err)))
         return rc;
     if (!replayed && ((rc = run_layers(d, err)) ||
-                      (rc = b->logits(d->device, last_bias(d), count < num_rows ? &last : NULL, count, NULL, 0, err)) ||
+                      (rc = b->logits(d->device, last_join(d), count < num_rows ? &last : NULL, count, NULL, 0, err)) ||
                       (rc = b->sample(d->device, err)) || (rc = b->finish(d->device, err))))
         return rc;
     comm_at(d->comm, OP_SAMPLE, -1); // a replayed step has said nothing of itself so far

@@ -13,6 +13,7 @@
 struct model {
     struct model_desc desc;
     struct rank_share share;
+    struct mlp *experts;     // what the layers' experts point into
     struct weights weights;  // shapes: formats/shard_file.h; pointers: where the backend loaded the payload
     struct shard_file *file; // the mapped file
     char *path;              // its name, for messages

@@ -32,6 +32,7 @@ struct session {
     char *dir;
     struct manifest *manifest;
     struct worker_options worker;
+    const char *backend_note; // for the user; NULL: none
     bool ranks_are_threads;
     int timeout_ms;
     struct launch *launch; // NULL until session_start
@@ -157,6 +158,10 @@ static struct rank_share upper_share(const struct model_desc *d, int64_t tp)
     if (tp <= d->num_kv_heads)
         share.num_kv_heads_local = (int64_t)div_up((uint64_t)d->num_kv_heads, (uint64_t)tp);
     share.intermediate_local = (int64_t)div_up((uint64_t)d->intermediate_size, (uint64_t)tp);
+    share.shared_size_local = (int64_t)div_up((uint64_t)d->experts.shared_size, (uint64_t)tp);
+    share.num_experts_local =
+        d->experts.num_experts; // whole experts, or a slice of each: rows of all are kept either way
+    share.expert_size_local = d->experts.expert_size;
     return share;
 }
 
@@ -259,9 +264,12 @@ static int check_supported(const struct manifest *manifest, const char *dir, str
     if (manifest->pp_size != 1)
         return error_set(err, ERR_MODEL, "%s: cut into %u pipeline stages; this version runs models of one stage", dir,
                          manifest->pp_size);
-    if (manifest->model.head_dim > KERNELS_MAX_HEAD_DIM)
-        return error_set(err, ERR_MODEL, "%s: heads of %lld elements; this version's attention takes at most %d", dir,
-                         (long long)manifest->model.head_dim, KERNELS_MAX_HEAD_DIM);
+    const struct latent_desc *latent = &manifest->model.latent;
+    int64_t key_dim = latent->kv_rank > 0 ? latent->kv_rank + latent->rope_dim : manifest->model.head_dim;
+    int64_t limit = latent->kv_rank > 0 ? KERNELS_MAX_KEY_DIM : KERNELS_MAX_HEAD_DIM;
+    if (key_dim > limit)
+        return error_set(err, ERR_MODEL, "%s: keys of %lld elements; this version's attention takes at most %lld", dir,
+                         (long long)key_dim, (long long)limit);
     if (manifest->tp_size > COMM_MAX_RANKS)
         return error_set(err, ERR_MODEL, "%s: cut for %u ranks; this version runs at most %d", dir, manifest->tp_size,
                          COMM_MAX_RANKS);
@@ -273,6 +281,7 @@ int session_open(struct session **out, const char *dir, const struct session_opt
 {
     int rc;
     int64_t context;
+    struct backend_choice choice;
     struct session *s = calloc(1, sizeof *s);
     if (!s || !(s->dir = strdup(dir))) {
         free(s);
@@ -281,8 +290,11 @@ int session_open(struct session **out, const char *dir, const struct session_opt
     if ((rc = manifest_read(&s->manifest, dir, err)) || (rc = check_supported(s->manifest, dir, err)) ||
         (rc = choose_context(s->manifest, options, &context, err)) ||
         (rc = choose_wire(s->manifest, options->wire, &s->worker.wire, err)) ||
-        (rc = backends_select(&s->worker.backend, &s->worker.kernels, options->backend, options->cuda_library, err)))
+        (rc = backends_select(&choice, options->backend, options->cuda_library, err)))
         goto fail;
+    s->worker.backend = choice.backend;
+    s->worker.kernels = choice.kernels;
+    s->backend_note = choice.note;
     s->worker.dir = s->dir;
     s->worker.manifest = s->manifest;
     s->worker.threads = options->threads > 0 ? (int)options->threads : default_threads(s->manifest->tp_size);
@@ -323,6 +335,8 @@ const char *session_backend(const struct session *s)
 
 void session_print_devices(struct session *s, FILE *out)
 {
+    if (s->backend_note)
+        fprintf(out, "%s\n", s->backend_note);
     for (uint32_t r = 0; r < s->manifest->tp_size && s->worker.backend != &backend_cpu; r++)
         if (r == 0 || strcmp(s->shared->device[r], s->shared->device[r - 1]) != 0)
             fprintf(out, "rank %u: %s\n", r, s->shared->device[r]);
@@ -432,6 +446,7 @@ int session_generate(struct session *s, struct generation *generations, int64_t 
     }
     s->shared->num_sequences = count;
     atomic_store(&s->shared->decode_steps, 0);
+    atomic_store(&s->shared->decode_rows, 0);
     if ((rc = launch_post(s->launch, COMMAND_GENERATE, err)))
         return rc;
     do {

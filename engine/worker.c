@@ -116,22 +116,30 @@ static int agree(struct worker *w, struct error *err)
     return comm_handshake(w->env->comm, &mine, sizeof mine, "model contract and options", err);
 }
 
-// The ranks' parts of vocabulary and mlp must follow each other from 0 to the whole: each knows only its own file.
+// The ranks' parts must follow each other from 0 to the whole: each knows only its own file.
 static int check_shares(struct worker *w, struct error *err)
 {
     const struct model_desc *desc = &w->model.desc;
+    bool whole_experts = w->options->manifest->experts == EXPERTS_EP;
     struct rank_share all[COMM_MAX_RANKS];
-    int64_t vocab = 0, mlp = 0, heads = 0;
     int rc = comm_all_gather(w->env->comm, all, &w->model.share, sizeof all[0], err);
+    int64_t vocab = 0, mlp = 0, heads = 0, shared = 0, experts = 0, expert_mlp = 0;
     for (int r = 0; r < w->env->tp_size && !rc; r++) {
-        if (all[r].vocab_begin != vocab || all[r].mlp_begin != mlp || all[r].head_begin != heads)
+        if (all[r].vocab_begin != vocab || all[r].mlp_begin != mlp || all[r].head_begin != heads ||
+            all[r].shared_begin != shared || all[r].expert_begin != (whole_experts ? experts : 0) ||
+            all[r].expert_mlp_begin != (whole_experts ? 0 : expert_mlp))
             rc = error_set(err, ERR_CORRUPT, "%s: rank %d's share does not begin where rank %d's ends", w->options->dir,
                            r, r - 1);
         vocab += all[r].vocab_local;
         mlp += all[r].intermediate_local;
         heads += all[r].num_heads_local;
+        shared += all[r].shared_size_local;
+        experts = whole_experts ? experts + all[r].num_experts_local : all[r].num_experts_local;
+        expert_mlp = whole_experts ? all[r].expert_size_local : expert_mlp + all[r].expert_size_local;
     }
-    if (!rc && (vocab != desc->vocab_size || mlp != desc->intermediate_size || heads != desc->num_heads))
+    if (!rc && (vocab != desc->vocab_size || mlp != desc->intermediate_size || heads != desc->num_heads ||
+                shared != desc->experts.shared_size || experts != desc->experts.num_experts ||
+                expert_mlp != desc->experts.expert_size))
         rc = error_set(err, ERR_CORRUPT, "%s: the ranks' shares do not add up to the model", w->options->dir);
     return rc;
 }
@@ -412,6 +420,8 @@ static int decode_step(struct worker *w, struct running *sequences, int64_t coun
         w->rows[rows++] = (struct token_row){.token = s->last, .sequence = s->slot, .position = s->position++};
     }
     *any = rows > 0;
+    if (w->env->rank == 0)
+        atomic_fetch_add(&w->shared->decode_rows, rows);
     return rows > 0 ? step(w, rows, PHASE_DECODE, active, rows, err) : 0;
 }
 
@@ -429,6 +439,7 @@ static int run_generate(struct worker *w, struct error *err)
         if (leader)
             rank_notify(w->env);
     }
+    uint64_t sent_before = comm_sent_bytes(w->env->comm);
     if (leader)
         atomic_store(&shared->first_token_ns, now_ns());
     while (any) {
@@ -439,6 +450,8 @@ static int run_generate(struct worker *w, struct error *err)
             rank_notify(w->env);
         }
     }
+    if (leader)
+        atomic_store(&shared->decode_sent_bytes, (long long)(comm_sent_bytes(w->env->comm) - sent_before));
     return 0;
 }
 

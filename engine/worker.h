@@ -45,7 +45,8 @@ struct shared_area {
     struct shared_sequence sequences[MAX_SEQUENCES];
     // CLOCK_MONOTONIC nanoseconds, by rank 0: start of the rank, weights ready, first token of the batch, end of the command
     atomic_llong started_ns, loaded_ns, command_ns, first_token_ns, finished_ns;
-    atomic_llong decode_steps;
+    atomic_llong decode_steps, decode_rows; // rows: tokens fed in these steps
+    atomic_llong decode_sent_bytes;         // by rank 0 to the other ranks in these steps
     atomic_llong rank_rss_bytes[COMM_MAX_RANKS];
     char device[COMM_MAX_RANKS][DEVICE_TEXT_BYTES]; // each rank's, once its weights are ready
 };

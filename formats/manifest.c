@@ -5,6 +5,7 @@
 
 #include "formats/checked.h"
 #include "formats/json_file.h"
+#include "formats/model_json.h"
 
 #include <errno.h>
 #include <float.h>
@@ -15,55 +16,9 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { VERSION = 1, RANKS_MAX = 1024, FILES_MAX = 10000, NAME_MAX_BYTES = 255, TOOL_MAX_BYTES = 255 };
-
-// ---- the model description as a table -------------------------------------------------------------------------------
-
-enum field_type {
-    FIELD_INT,           // int64_t, required
-    FIELD_OPTIONAL_INT,  // int64_t, -1 and left out where there is none
-    FIELD_REAL,          // double, required
-    FIELD_OPTIONAL_REAL, // double, NaN and left out where there is none
-    FIELD_BOOL,
-    FIELD_TEXT, // char[MODEL_NAME_BYTES]
-    FIELD_EOS,  // eos_token_ids and num_eos
-};
+enum { RANKS_MAX = 1024, FILES_MAX = 10000, NAME_MAX_BYTES = 255, TOOL_MAX_BYTES = 255 };
 
 #define INT_MAX_DIM 0x7fffffff
-#define AT(member) offsetof(struct model_desc, member)
-
-// Sorted by name, as in the text. Ranges are inclusive.
-static const struct field {
-    const char *name;
-    enum field_type type;
-    size_t offset;
-    double min, max;
-} fields[] = {
-    {"architecture", FIELD_TEXT, AT(architecture), 0, 0},
-    {"bos_token_id", FIELD_OPTIONAL_INT, AT(bos_token_id), 0, INT_MAX_DIM},
-    {"context", FIELD_INT, AT(context), 1, INT_MAX_DIM},
-    {"default_repetition_penalty", FIELD_OPTIONAL_REAL, AT(default_repetition_penalty), DBL_MIN, 1e6},
-    {"default_temperature", FIELD_OPTIONAL_REAL, AT(default_temperature), 0, 1e6},
-    {"default_top_k", FIELD_OPTIONAL_INT, AT(default_top_k), 0, INT_MAX_DIM},
-    {"default_top_p", FIELD_OPTIONAL_REAL, AT(default_top_p), 0, 1},
-    {"eos_token_ids", FIELD_EOS, AT(eos_token_ids), 0, INT_MAX_DIM},
-    {"head_dim", FIELD_INT, AT(head_dim), 2, 65536},
-    {"hidden_size", FIELD_INT, AT(hidden_size), 1, INT_MAX_DIM},
-    {"intermediate_size", FIELD_INT, AT(intermediate_size), 1, INT_MAX_DIM},
-    {"mlp_bias", FIELD_BOOL, AT(mlp_bias), 0, 0},
-    {"norm_eps", FIELD_REAL, AT(norm_eps), 0, 1},
-    {"num_heads", FIELD_INT, AT(num_heads), 1, 65536},
-    {"num_kv_heads", FIELD_INT, AT(num_kv_heads), 1, 65536},
-    {"num_layers", FIELD_INT, AT(num_layers), 1, 65536},
-    {"o_bias", FIELD_BOOL, AT(o_bias), 0, 0},
-    {"qk_norm", FIELD_BOOL, AT(qk_norm), 0, 0},
-    {"qkv_bias", FIELD_BOOL, AT(qkv_bias), 0, 0},
-    {"rope_attention_factor", FIELD_REAL, AT(rope_attention_factor), DBL_MIN, 1e6},
-    {"sliding_window", FIELD_INT, AT(sliding_window), 0, INT_MAX_DIM},
-    {"tied_embeddings", FIELD_BOOL, AT(tied_embeddings), 0, 0},
-    {"vocab_size", FIELD_INT, AT(vocab_size), 1, INT_MAX_DIM},
-};
-enum { FIELD_COUNT = sizeof fields / sizeof *fields };
 
 static const char *const wire_codecs[] = {"bf16", "fp8", "s8x"};
 
@@ -75,151 +30,48 @@ static bool is_wire_codec(const char *name)
     return false;
 }
 
+const char *experts_mode_name(enum experts_mode mode) { return mode == EXPERTS_EP ? "ep" : "tp"; }
+
+bool experts_mode_from_name(const char *name, enum experts_mode *mode)
+{
+    *mode = strcmp(name, "ep") == 0 ? EXPERTS_EP : EXPERTS_TP;
+    return strcmp(name, experts_mode_name(*mode)) == 0;
+}
+
 // ---- emitting -------------------------------------------------------------------------------------------------------
 
-struct emitter {
-    FILE *out;
-    bool pretty; // indented by two spaces; else no blank anywhere
-    int depth;
-    bool first; // nothing stands in the open object or array yet
-};
-
-// What stands before a value: comma, line break, key (NULL in an array).
-static void emit_key(struct emitter *to, const char *key)
-{
-    if (!to->first)
-        fputc(',', to->out);
-    to->first = false;
-    if (to->pretty && to->depth)
-        fprintf(to->out, "\n%*s", 2 * to->depth, "");
-    if (key)
-        fprintf(to->out, to->pretty ? "\"%s\": " : "\"%s\":", key);
-}
-
-static void emit_open(struct emitter *to, const char *key, char bracket)
-{
-    emit_key(to, key);
-    fputc(bracket, to->out);
-    to->depth++;
-    to->first = true;
-}
-
-static void emit_close(struct emitter *to, char bracket)
-{
-    to->depth--;
-    if (to->pretty && !to->first)
-        fprintf(to->out, "\n%*s", 2 * to->depth, "");
-    fputc(bracket, to->out);
-    to->first = false;
-}
-
-// Text without control characters (the parser refuses others): only two characters need an escape.
-static void emit_string(struct emitter *to, const char *key, const char *text)
-{
-    emit_key(to, key);
-    fputc('"', to->out);
-    for (; *text; text++) {
-        if (*text == '"' || *text == '\\')
-            fputc('\\', to->out);
-        fputc(*text, to->out);
-    }
-    fputc('"', to->out);
-}
-
-static void emit_int(struct emitter *to, const char *key, int64_t value)
-{
-    emit_key(to, key);
-    fprintf(to->out, "%" PRId64, value);
-}
-
-static void emit_bool(struct emitter *to, const char *key, bool value)
-{
-    emit_key(to, key);
-    fputs(value ? "true" : "false", to->out);
-}
-
-// 17 significant digits read back to the same double.
-static void emit_real(struct emitter *to, const char *key, double value)
-{
-    char text[40];
-    snprintf(text, sizeof text, "%.17g", value);
-    char *comma = strchr(text, ','); // a locale may have been set
-    if (comma)
-        *comma = '.';
-    emit_key(to, key);
-    fputs(text, to->out);
-}
-
-static void emit_checksum(struct emitter *to, const char *key, struct checksum128 sum)
+static void emit_checksum(struct json_emit *to, const char *key, struct checksum128 sum)
 {
     char hex[CHECKSUM128_HEX_DIGITS + 1];
     checksum128_to_hex(sum, hex);
-    emit_string(to, key, hex);
+    json_emit_string(to, key, hex);
 }
 
-static void emit_file(struct emitter *to, const char *name, uint64_t bytes, struct checksum128 hash)
+static void emit_file(struct json_emit *to, const char *name, uint64_t bytes, struct checksum128 hash)
 {
-    emit_open(to, NULL, '{');
-    emit_int(to, "bytes", (int64_t)bytes);
-    emit_string(to, "name", name);
+    json_emit_open(to, NULL, '{');
+    json_emit_int(to, "bytes", (int64_t)bytes);
+    json_emit_string(to, "name", name);
     emit_checksum(to, "xxh3_128", hash);
-    emit_close(to, '}');
+    json_emit_close(to, '}');
 }
 
-static void emit_files(struct emitter *to, const char *key, const struct manifest_file *files, size_t count)
+static void emit_files(struct json_emit *to, const char *key, const struct manifest_file *files, size_t count)
 {
-    emit_open(to, key, '[');
+    json_emit_open(to, key, '[');
     for (size_t i = 0; i < count; i++)
         emit_file(to, files[i].name, files[i].bytes, files[i].hash);
-    emit_close(to, ']');
+    json_emit_close(to, ']');
 }
 
-static void emit_model(struct emitter *to, const struct model_desc *model)
+static void emit_quant(struct json_emit *to, const struct manifest_quant *quant)
 {
-    emit_open(to, "model", '{');
-    for (int i = 0; i < FIELD_COUNT; i++) {
-        const struct field *field = &fields[i];
-        const void *value = (const char *)model + field->offset;
-        switch (field->type) {
-        case FIELD_INT:
-            emit_int(to, field->name, *(const int64_t *)value);
-            break;
-        case FIELD_OPTIONAL_INT:
-            if (*(const int64_t *)value >= 0)
-                emit_int(to, field->name, *(const int64_t *)value);
-            break;
-        case FIELD_REAL:
-            emit_real(to, field->name, *(const double *)value);
-            break;
-        case FIELD_OPTIONAL_REAL:
-            if (!isnan(*(const double *)value))
-                emit_real(to, field->name, *(const double *)value);
-            break;
-        case FIELD_BOOL:
-            emit_bool(to, field->name, *(const bool *)value);
-            break;
-        case FIELD_TEXT:
-            emit_string(to, field->name, value);
-            break;
-        case FIELD_EOS:
-            emit_open(to, field->name, '[');
-            for (int k = 0; k < model->num_eos; k++)
-                emit_int(to, NULL, model->eos_token_ids[k]);
-            emit_close(to, ']');
-            break;
-        }
-    }
-    emit_close(to, '}');
-}
-
-static void emit_quant(struct emitter *to, const struct manifest_quant *quant)
-{
-    emit_open(to, "quant", '{');
-    emit_string(to, "embedding", weight_kind_name(quant->embedding));
-    emit_int(to, "group_size", quant->group_size);
-    emit_string(to, "head", weight_kind_name(quant->head));
-    emit_string(to, "linear", weight_kind_name(quant->linear));
-    emit_close(to, '}');
+    json_emit_open(to, "quant", '{');
+    json_emit_string(to, "embedding", weight_kind_name(quant->embedding));
+    json_emit_int(to, "group_size", quant->group_size);
+    json_emit_string(to, "head", weight_kind_name(quant->head));
+    json_emit_string(to, "linear", weight_kind_name(quant->linear));
+    json_emit_close(to, '}');
 }
 
 // The whole manifest (contract given), or its core (contract NULL).
@@ -227,31 +79,32 @@ static int emit(char **out, const struct manifest *manifest, const struct checks
 {
     char *text = NULL;
     size_t bytes = 0;
-    struct emitter emitter = {.out = open_memstream(&text, &bytes), .pretty = contract != NULL, .first = true};
-    struct emitter *to = &emitter;
+    struct json_emit emitter = {.out = open_memstream(&text, &bytes), .pretty = contract != NULL, .first = true};
+    struct json_emit *to = &emitter;
     if (!to->out)
         goto no_memory;
-    emit_open(to, NULL, '{');
-    if (contract) {
+    json_emit_open(to, NULL, '{');
+    if (contract)
         emit_checksum(to, "contract", *contract);
+    json_emit_string(to, "experts", experts_mode_name(manifest->experts));
+    if (contract)
         emit_files(to, "extras", manifest->extras, manifest->num_extras);
-    }
-    emit_model(to, &manifest->model);
-    emit_int(to, "pp_size", manifest->pp_size);
+    model_json_emit(to, &manifest->model);
+    json_emit_int(to, "pp_size", manifest->pp_size);
     emit_quant(to, &manifest->quant);
     if (contract)
         emit_files(to, "ranks", manifest->ranks, manifest->num_ranks);
-    emit_open(to, "sources", '[');
+    json_emit_open(to, "sources", '[');
     for (size_t i = 0; i < manifest->num_sources; i++)
         emit_file(to, manifest->sources[i].name, manifest->sources[i].bytes, manifest->sources[i].hash);
-    emit_close(to, ']');
+    json_emit_close(to, ']');
     if (contract)
-        emit_string(to, "tool", manifest->tool);
-    emit_int(to, "tp_size", manifest->tp_size);
-    emit_int(to, "version", manifest->version);
+        json_emit_string(to, "tool", manifest->tool);
+    json_emit_int(to, "tp_size", manifest->tp_size);
+    json_emit_int(to, "version", manifest->version);
     if (contract)
-        emit_string(to, "wire_advice", manifest->wire_advice);
-    emit_close(to, '}');
+        json_emit_string(to, "wire_advice", manifest->wire_advice);
+    json_emit_close(to, '}');
     if (to->pretty)
         fputc('\n', to->out);
     bool failed = ferror(to->out);
@@ -301,22 +154,20 @@ int manifest_to_json(const struct manifest *manifest, char **out, struct error *
 
 // ---- parsing --------------------------------------------------------------------------------------------------------
 
-static const char *const root_keys[] = {"contract", "extras", "model",   "pp_size", "quant",       "ranks",
-                                        "sources",  "tool",   "tp_size", "version", "wire_advice", NULL};
+static const char *const root_keys[] = {"contract", "experts", "extras",  "model",   "pp_size",     "quant", "ranks",
+                                        "sources",  "tool",    "tp_size", "version", "wire_advice", NULL};
 static const char *const quant_keys[] = {"embedding", "group_size", "head", "linear", NULL};
 static const char *const file_keys[] = {"bytes", "name", "xxh3_128", NULL};
 
-// Refuses a member whose name is in neither list: what is not understood must not be ignored.
+// Refuses a member whose name is not in the list: what is not understood must not be ignored.
 static int check_keys(const struct json_object *object, const char *const *known, struct error *err)
 {
     for (void *at = json_object_iter((json_t *)object->json); at;
          at = json_object_iter_next((json_t *)object->json, at)) {
         const char *key = json_object_iter_key(at);
         bool found = false;
-        for (size_t i = 0; known && known[i] && !found; i++)
+        for (size_t i = 0; known[i] && !found; i++)
             found = strcmp(key, known[i]) == 0;
-        for (int i = 0; !known && i < FIELD_COUNT && !found; i++)
-            found = strcmp(key, fields[i].name) == 0;
         if (!found)
             return error_set(err, ERR_CORRUPT, "%s: unknown key %s%s; a newer tpshard may have written it",
                              object->file_name, object->path, key);
@@ -374,85 +225,26 @@ static int get_kind(enum weight_kind *out, const struct json_object *object, con
     if (rc)
         return rc;
     if (!weight_kind_from_name(name, out))
-        return error_set(err, ERR_CORRUPT, "%s: %s%s must be f32, bf16, int8, fp8 or int4, found %.40s",
+        return error_set(err, ERR_CORRUPT, "%s: %s%s must be a kind of weight, such as bf16 or int4, found %.40s",
                          object->file_name, object->path, key, name);
-    return 0;
-}
-
-static int parse_eos(struct model_desc *model, const struct json_object *object, const struct field *field,
-                     struct error *err)
-{
-    const json_t *ids = NULL;
-    int rc = json_file_get_array(&ids, object, field->name, JSON_REQUIRED, err);
-    if (rc)
-        return rc;
-    if (json_array_size(ids) > MODEL_MAX_EOS)
-        return error_set(err, ERR_CORRUPT, "%s: %s%s must hold at most %d ids, found %zu", object->file_name,
-                         object->path, field->name, MODEL_MAX_EOS, json_array_size(ids));
-    for (size_t i = 0; i < json_array_size(ids); i++) {
-        const json_t *id = json_array_get(ids, i);
-        int64_t value = json_is_integer(id) ? json_integer_value(id) : -1;
-        if (value < (int64_t)field->min || value > (int64_t)field->max)
-            return error_set(err, ERR_CORRUPT, "%s: %s%s[%zu] must be a token id", object->file_name, object->path,
-                             field->name, i);
-        model->eos_token_ids[model->num_eos++] = value;
-    }
-    return 0;
-}
-
-static int parse_field(struct model_desc *model, const struct json_object *object, const struct field *field,
-                       struct error *err)
-{
-    void *value = (char *)model + field->offset;
-    enum json_need need = JSON_REQUIRED;
-    const char *text = NULL;
-    int rc;
-    switch (field->type) {
-    case FIELD_OPTIONAL_INT:
-        *(int64_t *)value = -1;
-        need = JSON_OPTIONAL;
-        // fallthrough
-    case FIELD_INT:
-        return json_file_get_int(value, object, field->name, (int64_t)field->min, (int64_t)field->max, need, err);
-    case FIELD_OPTIONAL_REAL:
-        *(double *)value = NAN;
-        need = JSON_OPTIONAL;
-        // fallthrough
-    case FIELD_REAL:
-        return json_file_get_number(value, object, field->name, field->min, field->max, need, err);
-    case FIELD_BOOL:
-        return json_file_get_bool(value, object, field->name, JSON_REQUIRED, err);
-    case FIELD_TEXT:
-        if ((rc = json_file_get_string(&text, object, field->name, JSON_REQUIRED, err)))
-            return rc;
-        if (!is_clean_text(text, MODEL_NAME_BYTES - 1))
-            return error_set(err, ERR_CORRUPT, "%s: %s%s must be at most %d bytes without control characters",
-                             object->file_name, object->path, field->name, MODEL_NAME_BYTES - 1);
-        memcpy(value, text, strlen(text) + 1);
-        return 0;
-    case FIELD_EOS:
-        return parse_eos(model, object, field, err);
-    }
     return 0;
 }
 
 static int parse_model(struct model_desc *model, const struct json_object *root, struct error *err)
 {
     struct json_object object;
-    int rc;
-    if ((rc = json_file_get_object(&object, root, "model", JSON_REQUIRED, err)) ||
-        (rc = check_keys(&object, NULL, err)))
+    int rc = json_file_get_object(&object, root, "model", JSON_REQUIRED, err);
+    return rc ? rc : model_json_parse(model, &object, err);
+}
+
+static int parse_experts(enum experts_mode *out, const struct json_object *root, struct error *err)
+{
+    const char *name = NULL;
+    int rc = json_file_get_string(&name, root, "experts", JSON_REQUIRED, err);
+    if (rc)
         return rc;
-    for (int i = 0; i < FIELD_COUNT; i++)
-        if ((rc = parse_field(model, &object, &fields[i], err)))
-            return rc;
-    if (model->num_heads % model->num_kv_heads)
-        return error_set(err, ERR_CORRUPT,
-                         "%s: model.num_kv_heads must divide num_heads, found %" PRId64 " and %" PRId64,
-                         root->file_name, model->num_kv_heads, model->num_heads);
-    if (model->head_dim % 2)
-        return error_set(err, ERR_CORRUPT, "%s: model.head_dim must be even, found %" PRId64, root->file_name,
-                         model->head_dim);
+    if (!experts_mode_from_name(name, out))
+        return error_set(err, ERR_CORRUPT, "%s: experts must be ep or tp, found '%.40s'", root->file_name, name);
     return 0;
 }
 
@@ -467,7 +259,8 @@ static int parse_quant(struct manifest_quant *quant, const struct json_object *r
         (rc = get_kind(&quant->head, &object, "head", err)) ||
         (rc = json_file_get_int(&group_size, &object, "group_size", 0, 128, JSON_REQUIRED, err)))
         return rc;
-    bool int4 = quant->linear == WEIGHT_INT4 || quant->embedding == WEIGHT_INT4 || quant->head == WEIGHT_INT4;
+    bool int4 =
+        weight_group_chosen(quant->linear) || weight_group_chosen(quant->embedding) || weight_group_chosen(quant->head);
     if (int4 ? group_size != 32 && group_size != 64 && group_size != 128 : group_size != 0)
         return error_set(err, ERR_CORRUPT, "%s: quant.group_size must be %s, found %" PRId64, root->file_name,
                          int4 ? "32, 64 or 128" : "0, since nothing is int4", group_size);
@@ -540,12 +333,12 @@ static int parse_root(struct manifest *manifest, const struct json_object *root,
         return error_set(err, ERR_CORRUPT, "%s: it holds an integer beyond 64 bits", root->file_name);
     if ((rc = json_file_get_int(&version, root, "version", 0, INT_MAX_DIM, JSON_REQUIRED, err)))
         return rc;
-    if (version != VERSION)
+    if (version != MANIFEST_VERSION)
         return error_set(err, ERR_CORRUPT, "%s: shard directory version %" PRId64 ", this program reads version %d",
-                         root->file_name, version, VERSION);
-    manifest->version = VERSION;
+                         root->file_name, version, MANIFEST_VERSION);
+    manifest->version = MANIFEST_VERSION;
     if ((rc = check_keys(root, root_keys, err)) || (rc = parse_model(&manifest->model, root, err)) ||
-        (rc = parse_quant(&manifest->quant, root, err)) ||
+        (rc = parse_quant(&manifest->quant, root, err)) || (rc = parse_experts(&manifest->experts, root, err)) ||
         (rc = json_file_get_int(&tp_size, root, "tp_size", 1, RANKS_MAX, JSON_REQUIRED, err)) ||
         (rc = json_file_get_int(&pp_size, root, "pp_size", 1, RANKS_MAX, JSON_REQUIRED, err)) ||
         (rc = get_text(&manifest->tool, root, "tool", TOOL_MAX_BYTES, err)) ||

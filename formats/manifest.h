@@ -8,10 +8,12 @@
 #include "formats/model_desc.h"
 #include "formats/weight.h"
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
 #define MANIFEST_FILE_NAME "model.json"
+enum { MANIFEST_VERSION = 2 };
 
 // A file of the directory (rank file, tokenizer.bin, ...) or, under sources, of the checkpoint it was made from.
 struct manifest_file {
@@ -21,17 +23,28 @@ struct manifest_file {
                              // leaves); of all others, the whole file
 };
 
+// Kinds of the three groups of weights. A checkpoint that came quantized may hold single matrices of other kinds: what
+// counts is what the rank files say.
 struct manifest_quant {
-    enum weight_kind linear, embedding, head; // kinds of the three groups of weights
-    uint32_t group_size;                      // int4; 0 when nothing is int4
+    enum weight_kind linear, embedding, head;
+    uint32_t group_size; // int4 and int4z; 0 when nothing is
 };
 
+// How the experts of a layer are dealt out to the ranks.
+enum experts_mode {
+    EXPERTS_TP, // every rank holds a slice of each
+    EXPERTS_EP, // every rank holds some of them, whole
+};
+const char *experts_mode_name(enum experts_mode mode); // "tp", "ep"
+bool experts_mode_from_name(const char *name, enum experts_mode *mode);
+
 struct manifest {
-    uint32_t version; // 1
+    uint32_t version; // MANIFEST_VERSION
     char *tool;       // "tpshard 0.1.0 (commit)"; informative, not part of the contract
     struct model_desc model;
     uint32_t tp_size, pp_size;
     struct manifest_quant quant;
+    enum experts_mode experts;   // EXPERTS_TP where the model has none
     char *wire_advice;           // "bf16", "fp8", "s8x": what `--wire auto` should take
     struct checksum128 contract; // XXH3-128 of the canonical core: see manifest_core
     struct manifest_file *ranks; // tp_size * pp_size, in rank order
@@ -42,7 +55,7 @@ struct manifest {
     size_t num_sources;
 };
 
-// The canonical core: compact JSON, sorted keys, of version, model, tp/pp, quant, and sources (name, bytes, hash). It
+// The canonical core: compact JSON, sorted keys, of version, model, tp/pp, quant, experts, and sources (name, bytes, hash). It
 // reads nothing else. Its XXH3-128 is the contract that every rank file carries, computable before the first weight is
 // written. Caller frees *out.
 int manifest_core(const struct manifest *manifest, char **out, struct error *err);

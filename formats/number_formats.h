@@ -1,10 +1,11 @@
-// Number formats, converted bit for bit the same on host and device: bf16, f16, fp8 (e4m3, e5m2), int8, int4.
+// Number formats, converted bit for bit the same on host and device: bf16, f16, fp8 (e4m3, e5m2), fp4 (e2m1),
+// e8m0, int8, int4.
 // Owns single values only; scales, groups and packing of whole tensors belong to kernels/.
 //
 // Rules that hold for every function here:
 // - Rounding is to nearest, ties to even. The rounding mode of the thread must be the default one; flush-to-zero
 //   and denormals-are-zero modes change nothing, because no step produces or needs a subnormal f32 result
-//   (a subnormal f32 is far below half of the smallest value of every format but bf16, which is pure bit work).
+//   (a subnormal f32 is far below half of the smallest value of every format but bf16 and e8m0, which are pure bit work).
 // - No tables, no branches that matter: the functions inline and vectorise.
 // - Compiles as C11, C++ and CUDA.
 #ifndef TPSHARD_FORMATS_NUMBER_FORMATS_H
@@ -20,6 +21,7 @@
 #endif
 
 #define E4M3_MAX 448.0f  // largest finite e4m3
+#define E2M1_MAX 6.0f    // largest e2m1
 #define F16_MAX 65504.0f // largest finite f16
 
 TP_HD uint32_t f32_bits(float value)
@@ -103,6 +105,45 @@ TP_HD uint8_t f32_to_e4m3(float value)
 
 // e5m2: OCP FP8: the upper byte of an f16, with Inf (0x7c) and NaN (0x7d to 0x7f). Exact; a NaN is made quiet.
 TP_HD float e5m2_to_f32(uint8_t value) { return f16_to_f32((uint16_t)(value << 8)); }
+
+// e2m1: OCP FP4: sign (bit 3), 2 exponent bits (bias 1), 1 mantissa bit: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives.
+// The upper four bits of code are ignored. Exact.
+TP_HD float e2m1_to_f32(uint8_t code)
+{
+    uint32_t sign = (uint32_t)(code & 8) << 28;
+    uint32_t magnitude = (uint32_t)(code & 7) << 22;
+    uint32_t normal = magnitude + (126u << 23);
+    uint32_t subnormal = f32_bits(f32_from_bits(magnitude + (127u << 23)) - 1.0f);
+    return f32_from_bits(sign | (magnitude < 0x00800000 ? subnormal : normal));
+}
+
+// Twice the value of e2m1, an integer: 0, 1, 2, 3, 4, 6, 8, 12 and their negatives.
+TP_HD int8_t e2m1_doubled(uint8_t code)
+{
+    int32_t exponent = code >> 1 & 3, mantissa = code & 1;
+    int32_t magnitude = exponent ? (2 + mantissa) << (exponent - 1) : mantissa;
+    return (int8_t)(code & 8 ? -magnitude : magnitude);
+}
+
+// Saturating: |value| above 6, Inf too, gives 6 with its sign. NaN, which e2m1 lacks, gives 0.
+TP_HD uint8_t f32_to_e2m1(float value)
+{
+    uint32_t bits = f32_bits(value);
+    uint32_t sign = bits >> 28 & 8;
+    uint32_t magnitude = bits & 0x7fffffff;
+    uint32_t normal = (magnitude + 0x1fffff + (magnitude >> 22 & 1) - (126u << 23)) >> 22;
+    // Below 1: 4194304.0f has an ulp of 0.5, so the addition rounds to halves.
+    uint32_t subnormal = f32_bits(f32_from_bits(magnitude) + 4194304.0f) - 0x4a800000u;
+    uint32_t finite = magnitude < 0x3f800000 ? subnormal : magnitude >= 0x40c00000 ? 7 : normal;
+    return (uint8_t)(magnitude > 0x7f800000 ? 0 : sign | finite);
+}
+
+// e8m0: OCP scale: 2^(code - 127); 255 is NaN. Code 0 is the one subnormal f32 that comes out of here.
+TP_HD float e8m0_to_f32(uint8_t code)
+{
+    uint32_t bits = code ? (uint32_t)code << 23 : 0x00400000u;
+    return f32_from_bits(code == 255 ? 0x7fc00000u : bits);
+}
 
 // Rounds value to an integer after clamping it to low..high; both must be integers below 2^22 in magnitude.
 // NaN gives 0. Adding 1.5 * 2^23 leaves the rounded integer in the low mantissa bits.

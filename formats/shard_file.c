@@ -20,27 +20,53 @@
 
 // ---- roles ----------------------------------------------------------------------------------------------------------
 
+// What stands in a tensor of a role, and how many there are.
+enum role_form { VECTOR, MATRIX, BF16_MATRIX };
+enum role_place { ONCE, LAYER, EXPERT }; // one in the file, one of a layer, one of each expert of a layer
+
 static const struct {
     const char *name;
-    bool vector;   // f32, one row
-    bool in_layer; // one per layer
+    enum role_form form;
+    enum role_place place;
 } roles[ROLE_COUNT] = {
-    [ROLE_EMBEDDING] = {"embedding", false, false},
-    [ROLE_ROPE_INV_FREQ] = {"rope_inv_freq", true, false},
-    [ROLE_ATTENTION_NORM] = {"attention_norm", true, true},
-    [ROLE_QKV] = {"qkv", false, true},
-    [ROLE_QKV_BIAS] = {"qkv_bias", true, true},
-    [ROLE_Q_NORM] = {"q_norm", true, true},
-    [ROLE_K_NORM] = {"k_norm", true, true},
-    [ROLE_O] = {"o", false, true},
-    [ROLE_O_BIAS] = {"o_bias", true, true},
-    [ROLE_MLP_NORM] = {"mlp_norm", true, true},
-    [ROLE_GATE_UP] = {"gate_up", false, true},
-    [ROLE_GATE_UP_BIAS] = {"gate_up_bias", true, true},
-    [ROLE_DOWN] = {"down", false, true},
-    [ROLE_DOWN_BIAS] = {"down_bias", true, true},
-    [ROLE_FINAL_NORM] = {"final_norm", true, false},
-    [ROLE_HEAD] = {"head", false, false},
+    [ROLE_EMBEDDING] = {"embedding", MATRIX, ONCE},
+    [ROLE_ROPE_INV_FREQ] = {"rope_inv_freq", VECTOR, ONCE},
+    [ROLE_ATTENTION_NORM] = {"attention_norm", VECTOR, LAYER},
+    [ROLE_QKV] = {"qkv", MATRIX, LAYER},
+    [ROLE_QKV_BIAS] = {"qkv_bias", VECTOR, LAYER},
+    [ROLE_Q_NORM] = {"q_norm", VECTOR, LAYER},
+    [ROLE_K_NORM] = {"k_norm", VECTOR, LAYER},
+    [ROLE_O] = {"o", MATRIX, LAYER},
+    [ROLE_O_BIAS] = {"o_bias", VECTOR, LAYER},
+    [ROLE_MLP_NORM] = {"mlp_norm", VECTOR, LAYER},
+    [ROLE_GATE_UP] = {"gate_up", MATRIX, LAYER},
+    [ROLE_GATE_UP_BIAS] = {"gate_up_bias", VECTOR, LAYER},
+    [ROLE_DOWN] = {"down", MATRIX, LAYER},
+    [ROLE_DOWN_BIAS] = {"down_bias", VECTOR, LAYER},
+    [ROLE_FINAL_NORM] = {"final_norm", VECTOR, ONCE},
+    [ROLE_HEAD] = {"head", MATRIX, ONCE},
+    [ROLE_ROPE_LONG] = {"rope_long", VECTOR, ONCE},
+    [ROLE_ROPE_LOCAL] = {"rope_local", VECTOR, ONCE},
+    [ROLE_SINKS] = {"sinks", VECTOR, LAYER},
+    [ROLE_ATTENTION_POST_NORM] = {"attention_post_norm", VECTOR, LAYER},
+    [ROLE_MLP_POST_NORM] = {"mlp_post_norm", VECTOR, LAYER},
+    [ROLE_Q_A] = {"q_a", MATRIX, LAYER},
+    [ROLE_Q_A_NORM] = {"q_a_norm", VECTOR, LAYER},
+    [ROLE_Q_B] = {"q_b", MATRIX, LAYER},
+    [ROLE_KV_A] = {"kv_a", MATRIX, LAYER},
+    [ROLE_KV_A_NORM] = {"kv_a_norm", VECTOR, LAYER},
+    [ROLE_KV_B] = {"kv_b", BF16_MATRIX, LAYER},
+    [ROLE_ROUTER] = {"router", BF16_MATRIX, LAYER},
+    [ROLE_ROUTER_BIAS] = {"router_bias", VECTOR, LAYER},
+    [ROLE_ROUTER_CHOICE_BIAS] = {"router_choice_bias", VECTOR, LAYER},
+    [ROLE_EXPERT_GATE_UP] = {"expert_gate_up", MATRIX, EXPERT},
+    [ROLE_EXPERT_GATE_UP_BIAS] = {"expert_gate_up_bias", VECTOR, EXPERT},
+    [ROLE_EXPERT_DOWN] = {"expert_down", MATRIX, EXPERT},
+    [ROLE_EXPERT_DOWN_BIAS] = {"expert_down_bias", VECTOR, EXPERT},
+    [ROLE_SHARED_GATE_UP] = {"shared_gate_up", MATRIX, LAYER},
+    [ROLE_SHARED_DOWN] = {"shared_down", MATRIX, LAYER},
+    [ROLE_QKV_ORDER] = {"qkv_order", VECTOR, LAYER},
+    [ROLE_GATE_UP_ORDER] = {"gate_up_order", VECTOR, LAYER},
 };
 
 const char *tensor_role_name(enum tensor_role role)
@@ -58,11 +84,8 @@ struct shard_file {
     uint8_t *index; // copy of the file's bytes up to the end of the leaves; names point into it
     struct shard_tensor *tensors;
     uint64_t tensor_count;
-    struct tensor_key {
-        uint64_t key; // role and layer
-        uint64_t tensor;
-    } * keys;         // sorted
-    uint8_t *payload; // mapped, or NULL
+    const struct shard_tensor **sorted; // by role, layer and expert
+    uint8_t *payload;                   // mapped, or NULL
 };
 
 #define REPAIR "repair: run tpshard convert --force again or restore the file from its source"
@@ -141,18 +164,16 @@ static int read_header(struct shard_file *file, const struct disk_header *header
         header->pp_size > RANKS_MAX || header->pp_rank >= header->pp_size)
         return refuse(file, err, "impossible rank %" PRIu32 " of %" PRIu32 ", stage %" PRIu32 " of %" PRIu32,
                       header->rank, header->tp_size, header->pp_rank, header->pp_size);
-    for (int i = 0; i < 8; i++)
+    for (int i = 0; i < SHARE_FIELDS; i++)
         if (header->share[i] > WEIGHT_MAX_DIM)
             return refuse(file, err, "impossible share (field %d is %" PRIu64 ")", i, header->share[i]);
-    const uint64_t *share = header->share;
     file->identity = (struct shard_identity){
         .rank = header->rank,
         .tp_size = header->tp_size,
         .pp_rank = header->pp_rank,
         .pp_size = header->pp_size,
-        .share = {(int64_t)share[0], (int64_t)share[1], (int64_t)share[2], (int64_t)share[3], (int64_t)share[4],
-                  (int64_t)share[5], (int64_t)share[6], (int64_t)share[7]},
     };
+    memcpy(&file->identity.share, header->share, sizeof header->share);
     memcpy(file->identity.contract, header->contract, sizeof header->contract);
 
     struct shard_disk_layout layout;
@@ -222,7 +243,7 @@ static int read_part(struct shard_part *out, struct shard_file *file, uint64_t p
 // Parts of a matrix stand one below the other, parts of a vector side by side, and fill the tensor.
 static bool parts_fill_tensor(const struct shard_tensor *tensor)
 {
-    bool vector = roles[tensor->role].vector;
+    bool vector = roles[tensor->role].form == VECTOR;
     uint64_t sum = 0;
     for (int i = 0; i < tensor->num_parts; i++) {
         const struct shard_part *part = &tensor->parts[i];
@@ -241,18 +262,26 @@ static int read_tensor(struct shard_file *file, uint64_t index, uint64_t *part_e
     memcpy(&record, file->index + HEADER_BYTES + index * sizeof record, sizeof record);
     if (record.role >= ROLE_COUNT)
         return refuse(file, err, "tensor %" PRIu64 ": unknown role %" PRIu32, index, record.role);
-    if (roles[record.role].in_layer ? record.layer < 0 || record.layer > LAYER_MAX : record.layer != -1)
+    enum role_place place = roles[record.role].place;
+    if (place == ONCE ? record.layer != -1 : record.layer < 0 || record.layer > LAYER_MAX)
         return refuse(file, err, "tensor %" PRIu64 " (%s): impossible layer %" PRId32, index, roles[record.role].name,
                       record.layer);
+    if (place != EXPERT ? record.expert != -1 : record.expert < 0 || record.expert > EXPERT_MAX)
+        return refuse(file, err, "tensor %" PRIu64 " (%s): impossible expert %" PRId32, index, roles[record.role].name,
+                      record.expert);
     tensor->role = (enum tensor_role)record.role;
     tensor->layer = record.layer;
+    tensor->expert = record.expert;
     if (!weight_shape_make(&tensor->shape, (enum weight_kind)record.kind, record.group_size, record.rows, record.cols))
         return refuse(file, err,
                       "tensor %" PRIu64 " (%s): impossible kind %" PRIu32 ", group size %" PRIu32 ", shape %" PRIu64
                       " x %" PRIu64,
                       index, roles[record.role].name, record.kind, record.group_size, record.rows, record.cols);
-    if (roles[record.role].vector && (record.kind != WEIGHT_F32 || record.rows != 1))
+    enum role_form form = roles[record.role].form;
+    if (form == VECTOR && (record.kind != WEIGHT_F32 || record.rows != 1))
         return refuse(file, err, "tensor %" PRIu64 " (%s) must be one row of f32", index, roles[record.role].name);
+    if (form == BF16_MATRIX && record.kind != WEIGHT_BF16)
+        return refuse(file, err, "tensor %" PRIu64 " (%s) must be bf16", index, roles[record.role].name);
 
     if (record.num_parts > SHARD_MAX_PARTS || record.first_part != *part_end ||
         record.num_parts > file->layout.part_count - *part_end)
@@ -273,12 +302,14 @@ static int read_tensor(struct shard_file *file, uint64_t index, uint64_t *part_e
     return 0;
 }
 
-static uint64_t tensor_key(enum tensor_role role, int32_t layer) { return (uint64_t)role << 32 | (uint32_t)layer; }
-
-static int compare_keys(const void *a, const void *b)
+static int compare_places(const void *a, const void *b)
 {
-    uint64_t x = ((const struct tensor_key *)a)->key, y = ((const struct tensor_key *)b)->key;
-    return x < y ? -1 : x > y;
+    const struct shard_tensor *x = *(const struct shard_tensor *const *)a, *y = *(const struct shard_tensor *const *)b;
+    if (x->role != y->role)
+        return x->role < y->role ? -1 : 1;
+    if (x->layer != y->layer)
+        return x->layer < y->layer ? -1 : 1;
+    return (x->expert > y->expert) - (x->expert < y->expert);
 }
 
 static int read_tensors(struct shard_file *file, struct error *err)
@@ -288,7 +319,7 @@ static int read_tensors(struct shard_file *file, struct error *err)
     for (uint64_t i = 0; i < file->tensor_count; i++) {
         if ((rc = read_tensor(file, i, &part_end, &name_end, &payload_end, err)))
             return rc;
-        file->keys[i] = (struct tensor_key){tensor_key(file->tensors[i].role, file->tensors[i].layer), i};
+        file->sorted[i] = &file->tensors[i];
     }
     if (part_end != file->layout.part_count || name_end != file->layout.strings_bytes)
         return refuse(file, err, "its index holds parts or names that belong to no tensor");
@@ -296,12 +327,12 @@ static int read_tensors(struct shard_file *file, struct error *err)
         return refuse(file, err, "its tensors end at %" PRIu64 ", its payload at %" PRIu64, payload_end,
                       file->layout.payload_bytes);
 
-    qsort(file->keys, file->tensor_count, sizeof *file->keys, compare_keys);
+    qsort(file->sorted, file->tensor_count, sizeof *file->sorted, compare_places);
     for (uint64_t i = 1; i < file->tensor_count; i++)
-        if (file->keys[i].key == file->keys[i - 1].key) {
-            const struct shard_tensor *twice = &file->tensors[file->keys[i].tensor];
-            return refuse(file, err, "two tensors are %s of layer %" PRId32, tensor_role_name(twice->role),
-                          twice->layer);
+        if (compare_places(&file->sorted[i], &file->sorted[i - 1]) == 0) {
+            const struct shard_tensor *twice = file->sorted[i];
+            return refuse(file, err, "two tensors are %s of layer %" PRId32 " (expert %" PRId32 ")",
+                          tensor_role_name(twice->role), twice->layer, twice->expert);
         }
     return 0;
 }
@@ -325,8 +356,8 @@ int shard_file_parse(struct shard_file **out, const uint8_t *bytes, uint64_t ava
     uint64_t index_bytes = file->layout.leaves_offset + file->layout.leaf_count * sizeof(uint64_t);
     file->index = malloc(index_bytes);
     file->tensors = calloc(file->tensor_count, sizeof *file->tensors);
-    file->keys = calloc(file->tensor_count, sizeof *file->keys);
-    if (!file->index || !file->tensors || !file->keys) {
+    file->sorted = calloc(file->tensor_count, sizeof *file->sorted);
+    if (!file->index || !file->tensors || !file->sorted) {
         rc = error_set(err, ERR_MEMORY, "%s: out of memory for the index of %" PRIu64 " tensors", name,
                        file->tensor_count);
         goto fail;
@@ -394,7 +425,7 @@ void shard_file_close(struct shard_file *file)
         return;
     if (file->payload)
         munmap(file->payload, file->layout.payload_bytes);
-    free(file->keys);
+    free(file->sorted);
     free(file->tensors);
     free(file->index);
     free(file->name);
@@ -415,11 +446,13 @@ const struct shard_tensor *shard_file_tensor(const struct shard_file *file, uint
     return &file->tensors[index];
 }
 
-const struct shard_tensor *shard_file_find(const struct shard_file *file, enum tensor_role role, int32_t layer)
+const struct shard_tensor *shard_file_find(const struct shard_file *file, enum tensor_role role, int32_t layer,
+                                           int32_t expert)
 {
-    struct tensor_key wanted = {.key = tensor_key(role, layer)};
-    const struct tensor_key *found = bsearch(&wanted, file->keys, file->tensor_count, sizeof *file->keys, compare_keys);
-    return found ? &file->tensors[found->tensor] : NULL;
+    const struct shard_tensor wanted = {.role = role, .layer = layer, .expert = expert}, *key = &wanted;
+    const struct shard_tensor **found =
+        bsearch(&key, file->sorted, file->tensor_count, sizeof *file->sorted, compare_places);
+    return found ? *found : NULL;
 }
 
 uint64_t shard_file_leaf_bytes(const struct shard_file *file, uint64_t index)

@@ -14,7 +14,7 @@
 #include <stdint.h>
 
 enum {
-    SHARD_VERSION = 1,
+    SHARD_VERSION = 2,
     SHARD_LEAF_BYTES = 1 << 20,    // a checksum leaf covers this many payload bytes (the last one may be shorter)
     SHARD_PAYLOAD_ALIGN = 2 << 20, // payload starts at a multiple of this
     SHARD_TENSOR_ALIGN = 256,      // every tensor's data and scales start at a multiple of this
@@ -24,22 +24,48 @@ enum {
 
 // What a tensor is for. Numbers are on disk. layer is -1 for those outside the layers.
 enum tensor_role {
-    ROLE_EMBEDDING = 0,  // [vocab_local, hidden]           also the head when embeddings are tied
-    ROLE_ROPE_INV_FREQ,  // f32 [1, head_dim / 2]           scaling already applied
-    ROLE_ATTENTION_NORM, // f32 [1, hidden]
-    ROLE_QKV,            // [(heads_local + 2 kv_heads_local) * head_dim, hidden]   rows: q, then k, then v
-    ROLE_QKV_BIAS,       // f32 [1, rows of ROLE_QKV]
-    ROLE_Q_NORM,         // f32 [1, head_dim]
-    ROLE_K_NORM,         // f32 [1, head_dim]
-    ROLE_O,              // [hidden, heads_local * head_dim]
-    ROLE_O_BIAS,         // f32 [1, hidden]                 the same on every rank, added once after the all-reduce
-    ROLE_MLP_NORM,       // f32 [1, hidden]
-    ROLE_GATE_UP,        // [2 * intermediate_local, hidden]  rows: gate, then up
-    ROLE_GATE_UP_BIAS,   // f32 [1, 2 * intermediate_local]
-    ROLE_DOWN,           // [hidden, intermediate_local]
-    ROLE_DOWN_BIAS,      // f32 [1, hidden]
-    ROLE_FINAL_NORM,     // f32 [1, hidden]
-    ROLE_HEAD,           // [vocab_local, hidden]           absent when embeddings are tied
+    ROLE_EMBEDDING = 0,       // [vocab_local, hidden]           also the head when embeddings are tied
+    ROLE_ROPE_INV_FREQ,       // f32 [1, rotary_dim / 2]         scaling already applied
+    ROLE_ATTENTION_NORM,      // f32 [1, hidden]
+    ROLE_QKV,                 // [(heads_local + 2 kv_heads_local) * head_dim, hidden]   rows: q, then k, then v
+    ROLE_QKV_BIAS,            // f32 [1, rows of ROLE_QKV]
+    ROLE_Q_NORM,              // f32 [1, head_dim], or this rank's [1, heads_local * head_dim]
+    ROLE_K_NORM,              // f32 [1, head_dim], or this rank's [1, kv_heads_local * head_dim]
+    ROLE_O,                   // [hidden, heads_local * head_dim]  (latent attention: * v_dim)
+    ROLE_O_BIAS,              // f32 [1, hidden]                 the same on every rank, added once after the all-reduce
+    ROLE_MLP_NORM,            // f32 [1, hidden]
+    ROLE_GATE_UP,             // [2 * intermediate_local, hidden]  rows: gate, then up
+    ROLE_GATE_UP_BIAS,        // f32 [1, 2 * intermediate_local]
+    ROLE_DOWN,                // [hidden, intermediate_local]
+    ROLE_DOWN_BIAS,           // f32 [1, hidden]
+    ROLE_FINAL_NORM,          // f32 [1, hidden]
+    ROLE_HEAD,                // [vocab_local, hidden]           absent when embeddings are tied
+    ROLE_ROPE_LONG,           // f32 [1, rotary_dim / 2]         for contexts above rope_original_context
+    ROLE_ROPE_LOCAL,          // f32 [1, rotary_dim / 2]         of LAYER_LOCAL_ROPE layers
+    ROLE_SINKS,               // f32 [1, heads_local]
+    ROLE_ATTENTION_POST_NORM, // f32 [1, hidden]
+    ROLE_MLP_POST_NORM,       // f32 [1, hidden]
+    // Latent attention. Those of the latent are the same on every rank.
+    ROLE_Q_A,       // [q_rank, hidden]
+    ROLE_Q_A_NORM,  // f32 [1, q_rank]
+    ROLE_Q_B,       // [heads_local * head_dim, q_rank or hidden]
+    ROLE_KV_A,      // [kv_rank + rope_dim, hidden]
+    ROLE_KV_A_NORM, // f32 [1, kv_rank]
+    ROLE_KV_B, // bf16 [heads_local * (nope_dim + v_dim), kv_rank]   each head: rows of its keys, then of its values
+    // Experts. `expert` counts over the whole model; a rank that holds no part of one has a tensor without rows or columns.
+    ROLE_ROUTER,              // bf16 [num_experts (+ 1: the shared gate), hidden]
+    ROLE_ROUTER_BIAS,         // f32 [1, num_experts]
+    ROLE_ROUTER_CHOICE_BIAS,  // f32 [1, num_experts]
+    ROLE_EXPERT_GATE_UP,      // [2 * expert_size_local, hidden]   rows: gate, then up
+    ROLE_EXPERT_GATE_UP_BIAS, // f32 [1, 2 * expert_size_local]
+    ROLE_EXPERT_DOWN,         // [hidden, expert_size_local]
+    ROLE_EXPERT_DOWN_BIAS,    // f32 [1, hidden]      added by the rank that holds the first column
+    ROLE_SHARED_GATE_UP,      // [2 * shared_size_local, hidden]
+    ROLE_SHARED_DOWN,         // [hidden, shared_size_local]
+    // Columns of a quantized checkpoint that were reordered so that its groups are consecutive: stored column i is column order[i] of
+    // the input. Absent: in order.
+    ROLE_QKV_ORDER,     // f32 [1, hidden]: column numbers, exact
+    ROLE_GATE_UP_ORDER, // likewise
     ROLE_COUNT,
 };
 const char *tensor_role_name(enum tensor_role role); // "embedding", "attention_norm", "qkv", ...
@@ -57,7 +83,8 @@ struct shard_part {
 
 struct shard_tensor {
     enum tensor_role role;
-    int32_t layer; // -1 outside the layers
+    int32_t layer;  // -1 outside the layers
+    int32_t expert; // -1 for all but an expert's own tensors
     struct weight_shape shape;
     uint64_t data_offset;  // from the payload's start
     uint64_t scale_offset; // from the payload's start; 0 when scale_bytes is 0
@@ -86,8 +113,9 @@ void shard_file_close(struct shard_file *file);
 const struct shard_identity *shard_file_identity(const struct shard_file *file);
 uint64_t shard_file_tensor_count(const struct shard_file *file);
 const struct shard_tensor *shard_file_tensor(const struct shard_file *file, uint64_t index);
-const struct shard_tensor *shard_file_find(const struct shard_file *file, enum tensor_role role,
-                                           int32_t layer); // or NULL
+// NULL when there is none. expert -1 for all but an expert's own tensors. Takes logarithmic time.
+const struct shard_tensor *shard_file_find(const struct shard_file *file, enum tensor_role role, int32_t layer,
+                                           int32_t expert);
 struct checksum128
 shard_file_root(const struct shard_file *file); // XXH3-128 of everything before the payload; stands in the manifest
 uint64_t shard_file_payload_bytes(const struct shard_file *file);

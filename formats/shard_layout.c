@@ -13,11 +13,13 @@
 
 const char *shard_layout_label(char *buffer, size_t bytes, const struct shard_tensor *tensor)
 {
-    char place[32] = "";
+    char place[32] = "", expert[32] = "";
     if (tensor->layer >= 0)
         snprintf(place, sizeof place, "layers.%" PRId32 ".", tensor->layer);
+    if (tensor->expert >= 0)
+        snprintf(expert, sizeof expert, " %" PRId32, tensor->expert);
     const char *source = tensor->num_parts ? tensor->parts[0].source : "computed";
-    snprintf(buffer, bytes, "%s%s (%s%s)", place, tensor_role_name(tensor->role), source,
+    snprintf(buffer, bytes, "%s%s%s (%s%s)", place, tensor_role_name(tensor->role), expert, source,
              tensor->num_parts > 1 ? ", ..." : "");
     return buffer;
 }
@@ -111,7 +113,6 @@ void shard_layout_put_checksum(uint8_t out[16], struct checksum128 sum)
 static struct disk_header make_header(const struct shard_disk_layout *layout, const struct shard_identity *identity,
                                       uint64_t tensor_count)
 {
-    const struct rank_share *share = &identity->share;
     struct disk_header header = {
         .version = SHARD_VERSION,
         .header_bytes = HEADER_BYTES,
@@ -130,11 +131,9 @@ static struct disk_header make_header(const struct shard_disk_layout *layout, co
         .payload_offset = layout->payload_offset,
         .payload_bytes = layout->payload_bytes,
         .file_bytes = layout->file_bytes,
-        .share = {(uint64_t)share->head_begin, (uint64_t)share->num_heads_local, (uint64_t)share->kv_head_begin,
-                  (uint64_t)share->num_kv_heads_local, (uint64_t)share->mlp_begin, (uint64_t)share->intermediate_local,
-                  (uint64_t)share->vocab_begin, (uint64_t)share->vocab_local},
     };
     memcpy(header.magic, SHARD_MAGIC, sizeof header.magic);
+    memcpy(header.share, &identity->share, sizeof header.share);
     memcpy(header.contract, identity->contract, sizeof header.contract);
     return header;
 }
@@ -151,6 +150,7 @@ static void write_index(uint8_t *head, const struct shard_disk_layout *layout, c
         struct disk_tensor record = {
             .role = (uint32_t)tensor->role,
             .layer = tensor->layer,
+            .expert = tensor->expert,
             .kind = (uint32_t)tensor->shape.kind,
             .group_size = tensor->shape.group_size,
             .rows = tensor->shape.rows,

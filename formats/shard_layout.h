@@ -16,18 +16,20 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the records are copie
 
 enum {
     REQUIRED_FEATURES_KNOWN = 0, // none yet
-    HEADER_BYTES = 256,
-    HEAD_MAX_BYTES = 16 << 20,
+    HEADER_BYTES = 320,
+    HEAD_MAX_BYTES = 64 << 20,
     LEAVES_ALIGN = 16,
     NAME_MAX_BYTES = 255,
     LAYER_MAX = 65535,
+    EXPERT_MAX = 65535,
+    SHARE_FIELDS = sizeof(struct rank_share) / sizeof(int64_t),
     RANKS_MAX = 1024,
 };
 
 struct disk_header {
     uint8_t magic[8];           //   0  "TPSHARD\n"
     uint32_t version;           //   8  SHARD_VERSION; readers reject any other
-    uint32_t header_bytes;      //  12  256
+    uint32_t header_bytes;      //  12  320
     uint32_t required_features; //  16  a reader rejects a bit that it does not know
     uint32_t optional_features; //  20  a reader ignores bits that it does not know
     uint32_t rank;              //  24  < tp_size
@@ -36,7 +38,7 @@ struct disk_header {
     uint32_t pp_size;           //  36  1 to 1024
     uint32_t tensor_count;      //  40  >= 1
     uint32_t part_count;        //  44  all tensors' parts
-    uint64_t tensors_offset;    //  48  from the file's start, as all offsets here; 256
+    uint64_t tensors_offset;    //  48  from the file's start, as all offsets here; 320
     uint64_t parts_offset;      //  56  directly behind the tensor records
     uint64_t strings_offset;    //  64  directly behind the part records
     uint64_t strings_bytes;     //  72
@@ -47,20 +49,21 @@ struct disk_header {
     uint64_t file_bytes;        // 112  payload_offset + payload_bytes
     uint64_t reserved;          // 120  0
     uint8_t contract[16];       // 128
-    uint64_t share[8];          // 144  struct rank_share, in its order
-    uint8_t head_hash[16];      // 208  XXH3-128, canonical, of [0, payload_offset) with this field zero
-    uint8_t reserved_end[32];   // 224  0
+    uint64_t share[14];         // 144  struct rank_share, in its order
+    uint8_t head_hash[16];      // 256  XXH3-128, canonical, of [0, payload_offset) with this field zero
+    uint8_t reserved_end[48];   // 272  0
 };
 _Static_assert(sizeof(struct disk_header) == HEADER_BYTES, "on-disk layout");
 _Static_assert(offsetof(struct disk_header, tensors_offset) == 48, "on-disk layout");
 _Static_assert(offsetof(struct disk_header, contract) == 128, "on-disk layout");
-_Static_assert(offsetof(struct disk_header, head_hash) == 208, "on-disk layout");
+_Static_assert(offsetof(struct disk_header, head_hash) == 256, "on-disk layout");
+_Static_assert(SHARE_FIELDS == 14, "on-disk layout");
 
 struct disk_tensor {
     uint32_t role;         //  0  enum tensor_role
     int32_t layer;         //  4  -1 outside the layers
     uint32_t kind;         //  8  enum weight_kind
-    uint32_t group_size;   // 12  int4: 32, 64, 128; else 0
+    uint32_t group_size;   // 12  of kinds that have groups; else 0
     uint64_t rows, cols;   // 16, 24  logical
     uint64_t data_offset;  // 32  from the payload's start, as scale_offset
     uint64_t data_bytes;   // 40
@@ -68,7 +71,8 @@ struct disk_tensor {
     uint64_t scale_bytes;  // 56
     uint32_t first_part;   // 64  index of its first part record
     uint32_t num_parts;    // 68  0 to 4
-    uint64_t reserved;     // 72  0
+    int32_t expert;        // 72  -1 for all but an expert's own tensors
+    uint32_t reserved;     // 76  0
 };
 _Static_assert(sizeof(struct disk_tensor) == 80, "on-disk layout");
 _Static_assert(offsetof(struct disk_tensor, data_offset) == 32, "on-disk layout");
@@ -97,7 +101,7 @@ bool shard_layout_file(struct shard_disk_layout *out, uint64_t tensor_count, uin
                        uint64_t strings_bytes, uint64_t payload_end);
 // The canonical bytes of a checksum: big-endian, high half first, as in its hexadecimal spelling.
 void shard_layout_put_checksum(uint8_t out[16], struct checksum128 sum);
-// "layers.3.down (model.layers.3.mlp.down_proj.weight)", for messages.
+// "layers.3.down (model.layers.3.mlp.down_proj.weight)", "layers.3.expert_down 7 (...)", for messages.
 const char *shard_layout_label(char *buffer, size_t bytes, const struct shard_tensor *tensor);
 
 #endif

@@ -6,14 +6,38 @@
 #include <stddef.h>
 #include <string.h>
 
-static const char *const kind_names[WEIGHT_KIND_COUNT] = {"f32", "bf16", "int8", "fp8", "int4"};
+static const char *const kind_names[WEIGHT_KIND_COUNT] = {"f32",   "bf16", "int8",  "fp8",  "int4",
+                                                          "int4z", "fp8g", "mxfp4", "nvfp4"};
+
+uint32_t weight_group_default(enum weight_kind kind)
+{
+    switch (kind) {
+    case WEIGHT_INT4:
+    case WEIGHT_INT4Z:
+    case WEIGHT_FP8G:
+        return 128;
+    case WEIGHT_MXFP4:
+        return 32;
+    case WEIGHT_NVFP4:
+        return 16;
+    default:
+        return 0;
+    }
+}
+
+bool weight_group_valid(enum weight_kind kind, uint32_t group_size)
+{
+    if (kind == WEIGHT_INT4 || kind == WEIGHT_INT4Z)
+        return group_size == 32 || group_size == 64 || group_size == 128;
+    return group_size == weight_group_default(kind);
+}
 
 bool weight_shape_make(struct weight_shape *out, enum weight_kind kind, uint32_t group_size, uint64_t rows,
                        uint64_t cols)
 {
     if ((unsigned)kind >= WEIGHT_KIND_COUNT || rows > WEIGHT_MAX_DIM || cols > WEIGHT_MAX_DIM)
         return false;
-    if (kind == WEIGHT_INT4 ? group_size != 32 && group_size != 64 && group_size != 128 : group_size != 0)
+    if (!weight_group_valid(kind, group_size))
         return false;
 
     struct weight_shape shape = {
@@ -48,6 +72,22 @@ bool weight_shape_make(struct weight_shape *out, enum weight_kind kind, uint32_t
     case WEIGHT_INT4:
         shape.data_bytes = elems / 2;
         shape.scale_bytes = elems / group_size * 2;
+        break;
+    case WEIGHT_INT4Z:
+        shape.data_bytes = elems / 2;
+        shape.scale_bytes = elems / group_size * 4;
+        break;
+    case WEIGHT_FP8G:
+        shape.data_bytes = elems;
+        shape.scale_bytes = elems / group_size * sizeof(float);
+        break;
+    case WEIGHT_MXFP4:
+        shape.data_bytes = elems / 2;
+        shape.scale_bytes = elems / group_size;
+        break;
+    case WEIGHT_NVFP4:
+        shape.data_bytes = elems / 2;
+        shape.scale_bytes = elems / group_size + shape.rows_padded * sizeof(float);
         break;
     case WEIGHT_KIND_COUNT:
         return false;

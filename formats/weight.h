@@ -8,19 +8,28 @@
 
 // Numbers are on disk and never change their meaning.
 enum weight_kind {
-    WEIGHT_F32 = 0,  // float [rows_padded][cols_padded]; vectors (norms, biases, tables), never sliced groups
-    WEIGHT_BF16 = 1, // bfloat16 [rows_padded][cols_padded]
-    WEIGHT_INT8 = 2, // int8 [rows_padded][cols_padded], scale f32 [rows_padded]; w = q * scale[row]
-    WEIGHT_FP8 = 3,  // e4m3 [rows_padded][cols_padded], scale f32 [rows_padded]; w = q * scale[row]
-    WEIGHT_INT4 = 4, // T16x64 tiles, scale f16 [rows_padded/16][cols_padded/group_size][16];
-                     // w = q * scale * 2^WEIGHT_INT4_SCALE_EXPONENT
-    WEIGHT_KIND_COUNT = 5,
+    WEIGHT_F32 = 0,   // float [rows_padded][cols_padded]; vectors (norms, biases, tables), never sliced groups
+    WEIGHT_BF16 = 1,  // bfloat16 [rows_padded][cols_padded]
+    WEIGHT_INT8 = 2,  // int8 [rows_padded][cols_padded], scale f32 [rows_padded]; w = q * scale[row]
+    WEIGHT_FP8 = 3,   // e4m3 [rows_padded][cols_padded], scale f32 [rows_padded]; w = q * scale[row]
+    WEIGHT_INT4 = 4,  // T16x64 tiles, scale f16 [rows_padded/16][cols_padded/group_size][16];
+                      // w = q * scale * 2^WEIGHT_INT4_SCALE_EXPONENT
+    WEIGHT_INT4Z = 5, // T16x64 tiles, per 16 rows and group f16 scale [16], then f16 zero [16]:
+                      // f16 [rows_padded/16][cols_padded/group_size][2][16];
+                      // w = (q - zero) * scale * 2^WEIGHT_INT4_SCALE_EXPONENT; zero may be a fraction
+    WEIGHT_FP8G = 6,  // e4m3 [rows_padded][cols_padded], scale f32 [rows_padded/16][cols_padded/128][16];
+                      // w = q * scale
+    WEIGHT_MXFP4 = 7, // T16x64 tiles of e2m1, scale e8m0 [rows_padded/16][cols_padded/32][16];
+                      // w = q * 2^(scale - 127), NaN for scale 255
+    WEIGHT_NVFP4 = 8, // T16x64 tiles of e2m1; per block of 64 rows: scale e4m3 [4][cols_padded/16][16], then
+                      // f32 global [64]; w = q * scale * global[row]
+    WEIGHT_KIND_COUNT = 9,
 };
 
 enum {
     WEIGHT_ROW_UNIT = 64,            // rows of a matrix are padded to this (4 tiles of 16 rows)
     WEIGHT_COL_UNIT = 64,            // columns are padded to this (one tile), or to the group if that is larger
-    WEIGHT_TILE_BYTES = 512,         // 16 rows x 64 columns of int4
+    WEIGHT_TILE_BYTES = 512,         // 16 rows x 64 columns of four bits
     WEIGHT_INT4_SCALE_EXPONENT = -8, // keeps f16 scales normal for group maxima from 4e-6 to 2000
     WEIGHT_MAX_DIM = 0x7fffffff,     // rows and cols are at most this, so that int32 counts them
 };
@@ -28,7 +37,7 @@ enum {
 // One stored matrix. A vector is a matrix of one row; WEIGHT_F32 is not padded at all.
 struct weight_shape {
     enum weight_kind kind;
-    uint32_t group_size; // int4: 32, 64 or 128; else 0
+    uint32_t group_size; // int4 and int4z: 32, 64 or 128; fp8g: 128; mxfp4: 32; nvfp4: 16; else 0
     uint64_t rows, cols; // logical; rows or cols may be 0 (a rank that holds no part)
     uint64_t rows_padded, cols_padded;
     uint64_t data_bytes, scale_bytes;
@@ -39,13 +48,26 @@ struct weight_shape {
 bool weight_shape_make(struct weight_shape *out, enum weight_kind kind, uint32_t group_size, uint64_t rows,
                        uint64_t cols);
 
-const char *weight_kind_name(enum weight_kind kind);                  // "f32", "bf16", "int8", "fp8", "int4"
-bool weight_kind_from_name(const char *name, enum weight_kind *kind); // the reverse
+// The group size of a kind when none is asked for (the only one, except for int4 and int4z: 128); 0: it has no groups.
+uint32_t weight_group_default(enum weight_kind kind);
+bool weight_group_valid(enum weight_kind kind, uint32_t group_size);
+// Whether a group size can be asked for.
+static inline bool weight_group_chosen(enum weight_kind kind) { return kind == WEIGHT_INT4 || kind == WEIGHT_INT4Z; }
+
+// Codes of four bits in T16x64 tiles.
+static inline bool weight_is_tiled(enum weight_kind kind)
+{
+    return kind == WEIGHT_INT4 || kind == WEIGHT_INT4Z || kind == WEIGHT_MXFP4 || kind == WEIGHT_NVFP4;
+}
+
+// "f32", "bf16", "int8", "fp8", "int4", "int4z", "fp8g", "mxfp4", "nvfp4"
+const char *weight_kind_name(enum weight_kind kind);
+bool weight_kind_from_name(const char *name, enum weight_kind *kind);
 
 // T16x64: where the code of (row, col) lies. Byte offset inside the tensor's data; *high says which nibble.
 // Tiles are ordered [rows_padded/64][cols_padded/64][4 tiles of 16 rows][512 bytes]. Inside a tile, lane
 // l (g = l >> 2, t = l & 3) owns bytes 16l .. 16l+15 = words w = 0..3; byte j of word w holds, low nibble,
-// row g, high nibble, row g + 8, both at column 16w + 2t + {0, 8, 1, 9}[j]. Two's complement nibbles.
+// row g, high nibble, row g + 8, both at column 16w + 2t + {0, 8, 1, 9}[j]. int4 and int4z: two's complement nibbles.
 static inline uint64_t weight_int4_offset(uint64_t row, uint64_t col, uint64_t cols_padded, bool *high)
 {
     uint64_t tile = (row / 64 * (cols_padded / 64) + col / 64) * 4 + row % 64 / 16;

@@ -29,7 +29,7 @@ int activations_alloc(struct activations *act, int64_t max_tokens, int64_t max_c
     act->f32 = alloc_zeroed(elems * sizeof *act->f32);
     act->q = alloc_zeroed(elems * sizeof *act->q);
     act->q_scale = alloc_zeroed(elems / ACT_GROUP * sizeof *act->q_scale);
-    act->q_sum = alloc_zeroed(elems / 32 * sizeof *act->q_sum);
+    act->q_sum = alloc_zeroed(elems / ACT_SUM * sizeof *act->q_sum);
     if (act->f32 && act->q && act->q_scale && act->q_sum)
         return 0;
     activations_free(act);
@@ -44,4 +44,14 @@ void activations_free(struct activations *act)
     free(act->q_scale);
     free(act->q_sum);
     *act = (struct activations){0};
+}
+
+void activations_copy_row(struct activations *dst, int64_t dst_row, const struct activations *src, int64_t src_row)
+{
+    struct activations to = activations_rows(dst, dst_row), from = activations_rows(src, src_row);
+    size_t cols = (size_t)(src->stride < dst->stride ? src->stride : dst->stride);
+    memmove(to.f32, from.f32, cols * sizeof *to.f32);
+    memmove(to.q, from.q, cols);
+    memmove(to.q_scale, from.q_scale, cols / ACT_GROUP * sizeof *to.q_scale);
+    memmove(to.q_sum, from.q_sum, cols / ACT_SUM * sizeof *to.q_sum);
 }

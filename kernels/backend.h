@@ -3,9 +3,12 @@
 // that returns a number to the host before it is asked for. "cpu" runs it on a kernel table and a thread pool; "cuda" is a shared
 // object that is loaded when it is wanted.
 //
-// A step: begin, embed, then per layer norm, linear, finish_qkv, attend, linear, (reduce), norm, linear, activate, linear,
-// (reduce), at the end head and logits or sample. What a backend has not finished when an operation returns, it finishes in the same
-// order later; host memory that an operation filled or lent is valid when the operation returns.
+// A step: begin, embed, then the operations of engine/decoder.c layer by layer, at the end logits or sample. What a backend has not
+// finished when an operation returns, it finishes in the same order later; host memory that an operation filled or lent is valid when
+// the operation returns.
+//
+// The input: what linear and experts multiply. norm, norm_latent, attend and activate make it, prepared at once for the matrix that uses
+// it first (`next`); a matrix of another kind makes the backend prepare the same rows again.
 //
 // Law 9: the result of a row depends on its own sequence, the phase and the model, never on the rows beside it.
 #ifndef TPSHARD_KERNELS_BACKEND_H
@@ -29,18 +32,41 @@ struct token_row {
 // What the arithmetic may be chosen by. Prefill: consecutive positions of one sequence. Decode: any rows.
 enum phase { PHASE_PREFILL, PHASE_DECODE };
 
-// One layer's weights where the backend wants them (load). Vectors are f32 and NULL where the model has none.
+// How what a block put out enters the residual: residual += residual_scale * RMSNorm(partial + bias). NULL: no bias, no norm.
+struct join {
+    const float *bias, *norm;
+};
+
+// A gated pair of products: down * activation(gate_up * x + bias). rows or columns are 0 where this rank holds no part.
+struct mlp {
+    struct matrix gate_up, down;
+    const float *gate_up_bias, *down_bias;
+};
+
+// One layer's weights where the backend wants them (load). Vectors are f32 and NULL where the model has none; so is a matrix's data.
 struct layer {
+    unsigned flags; // enum layer_flags
     const float *attention_norm, *mlp_norm;
-    const float *q_norm, *k_norm;
-    const float *qkv_bias, *o_bias, *gate_up_bias, *down_bias;
-    struct matrix qkv, o, gate_up, down;
+    const float *qkv_order, *gate_up_order; // [hidden] column numbers; NULL: in order
+    struct join attention_join, mlp_join;
+
+    struct matrix qkv; // plain attention
+    const float *qkv_bias, *q_norm, *k_norm;
+    struct matrix q_a, q_b, kv_a, kv_b; // latent attention; q_a only where the description has a q_rank
+    const float *q_a_norm, *kv_a_norm;
+    struct matrix o;
+    const float *sinks; // [num_heads_local]
+
+    struct mlp mlp; // of a layer without experts; with experts: the shared one, if the model has it
+    struct matrix router;
+    const float *router_bias, *choice_bias; // [num_experts]
+    struct mlp *experts;                    // [num_experts_local]
 };
 struct weights {
-    struct matrix embedding, head; // the same matrix when embeddings are tied
-    const float *inv_freq;         // [head_dim / 2]
-    const float *final_norm;       // [hidden_size]
-    struct layer *layers;          // [num_layers]
+    struct matrix embedding, head;              // the same matrix when embeddings are tied
+    const float *rope, *rope_long, *rope_local; // [rotary_dim / 2] inverse frequencies; NULL where the model has none
+    const float *final_norm;                    // [hidden_size]
+    struct layer *layers;                       // [num_layers]
 };
 
 // What a device is made for; borrowed pointers outlive it.
@@ -54,6 +80,13 @@ struct device_shape {
     enum kv_format kv_format;
     bool samples; // sample will be called (one rank, whole vocabulary)
 };
+
+// The first table of inverse frequencies: a model with a second one for long contexts is told once, at the start, which it is.
+static inline const float *rope_of(const struct weights *weights, const struct device_shape *shape)
+{
+    bool is_long = shape->desc->rope_original_context > 0 && shape->context > shape->desc->rope_original_context;
+    return is_long ? weights->rope_long : weights->rope;
+}
 
 // Page tables of all sequences: position p of sequence s lies in page pages[s * pages_per_sequence + p / KV_PAGE_TOKENS].
 struct kv_pages {
@@ -72,12 +105,17 @@ struct sampling {
     uint64_t seed;
 };
 
-// The f32 buffers of a step that operations name.
+// The f32 buffers of a step that operations name. A product's rows stand next to each other: [rows][rows of the matrix].
 enum buffer {
-    BUFFER_RESIDUAL, // [rows][hidden]
-    BUFFER_QKV,      // [rows][q + 2 kv]: this rank's heads
-    BUFFER_GATE_UP,  // [rows][2 * intermediate_local]
-    BUFFER_PARTIAL,  // [rows][hidden]: this rank's part of a sum over ranks
+    BUFFER_RESIDUAL,  // [rows][hidden]
+    BUFFER_QKV,       // [rows][q + 2 kv]: this rank's heads; latent attention: [rows][q]
+    BUFFER_Q_LATENT,  // [rows][q_rank]
+    BUFFER_KV_LATENT, // [rows][kv_rank + rope_dim]
+    BUFFER_SQUARES,   // [rows][2]: sums of squares of q and of k, of the heads that this rank answers for
+    BUFFER_GATE_UP,   // [rows][2 * columns of down]
+    BUFFER_ROUTER,    // [rows][num_experts (+ 1)]
+    BUFFER_PARTIAL,   // [rows][hidden]: this rank's part of a sum over ranks
+    BUFFER_COUNT,
 };
 
 struct memory_plan {
@@ -98,7 +136,7 @@ struct device; // one rank's end of a backend; belongs to one thread
 // Compares [offset, offset + bytes) of the payload, which lie at `data`, with its checksums; may use the pool.
 typedef int payload_check_fn(void *arg, const uint8_t *data, uint64_t offset, uint64_t bytes, struct error *err);
 
-enum { BACKEND_ABI = 1, DEVICE_TEXT_BYTES = 512 };
+enum { BACKEND_ABI = 2, DEVICE_TEXT_BYTES = 512 };
 
 // All functions but close return 0 or an error; `device` is filled by open and owned by the caller.
 struct backend {
@@ -134,24 +172,34 @@ struct backend {
 
     // residual = the tokens' rows of the embedding, rounded to bf16; zeros for tokens that this rank does not hold.
     int (*embed)(struct device *device, struct error *err);
-    // residual += partial + bias (when `add`; bias may be NULL); input = RMSNorm(residual) * weight, prepared for `next`.
-    int (*norm)(struct device *device, bool add, const float *bias, const float *weight, const struct matrix *next,
-                struct error *err);
+    // residual *= factor.
+    int (*scale_residual)(struct device *device, float factor, struct error *err);
+    // The residual takes the last block's sum (join NULL: there is none yet); input = RMSNorm(residual) * weight (NULL: residual as it is),
+    // its columns in the given order (NULL: as they are).
+    int (*norm)(struct device *device, const struct join *join, const float *weight, const float *order,
+                const struct matrix *next, struct error *err);
     // out = input * w^T.
     int (*linear)(struct device *device, enum buffer out, const struct matrix *w, struct error *err);
-    // Bias, q and k norms, rotation; keys and values of the rows go into the cache.
+    // input = RMSNorm of the queries' latent, for q_b.
+    int (*norm_latent)(struct device *device, int64_t layer, struct error *err);
+    // QK_NORM_FULL: adds the bias and fills BUFFER_SQUARES; the ranks' sums are added up before finish_qkv.
+    int (*squares)(struct device *device, int64_t layer, struct error *err);
+    // Bias, q and k norms, rotation; keys and values of the rows (or their latent) go into the cache.
     int (*finish_qkv)(struct device *device, int64_t layer, struct error *err);
-    // input = attention of the rows over their sequences, prepared for `next`.
-    int (*attend)(struct device *device, int64_t layer, const struct matrix *next, struct error *err);
-    // input = silu(gate + bias) * (up + bias), prepared for `next`.
-    int (*activate)(struct device *device, const float *bias, const struct matrix *next, struct error *err);
-    // Lends a buffer's rows to the host ([rows][hidden] f32), which changes them; returned takes them back.
+    // input = attention of the rows over their sequences, for o.
+    int (*attend)(struct device *device, int64_t layer, struct error *err);
+    // input = activation(gate + bias, up + bias) of BUFFER_GATE_UP, for mlp->down.
+    int (*activate)(struct device *device, const struct mlp *mlp, struct error *err);
+    // Chooses experts and their weights by BUFFER_ROUTER, and the factor of the shared expert where it has one.
+    int (*route)(struct device *device, int64_t layer, struct error *err);
+    // partial = factor * partial (0 without a shared expert) + this rank's part of the chosen experts. input: norm's.
+    int (*experts)(struct device *device, int64_t layer, struct error *err);
+    // Lends a buffer's rows to the host (f32), which changes them; returned takes them back.
     int (*lend)(struct device *device, enum buffer buffer, float **host, struct error *err);
     int (*returned)(struct device *device, enum buffer buffer, struct error *err);
 
-    // Logits of some rows after the last layer: residual += partial + bias happens for them alone; row_index [count] (NULL: 0 .. count-1).
-    // The logits stay with the device for sample, or go to host [count][stride] when host is not NULL.
-    int (*logits)(struct device *device, const float *bias, const int64_t *row_index, int64_t count, float *host,
+    // Logits of some rows after the last layer, whose sum joins for them alone; row_index [count] (NULL: 0 .. count-1). The logits stay with the device for sample, or go to host [count][stride] when host is not NULL.
+    int (*logits)(struct device *device, const struct join *join, const int64_t *row_index, int64_t count, float *host,
                   int64_t stride, struct error *err);
 
     // ---- sampling on the device; NULL where the host does it -------------------------------------------------------

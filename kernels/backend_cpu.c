@@ -1,58 +1,26 @@
 // The backend of the host: operations over rows on a kernel table, dealt to a thread pool. See backend.h.
-//
-// Shapes of a step with n rows on one rank (q = num_heads_local * head_dim, kv = num_kv_heads_local * head_dim):
-//   residual [n][hidden]    the stream; the same bits on every rank
-//   qkv      [n][q + 2 kv]  this rank's heads
-//   attended [n][q]
-//   gate_up  [n][2 * intermediate_local]
-//   partial  [n][hidden]    this rank's part of a sum
 #include "formats/checked.h"
 #include "formats/number_formats.h"
-#include "kernels/backend.h"
-#include "kernels/kv.h"
+#include "kernels/cpu_device.h"
 
-#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
-struct device {
-    const struct kernels *k;
-    struct thread_pool *pool;
-    struct device_shape shape;
-    const struct weights *weights;
-    int64_t q_size, kv_size, mlp_size;
-
-    const struct token_row *rows; // of the step under way
-    int64_t count;
-    struct kv_pages pages;
-
-    float *residual, *normed, *qkv, *attended, *gate_up, *partial;
-    float *cosines, *sines; // [max_rows][head_dim / 2]
-    float *scores;          // [threads][context]
-    struct activations act; // the input of the next product
-    uint8_t *kv;            // [num_layers][k, v][num_pages][num_kv_heads][KV_PAGE_TOKENS][head_dim]
-    uint64_t kv_bytes;      // mapped, so that untouched pages cost nothing
-};
-
 // ---- memory ----------------------------------------------------------------------------------------------------
 
-static int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
+// Bytes of one prepared row of `cols` columns: f32, int8, scales and sums.
+static uint64_t prepared_bytes(int64_t cols) { return round_up((uint64_t)cols, ACT_GROUP) * 6; }
 
-// Columns of the widest matmul input on this rank.
-static int64_t widest_input(const struct model_desc *desc, const struct rank_share *share)
+static uint64_t row_bytes(const struct model_desc *desc, const struct rank_share *share)
 {
-    return largest(desc->hidden_size, largest(share->num_heads_local * desc->head_dim, share->intermediate_local));
-}
-
-// Floats that a device keeps for one row.
-static uint64_t row_floats(const struct model_desc *desc, const struct rank_share *share)
-{
-    uint64_t q = (uint64_t)(share->num_heads_local * desc->head_dim),
-             kv = (uint64_t)(share->num_kv_heads_local * desc->head_dim);
-    return 3 * (uint64_t)desc->hidden_size + 2 * q + 2 * kv + 2 * (uint64_t)share->intermediate_local +
-           (uint64_t)desc->head_dim;
+    uint64_t floats = (uint64_t)(desc->hidden_size + attended_width(desc, share) + 2 * desc->rotary_dim);
+    for (int b = 0; b < BUFFER_COUNT; b++)
+        floats += (uint64_t)buffer_width(desc, share, (enum buffer)b);
+    uint64_t slot = (uint64_t)(2 * share->expert_size_local + desc->hidden_size) * sizeof(float) +
+                    prepared_bytes(larger_of(desc->hidden_size, share->expert_size_local));
+    return floats * sizeof(float) + prepared_bytes(widest_input(desc, share)) + (uint64_t)expert_slots(desc, 1) * slot;
 }
 
 static int cpu_open(struct device **out, const struct device_options *options, struct error *err)
@@ -68,16 +36,19 @@ static int cpu_open(struct device **out, const struct device_options *options, s
 
 static void free_buffers(struct device *d)
 {
-    free(d->residual);
+    for (int b = 0; b < BUFFER_COUNT; b++)
+        free(d->buffers[b]);
     free(d->normed);
-    free(d->partial);
-    free(d->qkv);
     free(d->attended);
-    free(d->gate_up);
-    free(d->cosines);
-    free(d->sines);
+    for (int table = 0; table < 2; table++) {
+        free(d->cosines[table]);
+        free(d->sines[table]);
+    }
     free(d->scores);
+    free(d->latent_rows);
+    free(d->head_rows);
     activations_free(&d->act);
+    cpu_experts_free(d);
     if (d->kv)
         munmap(d->kv, d->kv_bytes ? d->kv_bytes : 1);
 }
@@ -97,8 +68,7 @@ static void cpu_describe(const struct device *d, char text[DEVICE_TEXT_BYTES])
 
 static uint64_t cpu_host_bytes(const struct device_shape *s, int threads)
 {
-    uint64_t activations = round_up((uint64_t)widest_input(s->desc, s->share), ACT_GROUP) * 6;
-    return (uint64_t)s->max_rows * (row_floats(s->desc, s->share) * sizeof(float) + activations) +
+    return (uint64_t)s->max_rows * row_bytes(s->desc, s->share) +
            (uint64_t)threads * (uint64_t)s->context * sizeof(float);
 }
 
@@ -123,33 +93,43 @@ static int cpu_load(struct device *d, const uint8_t **base, const uint8_t *mappe
 
 static float *floats(int64_t count) { return calloc((size_t)(count > 0 ? count : 1), sizeof(float)); }
 
+static int alloc_rows(struct device *d, struct error *err)
+{
+    const struct device_shape *s = &d->shape;
+    int64_t half = s->desc->rotary_dim / 2, threads = thread_pool_size(d->pool);
+    bool ok = true;
+    for (int b = 0; b < BUFFER_COUNT; b++)
+        ok &= (d->buffers[b] = floats(s->max_rows * buffer_width(s->desc, s->share, (enum buffer)b))) != NULL;
+    for (int table = 0; table < 2; table++)
+        ok &= (d->cosines[table] = floats(s->max_rows * half)) != NULL &&
+              (d->sines[table] = floats(s->max_rows * half)) != NULL;
+    ok &= (d->normed = floats(s->max_rows * s->desc->hidden_size)) != NULL;
+    ok &= (d->attended = floats(s->max_rows * attended_width(s->desc, s->share))) != NULL;
+    ok &= (d->scores = floats(threads * s->context)) != NULL;
+    ok &= (d->latent_rows = floats(threads * (d->kv_shape.k_dim + d->kv_shape.v_dim))) != NULL;
+    ok &= (d->head_rows = floats(threads * s->desc->hidden_size)) != NULL;
+    if (!ok)
+        return error_set(err, ERR_MEMORY, "no memory for the buffers of %lld rows", (long long)s->max_rows);
+    return activations_alloc(&d->act, s->max_rows, widest_input(s->desc, s->share), err);
+}
+
 static int cpu_prepare(struct device *d, const struct device_shape *s, const struct weights *weights, struct error *err)
 {
-    const struct model_desc *desc = s->desc;
+    int rc;
     d->shape = *s;
     d->weights = weights;
-    d->q_size = s->share->num_heads_local * desc->head_dim;
-    d->kv_size = s->share->num_kv_heads_local * desc->head_dim;
-    d->mlp_size = s->share->intermediate_local;
-    d->residual = floats(s->max_rows * desc->hidden_size);
-    d->normed = floats(s->max_rows * desc->hidden_size);
-    d->partial = floats(s->max_rows * desc->hidden_size);
-    d->qkv = floats(s->max_rows * (d->q_size + 2 * d->kv_size));
-    d->attended = floats(s->max_rows * d->q_size);
-    d->gate_up = floats(s->max_rows * 2 * d->mlp_size);
-    d->cosines = floats(s->max_rows * (desc->head_dim / 2));
-    d->sines = floats(s->max_rows * (desc->head_dim / 2));
-    d->scores = floats(thread_pool_size(d->pool) * s->context);
-    if (!d->residual || !d->normed || !d->partial || !d->qkv || !d->attended || !d->gate_up || !d->cosines ||
-        !d->sines || !d->scores)
-        return error_set(err, ERR_MEMORY, "no memory for the buffers of %lld rows", (long long)s->max_rows);
-    d->kv_bytes = kv_bytes(desc, s->share, s->num_pages, s->kv_format);
+    d->kv_shape = kv_shape(s->desc, s->share);
+    d->q_size = s->share->num_heads_local * s->desc->head_dim;
+    d->kv_size = d->kv_shape.latent ? 0 : d->kv_shape.heads * s->desc->head_dim;
+    if ((rc = alloc_rows(d, err)) || (rc = cpu_experts_alloc(d, err)))
+        return rc;
+    d->kv_bytes = kv_bytes(s->desc, s->share, s->num_pages, s->kv_format);
     void *kv = mmap(NULL, d->kv_bytes ? d->kv_bytes : 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (kv == MAP_FAILED)
         return error_set(err, ERR_MEMORY, "no memory for a KV cache of %llu bytes; ask for a smaller --context",
                          (unsigned long long)d->kv_bytes);
     d->kv = kv;
-    return activations_alloc(&d->act, s->max_rows, widest_input(desc, s->share), err);
+    return 0;
 }
 
 // ---- the step --------------------------------------------------------------------------------------------------
@@ -158,9 +138,12 @@ static void rope_row(void *arg, int64_t row, int thread)
 {
     (void)thread;
     struct device *d = arg;
-    int64_t half = d->shape.desc->head_dim / 2;
-    d->k->rope_table(d->cosines + row * half, d->sines + row * half, d->weights->inv_freq, half, d->rows[row].position,
-                     (float)d->shape.desc->rope_attention_factor);
+    const float *tables[2] = {rope_of(d->weights, &d->shape), d->weights->rope_local};
+    int64_t half = d->shape.desc->rotary_dim / 2;
+    for (int table = 0; table < 2; table++) // the factor belongs to the first one's scaling
+        if (tables[table])
+            d->k->rope_table(d->cosines[table] + row * half, d->sines[table] + row * half, tables[table], half,
+                             d->rows[row].position, table == 0 ? (float)d->shape.desc->rope_attention_factor : 1.0f);
 }
 
 static int cpu_begin(struct device *d, const struct token_row *rows, int64_t count, enum phase phase,
@@ -183,7 +166,7 @@ static void embed_row(void *arg, int64_t row, int thread)
     struct device *d = arg;
     const struct rank_share *share = d->shape.share;
     int64_t hidden = d->shape.desc->hidden_size, local = (int64_t)d->rows[row].token - share->vocab_begin;
-    float *x = d->residual + row * hidden;
+    float *x = d->buffers[BUFFER_RESIDUAL] + row * hidden;
     if (local < 0 || local >= share->vocab_local) {
         memset(x, 0, (size_t)hidden * sizeof *x);
         return;
@@ -197,6 +180,29 @@ static int cpu_embed(struct device *d, struct error *err)
 {
     (void)err;
     thread_pool_run(d->pool, embed_row, d, d->count);
+    return 0;
+}
+
+struct scale_job {
+    struct device *d;
+    float factor;
+};
+
+static void scale_row(void *arg, int64_t row, int thread)
+{
+    (void)thread;
+    struct scale_job *job = arg;
+    int64_t hidden = job->d->shape.desc->hidden_size;
+    float *x = job->d->buffers[BUFFER_RESIDUAL] + row * hidden;
+    for (int64_t i = 0; i < hidden; i++)
+        x[i] *= job->factor;
+}
+
+static int cpu_scale_residual(struct device *d, float factor, struct error *err)
+{
+    struct scale_job job = {d, factor};
+    (void)err;
+    thread_pool_run(d->pool, scale_row, &job, d->count);
     return 0;
 }
 
@@ -216,10 +222,18 @@ static void prepare_row(void *arg, int64_t row, int thread)
     job->d->k->prepare(&job->d->act, job->next, job->x, job->x_stride, row, row + 1);
 }
 
-static void prepare_input(struct device *d, const struct matrix *next, const float *x, int64_t x_stride, int64_t count)
+static void prepare_input(struct device *d, int64_t count, const struct matrix *next)
 {
-    struct prepare_job job = {d, next, x, x_stride};
+    struct prepare_job job = {d, next, d->input, d->input_stride};
+    d->input_kind = next->shape.kind;
     thread_pool_run(d->pool, prepare_row, &job, count);
+}
+
+void cpu_set_input(struct device *d, const float *x, int64_t x_stride, int64_t count, const struct matrix *next)
+{
+    d->input = x;
+    d->input_stride = x_stride;
+    prepare_input(d, count, next);
 }
 
 struct product {
@@ -243,36 +257,17 @@ static void multiply(struct device *d, float *y, int64_t y_stride, const struct 
 {
     int64_t blocks = (int64_t)div_up(w->shape.rows, WEIGHT_ROW_UNIT);
     int64_t wanted_tasks = 4 * (int64_t)thread_pool_size(d->pool); // enough to even out a disturbed thread
-    int64_t blocks_per_task = largest(1, blocks / wanted_tasks);
+    int64_t blocks_per_task = larger_of(1, blocks / wanted_tasks);
     struct product p = {d, w, y, y_stride, tokens, blocks_per_task * WEIGHT_ROW_UNIT};
     thread_pool_run(d->pool, product_rows, &p, (int64_t)div_up((uint64_t)blocks, (uint64_t)blocks_per_task));
 }
 
-static float *buffer_of(const struct device *d, enum buffer buffer, int64_t *stride)
-{
-    switch (buffer) {
-    case BUFFER_QKV:
-        *stride = d->q_size + 2 * d->kv_size;
-        return d->qkv;
-    case BUFFER_GATE_UP:
-        *stride = 2 * d->mlp_size;
-        return d->gate_up;
-    case BUFFER_PARTIAL:
-        *stride = d->shape.desc->hidden_size;
-        return d->partial;
-    case BUFFER_RESIDUAL:
-        break;
-    }
-    *stride = d->shape.desc->hidden_size;
-    return d->residual;
-}
-
 static int cpu_linear(struct device *d, enum buffer out, const struct matrix *w, struct error *err)
 {
-    int64_t stride;
-    float *y = buffer_of(d, out, &stride);
     (void)err;
-    multiply(d, y, stride, w, d->count);
+    if (d->input_kind != w->shape.kind)
+        prepare_input(d, d->count, w);
+    multiply(d, d->buffers[out], (int64_t)w->shape.rows, w, d->count);
     return 0;
 }
 
@@ -280,10 +275,26 @@ static int cpu_linear(struct device *d, enum buffer out, const struct matrix *w,
 
 struct norm_job {
     struct device *d;
-    bool add;
-    const float *bias, *weight;
+    const struct join *join;
+    const float *weight, *order;
     const int64_t *row_index;
 };
+
+// residual += residual_scale * RMSNorm(partial + bias). partial is changed.
+static void join_row(const struct norm_job *job, float *residual, float *partial)
+{
+    struct device *d = job->d;
+    const struct model_desc *desc = d->shape.desc;
+    int64_t hidden = desc->hidden_size;
+    if (job->join->bias)
+        d->k->add(partial, job->join->bias, hidden);
+    if (job->join->norm)
+        d->k->rms_norm(partial, partial, job->join->norm, hidden, (float)desc->norm_eps);
+    if (desc->residual_scale != 1)
+        d->k->add_scaled(residual, partial, hidden, (float)desc->residual_scale);
+    else
+        d->k->add(residual, partial, hidden);
+}
 
 static void norm_row(void *arg, int64_t row, int thread)
 {
@@ -291,27 +302,54 @@ static void norm_row(void *arg, int64_t row, int thread)
     struct norm_job *job = arg;
     struct device *d = job->d;
     int64_t hidden = d->shape.desc->hidden_size;
-    float *residual = d->residual + row * hidden, *partial = d->partial + row * hidden;
-    if (job->add && job->bias)
-        d->k->add(partial, job->bias, hidden);
-    if (job->add)
-        d->k->add(residual, partial, hidden);
-    d->k->rms_norm(d->normed + row * hidden, residual, job->weight, hidden, (float)d->shape.desc->norm_eps);
+    float *residual = d->buffers[BUFFER_RESIDUAL] + row * hidden, *partial = d->buffers[BUFFER_PARTIAL] + row * hidden;
+    float *normed = d->normed + row * hidden;
+    if (job->join)
+        join_row(job, residual, partial);
+    if (job->weight)
+        d->k->rms_norm(normed, residual, job->weight, hidden, (float)d->shape.desc->norm_eps);
+    else
+        memcpy(normed, residual, (size_t)hidden * sizeof *normed);
+    if (job->order) { // partial has been taken and is free
+        memcpy(partial, normed, (size_t)hidden * sizeof *partial);
+        for (int64_t i = 0; i < hidden; i++)
+            normed[i] = partial[(int64_t)job->order[i]];
+    }
 }
 
-static int cpu_norm(struct device *d, bool add, const float *bias, const float *weight, const struct matrix *next,
-                    struct error *err)
+static int cpu_norm(struct device *d, const struct join *join, const float *weight, const float *order,
+                    const struct matrix *next, struct error *err)
 {
-    struct norm_job job = {.d = d, .add = add, .bias = bias, .weight = weight};
+    struct norm_job job = {.d = d, .join = join, .weight = weight, .order = order};
     (void)err;
     thread_pool_run(d->pool, norm_row, &job, d->count);
-    prepare_input(d, next, d->normed, d->shape.desc->hidden_size, d->count);
+    cpu_set_input(d, d->normed, d->shape.desc->hidden_size, d->count, next);
+    return 0;
+}
+
+static void norm_latent_row(void *arg, int64_t row, int thread)
+{
+    (void)thread;
+    struct norm_job *job = arg;
+    struct device *d = job->d;
+    int64_t cols = d->shape.desc->latent.q_rank;
+    float *x = d->buffers[BUFFER_Q_LATENT] + row * cols;
+    d->k->rms_norm(x, x, job->weight, cols, (float)d->shape.desc->norm_eps);
+}
+
+static int cpu_norm_latent(struct device *d, int64_t layer, struct error *err)
+{
+    struct norm_job job = {.d = d, .weight = d->weights->layers[layer].q_a_norm};
+    (void)err;
+    thread_pool_run(d->pool, norm_latent_row, &job, d->count);
+    cpu_set_input(d, d->buffers[BUFFER_Q_LATENT], d->shape.desc->latent.q_rank, d->count,
+                  &d->weights->layers[layer].q_b);
     return 0;
 }
 
 struct activate_job {
     struct device *d;
-    const float *bias;
+    const struct mlp *mlp;
 };
 
 static void activate_row(void *arg, int64_t row, int thread)
@@ -319,93 +357,19 @@ static void activate_row(void *arg, int64_t row, int thread)
     (void)thread;
     struct activate_job *job = arg;
     struct device *d = job->d;
-    float *gate = d->gate_up + row * 2 * d->mlp_size;
-    if (job->bias)
-        d->k->add(gate, job->bias, 2 * d->mlp_size);
-    d->k->silu_mul(gate, gate, gate + d->mlp_size, d->mlp_size);
+    int64_t size = (int64_t)job->mlp->down.shape.cols;
+    float *gate = d->buffers[BUFFER_GATE_UP] + row * 2 * size;
+    if (job->mlp->gate_up_bias)
+        d->k->add(gate, job->mlp->gate_up_bias, 2 * size);
+    d->k->activate(gate, gate, gate + size, size, d->shape.desc->activation);
 }
 
-static int cpu_activate(struct device *d, const float *bias, const struct matrix *next, struct error *err)
+static int cpu_activate(struct device *d, const struct mlp *mlp, struct error *err)
 {
-    struct activate_job job = {d, bias};
+    struct activate_job job = {d, mlp};
     (void)err;
     thread_pool_run(d->pool, activate_row, &job, d->count);
-    prepare_input(d, next, d->gate_up, 2 * d->mlp_size, d->count);
-    return 0;
-}
-
-// ---- attention -------------------------------------------------------------------------------------------------
-
-static struct kv_view view_of(const struct device *d, int64_t layer, int32_t sequence)
-{
-    const struct device_shape *s = &d->shape;
-    uint64_t half = kv_bytes(s->desc, s->share, s->num_pages, s->kv_format) / (2 * (uint64_t)s->desc->num_layers);
-    uint8_t *k = d->kv + 2 * half * (uint64_t)layer;
-    return (struct kv_view){.k = k,
-                            .v = k + half,
-                            .format = s->kv_format,
-                            .pages = d->pages.pages + sequence * d->pages.pages_per_sequence,
-                            .num_kv_heads = s->share->num_kv_heads_local,
-                            .head_dim = s->desc->head_dim};
-}
-
-struct attention_job {
-    struct device *d;
-    int64_t layer;
-};
-
-static void finish_qkv_row(void *arg, int64_t row, int thread)
-{
-    (void)thread;
-    struct attention_job *job = arg;
-    struct device *d = job->d;
-    const struct model_desc *desc = d->shape.desc;
-    const struct layer *layer = &d->weights->layers[job->layer];
-    int64_t head_dim = desc->head_dim, half = head_dim / 2;
-    float *q = d->qkv + row * (d->q_size + 2 * d->kv_size), *k = q + d->q_size, *v = k + d->kv_size;
-    if (layer->qkv_bias)
-        d->k->add(q, layer->qkv_bias, d->q_size + 2 * d->kv_size);
-    for (float *head = q; head < v; head += head_dim) {
-        const float *norm = head < k ? layer->q_norm : layer->k_norm;
-        if (norm)
-            d->k->rms_norm(head, head, norm, head_dim, (float)desc->norm_eps);
-        d->k->rope(head, d->cosines + row * half, d->sines + row * half, head_dim);
-    }
-    struct kv_view kv = view_of(d, job->layer, d->rows[row].sequence);
-    kv_store(&kv, d->rows[row].position, k, v);
-}
-
-static int cpu_finish_qkv(struct device *d, int64_t layer, struct error *err)
-{
-    struct attention_job job = {d, layer};
-    (void)err;
-    thread_pool_run(d->pool, finish_qkv_row, &job, d->count);
-    return 0;
-}
-
-// One task is one row and one query head.
-static void attend_head(void *arg, int64_t task, int thread)
-{
-    struct attention_job *job = arg;
-    struct device *d = job->d;
-    const struct model_desc *desc = d->shape.desc;
-    const struct rank_share *share = d->shape.share;
-    int64_t row = task / share->num_heads_local, head = task % share->num_heads_local;
-    int64_t kv_head = (share->head_begin + head) / (desc->num_heads / desc->num_kv_heads) - share->kv_head_begin;
-    int64_t end = d->rows[row].position + 1;
-    int64_t first = desc->sliding_window > 0 && end > desc->sliding_window ? end - desc->sliding_window : 0;
-    struct kv_view kv = view_of(d, job->layer, d->rows[row].sequence);
-    d->k->attention(d->attended + row * d->q_size + head * desc->head_dim,
-                    d->qkv + row * (d->q_size + 2 * d->kv_size) + head * desc->head_dim, &kv, kv_head, first, end,
-                    1.0f / sqrtf((float)desc->head_dim), d->scores + thread * d->shape.context);
-}
-
-static int cpu_attend(struct device *d, int64_t layer, const struct matrix *next, struct error *err)
-{
-    struct attention_job job = {d, layer};
-    (void)err;
-    thread_pool_run(d->pool, attend_head, &job, d->count * d->shape.share->num_heads_local);
-    prepare_input(d, next, d->attended, d->q_size, d->count);
+    cpu_set_input(d, d->buffers[BUFFER_GATE_UP], 2 * (int64_t)mlp->down.shape.cols, d->count, &mlp->down);
     return 0;
 }
 
@@ -413,9 +377,8 @@ static int cpu_attend(struct device *d, int64_t layer, const struct matrix *next
 
 static int cpu_lend(struct device *d, enum buffer buffer, float **host, struct error *err)
 {
-    int64_t stride;
     (void)err;
-    *host = buffer_of(d, buffer, &stride);
+    *host = d->buffers[buffer];
     return 0;
 }
 
@@ -427,29 +390,49 @@ static int cpu_returned(struct device *d, enum buffer buffer, struct error *err)
     return 0;
 }
 
-// Into normed, so that the residual stays as it is and logits may be asked for again.
+// Into normed, by way of copies, so that the residual stays as it is and logits may be asked for again.
 static void head_norm_row(void *arg, int64_t i, int thread)
 {
-    (void)thread;
     struct norm_job *job = arg;
     struct device *d = job->d;
     int64_t hidden = d->shape.desc->hidden_size, row = job->row_index ? job->row_index[i] : i;
-    float *x = d->normed + i * hidden;
-    memcpy(x, d->partial + row * hidden, (size_t)hidden * sizeof *x);
-    if (job->bias)
-        d->k->add(x, job->bias, hidden);
-    d->k->add(x, d->residual + row * hidden, hidden);
+    float *x = d->normed + i * hidden, *partial = d->head_rows + thread * hidden;
+    memcpy(x, d->buffers[BUFFER_RESIDUAL] + row * hidden, (size_t)hidden * sizeof *x);
+    memcpy(partial, d->buffers[BUFFER_PARTIAL] + row * hidden, (size_t)hidden * sizeof *partial);
+    join_row(job, x, partial);
     d->k->rms_norm(x, x, job->weight, hidden, (float)d->shape.desc->norm_eps);
 }
 
-static int cpu_logits(struct device *d, const float *bias, const int64_t *row_index, int64_t count, float *host,
+struct logits_job {
+    struct device *d;
+    float *logits;
+    int64_t stride;
+};
+
+static void shape_logits(void *arg, int64_t row, int thread)
+{
+    (void)thread;
+    struct logits_job *job = arg;
+    const struct model_desc *desc = job->d->shape.desc;
+    float *x = job->logits + row * job->stride;
+    int64_t count = job->d->shape.share->vocab_local;
+    for (int64_t i = 0; i < count && desc->logit_scale != 1; i++)
+        x[i] *= (float)desc->logit_scale;
+    if (desc->logit_softcap > 0)
+        job->d->k->softcap(x, count, (float)desc->logit_softcap);
+}
+
+static int cpu_logits(struct device *d, const struct join *join, const int64_t *row_index, int64_t count, float *host,
                       int64_t stride, struct error *err)
 {
-    struct norm_job job = {.d = d, .bias = bias, .weight = d->weights->final_norm, .row_index = row_index};
+    struct norm_job job = {.d = d, .join = join, .weight = d->weights->final_norm, .row_index = row_index};
+    struct logits_job shaping = {d, host, stride};
     (void)err;
     thread_pool_run(d->pool, head_norm_row, &job, count);
-    prepare_input(d, &d->weights->head, d->normed, d->shape.desc->hidden_size, count);
+    cpu_set_input(d, d->normed, d->shape.desc->hidden_size, count, &d->weights->head);
     multiply(d, host, stride, &d->weights->head, count);
+    if (d->shape.desc->logit_scale != 1 || d->shape.desc->logit_softcap > 0)
+        thread_pool_run(d->pool, shape_logits, &shaping, count);
     return 0;
 }
 
@@ -466,11 +449,16 @@ const struct backend backend_cpu = {
     .prepare = cpu_prepare,
     .begin = cpu_begin,
     .embed = cpu_embed,
+    .scale_residual = cpu_scale_residual,
     .norm = cpu_norm,
     .linear = cpu_linear,
+    .norm_latent = cpu_norm_latent,
+    .squares = cpu_squares,
     .finish_qkv = cpu_finish_qkv,
     .attend = cpu_attend,
     .activate = cpu_activate,
+    .route = cpu_route,
+    .experts = cpu_experts,
     .lend = cpu_lend,
     .returned = cpu_returned,
     .logits = cpu_logits,

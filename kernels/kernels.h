@@ -4,15 +4,21 @@
 // Determinism (law 9): the result for one token row depends on that row and the weights alone: never on how many rows
 // stand beside it, on how rows of the matrix are dealt to threads, or on the number of threads. Every reduction has a fixed order.
 // Two things are the same bits from every table as well: all that is not a matmul (kernels/vector_ops.h), and int8 and int4 matmul:
-//   int8  y = scale_w[row] * sum over groups of 128 columns g, ascending, of (float)dot(g) * q_scale[g]
-//   int4  y = 2^-8 * sum over the weight's groups g, ascending, of (float)dot(g) * (scale_w[row][g] * q_scale[g / its 128 columns])
-// where dot is the exact integer sum of products, and each *, + rounds to f32. bf16, fp8 and f32 matmul: 16 partial sums over
-// ascending columns (partial sum: column mod 16; fp8: column mod 32 / 2), added by halves at the end; avx2 and avx512 agree bit for
+//   int8   y = scale_w[row] * sum over groups of 128 columns g, ascending, of (float)dot(g) * q_scale[g]
+//   others y = last * sum over the weight's groups g, ascending, of (float)dot(g) * (scale_w[row][g] * q_scale[g / its 128 columns])
+//     int4   last = 2^-8
+//     int4z  last = 2^-8, and instead of (float)dot(g): (float)dot(g) - zero_w[row][g] * (float)sum(g), sum the exact sum of q
+//     mxfp4  last = 1/2, the codes doubled to integers, scale_w = 2^(scale - 127)
+//     nvfp4  last = 2^7 * global_w[row], the codes doubled, scale_w = scale * 2^-8 (which is an f16)
+// where dot is the exact integer sum of products, and each *, +, - rounds to f32. bf16, fp8, fp8g and f32 matmul: 16 partial sums over
+// ascending columns (partial sum: column mod 16; fp8, fp8g: column mod 32 / 2), added by halves at the end; fp8g begins them anew for
+// each 128 columns and adds scale_w[row][g] times them, g ascending, to the 16 that are added at the end. avx2 and avx512 agree bit for
 // bit (fused multiply-add), scalar rounds products.
 #ifndef TPSHARD_KERNELS_KERNELS_H
 #define TPSHARD_KERNELS_KERNELS_H
 
 #include "formats/error.h"
+#include "formats/model_desc.h"
 #include "formats/weight.h"
 
 #include <stdbool.h>
@@ -21,7 +27,9 @@
 
 enum {
     ACT_GROUP = 128,            // columns of an activation row that share one int8 scale
-    KERNELS_MAX_HEAD_DIM = 256, // of attention
+    ACT_SUM = 16,               // columns of one q_sum
+    KERNELS_MAX_HEAD_DIM = 256, // of plain attention
+    KERNELS_MAX_KEY_DIM = 640,  // of attention over latent rows
     KV_PAGE_TOKENS = 64,        // positions of one page of the KV cache
 };
 
@@ -35,15 +43,15 @@ struct matrix {
 // Inputs of a matmul, prepared once and then read by every thread. Rows are padded with zeros to `stride` columns, which is a
 // multiple of 128 and at least cols_padded of every matrix it is used with. (prepare writes the zeros of the last 128 columns
 // that it touches; what lies behind them is never read.)
-//   f32        [tokens][stride]                 what bf16, fp8 and f32 weights are multiplied with; for fp8 the even columns of each
-//                                               32 stand before the odd ones
-//   q          [tokens][stride]                 int8, for int8 and int4 weights; for int4 permuted inside each block of 16 columns:
-//                                               byte 4t + j holds column 2t + {0, 8, 1, 9}[j] (the order of T16x64), and the
+//   f32        [tokens][stride]                 what bf16, fp8, fp8g and f32 weights are multiplied with; for fp8 and fp8g the
+//                                               even columns of each 32 stand before the odd ones
+//   q          [tokens][stride]                 int8, for int8 and tiled weights; for tiled ones permuted inside each block of 16
+//                                               columns: byte 4t + j holds column 2t + {0, 8, 1, 9}[j] (the order of T16x64), and the
 //                                               four 16-blocks of each 64 columns are interleaved so that the 64 bytes match a tile row:
 //                                               byte (t * 4 + w) * 4 + j holds column 16w + 2t + {0, 8, 1, 9}[j]
 //   q_scale    [tokens][stride / ACT_GROUP]     x ~ q * q_scale; largest magnitude of the group / 127. NaN when the group holds
 //                                               NaN or Inf (its q are 0 then), so that no output hides it
-//   q_sum      [tokens][stride / 32]            sum of q over each 32 natural columns (corrects the +8 / +128 bias of unsigned weights)
+//   q_sum      [tokens][stride / 16]            sum of q over each 16 natural columns (corrects the bias of unsigned weights)
 struct activations {
     int64_t max_tokens, stride; // capacity
     float *f32;
@@ -53,18 +61,41 @@ struct activations {
 };
 int activations_alloc(struct activations *act, int64_t max_tokens, int64_t max_cols, struct error *err);
 void activations_free(struct activations *act);
+// Copies one prepared row, as far as the smaller stride goes. Both may be the same activations.
+void activations_copy_row(struct activations *dst, int64_t dst_row, const struct activations *src, int64_t src_row);
+
+// A view of the rows from first_row on, for a matmul that begins there. Not to be freed.
+static inline struct activations activations_rows(const struct activations *act, int64_t first_row)
+{
+    return (struct activations){
+        .max_tokens = act->max_tokens - first_row,
+        .stride = act->stride,
+        .f32 = act->f32 + first_row * act->stride,
+        .q = act->q + first_row * act->stride,
+        .q_scale = act->q_scale + first_row * (act->stride / ACT_GROUP),
+        .q_sum = act->q_sum + first_row * (act->stride / ACT_SUM),
+    };
+}
 
 // How keys and values are kept. e4m3 has no scale: it saturates at 448, and a NaN stays NaN.
 enum kv_format { KV_BF16 = 0, KV_E4M3 = 1 };
 
 // One layer's keys and values on one rank, in pages.
-//   k, v   [num_pages][num_kv_heads][KV_PAGE_TOKENS][head_dim] in the format
+//   k, v   [num_pages][num_kv_heads][KV_PAGE_TOKENS][k_dim or v_stride] in the format
 //   pages  [pages of this sequence]: position p lies in page pages[p / KV_PAGE_TOKENS], slot p % KV_PAGE_TOKENS
+// Latent attention keeps one row that is key and value: v is k, v_stride k_dim, and the value its first v_dim columns.
 struct kv_view {
     void *k, *v;
     enum kv_format format;
     const int32_t *pages;
-    int64_t num_kv_heads, head_dim;
+    int64_t num_kv_heads, k_dim, v_dim, v_stride;
+};
+
+// What happens to the products q . k before the softmax: scaled, then (softcap > 0) softcap * tanh(product / softcap). sink (NULL: none)
+// is one more logit, which takes its share of the softmax and carries no value.
+struct attention_scores {
+    float scale, softcap;
+    const float *sink;
 };
 
 struct kernels {
@@ -83,18 +114,31 @@ struct kernels {
     void (*dequantize_row)(float *out, const struct matrix *w, int64_t row);
     // y[cols] = x / sqrt(mean(x^2) + eps) * weight. y may be x.
     void (*rms_norm)(float *y, const float *x, const float *weight, int64_t cols, float eps);
+    // The same with the sum of squares given: over `width` columns, of which x are some.
+    void (*scale_norm)(float *y, const float *x, const float *weight, int64_t cols, double squares, int64_t width,
+                       float eps);
     // cos[i] = cos(position * inv_freq[i]) * factor for i < half, sin likewise; the angle is rounded to f32, as in the
     // reference implementations. Once per token, for all heads and layers.
     void (*rope_table)(float *cos, float *sin, const float *inv_freq, int64_t half, int64_t position, float factor);
-    // Rotates the pairs (i, i + head_dim / 2) of x [head_dim] by the angles of a rope_table with half = head_dim / 2.
-    void (*rope)(float *x, const float *cos, const float *sin, int64_t head_dim);
-    // out[head_dim] = softmax(q . k[p] * scale) . v[p] over positions first <= p < end, of one kv head. head_dim is even
-    // and at most 256. An empty range gives zeros.
-    // q [head_dim]; scores: scratch of at least end - first floats.
+    // Rotates the leading rotary_dim columns of a head by the angles of a rope_table with half = rotary_dim / 2: pairs (i, i + half), or
+    // (2i, 2i + 1) when interleaved.
+    void (*rope)(float *x, const float *cos, const float *sin, int64_t rotary_dim, bool interleaved);
+    // out[v_dim] = softmax(scores of q . k[p]) . v[p] over positions first <= p < end, of one kv head. q [k_dim]; k_dim is even and at most
+    // KERNELS_MAX_KEY_DIM. An empty range gives zeros. room: scratch of at least end - first floats.
     void (*attention)(float *out, const float *q, const struct kv_view *kv, int64_t kv_head, int64_t first, int64_t end,
-                      float scale, float *scores);
-    // out[i] = gate[i] / (1 + exp(-gate[i])) * up[i]. out may be gate.
-    void (*silu_mul)(float *out, const float *gate, const float *up, int64_t count);
+                      const struct attention_scores *scores, float *room);
+    // out[i] = activation(gate[i], up[i]); formats/model_desc.h has the formulas. out may be gate.
+    void (*activate)(float *out, const float *gate, const float *up, int64_t count, enum activation activation);
+    // x[i] = cap * tanh(x[i] / cap)
+    void (*softcap)(float *x, int64_t count, float cap);
+    // sum over columns of x^2, in double from 16 partial sums.
+    double (*squares)(const float *x, int64_t cols);
+    // y[i] += factor * x[i]
+    void (*add_scaled)(float *y, const float *x, int64_t count, float factor);
+    // out[cols] = sum over rows r, ascending, of x[r] * w[r][:], and out[rows] = w[r] . x, of bf16 rows that stand `stride` apart;
+    // cols <= KERNELS_MAX_KEY_DIM.
+    void (*mix_rows)(float *out, const float *x, const uint16_t *w, int64_t stride, int64_t rows, int64_t cols);
+    void (*dot_rows)(float *out, const float *x, const uint16_t *w, int64_t stride, int64_t rows, int64_t cols);
     // y[i] += x[i]
     void (*add)(float *y, const float *x, int64_t count);
 };

@@ -8,41 +8,65 @@
 
 #include <stdint.h>
 
-// One whole source row, quantized. Groups count from column 0 of the whole source row, so that a slice at a multiple
-// of the group equals the same slice of the whole: slicing and quantizing commute.
-//   bf16: bits [cols]; f32: f32 [cols]; int8/int4: q [cols]; fp8: e4m3 [cols]
-//   scales: int8/fp8: scale [1] (f32); int4: scale_f16 [ceil(cols / group_size)]
+// One whole source row, quantized: either by pack_quantize_row or read as it is from a quantized checkpoint, which fills the
+// fields itself. Groups count from column 0 of the whole source row, so that a slice at a multiple of the group equals
+// the same slice of the whole: slicing and quantizing commute. With groups = ceil(cols / group_size):
+//
+//   kind   codes, one per column       scales                                                 value of a column
+//   f32    f32 [cols]                  -                                                      f32
+//   bf16   bf16 [cols], bits           -                                                      bf16
+//   int8   q [cols], -128..127         scale                                                  q * scale
+//   fp8    e4m3 [cols]                 scale                                                  e4m3 * scale
+//   int4   q [cols], -8..7             scale_f16 [groups], bits of f16                        q * (scale_f16 * 2^-8)
+//   int4z  q [cols], -8..7             scale_f16 [groups], zero_f16 [groups], bits of f16     (q - zero_f16) * (scale_f16 * 2^-8)
+//   fp8g   e4m3 [cols]                 scale_f32 [groups]                                     e4m3 * scale_f32
+//   mxfp4  e2m1 [cols], 0..15          scale_u8 [groups], e8m0                                e2m1 * 2^(scale_u8 - 127)
+//   nvfp4  e2m1 [cols], 0..15          scale_u8 [groups], e4m3; scale, of the whole row       e2m1 * scale_u8 * scale
+//
+// Four-bit codes stand one in a byte here; of q and e2m1 the lower four bits are stored.
 struct packed_row {
     union {
         uint16_t *bf16;
         float *f32;
-        int8_t *q; // int8, and int4 one code per byte
+        int8_t *q;
         uint8_t *e4m3;
+        uint8_t *e2m1;
     };
+    union {
+        void *group_scales; // NULL: the kind has no groups
+        uint16_t *scale_f16;
+        float *scale_f32;
+        uint8_t *scale_u8;
+    };
+    uint16_t *zero_f16; // behind scale_f16
     float scale;
-    uint16_t *scale_f16;
 };
-// Bytes one packed_row needs for `cols` columns (codes and group scales), a multiple of 16, to carve from one
-// allocation.
+// Bytes one packed_row needs for `cols` columns (codes, and scales of groups), a multiple of 16, to carve from one
+// allocation; packed_row_place sets the pointers to it, and scale to 0.
 uint64_t packed_row_bytes(enum weight_kind kind, uint32_t group_size, uint64_t cols);
 void packed_row_place(struct packed_row *row, void *memory, enum weight_kind kind, uint32_t group_size, uint64_t cols);
 
-// Quantizes one whole row. weight (may be NULL: 1 everywhere) is the importance of each column in the scale search of
-// int4: finite, >= 0; a group without any counts as all equal. ERR_MODEL when a quantized kind meets NaN or Inf (the
-// message names the column, the caller adds tensor and row). Every other f32 is legal: what is beyond the reach of a
+// Quantizes one whole row. weight (may be NULL: 1 everywhere) is the importance of each column in the search for scales of
+// four-bit kinds: finite, >= 0; a group without any counts as all equal. ERR_MODEL when a quantized kind meets NaN or Inf
+// (the message names the column, the caller adds tensor and row). Every other f32 is legal: what is beyond the reach of a
 // scale becomes zero or saturates.
-//   f32:  bits as they are
-//   bf16: an exact bf16 keeps its bits (NaN payloads too), others round to nearest even
-//   int8: scale = row maximum / 127, fp8: row maximum / 448; code = x / scale, to nearest even
-//   int4: per group, scales (largest magnitude / 8) * (0.76 ... 1.24) in 25 steps, both signs; each is refitted to its
-//         codes in closed form, the one with the least squared error wins, and the codes are taken anew from its f16
+//   f32:   bits as they are
+//   bf16:  an exact bf16 keeps its bits (NaN payloads too), others round to nearest even
+//   int8:  scale = row maximum / 127, fp8: row maximum / 448, fp8g: group maximum / 448; code = x / scale, to nearest even
+//   int4:  per group, scales (largest magnitude / 8) * (0.76 ... 1.24) in 25 steps, both signs; each is refitted to its
+//          codes in closed form, the one with the least squared error wins, and the codes are taken anew from its f16
+//   int4z: per group, the range from min(x, 0) to max(x, 0), each end shrunk by 0 to 24 % in 5 steps; scale and zero of each are
+//          refitted and chosen in the same way
+//   mxfp4: per group, 2^(floor(log2(maximum)) - 2), as OCP MX has it, or twice that: the one with the smaller squared error
+//   nvfp4: scale = row maximum / (6 * 448); per group of eight e4m3, which put the maximum at 4 to 7.5, the one with the least
+//          squared error
 int pack_quantize_row(struct packed_row *out, enum weight_kind kind, uint32_t group_size, const float *x, uint64_t cols,
                       const float *weight, struct error *err);
 
 // Places columns [col_begin, col_begin + shape->cols) of a whole packed row at row `row` of the stored matrix. The
 // caller has zeroed the block: padding is not written. data and scale (NULL when the kind has none) point at the stored
-// block that begins with row block_row (a multiple of WEIGHT_ROW_UNIT). col_begin is a multiple of group_size (int4).
-// int4 rows share bytes: the rows of one block belong to one thread at a time.
+// block that begins with row block_row (a multiple of WEIGHT_ROW_UNIT). col_begin is a multiple of group_size, if there is one.
+// Rows of tiled kinds share bytes: the rows of one block belong to one thread at a time.
 void pack_store_row(void *data, void *scale, const struct weight_shape *shape, uint64_t block_row, uint64_t row,
                     const struct packed_row *in, uint64_t col_begin);
 // The reverse: reads row `row` of the stored matrix, whose first block is at data and scale, into columns

@@ -8,106 +8,11 @@
 #include "formats/checked.h"
 #include "formats/number_formats.h"
 #include "kernels/kernels.h"
+#include "kernels/layer_ops.h"
+#include "kernels/vectors.h"
 
 #include <math.h>
 #include <string.h>
-
-enum { LANES = 16 };
-
-typedef float f32x16 __attribute__((vector_size(64)));
-typedef int32_t i32x16 __attribute__((vector_size(64)));
-typedef uint32_t u32x16 __attribute__((vector_size(64)));
-#define VECTOR_INLINE static inline __attribute__((always_inline))
-
-// Before a loop over arrays of vectors: unrolled early, they live in registers. Sanitizers would need minutes for what comes of it.
-#ifdef KERNELS_SANITIZED
-#define UNROLL
-#elif defined(__clang__)
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-
-VECTOR_INLINE void load16(f32x16 *out, const float *x) { memcpy(out, x, sizeof *out); }
-VECTOR_INLINE void store16(float *out, const f32x16 *x) { memcpy(out, x, sizeof *x); }
-
-// Size of the next tile of tokens when `left` are left: 6, 4, 2 or 1, for which loops are compiled apart.
-VECTOR_INLINE int64_t tile_tokens(int64_t left)
-{
-    return left == 8 ? 4 : left >= 6 ? 6 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-}
-
-// The first `count` < 16 floats; the others are `rest`.
-VECTOR_INLINE void load_part(f32x16 *out, const float *x, int64_t count, float rest)
-{
-    float lane[LANES];
-    for (int64_t i = 0; i < LANES; i++)
-        lane[i] = i < count ? x[i] : rest;
-    load16(out, lane);
-}
-
-VECTOR_INLINE void load_bf16(f32x16 *out, const uint16_t *x)
-{
-    float lane[LANES];
-    for (int i = 0; i < LANES; i++)
-        lane[i] = bf16_to_f32(x[i]);
-    load16(out, lane);
-}
-
-VECTOR_INLINE void load_bf16_part(f32x16 *out, const uint16_t *x, int64_t count)
-{
-    float lane[LANES];
-    for (int64_t i = 0; i < LANES; i++)
-        lane[i] = i < count ? bf16_to_f32(x[i]) : 0.0f;
-    load16(out, lane);
-}
-
-// The order in which every sum of 16 partial sums ends: halves onto halves.
-VECTOR_INLINE float sum_lanes(const f32x16 *x)
-{
-    float lane[LANES];
-    store16(lane, x);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++)
-            lane[i] += lane[i + half];
-    return lane[0];
-}
-
-// where[i] is all ones: a[i], all zeros: b[i].
-VECTOR_INLINE void select16(f32x16 *out, const i32x16 *where, const f32x16 *a, const f32x16 *b)
-{
-    *out = (f32x16)((*where & (i32x16)*a) | (~*where & (i32x16)*b));
-}
-
-// exp of each lane: at most 2 ulp off, Inf above 88.72, 0 from -104 down (subnormals between), NaN for NaN.
-VECTOR_INLINE void exp16(f32x16 *y, const f32x16 *x)
-{
-    const f32x16 zero = {0}, high = zero + 89.0f, low = zero - 104.0f;
-    f32x16 a;
-    i32x16 beyond = *x > high;
-    select16(&a, &beyond, &high, x);
-    beyond = a < low;
-    select16(&a, &beyond, &low, &a);
-
-    // a = n * ln2 + r, |r| <= ln2 / 2. Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits; the upper part
-    // of ln2 has 15 bits, so that n times it is exact.
-    f32x16 shifted = a * 0x1.715476p+0f + 12582912.0f;
-    f32x16 n = shifted - 12582912.0f;
-    i32x16 exponent = (i32x16)shifted - 0x4b400000;
-    f32x16 r = a - n * 0x1.62e4p-1f - n * 0x1.7f7d1cp-20f;
-
-    f32x16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-
-    // Two steps of 2^(n/2), because 2^n itself may be out of range where the result is not.
-    i32x16 half = exponent >> 1;
-    f32x16 first = (f32x16)((u32x16)(half + 127) << 23), second = (f32x16)((u32x16)(exponent - half + 127) << 23);
-    *y = p * first * second;
-}
 
 // ---- Preparing activations -----------------------------------------------------------------------------------------
 
@@ -147,7 +52,7 @@ static void prepare_int8_row(struct activations *act, bool permute, const float 
 {
     int8_t *q = act->q + token * act->stride;
     float *q_scale = act->q_scale + token * (act->stride / ACT_GROUP);
-    int32_t *q_sum = act->q_sum + token * (act->stride / 32);
+    int32_t *q_sum = act->q_sum + token * (act->stride / ACT_SUM);
     for (int64_t begin = 0; begin < cols; begin += ACT_GROUP) {
         float padded[ACT_GROUP];
         const float *group = x + begin;
@@ -158,11 +63,11 @@ static void prepare_int8_row(struct activations *act, bool permute, const float 
         }
         int8_t natural[ACT_GROUP];
         quantize_group(natural, &q_scale[begin / ACT_GROUP], group);
-        for (int i = 0; i < ACT_GROUP / 32; i++) {
+        for (int i = 0; i < ACT_GROUP / ACT_SUM; i++) {
             int32_t sum = 0;
-            for (int j = 0; j < 32; j++)
-                sum += natural[32 * i + j];
-            q_sum[begin / 32 + i] = sum;
+            for (int j = 0; j < ACT_SUM; j++)
+                sum += natural[ACT_SUM * i + j];
+            q_sum[begin / ACT_SUM + i] = sum;
         }
         if (permute) {
             permute_tile_row(q + begin, natural);
@@ -187,17 +92,76 @@ static void vector_ops_prepare(struct activations *act, const struct matrix *w, 
     enum weight_kind kind = w->shape.kind;
     for (int64_t token = token_begin; token < token_end; token++) {
         const float *row = x + token * x_stride;
-        if (kind == WEIGHT_INT8 || kind == WEIGHT_INT4) {
-            prepare_int8_row(act, kind == WEIGHT_INT4, row, cols, token);
+        if (kind == WEIGHT_INT8 || weight_is_tiled(kind)) {
+            prepare_int8_row(act, weight_is_tiled(kind), row, cols, token);
             continue;
         }
         float *copy = act->f32 + token * act->stride;
         memset(copy + cols, 0, (size_t)(cols_padded - cols) * sizeof *copy);
-        if (kind == WEIGHT_FP8)
+        if (kind == WEIGHT_FP8 || kind == WEIGHT_FP8G)
             prepare_fp8_row(copy, row, cols);
         else
             memcpy(copy, row, (size_t)cols * sizeof *copy);
     }
+}
+
+// ---- Scales of kinds with groups: where they lie, and what the formulas of kernels.h call scale_w, zero_w and last ---------
+
+// Of the 16 rows of a tile.
+struct tile_scales {
+    const uint8_t *first; // of the first group
+    int64_t group_bytes;  // to the next
+    int group_shift;      // columns of a group: 1 << group_shift
+    const float *global;  // [16], or NULL
+};
+
+// Of the group of column `col`.
+VECTOR_INLINE const uint8_t *tile_scales_at(const struct tile_scales *scales, int64_t col)
+{
+    return scales->first + (col >> scales->group_shift) * scales->group_bytes;
+}
+
+VECTOR_INLINE struct tile_scales tile_scales(const struct matrix *w, int64_t row)
+{
+    int group_shift = __builtin_ctz(w->shape.group_size); // a division here would be felt
+    int64_t group_bytes = w->shape.kind == WEIGHT_INT4 ? 32 : w->shape.kind == WEIGHT_INT4Z ? 64 : 16;
+    int64_t tile = row / 16, tile_bytes = ((int64_t)w->shape.cols_padded >> group_shift) * group_bytes;
+    struct tile_scales scales = {(const uint8_t *)w->scale + tile * tile_bytes, group_bytes, group_shift, NULL};
+    if (w->shape.kind == WEIGHT_NVFP4) { // behind each block of four tiles stand its 64 globals
+        const uint8_t *block = (const uint8_t *)w->scale + tile / 4 * (4 * tile_bytes + 64 * (int64_t)sizeof(float));
+        scales.first = block + tile % 4 * tile_bytes;
+        scales.global = (const float *)(const void *)(block + 4 * tile_bytes) + tile % 4 * 16;
+    }
+    return scales;
+}
+
+VECTOR_INLINE float tile_scale(enum weight_kind kind, const uint8_t *scale, int64_t lane)
+{
+    if (kind == WEIGHT_MXFP4)
+        return e8m0_to_f32(scale[lane]);
+    if (kind == WEIGHT_NVFP4)
+        return e4m3_to_f32(scale[lane]) * 0x1p-8f;
+    return f16_to_f32(((const uint16_t *)(const void *)scale)[lane]);
+}
+VECTOR_INLINE float tile_zero(const uint8_t *scale, int64_t lane)
+{
+    return f16_to_f32(((const uint16_t *)(const void *)scale)[16 + lane]);
+}
+VECTOR_INLINE float tile_last(enum weight_kind kind, const float *global, int64_t lane)
+{
+    return kind == WEIGHT_NVFP4 ? 0x1p7f * global[lane] : kind == WEIGHT_MXFP4 ? 0.5f : 0x1p-8f;
+}
+
+VECTOR_INLINE bool is_fp4(enum weight_kind kind) { return kind == WEIGHT_MXFP4 || kind == WEIGHT_NVFP4; }
+
+// What is added to codes to make them unsigned, and each e2m1 code doubled with it.
+VECTOR_INLINE int32_t tile_bias(enum weight_kind kind) { return is_fp4(kind) ? 12 : 8; }
+static const uint8_t e2m1_doubled_biased[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+
+// Of one row: group g at [16 * g].
+VECTOR_INLINE const float *fp8g_scales(const struct matrix *w, int64_t row)
+{
+    return (const float *)w->scale + row / 16 * ((int64_t)w->shape.cols_padded / w->shape.group_size) * 16 + row % 16;
 }
 
 // ---- Matrices of f32 (small: routers, vectors) and single rows -----------------------------------------------------
@@ -233,6 +197,33 @@ static bool vector_ops_matmul(float *y, int64_t y_stride, const struct matrix *w
     return true;
 }
 
+// Column `col` of a row, of a kind with groups. The formulas: formats/weight.h.
+static float group_value(const struct matrix *w, int64_t row, int64_t col)
+{
+    const struct weight_shape *shape = &w->shape;
+    int64_t cols = (int64_t)shape->cols_padded, lane = row % 16;
+    if (shape->kind == WEIGHT_FP8G)
+        return e4m3_to_f32(((const uint8_t *)w->data)[row * cols + col]) *
+               fp8g_scales(w, row)[col / shape->group_size * 16];
+
+    bool high;
+    uint64_t at = weight_int4_offset((uint64_t)row, (uint64_t)col, shape->cols_padded, &high);
+    uint8_t byte = ((const uint8_t *)w->data)[at], code = high ? nibble_high(byte) : nibble_low(byte);
+    struct tile_scales scales = tile_scales(w, row);
+    const uint8_t *scale = tile_scales_at(&scales, col);
+    switch (shape->kind) {
+    case WEIGHT_INT4:
+        return (float)int4_sign_extend(code) * (tile_scale(WEIGHT_INT4, scale, lane) * 0x1p-8f);
+    case WEIGHT_INT4Z:
+        return ((float)int4_sign_extend(code) - tile_zero(scale, lane)) *
+               (tile_scale(WEIGHT_INT4Z, scale, lane) * 0x1p-8f);
+    case WEIGHT_MXFP4:
+        return e2m1_to_f32(code) * tile_scale(WEIGHT_MXFP4, scale, lane);
+    default:
+        return e2m1_to_f32(code) * e4m3_to_f32(scale[lane]) * scales.global[lane];
+    }
+}
+
 static void vector_ops_dequantize_row(float *out, const struct matrix *w, int64_t row)
 {
     const struct weight_shape *shape = &w->shape;
@@ -261,194 +252,19 @@ static void vector_ops_dequantize_row(float *out, const struct matrix *w, int64_
             out[i] = e4m3_to_f32(data[i]) * scale;
         break;
     }
-    case WEIGHT_INT4: {
-        const uint8_t *data = w->data;
-        int64_t groups = (int64_t)(shape->cols_padded / shape->group_size);
-        const uint16_t *scale = (const uint16_t *)w->scale + row / 16 * groups * 16 + row % 16;
-        for (int64_t i = 0; i < cols; i++) {
-            bool high;
-            uint8_t byte = data[weight_int4_offset((uint64_t)row, (uint64_t)i, shape->cols_padded, &high)];
-            float q = int4_sign_extend(high ? nibble_high(byte) : byte);
-            out[i] = q * f16_to_f32(scale[i / shape->group_size * 16]) * 0x1p-8f;
-        }
+    default:
+        for (int64_t i = 0; i < cols; i++)
+            out[i] = group_value(w, row, i);
         break;
     }
-    case WEIGHT_KIND_COUNT:
-        break;
-    }
-}
-
-// ---- The layer's other operations ----------------------------------------------------------------------------------
-
-static void vector_ops_rms_norm(float *y, const float *x, const float *weight, int64_t cols, float eps)
-{
-    f32x16 sum = {0}, a;
-    int64_t i = 0;
-    for (; i + LANES <= cols; i += LANES) {
-        load16(&a, x + i);
-        sum += a * a;
-    }
-    if (i < cols) {
-        load_part(&a, x + i, cols - i, 0.0f);
-        sum += a * a;
-    }
-    float lane[LANES];
-    store16(lane, &sum);
-    double squares = 0;
-    for (int l = 0; l < LANES; l++)
-        squares += lane[l];
-    float inverse = (float)(1.0 / sqrt(squares / (double)cols + eps));
-    for (i = 0; i < cols; i++)
-        y[i] = x[i] * inverse * weight[i];
-}
-
-static void vector_ops_rope_table(float *cos, float *sin, const float *inv_freq, int64_t half, int64_t position,
-                                  float factor)
-{
-    for (int64_t i = 0; i < half; i++) {
-        float angle = (float)position * inv_freq[i];
-        cos[i] = cosf(angle) * factor;
-        sin[i] = sinf(angle) * factor;
-    }
-}
-
-static void vector_ops_rope(float *x, const float *restrict cos, const float *restrict sin, int64_t head_dim)
-{
-    int64_t half = head_dim / 2;
-    float *restrict first = x, *restrict second = x + half;
-    for (int64_t i = 0; i < half; i++) {
-        float a = first[i], b = second[i];
-        first[i] = a * cos[i] - b * sin[i];
-        second[i] = b * cos[i] + a * sin[i];
-    }
-}
-
-enum { MAX_HEAD_VECTORS = KERNELS_MAX_HEAD_DIM / LANES };
-
-static float dot_bf16(const f32x16 *q, const uint16_t *k, int64_t head_dim)
-{
-    f32x16 sum = {0}, a;
-    int64_t i = 0;
-    for (; i + LANES <= head_dim; i += LANES) {
-        load_bf16(&a, k + i);
-        sum += a * q[i / LANES];
-    }
-    if (i < head_dim) {
-        load_bf16_part(&a, k + i, head_dim - i);
-        sum += a * q[i / LANES];
-    }
-    return sum_lanes(&sum);
-}
-
-// scores[i] = exp(scores[i] - largest); the sum, lane i % 16 first. A NaN score is passed over by the maximum and
-// reaches the sum.
-static float exp_scores(float *scores, int64_t count)
-{
-    float largest = -INFINITY;
-    for (int64_t i = 0; i < count; i++)
-        largest = scores[i] > largest ? scores[i] : largest;
-    f32x16 sum = {0}, a;
-    for (int64_t i = 0; i < count; i += LANES) {
-        int64_t part = count - i < LANES ? count - i : LANES;
-        load_part(&a, scores + i, part, -INFINITY); // exp(-Inf) = 0
-        a -= largest;
-        exp16(&a, &a);
-        sum += a;
-        memcpy(scores + i, &a, (size_t)part * sizeof *scores);
-    }
-    return sum_lanes(&sum);
-}
-
-// Slots of one page of keys or values as bfloat16; e4m3 is widened into `wide`, exactly.
-static const uint16_t *page_rows(const struct kv_view *kv, const void *pool, int64_t slot, int64_t count,
-                                 uint16_t wide[KV_PAGE_TOKENS * KERNELS_MAX_HEAD_DIM])
-{
-    if (kv->format == KV_BF16)
-        return (const uint16_t *)pool + slot * kv->head_dim;
-    const uint8_t *narrow = (const uint8_t *)pool + slot * kv->head_dim;
-    for (int64_t i = 0; i < count * kv->head_dim; i++)
-        wide[i] = (uint16_t)(f32_bits(e4m3_to_f32(narrow[i])) >> 16);
-    return wide;
-}
-
-static void vector_ops_attention(float *out, const float *q, const struct kv_view *kv, int64_t kv_head, int64_t first,
-                                 int64_t end, float scale, float *scores)
-{
-    int64_t head_dim = kv->head_dim;
-    uint16_t wide[KV_PAGE_TOKENS * KERNELS_MAX_HEAD_DIM];
-    memset(out, 0, (size_t)head_dim * sizeof *out);
-    if (first >= end)
-        return;
-
-    f32x16 query[MAX_HEAD_VECTORS];
-    int64_t vectors = (head_dim + LANES - 1) / LANES;
-    for (int64_t i = 0; i < vectors; i++)
-        load_part(&query[i], q + i * LANES, head_dim - i * LANES, 0.0f);
-    for (int64_t p = first, stop; p < end; p = stop) {
-        int64_t page_end = (p / KV_PAGE_TOKENS + 1) * KV_PAGE_TOKENS;
-        stop = page_end < end ? page_end : end;
-        int64_t slot =
-            (kv->pages[p / KV_PAGE_TOKENS] * kv->num_kv_heads + kv_head) * KV_PAGE_TOKENS + p % KV_PAGE_TOKENS;
-        const uint16_t *k = page_rows(kv, kv->k, slot, stop - p, wide);
-        for (int64_t s = 0; s < stop - p; s++)
-            scores[p - first + s] = dot_bf16(query, k + s * head_dim, head_dim) * scale;
-    }
-    float sum = exp_scores(scores, end - first);
-
-    // Each output element is a sum over ascending positions. Page by page and 64 elements at a time, so that the partial
-    // sums stay in registers.
-    for (int64_t p = first, stop; p < end; p = stop) {
-        int64_t page_end = (p / KV_PAGE_TOKENS + 1) * KV_PAGE_TOKENS;
-        stop = page_end < end ? page_end : end;
-        int64_t slot =
-            (kv->pages[p / KV_PAGE_TOKENS] * kv->num_kv_heads + kv_head) * KV_PAGE_TOKENS + p % KV_PAGE_TOKENS;
-        const uint16_t *v = page_rows(kv, kv->v, slot, stop - p, wide);
-        const float *weight = scores + (p - first);
-        int64_t count = stop - p, i = 0;
-        for (; i + 4 * LANES <= head_dim; i += 4 * LANES) {
-            f32x16 acc[4], a;
-            for (int j = 0; j < 4; j++)
-                load16(&acc[j], out + i + j * LANES);
-            for (int64_t s = 0; s < count; s++)
-                for (int j = 0; j < 4; j++) {
-                    load_bf16(&a, v + s * head_dim + i + j * LANES);
-                    acc[j] += a * weight[s];
-                }
-            for (int j = 0; j < 4; j++)
-                store16(out + i + j * LANES, &acc[j]);
-        }
-        for (int64_t s = 0; s < count; s++)
-            for (int64_t d = i; d < head_dim; d++)
-                out[d] += bf16_to_f32(v[s * head_dim + d]) * weight[s];
-    }
-    for (int64_t i = 0; i < head_dim; i++)
-        out[i] /= sum;
-}
-
-static void vector_ops_silu_mul(float *out, const float *gate, const float *up, int64_t count)
-{
-    for (int64_t i = 0; i < count; i += LANES) {
-        int64_t part = count - i < LANES ? count - i : LANES;
-        f32x16 g, u, e;
-        load_part(&g, gate + i, part, 0.0f);
-        load_part(&u, up + i, part, 0.0f);
-        e = -g;
-        exp16(&e, &e);
-        g = g / (e + 1.0f) * u;
-        memcpy(out + i, &g, (size_t)part * sizeof *out);
-    }
-}
-
-static void vector_ops_add(float *y, const float *x, int64_t count)
-{
-    for (int64_t i = 0; i < count; i++)
-        y[i] += x[i];
 }
 
 // The entries of a table that this file provides.
 #define VECTOR_OPS_ENTRIES                                                                                             \
-    .prepare = vector_ops_prepare, .dequantize_row = vector_ops_dequantize_row, .rms_norm = vector_ops_rms_norm,       \
-    .rope_table = vector_ops_rope_table, .rope = vector_ops_rope, .attention = vector_ops_attention,                   \
-    .silu_mul = vector_ops_silu_mul, .add = vector_ops_add
+    .prepare = vector_ops_prepare, .dequantize_row = vector_ops_dequantize_row, .rms_norm = layer_ops_rms_norm,        \
+    .scale_norm = layer_ops_scale_norm, .rope_table = layer_ops_rope_table, .rope = layer_ops_rope,                    \
+    .attention = layer_ops_attention, .activate = layer_ops_activate, .softcap = layer_ops_softcap,                    \
+    .squares = layer_ops_squares, .mix_rows = layer_ops_mix_rows, .dot_rows = layer_ops_dot_rows,                      \
+    .add_scaled = layer_ops_add_scaled, .add = layer_ops_add
 
 #endif

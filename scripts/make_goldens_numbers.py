@@ -4,11 +4,13 @@
 Needs: numpy, ml_dtypes.   Run: python3 scripts/make_goldens_numbers.py tests/golden/numbers
 
 Writes one text file per series, one hexadecimal number per line:
-  e4m3_to_f32, e5m2_to_f32            256 lines, the f32 bits of every code
+  e4m3_to_f32, e5m2_to_f32, e8m0_to_f32, e2m1_to_f32   the f32 bits of every code (256 lines; e2m1: 16)
   f16_to_f32                          FNV-1a 64 of each 256 results (f32 bits), all 65,536 codes
-  f32_to_{bf16,f16,e4m3}_borders      FNV-1a 64 of each 4,096 results; inputs: inputs_borders()
-  f32_to_{bf16,f16,e4m3}_random       the same; inputs: 245 * 4,096 splitmix64 words, upper 32 bits as f32 bits
+  f32_to_{bf16,f16,e4m3,e2m1}_borders      FNV-1a 64 of each 4,096 results; inputs: inputs_borders()
+  f32_to_{bf16,f16,e4m3,e2m1}_random       the same; inputs: 245 * 4,096 splitmix64 words, upper 32 bits as f32 bits
   f32_to_{int8,int4}_{ties,random}    the same; inputs: inputs_ties() and random multiples of 2^-16 in -128..128
+  {mxfp4,nvfp4}_rows                  FNV-1a 64 of each row's codes, scales of groups, f32 scale of the row (mxfp4: 0) and f32 values;
+                                      inputs: fp4_inputs()
 Every NaN result is replaced by one value before hashing; results are hashed as little-endian bytes.
 """
 import pathlib
@@ -47,6 +49,8 @@ def fnv_blocks(results, block):
 def to_bits(values, dtype, bits_dtype, nan):
     if dtype == ml_dtypes.float8_e4m3fn:  # our conversion saturates finite values, ml_dtypes does not
         values = np.where(np.isfinite(values), np.clip(values, np.float32(-448), np.float32(448)), values)
+    if dtype == ml_dtypes.float4_e2m1fn:
+        values = np.nan_to_num(np.clip(values, np.float32(-6), np.float32(6)), nan=0.0)
     small = values.astype(dtype)
     return np.where(np.isnan(small.astype(np.float32)), bits_dtype(nan), small.view(bits_dtype))
 
@@ -74,6 +78,62 @@ def inputs_ties():
     return np.append(rows, special).view(np.float32)
 
 
+FP4_VALUES = np.arange(16).astype(np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+
+
+def fp4_inputs(rows=64, cols=256):
+    """Rows of ever smaller size, of elements that differ by up to 2^7 more than a uniform draw."""
+    words = splitmix64(rows * cols).reshape(rows, cols)
+    whole = (words >> np.uint64(40)).astype(np.float64) - 2.0**23
+    exponent = -16 - np.arange(rows).reshape(-1, 1) - (words & np.uint64(7)).astype(np.int64)
+    return np.ldexp(whole, exponent).astype(np.float32)
+
+
+def fp4_quantize(x, scales):
+    """x [group] with the best of several f32 scales: index, codes. Ties go to the first."""
+    best = None
+    for i, scale in enumerate(scales):
+        scaled = x * (np.float32(1) / scale)
+        codes = np.clip(scaled, np.float32(-6), np.float32(6)).astype(ml_dtypes.float4_e2m1fn)
+        error = np.sum((scaled.astype(np.float64) - codes.astype(np.float64)) ** 2) * float(scale) ** 2
+        if best is None or error < best[0]:
+            best = (error, i, codes.view(np.uint8) & 15)
+    return best[1], best[2]
+
+
+def mxfp4_row(x):
+    codes, scales = [], []
+    for group in x.reshape(-1, 32):
+        code = int(np.floor(np.log2(np.abs(group).max().astype(np.float64)))) - 2 + 127
+        candidates = np.array([code, code + 1], np.uint8)
+        i, q = fp4_quantize(group, candidates.view(ml_dtypes.float8_e8m0fnu).astype(np.float32))
+        codes.append(q)
+        scales.append(candidates[i])
+    values = FP4_VALUES[codes] * np.array(scales).view(ml_dtypes.float8_e8m0fnu).astype(np.float32)[:, None]
+    return codes, scales, np.float32(0), values
+
+
+def nvfp4_row(x):
+    row_scale = np.abs(x).max() / np.float32(6 * 448)
+    codes, scales = [], []
+    for group in x.reshape(-1, 16):
+        tops = np.array([6, 5.5, 5, 4.5, 4, 6.5, 7, 7.5], np.float32)
+        candidates = np.minimum(np.abs(group).max() / tops / row_scale, np.float32(448)).astype(ml_dtypes.float8_e4m3fn)
+        candidates = np.maximum(candidates.view(np.uint8), 1)
+        i, q = fp4_quantize(group, candidates.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * row_scale)
+        codes.append(q)
+        scales.append(candidates[i])
+    of_groups = np.array(scales).view(ml_dtypes.float8_e4m3fn).astype(np.float32)[:, None]
+    return codes, scales, row_scale, FP4_VALUES[codes] * of_groups * row_scale
+
+
+def fp4_row_hash(row):
+    codes, scales, row_scale, values = row
+    parts = [np.array(codes, np.uint8), np.array(scales, np.uint8), np.float32(row_scale), values.astype(np.float32)]
+    data = np.frombuffer(b"".join(part.tobytes() for part in parts), np.uint8)
+    return fnv_blocks(data, len(data))[0]
+
+
 def write(folder, name, numbers, digits):
     folder.joinpath(name + ".txt").write_text("".join(f"{int(n):0{digits}x}\n" for n in numbers))
 
@@ -90,6 +150,10 @@ def main():
     bytes_all = np.arange(256).astype(np.uint8)
     write(folder, "e4m3_to_f32", upcast(bytes_all, ml_dtypes.float8_e4m3fn), 8)
     write(folder, "e5m2_to_f32", upcast(bytes_all, ml_dtypes.float8_e5m2), 8)
+    write(folder, "e8m0_to_f32", upcast(bytes_all, ml_dtypes.float8_e8m0fnu), 8)
+    write(folder, "e2m1_to_f32", FP4_VALUES.view(np.uint32), 8)
+    for name, quantize in (("mxfp4", mxfp4_row), ("nvfp4", nvfp4_row)):
+        write(folder, f"{name}_rows", [fp4_row_hash(quantize(x)) for x in fp4_inputs()], 16)
     write(folder, "f16_to_f32", fnv_blocks(upcast(np.arange(65536).astype(np.uint16), np.float16), 256), 16)
 
     words = splitmix64(RANDOM)
@@ -98,6 +162,7 @@ def main():
         ("bf16", ml_dtypes.bfloat16, np.uint16, 0x7FC0, 0x7F7F, 2.0**128),
         ("f16", np.float16, np.uint16, 0x7E00, 0x7BFF, 65536.0),
         ("e4m3", ml_dtypes.float8_e4m3fn, np.uint8, 0x7F, 0x7E, 480.0),
+        ("e2m1", ml_dtypes.float4_e2m1fn, np.uint8, 0, 7, 8.0),
     ]
     for name, dtype, bits_dtype, nan, max_finite_code, beyond in formats:
         borders = inputs_borders(dtype, bits_dtype, max_finite_code, beyond)

@@ -143,12 +143,13 @@ static int build_weights(struct build *build, struct error *err)
 static int describe(const struct build *build, struct manifest *manifest, struct error *err)
 {
     const struct plan *plan = build->plan;
-    manifest->version = 1;
+    manifest->version = MANIFEST_VERSION;
     manifest->tool = strdup(build_tool_name());
     manifest->model = plan->model;
     manifest->tp_size = plan->tp_size;
     manifest->pp_size = 1;
     manifest->quant = plan->quant;
+    manifest->experts = plan->experts;
     manifest->wire_advice = strdup("bf16");
     manifest->ranks = calloc(plan->tp_size, sizeof *manifest->ranks);
     manifest->num_ranks = manifest->ranks ? plan->tp_size : 0;

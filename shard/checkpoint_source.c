@@ -11,47 +11,113 @@
 
 static uint64_t elem_bytes(enum dtype dtype) { return (uint64_t)dtype_bits(dtype) / 8; }
 
+static bool is_turned(enum source_form form) { return form == TURNED || form == TURNED_ALTERNATING; }
+static bool alternates(enum source_form form) { return form == ALTERNATING || form == TURNED_ALTERNATING; }
+
+// A vector that alternates is a column of rows of one element.
+static void source_shape(const struct row_request *request, enum source_form form, uint64_t *rows, uint64_t *cols)
+{
+    bool upright = request->kind == WEIGHT_F32 && alternates(form);
+    *rows = upright ? request->source->source_cols : request->source->source_rows;
+    *cols = upright ? 1 : request->source->source_cols;
+}
+
+// Rows of the source tensor that hold stored rows [begin, begin + count): a stored row of the upper half is every second.
+static void source_rows(enum source_form form, uint64_t all_rows, uint64_t begin, uint64_t count, uint64_t *first,
+                        uint64_t *last)
+{
+    *first = begin;
+    *last = begin + count - 1;
+    if (!alternates(form))
+        return;
+    uint64_t half = all_rows / 2;
+    bool both = begin < half && begin + count > half;
+    *first = both ? 0 : begin % half * 2;
+    *last = both ? all_rows - 1 : (begin + count - 1) % half * 2 + 1;
+}
+
 static int source_read(const struct row_source *base, struct row_window *window, const struct row_request *request,
                        struct error *err)
 {
     const struct checkpoint_source *source = (const struct checkpoint_source *)base;
-    uint64_t cols = request->source->source_cols;
+    const struct plan_source *from = &source->plan->sources[request->tensor][request->part];
+    uint64_t rows, cols, first, last;
     int rc;
     window->request = *request;
-    const struct safetensors_tensor *tensor = checkpoint_find(source->checkpoint, request->source->source);
+    const struct safetensors_tensor *tensor = checkpoint_find(source->checkpoint, from->tensor);
     if (!tensor)
-        return error_set(err, ERR_MODEL, "tensor %s is not in the checkpoint", request->source->source);
-    uint64_t row_bytes = cols * elem_bytes(tensor->dtype);
-    if ((rc = row_window_reserve(window, request->rows * row_bytes, cols, err)))
-        return rc;
+        return error_set(err, ERR_MODEL, "tensor %s is not in the checkpoint", from->tensor);
+    source_shape(request, from->form, &rows, &cols);
+    if (request->kind == WEIGHT_F32) {
+        first = 0;
+        last = rows - 1;
+    } else {
+        source_rows(from->form, rows, request->row_begin, request->rows, &first, &last);
+    }
+    uint64_t bytes = elem_bytes(tensor->dtype), count = last - first + 1;
+    uint64_t begin = (from->index > 0 ? (uint64_t)from->index : 0) * rows * cols; // of the matrix in its stack
     window->raw_format = tensor->dtype;
-    return checkpoint_read(source->checkpoint, tensor, request->row_begin * row_bytes, request->rows * row_bytes,
-                           window->raw, err);
+    window->raw_row = first;
+    window->raw_rows = count;
+    if ((rc = row_window_reserve(window, count * cols * bytes, request->source->source_cols, err)))
+        return rc;
+    if (!is_turned(from->form))
+        return checkpoint_read(source->checkpoint, tensor, (begin + first * cols) * bytes, count * cols * bytes,
+                               window->raw, err);
+    for (uint64_t column = 0; column < cols; column++)
+        if ((rc = checkpoint_read(source->checkpoint, tensor, (begin + column * rows + first) * bytes, count * bytes,
+                                  window->raw + column * count * bytes, err)))
+            return rc;
+    return 0;
 }
 
-static void widen(float *out, const uint8_t *raw, enum dtype dtype, uint64_t count)
+// `count` elements, `step` elements apart.
+static void widen(float *out, const uint8_t *raw, uint64_t step, enum dtype dtype, uint64_t count)
 {
-    if (dtype == DTYPE_F32) {
-        memcpy(out, raw, count * sizeof *out);
-        return;
-    }
     for (uint64_t i = 0; i < count; i++) {
         uint16_t bits;
-        memcpy(&bits, raw + 2 * i, sizeof bits);
+        if (dtype == DTYPE_F32) {
+            memcpy(&out[i], raw + 4 * i * step, sizeof out[i]);
+            continue;
+        }
+        memcpy(&bits, raw + 2 * i * step, sizeof bits);
         out[i] = dtype == DTYPE_BF16 ? bf16_to_f32(bits) : f16_to_f32(bits);
     }
+}
+
+// One row, as floats, from the bytes of the window.
+static void gather(float *out, const struct row_window *window, enum source_form form, uint64_t row)
+{
+    const struct row_request *request = &window->request;
+    enum dtype dtype = (enum dtype)window->raw_format;
+    uint64_t bytes = elem_bytes(dtype), rows, cols;
+    source_shape(request, form, &rows, &cols);
+    uint64_t half = rows / 2;
+    if (request->kind == WEIGHT_F32 && alternates(form)) {
+        widen(out, window->raw, 2, dtype, half);
+        widen(out + half, window->raw + bytes, 2, dtype, half);
+        return;
+    }
+    if (alternates(form))
+        row = row % half * 2 + row / half;
+    row -= window->raw_row;
+    if (is_turned(form))
+        widen(out, window->raw + row * bytes, window->raw_rows, dtype, cols);
+    else
+        widen(out, window->raw + row * cols * bytes, 1, dtype, cols);
 }
 
 static int source_row(const struct row_source *base, struct row_window *window, uint64_t row, struct packed_row *out,
                       struct error *err)
 {
+    const struct checkpoint_source *source = (const struct checkpoint_source *)base;
     const struct row_request *request = &window->request;
+    const struct plan_source *from = &source->plan->sources[request->tensor][request->part];
     uint64_t cols = request->source->source_cols;
-    (void)base;
-    enum dtype dtype = (enum dtype)window->raw_format;
-    const uint8_t *raw = window->raw + (row - request->row_begin) * cols * elem_bytes(dtype);
     struct error cause;
-    widen(window->values, raw, dtype, cols);
+    gather(window->values, window, from->form, row);
+    for (uint64_t i = 0; from->form == PLUS_ONE && i < cols; i++)
+        window->values[i] += 1;
     int rc = pack_quantize_row(out, request->kind, request->group_size, window->values, cols, NULL, &cause);
     if (rc)
         return error_set(err, rc, "tensor %s, row %llu: %s", request->source->source, (unsigned long long)row,
@@ -59,14 +125,18 @@ static int source_row(const struct row_source *base, struct row_window *window, 
     return 0;
 }
 
-// Of this kind there is only the table of inverse rope frequencies.
 static int source_computed(const struct row_source *base, uint64_t tensor, float *out, uint64_t values,
                            struct error *err)
 {
     const struct checkpoint_source *source = (const struct checkpoint_source *)base;
-    (void)tensor;
-    (void)err;
-    memcpy(out, source->inv_freq, values * sizeof *out);
+    enum tensor_role role = source->plan->ranks[0].tensors[tensor].role;
+    const struct rope *rope = role == ROLE_ROPE_LOCAL ? &source->config->rope_local : &source->config->rope;
+    if (role != ROLE_ROPE_INV_FREQ && role != ROLE_ROPE_LONG && role != ROLE_ROPE_LOCAL)
+        return error_set(err, ERR_OTHER, "%s cannot be computed from config.json", tensor_role_name(role));
+    if ((uint64_t)rope->dim / 2 != values)
+        return error_set(err, ERR_MODEL, "%s: %lld rotating columns instead of %llu", tensor_role_name(role),
+                         (long long)rope->dim, (unsigned long long)(2 * values));
+    rope_inv_freq(out, rope, role == ROLE_ROPE_LONG);
     return 0;
 }
 
@@ -80,52 +150,59 @@ static void shape_text(char *out, size_t bytes, const struct safetensors_tensor 
         at += (size_t)snprintf(out + at, bytes - at, "%s%llu", d ? " x " : "", (unsigned long long)tensor->dims[d]);
 }
 
-static int check_tensor(struct checkpoint_source *source, const struct shard_part *part, enum weight_kind kind,
-                        struct error *err)
+// The shape that the checkpoint's tensor must have: a stack has one dimension more.
+static int wanted_shape(uint64_t dims[3], const struct shard_part *part, const struct plan_source *from,
+                        enum weight_kind kind, const struct plan *plan)
 {
-    const struct safetensors_tensor *tensor = checkpoint_find(source->checkpoint, part->source);
+    int count = 0;
+    bool turned = is_turned(from->form);
+    if (from->index >= 0)
+        dims[count++] = (uint64_t)plan->model.experts.num_experts;
+    if (kind != WEIGHT_F32)
+        dims[count++] = turned ? part->source_cols : part->source_rows;
+    dims[count++] = turned ? part->source_rows : part->source_cols;
+    return count;
+}
+
+static int check_tensor(struct checkpoint_source *source, const struct shard_part *part, const struct plan_source *from,
+                        enum weight_kind kind, struct error *err)
+{
+    const struct safetensors_tensor *tensor = checkpoint_find(source->checkpoint, from->tensor);
     if (!tensor)
         return error_set(err, ERR_MODEL, "tensor %s, which config.json calls for, is not in the checkpoint",
-                         part->source);
+                         from->tensor);
     const char *file = checkpoint_file_name(source->checkpoint, (size_t)tensor->file);
     if (tensor->dtype != DTYPE_BF16 && tensor->dtype != DTYPE_F16 && tensor->dtype != DTYPE_F32)
         return error_set(err, ERR_MODEL, "%s: tensor %s is %s; only BF16, F16 and F32 weights can be read", file,
-                         part->source, dtype_name(tensor->dtype));
-    bool vector = kind == WEIGHT_F32;
-    bool fits =
-        vector ? tensor->num_dims == 1 && tensor->dims[0] == part->source_cols
-               : tensor->num_dims == 2 && tensor->dims[0] == part->source_rows && tensor->dims[1] == part->source_cols;
+                         from->tensor, dtype_name(tensor->dtype));
+    struct safetensors_tensor wanted = *tensor;
+    uint64_t dims[3];
+    int count = wanted_shape(dims, part, from, kind, source->plan);
+    bool fits = tensor->num_dims == count;
+    for (int d = 0; d < count; d++) {
+        fits = fits && tensor->dims[d] == dims[d];
+        wanted.dims[d] = dims[d];
+    }
+    wanted.num_dims = count;
     if (!fits) {
-        char found[128], wanted[64];
+        char found[128], text[128];
         shape_text(found, sizeof found, tensor);
-        if (vector)
-            snprintf(wanted, sizeof wanted, "%llu", (unsigned long long)part->source_cols);
-        else
-            snprintf(wanted, sizeof wanted, "%llu x %llu", (unsigned long long)part->source_rows,
-                     (unsigned long long)part->source_cols);
-        return error_set(err, ERR_MODEL, "%s: tensor %s is %s, config.json calls for %s", file, part->source, found,
-                         wanted);
+        shape_text(text, sizeof text, &wanted);
+        return error_set(err, ERR_MODEL, "%s: tensor %s is %s, config.json calls for %s", file, from->tensor, found,
+                         text);
     }
     if (kind == WEIGHT_BF16 && tensor->dtype != DTYPE_BF16)
         source->rounds_to_bf16 = true;
     return 0;
 }
 
-// What old checkpoints carry besides weights, and the copy of the embedding that some carry as their head.
-static bool may_be_ignored(const char *name, const struct plan *plan)
-{
-    static const char suffix[] = ".rotary_emb.inv_freq";
-    size_t length = strlen(name);
-    if (length > strlen(suffix) && strcmp(name + length - strlen(suffix), suffix) == 0)
-        return true;
-    return plan->model.tied_embeddings && strcmp(name, "lm_head.weight") == 0;
-}
-
 static int compare_names(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
 
 // A tensor that nothing uses means that the model is not what its config says.
-static int refuse_unused(const struct checkpoint *checkpoint, const struct plan *plan, struct error *err)
+static int refuse_unused(const struct checkpoint *checkpoint, const struct plan *plan,
+                         const struct checkpoint_claims *claims, struct error *err)
 {
+    const struct family *family = family_find(plan->model.architecture);
     const char **used = malloc(plan->tensor_count * SHARD_MAX_PARTS * sizeof *used);
     size_t count = 0;
     int rc = 0;
@@ -133,11 +210,12 @@ static int refuse_unused(const struct checkpoint *checkpoint, const struct plan 
         return error_set(err, ERR_MEMORY, "out of memory for the list of tensors");
     for (uint64_t i = 0; i < plan->tensor_count; i++)
         for (int p = 0; p < plan->ranks[0].tensors[i].num_parts; p++)
-            used[count++] = plan->ranks[0].tensors[i].parts[p].source;
+            used[count++] = plan->sources[i][p].tensor;
     qsort(used, count, sizeof *used, compare_names);
     for (size_t i = 0; !rc && i < checkpoint_tensor_count(checkpoint); i++) {
         const struct safetensors_tensor *tensor = checkpoint_tensor(checkpoint, i);
-        if (!bsearch(&tensor->name, used, count, sizeof *used, compare_names) && !may_be_ignored(tensor->name, plan))
+        if (!bsearch(&tensor->name, used, count, sizeof *used, compare_names) &&
+            !family_ignores(family, &plan->model, tensor->name) && !(claims && claims->reads(claims, tensor)))
             rc = error_set(err, ERR_MODEL, "%s: tensor %s has no place in a %s with this config.json",
                            checkpoint_file_name(checkpoint, (size_t)tensor->file), tensor->name,
                            plan->model.architecture);
@@ -147,27 +225,20 @@ static int refuse_unused(const struct checkpoint *checkpoint, const struct plan 
 }
 
 int checkpoint_source_init(struct checkpoint_source *out, const struct checkpoint *checkpoint, const struct plan *plan,
-                           const struct rope *rope, struct error *err)
+                           const struct hf_config *config, const struct checkpoint_claims *claims, struct error *err)
 {
     int rc;
-    struct checkpoint_source source = {.source = {source_read, source_computed, source_row}, .checkpoint = checkpoint};
+    struct checkpoint_source source = {
+        .source = {source_read, source_computed, source_row}, .checkpoint = checkpoint, .plan = plan, .config = config};
     for (uint64_t i = 0; i < plan->tensor_count; i++) {
         const struct shard_tensor *tensor = &plan->ranks[0].tensors[i];
         for (int p = 0; p < tensor->num_parts; p++)
-            if ((rc = check_tensor(&source, &tensor->parts[p], tensor->shape.kind, err)))
+            if (!(claims && claims->makes(claims, &plan->sources[i][p])) &&
+                (rc = check_tensor(&source, &tensor->parts[p], &plan->sources[i][p], tensor->shape.kind, err)))
                 return rc;
     }
-    if ((rc = refuse_unused(checkpoint, plan, err)))
+    if ((rc = refuse_unused(checkpoint, plan, claims, err)))
         return rc;
-    if (!(source.inv_freq = malloc((size_t)plan->model.head_dim / 2 * sizeof(float))))
-        return error_set(err, ERR_MEMORY, "out of memory for the rope table");
-    rope_inv_freq(source.inv_freq, rope, plan->model.head_dim);
     *out = source;
     return 0;
-}
-
-void checkpoint_source_clear(struct checkpoint_source *source)
-{
-    free(source->inv_freq);
-    *source = (struct checkpoint_source){0};
 }

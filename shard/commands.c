@@ -5,7 +5,6 @@
 #include <stdio.h>
 
 struct common_options common;
-struct model_options model_options = {.tp = 1, .quant = "none", .group_size = "128"};
 
 void commands_note(const char *fmt, ...)
 {

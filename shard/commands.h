@@ -19,23 +19,27 @@ extern struct common_options common;
 
 // Options that `convert` and `plan` share: how the model is to be cut and stored.
 struct model_options {
-    int64_t tp;
-    const char *quant, *group_size;
+    int64_t tp;        // -1: not said
+    const char *quant; // NULL: not said; "keep": as a checkpoint that is quantized has it
+    const char *group_size;
     const char *embed, *head; // NULL: the default that goes with quant
+    const char *experts;      // a name of enum experts_mode
 };
-extern struct model_options model_options;
 
 // clang-format off
-#define MODEL_OPTION_SPECS                                                                                             \
-    {"tp", OPTION_INT, &model_options.tp, "N", 1, PLAN_MAX_TP, "ranks to cut the model for"},                          \
-    {"quant", OPTION_CHOICE, &model_options.quant, "none|int8|int4|fp8", 0, 0,                                         \
-     "how the weights of the layers are stored; none is bf16"},                                                        \
-    {"group-size", OPTION_CHOICE, &model_options.group_size, "128|64|32", 0, 0,                                        \
-     "int4: columns that share a scale"},                                                                              \
-    {"embed", OPTION_CHOICE, &model_options.embed, "none|int8|int4|fp8", 0, 0,                                         \
+#define MODEL_OPTIONS_DEFAULT {.tp = -1, .group_size = "128", .experts = "tp"}
+#define MODEL_OPTION_SPECS(options)                                                                                    \
+    {"tp", OPTION_INT, &(options).tp, "N", 1, PLAN_MAX_TP, "ranks to cut the model for (default: 1)"},                 \
+    {"quant", OPTION_CHOICE, &(options).quant, "keep|none|int8|fp8|int4|int4z|mxfp4|nvfp4", 0, 0,                      \
+     "how the weights of the layers are stored; none is bf16, keep what a quantized checkpoint holds (its default)"},  \
+    {"group-size", OPTION_CHOICE, &(options).group_size, "128|64|32", 0, 0,                                            \
+     "int4 and int4z: columns that share a scale"},                                                                    \
+    {"embed", OPTION_CHOICE, &(options).embed, "none|int8|fp8|int4|int4z|mxfp4|nvfp4", 0, 0,                           \
      "how the embedding is stored (default: none; where it is also the head, as --head)"},                             \
-    {"head", OPTION_CHOICE, &model_options.head, "none|int8|int4|fp8", 0, 0,                                           \
-     "how the head is stored (default: as --quant; int8 with int4)"}
+    {"head", OPTION_CHOICE, &(options).head, "none|int8|fp8|int4|int4z|mxfp4|nvfp4", 0, 0,                             \
+     "how the head is stored (default: as --quant; int8 with four bits)"},                                             \
+    {"experts", OPTION_CHOICE, &(options).experts, "tp|ep", 0, 0,                                                      \
+     "tp: every rank holds a slice of each expert; ep: some of them, whole"}
 #define THREADS_OPTION_SPEC(target)                                                                                    \
     {"threads", OPTION_INT, target, "N", 1, 1024, "threads to work on (default: all CPUs); the bytes do not depend on it"}
 // clang-format on
@@ -51,8 +55,8 @@ int verify_run(int argc, char **argv, struct error *err);
 extern const struct option_spec reshard_options[];
 int reshard_run(int argc, char **argv, struct error *err);
 
-// What `convert --dry-run` shows: plan_run without its own options.
-int plan_report(const char *model_dir, int64_t context_tokens, uint64_t gpu_memory_bytes, struct error *err);
+// What `convert --dry-run` shows: `plan` without its own options.
+int plan_report(const char *model_dir, const struct model_options *options, struct error *err);
 
 // The line, or with --json the object, with which convert and reshard end.
 int commands_report_build(const struct build_result *result, const struct plan *plan, const char *out_dir,

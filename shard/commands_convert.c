@@ -1,21 +1,28 @@
 // tpshard convert: checkpoint -> shard directory. See commands.h.
-#include "shard/checkpoint_source.h"
 #include "shard/commands.h"
 #include "shard/hf_config.h"
+#include "shard/model_rows.h"
+#include "shard/own_plan.h"
 #include "shard/plan.h"
 #include "shard/source_files.h"
 
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
+static struct model_options model_options = MODEL_OPTIONS_DEFAULT;
 static struct {
     int64_t threads;
+    const char *plan;
     bool resume, force, dry_run;
 } options = {.threads = -1};
 
 const struct option_spec convert_options[] = {
-    MODEL_OPTION_SPECS,
+    MODEL_OPTION_SPECS(model_options),
     THREADS_OPTION_SPEC(&options.threads),
+    {"plan", OPTION_TEXT, &options.plan, "FILE", 0, 0,
+     "a tp_plan of your own (JSON: patterns and strategies), checked against the model's tensors; lets an unknown "
+     "architecture be read as the known one whose keys and tensors it has"},
     {"resume", OPTION_FLAG, &options.resume, NULL, 0, 0, "go on with a run that was interrupted"},
     {"force", OPTION_FLAG, &options.force, NULL, 0, 0, "replace the model that is in out_dir"},
     {"dry-run", OPTION_FLAG, &options.dry_run, NULL, 0, 0, "write nothing; show what `tpshard plan` shows"},
@@ -23,29 +30,109 @@ const struct option_spec convert_options[] = {
 };
 
 struct conversion {
-    struct checkpoint *checkpoint;
     struct hf_config config;
     struct plan *plan;
-    struct checkpoint_source source;
+    struct model_rows rows;
+    enum experts_mode experts;
+    bool keep; // matrices of a quantized checkpoint as they are
     struct extras extras;
     struct source_files files;
     struct source_hasher *hasher;
 };
 
+// How the command line wants the model cut and stored. A quantized checkpoint keeps its kinds unless told otherwise.
+static int make_plan(struct conversion *c, struct error *err)
+{
+    const struct model_options *wanted = &model_options;
+    struct plan_options cut = {.tp_size = wanted->tp > 0 ? (uint32_t)wanted->tp : 1};
+    const char *quant = wanted->quant ? wanted->quant : "keep";
+    bool tied = c->config.model.tied_embeddings;
+    struct import_kinds kinds = {0};
+    int rc;
+    cut.experts = c->experts;
+    c->keep = c->rows.import && strcmp(quant, "keep") == 0;
+    if (c->keep)
+        rc =
+            import_quant(&cut.quant, &c->rows.config, wanted->embed, wanted->head, atoi(wanted->group_size), tied, err);
+    else
+        rc = plan_quant(&cut.quant, strcmp(quant, "keep") == 0 ? "none" : quant, wanted->embed, wanted->head,
+                        atoi(wanted->group_size), tied, err);
+    if (rc)
+        return rc;
+    if (c->rows.import) {
+        kinds = c->keep ? import_kinds_keep(c->rows.import, wanted->embed, wanted->head)
+                        : import_kinds_as(c->rows.import, NULL);
+        cut.kinds = &kinds.kinds;
+    }
+    return plan_make(&c->plan, &c->config.model, &cut, err);
+}
+
+static void say_what_is_stored(const struct conversion *c)
+{
+    const char *first;
+    uint64_t mixed;
+    if (!c->rows.import)
+        return;
+    if (!c->keep)
+        commands_note("note: the checkpoint's weights (%s) are stored anew, with rounding; --quant keep stores them as "
+                      "they are",
+                      c->rows.config.name);
+    else if ((mixed = import_mixed(c->rows.import, &first)) > 0)
+        commands_note("note: %llu matrices are stored in bf16, since what is stored together is quantized in ways that "
+                      "have no kind in common (the first begins with %s)",
+                      (unsigned long long)mixed, first);
+}
+
+// The matrices that are not stored exactly, the worst first.
+static void report_losses(const struct conversion *c)
+{
+    enum { SHOWN = 16 };
+    struct import_loss *losses = NULL;
+    uint64_t count = c->rows.import ? import_losses(c->rows.import, NULL, 0) : 0;
+    if (count == 0 || !(losses = calloc(count, sizeof *losses)))
+        return;
+    import_losses(c->rows.import, losses, count);
+    commands_note("note: %llu matrices differ from the checkpoint's; error relative to the weights, root mean square:",
+                  (unsigned long long)count);
+    for (uint64_t i = 0; i < count && i < SHOWN; i++)
+        commands_note("  %s %.3g %%", losses[i].source, 100 * losses[i].relative_rmse);
+    if (count > SHOWN)
+        commands_note("  the others: at most %.3g %%", 100 * losses[SHOWN].relative_rmse);
+    free(losses);
+}
+
+// The plan of the user's own says what it says; what it leaves open stays as it is.
+static int read_config(struct conversion *c, const char *model_dir, struct error *err)
+{
+    const char *known_as = NULL;
+    char note[640];
+    struct own_plan *own = NULL;
+    int rc = 0;
+    experts_mode_from_name(model_options.experts, &c->experts);
+    if (options.plan &&
+        ((rc = own_plan_read(&own, options.plan, err)) || (rc = own_plan_find_family(&known_as, model_dir, err))))
+        goto done;
+    if ((rc = hf_config_read(&c->config, model_dir, known_as, err)) || !own ||
+        (rc = own_plan_check(own, &c->config.model, &c->experts, note, sizeof note, err)))
+        goto done;
+    if (known_as)
+        commands_note("note: the model is read as a %s: its keys and tensors are those", known_as);
+    if (note[0])
+        commands_note("note: %s", note);
+done:
+    own_plan_free(own);
+    return rc;
+}
+
 // Everything that can be refused is refused here, before any heavy work.
 static int prepare(struct conversion *c, const char *model_dir, struct error *err)
 {
-    struct manifest_quant quant;
     bool has_tokenizer;
     int rc;
-    if ((rc = hf_config_read(&c->config, model_dir, err)) ||
-        (rc = plan_quant(&quant, model_options.quant, model_options.embed, model_options.head,
-                         atoi(model_options.group_size), c->config.model.tied_embeddings, err)) ||
-        (rc = plan_make(&c->plan, &c->config.model, &quant, (uint32_t)model_options.tp, err)) ||
-        (rc = checkpoint_open(&c->checkpoint, model_dir, err)) ||
-        (rc = checkpoint_source_init(&c->source, c->checkpoint, c->plan, &c->config.rope, err)) ||
+    if ((rc = read_config(c, model_dir, err)) || (rc = model_rows_open(&c->rows, model_dir, err)) ||
+        (rc = make_plan(c, err)) || (rc = model_rows_init(&c->rows, c->plan, &c->config, err)) ||
         (rc = extras_from_model(&c->extras, &has_tokenizer, model_dir, c->config.model.vocab_size, err)) ||
-        (rc = source_files_list(&c->files, c->checkpoint, model_dir, err)))
+        (rc = source_files_list(&c->files, c->rows.checkpoint, model_dir, err)))
         return rc;
     char line[256];
     if (plan_empty_shares(c->plan, line, sizeof line))
@@ -53,8 +140,11 @@ static int prepare(struct conversion *c, const char *model_dir, struct error *er
     if (!has_tokenizer)
         commands_note("note: %s has no tokenizer.json; the shards will work with token ids only, not with text",
                       model_dir);
-    if (c->source.rounds_to_bf16)
+    if (c->extras.warning[0])
+        commands_note("warning: %s", c->extras.warning);
+    if (c->rows.rounds_to_bf16)
         commands_note("note: the checkpoint's f16 or f32 weights are rounded to bf16");
+    say_what_is_stored(c);
     return 0;
 }
 
@@ -85,11 +175,12 @@ static int convert(struct conversion *c, const char *out_dir, struct error *err)
 {
     char key[512];
     const struct manifest_quant *quant = &c->plan->quant;
-    snprintf(key, sizeof key, "%s convert tp %u linear %d embedding %d head %d group %u", build_tool_name(),
-             c->plan->tp_size, quant->linear, quant->embedding, quant->head, quant->group_size);
+    snprintf(key, sizeof key, "%s convert tp %u experts %s linear %d embedding %d head %d group %u keep %d",
+             build_tool_name(), c->plan->tp_size, experts_mode_name(c->plan->experts), quant->linear, quant->embedding,
+             quant->head, quant->group_size, c->keep);
     struct build_input input = {
         .plan = c->plan,
-        .source = &c->source.source,
+        .source = c->rows.source,
         .extras = &c->extras,
         .key = source_files_key(&c->files, key),
         .what = "convert",
@@ -108,6 +199,8 @@ static int convert(struct conversion *c, const char *out_dir, struct error *err)
     };
     struct build_result result;
     int rc = build_directory(&result, &input, &build_options, err);
+    if (!rc)
+        report_losses(c);
     return rc ? rc : commands_report_build(&result, c->plan, out_dir, err);
 }
 
@@ -115,16 +208,17 @@ int convert_run(int argc, char **argv, struct error *err)
 {
     struct conversion conversion = {0};
     int rc;
+    if (options.dry_run && options.plan)
+        return error_set(err, ERR_USAGE, "--dry-run and --plan do not go together");
     if (options.dry_run)
-        return plan_report(argv[0], 0, 0, err);
+        return plan_report(argv[0], &model_options, err);
     if (argc < 2)
         return error_set(err, ERR_USAGE, "convert needs two arguments: model_dir out_dir");
     if (!(rc = prepare(&conversion, argv[0], err)))
         rc = convert(&conversion, argv[1], err);
     source_files_clear(&conversion.files);
     extras_clear(&conversion.extras);
-    checkpoint_source_clear(&conversion.source);
-    checkpoint_close(conversion.checkpoint);
+    model_rows_close(&conversion.rows);
     plan_free(conversion.plan);
     return rc;
 }

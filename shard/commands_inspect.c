@@ -30,13 +30,14 @@ static json_t *tensor_json(const struct shard_tensor *tensor)
                              (json_int_t)part->row_begin, (json_int_t)(part->row_begin + part->rows), "columns",
                              (json_int_t)part->col_begin, (json_int_t)(part->col_begin + part->cols)));
     }
-    return json_pack(
-        "{s:s, s:i, s:s, s:i, s:[I,I], s:[I,I], s:I, s:I, s:I, s:I, s:o}", "role", tensor_role_name(tensor->role),
-        "layer", (int)tensor->layer, "kind", weight_kind_name(tensor->shape.kind), "group_size",
-        (int)tensor->shape.group_size, "shape", (json_int_t)tensor->shape.rows, (json_int_t)tensor->shape.cols,
-        "padded_shape", (json_int_t)tensor->shape.rows_padded, (json_int_t)tensor->shape.cols_padded, "data_offset",
-        (json_int_t)tensor->data_offset, "data_bytes", (json_int_t)tensor->shape.data_bytes, "scale_offset",
-        (json_int_t)tensor->scale_offset, "scale_bytes", (json_int_t)tensor->shape.scale_bytes, "parts", parts);
+    return json_pack("{s:s, s:i, s:i, s:s, s:i, s:[I,I], s:[I,I], s:I, s:I, s:I, s:I, s:o}", "role",
+                     tensor_role_name(tensor->role), "layer", (int)tensor->layer, "expert", (int)tensor->expert, "kind",
+                     weight_kind_name(tensor->shape.kind), "group_size", (int)tensor->shape.group_size, "shape",
+                     (json_int_t)tensor->shape.rows, (json_int_t)tensor->shape.cols, "padded_shape",
+                     (json_int_t)tensor->shape.rows_padded, (json_int_t)tensor->shape.cols_padded, "data_offset",
+                     (json_int_t)tensor->data_offset, "data_bytes", (json_int_t)tensor->shape.data_bytes,
+                     "scale_offset", (json_int_t)tensor->scale_offset, "scale_bytes",
+                     (json_int_t)tensor->shape.scale_bytes, "parts", parts);
 }
 
 static json_t *rank_json(const struct shard_dir *dir, uint32_t rank)
@@ -47,13 +48,18 @@ static json_t *rank_json(const struct shard_dir *dir, uint32_t rank)
     for (uint64_t i = 0; rank == (uint32_t)options.rank && i < shard_file_tensor_count(file); i++)
         json_array_append_new(tensors, tensor_json(shard_file_tensor(file, i)));
     return json_pack(
-        "{s:i, s:s, s:I, s:I, s:I, s:[I,I], s:[I,I], s:[I,I], s:[I,I], s:I, s:o}", "rank", (int)rank, "file",
-        dir->manifest->ranks[rank].name, "bytes", (json_int_t)dir->manifest->ranks[rank].bytes, "payload_offset",
-        (json_int_t)shard_file_payload_offset(file), "payload_bytes", (json_int_t)shard_file_payload_bytes(file),
-        "heads", (json_int_t)share->head_begin, (json_int_t)(share->head_begin + share->num_heads_local), "kv_heads",
-        (json_int_t)share->kv_head_begin, (json_int_t)(share->kv_head_begin + share->num_kv_heads_local),
-        "intermediate", (json_int_t)share->mlp_begin, (json_int_t)(share->mlp_begin + share->intermediate_local),
-        "vocab", (json_int_t)share->vocab_begin, (json_int_t)(share->vocab_begin + share->vocab_local), "tensor_count",
+        "{s:i, s:s, s:I, s:I, s:I, s:[I,I], s:[I,I], s:[I,I], s:[I,I], s:[I,I], s:[I,I], s:[I,I], s:I, s:o}", "rank",
+        (int)rank, "file", dir->manifest->ranks[rank].name, "bytes", (json_int_t)dir->manifest->ranks[rank].bytes,
+        "payload_offset", (json_int_t)shard_file_payload_offset(file), "payload_bytes",
+        (json_int_t)shard_file_payload_bytes(file), "heads", (json_int_t)share->head_begin,
+        (json_int_t)(share->head_begin + share->num_heads_local), "kv_heads", (json_int_t)share->kv_head_begin,
+        (json_int_t)(share->kv_head_begin + share->num_kv_heads_local), "intermediate", (json_int_t)share->mlp_begin,
+        (json_int_t)(share->mlp_begin + share->intermediate_local), "vocab", (json_int_t)share->vocab_begin,
+        (json_int_t)(share->vocab_begin + share->vocab_local), "experts", (json_int_t)share->expert_begin,
+        (json_int_t)(share->expert_begin + share->num_experts_local), "expert_intermediate",
+        (json_int_t)share->expert_mlp_begin, (json_int_t)(share->expert_mlp_begin + share->expert_size_local),
+        "shared_intermediate", (json_int_t)share->shared_begin,
+        (json_int_t)(share->shared_begin + share->shared_size_local), "tensor_count",
         (json_int_t)shard_file_tensor_count(file), "tensors", tensors);
 }
 
@@ -73,8 +79,30 @@ static int print_json(const struct shard_dir *dir, struct error *err)
 
 // ---- for people --------------------------------------------------------------------------------------------------
 
-static void print_manifest(const char *path, const struct manifest *manifest)
+// What the ranks hold of each kind: a checkpoint that came quantized may hold matrices of kinds that the manifest does not name.
+static void print_kinds(const struct shard_dir *dir)
 {
+    uint64_t bytes[WEIGHT_KIND_COUNT] = {0};
+    const char *between = "";
+    for (uint32_t rank = 0; rank < dir->manifest->num_ranks; rank++)
+        for (uint64_t i = 0; i < shard_file_tensor_count(dir->files[rank]); i++) {
+            const struct weight_shape *shape = &shard_file_tensor(dir->files[rank], i)->shape;
+            bytes[shape->kind] += shape->data_bytes + shape->scale_bytes;
+        }
+    printf("  stored in all ranks:");
+    for (int kind = 0; kind < WEIGHT_KIND_COUNT; kind++) {
+        char text[32];
+        if (!bytes[kind])
+            continue;
+        printf("%s %s %s", between, weight_kind_name((enum weight_kind)kind), progress_bytes_text(text, bytes[kind]));
+        between = ",";
+    }
+    printf("\n");
+}
+
+static void print_manifest(const char *path, const struct shard_dir *dir)
+{
+    const struct manifest *manifest = dir->manifest;
     const struct model_desc *model = &manifest->model;
     char contract[CHECKSUM128_HEX_DIGITS + 1], bytes[32];
     checksum128_to_hex(manifest->contract, contract);
@@ -84,11 +112,16 @@ static void print_manifest(const char *path, const struct manifest *manifest)
            (long long)model->num_layers, (long long)model->hidden_size, (long long)model->intermediate_size,
            (long long)model->num_heads, (long long)model->num_kv_heads, (long long)model->head_dim,
            (long long)model->vocab_size, model->tied_embeddings ? " (tied)" : "", (long long)model->context);
+    if (model->experts.num_experts > 0)
+        printf("  %lld experts of %lld, %lld for each token, %s\n", (long long)model->experts.num_experts,
+               (long long)model->experts.expert_size, (long long)model->experts.experts_per_token,
+               manifest->experts == EXPERTS_EP ? "dealt out whole (ep)" : "each cut over all ranks (tp)");
     printf("  weights: layers %s", weight_kind_name(manifest->quant.linear));
     if (manifest->quant.group_size)
         printf(" (groups of %u)", manifest->quant.group_size);
     printf(", embedding %s, head %s\n", weight_kind_name(manifest->quant.embedding),
            weight_kind_name(manifest->quant.head));
+    print_kinds(dir);
     printf("  tp %u, contract %s\n", manifest->tp_size, contract);
     for (size_t i = 0; i < manifest->num_ranks; i++)
         printf("  %-28s %s\n", manifest->ranks[i].name, progress_bytes_text(bytes, manifest->ranks[i].bytes));
@@ -132,7 +165,7 @@ int inspect_run(int argc, char **argv, struct error *err)
     if (!rc && common.json) {
         rc = print_json(&dir, err);
     } else if (!rc) {
-        print_manifest(argv[0], dir.manifest);
+        print_manifest(argv[0], &dir);
         print_tensors(&dir, (uint32_t)options.rank);
     }
     shard_dir_close(&dir);

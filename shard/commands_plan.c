@@ -1,180 +1,400 @@
-// tpshard plan: what each rank would hold, and whether it fits. Reads config.json alone, so that it can be asked before
-// a checkpoint is downloaded. See commands.h.
+// tpshard plan: what each rank would hold, what a token costs, and whether it fits. Reads config.json alone, so that it can be asked before
+// a checkpoint is downloaded; of a quantized checkpoint that is there also what says the order of its columns. See commands.h.
+#include "formats/checkpoint.h"
+#include "formats/file_io.h"
 #include "shard/commands.h"
 #include "shard/hf_config.h"
-#include "shard/memory_plan.h"
-#include "shard/plan.h"
-#include "shard/progress.h"
+#include "shard/import_plan.h"
+#include "shard/plan_answer.h"
 
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
 
+enum { DEFAULT_CONTEXT = 4096 }; // tpengine's, where the model's own is not shorter
+
+static const uint64_t NOT_SAID = UINT64_MAX;
+
+static struct model_options model_options = MODEL_OPTIONS_DEFAULT;
 static struct {
-    int64_t context;
+    int64_t context; // -1: not said
+    const char *kv_cache;
     uint64_t gpu_memory_bytes;
-} options = {.context = -1};
+} options = {.context = -1, .gpu_memory_bytes = UINT64_MAX};
 
 const struct option_spec plan_options[] = {
-    MODEL_OPTION_SPECS,
+    MODEL_OPTION_SPECS(model_options),
     {"context", OPTION_INT, &options.context, "N", 1, 1 << 30,
-     "tokens of KV cache to count (default: the model's own context)"},
+     "tokens of KV cache to count (default: the model's own context, or what fits the card)"},
+    {"kv-cache", OPTION_CHOICE, &options.kv_cache, "bf16|fp8", 0, 0,
+     "format of keys and values (default: bf16; with --gpu-memory fp8 where bf16 does not fit)"},
     {"gpu-memory", OPTION_BYTES, &options.gpu_memory_bytes, "BYTES", 0, 0,
-     "memory of one device, such as 24GiB: say whether each rank fits"},
+     "memory of one rank's card, such as 24GiB: say whether it fits, and propose what --tp, --quant and --kv-cache "
+     "leave open: weights as little changed as possible (as they are, int8, fp8, int4), then a KV cache in bf16, then "
+     "the fewest ranks"},
     {0},
 };
 
-struct question {
-    int64_t context_tokens;
-    uint64_t gpu_memory_bytes; // 0: not asked
+// ---- the model ---------------------------------------------------------------------------------------------------
+
+struct subject {
+    struct hf_config config;
+    struct import_config import; // how the checkpoint is quantized
+    struct checkpoint
+        *checkpoint; // its tensors, where they are there and tell what config.json does not (act-order); else NULL
+    const struct model_options *wanted;
 };
 
-static uint64_t largest_total(const struct plan *plan, const struct question *question)
+static int parse_file(struct subject *subject, const char *path, const uint8_t *text, uint64_t bytes, struct error *err)
 {
-    uint64_t largest = 0;
+    struct json_object root = {0};
+    int rc;
+    if ((rc = hf_config_parse(&subject->config, (const char *)text, bytes, path, NULL, 0, NULL, NULL, err)) ||
+        (rc = json_file_parse(&root, (const char *)text, bytes, path, ERR_MODEL, err)))
+        return rc;
+    rc = import_config_parse(&subject->import, &root, NULL, err);
+    json_file_close(&root);
+    return rc;
+}
+
+static bool is_quantized(const struct subject *subject) { return subject->import.method != IMPORT_PLAIN; }
+
+static int read_dir(struct subject *subject, const char *dir, struct error *err)
+{
+    struct error ignored; // of a checkpoint that is not there, or not yet as a whole
+    int rc;
+    if ((rc = hf_config_read(&subject->config, dir, NULL, err)) ||
+        (rc = import_config_read(&subject->import, dir, err)))
+        return rc;
+    if (is_quantized(subject) && checkpoint_open(&subject->checkpoint, dir, &ignored))
+        subject->checkpoint = NULL;
+    return 0;
+}
+
+// A model's directory, or a config.json of any name.
+static int read_config(struct subject *subject, const char *path, struct error *err)
+{
+    struct stat status;
+    uint8_t *text;
+    uint64_t bytes;
+    int rc;
+    if (stat(path, &status) || !S_ISREG(status.st_mode))
+        return read_dir(subject, path, err);
+    if ((rc = file_read_all(&text, &bytes, path, JSON_FILE_CAP_BYTES, ERR_MODEL, err)))
+        return rc;
+    rc = parse_file(subject, path, text, bytes, err);
+    free(text);
+    return rc;
+}
+
+// The word of --quant that leaves the weights as they are.
+static const char *unchanged(const struct subject *subject) { return is_quantized(subject) ? "keep" : "none"; }
+
+static int make_plan(struct plan **out, const struct subject *subject, const char *quant, uint32_t tp_size,
+                     enum experts_mode experts, struct error *err)
+{
+    const struct model_options *wanted = subject->wanted;
+    bool keep = strcmp(quant, "keep") == 0, tied = subject->config.model.tied_embeddings;
+    struct plan_options cut = {.tp_size = tp_size, .experts = experts};
+    struct import *import = NULL;
+    struct import_kinds kinds;
+    int rc = keep ? import_quant(&cut.quant, &subject->import, wanted->embed, wanted->head, atoi(wanted->group_size),
+                                 tied, err)
+                  : plan_quant(&cut.quant, quant, wanted->embed, wanted->head, atoi(wanted->group_size), tied, err);
+    if (!rc && is_quantized(subject) && !(rc = import_open(&import, &subject->import, subject->checkpoint, err))) {
+        kinds = keep ? import_kinds_keep(import, wanted->embed, wanted->head) : import_kinds_as(import, NULL);
+        cut.kinds = &kinds.kinds;
+    }
+    if (!rc)
+        rc = plan_make(out, &subject->config.model, &cut, err);
+    import_close(import);
+    return rc;
+}
+
+static enum experts_mode wanted_experts(const struct subject *subject)
+{
+    enum experts_mode mode = EXPERTS_TP;
+    experts_mode_from_name(subject->wanted->experts, &mode);
+    return mode;
+}
+
+static int plan_of_way(void *arg, struct plan **out, const char *quant, uint32_t tp_size, struct error *err)
+{
+    const struct subject *subject = arg;
+    return make_plan(out, subject, quant, tp_size, wanted_experts(subject), err);
+}
+
+// ---- the answer --------------------------------------------------------------------------------------------------
+
+static int add_advice(struct plan_answer *answer, const struct fit_question *question, uint32_t fewer_than,
+                      struct error *err)
+{
+    struct fit fit;
+    int rc = fit_find(&fit, question, err);
+    if (!rc && fit.fits && fit.way.tp_size < fewer_than)
+        answer->advice[answer->num_advice++] = fit;
+    if (!rc && !fit.fits)
+        answer->min_ranks = fit.min_ranks;
+    return rc;
+}
+
+// Each way to store the weights on its fewest ranks, where that is fewer than with the ways before it.
+static int add_ladder(struct plan_answer *answer, const struct fit_question *question, uint32_t fewer_than,
+                      struct error *err)
+{
+    struct fit_question one = *question;
+    const char *quant;
+    one.tp_size = 0;
+    for (int i = 0; (quant = fit_quant_at(question, i)); i++) {
+        one.quant = quant;
+        int rc = add_advice(answer, &one, fewer_than, err);
+        if (rc)
+            return rc;
+        if (answer->num_advice > 0)
+            fewer_than = answer->advice[answer->num_advice - 1].way.tp_size;
+    }
+    return 0;
+}
+
+// Other ways, where they are wanted: all that was asked for does not fit, or the number of cards was left open.
+static int add_others(struct plan_answer *answer, const struct fit_question *asked, struct error *err)
+{
+    struct fit_question question = *asked;
+    int rc;
+    question.quant = NULL;
+    if (answer->fits)
+        return asked->tp_size == 0 && !asked->quant ? add_ladder(answer, &question, answer->way.tp_size, err) : 0;
+    if (asked->quant || asked->format) { // the same cards, anything else; the same weights, more cards
+        if ((rc = add_advice(answer, &question, UINT32_MAX, err)))
+            return rc;
+        question = *asked;
+        question.tp_size = 0;
+        if (asked->quant && (rc = add_advice(answer, &question, UINT32_MAX, err)))
+            return rc;
+        question.quant = NULL;
+    }
+    return answer->num_advice > 0 ? 0 : add_ladder(answer, &question, UINT32_MAX, err);
+}
+
+static int check_question(const struct subject *subject, struct error *err)
+{
+    if (options.context > subject->config.model.context)
+        return error_set(err, ERR_USAGE, "--context %lld: the model was made for at most %lld tokens",
+                         (long long)options.context, (long long)subject->config.model.context);
+    if (options.gpu_memory_bytes != NOT_SAID && memory_plan_available(options.gpu_memory_bytes) == 0)
+        return error_set(err, ERR_USAGE,
+                         "--gpu-memory %llu bytes: driver and context alone take %d MiB; sizes are written like 24GiB",
+                         (unsigned long long)options.gpu_memory_bytes, MEMORY_PLAN_DRIVER_BYTES >> 20);
+    return 0;
+}
+
+// Chooses what was left open, so that it fits where that is possible.
+static int choose_way(struct plan_answer *answer, struct subject *subject, struct error *err)
+{
+    static const enum kv_format formats[] = {KV_BF16, KV_E4M3};
+    const struct model_options *wanted = subject->wanted;
+    const struct model_desc *model = &subject->config.model;
+    const enum kv_format *format = !options.kv_cache ? NULL : &formats[strcmp(options.kv_cache, "fp8") == 0];
+    bool keep = wanted->quant && strcmp(wanted->quant, "keep") == 0;
+    struct fit_question question = {
+        .quant = keep ? unchanged(subject) : wanted->quant,
+        .format = format,
+        .tp_size = wanted->tp > 0 ? (uint32_t)wanted->tp : 0,
+        .available_bytes = answer->available_bytes,
+        .context_tokens = options.context > 0                ? options.context
+                          : model->context < DEFAULT_CONTEXT ? model->context
+                                                             : DEFAULT_CONTEXT,
+        .unchanged = unchanged(subject),
+        .plan = plan_of_way,
+        .arg = subject,
+    };
+    struct fit fit;
+    answer->way = (struct fit_way){question.quant ? question.quant : question.unchanged, format ? *format : KV_BF16,
+                                   question.tp_size ? question.tp_size : 1};
+    if (!answer->card_bytes)
+        return 0;
+    int rc = fit_find(&fit, &question, err);
+    if (rc)
+        return rc;
+    answer->fits = fit.fits;
+    answer->max_context = fit.max_context;
+    answer->min_ranks = fit.min_ranks;
+    if (fit.fits || !wanted->quant || !question.tp_size)
+        answer->way = fit.way;
+    if (!fit.fits && !question.tp_size)
+        answer->way.tp_size = FIT_MAX_TP;
+    answer->proposed = !wanted->quant || !question.tp_size || (!format && answer->way.kv_format != KV_BF16);
+    return add_others(answer, &question, err);
+}
+
+// The same ways of storing with experts dealt out otherwise.
+static int count_other_experts(struct plan_answer *answer, const struct subject *subject, struct error *err)
+{
+    struct plan *plan;
+    if (answer->plan->model.experts.num_experts == 0)
+        return 0;
+    answer->other_experts = answer->plan->experts == EXPERTS_TP ? EXPERTS_EP : EXPERTS_TP;
+    int rc = make_plan(&plan, subject, answer->way.quant, answer->way.tp_size, answer->other_experts, err);
+    if (rc)
+        return rc;
     for (uint32_t rank = 0; rank < plan->tp_size; rank++) {
         struct rank_memory memory;
-        memory_plan_rank(&memory, plan, rank, question->context_tokens);
-        largest = memory.total_bytes > largest ? memory.total_bytes : largest;
+        memory_plan_rank(&memory, plan, rank, answer->context_tokens, answer->way.kv_format);
+        if (memory.total_bytes > answer->other_largest_bytes)
+            answer->other_largest_bytes = memory.total_bytes;
+        if (memory.read_bytes > answer->other_read_bytes)
+            answer->other_read_bytes = memory.read_bytes;
     }
-    return largest;
+    plan_free(plan);
+    return 0;
+}
+
+static int find_answer(struct plan_answer *answer, struct subject *subject, struct error *err)
+{
+    int rc;
+    if (options.gpu_memory_bytes != NOT_SAID) {
+        answer->card_bytes = options.gpu_memory_bytes;
+        answer->available_bytes = memory_plan_available(answer->card_bytes);
+    }
+    if ((rc = choose_way(answer, subject, err)) ||
+        (rc = plan_of_way(subject, &answer->plan, answer->way.quant, answer->way.tp_size, err)))
+        return rc;
+    int64_t own = answer->plan->model.context;
+    if (answer->card_bytes) // the way may be another one than the last that was tried
+        answer->max_context = memory_plan_max_context(answer->plan, answer->way.kv_format, answer->available_bytes);
+    bool shorter = answer->fits && answer->max_context < own;
+    answer->context_tokens = options.context > 0 ? options.context : shorter ? answer->max_context : own;
+    answer->context_is = options.context > 0 ? "asked for" : shorter ? "as many as fit" : "the model's own context";
+    answer->ranks = calloc(answer->plan->tp_size, sizeof *answer->ranks);
+    if (!answer->ranks)
+        return error_set(err, ERR_MEMORY, "out of memory for the plan of %u ranks", answer->plan->tp_size);
+    for (uint32_t rank = 0; rank < answer->plan->tp_size; rank++)
+        memory_plan_rank(&answer->ranks[rank], answer->plan, rank, answer->context_tokens, answer->way.kv_format);
+    answer->largest_bytes = memory_plan_largest(answer->plan, answer->context_tokens, answer->way.kv_format);
+    return count_other_experts(answer, subject, err);
 }
 
 // ---- JSON --------------------------------------------------------------------------------------------------------
 
-static json_t *rank_json(const struct plan *plan, uint32_t rank, const struct question *question)
+static const char *kv_name(enum kv_format format) { return format == KV_E4M3 ? "fp8" : "bf16"; }
+
+static json_t *range_json(int64_t begin, int64_t count)
 {
-    struct rank_memory memory;
-    const struct rank_share *share = &plan->ranks[rank].share;
-    json_t *kinds = json_object();
-    memory_plan_rank(&memory, plan, rank, question->context_tokens);
-    for (int kind = 0; kind < WEIGHT_KIND_COUNT; kind++)
-        if (memory.kind_bytes[kind])
-            json_object_set_new(kinds, weight_kind_name((enum weight_kind)kind),
-                                json_integer((json_int_t)memory.kind_bytes[kind]));
-    return json_pack(
-        "{s:i, s:I, s:I, s:o, s:I, s:I, s:I, s:I, s:[I,I], s:[I,I], s:[I,I], s:[I,I]}", "rank", (int)rank, "bytes",
-        (json_int_t)memory.file_bytes, "weight_bytes", (json_int_t)memory.weight_bytes, "kind_bytes", kinds,
-        "padding_bytes", (json_int_t)memory.padding_bytes, "kv_bytes_per_token", (json_int_t)memory.kv_bytes_per_token,
-        "kv_bytes", (json_int_t)memory.kv_bytes, "total_bytes", (json_int_t)memory.total_bytes, "heads",
-        (json_int_t)share->head_begin, (json_int_t)(share->head_begin + share->num_heads_local), "kv_heads",
-        (json_int_t)share->kv_head_begin, (json_int_t)(share->kv_head_begin + share->num_kv_heads_local),
-        "intermediate", (json_int_t)share->mlp_begin, (json_int_t)(share->mlp_begin + share->intermediate_local),
-        "vocab", (json_int_t)share->vocab_begin, (json_int_t)(share->vocab_begin + share->vocab_local));
+    return json_pack("[I,I]", (json_int_t)begin, (json_int_t)(begin + count));
 }
 
-static int print_json(const struct plan *plan, const struct question *question, struct error *err)
+static void set_bytes(json_t *object, const char *key, uint64_t bytes)
 {
-    json_t *ranks = json_array();
+    json_object_set_new(object, key, json_integer((json_int_t)bytes));
+}
+
+static json_t *rank_json(const struct plan_answer *answer, uint32_t rank)
+{
+    const struct rank_memory *memory = &answer->ranks[rank];
+    const struct rank_share *share = &answer->plan->ranks[rank].share;
+    json_t *kinds = json_object(), *object = json_object();
+    for (int kind = 0; kind < WEIGHT_KIND_COUNT; kind++)
+        if (memory->kind_bytes[kind])
+            set_bytes(kinds, weight_kind_name((enum weight_kind)kind), memory->kind_bytes[kind]);
+    json_object_set_new(object, "rank", json_integer(rank));
+    set_bytes(object, "bytes", memory->file_bytes);
+    set_bytes(object, "weight_bytes", memory->weight_bytes);
+    json_object_set_new(object, "kind_bytes", kinds);
+    set_bytes(object, "padding_bytes", memory->padding_bytes);
+    set_bytes(object, "kv_bytes_per_token", memory->kv_bytes_per_token);
+    set_bytes(object, "kv_bytes", memory->kv_bytes);
+    set_bytes(object, "scratch_bytes", memory->scratch_bytes);
+    set_bytes(object, "cpu_scratch_bytes", memory->cpu_scratch_bytes);
+    set_bytes(object, "total_bytes", memory->total_bytes);
+    set_bytes(object, "read_bytes_per_token", memory->read_bytes);
+    set_bytes(object, "kv_read_bytes_per_token", memory->kv_read_bytes);
+    set_bytes(object, "sent_bytes_per_token", memory->sent_bytes);
+    json_object_set_new(object, "heads", range_json(share->head_begin, share->num_heads_local));
+    json_object_set_new(object, "kv_heads", range_json(share->kv_head_begin, share->num_kv_heads_local));
+    json_object_set_new(object, "intermediate", range_json(share->mlp_begin, share->intermediate_local));
+    json_object_set_new(object, "experts", range_json(share->expert_begin, share->num_experts_local));
+    json_object_set_new(object, "expert_intermediate", range_json(share->expert_mlp_begin, share->expert_size_local));
+    json_object_set_new(object, "shared_intermediate", range_json(share->shared_begin, share->shared_size_local));
+    json_object_set_new(object, "vocab", range_json(share->vocab_begin, share->vocab_local));
+    return object;
+}
+
+static json_t *other_experts_json(const struct plan_answer *answer)
+{
+    if (answer->plan->model.experts.num_experts == 0)
+        return json_null();
+    return json_pack("{s:s, s:I, s:I}", "experts", experts_mode_name(answer->other_experts), "largest_total_bytes",
+                     (json_int_t)answer->other_largest_bytes, "read_bytes_per_token",
+                     (json_int_t)answer->other_read_bytes);
+}
+
+static int print_json(const struct plan_answer *answer, struct error *err)
+{
+    const struct plan *plan = answer->plan;
+    const struct model_desc *model = &plan->model;
+    json_t *ranks = json_array(), *advice = json_array(), *object;
+    int64_t with_window = 0;
     char line[256];
-    bool empty_shares = plan_empty_shares(plan, line, sizeof line);
-    json_t *fits = question->gpu_memory_bytes
-                       ? json_boolean(largest_total(plan, question) <= question->gpu_memory_bytes)
-                       : json_null();
     for (uint32_t rank = 0; rank < plan->tp_size; rank++)
-        json_array_append_new(ranks, rank_json(plan, rank, question));
-    return commands_print_json(
-        json_pack("{s:i, s:s, s:I, s:i, s:{s:s, s:s, s:s, s:i}, s:I, s:I, s:I, s:o, s:b, s:o}", "schema_version", 1,
-                  "architecture", plan->model.architecture, "parameters", (json_int_t)memory_plan_parameters(plan),
-                  "tp_size", (int)plan->tp_size, "quant", "layers", weight_kind_name(plan->quant.linear), "embedding",
-                  weight_kind_name(plan->quant.embedding), "head", weight_kind_name(plan->quant.head), "group_size",
-                  (int)plan->quant.group_size, "context", (json_int_t)question->context_tokens, "working_bytes",
-                  (json_int_t)MEMORY_PLAN_WORKING_BYTES, "gpu_memory_bytes", (json_int_t)question->gpu_memory_bytes,
-                  "fits", fits, "empty_shares", empty_shares, "ranks", ranks),
-        err);
-}
-
-// ---- for people --------------------------------------------------------------------------------------------------
-
-static const char *range_text(char buffer[32], int64_t begin, int64_t count)
-{
-    if (count == 0)
-        return "none";
-    snprintf(buffer, 32, "%lld-%lld", (long long)begin, (long long)(begin + count - 1));
-    return buffer;
-}
-
-static void print_rank(const struct plan *plan, uint32_t rank, const struct question *question)
-{
-    struct rank_memory memory;
-    const struct rank_share *share = &plan->ranks[rank].share;
-    char heads[32], kv_heads[32], mlp[32], vocab[32], file[32], padding[32], kv[32], total[32];
-    memory_plan_rank(&memory, plan, rank, question->context_tokens);
-    printf("%4u  %-9s %-9s %-13s %-15s %9s %9s %9s %9s\n", rank,
-           range_text(heads, share->head_begin, share->num_heads_local),
-           range_text(kv_heads, share->kv_head_begin, share->num_kv_heads_local),
-           range_text(mlp, share->mlp_begin, share->intermediate_local),
-           range_text(vocab, share->vocab_begin, share->vocab_local), progress_bytes_text(file, memory.file_bytes),
-           progress_bytes_text(padding, memory.padding_bytes), progress_bytes_text(kv, memory.kv_bytes),
-           progress_bytes_text(total, memory.total_bytes));
-}
-
-static void print_kinds(const struct plan *plan)
-{
-    uint64_t bytes[WEIGHT_KIND_COUNT] = {0};
-    char text[32];
-    for (uint32_t rank = 0; rank < plan->tp_size; rank++) {
-        struct rank_memory memory;
-        memory_plan_rank(&memory, plan, rank, 0);
-        for (int kind = 0; kind < WEIGHT_KIND_COUNT; kind++)
-            bytes[kind] += memory.kind_bytes[kind];
+        json_array_append_new(ranks, rank_json(answer, rank));
+    for (int i = 0; i < answer->num_advice; i++) {
+        const struct fit *fit = &answer->advice[i];
+        json_array_append_new(advice, json_pack("{s:i, s:s, s:s, s:I}", "tp_size", (int)fit->way.tp_size, "quant",
+                                                fit->way.quant, "kv_cache", kv_name(fit->way.kv_format), "max_context",
+                                                (json_int_t)fit->max_context));
     }
-    printf("all ranks:");
-    for (int kind = 0; kind < WEIGHT_KIND_COUNT; kind++)
-        if (bytes[kind])
-            printf(" %s %s", weight_kind_name((enum weight_kind)kind), progress_bytes_text(text, bytes[kind]));
-    printf("\n");
+    for (int64_t layer = 0; layer < model->num_layers; layer++)
+        with_window += (model->layer_flags[layer] & LAYER_WINDOW) != 0;
+    bool cards = answer->card_bytes > 0, experts = model->experts.num_experts > 0;
+    object =
+        json_pack("{s:i, s:s, s:I, s:I, s:i, s:s, s:s?, s:{s:s, s:s, s:s, s:i}, s:s?, s:s, s:b}", "schema_version", 2,
+                  "architecture", model->architecture, "parameters", (json_int_t)memory_plan_parameters(plan),
+                  "active_parameters", (json_int_t)memory_plan_active_parameters(plan), "tp_size", (int)plan->tp_size,
+                  "way", answer->way.quant, "source_format", answer->source_format, "quant", "layers",
+                  weight_kind_name(plan->quant.linear), "embedding", weight_kind_name(plan->quant.embedding), "head",
+                  weight_kind_name(plan->quant.head), "group_size", (int)plan->quant.group_size, "experts",
+                  experts ? experts_mode_name(plan->experts) : NULL, "kv_cache", kv_name(answer->way.kv_format),
+                  "proposed", answer->proposed);
+    set_bytes(object, "model_context", (uint64_t)model->context);
+    set_bytes(object, "context", (uint64_t)answer->context_tokens);
+    set_bytes(object, "window", (uint64_t)(with_window ? model->sliding_window : 0));
+    set_bytes(object, "window_layers", (uint64_t)with_window);
+    set_bytes(object, "largest_total_bytes", answer->largest_bytes);
+    json_object_set_new(object, "gpu_memory_bytes", cards ? json_integer((json_int_t)answer->card_bytes) : json_null());
+    json_object_set_new(object, "available_bytes",
+                        cards ? json_integer((json_int_t)answer->available_bytes) : json_null());
+    json_object_set_new(object, "fits", cards ? json_boolean(answer->fits) : json_null());
+    json_object_set_new(object, "max_context", cards ? json_integer(answer->max_context) : json_null());
+    json_object_set_new(object, "others", advice);
+    json_object_set_new(object, "other_experts", other_experts_json(answer));
+    json_object_set_new(object, "empty_shares", json_boolean(plan_empty_shares(plan, line, sizeof line)));
+    json_object_set_new(object, "ranks", ranks);
+    return commands_print_json(object, err);
 }
 
-static int print_text(const struct plan *plan, const struct question *question, struct error *err)
-{
-    char line[256], working[32], needed[32], there[32], token[32];
-    struct rank_memory first;
-    memory_plan_rank(&first, plan, 0, 0);
-    printf("%s, %.2f billion parameters, tp %u; layers %s", plan->model.architecture,
-           (double)memory_plan_parameters(plan) / 1e9, plan->tp_size, weight_kind_name(plan->quant.linear));
-    if (plan->quant.group_size)
-        printf(" (groups of %u)", plan->quant.group_size);
-    printf(", embedding %s, head %s%s\n\n", weight_kind_name(plan->quant.embedding), weight_kind_name(plan->quant.head),
-           plan->model.tied_embeddings ? " (tied)" : "");
-    printf("rank  %-9s %-9s %-13s %-15s %9s %9s %9s %9s\n", "heads", "kv heads", "mlp", "vocabulary", "file", "padding",
-           "kv cache", "memory");
-    for (uint32_t rank = 0; rank < plan->tp_size; rank++)
-        print_rank(plan, rank, question);
-    printf("\n");
-    print_kinds(plan);
-    printf(
-        "kv cache is for %lld tokens (rank 0: %s a token, bf16); memory is weights, kv cache and %s of working room\n",
-        (long long)question->context_tokens, progress_bytes_text(token, first.kv_bytes_per_token),
-        progress_bytes_text(working, MEMORY_PLAN_WORKING_BYTES));
-    if (plan_empty_shares(plan, line, sizeof line))
-        printf("note: %s\n", line);
-    if (question->gpu_memory_bytes) {
-        uint64_t largest = largest_total(plan, question);
-        printf("fits: %s (the largest rank needs %s of %s)\n", largest <= question->gpu_memory_bytes ? "yes" : "no",
-               progress_bytes_text(needed, largest), progress_bytes_text(there, question->gpu_memory_bytes));
-    }
-    return fflush(stdout) ? error_set_errno(err, "cannot write the result to stdout") : 0;
-}
+// ---- the command -------------------------------------------------------------------------------------------------
 
-int plan_report(const char *model_dir, int64_t context_tokens, uint64_t gpu_memory_bytes, struct error *err)
+int plan_report(const char *model_path, const struct model_options *wanted, struct error *err)
 {
-    struct hf_config config;
-    struct manifest_quant quant;
-    struct plan *plan = NULL;
+    struct subject subject = {.wanted = wanted};
+    struct plan_answer answer = {0};
     int rc;
-    if ((rc = hf_config_read(&config, model_dir, err)) ||
-        (rc = plan_quant(&quant, model_options.quant, model_options.embed, model_options.head,
-                         atoi(model_options.group_size), config.model.tied_embeddings, err)) ||
-        (rc = plan_make(&plan, &config.model, &quant, (uint32_t)model_options.tp, err)))
-        return rc;
-    struct question question = {context_tokens > 0 ? context_tokens : config.model.context, gpu_memory_bytes};
-    rc = common.json ? print_json(plan, &question, err) : print_text(plan, &question, err);
-    plan_free(plan);
+    if ((rc = read_config(&subject, model_path, err)) || (rc = check_question(&subject, err)) ||
+        (rc = find_answer(&answer, &subject, err)))
+        goto done;
+    answer.source_format = is_quantized(&subject) ? subject.import.name : NULL;
+    rc = common.json ? print_json(&answer, err) : plan_screen_print(&answer, err);
+done:
+    plan_free(answer.plan);
+    free(answer.ranks);
+    checkpoint_close(subject.checkpoint);
+    import_config_clear(&subject.import);
     return rc;
 }
 
 int plan_run(int argc, char **argv, struct error *err)
 {
     (void)argc;
-    return plan_report(argv[0], options.context, options.gpu_memory_bytes, err);
+    return plan_report(argv[0], &model_options, err);
 }

@@ -11,11 +11,14 @@
 
 static struct {
     int64_t tp, threads;
+    const char *experts; // NULL: as they are
     bool resume, force;
 } options = {.tp = -1, .threads = -1};
 
 const struct option_spec reshard_options[] = {
     {"tp", OPTION_INT, &options.tp, "N", 1, PLAN_MAX_TP, "ranks to cut the model for"},
+    {"experts", OPTION_CHOICE, &options.experts, "tp|ep", 0, 0,
+     "tp: every rank holds a slice of each expert; ep: some of them, whole (default: as in out_dir)"},
     THREADS_OPTION_SPEC(&options.threads),
     {"resume", OPTION_FLAG, &options.resume, NULL, 0, 0, "go on with a run that was interrupted"},
     {"force", OPTION_FLAG, &options.force, NULL, 0, 0, "replace the model that is in new_dir"},
@@ -59,14 +62,27 @@ static int verify_first(struct shard_dir *dir, const char *path, struct error *e
     return rc;
 }
 
+static enum experts_mode wanted_experts(const struct manifest *manifest)
+{
+    enum experts_mode mode = manifest->experts;
+    if (options.experts)
+        experts_mode_from_name(options.experts, &mode);
+    return mode;
+}
+
 static int prepare(struct resharding *r, const char *from, struct error *err)
 {
     int rc;
     if ((rc = shard_dir_open(&r->dir, from, err)) || (rc = verify_first(&r->dir, from, err)))
         return rc;
     const struct manifest *manifest = r->dir.manifest;
-    if ((rc = plan_make(&r->from, &manifest->model, &manifest->quant, manifest->tp_size, err)) ||
-        (rc = plan_make(&r->to, &manifest->model, &manifest->quant, (uint32_t)options.tp, err)) ||
+    struct plan_kinds_of_file kinds;
+    plan_kinds_of_file_init(&kinds, r->dir.files[0]);
+    struct plan_options from_options = {manifest->quant, manifest->tp_size, manifest->experts, &kinds.kinds, NULL};
+    struct plan_options to_options = {manifest->quant, (uint32_t)options.tp, wanted_experts(manifest), &kinds.kinds,
+                                      NULL};
+    if ((rc = plan_make(&r->from, &manifest->model, &from_options, err)) ||
+        (rc = plan_make(&r->to, &manifest->model, &to_options, err)) ||
         (rc = shards_source_init(&r->source, from, r->from, err)) ||
         (rc = extras_from_shards(&r->extras, from, manifest, err)))
         return rc;
@@ -100,7 +116,8 @@ static int reshard(struct resharding *r, const char *to, struct error *err)
 {
     char key[512], contract[CHECKSUM128_HEX_DIGITS + 1];
     checksum128_to_hex(r->dir.manifest->contract, contract);
-    snprintf(key, sizeof key, "%s reshard tp %u from %s", build_tool_name(), r->to->tp_size, contract);
+    snprintf(key, sizeof key, "%s reshard tp %u experts %s from %s", build_tool_name(), r->to->tp_size,
+             experts_mode_name(r->to->experts), contract);
     struct build_input input = {
         .plan = r->to,
         .source = &r->source.source,

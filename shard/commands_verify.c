@@ -1,7 +1,7 @@
 // tpshard verify: is a shard directory whole, and is it what the checkpoint says? See commands.h.
-#include "shard/checkpoint_source.h"
 #include "shard/commands.h"
 #include "shard/hf_config.h"
+#include "shard/model_rows.h"
 #include "shard/stop.h"
 #include "shard/verify.h"
 
@@ -43,24 +43,32 @@ static int compare_weights(const struct shard_dir *dir, const struct hf_config *
                            struct verify_findings *findings, struct error *err)
 {
     struct plan *plan = NULL;
-    struct checkpoint *checkpoint = NULL;
-    struct checkpoint_source source = {0};
+    struct model_rows rows;
+    struct import_kinds imported;
     struct progress progress;
     int rc;
-    if ((rc = plan_make(&plan, &config->model, &dir->manifest->quant, dir->manifest->tp_size, err)))
-        return rc;
+    const struct manifest *manifest = dir->manifest;
+    struct plan_kinds_of_file kinds;
+    plan_kinds_of_file_init(&kinds, dir->files[0]);
+    struct plan_options cut = {manifest->quant, manifest->tp_size, manifest->experts, &kinds.kinds, NULL};
+    if ((rc = model_rows_open(&rows, options.against, err)))
+        goto done;
+    if (rows.import) {
+        imported = import_kinds_as(rows.import, &kinds.kinds);
+        cut.kinds = &imported.kinds;
+    }
+    if ((rc = plan_make(&plan, &config->model, &cut, err)))
+        goto done;
     for (uint32_t rank = 0; rank < plan->tp_size; rank++)
         if ((rc = plan_compare(plan, rank, dir->files[rank], dir->paths[rank], err)))
             goto done;
-    if ((rc = checkpoint_open(&checkpoint, options.against, err)) ||
-        (rc = checkpoint_source_init(&source, checkpoint, plan, &config->rope, err)))
+    if ((rc = model_rows_init(&rows, plan, config, err)))
         goto done;
     progress_start(&progress, "compare", plan_stored_bytes(plan), common.quiet);
-    rc = verify_against(dir, plan, &source.source, pool, &progress, findings, err);
+    rc = verify_against(dir, plan, rows.source, pool, &progress, findings, err);
     progress_end(&progress);
 done:
-    checkpoint_source_clear(&source);
-    checkpoint_close(checkpoint);
+    model_rows_close(&rows);
     plan_free(plan);
     return rc;
 }
@@ -70,7 +78,7 @@ static int check_against(const struct shard_dir *dir, struct thread_pool *pool, 
                          struct error *err)
 {
     struct hf_config config;
-    int rc = hf_config_read(&config, options.against, err);
+    int rc = hf_config_read(&config, options.against, NULL, err);
     if (!rc)
         rc = same_model(dir->manifest, &config, err);
     if (!rc)

@@ -1,58 +1,46 @@
-// One table per family, in the words of Hugging Face's `_tp_plan`. See families.h.
+// What the tables of family_tables.c mean. See families.h.
 #include "shard/families.h"
 
+#include "shard/family_tables.h"
+
 #include <assert.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
-
-// Llama's names, which Mistral, Qwen2 and Qwen3 share.
-static const struct family_tensor llama_tensors[] = {
-    {ROLE_EMBEDDING, "model.embed_tokens.weight", "embedding_rowwise", CUT_VOCAB, ALWAYS},
-    {ROLE_ROPE_INV_FREQ, FAMILY_COMPUTED, "replicate", CUT_NONE, ALWAYS},
-
-    {ROLE_ATTENTION_NORM, "model.layers.*.input_layernorm.weight", "replicate", CUT_NONE, ALWAYS},
-    {ROLE_QKV, "model.layers.*.self_attn.q_proj.weight", "colwise", CUT_HEADS, ALWAYS},
-    {ROLE_QKV, "model.layers.*.self_attn.k_proj.weight", "colwise", CUT_KV_HEADS, ALWAYS},
-    {ROLE_QKV, "model.layers.*.self_attn.v_proj.weight", "colwise", CUT_KV_HEADS, ALWAYS},
-    {ROLE_QKV_BIAS, "model.layers.*.self_attn.q_proj.bias", "colwise", CUT_HEADS, WITH_QKV_BIAS},
-    {ROLE_QKV_BIAS, "model.layers.*.self_attn.k_proj.bias", "colwise", CUT_KV_HEADS, WITH_QKV_BIAS},
-    {ROLE_QKV_BIAS, "model.layers.*.self_attn.v_proj.bias", "colwise", CUT_KV_HEADS, WITH_QKV_BIAS},
-    {ROLE_Q_NORM, "model.layers.*.self_attn.q_norm.weight", "replicate", CUT_NONE, WITH_QK_NORM},
-    {ROLE_K_NORM, "model.layers.*.self_attn.k_norm.weight", "replicate", CUT_NONE, WITH_QK_NORM},
-    {ROLE_O, "model.layers.*.self_attn.o_proj.weight", "rowwise", CUT_HEADS, ALWAYS},
-    {ROLE_O_BIAS, "model.layers.*.self_attn.o_proj.bias", "replicate", CUT_NONE, WITH_O_BIAS},
-    {ROLE_MLP_NORM, "model.layers.*.post_attention_layernorm.weight", "replicate", CUT_NONE, ALWAYS},
-    {ROLE_GATE_UP, "model.layers.*.mlp.gate_proj.weight", "colwise", CUT_MLP, ALWAYS},
-    {ROLE_GATE_UP, "model.layers.*.mlp.up_proj.weight", "colwise", CUT_MLP, ALWAYS},
-    {ROLE_GATE_UP_BIAS, "model.layers.*.mlp.gate_proj.bias", "colwise", CUT_MLP, WITH_MLP_BIAS},
-    {ROLE_GATE_UP_BIAS, "model.layers.*.mlp.up_proj.bias", "colwise", CUT_MLP, WITH_MLP_BIAS},
-    {ROLE_DOWN, "model.layers.*.mlp.down_proj.weight", "rowwise", CUT_MLP, ALWAYS},
-    {ROLE_DOWN_BIAS, "model.layers.*.mlp.down_proj.bias", "replicate", CUT_NONE, WITH_MLP_BIAS},
-
-    {ROLE_FINAL_NORM, "model.norm.weight", "replicate", CUT_NONE, ALWAYS},
-    {ROLE_HEAD, "lm_head.weight", "colwise", CUT_VOCAB, WITH_OWN_HEAD},
-    {0, NULL, NULL, 0, 0},
-};
-
-// clang-format off
-static const struct family families[] = {
-    {.architecture = "LlamaForCausalLM",   .tensors = llama_tensors, .attention_bias = true, .mlp_bias = true,
-     .kv_heads_optional = true},
-    {.architecture = "MistralForCausalLM", .tensors = llama_tensors, .window = WINDOW_ALL_LAYERS},
-    {.architecture = "Qwen2ForCausalLM",   .tensors = llama_tensors, .qkv_bias = true, .window = WINDOW_UPPER_LAYERS},
-    {.architecture = "Qwen3ForCausalLM",   .tensors = llama_tensors, .attention_bias = true, .qk_norm = true,
-     .default_head_dim = 128, .window = WINDOW_UPPER_LAYERS},
-};
-// clang-format on
 
 const struct family *family_find(const char *architecture)
 {
-    for (size_t i = 0; i < sizeof families / sizeof families[0]; i++)
-        if (strcmp(families[i].architecture, architecture) == 0)
+    // A model that a plan of its own describes is named "Its architecture as a known one".
+    const char *as = strstr(architecture, " as ");
+    const char *name = as ? as + 4 : architecture;
+    for (int i = 0; i < family_count; i++)
+        if (strcmp(families[i].architecture, name) == 0)
             return &families[i];
     return NULL;
 }
 
-const char *family_list(void) { return "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"; }
+const char *family_list(void)
+{
+    static char list[2048];
+    static bool made; // the same text whoever makes it
+    if (!made) {
+        size_t at = 0;
+        for (int i = 0; i < family_count; i++)
+            at += (size_t)snprintf(list + at, sizeof list - at, "%s%s", i ? ", " : "", families[i].architecture);
+        made = true;
+    }
+    return list;
+}
+
+bool family_default(const struct family *family, const char *key, double *value)
+{
+    for (int i = 0; i < FAMILY_MAX_DEFAULTS && family->defaults[i].key; i++)
+        if (strcmp(family->defaults[i].key, key) == 0) {
+            *value = family->defaults[i].value;
+            return true;
+        }
+    return false;
+}
 
 enum split family_split(const struct family_tensor *tensor)
 {
@@ -72,8 +60,10 @@ enum split family_split(const struct family_tensor *tensor)
     return REPLICATE;
 }
 
-bool family_tensor_present(const struct family_tensor *tensor, const struct model_desc *model)
+bool family_tensor_present(const struct family_tensor *tensor, const struct model_desc *model, int32_t layer)
 {
+    bool experts = layer >= 0 && model->layer_flags[layer] & LAYER_EXPERTS;
+    bool local = false;
     switch (tensor->presence) {
     case ALWAYS:
         return true;
@@ -84,9 +74,48 @@ bool family_tensor_present(const struct family_tensor *tensor, const struct mode
     case WITH_MLP_BIAS:
         return model->mlp_bias;
     case WITH_QK_NORM:
-        return model->qk_norm;
+        return model->qk_norm != QK_NORM_NONE;
     case WITH_OWN_HEAD:
         return !model->tied_embeddings;
+    case WITH_ROPE_LONG:
+        return model->rope_original_context > 0;
+    case WITH_ROPE_LOCAL:
+        for (int64_t i = 0; i < model->num_layers; i++)
+            local = local || model->layer_flags[i] & LAYER_LOCAL_ROPE;
+        return local;
+    case WITH_EXPERTS:
+        return experts;
+    case WITHOUT_EXPERTS:
+        return !experts;
+    case WITH_SHARED_EXPERT:
+        return experts && model->experts.shared_size > 0;
+    case WITH_SHARED_GATE:
+        return experts && model->experts.shared_gate;
+    case WITH_QUERY_LATENT:
+        return model->latent.q_rank > 0;
+    case WITHOUT_QUERY_LATENT:
+        return model->latent.q_rank == 0;
     }
     return false;
+}
+
+static bool begins_with(const char *text, const char *beginning)
+{
+    return strncmp(text, beginning, strlen(beginning)) == 0;
+}
+
+bool family_ignores(const struct family *family, const struct model_desc *model, const char *name)
+{
+    static const char layers[] = "model.layers.", old_table[] = ".rotary_emb.inv_freq";
+    size_t length = strlen(name);
+    for (size_t i = 0; i < sizeof family->ignored / sizeof *family->ignored && family->ignored[i]; i++)
+        if (begins_with(name, family->ignored[i]))
+            return true;
+    if (length > strlen(old_table) && strcmp(name + length - strlen(old_table), old_table) == 0)
+        return true; // what old checkpoints carry besides weights
+    if (family->prefix && begins_with(name, family->prefix))
+        name += strlen(family->prefix);
+    if (family->further_layers_ignored && begins_with(name, layers))
+        return strtoll(name + strlen(layers), NULL, 10) >= model->num_layers;
+    return model->tied_embeddings && strcmp(name, "lm_head.weight") == 0; // a copy of the embedding
 }

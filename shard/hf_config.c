@@ -3,8 +3,9 @@
 
 #include "formats/file_io.h"
 #include "formats/json_file.h"
-#include "kernels/kernels.h"
+#include "formats/model_json.h"
 #include "shard/families.h"
+#include "shard/hf_config_parts.h"
 
 #include <limits.h>
 #include <math.h>
@@ -13,65 +14,89 @@
 #include <string.h>
 #include <unistd.h>
 
-// Larger than any model; small enough that products of two fit easily.
-enum {
-    MAX_LAYERS = 4096,
-    MAX_HIDDEN = 1 << 20,
-    MAX_INTERMEDIATE = 1 << 24,
-    MAX_HEADS = 1 << 14,
-    MAX_HEAD_DIM = KERNELS_MAX_HEAD_DIM, // what the engine can run
-    MAX_VOCAB = 1 << 26,
-    MAX_CONTEXT = 1 << 30,
-};
+// ---- keys with defaults ------------------------------------------------------------------------------------------
 
-// Keys of other families and of forks: each changes the arithmetic when it is set.
-static const char *const unknown_arithmetic[] = {
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-    "embedding_multiplier",
-    "attention_multiplier",
-    "residual_multiplier",
-    "attention_scale",
-    "clip_qkv",
-    "alibi",
-    "num_local_experts",
-    "num_experts",
-    "n_routed_experts",
-    "text_config",
-};
-
-static int refuse_unknown_arithmetic(const struct json_object *config, struct error *err)
+// What the family says of a key that the file does not hold at all (null is an answer).
+static bool missing(double *value, const struct config *config, const char *key)
 {
-    for (size_t i = 0; i < sizeof unknown_arithmetic / sizeof unknown_arithmetic[0]; i++) {
-        const json_t *value = json_object_get(config->json, unknown_arithmetic[i]);
-        if (value && !json_is_null(value) && !json_is_false(value))
+    return !json_object_get(config->json.json, key) && family_default(config->family, key, value);
+}
+
+int config_int(int64_t *out, const struct config *config, const char *key, int64_t min, int64_t max,
+               enum json_need need, struct error *err)
+{
+    double value;
+    if (!missing(&value, config, key))
+        return json_file_get_int(out, &config->json, key, min, max, need, err);
+    *out = (int64_t)value;
+    return 0;
+}
+
+int config_number(double *out, const struct config *config, const char *key, double min, double max,
+                  enum json_need need, struct error *err)
+{
+    return missing(out, config, key) ? 0 : json_file_get_number(out, &config->json, key, min, max, need, err);
+}
+
+int config_bool(bool *out, const struct config *config, const char *key, struct error *err)
+{
+    double value;
+    if (!missing(&value, config, key))
+        return json_file_get_bool(out, &config->json, key, JSON_OPTIONAL, err);
+    *out = value != 0;
+    return 0;
+}
+
+// ---- the model ---------------------------------------------------------------------------------------------------
+
+// Keys that change the arithmetic when they are set, and who reads them (0: nobody here).
+static int refuse_unknown_arithmetic(const struct config *config, struct error *err)
+{
+    static const struct {
+        const char *key;
+        unsigned readers;
+        double neutral; // a number that changes nothing; 0: none does
+    } keys[] = {
+        {"attn_logit_softcapping", READS_SOFTCAPS, 0},
+        {"final_logit_softcapping", READS_SOFTCAPS, 0},
+        {"query_pre_attn_scalar", READS_SOFTCAPS, 0},
+        {"logits_scaling", READS_MULTIPLIERS, 1},
+        {"embedding_multiplier", READS_MULTIPLIERS, 1},
+        {"attention_multiplier", READS_MULTIPLIERS, 0},
+        {"residual_multiplier", READS_MULTIPLIERS, 1},
+        {"num_local_experts", READS_EXPERTS, 0},
+        {"num_experts", READS_EXPERTS, 0},
+        {"n_routed_experts", READS_EXPERTS, 0},
+        {"kv_lora_rank", READS_LATENT, 0},
+        {"no_rope_layers", READS_NO_ROPE, 0},
+        {"rope_local_base_freq", READS_LOCAL_ROPE, 0},
+        {"text_config", READS_TEXT_CONFIG, 0},
+        {"logit_scale", 0, 1},
+        {"attention_scale", 0, 0},
+        {"clip_qkv", 0, 0},
+        {"alibi", 0, 0},
+        {"use_bidirectional_attention", 0, 0},
+        {"attn_temperature_tuning", 0, 0},
+        {"use_parallel_residual", 0, 0},
+        {"parallel_attn", 0, 0},
+        {"num_kv_shared_layers", 0, 0},
+        {"per_layer_config", 0, 0},
+    };
+    for (size_t i = 0; i < sizeof keys / sizeof keys[0]; i++) {
+        const json_t *value = json_object_get(config->json.json, keys[i].key);
+        bool neutral =
+            !value || json_is_null(value) || json_is_false(value) ||
+            (json_is_number(value) &&
+             (json_number_value(value) == 0 || (keys[i].neutral != 0 && json_number_value(value) == keys[i].neutral)));
+        if (!neutral && !(config->family->reads & keys[i].readers))
             return error_set(err, ERR_MODEL, "%s: %s changes the model's arithmetic in a way that is not supported",
-                             config->file_name, unknown_arithmetic[i]);
+                             config->json.file_name, keys[i].key);
     }
     return 0;
 }
 
-static int refuse_quantized(const struct json_object *config, struct error *err)
-{
-    struct json_object quantization = {0};
-    const char *method = "without a name";
-    int rc;
-    if ((rc = json_file_get_object(&quantization, config, "quantization_config", JSON_OPTIONAL, err)))
-        return rc;
-    if (!quantization.json)
-        return 0;
-    if ((rc = json_file_get_string(&method, &quantization, "quant_method", JSON_OPTIONAL, err)))
-        return rc;
-    return error_set(err, ERR_MODEL,
-                     "%s: the checkpoint is already quantized (quant_method \"%s\"), which cannot be read; take the "
-                     "bf16, f16 or f32 checkpoint it was made from",
-                     config->file_name, method);
-}
-
 static int find_family(const struct family **out, struct model_desc *model, const struct json_object *config,
-                       struct error *err)
+                       const char *known_as, struct error *err)
 {
     const json_t *list = NULL;
     int rc = json_file_get_array(&list, config, "architectures", JSON_REQUIRED, err);
@@ -81,140 +106,92 @@ static int find_family(const struct family **out, struct model_desc *model, cons
     if (!json_is_string(first))
         return json_file_wrong(config, "architectures[0]", "a string", first, err);
     const char *name = json_string_value(first);
-    *out = family_find(name);
+    *out = family_find(known_as ? known_as : name);
     if (!*out)
-        return error_set(err, ERR_MODEL, "%s: architecture \"%.64s\" is not supported (known: %s)", config->file_name,
-                         name, family_list());
-    snprintf(model->architecture, sizeof model->architecture, "%s", name);
+        return error_set(err, ERR_MODEL,
+                         "%s: architecture \"%.64s\" is not supported (known: %s); if its layers are those of one of "
+                         "these, --plan FILE says so, else it needs a table in shard/ (shard/families.md)",
+                         config->file_name, name, family_list());
+    if (known_as && strcmp(known_as, name) != 0)
+        snprintf(model->architecture, sizeof model->architecture, "%.*s as %s",
+                 (int)(sizeof model->architecture - strlen(known_as) - 5), name, known_as);
+    else
+        snprintf(model->architecture, sizeof model->architecture, "%s", name);
     return 0;
 }
 
-static int parse_dimensions(struct model_desc *model, const struct json_object *config, const struct family *family,
-                            struct error *err)
+static int parse_dimensions(struct model_desc *model, const struct config *config, struct error *err)
 {
     const struct {
         const char *key;
         int64_t *out;
         int64_t max;
     } keys[] = {
-        {"num_hidden_layers", &model->num_layers, MAX_LAYERS},
+        {"num_hidden_layers", &model->num_layers, MODEL_MAX_LAYERS},
         {"hidden_size", &model->hidden_size, MAX_HIDDEN},
         {"intermediate_size", &model->intermediate_size, MAX_INTERMEDIATE},
-        {"num_attention_heads", &model->num_heads, MAX_HEADS},
         {"vocab_size", &model->vocab_size, MAX_VOCAB},
         {"max_position_embeddings", &model->context, MAX_CONTEXT},
     };
     int rc;
     for (size_t i = 0; i < sizeof keys / sizeof keys[0]; i++)
-        if ((rc = json_file_get_int(keys[i].out, config, keys[i].key, 1, keys[i].max, JSON_REQUIRED, err)))
+        if ((rc = config_int(keys[i].out, config, keys[i].key, 1, keys[i].max, JSON_REQUIRED, err)))
             return rc;
-
-    model->num_kv_heads = model->num_heads;
-    if ((rc = json_file_get_int(&model->num_kv_heads, config, "num_key_value_heads", 1, MAX_HEADS,
-                                family->kv_heads_optional ? JSON_OPTIONAL : JSON_REQUIRED, err)))
-        return rc;
-    if (model->num_heads % model->num_kv_heads != 0)
-        return error_set(err, ERR_MODEL,
-                         "%s: num_attention_heads (%lld) is not a multiple of num_key_value_heads (%lld)",
-                         config->file_name, (long long)model->num_heads, (long long)model->num_kv_heads);
-
-    model->head_dim = family->default_head_dim;
-    if ((rc = json_file_get_int(&model->head_dim, config, "head_dim", 1, MAX_HEAD_DIM, JSON_OPTIONAL, err)))
-        return rc;
-    if (model->head_dim == 0) {
-        if (model->hidden_size % model->num_heads != 0 || model->hidden_size / model->num_heads > MAX_HEAD_DIM)
-            return error_set(err, ERR_MODEL,
-                             "%s: no head_dim, and hidden_size (%lld) / num_attention_heads (%lld) is none",
-                             config->file_name, (long long)model->hidden_size, (long long)model->num_heads);
-        model->head_dim = model->hidden_size / model->num_heads;
-    }
-    if (model->head_dim % 2 != 0)
-        return error_set(err, ERR_MODEL, "%s: head_dim %lld is odd; rotary positions need pairs", config->file_name,
-                         (long long)model->head_dim);
     return 0;
 }
 
-static int parse_features(struct model_desc *model, const struct json_object *config, const struct family *family,
-                          struct error *err)
+// The word for an activation, under the two keys that families use.
+static int check_activation(const struct model_desc *model, const struct config *config, struct error *err)
 {
+    static const char *const keys[] = {"hidden_act", "hidden_activation"};
+    bool gelu = model->activation == ACTIVATION_GELU_TANH;
+    double limit = 7, alpha = 1.702;
+    int rc;
+    for (size_t i = 0; i < 2; i++) {
+        const char *word = gelu ? "gelu_pytorch_tanh" : "silu";
+        if ((rc = json_file_get_string(&word, &config->json, keys[i], JSON_OPTIONAL, err)))
+            return rc;
+        // Gemma's first configs say gelu and mean its tanh form.
+        if (strcmp(word, gelu ? "gelu_pytorch_tanh" : "silu") != 0 && !(gelu && i == 0 && strcmp(word, "gelu") == 0))
+            return error_set(err, ERR_MODEL, "%s: %s \"%.40s\" is not supported, only \"%s\"", config->json.file_name,
+                             keys[i], word, gelu ? "gelu_pytorch_tanh" : "silu");
+    }
+    if (model->activation != ACTIVATION_GPT_OSS)
+        return 0;
+    if ((rc = config_number(&limit, config, "swiglu_limit", 0, 1e300, JSON_OPTIONAL, err)) ||
+        (rc = config_number(&alpha, config, "swiglu_alpha", 0, 1e300, JSON_OPTIONAL, err)))
+        return rc;
+    if (limit != 7 || alpha != 1.702)
+        return error_set(err, ERR_MODEL, "%s: swiglu_limit %g and swiglu_alpha %g are not supported, only 7 and 1.702",
+                         config->json.file_name, limit, alpha);
+    return 0;
+}
+
+static int parse_features(struct model_desc *model, const struct config *config, struct error *err)
+{
+    const struct family *family = config->family;
     int rc;
     int64_t pretraining_tp = 1;
-    const char *activation = "silu";
-    bool attention_bias = false, mlp_bias = false;
-    if ((rc = json_file_get_number(&model->norm_eps, config, "rms_norm_eps", 1e-12, 0.1, JSON_REQUIRED, err)) ||
-        (rc = json_file_get_string(&activation, config, "hidden_act", JSON_OPTIONAL, err)) ||
-        (rc = json_file_get_int(&pretraining_tp, config, "pretraining_tp", 0, 1 << 20, JSON_OPTIONAL, err)) ||
-        (rc = json_file_get_bool(&model->tied_embeddings, config, "tie_word_embeddings", JSON_OPTIONAL, err)) ||
-        (rc = json_file_get_bool(&attention_bias, config, "attention_bias", JSON_OPTIONAL, err)) ||
-        (rc = json_file_get_bool(&mlp_bias, config, "mlp_bias", JSON_OPTIONAL, err)))
+    model->activation = family->activation;
+    if ((rc = config_number(&model->norm_eps, config, "rms_norm_eps", 1e-12, 0.1, JSON_REQUIRED, err)) ||
+        (rc = check_activation(model, config, err)) ||
+        (rc = config_int(&pretraining_tp, config, "pretraining_tp", 0, 1 << 20, JSON_OPTIONAL, err)) ||
+        (rc = config_bool(&model->tied_embeddings, config, "tie_word_embeddings", err)) ||
+        (family->reads & READS_MLP_BIAS && (rc = config_bool(&model->mlp_bias, config, "mlp_bias", err))))
         return rc;
-    if (strcmp(activation, "silu") != 0)
-        return error_set(err, ERR_MODEL, "%s: hidden_act \"%s\" is not supported, only \"silu\"", config->file_name,
-                         activation);
     if (pretraining_tp > 1)
         return error_set(err, ERR_MODEL,
                          "%s: pretraining_tp %lld asks for sums in another order, which is not supported; 1 gives "
                          "the plain model",
-                         config->file_name, (long long)pretraining_tp);
-    model->qkv_bias = family->qkv_bias || (family->attention_bias && attention_bias);
-    model->o_bias = family->attention_bias && attention_bias;
-    model->mlp_bias = family->mlp_bias && mlp_bias;
-    model->qk_norm = family->qk_norm;
+                         config->json.file_name, (long long)pretraining_tp);
+    model->pre_norms = !family->no_pre_norms;
+    model->post_norms = family->post_norms;
+    model->embedding_scale = family->embedding_sqrt ? sqrt((double)model->hidden_size) : 1;
+    model->residual_scale = model->logit_scale = 1;
     return 0;
 }
 
-// layer_types, where given, must be the same for all layers and overrules the older keys.
-static int parse_layer_types(int64_t *window, const struct json_object *config, struct error *err)
-{
-    const json_t *types = NULL;
-    int rc = json_file_get_array(&types, config, "layer_types", JSON_OPTIONAL, err);
-    if (rc || !types || json_array_size(types) == 0)
-        return rc;
-    const char *first = NULL;
-    for (size_t i = 0; i < json_array_size(types); i++) {
-        const char *type = json_string_value(json_array_get(types, i));
-        if (!type || (strcmp(type, "full_attention") != 0 && strcmp(type, "sliding_attention") != 0))
-            return error_set(err, ERR_MODEL, "%s: layer_types[%zu] is not \"full_attention\" or \"sliding_attention\"",
-                             config->file_name, i);
-        if (first && strcmp(first, type) != 0)
-            return error_set(err, ERR_MODEL, "%s: layer_types mixes %s and %s, which is not supported",
-                             config->file_name, first, type);
-        first = type;
-    }
-    if (strcmp(first, "full_attention") == 0)
-        *window = 0;
-    else if (*window == 0)
-        return error_set(err, ERR_MODEL, "%s: layer_types says sliding_attention, but no sliding_window is in use",
-                         config->file_name);
-    return 0;
-}
-
-static int parse_window(struct model_desc *model, const struct json_object *config, const struct family *family,
-                        struct error *err)
-{
-    int rc;
-    int64_t window = 0, first_layer = 28;
-    bool in_use = family->window == WINDOW_ALL_LAYERS;
-    if (family->window == WINDOW_NEVER)
-        return 0;
-    if (!json_object_get(config->json, "sliding_window"))
-        window = 4096;
-    if ((rc = json_file_get_int(&window, config, "sliding_window", 1, MAX_CONTEXT, JSON_OPTIONAL, err)))
-        return rc;
-    if (family->window == WINDOW_UPPER_LAYERS) {
-        if ((rc = json_file_get_bool(&in_use, config, "use_sliding_window", JSON_OPTIONAL, err)) ||
-            (rc = json_file_get_int(&first_layer, config, "max_window_layers", 0, INT_MAX, JSON_OPTIONAL, err)))
-            return rc;
-        if (in_use && window > 0 && first_layer > 0 && first_layer < model->num_layers)
-            return error_set(err, ERR_MODEL,
-                             "%s: use_sliding_window with max_window_layers %lld of %lld layers gives layers of two "
-                             "kinds, which is not supported",
-                             config->file_name, (long long)first_layer, (long long)model->num_layers);
-        in_use = in_use && first_layer == 0;
-    }
-    model->sliding_window = in_use ? window : 0;
-    return parse_layer_types(&model->sliding_window, config, err);
-}
+// ---- tokens ------------------------------------------------------------------------------------------------------
 
 // An id, a list of ids, or null.
 static int parse_eos(struct model_desc *model, const struct json_object *object, struct error *err)
@@ -270,32 +247,41 @@ static int parse_generation(struct model_desc *model, const struct json_object *
     return 0;
 }
 
-static int parse_config(struct hf_config *out, const struct json_object *config, struct error *err)
+static int parse_config(struct hf_config *out, const struct json_object *root, const char *known_as, struct error *err)
 {
     int rc;
-    const struct family *family = NULL;
+    struct config config = {.json = *root};
     struct model_desc *model = &out->model;
-    model->rope_attention_factor = 1;
+    char problem[160];
     model->bos_token_id = -1;
     model->default_temperature = model->default_top_p = model->default_repetition_penalty = NAN;
     model->default_top_k = -1;
-    if ((rc = find_family(&family, model, config, err)) || (rc = refuse_quantized(config, err)) ||
-        (rc = refuse_unknown_arithmetic(config, err)) || (rc = parse_dimensions(model, config, family, err)) ||
-        (rc = parse_features(model, config, family, err)) || (rc = parse_window(model, config, family, err)) ||
-        (rc = rope_parse(&out->rope, config, model->context, err)))
+    if ((rc = find_family(&config.family, model, root, known_as, err)))
         return rc;
-    return parse_token_ids(model, config, err);
+    if (config.family->reads & READS_TEXT_CONFIG &&
+        (rc = json_file_get_object(&config.json, root, "text_config", JSON_REQUIRED, err)))
+        return rc;
+    if ((rc = refuse_unknown_arithmetic(&config, err)) || (rc = parse_dimensions(model, &config, err)) ||
+        (rc = parse_features(model, &config, err)) || (rc = config_attention(out, &config, err)) ||
+        (rc = config_experts(model, &config, err)) || (rc = parse_token_ids(model, &config.json, err)))
+        return rc;
+    if (config.json.json != root->json && (rc = parse_token_ids(model, root, err))) // of the larger model
+        return rc;
+    if (!model_json_check(model, problem, sizeof problem))
+        return error_set(err, ERR_MODEL, "%s: %s", root->file_name, problem);
+    return 0;
 }
 
 int hf_config_parse(struct hf_config *out, const char *config, size_t config_bytes, const char *config_name,
-                    const char *generation, size_t generation_bytes, const char *generation_name, struct error *err)
+                    const char *generation, size_t generation_bytes, const char *generation_name, const char *known_as,
+                    struct error *err)
 {
     struct hf_config parsed = {.has_generation_config = generation != NULL};
     struct json_object root = {0}, generation_root = {0};
     int rc;
     if ((rc = json_file_parse(&root, config, config_bytes, config_name, ERR_MODEL, err)))
         return rc;
-    rc = parse_config(&parsed, &root, err);
+    rc = parse_config(&parsed, &root, known_as, err);
     json_file_close(&root);
     if (rc)
         return rc;
@@ -311,7 +297,7 @@ int hf_config_parse(struct hf_config *out, const char *config, size_t config_byt
     return 0;
 }
 
-int hf_config_read(struct hf_config *out, const char *model_dir, struct error *err)
+int hf_config_read(struct hf_config *out, const char *model_dir, const char *known_as, struct error *err)
 {
     char config_path[PATH_MAX], generation_path[PATH_MAX];
     uint8_t *config = NULL, *generation = NULL;
@@ -328,7 +314,7 @@ int hf_config_read(struct hf_config *out, const char *model_dir, struct error *e
         (rc = file_read_all(&generation, &generation_bytes, generation_path, JSON_FILE_CAP_BYTES, ERR_MODEL, err)))
         goto done;
     rc = hf_config_parse(out, (const char *)config, config_bytes, config_path, (const char *)generation,
-                         generation_bytes, generation_path, err);
+                         generation_bytes, generation_path, known_as, err);
 done:
     free(config);
     free(generation);

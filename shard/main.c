@@ -5,7 +5,8 @@
 
 static const struct command_spec commands[] = {
     {"convert", "model_dir out_dir", 1, 2, "Writes one shard file for each rank.", convert_options, convert_run},
-    {"plan", "model_dir", 1, 1, "Shows what each rank would hold and whether it fits.", plan_options, plan_run},
+    {"plan", "model_dir|config.json", 1, 1, "Shows what each rank would hold and whether it fits.", plan_options,
+     plan_run},
     {"inspect", "out_dir", 1, 1, "Shows the manifest and the tensors.", inspect_options, inspect_run},
     {"verify", "out_dir", 1, 1, "Checks every checksum, or every weight against its source.", verify_options,
      verify_run},

@@ -1,14 +1,14 @@
 // See plan.h. The rules that decide who owns what stand in share_of; the rest follows from the family's table.
 #include "shard/plan.h"
 
-#include "formats/checked.h"
+#include "shard/plan_tensors.h"
 
 #include <assert.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { NAME_BYTES = 96, MAX_FAMILY_TENSORS = 64 };
+enum { NAME_BYTES = 128 };
 
 // ---- number formats ----------------------------------------------------------------------------------------------
 
@@ -24,7 +24,8 @@ int plan_quant(struct manifest_quant *out, const char *quant, const char *embed,
                bool tied_embeddings, struct error *err)
 {
     // The head decides which token comes next and is a small part of the model: never below 8 bits unless asked.
-    const char *default_head = strcmp(quant, "int4") == 0 ? "int8" : quant;
+    out->linear = kind_of(quant);
+    const char *default_head = weight_is_tiled(out->linear) ? "int8" : quant;
     if (tied_embeddings && embed && head && strcmp(embed, head) != 0)
         return error_set(err, ERR_USAGE,
                          "the model's embedding is also its head, one stored tensor: --embed %s and --head %s must "
@@ -32,48 +33,110 @@ int plan_quant(struct manifest_quant *out, const char *quant, const char *embed,
                          embed, head);
     if (tied_embeddings && !head)
         head = embed;
-    out->linear = kind_of(quant);
     out->head = kind_of(head ? head : default_head);
     out->embedding = tied_embeddings ? out->head : kind_of(embed ? embed : "none");
-    bool any_int4 = out->linear == WEIGHT_INT4 || out->head == WEIGHT_INT4 || out->embedding == WEIGHT_INT4;
-    out->group_size = any_int4 ? (uint32_t)group_size : 0;
+    bool groups =
+        weight_group_chosen(out->linear) || weight_group_chosen(out->head) || weight_group_chosen(out->embedding);
+    out->group_size = groups ? (uint32_t)group_size : 0;
     return 0;
 }
 
-static enum weight_kind kind_of_role(enum tensor_role role, const struct manifest_quant *quant)
+// Names part p, "model.layers.3.mlp.experts.7.w1.weight" or "...gate_up_proj[7]", in the memory behind *next_name.
+static const char *name_part(struct plan_source *source, const char *prefix, const struct planned *tensor, int p,
+                             char **next_name)
 {
-    switch (role) {
-    case ROLE_EMBEDDING:
-        return quant->embedding;
-    case ROLE_HEAD:
-        return quant->head;
-    case ROLE_QKV:
-    case ROLE_O:
-    case ROLE_GATE_UP:
-    case ROLE_DOWN:
-        return quant->linear;
-    default:
-        return WEIGHT_F32;
+    const char *pattern = tensor->entries[p]->source;
+    const char *first = strchr(pattern, '*'), *second = first ? strchr(first + 1, '*') : NULL;
+    bool stacked = second && second[-1] == '[';
+    char *name = *next_name;
+    *next_name += NAME_BYTES;
+    if (!first)
+        snprintf(name, NAME_BYTES, "%s%s", prefix, pattern);
+    else if (!second)
+        snprintf(name, NAME_BYTES, "%s%.*s%d%s", prefix, (int)(first - pattern), pattern, tensor->layer, first + 1);
+    else
+        snprintf(name, NAME_BYTES, "%s%.*s%d%.*s%d%s", prefix, (int)(first - pattern), pattern, tensor->layer,
+                 (int)(second - first - 1), first + 1, tensor->expert, second + 1);
+    *source = (struct plan_source){name, stacked ? tensor->expert : -1, tensor->entries[p]->form};
+    if (stacked) { // the name of the stack itself
+        size_t length = strcspn(name, "[");
+        source->tensor = memcpy(*next_name, name, length);
+        (*next_name)[length] = 0;
+        *next_name += NAME_BYTES;
     }
+    return name;
+}
+
+static int kind_of_file(const struct plan_kinds *kinds, struct plan_kind *out, const struct shard_tensor *tensor,
+                        const struct plan_source *sources, struct error *err)
+{
+    (void)sources;
+    const struct shard_file *file = ((const struct plan_kinds_of_file *)kinds)->file;
+    const struct shard_tensor *stored = shard_file_find(file, tensor->role, tensor->layer, tensor->expert);
+    if (!stored) {
+        char label[NAME_BYTES];
+        plan_tensor_label(label, sizeof label, tensor);
+        return error_set(err, ERR_CORRUPT, "a rank file holds no %s, which its description calls for", label);
+    }
+    out->kind = stored->shape.kind;
+    out->group_size = stored->shape.group_size;
+    enum tensor_role order = tensor->role == ROLE_QKV ? ROLE_QKV_ORDER : ROLE_GATE_UP_ORDER;
+    out->order = (tensor->role == ROLE_QKV || tensor->role == ROLE_GATE_UP) &&
+                 shard_file_find(file, order, tensor->layer, -1) != NULL;
+    return 0;
+}
+
+void plan_kinds_of_file_init(struct plan_kinds_of_file *out, const struct shard_file *file)
+{
+    *out = (struct plan_kinds_of_file){.kinds = {kind_of_file}, .file = file};
+}
+
+// Asks for the kind of every matrix that has a choice. Its name and whole shape come from the share of all there is.
+static int ask_kinds(struct plan *plan, struct planned_list *list, const struct plan_kinds *kinds, struct error *err)
+{
+    const struct rank_share nothing = {0};
+    int rc;
+    for (uint64_t i = 0; kinds && i < list->count; i++) {
+        struct planned *planned = &list->tensors[i];
+        if (!planned_any_kind(planned->role))
+            continue;
+        struct shard_tensor tensor = {.role = planned->role, .layer = planned->layer, .expert = planned->expert};
+        struct plan_source sources[SHARD_MAX_PARTS];
+        char names[2 * SHARD_MAX_PARTS][NAME_BYTES], *next_name = names[0];
+        for (int p = 0; p < planned->num_entries; p++) {
+            tensor.parts[p] = planned_part(planned, p, &plan->model, plan->experts, &nothing);
+            tensor.parts[p].source = name_part(&sources[p], plan->prefix, planned, p, &next_name);
+            tensor.num_parts++;
+        }
+        if ((rc = kinds->of(kinds, &planned->kind, &tensor, sources, err)) ||
+            (planned->kind.order && (rc = planned_list_add_order(list, i, err))))
+            return rc;
+    }
+    return 0;
 }
 
 // ---- shares ------------------------------------------------------------------------------------------------------
 
 static int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
 
-int64_t plan_attention_unit_heads(const struct model_desc *model, const struct manifest_quant *quant)
+// The groups of the matrices behind what is cut are powers of two: the largest one holds whole groups of all.
+static struct plan_units units_of(const struct model_desc *model, const struct planned_list *list)
 {
-    if (quant->linear != WEIGHT_INT4)
-        return 1;
-    int64_t unit_heads = 1; // lcm(head_dim, group_size) / head_dim
-    while (unit_heads * model->head_dim % quant->group_size != 0)
-        unit_heads++;
-    return unit_heads;
-}
-
-int64_t plan_mlp_unit(const struct manifest_quant *quant)
-{
-    return quant->linear == WEIGHT_INT4 ? quant->group_size : 1;
+    struct plan_units units = {1, 1, 1, 1};
+    int64_t o_group = 1, head_values = model->latent.kv_rank ? model->latent.v_dim : model->head_dim;
+    for (uint64_t i = 0; i < list->count; i++) {
+        const struct planned *tensor = &list->tensors[i];
+        int64_t *unit = tensor->role == ROLE_O             ? &o_group
+                        : tensor->role == ROLE_DOWN        ? &units.mlp
+                        : tensor->role == ROLE_EXPERT_DOWN ? &units.expert
+                        : tensor->role == ROLE_SHARED_DOWN ? &units.shared
+                                                           : NULL;
+        if (unit && tensor->kind.group_size > *unit)
+            *unit = tensor->kind.group_size;
+    }
+    while (units.heads * head_values % o_group != 0)
+        units.heads++;
+    return units;
 }
 
 // Whole units are dealt out; the last one may be incomplete.
@@ -87,12 +150,20 @@ static void deal(int64_t *begin, int64_t *count, int64_t total, int64_t unit, ui
 static struct rank_share share_of(const struct plan *plan, uint32_t rank)
 {
     const struct model_desc *model = &plan->model;
-    struct rank_share share;
-    deal(&share.head_begin, &share.num_heads_local, model->num_heads, plan_attention_unit_heads(model, &plan->quant),
-         rank, plan->tp_size);
-    deal(&share.mlp_begin, &share.intermediate_local, model->intermediate_size, plan_mlp_unit(&plan->quant), rank,
-         plan->tp_size);
-    deal(&share.vocab_begin, &share.vocab_local, model->vocab_size, PLAN_VOCAB_UNIT, rank, plan->tp_size);
+    const struct experts_desc *experts = &model->experts;
+    const struct plan_units *units = &plan->units;
+    uint32_t tp = plan->tp_size;
+    struct rank_share share = {0};
+    deal(&share.head_begin, &share.num_heads_local, model->num_heads, units->heads, rank, tp);
+    deal(&share.mlp_begin, &share.intermediate_local, model->intermediate_size, units->mlp, rank, tp);
+    deal(&share.vocab_begin, &share.vocab_local, model->vocab_size, PLAN_VOCAB_UNIT, rank, tp);
+    deal(&share.shared_begin, &share.shared_size_local, experts->shared_size, units->shared, rank, tp);
+    share.num_experts_local = experts->num_experts;
+    share.expert_size_local = experts->expert_size;
+    if (plan->experts == EXPERTS_EP)
+        deal(&share.expert_begin, &share.num_experts_local, experts->num_experts, 1, rank, tp);
+    else
+        deal(&share.expert_mlp_begin, &share.expert_size_local, experts->expert_size, units->expert, rank, tp);
 
     // The kv heads that its query heads attend to. Where several ranks need one, each holds a copy.
     int64_t heads_per_kv_head = model->num_heads / model->num_kv_heads;
@@ -107,212 +178,115 @@ static struct rank_share share_of(const struct plan *plan, uint32_t rank)
 
 // ---- tensors -----------------------------------------------------------------------------------------------------
 
-// Elements along the cut dimension: all of them, and the rank's range.
-static void cut_range(const struct model_desc *model, const struct rank_share *share, enum cut cut, int64_t *total,
-                      int64_t *begin, int64_t *count)
+// Fills stored tensor `index` on every rank, and where its parts come from. Names are taken from *next_name.
+static int add_tensor(struct plan *plan, uint64_t index, const struct planned *planned, char **next_name,
+                      struct error *err)
 {
-    switch (cut) {
-    case CUT_HEADS:
-        *total = model->num_heads * model->head_dim;
-        *begin = share->head_begin * model->head_dim;
-        *count = share->num_heads_local * model->head_dim;
-        return;
-    case CUT_KV_HEADS:
-        *total = model->num_kv_heads * model->head_dim;
-        *begin = share->kv_head_begin * model->head_dim;
-        *count = share->num_kv_heads_local * model->head_dim;
-        return;
-    case CUT_MLP:
-        *total = model->intermediate_size;
-        *begin = share->mlp_begin;
-        *count = share->intermediate_local;
-        return;
-    case CUT_VOCAB:
-        *total = model->vocab_size;
-        *begin = share->vocab_begin;
-        *count = share->vocab_local;
-        return;
-    case CUT_NONE:
-        break;
-    }
-    assert(!"a tensor that is cut says by what");
-}
-
-static int64_t replicated_elems(const struct model_desc *model, enum tensor_role role)
-{
-    switch (role) {
-    case ROLE_ROPE_INV_FREQ:
-        return model->head_dim / 2;
-    case ROLE_Q_NORM:
-    case ROLE_K_NORM:
-        return model->head_dim;
-    default:
-        return model->hidden_size;
-    }
-}
-
-// The rectangle of one source tensor that a rank holds.
-static struct shard_part part_of(const struct plan *plan, const struct rank_share *share,
-                                 const struct family_tensor *entry, const char *source)
-{
-    int64_t total, begin, count;
-    if (entry->cut == CUT_NONE) {
-        total = count = replicated_elems(&plan->model, entry->role);
-        begin = 0;
-    } else {
-        cut_range(&plan->model, share, entry->cut, &total, &begin, &count);
-    }
-    uint64_t hidden = (uint64_t)plan->model.hidden_size;
-    struct shard_part part = {.source = source};
-    if (kind_of_role(entry->role, &plan->quant) == WEIGHT_F32) { // a vector
-        part.source_rows = part.rows = 1;
-        part.source_cols = (uint64_t)total;
-        part.col_begin = (uint64_t)begin;
-        part.cols = (uint64_t)count;
-    } else if (family_split(entry) == SPLIT_OUT) {
-        part.source_rows = (uint64_t)total;
-        part.row_begin = (uint64_t)begin;
-        part.rows = (uint64_t)count;
-        part.source_cols = part.cols = hidden;
-    } else {
-        part.source_rows = part.rows = hidden;
-        part.source_cols = (uint64_t)total;
-        part.col_begin = (uint64_t)begin;
-        part.cols = (uint64_t)count;
-    }
-    return part;
-}
-
-// Fuses the entries of one role into stored tensor `index` on every rank. names [num_entries][NAME_BYTES].
-static int add_tensor(struct plan *plan, uint64_t index, const struct family_tensor *entries, int num_entries,
-                      int32_t layer, const char *names, struct error *err)
-{
-    enum weight_kind kind = kind_of_role(entries[0].role, &plan->quant);
-    plan->splits[index] = family_split(&entries[0]);
+    const char *names[SHARD_MAX_PARTS];
+    int num_parts = 0;
+    plan->splits[index] = planned_split(planned, plan->experts);
+    for (int p = 0; p < planned->num_entries; p++)
+        if (strcmp(planned->entries[p]->source, FAMILY_COMPUTED) != 0) {
+            names[p] = name_part(&plan->sources[index][p], plan->prefix, planned, p, next_name);
+            num_parts++;
+        }
     for (uint32_t rank = 0; rank < plan->tp_size; rank++) {
         struct shard_tensor *tensor = &plan->ranks[rank].tensors[index];
-        *tensor = (struct shard_tensor){.role = entries[0].role, .layer = layer};
+        *tensor = (struct shard_tensor){.role = planned->role, .layer = planned->layer, .expert = planned->expert};
         uint64_t rows = 0, cols = 0;
-        for (int p = 0; p < num_entries; p++) {
-            struct shard_part part = part_of(plan, &plan->ranks[rank].share, &entries[p], names + p * NAME_BYTES);
-            if (strcmp(entries[p].source, FAMILY_COMPUTED) != 0)
-                tensor->parts[tensor->num_parts++] = part;
-            rows = kind == WEIGHT_F32 ? 1 : rows + part.rows;
-            cols = kind == WEIGHT_F32 ? cols + part.cols : part.cols;
+        for (int p = 0; p < planned->num_entries; p++) {
+            struct shard_part part = planned_part(planned, p, &plan->model, plan->experts, &plan->ranks[rank].share);
+            rows = planned->kind.kind == WEIGHT_F32 ? 1 : rows + part.rows;
+            cols = planned->kind.kind == WEIGHT_F32 ? cols + part.cols : part.cols;
+            if (p >= num_parts)
+                continue;
+            part.source = names[p];
+            tensor->parts[tensor->num_parts++] = part;
         }
-        if (!weight_shape_make(&tensor->shape, kind, kind == WEIGHT_INT4 ? plan->quant.group_size : 0, rows, cols))
-            return error_set(err, ERR_MODEL, "%s: %llu x %llu elements are more than a tensor can hold", names,
-                             (unsigned long long)rows, (unsigned long long)cols);
-    }
-    return 0;
-}
-
-static bool per_layer(const struct family_tensor *entry) { return strchr(entry->source, '*') != NULL; }
-
-static void source_name(char *out, const char *pattern, int32_t layer)
-{
-    const char *star = strchr(pattern, '*');
-    if (star)
-        snprintf(out, NAME_BYTES, "%.*s%d%s", (int)(star - pattern), pattern, layer, star + 1);
-    else
-        snprintf(out, NAME_BYTES, "%s", pattern);
-}
-
-// Adds entries [begin, end), fused by role, for one layer.
-static int add_entries(struct plan *plan, const struct family_tensor **entries, int begin, int end, int32_t layer,
-                       char **next_name, struct error *err)
-{
-    for (int e = begin; e < end;) {
-        struct family_tensor fused[SHARD_MAX_PARTS];
-        char *names = *next_name;
-        int count = 0;
-        for (; e < end && count < SHARD_MAX_PARTS && entries[e]->role == entries[begin]->role; e++, count++) {
-            fused[count] = *entries[e];
-            source_name(*next_name, entries[e]->source, layer);
-            *next_name += NAME_BYTES;
+        if (!weight_shape_make(&tensor->shape, planned->kind.kind, planned->kind.group_size, rows, cols)) {
+            char label[NAME_BYTES];
+            plan_tensor_label(label, sizeof label, tensor);
+            return error_set(err, ERR_MODEL, "%s: %llu x %llu elements as %s are more than a tensor can hold", label,
+                             (unsigned long long)rows, (unsigned long long)cols, weight_kind_name(planned->kind.kind));
         }
-        int rc = add_tensor(plan, plan->tensor_count++, fused, count, layer, names, err);
-        if (rc)
-            return rc;
-        begin = e;
-    }
-    return 0;
-}
-
-static int add_all(struct plan *plan, const struct family_tensor **entries, int count, struct error *err)
-{
-    char *next_name = plan->names;
-    for (int begin = 0; begin < count;) {
-        int end = begin + 1, rc;
-        while (end < count && per_layer(entries[end]) == per_layer(entries[begin]))
-            end++;
-        int32_t layers = per_layer(entries[begin]) ? (int32_t)plan->model.num_layers : 1;
-        for (int32_t layer = 0; layer < layers; layer++)
-            if ((rc = add_entries(plan, entries, begin, end, per_layer(entries[begin]) ? layer : -1, &next_name, err)))
-                return rc;
-        begin = end;
     }
     return 0;
 }
 
 // ---- the whole ---------------------------------------------------------------------------------------------------
 
-static int allocate(struct plan *plan, uint64_t max_tensors)
+static int allocate(struct plan *plan, const struct planned_list *list)
 {
+    uint64_t names = 1;
+    for (uint64_t i = 0; i < list->count; i++)
+        names += 2 * (uint64_t)list->tensors[i].num_entries;
+    plan->tensor_count = list->count;
     plan->ranks = calloc(plan->tp_size, sizeof *plan->ranks);
-    plan->splits = calloc(max_tensors, sizeof *plan->splits);
-    plan->names = calloc(max_tensors, NAME_BYTES);
-    if (!plan->ranks || !plan->splits || !plan->names)
+    plan->splits = calloc(list->count, sizeof *plan->splits);
+    plan->sources = calloc(list->count, sizeof *plan->sources);
+    plan->names = calloc(names, NAME_BYTES);
+    if (!plan->ranks || !plan->splits || !plan->sources || !plan->names)
         return -1;
     for (uint32_t rank = 0; rank < plan->tp_size; rank++)
-        if (!(plan->ranks[rank].tensors = calloc(max_tensors, sizeof *plan->ranks[rank].tensors)))
+        if (!(plan->ranks[rank].tensors = calloc(list->count, sizeof *plan->ranks[rank].tensors)))
             return -1;
     return 0;
 }
 
-int plan_make(struct plan **out, const struct model_desc *model, const struct manifest_quant *quant, uint32_t tp_size,
-              struct error *err)
+static int fill(struct plan *plan, const struct planned_list *list, struct error *err)
+{
+    char *next_name = plan->names;
+    int rc;
+    for (uint64_t i = 0; i < list->count; i++)
+        if ((rc = add_tensor(plan, i, &list->tensors[i], &next_name, err)))
+            return rc;
+    for (uint32_t rank = 0; rank < plan->tp_size; rank++) {
+        struct plan_rank *r = &plan->ranks[rank];
+        if ((rc = shard_layout(r->tensors, plan->tensor_count, &r->payload_offset, &r->payload_bytes, &r->file_bytes,
+                               err)))
+            return rc;
+    }
+    return 0;
+}
+
+int plan_make(struct plan **out, const struct model_desc *model, const struct plan_options *options, struct error *err)
 {
     int rc;
     const struct family *family = family_find(model->architecture);
     if (!family)
         return error_set(err, ERR_MODEL, "architecture \"%s\" is not supported (known: %s)", model->architecture,
                          family_list());
-    if (tp_size < 1 || tp_size > PLAN_MAX_TP)
-        return error_set(err, ERR_USAGE, "--tp %u: a model can be cut for 1 to %d ranks", tp_size, PLAN_MAX_TP);
+    if (options->tp_size < 1 || options->tp_size > PLAN_MAX_TP)
+        return error_set(err, ERR_USAGE, "--tp %u: a model can be cut for 1 to %d ranks", options->tp_size,
+                         PLAN_MAX_TP);
 
-    const struct family_tensor *entries[MAX_FAMILY_TENSORS];
-    int count = 0;
-    for (const struct family_tensor *entry = family->tensors; entry->source; entry++) {
-        assert(count < MAX_FAMILY_TENSORS);
-        if (family_tensor_present(entry, model))
-            entries[count++] = entry;
-    }
-
+    struct planned_list list = {0};
     struct plan *plan = calloc(1, sizeof *plan);
     if (!plan)
         return error_set(err, ERR_MEMORY, "out of memory for the plan");
     plan->model = *model;
-    plan->quant = *quant;
-    plan->tp_size = tp_size;
-    if (allocate(plan, (uint64_t)count * (uint64_t)model->num_layers)) {
-        rc = error_set(err, ERR_MEMORY, "out of memory for the plan of %u ranks", tp_size);
-        goto fail;
+    plan->quant = options->quant;
+    plan->experts = model->experts.num_experts > 0 ? options->experts : EXPERTS_TP;
+    plan->tp_size = options->tp_size;
+    plan->prefix = family->prefix ? family->prefix : "";
+    if ((rc = planned_list_make(&list, model, options->tensors ? options->tensors : family->tensors, &plan->quant,
+                                err)) ||
+        (rc = ask_kinds(plan, &list, options->kinds, err)))
+        goto done;
+    if (allocate(plan, &list)) {
+        rc = error_set(err, ERR_MEMORY, "out of memory for the plan of %u ranks", plan->tp_size);
+        goto done;
     }
-    for (uint32_t rank = 0; rank < tp_size; rank++)
+    plan->units = units_of(model, &list);
+    for (uint32_t rank = 0; rank < plan->tp_size; rank++)
         plan->ranks[rank].share = share_of(plan, rank);
-    if ((rc = add_all(plan, entries, count, err)))
-        goto fail;
-    for (uint32_t rank = 0; rank < tp_size; rank++) {
-        struct plan_rank *r = &plan->ranks[rank];
-        if ((rc = shard_layout(r->tensors, plan->tensor_count, &r->payload_offset, &r->payload_bytes, &r->file_bytes,
-                               err)))
-            goto fail;
-    }
-    *out = plan;
-    return 0;
-fail:
-    plan_free(plan);
+    rc = fill(plan, &list, err);
+done:
+    free(list.tensors);
+    if (rc)
+        plan_free(plan);
+    else
+        *out = plan;
     return rc;
 }
 
@@ -324,6 +298,7 @@ void plan_free(struct plan *plan)
         free(plan->ranks[rank].tensors);
     free(plan->ranks);
     free(plan->splits);
+    free(plan->sources);
     free(plan->names);
     free(plan);
 }
@@ -338,9 +313,10 @@ static bool same_part(const struct shard_part *a, const struct shard_part *b)
 
 static bool same_tensor(const struct shard_tensor *a, const struct shard_tensor *b)
 {
-    if (a->role != b->role || a->layer != b->layer || a->num_parts != b->num_parts || a->shape.kind != b->shape.kind ||
-        a->shape.group_size != b->shape.group_size || a->shape.rows != b->shape.rows ||
-        a->shape.cols != b->shape.cols || a->data_offset != b->data_offset || a->scale_offset != b->scale_offset)
+    if (a->role != b->role || a->layer != b->layer || a->expert != b->expert || a->num_parts != b->num_parts ||
+        a->shape.kind != b->shape.kind || a->shape.group_size != b->shape.group_size ||
+        a->shape.rows != b->shape.rows || a->shape.cols != b->shape.cols || a->data_offset != b->data_offset ||
+        a->scale_offset != b->scale_offset)
         return false;
     for (int p = 0; p < a->num_parts; p++)
         if (!same_part(&a->parts[p], &b->parts[p]))
@@ -348,19 +324,11 @@ static bool same_tensor(const struct shard_tensor *a, const struct shard_tensor 
     return true;
 }
 
-static bool same_share(const struct rank_share *a, const struct rank_share *b)
-{
-    return a->head_begin == b->head_begin && a->num_heads_local == b->num_heads_local &&
-           a->kv_head_begin == b->kv_head_begin && a->num_kv_heads_local == b->num_kv_heads_local &&
-           a->mlp_begin == b->mlp_begin && a->intermediate_local == b->intermediate_local &&
-           a->vocab_begin == b->vocab_begin && a->vocab_local == b->vocab_local;
-}
-
 int plan_compare(const struct plan *plan, uint32_t rank, const struct shard_file *file, const char *name,
                  struct error *err)
 {
     const struct plan_rank *planned = &plan->ranks[rank];
-    if (!same_share(&planned->share, &shard_file_identity(file)->share))
+    if (memcmp(&planned->share, &shard_file_identity(file)->share, sizeof planned->share) != 0)
         return error_set(err, ERR_CORRUPT,
                          "%s: the rank's share of the model is not the one that its description gives", name);
     if (shard_file_tensor_count(file) != plan->tensor_count)
@@ -379,20 +347,26 @@ int plan_compare(const struct plan *plan, uint32_t rank, const struct shard_file
 
 bool plan_empty_shares(const struct plan *plan, char *line, size_t line_bytes)
 {
-    int no_heads = 0, no_mlp = 0, no_vocab = 0;
+    const struct model_desc *model = &plan->model;
+    const struct experts_desc *experts = &model->experts;
+    int no_heads = 0, no_mlp = 0, no_vocab = 0, no_experts = 0;
     for (uint32_t rank = 0; rank < plan->tp_size; rank++) {
-        no_heads += plan->ranks[rank].share.num_heads_local == 0;
-        no_mlp += plan->ranks[rank].share.intermediate_local == 0;
-        no_vocab += plan->ranks[rank].share.vocab_local == 0;
+        const struct rank_share *share = &plan->ranks[rank].share;
+        no_heads += share->num_heads_local == 0;
+        no_mlp += model->intermediate_size > 0 && share->intermediate_local == 0;
+        no_vocab += share->vocab_local == 0;
+        no_experts += experts->num_experts > 0 && (share->num_experts_local == 0 || share->expert_size_local == 0);
     }
-    if (!no_heads && !no_mlp && !no_vocab)
+    if (!no_heads && !no_mlp && !no_vocab && !no_experts)
         return false;
-    snprintf(
-        line, line_bytes,
-        "of %u ranks %d hold no heads, %d no mlp columns, %d no vocabulary: they will idle there; a smaller --tp%s "
-        "uses them better",
-        plan->tp_size, no_heads, no_mlp, no_vocab,
-        plan->quant.linear == WEIGHT_INT4 && plan->quant.group_size > 32 ? " or --group-size" : "");
+    char of_experts[48] = "";
+    if (experts->num_experts > 0)
+        snprintf(of_experts, sizeof of_experts, ", %d no part of the experts", no_experts);
+    snprintf(line, line_bytes,
+             "of %u ranks %d hold no heads, %d no mlp columns, %d no vocabulary%s: they will idle there; a smaller "
+             "--tp%s uses them better",
+             plan->tp_size, no_heads, no_mlp, no_vocab, of_experts,
+             weight_group_chosen(plan->quant.linear) && plan->quant.group_size > 32 ? " or --group-size" : "");
     return true;
 }
 
@@ -407,7 +381,9 @@ uint64_t plan_stored_bytes(const struct plan *plan)
 
 void plan_tensor_label(char *buffer, size_t bytes, const struct shard_tensor *tensor)
 {
-    if (tensor->layer >= 0)
+    if (tensor->expert >= 0)
+        snprintf(buffer, bytes, "layer %d %s %d", tensor->layer, tensor_role_name(tensor->role), tensor->expert);
+    else if (tensor->layer >= 0)
         snprintf(buffer, bytes, "layer %d %s", tensor->layer, tensor_role_name(tensor->role));
     else
         snprintf(buffer, bytes, "%s", tensor_role_name(tensor->role));

@@ -1,5 +1,5 @@
 // The plan: which rank holds which slice of which tensor, and where it stands in the rank's file. Pure arithmetic from
-// the model description; reads and writes nothing.
+// the model description and the family's table; reads and writes nothing.
 #ifndef TPSHARD_SHARD_PLAN_H
 #define TPSHARD_SHARD_PLAN_H
 
@@ -19,31 +19,74 @@ struct plan_rank {
     uint64_t payload_offset, payload_bytes, file_bytes;
 };
 
-// Tensor i is the same one (role, layer, source tensors in the same order) on every rank; only its slice differs, and
-// it may be empty.
+// What a part is read from. A part's own name, "...gate_up_proj[5]" for the sixth matrix of a stack, stands for the
+// matrix as it is stored: [out, in], rows of gate in front of rows of up, norms ready to multiply.
+struct plan_source {
+    const char *tensor; // of the checkpoint: the part's name, without an index
+    int64_t index;      // into a stacked tensor; -1: it is none
+    enum source_form form;
+};
+
+// What is dealt out whole, so that groups of columns that share a scale are never cut.
+struct plan_units {
+    int64_t heads, mlp, expert, shared; // query heads; rows of gate and up, columns of down
+};
+
+// Tensor i is the same one (role, layer, expert, source tensors in the same order) on every rank; only its slice
+// differs, and it may be empty.
 struct plan {
     struct model_desc model;
     struct manifest_quant quant;
+    enum experts_mode experts;
     uint32_t tp_size;
+    struct plan_units units;
+    const char *prefix; // of all source names, "" for most
     uint64_t tensor_count;
-    enum split *splits;      // [tensor_count]
-    struct plan_rank *ranks; // [tp_size]
-    char *names;             // what shard_part.source points into
+    enum split *splits;                             // [tensor_count]
+    struct plan_source (*sources)[SHARD_MAX_PARTS]; // [tensor_count]
+    struct plan_rank *ranks;                        // [tp_size]
+    char *names;                                    // what shard_part.source and plan_source.tensor point into
 };
 
-// Kinds of the three groups of weights from the words of the command line ("none", "int8", "fp8", "int4"); embed and
+// How one matrix is stored.
+struct plan_kind {
+    enum weight_kind kind;
+    uint32_t group_size; // 0 where the kind has no groups
+    bool order;          // its input columns stand in an order of their own (ROLE_QKV and ROLE_GATE_UP alone)
+};
+
+// Decides kinds matrix by matrix, where a checkpoint or rank files have decided already. `of` is asked for every matrix
+// that may be stored in any kind; *out holds what the words of the command line give. tensor: role, layer, expert, and
+// its parts' names and whole shapes; sources [tensor->num_parts].
+struct plan_kinds {
+    int (*of)(const struct plan_kinds *kinds, struct plan_kind *out, const struct shard_tensor *tensor,
+              const struct plan_source *sources, struct error *err);
+};
+
+// Kinds as they stand in a rank file (any rank's).
+struct plan_kinds_of_file {
+    struct plan_kinds kinds; // must be first
+    const struct shard_file *file;
+};
+void plan_kinds_of_file_init(struct plan_kinds_of_file *out, const struct shard_file *file);
+
+struct plan_options {
+    struct manifest_quant quant;
+    uint32_t tp_size;
+    enum experts_mode experts;
+    const struct plan_kinds *kinds;      // NULL: as quant says
+    const struct family_tensor *tensors; // NULL: the table of the model's architecture
+};
+
+// Kinds of the three groups of weights from the words of the command line ("none", or the name of a kind); embed and
 // head may be NULL for the default. ERR_USAGE when tied embeddings are asked to differ from their head.
 int plan_quant(struct manifest_quant *out, const char *quant, const char *embed, const char *head, int64_t group_size,
                bool tied_embeddings, struct error *err);
 
 // Success: the caller owns *out (plan_free). ERR_USAGE for tp_size above PLAN_MAX_TP, ERR_MODEL for an unknown family.
-int plan_make(struct plan **out, const struct model_desc *model, const struct manifest_quant *quant, uint32_t tp_size,
-              struct error *err);
+int plan_make(struct plan **out, const struct model_desc *model, const struct plan_options *options, struct error *err);
 void plan_free(struct plan *plan); // accepts null
 
-// Heads and mlp rows come in units that keep the groups of the matrices behind them (o, down) whole.
-int64_t plan_attention_unit_heads(const struct model_desc *model, const struct manifest_quant *quant);
-int64_t plan_mlp_unit(const struct manifest_quant *quant);
 // Rows of embedding and head are dealt out in this unit, so that padding costs nothing on all but the last rank.
 enum { PLAN_VOCAB_UNIT = WEIGHT_ROW_UNIT };
 
@@ -51,12 +94,12 @@ enum { PLAN_VOCAB_UNIT = WEIGHT_ROW_UNIT };
 int plan_compare(const struct plan *plan, uint32_t rank, const struct shard_file *file, const char *name,
                  struct error *err);
 
-// One line about ranks that hold no heads, mlp columns or vocabulary; false when there are none.
+// "of 8 ranks 4 hold no mlp columns ...": for people, when some rank gets an empty share. False: none does.
 bool plan_empty_shares(const struct plan *plan, char *line, size_t line_bytes);
 
 // Bytes that all ranks together store for weights, scales and padding.
 uint64_t plan_stored_bytes(const struct plan *plan);
-// "embedding", "layer 3 qkv": for people.
+// "embedding", "layer 3 qkv", "layer 3 expert 17 expert_down": for people.
 void plan_tensor_label(char *buffer, size_t bytes, const struct shard_tensor *tensor);
 
 #endif

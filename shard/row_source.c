@@ -7,6 +7,8 @@ void row_window_free(struct row_window *window)
 {
     free(window->raw);
     free(window->values);
+    if (window->own)
+        window->free_own(window->own);
     *window = (struct row_window){0};
 }
 

@@ -25,9 +25,12 @@ struct row_window {
     struct row_request request;
     uint8_t *raw; // bytes as read
     uint64_t raw_capacity;
-    int raw_format; // for the source alone
-    float *values;  // one row
+    int raw_format;             // for the source alone, as the next two
+    uint64_t raw_row, raw_rows; // rows of the source that raw holds
+    float *values;              // one row
     uint64_t values_capacity;
+    void *own; // what a source keeps from request to request, and how it is freed
+    void (*free_own)(void *own);
 };
 void row_window_free(struct row_window *window); // accepts a zeroed one
 // Make room; contents are lost. ERR_MEMORY.

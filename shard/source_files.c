@@ -19,8 +19,8 @@ enum { PIECE_BYTES = 4 << 20, AHEAD_BYTES = 1 << 30 };
 // ---- the list ----------------------------------------------------------------------------------------------------
 
 static const char *const small_files[] = {
-    "config.json",           "generation_config.json", "tokenizer.json",
-    "tokenizer_config.json", "chat_template.jinja",    "model.safetensors.index.json",
+    "config.json",         "generation_config.json",       "tokenizer.json",       "tokenizer_config.json",
+    "chat_template.jinja", "model.safetensors.index.json", "hf_quant_config.json",
 };
 
 static int look(struct source_file *file, struct error *err)

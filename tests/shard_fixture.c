@@ -14,7 +14,16 @@
 #include "formats/manifest.h"
 #include "kernels/pack.h"
 
-enum { HIDDEN = 128, HEADS = 4, KV_HEADS = 2, HEAD_DIM = 32, INTERMEDIATE = 192, VOCAB = 300, TP = 2 };
+enum {
+    HIDDEN = 128,
+    HEADS = 4,
+    KV_HEADS = 2,
+    HEAD_DIM = 32,
+    INTERMEDIATE = 192,
+    EXPERT_SIZE = 64,
+    VOCAB = 300,
+    TP = 2
+};
 enum { Q_ROWS = HEADS * HEAD_DIM, KV_ROWS = KV_HEADS * HEAD_DIM };
 
 // Element (row, col) of source `number`; exact in bf16. The same formula stands in test_shard_reader.py.
@@ -24,8 +33,8 @@ static float source_value(unsigned number, uint64_t row, uint64_t col)
 }
 
 static const char *const source_names[] = {
-    "embed", "input_norm", "q",    "k",  "v",    "q_bias", "k_bias",  "v_bias",
-    "o",     "post_norm",  "gate", "up", "down", "norm",   "lm_head",
+    "embed",     "input_norm", "q",  "k",    "v",    "q_bias",  "k_bias", "v_bias",     "o",
+    "post_norm", "gate",       "up", "down", "norm", "lm_head", "router", "experts[0]", "experts[1]",
 };
 
 static unsigned source_number(const char *name)
@@ -49,13 +58,16 @@ static struct rank_share share_of(uint32_t rank)
         .intermediate_local = partition_begin(3, rank + 1, TP) * 64 - mlp,
         .vocab_begin = vocab,
         .vocab_local = partition_begin(VOCAB, rank + 1, TP) - vocab,
+        .expert_begin = rank,
+        .num_experts_local = 1,
+        .expert_size_local = EXPERT_SIZE,
     };
 }
 
 void shard_fixture_set_tensor(struct shard_tensor *tensor, enum tensor_role role, int32_t layer, enum weight_kind kind,
                               uint32_t group_size, uint64_t rows, uint64_t cols)
 {
-    *tensor = (struct shard_tensor){.role = role, .layer = layer};
+    *tensor = (struct shard_tensor){.role = role, .layer = layer, .expert = -1};
     assert_true(weight_shape_make(&tensor->shape, kind, group_size, rows, cols));
 }
 
@@ -99,11 +111,19 @@ static void make_tensors(struct shard_tensor tensors[SHARD_FIXTURE_TENSORS], con
     add_part(t++, "norm", 1, HIDDEN, 0, 1, 0, HIDDEN);
     shard_fixture_set_tensor(t, ROLE_HEAD, -1, WEIGHT_INT8, 0, vocab, HIDDEN);
     add_part(t++, "lm_head", VOCAB, HIDDEN, vocab_begin, vocab, 0, HIDDEN);
-    // Two of no size: a rank may own nothing of a layer.
+    // Two of no size, and of two experts one: a rank may own nothing of a layer.
     shard_fixture_set_tensor(t, ROLE_QKV, 1, WEIGHT_INT8, 0, 0, HIDDEN);
     add_part(t++, "q", Q_ROWS, HIDDEN, 0, 0, 0, HIDDEN);
     shard_fixture_set_tensor(t, ROLE_O, 1, WEIGHT_INT4, 32, HIDDEN, 0);
     add_part(t++, "o", HIDDEN, Q_ROWS, 0, HIDDEN, 0, 0);
+    shard_fixture_set_tensor(t, ROLE_ROUTER, 1, WEIGHT_BF16, 0, 2, HIDDEN);
+    add_part(t++, "router", 2, HIDDEN, 0, 2, 0, HIDDEN);
+    for (int expert = 0; expert < 2; expert++) {
+        uint64_t cols = share->expert_begin == expert ? EXPERT_SIZE : 0;
+        shard_fixture_set_tensor(t, ROLE_EXPERT_DOWN, 1, WEIGHT_INT4, 64, HIDDEN, cols);
+        t->expert = expert;
+        add_part(t++, expert ? "experts[1]" : "experts[0]", HIDDEN, EXPERT_SIZE, 0, HIDDEN, 0, cols);
+    }
     assert_int_equal(t - tensors, SHARD_FIXTURE_TENSORS);
 }
 
@@ -187,11 +207,12 @@ void shard_fixture_write(const char *out_dir)
     extra.hash = checksum_whole("hello\n", 6);
     struct manifest_file source = {.name = "model.safetensors", .bytes = 1000, .hash = {1, 2}};
     struct manifest manifest = {
-        .version = 1,
+        .version = MANIFEST_VERSION,
         .tool = "test",
         .model = {.architecture = "Formula",
                   .num_layers = 2,
                   .hidden_size = HIDDEN,
+                  .layer_flags = {0, LAYER_EXPERTS},
                   .intermediate_size = INTERMEDIATE,
                   .num_heads = HEADS,
                   .num_kv_heads = KV_HEADS,
@@ -199,7 +220,20 @@ void shard_fixture_write(const char *out_dir)
                   .vocab_size = VOCAB,
                   .context = 64,
                   .norm_eps = 1e-5,
+                  .pre_norms = true,
+                  .embedding_scale = 1,
+                  .residual_scale = 1,
+                  .logit_scale = 1,
+                  .attention_scale = 0.125,
+                  .rotary_dim = HEAD_DIM,
                   .rope_attention_factor = 1.1,
+                  .experts = {.num_experts = 2,
+                              .experts_per_token = 1,
+                              .expert_size = EXPERT_SIZE,
+                              .scale = 1,
+                              .num_groups = 1,
+                              .groups_per_token = 1,
+                              .group_members = 1},
                   .qkv_bias = true,
                   .bos_token_id = -1,
                   .eos_token_ids = {7, 8},
@@ -211,6 +245,7 @@ void shard_fixture_write(const char *out_dir)
         .tp_size = TP,
         .pp_size = 1,
         .quant = {.linear = WEIGHT_INT4, .embedding = WEIGHT_BF16, .head = WEIGHT_INT8, .group_size = 64},
+        .experts = EXPERTS_EP,
         .wire_advice = "bf16",
         .ranks = ranks,
         .num_ranks = TP,

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-enum { SHARD_FIXTURE_TENSORS = 13 };
+enum { SHARD_FIXTURE_TENSORS = 16 };
 
 struct shard_fixture {
     struct shard_identity identity;
@@ -25,6 +25,6 @@ void shard_fixture_write(const char *out_dir);
 
 // A tensor of a legal shape, without parts.
 void shard_fixture_set_tensor(struct shard_tensor *tensor, enum tensor_role role, int32_t layer, enum weight_kind kind,
-                              uint32_t group_size, uint64_t rows, uint64_t cols);
+                              uint32_t group_size, uint64_t rows, uint64_t cols); // expert is -1
 
 #endif

@@ -14,18 +14,26 @@ import xxhash
 
 MIB = 1 << 20
 MAX_DIM = 2**31 - 1
-HEADER = struct.Struct("<8s10I10Q16s8Q16s32s")
-TENSOR = struct.Struct("<IiII6QIIQ")
+HEADER = struct.Struct("<8s10I10Q16s14Q16s48s")
+TENSOR = struct.Struct("<IiII6QIIiI")
 PART = struct.Struct("<II7Q")
-assert (HEADER.size, TENSOR.size, PART.size) == (256, 80, 64)
+assert (HEADER.size, TENSOR.size, PART.size) == (320, 80, 64)
 
-KINDS = ["f32", "bf16", "int8", "fp8", "int4"]
+KINDS = ["f32", "bf16", "int8", "fp8", "int4", "int4z", "fp8g", "mxfp4", "nvfp4"]
+GROUPS = {"int4": (32, 64, 128), "int4z": (32, 64, 128), "fp8g": (128,), "mxfp4": (32,), "nvfp4": (16,)}
+TILED = {"int4", "int4z", "mxfp4", "nvfp4"}
 ROLES = ["embedding", "rope_inv_freq", "attention_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "o_bias",
-         "mlp_norm", "gate_up", "gate_up_bias", "down", "down_bias", "final_norm", "head"]
-OUTSIDE_LAYERS = {"embedding", "rope_inv_freq", "final_norm", "head"}
-MATRICES = {"embedding", "qkv", "o", "gate_up", "down", "head"}
+         "mlp_norm", "gate_up", "gate_up_bias", "down", "down_bias", "final_norm", "head", "rope_long", "rope_local",
+         "sinks", "attention_post_norm", "mlp_post_norm", "q_a", "q_a_norm", "q_b", "kv_a", "kv_a_norm", "kv_b",
+         "router", "router_bias", "router_choice_bias", "expert_gate_up", "expert_gate_up_bias", "expert_down",
+         "expert_down_bias", "shared_gate_up", "shared_down", "qkv_order", "gate_up_order"]
+OUTSIDE_LAYERS = {"embedding", "rope_inv_freq", "final_norm", "head", "rope_long", "rope_local"}
+MATRICES = {"embedding", "qkv", "o", "gate_up", "down", "head", "q_a", "q_b", "kv_a", "kv_b", "router",
+            "expert_gate_up", "expert_down", "shared_gate_up", "shared_down"}
+ALWAYS_BF16 = {"kv_b", "router"}
+OF_EXPERTS = {"expert_gate_up", "expert_gate_up_bias", "expert_down", "expert_down_bias"}
 SHARE = ["head_begin", "num_heads", "kv_head_begin", "num_kv_heads", "mlp_begin", "intermediate", "vocab_begin",
-         "vocab"]
+         "vocab", "expert_begin", "num_experts", "expert_mlp_begin", "expert_size", "shared_begin", "shared_size"]
 
 
 class Refused(Exception):
@@ -50,13 +58,19 @@ def stored_sizes(kind, group_size, rows, cols):
     elems = padded_rows * padded_cols
     if kind == "bf16":
         return padded_rows, padded_cols, elems * 2, 0
-    if kind == "int4":
-        return padded_rows, padded_cols, elems // 2, elems // group_size * 2
-    return padded_rows, padded_cols, elems, padded_rows * 4
+    groups = elems // group_size if group_size else 0
+    scale_bytes = {"int4": groups * 2, "int4z": groups * 4, "fp8g": groups * 4, "mxfp4": groups,
+                   "nvfp4": groups + padded_rows * 4}.get(kind, padded_rows * 4)
+    return padded_rows, padded_cols, elems // 2 if kind in TILED else elems, scale_bytes
 
 
 def f32_from_bits(bits):
     return struct.unpack("<f", struct.pack("<I", bits))[0]
+
+
+def f32_of(value):
+    """Rounded once."""
+    return struct.unpack("<f", struct.pack("<f", value))[0]
 
 
 def e4m3_value(code):
@@ -66,6 +80,7 @@ def e4m3_value(code):
     return -magnitude if code & 0x80 else magnitude
 
 
+E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
 E4M3 = [e4m3_value(code) if code & 0x7F != 0x7F else float("nan") for code in range(256)]
 
 
@@ -84,29 +99,29 @@ class RankFile:
 
     def read_header(self):
         data = self.bytes
-        check(len(data) >= 256, "truncated")
+        check(len(data) >= 320, "truncated")
         (magic, version, header_bytes, required, _optional, self.rank, self.tp_size, self.pp_rank, self.pp_size,
          self.tensor_count, self.part_count, tensors_offset, self.parts_offset, self.strings_offset, self.strings_bytes,
          self.leaves_offset, self.leaf_count, self.payload_offset, self.payload_bytes, file_bytes, reserved,
          self.contract, *rest) = HEADER.unpack_from(data, 0)
-        share, head_hash, reserved_end = rest[:8], rest[8], rest[9]
+        share, head_hash, reserved_end = rest[:14], rest[14], rest[15]
         check(magic == b"TPSHARD\n", "not a rank file")
-        check(version == 1, f"version {version}")
+        check(version == 2, f"version {version}")
         check(required == 0, f"unknown required features {required:#x}")
-        check(header_bytes == 256, f"header_bytes {header_bytes}")
+        check(header_bytes == 320, f"header_bytes {header_bytes}")
         check(file_bytes == len(data), f"{len(data)} bytes long, the header says {file_bytes}")
-        check(self.payload_offset <= min(16 * MIB, len(data)), f"payload_offset {self.payload_offset}")
+        check(self.payload_offset <= min(64 * MIB, len(data)), f"payload_offset {self.payload_offset}")
         head = bytes(data[:self.payload_offset])
         self.root = xxhash.xxh3_128_hexdigest(head)
-        check(xxhash.xxh3_128_digest(head[:208] + bytes(16) + head[224:]) == head_hash, "head_hash")
+        check(xxhash.xxh3_128_digest(head[:256] + bytes(16) + head[272:]) == head_hash, "head_hash")
 
-        check(reserved == 0 and reserved_end == bytes(32), "a reserved field is in use")
+        check(reserved == 0 and reserved_end == bytes(48), "a reserved field is in use")
         check(self.rank < self.tp_size <= 1024 and self.pp_rank < self.pp_size <= 1024, "rank or stage")
         check(max(share) <= MAX_DIM, "share")
         self.share = dict(zip(SHARE, share))
         check(self.tensor_count >= 1, "no tensor")
-        check(tensors_offset == 256, "tensors_offset")
-        check(self.parts_offset == 256 + 80 * self.tensor_count, "parts_offset")
+        check(tensors_offset == 320, "tensors_offset")
+        check(self.parts_offset == 320 + 80 * self.tensor_count, "parts_offset")
         check(self.strings_offset == self.parts_offset + 64 * self.part_count, "strings_offset")
         strings_end = self.strings_offset + self.strings_bytes
         check(self.leaves_offset == round_up(strings_end, 16), "leaves_offset")
@@ -137,12 +152,14 @@ class RankFile:
         part_end = name_end = end = 0
         for index in range(self.tensor_count):
             (role, layer, kind, group_size, rows, cols, data_offset, data_bytes, scale_offset, scale_bytes, first_part,
-             num_parts, reserved) = TENSOR.unpack_from(self.bytes, 256 + 80 * index)
+             num_parts, expert, reserved) = TENSOR.unpack_from(self.bytes, 320 + 80 * index)
             what = f"tensor {index}"
             check(role < len(ROLES) and kind < len(KINDS), f"{what}: role or kind")
             role, kind = ROLES[role], KINDS[kind]
             check(layer == -1 if role in OUTSIDE_LAYERS else 0 <= layer <= 65535, f"{what} ({role}): layer {layer}")
-            check(group_size in ((32, 64, 128) if kind == "int4" else (0,)), f"{what}: group_size {group_size}")
+            check(0 <= expert <= 65535 if role in OF_EXPERTS else expert == -1, f"{what} ({role}): expert {expert}")
+            check(group_size in GROUPS.get(kind, (0,)), f"{what}: group_size {group_size}")
+            check(role not in ALWAYS_BF16 or kind == "bf16", f"{what} ({role}): {kind}")
             check(rows <= MAX_DIM and cols <= MAX_DIM, f"{what}: shape")
             vector = role not in MATRICES
             check(not vector or kind == "f32" and rows == 1, f"{what} ({role}): not a vector")
@@ -168,13 +185,13 @@ class RankFile:
             check(scale_offset == (round_up(end, 256) if scale_bytes else 0), f"{what}: scale_offset")
             end = scale_offset + scale_bytes if scale_bytes else end
             self.tensors.append({
-                "role": role, "layer": layer, "kind": kind, "group_size": group_size, "rows": rows, "cols": cols,
+                "role": role, "layer": layer, "expert": expert, "kind": kind, "group_size": group_size, "rows": rows, "cols": cols,
                 "padded_rows": padded_rows, "padded_cols": padded_cols, "parts": parts,
                 "data": (data_offset, data_bytes), "scale": (scale_offset, scale_bytes)})
         check(part_end == self.part_count and name_end == self.strings_bytes, "parts or names that belong to no tensor")
         check(self.payload_bytes == round_up(end, 4096), "payload_bytes")
-        keys = {(tensor["role"], tensor["layer"]) for tensor in self.tensors}
-        check(len(keys) == len(self.tensors), "two tensors of the same role and layer")
+        keys = {(tensor["role"], tensor["layer"], tensor["expert"]) for tensor in self.tensors}
+        check(len(keys) == len(self.tensors), "two tensors of the same role, layer and expert")
 
     def check_leaves(self):
         for index in range(self.leaf_count):
@@ -191,9 +208,9 @@ class RankFile:
             end = begin + size
         check(not any(self.payload[end:]), "payload padding at the end")
 
-    def find(self, role, layer=-1):
+    def find(self, role, layer=-1, expert=-1):
         for tensor in self.tensors:
-            if (tensor["role"], tensor["layer"]) == (role, layer):
+            if (tensor["role"], tensor["layer"], tensor["expert"]) == (role, layer, expert):
                 return tensor
         return None
 
@@ -205,32 +222,61 @@ class RankFile:
         scale_offset, scale_bytes = tensor["scale"]
         data = self.payload[data_offset:data_offset + data_bytes]
         scales = self.payload[scale_offset:scale_offset + scale_bytes]
+        zero_of = None
+        groups = padded_cols // group_size if group_size else 0
+
+        def group_of(row, col):
+            return (row // 16 * groups + col // group_size) * 16 + row % 16
+
+        if kind in TILED:
+            codes = tiled_codes(data, padded_rows, padded_cols)
+            if kind in ("mxfp4", "nvfp4"):
+                codes = [[E2M1[code & 15] for code in row] for row in codes]
         if kind == "int4":
-            codes = int4_codes(data, padded_rows, padded_cols)
             scales = struct.unpack(f"<{scale_bytes // 2}e", scales)
-            groups = padded_cols // group_size
 
             def scale_of(row, col):
-                return scales[(row // 16 * groups + col // group_size) * 16 + row % 16] * 2.0**-8
+                return scales[group_of(row, col)] * 2.0**-8
+        elif kind == "int4z":
+            scales = struct.unpack(f"<{scale_bytes // 2}e", scales)
+
+            def scale_of(row, col):
+                return scales[group_of(row, col) // 16 * 32 + row % 16] * 2.0**-8
+
+            def zero_of(row, col):
+                return scales[group_of(row, col) // 16 * 32 + 16 + row % 16]
+        elif kind == "mxfp4":
+            def scale_of(row, col):
+                return 2.0 ** (scales[group_of(row, col)] - 127)
+        elif kind == "nvfp4":
+            block_bytes = 4 * groups * 16 + 64 * 4
+
+            def scale_of(row, col):
+                block = scales[row // 64 * block_bytes:(row // 64 + 1) * block_bytes]
+                (whole,) = struct.unpack_from("<f", block, 4 * groups * 16 + row % 64 * 4)
+                return E4M3[block[group_of(row % 64, col)]] * whole
         else:
-            code = {"f32": "f", "bf16": "H", "int8": "b", "fp8": "B"}[kind]
+            code = {"f32": "f", "bf16": "H", "int8": "b", "fp8": "B", "fp8g": "B"}[kind]
             flat = struct.unpack(f"<{padded_rows * padded_cols}{code}", data)
             if kind == "bf16":
                 flat = [f32_from_bits(bits << 16) for bits in flat]
-            elif kind == "fp8":
+            elif kind in ("fp8", "fp8g"):
                 flat = [E4M3[bits] for bits in flat]
             codes = [flat[row * padded_cols:(row + 1) * padded_cols] for row in range(padded_rows)]
             scales = struct.unpack(f"<{scale_bytes // 4}f", scales)
 
-            def scale_of(row, _col):
-                return scales[row] if scales else 1.0
+            def scale_of(row, col):
+                return scales[group_of(row, col) if groups else row] if scales else 1.0
         check(not any(any(codes[row]) for row in range(rows, padded_rows)), f"{tensor['role']}: padded rows")
         check(not any(any(codes[row][cols:]) for row in range(rows)), f"{tensor['role']}: padded columns")
         check(all(abs(scale) < float("inf") for scale in scales), f"{tensor['role']}: a scale is not finite")
+        if zero_of:
+            return [[(codes[row][col] - zero_of(row, col)) * scale_of(row, col) for col in range(cols)]
+                    for row in range(rows)]
         return [[codes[row][col] * scale_of(row, col) for col in range(cols)] for row in range(rows)]
 
 
-def int4_codes(data, padded_rows, padded_cols):
+def tiled_codes(data, padded_rows, padded_cols):
     """T16x64, walked in the order in which the bytes lie."""
     codes = [[0] * padded_cols for _ in range(padded_rows)]
     at = 0
@@ -246,21 +292,36 @@ def int4_codes(data, padded_rows, padded_cols):
                             column = col + 16 * w + 2 * t + step
                             codes[row + g][column] = ((byte & 15) ^ 8) - 8
                             codes[row + g + 8][column] = (byte >> 4 ^ 8) - 8
-    check(at == len(data), "size of int4 data")
+    check(at == len(data), "size of tiled data")
     return codes
 
 
 # ---- the manifest ----------------------------------------------------------------------------------------------------
 
-ROOT_KEYS = {"version", "contract", "tool", "tp_size", "pp_size", "wire_advice", "quant", "model", "ranks", "extras",
-             "sources"}
+ROOT_KEYS = {"version", "contract", "tool", "tp_size", "pp_size", "wire_advice", "quant", "experts", "model", "ranks",
+             "extras", "sources"}
 NOT_IN_CORE = {"contract", "extras", "ranks", "tool", "wire_advice"}
-REALS = {"norm_eps", "rope_attention_factor", "default_temperature", "default_top_p", "default_repetition_penalty"}
-MODEL_RANGES = {"num_layers": (1, 65536), "num_heads": (1, 65536), "num_kv_heads": (1, 65536), "head_dim": (2, 65536),
-                "hidden_size": (1, MAX_DIM), "intermediate_size": (1, MAX_DIM), "vocab_size": (1, MAX_DIM),
+REALS = {"norm_eps", "rope_attention_factor", "attention_scale", "attention_softcap", "embedding_scale", "logit_scale",
+         "logit_softcap", "residual_scale", "router_scale", "default_temperature", "default_top_p",
+         "default_repetition_penalty"}
+ABOVE_ZERO = (2.2250738585072014e-308, 1e6)
+MODEL_RANGES = {"num_layers": (1, 512), "num_heads": (1, 65536), "num_kv_heads": (1, 65536), "head_dim": (2, 320),
+                "hidden_size": (1, MAX_DIM), "intermediate_size": (0, MAX_DIM), "vocab_size": (1, MAX_DIM),
                 "context": (1, MAX_DIM), "sliding_window": (0, MAX_DIM), "norm_eps": (0, 1),
-                "rope_attention_factor": (5e-324, 1e6)}
-MODEL_BOOLS = {"qkv_bias", "o_bias", "mlp_bias", "qk_norm", "tied_embeddings"}
+                "rope_attention_factor": ABOVE_ZERO, "attention_scale": ABOVE_ZERO, "attention_softcap": (0, 1e6),
+                "embedding_scale": ABOVE_ZERO, "logit_scale": ABOVE_ZERO, "logit_softcap": (0, 1e6),
+                "residual_scale": ABOVE_ZERO, "rope_original_context": (0, MAX_DIM), "rotary_dim": (2, 320),
+                "latent_kv_rank": (0, 1024), "latent_q_rank": (0, MAX_DIM), "latent_nope_dim": (0, 320),
+                "latent_rope_dim": (0, 320), "latent_v_dim": (0, 320), "num_experts": (0, 1024),
+                "experts_per_token": (0, 32), "expert_size": (0, MAX_DIM), "expert_groups": (0, 1024),
+                "expert_groups_per_token": (0, 1024), "router_group_members": (0, 1024), "router_scale": (0, 1e6),
+                "shared_size": (0, MAX_DIM)}
+MODEL_BOOLS = {"qkv_bias", "o_bias", "mlp_bias", "tied_embeddings", "pre_norms", "post_norms", "sinks",
+               "rotary_interleaved", "shared_gate", "expert_bias", "router_bias", "router_choice_bias",
+               "router_normalise"}
+MODEL_WORDS = {"qk_norm": ("none", "head", "full"), "activation": ("silu", "gelu_tanh", "gpt_oss"),
+               "router": ("softmax", "chosen_softmax", "sigmoid")}
+WINDOW, EXPERTS = 1, 2  # bits of a layer
 OPTIONAL_RANGES = {"bos_token_id": (0, MAX_DIM), "default_temperature": (0, 1e6), "default_top_p": (0, 1),
                    "default_top_k": (0, MAX_DIM), "default_repetition_penalty": (5e-324, 1e6)}
 
@@ -308,16 +369,51 @@ def no_duplicates(pairs):
 
 
 def check_model(model):
-    required = set(MODEL_RANGES) | MODEL_BOOLS | {"architecture", "eos_token_ids"}
+    required = set(MODEL_RANGES) | MODEL_BOOLS | set(MODEL_WORDS) | {"architecture", "eos_token_ids", "layers"}
     check(required <= set(model) <= required | set(OPTIONAL_RANGES), "keys of model")
     for key, (low, high) in (MODEL_RANGES | OPTIONAL_RANGES).items():
         if key in model:
             check(is_number(model[key], key) and low <= model[key] <= high, f"model.{key}")
     check(all(isinstance(model[key], bool) for key in MODEL_BOOLS), "a true or false of model")
+    check(all(model[key] in words for key, words in MODEL_WORDS.items()), "a word of model")
     check_text(model["architecture"], 63)
     eos = model["eos_token_ids"]
     check(len(eos) <= 8 and all(is_number(id, "id") and 0 <= id <= MAX_DIM for id in eos), "model.eos_token_ids")
+    check(set(model["layers"]) <= set("0123456789abcdef") and len(model["layers"]) == model["num_layers"], "layers")
+    check_attention(model)
+    check_experts(model)
+
+
+def layers_with(model, bit):
+    return sum(int(digit, 16) & bit != 0 for digit in model["layers"])
+
+
+def check_attention(model):
     check(model["num_heads"] % model["num_kv_heads"] == 0 and model["head_dim"] % 2 == 0, "heads of model")
+    check(model["rotary_dim"] % 2 == 0 and model["rotary_dim"] <= model["head_dim"], "rotary_dim")
+    check((model["sliding_window"] > 0) == (layers_with(model, WINDOW) > 0), "sliding_window")
+    latent = [model[f"latent_{part}"] for part in ("nope_dim", "rope_dim", "v_dim")]
+    if model["latent_kv_rank"] == 0:
+        check(not any(latent) and model["latent_q_rank"] == 0 and model["head_dim"] <= 256, "latent of model")
+    else:
+        check(all(latent) and latent[0] + latent[1] == model["head_dim"] and latent[1] == model["rotary_dim"]
+              and model["num_kv_heads"] == model["num_heads"] and model["qk_norm"] == "none", "latent of model")
+
+
+def check_experts(model):
+    experts, layers = model["num_experts"], layers_with(model, EXPERTS)
+    groups, size = model["expert_groups"], model["expert_size"]
+    check(model["intermediate_size"] > 0 or layers == model["num_layers"], "intermediate_size")
+    if experts == 0:
+        others = [key for key in model if key.startswith(("expert_", "experts_", "router_", "shared_"))]
+        check(layers == 0 and not any(model[key] for key in others) and model["router"] == "softmax", "experts")
+        return
+    check(layers > 0 and 1 <= model["experts_per_token"] <= experts and size > 0 and model["router_scale"] > 0,
+          "experts of model")
+    check(groups > 0 and experts % groups == 0 and 1 <= model["expert_groups_per_token"] <= groups
+          and model["expert_groups_per_token"] * (experts // groups) >= model["experts_per_token"]
+          and 1 <= model["router_group_members"] <= experts // groups, "groups of experts")
+    check(model["shared_size"] > 0 or not model["shared_gate"], "shared_gate")
 
 
 def read_manifest(path):
@@ -326,7 +422,7 @@ def read_manifest(path):
     check(len(text.encode()) <= 4 * MIB, f"{path}: too large")
     try:
         manifest = json.loads(text, object_pairs_hook=no_duplicates)
-        check(isinstance(manifest, dict) and manifest.get("version") == 1, "version")
+        check(isinstance(manifest, dict) and manifest.get("version") == 2, "version")
         check(set(manifest) == ROOT_KEYS, "keys")
         check_text(manifest["tool"], 255)
         check_hash(manifest["contract"])
@@ -337,7 +433,9 @@ def read_manifest(path):
         check(set(quant) == {"linear", "embedding", "head", "group_size"}, "keys of quant")
         kinds = [quant["linear"], quant["embedding"], quant["head"]]
         check(all(kind in KINDS for kind in kinds), "kinds of quant")
-        check(quant["group_size"] in ((32, 64, 128) if "int4" in kinds else (0,)), "quant.group_size")
+        own_group = "int4" in kinds or "int4z" in kinds
+        check(quant["group_size"] in ((32, 64, 128) if own_group else (0,)), "quant.group_size")
+        check(manifest["experts"] in ("ep", "tp"), "experts")
         check_model(manifest["model"])
         for key in ("ranks", "extras", "sources"):
             check_files(manifest[key])

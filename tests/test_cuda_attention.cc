@@ -1,61 +1,7 @@
 // The device's attention kernels in the emulator: decode and prefill against double arithmetic on the stored keys and values, each
 // against the other, and bit for bit against themselves with other rows beside them (law 9). Every slot of the cache that no row may see
 // holds NaN.
-extern "C" {
-#include "formats/number_formats.h"
-#include "kernels/kernels.h"
-}
-#include "kernels/cuda/launch.h"
-#include "tests/device/quick.h"
-#include "tests/emulator/emulator.h"
-
-#include <math.h>
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-extern "C" {
-#include <cmocka.h>
-}
-
-static uint64_t random_state = 0x2545f4914f6cdd1du;
-
-static uint64_t random_bits(void)
-{
-    random_state ^= random_state << 13;
-    random_state ^= random_state >> 7;
-    random_state ^= random_state << 17;
-    return random_state * 0x2545f4914f6cdd1du;
-}
-
-static float uniform(void) { return (float)((double)(random_bits() >> 11) * 0x1p-52 - 1.0); } // [-1, 1)
-
-static void *zeroed(int64_t bytes)
-{
-    void *memory = calloc(1, bytes ? (size_t)bytes : 1);
-    assert_non_null(memory);
-    return memory;
-}
-
-static void *device_new(int64_t bytes)
-{
-    void *memory = NULL;
-    assert_int_equal(cudaMalloc(&memory, bytes ? (size_t)bytes : 1), cudaSuccess);
-    return memory;
-}
-
-static void finish(cudaError_t rc)
-{
-    assert_int_equal(rc, cudaSuccess);
-    assert_int_equal(cudaDeviceSynchronize(), cudaSuccess);
-}
-
-// Same bits, or both NaN.
-static bool same(float a, float b) { return f32_bits(a) == f32_bits(b) || (isnan(a) && isnan(b)); }
+#include "tests/device/cuda_test.h"
 
 // ---- a model's attention with a filled cache -----------------------------------------------------------------------
 
@@ -67,6 +13,7 @@ struct attention_case {
     enum kv_format format;
     int64_t rows;
     int32_t position[6]; // decode: of each row (a sequence each); prefill: of the first
+    bool sinks = false;
 };
 
 enum { MAX_SEQUENCES = 6 };
@@ -77,7 +24,8 @@ struct setup {
     struct device_kv kv;
     struct device_rows rows;
     int32_t *sequence, *position, *pages; // on the device
-    float *qkv, *out;                     // on the device
+    float *sinks;
+    float *qkv, *out; // on the device
     int64_t context, width, num_pages;
     void *scratch;
 };
@@ -111,8 +59,8 @@ static void fill_sequence(struct setup *s, int64_t sequence, int64_t end)
         for (int64_t kv_head = 0; kv_head < s->c->num_kv_heads; kv_head++) {
             int64_t at = kv_at(s, sequence, p, kv_head);
             for (int64_t i = 0; i < s->c->head_dim; i++) {
-                kv_set(s, s->kv.k, at + i, uniform());
-                kv_set(s, s->kv.v, at + i, uniform() + 0.25f);
+                kv_set(s, s->kv.k, at + i, centred());
+                kv_set(s, s->kv.v, at + i, centred() + 0.25f);
             }
         }
 }
@@ -128,6 +76,10 @@ static void setup_make(struct setup *s, const struct attention_case *c, bool dec
     s->shape.scale = 1.0f / sqrtf((float)c->head_dim);
     s->shape.soft_cap = c->soft_cap;
     s->shape.window = c->window;
+    s->sinks = device_array<float>(c->num_heads);
+    for (int64_t i = 0; i < c->num_heads; i++)
+        s->sinks[i] = i == 0 ? 30 : centred() * 6;
+    s->shape.sinks = c->sinks ? s->sinks : NULL;
     for (int64_t i = 0; i < (decode ? c->rows : 1); i++) {
         int64_t end = c->position[i] + (decode ? 1 : c->rows);
         s->context = end > s->context ? end : s->context;
@@ -137,7 +89,7 @@ static void setup_make(struct setup *s, const struct attention_case *c, bool dec
     s->num_pages = MAX_SEQUENCES * per_sequence + 1;
 
     // Pages in a scattered order.
-    s->pages = (int32_t *)device_new(MAX_SEQUENCES * per_sequence * 4);
+    s->pages = device_array<int32_t>(MAX_SEQUENCES * per_sequence);
     for (int64_t i = 0; i < MAX_SEQUENCES * per_sequence; i++)
         s->pages[i] = (int32_t)i;
     for (int64_t i = MAX_SEQUENCES * per_sequence - 1; i > 0; i--) {
@@ -157,8 +109,8 @@ static void setup_make(struct setup *s, const struct attention_case *c, bool dec
     s->kv.num_kv_heads = c->num_kv_heads;
     s->kv.head_dim = c->head_dim;
 
-    s->sequence = (int32_t *)device_new(c->rows * 4);
-    s->position = (int32_t *)device_new(c->rows * 4);
+    s->sequence = device_array<int32_t>(c->rows);
+    s->position = device_array<int32_t>(c->rows);
     for (int64_t i = 0; i < c->rows; i++) {
         s->sequence[i] = decode ? (int32_t)(MAX_SEQUENCES - 1 - i) : 2;
         s->position[i] = decode ? c->position[i] : c->position[0] + (int32_t)i;
@@ -173,16 +125,17 @@ static void setup_make(struct setup *s, const struct attention_case *c, bool dec
         fill_sequence(s, 2, s->position[c->rows - 1] + 1);
 
     s->width = (c->num_heads + 2 * c->num_kv_heads) * c->head_dim;
-    s->qkv = (float *)device_new(c->rows * s->width * 4);
+    s->qkv = device_array<float>(c->rows * s->width);
     for (int64_t i = 0; i < c->rows * s->width; i++)
-        s->qkv[i] = uniform() * 4;
-    s->out = (float *)device_new(c->rows * c->num_heads * c->head_dim * 4);
+        s->qkv[i] = centred() * 4;
+    s->out = device_array<float>(c->rows * c->num_heads * c->head_dim);
     s->scratch = device_new((int64_t)attention_scratch_bytes(c->rows, c->num_heads, c->head_dim, s->context));
 }
 
 static void setup_free(struct setup *s)
 {
-    void *const devices[] = {s->pages, s->kv.k, s->kv.v, s->sequence, s->position, s->qkv, s->out, s->scratch};
+    void *const devices[] = {s->pages, s->kv.k, s->kv.v, s->sequence, s->position,
+                             s->sinks, s->qkv,  s->out,  s->scratch};
     for (void *memory : devices)
         cudaFree(memory);
 }
@@ -232,7 +185,11 @@ static void reference(const struct setup *s, int64_t row, int64_t head, bool ten
         least = score[p] < least ? score[p] : least;
         off = fmax(off, (double)(head_dim + 8) * u * magnitude * s->shape.scale + 8 * u * fabs(score[p]));
     }
-    double sum = 0;
+    if (s->c->sinks) {
+        largest = fmax(largest, (double)s->sinks[head]);
+        least = fmin(least, (double)s->sinks[head]);
+    }
+    double sum = s->c->sinks ? exp((double)s->sinks[head] - largest) : 0;
     memset(out, 0, (size_t)head_dim * 8);
     memset(bound, 0, (size_t)head_dim * 8);
     for (int64_t p = first; p <= position; p++) {
@@ -301,6 +258,8 @@ static const struct attention_case decode_cases[] = {
     {128, 2, 0, 2, 0, 1, 257, 0, KV_E4M3, 3, {256, 257, 767}},
     {64, 4, 0, 4, 0, 1, 5000, 20, KV_BF16, 3, {700, 3, 255}},
     {96, 2, 0, 1, 0, 2, 300, 5, KV_E4M3, 2, {600, 299}},
+    {64, 4, 0, 2, 0, 2, 0, 0, KV_BF16, 3, {300, 0, 70}, true}, // a sink above all, sinks among the scores
+    {64, 3, 0, 3, 0, 1, 128, 0, KV_E4M3, 2, {600, 127}, true},
     // widths that no 16-byte load fits
     {20, 4, 0, 2, 0, 2, 0, 0, KV_BF16, 2, {300, 70}},
     {34, 2, 0, 1, 0, 2, 0, 0, KV_E4M3, 2, {70, 1}},
@@ -322,7 +281,7 @@ static void decode_is_close_to_double(void **state)
 
         // Law 9: each row alone, and the grid of a longer context.
         int64_t row_size = c->num_heads * c->head_dim;
-        float *alone = (float *)device_new(row_size * 4);
+        float *alone = device_array<float>(row_size);
         for (int64_t row = 0; row < c->rows; row += 2) {
             emulator_seed(seeds[(i + 1) % 3]);
             decode(&s, alone, row, 1);
@@ -358,6 +317,8 @@ static const struct attention_case prefill_cases[] = {
     {128, 1, 0, 1, 0, 1, 64, 0, KV_E4M3, 100, {500}},
     {64, 2, 0, 2, 0, 1, 0, 20, KV_BF16, 65, {90}},
     {96, 1, 0, 1, 0, 1, 70, 5, KV_E4M3, 65, {90}},
+    {64, 4, 0, 2, 0, 2, 0, 0, KV_BF16, 66, {0}, true},
+    {64, 3, 0, 3, 0, 1, 128, 0, KV_E4M3, 5, {200}, true},
     {20, 2, 0, 1, 0, 2, 0, 0, KV_BF16, 66, {3}},
     {34, 1, 0, 1, 0, 1, 0, 0, KV_E4M3, 5, {66}},
     {2, 1, 0, 1, 0, 1, 0, 0, KV_BF16, 3, {62}},
@@ -376,7 +337,7 @@ static void prefill_is_close_to_double(void **state)
 
         // Law 9: in other launches, begun elsewhere; what a launch does not reach yet is not written yet.
         int64_t row_size = c->num_heads * c->head_dim;
-        float *part = (float *)device_new(c->rows * row_size * 4);
+        float *part = device_array<float>(c->rows * row_size);
         static const int64_t cuts[] = {1, 65};
         for (int64_t cut : cuts) {
             if (cut >= c->rows)
@@ -411,7 +372,7 @@ static void prefill_is_close_to_decode(void **state)
     setup_make(&s, &c, false);
     for (int64_t i = 0; i < c.rows * s.width; i++) // queries that bf16 holds: what remains is the weights' rounding
         s.qkv[i] = bf16_to_f32(f32_to_bf16(s.qkv[i]));
-    float *other = (float *)device_new(c.rows * c.num_heads * c.head_dim * 4);
+    float *other = device_array<float>(c.rows * c.num_heads * c.head_dim);
     prefill(&s, s.out, 0, c.rows);
     decode(&s, other, 0, c.rows);
     double out[KERNELS_MAX_HEAD_DIM], bound[KERNELS_MAX_HEAD_DIM];
@@ -427,6 +388,99 @@ static void prefill_is_close_to_decode(void **state)
         }
     cudaFree(other);
     setup_free(&s);
+}
+
+// ---- latent rows -----------------------------------------------------------------------------------------------------
+
+struct latent_case {
+    int64_t heads, kv_rank, rope_dim;
+    enum kv_format format;
+    int64_t window, rows;
+    int32_t position[3]; // of each row, a sequence each
+};
+static const struct latent_case latent_cases[] = {
+    {18, 64, 16, KV_BF16, 0, 3, {1100, 0, 511}},
+    {3, 100, 6, KV_E4M3, 0, 2, {600, 63}},
+    {1, 40, 5, KV_BF16, 70, 2, {130, 1023}},
+    {4, 512, 64, KV_BF16, 0, 2, {70, 512}},
+};
+
+// Scores and weights as in `reference`, with tensor cores; all in double.
+static void check_latent_row(const struct setup *s, const struct latent_case *c, const float *query, const float *mixed,
+                             int64_t row, const char *what)
+{
+    const double u = 0x1p-24;
+    int64_t dim = c->kv_rank + c->rope_dim, position = s->position[row];
+    int64_t first = c->window > 0 && position + 1 > c->window ? position + 1 - c->window : 0;
+    double *score = (double *)zeroed((position + 1) * 8);
+    for (int64_t head = 0; head < c->heads; head++) {
+        const float *q = query + (row * c->heads + head) * dim;
+        double largest = -INFINITY, least = INFINITY, off = 0, sum = 0;
+        for (int64_t p = first; p <= position; p++) {
+            int64_t at = kv_at(s, s->sequence[row], p, 0);
+            double magnitude = 0;
+            score[p] = 0;
+            for (int64_t i = 0; i < dim; i++) {
+                double product = (double)bf16_to_f32(f32_to_bf16(q[i])) * kv_value(s, s->kv.k, at + i);
+                score[p] += product * s->shape.scale;
+                magnitude += fabs(product) * s->shape.scale;
+            }
+            largest = fmax(largest, score[p]);
+            least = fmin(least, score[p]);
+            off = fmax(off, (double)(dim + 8) * u * magnitude);
+        }
+        for (int64_t p = first; p <= position; p++)
+            sum += exp(score[p] - largest);
+        double relative =
+            2 * off + 2 * ((largest - least) * 1.5 + 8) * u + 0x1p-8 + 2 * (double)(position - first + 5) * u;
+        for (int64_t i = 0; i < c->kv_rank; i++) {
+            double want = 0, bound = 0, got = mixed[(row * c->heads + head) * c->kv_rank + i];
+            for (int64_t p = first; p <= position; p++) {
+                double value = kv_value(s, s->kv.k, kv_at(s, s->sequence[row], p, 0) + i);
+                want += exp(score[p] - largest) / sum * value;
+                bound += exp(score[p] - largest) / sum * fabs(value) * relative;
+            }
+            if (!(fabs(got - want) <= bound))
+                fail_msg("%s, latent of %lld, row at %lld, head %lld, column %lld: %.9g, not %.9g +- %.2g", what,
+                         (long long)c->kv_rank, (long long)position, (long long)head, (long long)i, got, want, bound);
+        }
+    }
+    free(score);
+}
+
+static void latent_rows_are_close_to_double(void **state)
+{
+    (void)state;
+    for (size_t n = 0; n < sizeof latent_cases / sizeof *latent_cases; n += quick() ? 3 : 1) {
+        const struct latent_case *c = &latent_cases[n];
+        int64_t dim = c->kv_rank + c->rope_dim, out_size = c->heads * c->kv_rank;
+        struct attention_case plain = {dim, 1, 0, 1, 0, 1, c->window, 0, c->format, c->rows, {0}};
+        memcpy(plain.position, c->position, sizeof c->position);
+        struct setup s;
+        setup_make(&s, &plain, true);
+        struct device_latent latent = {c->heads, c->kv_rank, c->rope_dim, 0, 0};
+        float *query = device_array<float>(c->rows * c->heads * dim), *mixed = device_array<float>(c->rows * out_size);
+        float *alone = device_array<float>(out_size);
+        void *scratch = device_new((int64_t)latent_scratch_bytes(c->rows, latent, s.context));
+        for (int64_t i = 0; i < c->rows * c->heads * dim; i++)
+            query[i] = centred() * 4;
+        for (int prefill = 0; prefill < 2; prefill++) {
+            emulator_seed(seeds[n % 3]);
+            finish(launch_latent_attention(mixed, query, s.shape, latent, s.rows, s.kv, s.context,
+                                           prefill ? NULL : scratch, 0));
+            for (int64_t row = 0; row < c->rows; row++)
+                check_latent_row(&s, c, query, mixed, row, prefill ? "prefill" : "decode");
+            struct device_rows last = {s.sequence + c->rows - 1, s.position + c->rows - 1, 1};
+            emulator_seed(seeds[(n + 1) % 3]);
+            finish(launch_latent_attention(alone, query + (c->rows - 1) * c->heads * dim, s.shape, latent, last, s.kv,
+                                           s.context, prefill ? NULL : scratch, 0));
+            assert_same_rows(alone, mixed + (c->rows - 1) * out_size, out_size, "a latent row alone");
+        }
+        void *const devices[] = {query, mixed, alone, scratch};
+        for (void *memory : devices)
+            cudaFree(memory);
+        setup_free(&s);
+    }
 }
 
 // ---- NaN and Inf ---------------------------------------------------------------------------------------------------
@@ -449,7 +503,7 @@ static void broken_values_stay_where_they_are_seen(void **state)
                 setup_make(&s, c, false);
                 int64_t row_size = c->num_heads * c->head_dim, count = tensor_cores ? c->rows : 20, broken_row = 13,
                         dim = 5;
-                float *clean = (float *)zeroed(count * row_size * 4);
+                float *clean = floats(count * row_size);
                 emulator_seed(seeds[i]);
                 tensor_cores ? prefill(&s, s.out, 0, count) : decode(&s, s.out, 0, count);
                 memcpy(clean, s.out, (size_t)(count * row_size) * 4);
@@ -561,6 +615,7 @@ int main(void)
         cmocka_unit_test(decode_is_close_to_double),
         cmocka_unit_test(prefill_is_close_to_double),
         cmocka_unit_test(prefill_is_close_to_decode),
+        cmocka_unit_test(latent_rows_are_close_to_double),
         cmocka_unit_test(broken_values_stay_where_they_are_seen),
         cmocka_unit_test(infinite_scores),
         cmocka_unit_test(memory_is_read_in_whole_sectors),

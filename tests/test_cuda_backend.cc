@@ -1,87 +1,66 @@
 // The CUDA backend's host side, by itself: a step from loading to tokens on a tiny model, and the same with every call of the CUDA runtime
 // failing in turn: each failure is an error with a sentence, and a device that failed anywhere can be closed.
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
+#include "tests/device/tiny_model.h"
 
-extern "C" {
-#include <cmocka.h>
-
-#include "kernels/backend.h"
-
-const struct backend *tpengine_cuda_backend(void);
-}
-#include "tests/emulator/emulator.h"
+extern "C" const struct backend *tpengine_cuda_backend(void);
 
 namespace
 {
 
 enum { RESERVE = 192 << 20 }; // of the plan, for what the driver takes
-enum { HIDDEN = 128, HEADS = 2, HEAD_DIM = 64, MLP = 128, VOCAB = 64, CONTEXT = 128, SEQUENCES = 2, MAX_ROWS = 8 };
+enum { VOCAB = 64, CONTEXT = 128, SEQUENCES = 2, MAX_ROWS = 8 };
 
-// A rank file's payload with one layer, all zeros but the norms: every logit is 0, so token 0 wins.
-struct tiny_model {
-    struct model_desc desc;
-    struct rank_share share;
-    struct layer layer;
-    struct weights weights;
-    uint8_t payload[4 << 20];
-    uint64_t bytes;
-};
-
-void *place(struct tiny_model *m, const uint8_t *base, uint64_t bytes)
-{
-    void *at = (void *)(uintptr_t)(base + m->bytes);
-    m->bytes += (bytes + 255) / 256 * 256;
-    assert_true(m->bytes <= sizeof m->payload);
-    return at;
-}
-
-struct matrix place_matrix(struct tiny_model *m, const uint8_t *base, enum weight_kind kind, int64_t rows, int64_t cols)
-{
-    struct matrix w = {};
-    assert_true(weight_shape_make(&w.shape, kind, kind == WEIGHT_INT4 ? 32 : 0, (uint64_t)rows, (uint64_t)cols));
-    w.data = place(m, base, w.shape.data_bytes);
-    w.scale = w.shape.scale_bytes ? place(m, base, w.shape.scale_bytes) : NULL;
-    return w;
-}
-
-void bind(struct tiny_model *m, const uint8_t *base)
-{
-    m->bytes = 0;
-    m->weights.layers = &m->layer;
-    m->weights.embedding = place_matrix(m, base, WEIGHT_BF16, VOCAB, HIDDEN);
-    m->weights.head = place_matrix(m, base, WEIGHT_INT8, VOCAB, HIDDEN);
-    m->weights.inv_freq = (const float *)place(m, base, HEAD_DIM / 2 * 4);
-    m->weights.final_norm = m->layer.attention_norm = m->layer.mlp_norm = (const float *)place(m, base, HIDDEN * 4);
-    m->layer.qkv = place_matrix(m, base, WEIGHT_INT4, (HEADS + 2) * HEAD_DIM, HIDDEN);
-    m->layer.o = place_matrix(m, base, WEIGHT_FP8, HIDDEN, HEADS * HEAD_DIM);
-    m->layer.gate_up = place_matrix(m, base, WEIGHT_BF16, 2 * MLP, HIDDEN);
-    m->layer.down = place_matrix(m, base, WEIGHT_INT4, HIDDEN, MLP);
-}
-
+// A rank file's payload with one layer, all zeros: every logit is 0, so token 0 wins.
 struct tiny_model *make_model()
 {
-    struct tiny_model *m = (struct tiny_model *)calloc(1, sizeof *m);
+    struct tiny_model *m = tiny_make();
     m->desc.num_layers = 1;
-    m->desc.hidden_size = HIDDEN;
-    m->desc.intermediate_size = MLP;
-    m->desc.num_heads = HEADS;
-    m->desc.num_kv_heads = 1;
-    m->desc.head_dim = HEAD_DIM;
-    m->desc.vocab_size = VOCAB;
-    m->desc.norm_eps = 1e-5;
-    m->desc.rope_attention_factor = 1;
-    m->share.num_heads_local = HEADS;
-    m->share.num_kv_heads_local = 1;
-    m->share.intermediate_local = MLP;
-    m->share.vocab_local = VOCAB;
-    bind(m, m->payload);
+    m->qkv = m->down = {WEIGHT_INT4, 32};
+    m->gate_up = {WEIGHT_BF16, 0};
+    m->head = {WEIGHT_INT8, 0};
+    tiny_bind(m, m->payload);
     return m;
+}
+
+// What every test has: the backend, a pool, a model; and a device, which it may open.
+struct fixture {
+    const struct backend *b;
+    struct thread_pool *pool;
+    struct tiny_model *m;
+    struct device *d;
+    struct error err;
+};
+
+int set_up(void **state)
+{
+    struct fixture *f = (struct fixture *)calloc(1, sizeof *f);
+    *state = f;
+    f->b = tpengine_cuda_backend();
+    f->m = make_model();
+    emulator_set_sm(86);
+    return thread_pool_create(&f->pool, 2, &f->err);
+}
+
+int tear_down(void **state)
+{
+    struct fixture *f = (struct fixture *)*state;
+    emulator_fail_call(NULL, 0, cudaSuccess); // forget what was not met
+    f->b->close(f->d);
+    thread_pool_free(f->pool);
+    free(f->m);
+    free(f);
+    return 0;
+}
+
+// A new device, of which nothing is known yet.
+void start_again(struct fixture *f)
+{
+    emulator_fail_call(NULL, 0, cudaSuccess);
+    f->b->close(f->d);
+    f->d = NULL;
+    f->err.code = 0;
+    f->err.msg[0] = 0;
+    tiny_bind(f->m, f->m->payload);
 }
 
 int checked_pieces;
@@ -103,23 +82,12 @@ int refuse(void *arg, const uint8_t *data, uint64_t offset, uint64_t bytes, stru
     return error_set(err, ERR_CORRUPT, "a leaf is broken");
 }
 
-// The operations of a step, as the decoder orders them.
-int run_layers(const struct backend *b, struct device *d, const struct tiny_model *m, struct error *err)
+int sampled_step(struct fixture *f, const struct token_row *rows, int64_t count, enum phase phase,
+                 const struct kv_pages *pages)
 {
-    const struct layer *l = &m->layer;
-    int rc;
-    if ((rc = b->embed(d, err)) || (rc = b->norm(d, false, NULL, l->attention_norm, &l->qkv, err)) ||
-        (rc = b->linear(d, BUFFER_QKV, &l->qkv, err)) || (rc = b->finish_qkv(d, 0, err)) ||
-        (rc = b->attend(d, 0, &l->o, err)) || (rc = b->linear(d, BUFFER_PARTIAL, &l->o, err)) ||
-        (rc = b->norm(d, true, NULL, l->mlp_norm, &l->gate_up, err)) ||
-        (rc = b->linear(d, BUFFER_GATE_UP, &l->gate_up, err)) || (rc = b->activate(d, NULL, &l->down, err)))
-        return rc;
-    return b->linear(d, BUFFER_PARTIAL, &l->down, err);
-}
-
-int sampled_step(const struct backend *b, struct device *d, const struct tiny_model *m, const struct token_row *rows,
-                 int64_t count, enum phase phase, const struct kv_pages *pages, struct error *err)
-{
+    const struct backend *b = f->b;
+    struct device *d = f->d;
+    struct error *err = &f->err;
     static const struct sampling greedy = {0, 1, 0, 0, 1, 0, 0, 0};
     const struct sampling *how[SEQUENCES] = {&greedy, &greedy};
     uint64_t steps[SEQUENCES] = {};
@@ -131,9 +99,10 @@ int sampled_step(const struct backend *b, struct device *d, const struct tiny_mo
         (rc = b->sampling(d, how, steps, rows + count - sampled, sampled, err)) ||
         (phase == PHASE_DECODE && (rc = b->record(d, &replayed, err))))
         return rc;
-    if (!replayed && ((rc = run_layers(b, d, m, err)) ||
-                      (rc = b->logits(d, NULL, phase == PHASE_DECODE ? NULL : &last, sampled, NULL, 0, err)) ||
-                      (rc = b->sample(d, err)) || (rc = b->finish(d, err))))
+    if (!replayed &&
+        ((rc = tiny_layers(b, d, f->m, err)) ||
+         (rc = b->logits(d, &f->m->layers[0].mlp_join, phase == PHASE_DECODE ? NULL : &last, sampled, NULL, 0, err)) ||
+         (rc = b->sample(d, err)) || (rc = b->finish(d, err))))
         return rc;
     if ((rc = b->tokens(d, tokens, sampled, err)))
         return rc;
@@ -143,10 +112,12 @@ int sampled_step(const struct backend *b, struct device *d, const struct tiny_mo
 }
 
 // Everything a rank does with a device: a prompt, three decode steps (as it comes, recorded, replayed), logits and an exchange.
-int whole_run(const struct backend *b, struct device **out, struct tiny_model *m, struct thread_pool *pool,
-              payload_check_fn *check, struct error *err)
+int whole_run(struct fixture *f, payload_check_fn *check)
 {
-    struct device_options options = {NULL, pool, 0, 2, -1};
+    const struct backend *b = f->b;
+    struct tiny_model *m = f->m;
+    struct error *err = &f->err;
+    struct device_options options = {NULL, f->pool, 0, 2, -1};
     struct device_shape shape = {&m->desc, &m->share, MAX_ROWS, SEQUENCES, CONTEXT, 4, KV_BF16, true};
     static const int32_t table[] = {2, 0, 1, 3};
     struct kv_pages pages = {table, CONTEXT / KV_PAGE_TOKENS, 1};
@@ -156,138 +127,114 @@ int whole_run(const struct backend *b, struct device **out, struct tiny_model *m
     struct memory_plan plan;
     const uint8_t *base;
     int rc;
-    if ((rc = b->open(out, &options, err)))
+    if ((rc = b->open(&f->d, &options, err)))
         return rc;
-    struct device *d = *out;
+    struct device *d = f->d;
     if ((rc = b->plan(d, &shape, &plan, err)) || (rc = b->load(d, &base, m->payload, m->bytes, check, NULL, err)))
         return rc;
-    bind(m, base);
+    tiny_bind(m, base);
     if ((rc = b->prepare(d, &shape, &m->weights, err)) || (rc = b->count_prompt(d, 0, ids, 3, err)) ||
-        (rc = sampled_step(b, d, m, prompt, 3, PHASE_PREFILL, &pages, err)))
+        (rc = sampled_step(f, prompt, 3, PHASE_PREFILL, &pages)))
         return rc;
     for (int i = 0; i < 3; i++, next[0].position++, next[1].position++, pages.version++)
-        if ((rc = sampled_step(b, d, m, next, 2, PHASE_DECODE, &pages, err)))
+        if ((rc = sampled_step(f, next, 2, PHASE_DECODE, &pages)))
             return rc;
-    if ((rc = b->begin(d, prompt, 3, PHASE_PREFILL, &pages, err)) || (rc = run_layers(b, d, m, err)) ||
+    if ((rc = b->begin(d, prompt, 3, PHASE_PREFILL, &pages, err)) || (rc = tiny_layers(b, d, f->m, err)) ||
         (rc = b->lend(d, BUFFER_PARTIAL, &lent, err)))
         return rc;
     lent[0] += 1;
     if ((rc = b->returned(d, BUFFER_PARTIAL, err)))
         return rc;
-    return b->logits(d, NULL, NULL, 3, logits, VOCAB, err);
+    return b->logits(d, &m->layers[0].mlp_join, NULL, 3, logits, VOCAB, err);
 }
 
 void test_a_run(void **state)
 {
-    (void)state;
-    const struct backend *b = tpengine_cuda_backend();
-    struct thread_pool *pool;
-    struct error err = {};
-    assert_int_equal(b->abi, BACKEND_ABI);
-    assert_int_equal(thread_pool_create(&pool, 2, &err), 0);
+    struct fixture *f = (struct fixture *)*state;
+    assert_int_equal(f->b->abi, BACKEND_ABI);
     static const int chips[] = {80, 86, 89, 90, 120};
     for (int sm : chips) {
-        struct tiny_model *m = make_model();
-        struct device *d = NULL;
         char text[DEVICE_TEXT_BYTES];
+        start_again(f);
         emulator_set_sm(sm);
         checked_pieces = 0;
-        int rc = whole_run(b, &d, m, pool, accept, &err);
-        if (rc)
-            fail_msg("%s", err.msg);
+        if (whole_run(f, accept))
+            fail_msg("%s", f->err.msg);
         assert_true(checked_pieces > 0);
-        b->describe(d, text);
+        f->b->describe(f->d, text);
         assert_non_null(strstr(text, "int4 weights"));
-        b->close(d);
-        free(m);
     }
-    b->close(NULL);
-    thread_pool_free(pool);
+    f->b->close(NULL);
 }
 
 void test_refused_weights(void **state)
 {
-    (void)state;
-    const struct backend *b = tpengine_cuda_backend();
-    struct thread_pool *pool;
-    struct device *d = NULL;
-    struct error err = {};
-    struct tiny_model *m = make_model();
-    assert_int_equal(thread_pool_create(&pool, 1, &err), 0);
-    assert_int_equal(whole_run(b, &d, m, pool, refuse, &err), ERR_CORRUPT);
-    assert_string_equal(err.msg, "a leaf is broken");
-    b->close(d);
-    thread_pool_free(pool);
-    free(m);
+    struct fixture *f = (struct fixture *)*state;
+    assert_int_equal(whole_run(f, refuse), ERR_CORRUPT);
+    assert_string_equal(f->err.msg, "a leaf is broken");
+}
+
+// What no kernel does is refused by name, before anything is loaded.
+void test_refused_models(void **state)
+{
+    struct fixture *f = (struct fixture *)*state;
+    f->m->desc.head_dim = KERNELS_MAX_HEAD_DIM + 2;
+    assert_int_equal(whole_run(f, accept), ERR_MODEL);
+    assert_non_null(strstr(f->err.msg, "heads of this size"));
 }
 
 // What prepare takes is no more than plan said, and no less than that without its reserve.
 void test_the_plan_holds(void **state)
 {
-    (void)state;
-    const struct backend *b = tpengine_cuda_backend();
-    struct thread_pool *pool;
-    struct device *d = NULL;
-    struct error err = {};
-    struct tiny_model *m = make_model();
+    struct fixture *f = (struct fixture *)*state;
+    const struct backend *b = f->b;
+    struct tiny_model *m = f->m;
+    struct error *err = &f->err;
     struct memory_plan plan;
-    emulator_set_sm(86);
     size_t before, after, total;
     const uint8_t *base;
     struct device_shape shape = {&m->desc, &m->share, 4096, SEQUENCES, CONTEXT, 4, KV_E4M3, true};
-    assert_int_equal(thread_pool_create(&pool, 1, &err), 0);
-    struct device_options options = {NULL, pool, 0, 1, -1};
-    assert_int_equal(b->open(&d, &options, &err), 0);
-    assert_int_equal(b->plan(d, &shape, &plan, &err), 0);
+    struct device_options options = {NULL, f->pool, 0, 1, -1};
+    assert_int_equal(b->open(&f->d, &options, err), 0);
+    assert_int_equal(b->plan(f->d, &shape, &plan, err), 0);
     cudaMemGetInfo(&before, &total);
     assert_int_equal(plan.available_bytes, before);
-    assert_int_equal(b->load(d, &base, m->payload, m->bytes, accept, NULL, &err), 0);
-    bind(m, base);
-    assert_int_equal(b->prepare(d, &shape, &m->weights, &err), 0);
+    assert_int_equal(b->load(f->d, &base, m->payload, m->bytes, accept, NULL, err), 0);
+    tiny_bind(m, base);
+    assert_int_equal(b->prepare(f->d, &shape, &m->weights, err), 0);
     cudaMemGetInfo(&after, &total);
-    assert_int_equal(plan.kv_bytes, 2 * 4 * KV_PAGE_TOKENS * HEAD_DIM);
+    assert_int_equal(plan.kv_bytes, 2 * 4 * KV_PAGE_TOKENS * m->desc.head_dim);
     assert_true(plan.scratch_bytes > RESERVE);
     assert_true(before - after <= m->bytes + plan.kv_bytes + plan.scratch_bytes - RESERVE);
     // What the plan keeps free: code, graphs, cuBLASLt's workspace.
     assert_true(before - after + (200 << 20) >= m->bytes + plan.kv_bytes + plan.scratch_bytes);
-    b->close(d);
+    b->close(f->d);
+    f->d = NULL;
     cudaMemGetInfo(&after, &total);
     assert_int_equal(before, after);
-    thread_pool_free(pool);
-    free(m);
 }
 
 // Where trying cuBLASLt fails, an own kernel takes over, and nothing of the failure comes up later.
 void test_a_failed_trial_is_forgiven(void **state)
 {
-    (void)state;
-    const struct backend *b = tpengine_cuda_backend();
-    struct thread_pool *pool;
-    struct error err = {};
+    struct fixture *f = (struct fixture *)*state;
     char text[DEVICE_TEXT_BYTES];
-    assert_int_equal(thread_pool_create(&pool, 1, &err), 0);
-    emulator_set_sm(90);
     int forgiven = 0;
-    for (int nth = 2; nth < (getenv("TEST_QUICK") ? 3 : 5);
-         nth++) { // the first two allocations are the weights' and the arena's
-        struct tiny_model *m = make_model();
-        struct device *d = NULL;
+    emulator_set_sm(90);
+    for (int nth = 2; nth < (quick() ? 3 : 5); nth++) { // the first two allocations are the weights' and the arena's
+        start_again(f);
         emulator_fail_call("cudaMalloc", nth, cudaErrorMemoryAllocation);
-        if (whole_run(b, &d, m, pool, accept, &err))
-            fail_msg("%s", err.msg);
-        b->describe(d, text);
+        if (whole_run(f, accept))
+            fail_msg("%s", f->err.msg);
+        f->b->describe(f->d, text);
         forgiven += strstr(text, "without cuBLASLt where it was wanted") != NULL;
-        emulator_fail_call(NULL, 0, cudaSuccess);
-        b->close(d);
-        free(m);
     }
     assert_true(forgiven > 0);
-    thread_pool_free(pool);
 }
 
 void test_every_call_fails_once(void **state)
 {
-    (void)state;
+    struct fixture *f = (struct fixture *)*state;
     static const struct {
         const char *call;
         cudaError_t error;
@@ -312,48 +259,39 @@ void test_every_call_fails_once(void **state)
         {"cudaGraphInstantiate", cudaErrorUnknown, ERR_GPU},
         {"cudaGraphLaunch", cudaErrorLaunchFailure, ERR_GPU},
     };
-    const struct backend *b = tpengine_cuda_backend();
-    struct thread_pool *pool;
-    struct error err = {};
-    assert_int_equal(thread_pool_create(&pool, 1, &err), 0);
-    emulator_set_sm(86);
     for (size_t i = 0; i < sizeof calls / sizeof *calls; i++) {
         int failed = 0;
-        for (int nth = 0, rc = -1; rc; nth += getenv("TEST_QUICK") ? 40 : 1) { // slow builds try fewer
-            struct tiny_model *m = make_model();
-            struct device *d = NULL;
-            err.code = 0;
-            err.msg[0] = 0;
+        for (int nth = 0, rc = -1; rc; nth += quick() ? 40 : 1) { // slow builds try fewer
+            start_again(f);
             emulator_fail_call(calls[i].call, nth, calls[i].error);
-            rc = whole_run(b, &d, m, pool, accept, &err);
+            rc = whole_run(f, accept);
             if (rc) {
                 failed++;
                 if (rc != calls[i].code && rc != ERR_GPU)
-                    fail_msg("%s, call %d: error %d, %s", calls[i].call, nth, rc, err.msg);
-                assert_int_equal(err.code, rc);
-                assert_true(strlen(err.msg) > 10);
+                    fail_msg("%s, call %d: error %d, %s", calls[i].call, nth, rc, f->err.msg);
+                assert_int_equal(f->err.code, rc);
+                assert_true(strlen(f->err.msg) > 10);
             }
-            emulator_fail_call(NULL, 0, cudaSuccess); // forget what was not met
-            b->close(d);
-            free(m);
             assert_true(nth < 200);
         }
         if (failed == 0)
             fail_msg("%s is not called, or its failure goes unnoticed", calls[i].call);
     }
-    thread_pool_free(pool);
 }
 
 } // namespace
 
+#define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, tear_down)
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_a_run),
-        cmocka_unit_test(test_refused_weights),
-        cmocka_unit_test(test_the_plan_holds),
-        cmocka_unit_test(test_a_failed_trial_is_forgiven),
-        cmocka_unit_test(test_every_call_fails_once),
+        TEST(test_a_run),
+        TEST(test_refused_weights),
+        TEST(test_refused_models),
+        TEST(test_the_plan_holds),
+        TEST(test_a_failed_trial_is_forgiven),
+        TEST(test_every_call_fails_once),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1,90 +1,24 @@
 // launch_linear_f16 and launch_linear_int8 over kinds, groups and shapes. int8: bit for bit the scalar table's matmul. f16: against sums in
 // f64 of the same rounded inputs, within what the depth of the f32 sums allows. Both: a row alone has the bits that it has in company (law 9),
 // NaN stays in its row, nothing is written beside the result, and hot loops touch memory as they should.
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-
-extern "C" {
-#include <cmocka.h>
-
-#include "kernels/kernels.h"
-#include "kernels/pack.h"
-}
-#include "formats/number_formats.h"
-#include "kernels/cuda/launch.h"
-#include "tests/device/quick.h"
-#include "tests/emulator/emulator.h"
-
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-static uint64_t random_state;
-static double uniform(void)
-{
-    random_state ^= random_state << 13;
-    random_state ^= random_state >> 7;
-    random_state ^= random_state << 17;
-    return (double)(random_state >> 11) * 0x1p-53;
-}
-
-static void *device_zeros(uint64_t bytes)
-{
-    void *p;
-    assert_int_equal(cudaMalloc(&p, bytes ? bytes : 1), 0);
-    memset(p, 0, bytes);
-    return p;
-}
+#include "tests/device/cuda_test.h"
 
 // ---- matrices and inputs -----------------------------------------------------------------------------------------------
 
-struct kind_case {
-    enum weight_kind kind;
-    uint32_t group_size;
-};
-
-// Rows of different size; packed in device memory.
-static struct matrix make_matrix(struct kind_case k, uint64_t rows, uint64_t cols)
+// Rows of different size.
+static void fill(float *x, uint64_t row, uint64_t cols)
 {
-    struct matrix w = {};
-    assert_true(weight_shape_make(&w.shape, k.kind, k.group_size, rows, cols));
-    unsigned char *data = (unsigned char *)device_zeros(w.shape.data_bytes);
-    unsigned char *scale = (unsigned char *)device_zeros(w.shape.scale_bytes);
-    float *x = (float *)malloc((cols + 1) * sizeof *x);
-    void *memory = aligned_alloc(16, packed_row_bytes(k.kind, k.group_size, cols) + 16);
-    for (uint64_t r = 0; r < rows; r++) {
-        struct packed_row packed;
-        struct error err;
-        double size = exp2((double)(r % 7) - 5);
-        for (uint64_t c = 0; c < cols; c++)
-            x[c] = (float)(size * (uniform() + uniform() - 1) * (c / 32 % 3 + 1));
-        packed_row_place(&packed, memory, k.kind, k.group_size, cols);
-        assert_int_equal(pack_quantize_row(&packed, k.kind, k.group_size, x, cols, NULL, &err), 0);
-        uint64_t block = r / WEIGHT_ROW_UNIT;
-        pack_store_row(data + block * pack_block_data_bytes(&w.shape), scale + block * pack_block_scale_bytes(&w.shape),
-                       &w.shape, block * WEIGHT_ROW_UNIT, r, &packed, 0);
-    }
-    free(memory);
-    free(x);
-    w.data = data, w.scale = scale;
-    return w;
+    double size = exp2((double)(row % 7) - 5);
+    for (uint64_t c = 0; c < cols; c++)
+        x[c] = (float)(size * (uniform() + uniform() - 1) * (c / 32 % 3 + 1));
 }
 
-static void free_matrix(struct matrix *w)
-{
-    cudaFree((void *)w->data);
-    cudaFree((void *)w->scale);
-}
-
-static int64_t round_up_128(int64_t cols) { return (cols + 127) / 128 * 128; }
+static int64_t round_up_to_128(int64_t cols) { return round_up_to(cols, 128); }
 
 // Where a column stands: see INPUT_F16_TILE.
 static int64_t f16_place(enum weight_kind kind, int64_t col)
 {
-    if (kind != WEIGHT_INT4)
+    if (!weight_is_tiled(kind))
         return col;
     int64_t word = col % 64 / 16, in_word = col % 16, t = in_word % 8 / 2;
     return col / 64 * 64 + t * 16 + word * 4 + in_word / 8 * 2 + in_word % 2;
@@ -94,8 +28,7 @@ static int64_t f16_place(enum weight_kind kind, int64_t col)
 static struct device_input make_f16_input(const struct matrix *w, const float *x, int64_t tokens, int64_t stride)
 {
     int64_t cols = (int64_t)w->shape.cols;
-    struct device_input in = {device_zeros((uint64_t)(tokens * stride * 2)),
-                              (float *)device_zeros((uint64_t)tokens * 4), stride};
+    struct device_input in = {device_zeros((tokens * stride * 2)), (float *)device_zeros(tokens * 4), stride};
     uint16_t *values = (uint16_t *)in.values;
     for (int64_t i = 0; i < tokens; i++) {
         in.scale[i] = i % 3 == 1 ? 4.0f : 1.0f;
@@ -104,7 +37,7 @@ static struct device_input make_f16_input(const struct matrix *w, const float *x
             values[i * stride + f16_place(w->shape.kind, c)] =
                 w->shape.kind == WEIGHT_BF16 ? f32_to_bf16(value) : f32_to_f16(value / in.scale[i]);
         }
-        for (int64_t c = round_up_128(cols); c < stride; c++) // belongs to nobody
+        for (int64_t c = round_up_to_128(cols); c < stride; c++) // belongs to nobody
             values[i * stride + c] = 0x7e00;
     }
     return in;
@@ -117,14 +50,6 @@ static double f16_value(const struct matrix *w, struct device_input in, int64_t 
                                         : (double)f16_to_f32(bits) * (double)in.scale[token];
 }
 
-static const struct kernels *scalar_table(void)
-{
-    const struct kernels *table;
-    struct error err;
-    assert_int_equal(kernels_select(&table, "scalar", &err), 0);
-    return table;
-}
-
 // The table's own preparation, copied.
 static struct device_input make_int8_input(struct activations *act, const struct matrix *w, const float *x,
                                            int64_t tokens)
@@ -133,10 +58,10 @@ static struct device_input make_int8_input(struct activations *act, const struct
     int64_t cols = (int64_t)w->shape.cols;
     memset(act, 0, sizeof *act);
     assert_int_equal(activations_alloc(act, tokens, cols + 1, &err), 0);
-    scalar_table()->prepare(act, w, x, cols, 0, tokens);
-    struct device_input in = {device_zeros((uint64_t)(tokens * act->stride)),
-                              (float *)device_zeros((uint64_t)(tokens * act->stride / ACT_GROUP) * 4), act->stride};
-    int64_t used = round_up_128(cols);
+    scalar()->prepare(act, w, x, cols, 0, tokens);
+    struct device_input in = {device_zeros((tokens * act->stride)),
+                              (float *)device_zeros((tokens * act->stride / ACT_GROUP) * 4), act->stride};
+    int64_t used = round_up_to_128(cols);
     memset(in.values, 0x55, (size_t)(tokens * act->stride));
     for (int64_t i = 0; i < tokens; i++) {
         memcpy((int8_t *)in.values + i * in.stride, act->q + i * act->stride, (size_t)used);
@@ -145,12 +70,6 @@ static struct device_input make_int8_input(struct activations *act, const struct
                 c < used / ACT_GROUP ? act->q_scale[i * (act->stride / ACT_GROUP) + c] : NAN;
     }
     return in;
-}
-
-static void free_input(struct device_input in)
-{
-    cudaFree(in.values);
-    cudaFree(in.scale);
 }
 
 // The input from token `first` on.
@@ -177,7 +96,7 @@ enum { BESIDE = 3 }; // columns of y that no product may touch
 static float *run(const struct matrix *w, struct device_input in, bool int8, int64_t tokens)
 {
     int64_t rows = (int64_t)w->shape.rows, stride = rows + BESIDE;
-    float *y = (float *)device_zeros((uint64_t)((tokens + 1) * stride) * 4);
+    float *y = (float *)device_zeros(((tokens + 1) * stride) * 4);
     for (int64_t i = 0; i < (tokens + 1) * stride; i++)
         y[i] = 12345.0f;
     cudaStream_t stream;
@@ -214,8 +133,8 @@ static void assert_same_bits(const struct matrix *w, const float *got, const flo
 static float *int8_reference(const struct matrix *w, const struct activations *act, int64_t tokens)
 {
     int64_t rows = (int64_t)w->shape.rows, stride = rows + BESIDE;
-    float *y = (float *)device_zeros((uint64_t)(tokens * stride) * 4);
-    scalar_table()->matmul(y, stride, w, act, tokens, 0, rows);
+    float *y = (float *)device_zeros((tokens * stride) * 4);
+    scalar()->matmul(y, stride, w, act, tokens, 0, rows);
     return y;
 }
 
@@ -225,13 +144,15 @@ static void assert_f16_close(const struct matrix *w, struct device_input in, con
 {
     int64_t rows = (int64_t)w->shape.rows, cols = (int64_t)w->shape.cols, stride = rows + BESIDE;
     double tolerance = (double)(16 + 8 + cols / 128 + 12 + 4) * 0x1p-23;
+    if (w->shape.kind == WEIGHT_INT4Z) // q - zero is rounded to f16
+        tolerance += 0x1p-11;
     float *weights = (float *)malloc((size_t)(cols + 1) * sizeof *weights);
     double *x = (double *)malloc((size_t)(tokens * cols + 1) * sizeof *x);
     for (int64_t i = 0; i < tokens; i++)
         for (int64_t c = 0; c < cols; c++)
             x[i * cols + c] = f16_value(w, in, i, c);
     for (int64_t r = 0; r < rows; r++) {
-        scalar_table()->dequantize_row(weights, w, r);
+        scalar()->dequantize_row(weights, w, r);
         for (int64_t i = 0; i < tokens; i++) {
             double want = 0, magnitude = 0;
             for (int64_t c = 0; c < cols; c++) {
@@ -250,7 +171,9 @@ static void assert_f16_close(const struct matrix *w, struct device_input in, con
 // ---- tables ----------------------------------------------------------------------------------------------------------------
 
 static const struct kind_case f16_kinds[] = {
-    {WEIGHT_INT4, 128}, {WEIGHT_INT4, 64}, {WEIGHT_INT4, 32}, {WEIGHT_FP8, 0}, {WEIGHT_BF16, 0},
+    {WEIGHT_INT4, 128}, {WEIGHT_INT4, 64},   {WEIGHT_INT4, 32},  {WEIGHT_FP8, 0},
+    {WEIGHT_BF16, 0},   {WEIGHT_INT4Z, 128}, {WEIGHT_INT4Z, 64}, {WEIGHT_INT4Z, 32},
+    {WEIGHT_FP8G, 128}, {WEIGHT_MXFP4, 32},  {WEIGHT_NVFP4, 16},
 };
 static const struct kind_case int8_kinds[] = {
     {WEIGHT_INT4, 128}, {WEIGHT_INT4, 64}, {WEIGHT_INT4, 32}, {WEIGHT_INT8, 0}};
@@ -274,11 +197,11 @@ static void check_shape(struct kind_case kind, bool int8, size_t s)
 {
     uint64_t rows = shapes[s].rows, cols = shapes[s].cols;
     int64_t most = shapes[s].tokens[0];
-    struct matrix w = make_matrix(kind, rows, cols);
+    struct matrix w = make_matrix(kind, rows, cols, fill);
     float *x = random_input(most, (int64_t)cols);
     struct activations act;
     struct device_input in = int8 ? make_int8_input(&act, &w, x, most)
-                                  : make_f16_input(&w, x, most, round_up_128((int64_t)cols) + (s % 2 ? 128 : 0));
+                                  : make_f16_input(&w, x, most, round_up_to_128((int64_t)cols) + (s % 2 ? 128 : 0));
     emulator_seed(s + 1);
     float *all = run(&w, in, int8, most);
     if (int8) {
@@ -343,7 +266,7 @@ static void test_int8_tiles(void **state)
     };
     random_state = 3;
     for (size_t i = quick() ? 7 : 0; i < sizeof cases / sizeof *cases; i++) {
-        struct matrix w = make_matrix(cases[i].kind, cases[i].rows, cases[i].cols);
+        struct matrix w = make_matrix(cases[i].kind, cases[i].rows, cases[i].cols, fill);
         float *x = random_input(cases[i].tokens, (int64_t)cases[i].cols);
         struct activations act;
         struct device_input in = make_int8_input(&act, &w, x, cases[i].tokens);
@@ -367,9 +290,10 @@ static void test_nan_input(void **state)
     enum { ROWS = 40, COLS = 300, TOKENS = 18, BROKEN = 5 };
     random_state = 4;
     for (int int8 = 0; int8 < 2; int8++)
-        for (size_t k = 0; k < (int8 ? 4 : 5); k++)
+        for (size_t k = 0; k < (int8 ? sizeof int8_kinds / sizeof *int8_kinds : sizeof f16_kinds / sizeof *f16_kinds);
+             k++)
             for (int64_t tokens = 7; tokens <= TOKENS; tokens += 11) {
-                struct matrix w = make_matrix(int8 ? int8_kinds[k] : f16_kinds[k], ROWS, COLS);
+                struct matrix w = make_matrix(int8 ? int8_kinds[k] : f16_kinds[k], ROWS, COLS, fill);
                 float *x = random_input(TOKENS, COLS);
                 float *y[2];
                 for (int broken = 0; broken < 2; broken++) {
@@ -402,7 +326,7 @@ static void test_nan_weights(void **state)
     (void)state;
     enum { ROWS = 40, COLS = 200, TOKENS = 9 };
     random_state = 5;
-    struct matrix w = make_matrix(f16_kinds[3], ROWS, COLS);
+    struct matrix w = make_matrix(f16_kinds[3], ROWS, COLS, fill);
     float *x = random_input(TOKENS, COLS);
     struct device_input in = make_f16_input(&w, x, TOKENS, 256);
     float *good = run(&w, in, false, TOKENS);
@@ -436,12 +360,13 @@ static void test_order_and_memory(void **state)
         {{WEIGHT_INT4, 128}, false, 1}, {{WEIGHT_INT4, 32}, false, 16}, {{WEIGHT_INT4, 64}, false, 9},
         {{WEIGHT_FP8, 0}, false, 16},   {{WEIGHT_BF16, 0}, false, 8},   {{WEIGHT_INT4, 128}, true, 8},
         {{WEIGHT_INT4, 32}, true, 16},  {{WEIGHT_INT8, 0}, true, 16},   {{WEIGHT_INT4, 128}, true, 64},
-        {{WEIGHT_INT8, 0}, true, 64},
+        {{WEIGHT_INT8, 0}, true, 64},   {{WEIGHT_INT4Z, 32}, false, 8}, {{WEIGHT_FP8G, 128}, false, 16},
+        {{WEIGHT_MXFP4, 32}, false, 1}, {{WEIGHT_NVFP4, 16}, false, 8},
     };
     enum { ROWS = 128, COLS = 1280 };
     random_state = 6;
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i += quick() ? 4 : 1) {
-        struct matrix w = make_matrix(cases[i].kind, ROWS, COLS);
+        struct matrix w = make_matrix(cases[i].kind, ROWS, COLS, fill);
         float *x = random_input(cases[i].tokens, COLS);
         struct activations act;
         bool int8 = cases[i].int8;
@@ -462,7 +387,9 @@ static void test_order_and_memory(void **state)
                 !int8) { // each sector of weights and inputs once for each block that needs it, and no part of one for nothing
                 assert_int_equal(stats.global_sectors, stats.global_ideal_sectors);
                 uint64_t inputs = (uint64_t)tokens * COLS * 2 * (ROWS / 16),
-                         scales = w.shape.kind == WEIGHT_INT4 ? w.shape.scale_bytes : 0;
+                         scales = w.shape.group_size > 0 ? w.shape.scale_bytes : 0;
+                if (w.shape.kind == WEIGHT_NVFP4) // rows' own factors come once, at the end
+                    scales -= w.shape.rows_padded * sizeof(float);
                 assert_int_equal(stats.global_sectors, (w.shape.data_bytes + inputs + scales) / 32);
             }
             if (first) {

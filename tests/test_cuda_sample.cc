@@ -2,38 +2,15 @@
 //
 // They differ in one thing: the device sums the masses of top-p as integers, the CPU in double. A different token is
 // accepted where the threshold is shown to lie within BOUNDARY of the wanted mass, and counted; almost no row may need that.
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
+#include "tests/device/cuda_test.h"
 
 extern "C" {
-#include <cmocka.h>
-
 #include "engine/comm.h"
 #include "engine/sampler.h"
-#include "kernels/kernels.h"
 }
-#include "kernels/cuda/launch.h"
-#include "tests/device/quick.h"
-#include "tests/emulator/emulator.h"
-
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 
 static const double BOUNDARY = 1e-9; // of the whole mass
 
-static uint64_t random_state;
-static uint64_t random_bits(void)
-{
-    random_state ^= random_state << 13;
-    random_state ^= random_state >> 7;
-    random_state ^= random_state << 17;
-    return random_state;
-}
-static double uniform(void) { return (double)(random_bits() >> 11) * 0x1p-53; }
 template <size_t N> static float pick(const float (&choices)[N]) { return choices[random_bits() % N]; }
 
 // ---- the CPU -----------------------------------------------------------------------------------------------------------
@@ -128,13 +105,6 @@ struct batch {
     uint32_t *tokens;
     void *scratch;
 };
-
-template <class T> static T *device_array(int64_t count)
-{
-    T *p;
-    assert_int_equal(cudaMalloc((void **)&p, (size_t)count * sizeof(T)), 0);
-    return p;
-}
 
 static struct batch make_batch(int64_t vocab, int64_t stride, int64_t rows, int64_t sequences, bool with_counts)
 {

@@ -1,76 +1,12 @@
 // launch_slab and launch_scale, bit for bit: matrices packed as in a rank file, expanded by the device and by the scalar table's dequantize_row.
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
+#include "tests/device/cuda_test.h"
 
-extern "C" {
-#include <cmocka.h>
-
-#include "kernels/kernels.h"
-#include "kernels/pack.h"
-}
-#include "formats/number_formats.h"
-#include "kernels/cuda/launch.h"
-#include "tests/device/quick.h"
-#include "tests/emulator/emulator.h"
-
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-static uint64_t random_state;
-static double uniform(void)
+// Rows of very different size, one of them zero.
+static void fill(float *x, uint64_t row, uint64_t cols)
 {
-    random_state ^= random_state << 13;
-    random_state ^= random_state >> 7;
-    random_state ^= random_state << 17;
-    return (double)(random_state >> 11) * 0x1p-53;
-}
-
-static void *device_bytes(uint64_t bytes)
-{
-    void *p;
-    assert_int_equal(cudaMalloc(&p, bytes ? bytes : 1), 0);
-    return p;
-}
-
-// ---- matrices ----------------------------------------------------------------------------------------------------------
-
-// Rows of very different size, one of them zero; packed in device memory.
-static struct matrix make_matrix(enum weight_kind kind, uint32_t group_size, uint64_t rows, uint64_t cols)
-{
-    struct matrix w = {};
-    assert_true(weight_shape_make(&w.shape, kind, group_size, rows, cols));
-    unsigned char *data = (unsigned char *)device_bytes(w.shape.data_bytes),
-                  *scale = (unsigned char *)device_bytes(w.shape.scale_bytes);
-    memset(data, 0, w.shape.data_bytes);
-    memset(scale, 0, w.shape.scale_bytes);
-    float *x = (float *)malloc(cols * sizeof *x);
-    void *memory = aligned_alloc(16, packed_row_bytes(kind, group_size, cols));
-    for (uint64_t r = 0; r < rows; r++) {
-        struct packed_row packed;
-        struct error err;
-        double size = r == 5 ? 0 : exp2((double)(r % 23) - 16);
-        for (uint64_t c = 0; c < cols; c++)
-            x[c] = (float)(size * (uniform() + uniform() + uniform() - 1.5) * (c % 131 == 0 ? 9 : 1));
-        packed_row_place(&packed, memory, kind, group_size, cols);
-        assert_int_equal(pack_quantize_row(&packed, kind, group_size, x, cols, NULL, &err), 0);
-        uint64_t block = r / WEIGHT_ROW_UNIT;
-        pack_store_row(data + block * pack_block_data_bytes(&w.shape), scale + block * pack_block_scale_bytes(&w.shape),
-                       &w.shape, block * WEIGHT_ROW_UNIT, r, &packed, 0);
-    }
-    free(memory);
-    free(x);
-    w.data = data, w.scale = scale;
-    return w;
-}
-
-static void free_matrix(struct matrix *w)
-{
-    cudaFree((void *)w->data);
-    cudaFree((void *)w->scale);
+    double size = row == 5 ? 0 : exp2((double)(row % 23) - 16);
+    for (uint64_t c = 0; c < cols; c++)
+        x[c] = (float)(size * (uniform() + uniform() + uniform() - 1.5) * (c % 131 == 0 ? 9 : 1));
 }
 
 // ---- the slab ----------------------------------------------------------------------------------------------------------
@@ -98,14 +34,10 @@ static bool is_nan(uint32_t bits, enum slab_format format)
 
 static void check_slab(const char *name, const struct matrix *w, enum slab_format format, int64_t begin, int64_t end)
 {
-    const struct kernels *scalar;
-    struct error err;
-    assert_int_equal(kernels_select(&scalar, "scalar", &err), 0);
     int64_t rows = end - begin, padded = (int64_t)w->shape.cols_padded, cols = (int64_t)w->shape.cols;
     bool scaled = format == SLAB_E4M3;
-    void *slab = device_bytes((uint64_t)(rows * padded) * (scaled ? 1 : 2));
-    float *row_scale = scaled ? (float *)device_bytes((uint64_t)rows * 4) : NULL,
-          *x = (float *)malloc((size_t)cols * 4 + 4);
+    void *slab = device_new((rows * padded) * (scaled ? 1 : 2));
+    float *row_scale = scaled ? (float *)device_new(rows * 4) : NULL, *x = (float *)malloc((size_t)cols * 4 + 4);
     for (uint64_t seed = 1; seed <= 3; seed++) {
         emulator_seed(seed);
         assert_int_equal(launch_slab(slab, format, row_scale, w, begin, end, 0), cudaSuccess);
@@ -114,7 +46,7 @@ static void check_slab(const char *name, const struct matrix *w, enum slab_forma
             bool real = begin + r < (int64_t)w->shape.rows;
             float largest = 0, divisor = 1;
             if (real)
-                scalar->dequantize_row(x, w, begin + r);
+                scalar()->dequantize_row(x, w, begin + r);
             for (int64_t c = 0; c < cols && real; c++)
                 largest = fmaxf(largest, fabsf(x[c]));
             if (scaled && row_scale[r] != largest / E4M3_MAX)
@@ -124,6 +56,9 @@ static void check_slab(const char *name, const struct matrix *w, enum slab_forma
             for (int64_t c = 0; c < padded; c++) {
                 uint32_t got = element(slab, format, r * padded + c);
                 uint32_t want = real && c < cols ? to_format(x[c] / divisor, format) : 0;
+                // Behind the columns stand codes of 0, which int4z's zero makes something else; inputs are zero there.
+                if (w->shape.kind == WEIGHT_INT4Z && !(real && c < cols))
+                    continue;
                 bool zero = !(real && c < cols) && (got & (scaled ? 0x7fu : 0x7fffu)) == 0;
                 if (got != want && !zero && !(is_nan(got, format) && is_nan(want, format)))
                     fail_msg("%s: row %d, column %d is %04x, wanted %04x", name, (int)r, (int)c, got, want);
@@ -136,15 +71,15 @@ static void check_slab(const char *name, const struct matrix *w, enum slab_forma
 }
 
 static const struct {
-    enum weight_kind kind;
-    uint32_t group_size;
+    struct kind_case kind;
     enum slab_format format;
 } kinds[] = {
-    {WEIGHT_INT4, 32, SLAB_F16},  {WEIGHT_INT4, 64, SLAB_F16},  {WEIGHT_INT4, 128, SLAB_F16},
-    {WEIGHT_INT4, 32, SLAB_BF16}, {WEIGHT_INT4, 64, SLAB_BF16}, {WEIGHT_INT4, 128, SLAB_BF16},
-    {WEIGHT_INT4, 32, SLAB_E4M3}, {WEIGHT_INT4, 64, SLAB_E4M3}, {WEIGHT_INT4, 128, SLAB_E4M3},
-    {WEIGHT_FP8, 0, SLAB_F16},    {WEIGHT_FP8, 0, SLAB_BF16},   {WEIGHT_INT8, 0, SLAB_F16},
-    {WEIGHT_INT8, 0, SLAB_BF16},
+    {{WEIGHT_INT4, 32}, SLAB_F16},   {{WEIGHT_INT4, 64}, SLAB_F16},   {{WEIGHT_INT4, 128}, SLAB_F16},
+    {{WEIGHT_INT4, 32}, SLAB_BF16},  {{WEIGHT_INT4, 64}, SLAB_BF16},  {{WEIGHT_INT4, 128}, SLAB_BF16},
+    {{WEIGHT_INT4, 32}, SLAB_E4M3},  {{WEIGHT_INT4, 64}, SLAB_E4M3},  {{WEIGHT_INT4, 128}, SLAB_E4M3},
+    {{WEIGHT_FP8, 0}, SLAB_F16},     {{WEIGHT_FP8, 0}, SLAB_BF16},    {{WEIGHT_INT8, 0}, SLAB_F16},
+    {{WEIGHT_INT8, 0}, SLAB_BF16},   {{WEIGHT_INT4Z, 32}, SLAB_F16},  {{WEIGHT_INT4Z, 128}, SLAB_F16},
+    {{WEIGHT_FP8G, 128}, SLAB_BF16}, {{WEIGHT_MXFP4, 32}, SLAB_BF16}, {{WEIGHT_NVFP4, 16}, SLAB_BF16},
 };
 enum { NUM_KINDS = sizeof kinds / sizeof kinds[0] };
 
@@ -160,10 +95,10 @@ static void test_slab(void **)
     for (int k = 0; k < NUM_KINDS; k++)
         for (size_t s = 0; s < sizeof shapes / sizeof shapes[0]; s += quick() ? 3 : 1) {
             char name[96];
-            snprintf(name, sizeof name, "kind %d, group %u, format %d, shape %d", kinds[k].kind, kinds[k].group_size,
-                     kinds[k].format, (int)s);
+            snprintf(name, sizeof name, "kind %d, group %u, format %d, shape %d", kinds[k].kind.kind,
+                     kinds[k].kind.group_size, kinds[k].format, (int)s);
             random_state = 11 + s;
-            struct matrix w = make_matrix(kinds[k].kind, kinds[k].group_size, shapes[s].rows, shapes[s].cols);
+            struct matrix w = make_matrix(kinds[k].kind, shapes[s].rows, shapes[s].cols, fill);
             check_slab(name, &w, kinds[k].format, shapes[s].begin, shapes[s].end);
             free_matrix(&w);
         }
@@ -174,11 +109,12 @@ static void test_hostile_scales(void **)
 {
     for (int k = 0; k < NUM_KINDS; k++) {
         random_state = 3;
-        struct matrix w = make_matrix(kinds[k].kind, kinds[k].group_size, 64, 256);
+        struct matrix w = make_matrix(kinds[k].kind, 64, 256, fill);
         static const float scales[] = {1e30f, -3e38f, INFINITY, -INFINITY, NAN, 1e-44f, 600, -0.0f};
         static const uint16_t scales_f16[] = {0x7bff, 0xfbff, 0x7c00, 0xfc00, 0x7e00, 0x0001, 0x8000, 0x0400};
         for (int i = 0; i < 8; i++) {
-            if (kinds[k].kind == WEIGHT_INT4)
+            bool f16 = kinds[k].kind.kind == WEIGHT_INT4 || kinds[k].kind.kind == WEIGHT_INT4Z;
+            if (f16)
                 ((uint16_t *)(void *)w.scale)[i * 5] = scales_f16[i];
             else
                 ((float *)(void *)w.scale)[i * 5] = scales[i];
@@ -195,16 +131,16 @@ static void test_access(void **)
         skip(); // nothing is counted
     for (int k = 0; k < NUM_KINDS; k++) {
         random_state = 4;
-        struct matrix w = make_matrix(kinds[k].kind, kinds[k].group_size, 128, 1024);
+        struct matrix w = make_matrix(kinds[k].kind, 128, 1024, fill);
         emulator_stats_reset();
         check_slab("access", &w, kinds[k].format, 0, 128);
-        bool int4 = kinds[k].kind == WEIGHT_INT4;
-        struct emulator_stats s = emulator_count(int4 ? "int4_kernel" : "byte_kernel");
+        bool tiled = weight_is_tiled(kinds[k].kind.kind);
+        struct emulator_stats s = emulator_count(tiled ? "tiled_kernel" : "byte_kernel");
         uint64_t weights = 3 * 128 * 1024; // check_slab expands three times
-        uint64_t read = weights / (int4 ? 2 : 1), written = weights * (kinds[k].format == SLAB_E4M3 ? 1 : 2);
+        uint64_t read = weights / (tiled ? 2 : 1), written = weights * (kinds[k].format == SLAB_E4M3 ? 1 : 2);
         assert_int_equal(s.global_sectors, s.global_ideal_sectors);
         assert_int_equal(s.global_sectors, (read + written) / 32);
-        assert_int_equal(s.shared_requests > 0, int4);
+        assert_int_equal(s.shared_requests > 0, tiled);
         assert_int_equal(s.shared_conflicts, 0);
         free_matrix(&w);
     }
@@ -212,8 +148,9 @@ static void test_access(void **)
 
 static void test_refused(void **)
 {
-    struct matrix bf16 = make_matrix(WEIGHT_BF16, 0, 64, 64), fp8 = make_matrix(WEIGHT_FP8, 0, 64, 64),
-                  int4 = make_matrix(WEIGHT_INT4, 64, 64, 64), none = make_matrix(WEIGHT_INT4, 64, 0, 64);
+    struct matrix bf16 = make_matrix({WEIGHT_BF16, 0}, 64, 64, fill), fp8 = make_matrix({WEIGHT_FP8, 0}, 64, 64, fill),
+                  int4 = make_matrix({WEIGHT_INT4, 64}, 64, 64, fill),
+                  none = make_matrix({WEIGHT_INT4, 64}, 0, 64, fill);
     float scale[64];
     uint16_t slab[64 * 64];
     assert_int_equal(launch_slab(slab, SLAB_BF16, NULL, &bf16, 0, 64, 0), cudaErrorInvalidValue);
@@ -239,9 +176,8 @@ static void test_scale(void **)
     for (size_t c = 0; c < sizeof cases / sizeof cases[0]; c++)
         for (int given = 0; given < 4; given++) {
             int64_t rows = cases[c].rows, cols = cases[c].cols, stride = cases[c].stride;
-            float *y = (float *)device_bytes((uint64_t)(rows * stride) * 4),
-                  *row = (float *)device_bytes((uint64_t)rows * 4),
-                  *memory = (float *)device_bytes((uint64_t)(cols + 1) * 4), *col = memory + cases[c].offset;
+            float *y = (float *)device_new((rows * stride) * 4), *row = (float *)device_new(rows * 4),
+                  *memory = (float *)device_new((cols + 1) * 4), *col = memory + cases[c].offset;
             float *before = (float *)malloc((size_t)(rows * stride) * 4);
             random_state = 9 + c;
             for (int64_t i = 0; i < rows * stride; i++)

@@ -79,7 +79,7 @@ static int parse_changed(struct hf_config *out, const char *base, const char *ch
         json_decref(object);
     }
     int rc = hf_config_parse(out, text, strlen(text), "config.json", generation_text,
-                             generation_text ? strlen(generation_text) : 0, "generation_config.json", err);
+                             generation_text ? strlen(generation_text) : 0, "generation_config.json", NULL, err);
     free(text);
     free(generation_text);
     json_decref(config);
@@ -124,7 +124,7 @@ static void test_families(void **state)
         assert_int_equal(model->sliding_window, cases[i].window);
         assert_int_equal(model->qkv_bias, cases[i].qkv_bias);
         assert_int_equal(model->o_bias, cases[i].o_bias);
-        assert_int_equal(model->qk_norm, cases[i].qk_norm);
+        assert_int_equal(model->qk_norm, cases[i].qk_norm ? QK_NORM_HEAD : QK_NORM_NONE);
         assert_int_equal(model->tied_embeddings, cases[i].tied);
         assert_int_equal(model->num_eos, cases[i].num_eos);
         assert_true(model->rope_attention_factor == 1);
@@ -156,9 +156,20 @@ static void test_accepted_variants(void **state)
     const char *above = "{'use_sliding_window': true, 'max_window_layers': 24, 'sliding_window': 100}";
     assert_int_equal(parsed(QWEN2, all, NULL).model.sliding_window, 100);
     assert_int_equal(parsed(QWEN2, above, NULL).model.sliding_window, 0);
-    assert_int_equal(parsed(QWEN2, "{'layer_types': ['full_attention', 'full_attention']}", NULL).model.sliding_window,
-                     0);
-    assert_int_equal(parsed(MISTRAL, "{'layer_types': ['sliding_attention']}", NULL).model.sliding_window, 4096);
+    struct model_desc model = parsed(QWEN2, "{'use_sliding_window': true, 'sliding_window': 100}", NULL).model;
+    assert_int_equal(model.sliding_window, 100);
+    for (int64_t layer = 0; layer < model.num_layers; layer++)
+        assert_int_equal(model.layer_flags[layer], layer >= 21 ? LAYER_WINDOW : 0);
+    model =
+        parsed(MISTRAL, "{'num_hidden_layers': 2, 'layer_types': ['full_attention', 'full_attention']}", NULL).model;
+    assert_int_equal(model.sliding_window, 0);
+    model =
+        parsed(MISTRAL, "{'num_hidden_layers': 2, 'layer_types': ['full_attention', 'sliding_attention']}", NULL).model;
+    assert_int_equal(model.sliding_window, 4096);
+    assert_int_equal(model.layer_flags[0], 0);
+    assert_int_equal(model.layer_flags[1], LAYER_WINDOW);
+    assert_int_equal(parsed(LLAMA2, "{'partial_rotary_factor': 0.5}", NULL).model.rotary_dim, 64);
+    assert_int_equal(parsed(LLAMA2, "{'logits_scaling': 1.0, 'num_experts': 0}", NULL).model.num_heads, 32);
 }
 
 static void test_rope_spellings(void **state)
@@ -179,6 +190,15 @@ static void test_rope_spellings(void **state)
                     NULL);
     assert_int_equal(config.rope.scaling, ROPE_LLAMA3);
     assert_int_equal(config.rope.original_context, 131072); // where it is missing: the model's
+    // Within the model's context, beyond which nothing runs, dynamic scaling is none.
+    config = parsed(LLAMA2, "{'rope_scaling': {'type': 'dynamic', 'factor': 4}}", NULL);
+    assert_int_equal(config.rope.scaling, ROPE_PLAIN);
+    config = parsed(
+        LLAMA2, "{'rope_scaling': {'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 2048}}", NULL);
+    assert_int_equal(config.rope.scaling, ROPE_YARN);
+    assert_true(fabs(config.model.rope_attention_factor - 1.13862943611198906) <= 1e-12); // 0.1 ln 4 + 1
+    config = parsed(LLAMA2, "{'rope_scaling': {'type': 'yarn', 'factor': 4.0, 'attention_factor': 1.5}}", NULL);
+    assert_true(config.model.rope_attention_factor == 1.5);
 }
 
 // Each: base, change, and words that the sentence must hold.
@@ -205,20 +225,33 @@ static void test_refusals(void **state)
         {LLAMA2, "{'hidden_act': 'gelu'}", "hidden_act \"gelu\""},
         {LLAMA2, "{'pretraining_tp': 4}", "pretraining_tp 4"},
         {LLAMA2, "{'tie_word_embeddings': 'yes'}", "tie_word_embeddings"},
-        {LLAMA2, "{'quantization_config': {'quant_method': 'gptq', 'bits': 4}}", "quant_method \"gptq\""},
-        {LLAMA2, "{'quantization_config': {}}", "already quantized"},
-        {LLAMA2, "{'rope_scaling': {'rope_type': 'yarn', 'factor': 4}}", "type \"yarn\" is not supported"},
-        {LLAMA2, "{'rope_scaling': {'type': 'dynamic', 'factor': 4}}", "type \"dynamic\""},
-        {LLAMA2, "{'rope_parameters': {'rope_type': 'longrope'}}", "type \"longrope\""},
+        {LLAMA2, "{'rope_scaling': {'type': 'xpos', 'factor': 4}}", "type \"xpos\" is not supported"},
+        {LLAMA2, "{'rope_scaling': {'type': 'dynamic', 'factor': 'x'}, 'rope_theta': {}}", "rope_theta"},
+        {LLAMA2, "{'rope_parameters': {'rope_type': 'default', 'mrope_section': [16, 24, 24]}}", "mrope_section"},
+        {LLAMA2, "{'rope_parameters': {'rope_type': 'longrope'}}", "short_factor"},
+        {LLAMA2, "{'rope_scaling': {'type': 'longrope', 'short_factor': [1.0], 'long_factor': [1.0]}}",
+         "short_factor must hold a number for each of 64 pairs, found 1"},
+        {LLAMA2, "{'rope_scaling': {'type': 'yarn', 'factor': 4, 'beta_fast': 'x'}}", "beta_fast"},
+        {LLAMA2, "{'rope_scaling': {'type': 'yarn', 'factor': -4}}", "factor"},
+        {LLAMA2, "{'rope_parameters': {'full_attention': {'rope_type': 'default'}}}", "by layer type"},
         {LLAMA2, "{'rope_scaling': {'type': 'linear'}}", "factor"},
         {LLAMA2, "{'rope_scaling': {'type': 'linear', 'factor': 0}}", "factor"},
         {LLAMA31, "{'rope_scaling': {'rope_type': 'llama3', 'factor': 8, 'low_freq_factor': 4, 'high_freq_factor': 4}}",
          "must be larger than low_freq_factor"},
         {LLAMA2, "{'rope_theta': 0}", "rope_theta"},
         {LLAMA2, "{'rope_theta': '10000'}", "rope_theta"},
-        {LLAMA2, "{'partial_rotary_factor': 0.5}", "partial_rotary_factor"},
-        {LLAMA2, "{'rope_parameters': {'rope_type': 'default', 'partial_rotary_factor': 0.25}}",
-         "partial_rotary_factor"},
+        {LLAMA2, "{'partial_rotary_factor': 0}", "partial_rotary_factor"},
+        {LLAMA2, "{'partial_rotary_factor': 0.01}", "partial_rotary_factor"},
+        {LLAMA2, "{'partial_rotary_factor': 1.5}", "partial_rotary_factor"},
+        {LLAMA2, "{'rope_parameters': {'rope_type': 'default', 'partial_rotary_factor': 0.4}}",
+         "partial_rotary_factor 0.4 of 128 columns is 51"},
+        {LLAMA2, "{'num_hidden_layers': 513}", "num_hidden_layers must be an integer from 1 to 512"},
+        {LLAMA2, "{'no_rope_layers': [1, 1, 0]}", "no_rope_layers"},
+        {LLAMA2, "{'kv_lora_rank': 512}", "kv_lora_rank"},
+        {LLAMA2, "{'logits_scaling': 2.0}", "logits_scaling"},
+        {LLAMA2, "{'use_bidirectional_attention': true}", "use_bidirectional_attention"},
+        {LLAMA2, "{'text_config': {'hidden_size': 3}}", "text_config"},
+        {LLAMA2, "{'layer_types': ['linear_attention']}", "layer_types"},
         {LLAMA2, "{'final_logit_softcapping': 30.0}", "final_logit_softcapping"},
         {LLAMA2, "{'num_local_experts': 8}", "num_local_experts"},
         {LLAMA2, "{'rms_norm_eps': 0}", "rms_norm_eps"},
@@ -227,10 +260,11 @@ static void test_refusals(void **state)
         {LLAMA2, "{'eos_token_id': [1, 2, 3, 4, 5, 6, 7, 8, 9]}", "at most 8"},
         {LLAMA2, "{'bos_token_id': -2}", "bos_token_id"},
         {MISTRAL, "{'sliding_window': 0}", "sliding_window"},
-        {MISTRAL, "{'layer_types': ['sliding_attention', 'full_attention']}", "layer_types mixes"},
-        {MISTRAL, "{'layer_types': ['chunked_attention']}", "layer_types[0]"},
-        {QWEN2, "{'use_sliding_window': true}", "layers of two kinds"},
-        {QWEN2, "{'layer_types': ['sliding_attention']}", "no sliding_window is in use"},
+        {MISTRAL, "{'layer_types': ['sliding_attention', 'full_attention']}",
+         "layer_types names 2 layers, num_hidden_layers 32"},
+        {MISTRAL, "{'num_hidden_layers': 1, 'layer_types': ['chunked_attention']}", "layer_types[0]"},
+        {MISTRAL, "{'num_hidden_layers': 1, 'layer_types': [3]}", "layer_types[0]"},
+        {QWEN2, "{'num_hidden_layers': 1, 'layer_types': ['sliding_attention']}", "no sliding_window is in use"},
     };
     struct hf_config config;
     struct error err;
@@ -265,7 +299,7 @@ static void test_not_json(void **state)
     for (size_t i = 0; i < sizeof texts / sizeof texts[0]; i++) {
         struct hf_config config;
         struct error err;
-        assert_int_equal(hf_config_parse(&config, texts[i], strlen(texts[i]), "config.json", NULL, 0, "", &err),
+        assert_int_equal(hf_config_parse(&config, texts[i], strlen(texts[i]), "config.json", NULL, 0, "", NULL, &err),
                          ERR_MODEL);
         assert_non_null(strstr(err.msg, "config.json"));
     }
@@ -329,8 +363,11 @@ static void test_inv_freq(void **state)
         float table[64];
         assert_int_equal(fscanf(golden, "%31s", name), 1);
         assert_string_equal(name, cases[i].name);
-        struct hf_config config = parsed(LLAMA2, cases[i].changes, NULL);
-        rope_inv_freq(table, &config.rope, cases[i].head_dim);
+        char changes[512];
+        snprintf(changes, sizeof changes, "{'head_dim': %d, %s", (int)cases[i].head_dim, cases[i].changes + 1);
+        struct hf_config config = parsed(LLAMA2, changes, NULL);
+        assert_int_equal(config.rope.dim, cases[i].head_dim);
+        rope_inv_freq(table, &config.rope, false);
         for (int64_t j = 0; j < cases[i].head_dim / 2; j++) {
             double want;
             assert_int_equal(fscanf(golden, "%lf", &want), 1);

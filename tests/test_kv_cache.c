@@ -32,7 +32,8 @@ static float value_of(int sequence, int64_t position, int64_t head, int64_t i, i
 static struct kv_view view_of(const struct kv_cache *cache, int sequence, enum kv_format format, void *k, void *v)
 {
     struct kv_pages pages = kv_cache_pages(cache);
-    return (struct kv_view){k, v, format, pages.pages + sequence * pages.pages_per_sequence, HEADS, HEAD_DIM};
+    return (struct kv_view){k,     v,        format,   pages.pages + sequence * pages.pages_per_sequence,
+                            HEADS, HEAD_DIM, HEAD_DIM, HEAD_DIM};
 }
 
 static void store(const struct kv_view *view, int sequence, int64_t position)
@@ -99,7 +100,7 @@ static void test_e4m3_limits(void **state)
     (void)state;
     static const int32_t pages[] = {0};
     uint8_t k[KV_PAGE_TOKENS * 2] = {0}, v[KV_PAGE_TOKENS * 2] = {0};
-    struct kv_view view = {k, v, KV_E4M3, pages, 1, 2};
+    struct kv_view view = {k, v, KV_E4M3, pages, 1, 2, 2, 2};
     kv_store(&view, 3, (float[]){1000, -449}, (float[]){NAN, 0.0625f});
     assert_true(e4m3_to_f32(k[6]) == 448 && e4m3_to_f32(k[7]) == -448);
     assert_true(isnan(e4m3_to_f32(v[6])) && e4m3_to_f32(v[7]) == 0.0625f);
@@ -144,12 +145,15 @@ static void test_rank_without_heads(void **state)
     struct model_desc desc = {.num_layers = 2, .head_dim = HEAD_DIM};
     struct rank_share share = {0};
     static const int32_t pages[] = {0};
-    struct kv_view view = {NULL, NULL, KV_BF16, pages, 0, HEAD_DIM};
+    struct kv_view view = {NULL, NULL, KV_BF16, pages, 0, HEAD_DIM, HEAD_DIM, HEAD_DIM};
     assert_int_equal(kv_bytes(&desc, &share, PAGES, KV_BF16), 0);
     kv_store(&view, 0, NULL, NULL);
     share.num_kv_heads_local = HEADS;
     assert_int_equal(kv_bytes(&desc, &share, PAGES, KV_BF16), 2 * 2 * 2 * ELEMS);
     assert_int_equal(kv_bytes(&desc, &share, PAGES, KV_E4M3), 2 * 2 * ELEMS);
+    // Latent attention keeps one row for all heads.
+    desc.latent = (struct latent_desc){.kv_rank = 3 * HEAD_DIM, .rope_dim = HEAD_DIM};
+    assert_int_equal(kv_bytes(&desc, &share, PAGES, KV_BF16), 2 * 2 * 4 * ELEMS / HEADS);
 }
 
 int main(void)

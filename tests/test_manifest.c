@@ -30,10 +30,11 @@ static struct manifest_file sources[] = {{"model-00001-of-00001.safetensors", 12
 static struct manifest example(void)
 {
     return (struct manifest){
-        .version = 1,
+        .version = MANIFEST_VERSION,
         .tool = "tpshard 0.1.0 (\xc3\xa9)",
         .model = {.architecture = "LlamaForCausalLM",
-                  .num_layers = 32,
+                  .num_layers = 4,
+                  .layer_flags = {LAYER_WINDOW, LAYER_EXPERTS, LAYER_WINDOW | LAYER_LOCAL_ROPE, LAYER_NO_ROPE},
                   .hidden_size = 4096,
                   .intermediate_size = 14336,
                   .num_heads = 32,
@@ -42,7 +43,30 @@ static struct manifest example(void)
                   .vocab_size = 128256,
                   .context = 131072,
                   .norm_eps = 1e-5,
+                  .pre_norms = true,
+                  .embedding_scale = 12,
+                  .residual_scale = 0.5,
+                  .logit_scale = 0.25,
+                  .attention_scale = 0.1,
+                  .attention_softcap = 50,
+                  .logit_softcap = 30,
+                  .qk_norm = QK_NORM_HEAD,
+                  .rotary_dim = 64,
                   .rope_attention_factor = 1,
+                  .rope_original_context = 4096,
+                  .activation = ACTIVATION_GELU_TANH,
+                  .experts = {.num_experts = 16,
+                              .experts_per_token = 4,
+                              .expert_size = 512,
+                              .shared_size = 1024,
+                              .shared_gate = true,
+                              .router = ROUTER_SIGMOID,
+                              .normalise = true,
+                              .scale = 2.5,
+                              .num_groups = 4,
+                              .groups_per_token = 2,
+                              .group_members = 2,
+                              .choice_bias = true},
                   .sliding_window = 4096,
                   .mlp_bias = true,
                   .tied_embeddings = true,
@@ -56,6 +80,7 @@ static struct manifest example(void)
         .tp_size = 2,
         .pp_size = 1,
         .quant = {.linear = WEIGHT_INT4, .embedding = WEIGHT_BF16, .head = WEIGHT_INT8, .group_size = 128},
+        .experts = EXPERTS_EP,
         .wire_advice = "s8x",
         .ranks = ranks,
         .num_ranks = 2,
@@ -67,16 +92,21 @@ static struct manifest example(void)
 }
 
 static const char example_core[] =
-    "{\"model\":{\"architecture\":\"LlamaForCausalLM\",\"bos_token_id\":128000,\"context\":131072,"
-    "\"default_temperature\":0.59999999999999998,\"default_top_p\":0.90000000000000002,"
-    "\"eos_token_ids\":[128001,128008,128009],\"head_dim\":128,\"hidden_size\":4096,\"intermediate_size\":14336,"
-    "\"mlp_bias\":true,\"norm_eps\":1.0000000000000001e-05,\"num_heads\":32,\"num_kv_heads\":8,\"num_layers\":32,"
-    "\"o_bias\":false,\"qk_norm\":false,\"qkv_bias\":false,\"rope_attention_factor\":1,\"sliding_window\":4096,"
-    "\"tied_embeddings\":true,\"vocab_size\":128256},\"pp_size\":1,\"quant\":{\"embedding\":\"bf16\",\"group_size\":"
-    "128,"
-    "\"head\":\"int8\",\"linear\":\"int4\"},\"sources\":[{\"bytes\":123456789012,"
-    "\"name\":\"model-00001-of-00001.safetensors\",\"xxh3_128\":\"000000000000000a0000000000000009\"}],\"tp_size\":2,"
-    "\"version\":1}";
+    "{\"experts\":\"ep\",\"model\":{\"activation\":\"gelu_tanh\",\"architecture\":\"LlamaForCausalLM\",\"attention_s"
+    "cale\":0.10000000000000001,\"attention_softcap\":50,\"bos_token_id\":128000,\"context\":131072,\"default"
+    "_temperature\":0.59999999999999998,\"default_top_p\":0.90000000000000002,\"embedding_scale\":12,\"eos_"
+    "token_ids\":[128001,128008,128009],\"expert_bias\":false,\"expert_groups\":4,\"expert_groups_per_token"
+    "\":2,\"expert_size\":512,\"experts_per_token\":4,\"head_dim\":128,\"hidden_size\":4096,\"intermediate_size"
+    "\":14336,\"latent_kv_rank\":0,\"latent_nope_dim\":0,\"latent_q_rank\":0,\"latent_rope_dim\":0,\"latent_v_d"
+    "im\":0,\"layers\":\"1258\",\"logit_scale\":0.25,\"logit_softcap\":30,\"mlp_bias\":true,\"norm_eps\":1.0000000"
+    "000000001e-05,\"num_experts\":16,\"num_heads\":32,\"num_kv_heads\":8,\"num_layers\":4,\"o_bias\":false,\"po"
+    "st_norms\":false,\"pre_norms\":true,\"qk_norm\":\"head\",\"qkv_bias\":false,\"residual_scale\":0.5,\"rope_at"
+    "tention_factor\":1,\"rope_original_context\":4096,\"rotary_dim\":64,\"rotary_interleaved\":false,\"route"
+    "r\":\"sigmoid\",\"router_bias\":false,\"router_choice_bias\":true,\"router_group_members\":2,\"router_norm"
+    "alise\":true,\"router_scale\":2.5,\"shared_gate\":true,\"shared_size\":1024,\"sinks\":false,\"sliding_wind"
+    "ow\":4096,\"tied_embeddings\":true,\"vocab_size\":128256},\"pp_size\":1,\"quant\":{\"embedding\":\"bf16\",\"gr"
+    "oup_size\":128,\"head\":\"int8\",\"linear\":\"int4\"},\"sources\":[{\"bytes\":123456789012,\"name\":\"model-0000"
+    "1-of-00001.safetensors\",\"xxh3_128\":\"000000000000000a0000000000000009\"}],\"tp_size\":2,\"version\":2}";
 
 static void to_json(char **text, const struct manifest *manifest)
 {
@@ -121,7 +151,8 @@ static void round_trip(void **state)
     to_json(&text, &wanted);
     if (manifest_parse(&found, text, strlen(text), "model.json", &err))
         fail_msg("%s", err.msg);
-    assert_int_equal(found->version, 1);
+    assert_int_equal(found->version, 2);
+    assert_int_equal(found->experts, EXPERTS_EP);
     assert_string_equal(found->tool, wanted.tool);
     assert_string_equal(found->wire_advice, wanted.wire_advice);
     assert_int_equal(found->tp_size, 2);
@@ -145,7 +176,13 @@ static void round_trip(void **state)
     assert_int_equal(a->context, b->context);
     assert_true(a->norm_eps == b->norm_eps && a->rope_attention_factor == b->rope_attention_factor);
     assert_int_equal(a->sliding_window, b->sliding_window);
-    assert_true(!a->qkv_bias && !a->o_bias && a->mlp_bias && !a->qk_norm && a->tied_embeddings);
+    assert_true(!a->qkv_bias && !a->o_bias && a->mlp_bias && a->tied_embeddings && a->pre_norms && !a->post_norms);
+    assert_memory_equal(a->layer_flags, b->layer_flags, sizeof a->layer_flags);
+    assert_true(a->qk_norm == QK_NORM_HEAD && a->activation == ACTIVATION_GELU_TANH && !a->sinks);
+    assert_true(a->embedding_scale == 12 && a->residual_scale == 0.5 && a->logit_scale == 0.25);
+    assert_true(a->attention_scale == 0.1 && a->attention_softcap == 50 && a->logit_softcap == 30);
+    assert_true(a->rotary_dim == 64 && !a->rotary_interleaved && a->rope_original_context == 4096);
+    assert_memory_equal(&a->experts, &b->experts, sizeof a->experts);
     assert_int_equal(a->bos_token_id, b->bos_token_id);
     assert_int_equal(a->num_eos, 3);
     assert_memory_equal(a->eos_token_ids, b->eos_token_ids, sizeof a->eos_token_ids);
@@ -207,11 +244,11 @@ static void refusals(void **state)
         const char *from, *to, *wanted;
     } cases[] = {
         {"{", "[", "not valid JSON"},
-        {"\"version\": 1", "\"version\": 2", "version 2, this program reads version 1"},
-        {"\"version\": 1", "\"version\": \"1\"", "version must be an integer"},
-        {"\"version\": 1", "\"Version\": 1", "version must be an integer"},
-        {"\"version\": 1", "\"version\": 1, \"x_note\": 1", "unknown key x_note"},
-        {"\"version\": 1", "\"version\": 1, \"version\": 1", "not valid JSON"},
+        {"\"version\": 2", "\"version\": 3", "version 3, this program reads version 2"},
+        {"\"version\": 2", "\"version\": \"2\"", "version must be an integer"},
+        {"\"version\": 2", "\"Version\": 2", "version must be an integer"},
+        {"\"version\": 2", "\"version\": 2, \"x_note\": 1", "unknown key x_note"},
+        {"\"version\": 2", "\"version\": 2, \"version\": 2", "not valid JSON"},
         {"\"bos_token_id\"", "\"boss_token_id\"", "unknown key model.boss_token_id"},
         {"\"linear\"", "\"liner\"", "unknown key quant.liner"},
         {"\"name\"", "\"path\"", "unknown key extras[0].path"},
@@ -222,16 +259,44 @@ static void refusals(void **state)
         {"\"pp_size\": 1", "\"pp_size\": 2", "= 4 files, found 2"},
         {"\"s8x\"", "\"s9x\"", "wire_advice must be bf16, fp8 or s8x, found 's9x'"},
         {"\"linear\": \"int4\"", "\"linear\": \"int5\"",
-         "quant.linear must be f32, bf16, int8, fp8 or int4, found int5"},
+         "quant.linear must be a kind of weight, such as bf16 or int4, found int5"},
         {"\"linear\": \"int4\"", "\"linear\": \"int8\"", "quant.group_size must be 0"},
         {"\"group_size\": 128", "\"group_size\": 48", "quant.group_size must be 32, 64 or 128"},
         {"\"group_size\": 128", "\"group_size\": 64", "contract does not match"},
         {"\"head_dim\": 128", "\"head_dim\": 127", "head_dim must be even"},
         {"\"num_kv_heads\": 8", "\"num_kv_heads\": 7", "num_kv_heads must divide num_heads, found 7 and 32"},
         {"\"num_kv_heads\": 8", "\"num_kv_heads\": 0", "model.num_kv_heads must be an integer from 1"},
-        {"\"num_layers\": 32", "\"num_layers\": 33", "contract does not match"},
-        {"\"num_layers\": 32", "\"num_layers\": 1e3", "model.num_layers must be an integer"},
-        {"\"num_layers\": 32,", "", "model.num_layers must be an integer from 1 to 65536, found nothing"},
+        {"\"num_layers\": 4", "\"num_layers\": 5", "layers speaks of 4 layers, num_layers of 5"},
+        {"\"num_layers\": 4", "\"num_layers\": 1e3", "model.num_layers must be an integer"},
+        {"\"num_layers\": 4,", "", "model.num_layers must be an integer from 1 to 512, found nothing"},
+        {"\"experts\": \"ep\"", "\"experts\": \"tp\"", "contract does not match"},
+        {"\"experts\": \"ep\"", "\"experts\": \"pp\"", "experts must be ep or tp, found 'pp'"},
+        {"\"layers\": \"1258\"", "\"layers\": \"125g\"",
+         "model.layers must be one of 0 to 9 and a to f for each layer"},
+        {"\"layers\": \"1258\"", "\"layers\": \"125\"", "layers speaks of 3 layers, num_layers of 4"},
+        {"\"layers\": \"1258\"", "\"layers\": \"0208\"", "sliding_window must be above 0 where layers use it, and 0"},
+        {"\"layers\": \"1258\"", "\"layers\": \"1058\"", "num_experts is above 0, but no layer has any"},
+        {"\"sliding_window\": 4096", "\"sliding_window\": 0", "sliding_window must be above 0 where layers use it"},
+        {"\"intermediate_size\": 14336", "\"intermediate_size\": 0",
+         "intermediate_size must be above 0 where layers have"},
+        {"\"num_experts\": 16", "\"num_experts\": 0", "layers with experts need num_experts above 0"},
+        {"\"num_experts\": 16", "\"num_experts\": 1025", "model.num_experts must be an integer from 0 to 1024"},
+        {"\"num_experts\": 16", "\"num_experts\": 18", "expert_groups must divide num_experts"},
+        {"\"experts_per_token\": 4", "\"experts_per_token\": 0", "experts_per_token must be from 1 to num_experts"},
+        {"\"experts_per_token\": 4", "\"experts_per_token\": 33", "experts_per_token must be an integer from 0 to 32"},
+        {"\"experts_per_token\": 4", "\"experts_per_token\": 9", "hold experts_per_token experts"},
+        {"\"expert_groups_per_token\": 2", "\"expert_groups_per_token\": 5", "expert_groups_per_token must be from 1"},
+        {"\"router_group_members\": 2", "\"router_group_members\": 5", "router_group_members must be from 1"},
+        {"\"expert_size\": 512", "\"expert_size\": 0", "expert_size and router_scale must be above 0"},
+        {"\"shared_size\": 1024", "\"shared_size\": 0", "shared_gate needs a shared_size above 0"},
+        {"\"router\": \"sigmoid\"", "\"router\": \"relu\"", "model.router must be softmax or the like, found relu"},
+        {"\"rotary_dim\": 64", "\"rotary_dim\": 63", "rotary_dim must be even and at most head_dim"},
+        {"\"rotary_dim\": 64", "\"rotary_dim\": 130", "rotary_dim must be even and at most head_dim"},
+        {"\"head_dim\": 128", "\"head_dim\": 258", "head_dim must be at most 256"},
+        {"\"head_dim\": 128", "\"head_dim\": 322", "head_dim must be an integer from 2 to 320"},
+        {"\"latent_kv_rank\": 0", "\"latent_kv_rank\": 1025", "latent_kv_rank must be an integer from 0 to 1024"},
+        {"\"latent_kv_rank\": 0", "\"latent_kv_rank\": 512", "latent_nope_dim + latent_rope_dim must be head_dim"},
+        {"\"latent_v_dim\": 0", "\"latent_v_dim\": 64", "latent_kv_rank is 0, but other fields describe latent"},
         {"\"norm_eps\": 1.0000000000000001e-05", "\"norm_eps\": 1.0000000000000003e-05", "contract does not match"},
         {"\"norm_eps\": 1.0000000000000001e-05", "\"norm_eps\": NaN", "not valid JSON"},
         {"\"norm_eps\": 1.0000000000000001e-05", "\"norm_eps\": -1", "model.norm_eps must be a number"},
@@ -357,7 +422,7 @@ static void directories(void **state)
     to_json(&text, &manifest);
     assert_int_equal(file_write_atomic(dir, MANIFEST_FILE_NAME, text, strlen(text), &err), 0);
     assert_int_equal(manifest_read(&found, dir, &err), 0);
-    assert_int_equal(found->model.num_layers, 32);
+    assert_int_equal(found->model.num_layers, 4);
     manifest_free(found);
     free(text);
     snprintf(path, sizeof path, "%s/config.json", dir);

@@ -2,6 +2,7 @@
 // series holds): every code upwards; downwards every value, every midpoint and its neighbours, and a million patterns.
 #include "formats/number_formats.h"
 
+#include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -88,11 +89,13 @@ static uint32_t to_e4m3(float value)
     uint8_t code = f32_to_e4m3(value);
     return (code & 0x7f) == 0x7f ? 0x7f : code;
 }
+static uint32_t to_e2m1(float value) { return f32_to_e2m1(value); }
 static uint32_t to_int8(float value) { return (uint8_t)f32_to_int8(value); }
 static uint32_t to_int4(float value) { return (uint8_t)f32_to_int4(value); }
 static float from_bf16(uint32_t code) { return bf16_to_f32((uint16_t)code); }
 static float from_f16(uint32_t code) { return f16_to_f32((uint16_t)code); }
 static float from_e4m3(uint32_t code) { return e4m3_to_f32((uint8_t)code); }
+static float from_e2m1(uint32_t code) { return e2m1_to_f32((uint8_t)code); }
 
 static const struct float_format {
     const char *name;
@@ -105,6 +108,7 @@ static const struct float_format {
     {"bf16", to_bf16, from_bf16, 2, 0x7f7f, 0x1p128},
     {"f16", to_f16, from_f16, 2, 0x7bff, 65536.0},
     {"e4m3", to_e4m3, from_e4m3, 1, 0x7e, 480.0},
+    {"e2m1", to_e2m1, from_e2m1, 1, 7, 8.0},
 };
 enum { NUM_FLOAT_FORMATS = sizeof float_formats / sizeof *float_formats };
 
@@ -119,6 +123,14 @@ static void test_upcasts_equal_goldens(void **state)
     golden_load(&golden, "e5m2_to_f32", 1);
     for (uint32_t code = 0; code < 256; code++)
         golden_expect(&golden, one_nan(e5m2_to_f32((uint8_t)code)));
+    golden_end(&golden);
+    golden_load(&golden, "e2m1_to_f32", 1);
+    for (uint32_t code = 0; code < 16; code++)
+        golden_expect(&golden, f32_bits(e2m1_to_f32((uint8_t)code)));
+    golden_end(&golden);
+    golden_load(&golden, "e8m0_to_f32", 1);
+    for (uint32_t code = 0; code < 256; code++)
+        golden_expect(&golden, one_nan(e8m0_to_f32((uint8_t)code)));
     golden_end(&golden);
     golden_load(&golden, "f16_to_f32", 256);
     for (uint32_t code = 0; code < 65536; code++)
@@ -139,6 +151,10 @@ static void test_every_code_survives_a_round_trip(void **state)
     }
     for (uint32_t code = 0; code < 256; code++)
         assert_int_equal(f32_to_e4m3(e4m3_to_f32((uint8_t)code)), code);
+    for (uint32_t code = 0; code < 256; code++) { // the upper four bits are ignored
+        assert_int_equal(f32_to_e2m1(e2m1_to_f32((uint8_t)code)), code & 15);
+        assert_true(e2m1_doubled((uint8_t)code) == 2 * e2m1_to_f32((uint8_t)code));
+    }
 }
 
 static void test_borders_equal_goldens(void **state)
@@ -252,6 +268,26 @@ static void test_special_values(void **state)
     assert_int_equal(f32_bits(e4m3_to_f32(0xff)), 0xffc00000u);  // the sign of a NaN is kept
 }
 
+// The nibbles of a checkpoint's row, as MXFP4 and NVFP4 files have them: the even column in the low nibble.
+static void test_fp4_rows(void **state)
+{
+    (void)state;
+    static const uint8_t stored[4] = {0x41, 0xa7, 0x0d, 0x63}; // codes (3k + 1) mod 16 of columns k = 0..7
+    static const float values[8] = {0.5f, 2, 6, -1, -3, 0, 1.5f, 4};
+    for (int k = 0; k < 8; k++) {
+        uint8_t code = k % 2 ? nibble_high(stored[k / 2]) : nibble_low(stored[k / 2]);
+        assert_int_equal(code, (3 * k + 1) % 16);
+        assert_true(e2m1_to_f32(code) == values[k]);
+    }
+    assert_int_equal(f32_to_e2m1(INFINITY), 7);
+    assert_int_equal(f32_to_e2m1(-INFINITY), 15);
+    assert_int_equal(f32_to_e2m1(NAN), 0);
+    assert_int_equal(f32_to_e2m1(-NAN), 0);
+    assert_int_equal(f32_bits(e8m0_to_f32(0)), 0x00400000);
+    assert_int_equal(f32_bits(e8m0_to_f32(127)), 0x3f800000);
+    assert_int_equal(f32_bits(e8m0_to_f32(255)), 0x7fc00000);
+}
+
 static void test_nibbles(void **state)
 {
     (void)state;
@@ -276,6 +312,7 @@ int main(void)
         cmocka_unit_test(test_random_patterns_equal_goldens),
         cmocka_unit_test(test_integers_equal_goldens),
         cmocka_unit_test(test_special_values),
+        cmocka_unit_test(test_fp4_rows),
         cmocka_unit_test(test_nibbles),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -74,6 +74,7 @@ static void assert_same_tensor(const struct shard_tensor *a, const struct shard_
 {
     assert_int_equal(a->role, b->role);
     assert_int_equal(a->layer, b->layer);
+    assert_int_equal(a->expert, b->expert);
     assert_memory_equal(&a->shape, &b->shape, sizeof a->shape);
     assert_int_equal(a->data_offset, b->data_offset);
     assert_int_equal(a->scale_offset, b->scale_offset);
@@ -102,12 +103,15 @@ static void what_is_written_is_read(void **state)
     for (int i = 0; i < SHARD_FIXTURE_TENSORS; i++) {
         const struct shard_tensor *wanted = &written.tensors[i];
         assert_same_tensor(shard_file_tensor(file, (uint64_t)i), wanted);
-        assert_ptr_equal(shard_file_find(file, wanted->role, wanted->layer), shard_file_tensor(file, (uint64_t)i));
+        assert_ptr_equal(shard_file_find(file, wanted->role, wanted->layer, wanted->expert),
+                         shard_file_tensor(file, (uint64_t)i));
     }
-    assert_null(shard_file_find(file, ROLE_Q_NORM, 0));
-    assert_null(shard_file_find(file, ROLE_QKV, 2));
-    assert_null(shard_file_find(file, ROLE_QKV, -1));
-    assert_null(shard_file_find(file, ROLE_COUNT, 0));
+    assert_null(shard_file_find(file, ROLE_Q_NORM, 0, -1));
+    assert_null(shard_file_find(file, ROLE_QKV, 2, -1));
+    assert_null(shard_file_find(file, ROLE_QKV, -1, -1));
+    assert_null(shard_file_find(file, ROLE_QKV, 0, 0));
+    assert_null(shard_file_find(file, ROLE_EXPERT_DOWN, 1, 2));
+    assert_null(shard_file_find(file, ROLE_COUNT, 0, -1));
     struct checksum128 root = checksum_whole(written.bytes, written.payload_offset);
     assert_true(checksum128_equal(shard_file_root(file), root) && checksum128_equal(written.root, root));
     assert_int_equal(shard_file_payload_bytes(file), written.payload_bytes);
@@ -148,7 +152,7 @@ static void truncated(void **state)
         assert_non_null(copy);
         memcpy(copy, file.bytes, bytes);
         assert_refused(copy, bytes, file.file_bytes, "truncated: ", "head cut");
-        assert_refused(copy, bytes, bytes, bytes < 256 ? "truncated: " : "its header says", "file cut");
+        assert_refused(copy, bytes, bytes, bytes < 320 ? "truncated: " : "its header says", "file cut");
         free(copy);
     }
     // Around the borders of the leaves, and with bytes too many.
@@ -240,7 +244,7 @@ static void a_broken_leaf_is_named(void **state)
                         "checksum mismatch; repair: run tpshard convert --force again or restore the file from "
                         "its source");
     assert_int_equal(shard_file_verify_leaf(file, 2, zeros, &err), ERR_CORRUPT);
-    assert_non_null(strstr(err.msg, "tensor embedding (embed) or one of the 10 behind it, file bytes 4194304 to "));
+    assert_non_null(strstr(err.msg, "tensor embedding (embed) or one of the 12 behind it, file bytes 4194304 to "));
     free(zeros);
     shard_file_close(file);
     free(written.bytes);
@@ -250,11 +254,11 @@ static void a_broken_leaf_is_named(void **state)
 
 static void put_head_hash(uint8_t *head, uint64_t head_bytes)
 {
-    memset(head + 208, 0, 16);
+    memset(head + 256, 0, 16);
     struct checksum128 sum = checksum_whole(head, head_bytes);
     for (int i = 0; i < 8; i++) {
-        head[208 + i] = (uint8_t)(sum.high >> (56 - 8 * i));
-        head[216 + i] = (uint8_t)(sum.low >> (56 - 8 * i));
+        head[256 + i] = (uint8_t)(sum.high >> (56 - 8 * i));
+        head[264 + i] = (uint8_t)(sum.low >> (56 - 8 * i));
     }
 }
 
@@ -262,7 +266,7 @@ static void put_head_hash(uint8_t *head, uint64_t head_bytes)
 static void every_field(void **state)
 {
     (void)state;
-    enum { T = 256, P = T + 80 * SHARD_FIXTURE_TENSORS, PARTS = 17, S = P + 64 * PARTS };
+    enum { T = 320, P = T + 80 * SHARD_FIXTURE_TENSORS, PARTS = 20, S = P + 64 * PARTS };
     static const struct {
         const char *what;
         uint64_t offset;
@@ -272,8 +276,8 @@ static void every_field(void **state)
     } cases[] = {
         {"magic", 0, 1, 't', "not a rank file"},
         {"line end converted", 7, 1, '\r', "not a rank file"},
-        {"version 0", 8, 4, 0, "version 0, this program reads version 1"},
-        {"version 2", 8, 4, 2, "version 2, this program reads version 1"},
+        {"version 0", 8, 4, 0, "version 0, this program reads version 2"},
+        {"version 1", 8, 4, 1, "version 1, this program reads version 2"},
         {"header bytes", 12, 4, 512, "reserved field"},
         {"required feature", 16, 4, 1, "needs features 0x1 "},
         {"last required feature", 16, 4, 0x80000000u, "needs features 0x80000000 "},
@@ -311,16 +315,17 @@ static void every_field(void **state)
         {"contract", 128, 8, UINT64_MAX, NULL},
         {"share", 144, 8, 1ull << 31, "impossible share"},
         {"negative share", 200, 8, UINT64_MAX, "impossible share"},
+        {"last share", 248, 8, UINT64_MAX, "impossible share (field 13 "},
         {"share is another rank's", 144, 8, 0, NULL},
-        {"reserved end", 255, 1, 1, "reserved field"},
+        {"reserved end", 319, 1, 1, "reserved field"},
 
-        {"role 16", T + 80 * 3, 4, 16, "tensor 3: unknown role 16"},
+        {"role 38", T + 80 * 3, 4, 38, "tensor 3: unknown role 38"},
         {"role 2^32 - 1", T + 80 * 3, 4, 0xffffffffu, "unknown role"},
         {"layer -1 in a layer", T + 80 * 3 + 4, 4, 0xffffffffu, "tensor 3 (qkv): impossible layer -1"},
         {"layer 65536", T + 80 * 3 + 4, 4, 65536, "impossible layer 65536"},
         {"layer outside the layers", T + 4, 4, 0, "tensor 0 (embedding): impossible layer 0"},
         {"twice the same", T + 80 * 3 + 4, 4, 1, "two tensors are qkv of layer 1"},
-        {"kind 5", T + 80 * 3 + 8, 4, 5, "impossible kind 5"},
+        {"kind 9", T + 80 * 3 + 8, 4, 9, "impossible kind 9"},
         {"kind 2^32 - 1", T + 80 * 3 + 8, 4, 0xffffffffu, "impossible kind"},
         {"vector of bf16", T + 80 * 2 + 8, 4, 1, "one row of f32"},
         {"vector of two rows", T + 80 * 2 + 16, 8, 2, "one row of f32"},
@@ -342,9 +347,15 @@ static void every_field(void **state)
         {"no parts", T + 80 * 3 + 68, 4, 0, "tensor 4 (qkv_bias): its parts are out of place"},
         {"5 parts", T + 80 * 3 + 68, 4, 5, "its parts are out of place"},
         {"2^32 - 1 parts of a tensor", T + 80 * 3 + 68, 4, 0xffffffffu, "its parts are out of place"},
-        {"no parts at the end", T + 80 * 12 + 68, 4, 0, "belong to no tensor"},
-        {"more parts than there are", T + 80 * 12 + 68, 4, 2, "its parts are out of place"},
-        {"reserved of a tensor", T + 80 * 12 + 72, 8, 1, "out of place"},
+        {"no parts at the end", T + 80 * 15 + 68, 4, 0, "belong to no tensor"},
+        {"more parts than there are", T + 80 * 15 + 68, 4, 2, "its parts are out of place"},
+        {"expert of a layer's tensor", T + 80 * 3 + 72, 4, 0, "tensor 3 (qkv): impossible expert 0"},
+        {"reserved of a tensor", T + 80 * 12 + 76, 4, 1, "out of place"},
+        {"expert -1", T + 80 * 14 + 72, 4, 0xffffffffu, "tensor 14 (expert_down): impossible expert -1"},
+        {"expert 65536", T + 80 * 14 + 72, 4, 65536, "tensor 14 (expert_down): impossible expert 65536"},
+        {"twice the same expert", T + 80 * 14 + 72, 4, 1, "two tensors are expert_down of layer 1 (expert 1)"},
+        {"another expert", T + 80 * 14 + 72, 4, 2, NULL},
+        {"router of f32", T + 80 * 13 + 8, 4, 0, "tensor 13 (router) must be bf16"},
 
         {"name offset", P + 64 + 0, 4, 0, "part 1: its name is out of place"},
         {"name bytes 0", P + 4, 4, 0, "part 0: its name is out of place"},
@@ -451,7 +462,7 @@ static void writer_refuses(void **state)
     assert_int_equal(
         shard_head_serialise(&head, &file.identity, file.tensors, SHARD_FIXTURE_TENSORS, &leaf, NULL, &err),
         ERR_CORRUPT);
-    assert_non_null(strstr(err.msg, "two tensors are o of layer 0"));
+    assert_non_null(strstr(err.msg, "two tensors are o of layer 0 (expert -1)"));
     file.tensors[12].layer = 1;
     file.identity.rank = 2;
     assert_int_equal(
@@ -473,10 +484,10 @@ static void too_large(void **state)
     assert_int_equal(shard_layout(tensors, 5, &payload_offset, &payload_bytes, &file_bytes, &err), ERR_MODEL);
     assert_non_null(strstr(err.msg, "2^64"));
     assert_int_equal(shard_layout(tensors, 1, &payload_offset, &payload_bytes, &file_bytes, &err), ERR_MODEL);
-    assert_non_null(strstr(err.msg, "16 MiB"));
-    shard_fixture_set_tensor(&tensors[0], ROLE_QKV, 0, WEIGHT_INT8, 0, 0x7fffffff, 1025); // 2 TiB: the leaves alone
+    assert_non_null(strstr(err.msg, "64 MiB"));
+    shard_fixture_set_tensor(&tensors[0], ROLE_QKV, 0, WEIGHT_INT8, 0, 0x7fffffff, 4097); // 8 TiB: the leaves alone
     assert_int_equal(shard_layout(tensors, 1, &payload_offset, &payload_bytes, &file_bytes, &err), ERR_MODEL);
-    assert_non_null(strstr(err.msg, "16 MiB"));
+    assert_non_null(strstr(err.msg, "64 MiB"));
     // A large model's rank file: the index needs no more than one step of 2 MiB.
     shard_fixture_set_tensor(&tensors[0], ROLE_QKV, 0, WEIGHT_INT8, 0, 1 << 20, 40 << 10);
     assert_int_equal(shard_layout(tensors, 1, &payload_offset, &payload_bytes, &file_bytes, &err), 0);
@@ -528,9 +539,9 @@ static void opens_and_maps(void **state)
                                 written.payload_offset - 1,
                                 SHARD_LEAF_BYTES,
                                 4096,
-                                257,
-                                256,
-                                255,
+                                321,
+                                320,
+                                319,
                                 1,
                                 0};
     for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) {

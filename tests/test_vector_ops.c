@@ -83,37 +83,123 @@ static void test_exp(void **state)
     }
 }
 
-static void test_silu_mul(void **state)
+static double sigmoid(double x) { return 1 / (1 + exp(-x)); }
+
+static double activation_reference(double gate, double up, enum activation activation)
+{
+    switch (activation) {
+    case ACTIVATION_SILU:
+        return gate * sigmoid(gate) * up;
+    case ACTIVATION_GELU_TANH:
+        return 0.5 * gate * (1 + tanh(sqrt(2 / M_PI) * (gate + 0.044715 * gate * gate * gate))) * up;
+    case ACTIVATION_GPT_OSS:
+        gate = fmin(gate, 7);
+        up = fmax(fmin(up, 7), -7);
+        return (up + 1) * gate * sigmoid(1.702 * gate);
+    }
+    return NAN;
+}
+
+static void test_activate(void **state)
 {
     (void)state;
     enum { COUNT = 1037 };
-    float *gate = random_floats(COUNT), *up = random_floats(COUNT), *want = zeroed(COUNT * sizeof *want);
-    for (int i = 0; i < 300; i++)
-        gate[i] = (float)(i - 150);
-    baseline.silu_mul(want, gate, up, COUNT);
-    for (int i = 0; i < COUNT; i++) {
-        double exact = gate[i] / (1 + exp(-(double)gate[i])) * up[i];
-        // exp 2 ulp, then four roundings; exp(-gate) beyond the f32 range gives 0.
-        assert_true(fabs(want[i] - exact) <= 5e-7 * fabs(exact) + 1e-36);
+    for (int kind = ACTIVATION_SILU; kind <= ACTIVATION_GPT_OSS; kind++) {
+        enum activation activation = (enum activation)kind;
+        float *gate = random_floats(COUNT), *up = random_floats(COUNT), *want = zeroed(COUNT * sizeof *want);
+        for (int i = 0; i < 300; i++)
+            gate[i] = (float)(i - 150);
+        for (int i = 300; i < 330; i++)
+            up[i] = (float)(i - 315);
+        baseline.activate(want, gate, up, COUNT, activation);
+        for (int i = 0; i < COUNT; i++) {
+            double exact = activation_reference(gate[i], up[i], activation);
+            // exp 2 ulp, then four roundings; where the result vanishes, the roundings of a large argument show.
+            assert_true(fabs(want[i] - exact) <= 2e-6 * fabs(exact) + (gate[i] < -2 ? 1e-9 : 1e-36));
+        }
+        for (int n = 0; kernels_all[n]; n++) {
+            if (!kernels_all[n]->supported())
+                continue;
+            float *out = zeroed(COUNT * sizeof *out);
+            memcpy(out, gate, COUNT * sizeof *out);
+            kernels_all[n]->activate(out, out, up, COUNT, activation); // in place
+            assert_same(out, want, COUNT, "activate");
+            float nan = NAN, one = 1, result = 0;
+            kernels_all[n]->activate(&result, &nan, &one, 1, activation);
+            assert_true(isnan(result));
+            kernels_all[n]->activate(&result, &one, &nan, 1, activation);
+            assert_true(isnan(result));
+            free(out);
+        }
+        free(gate);
+        free(up);
+        free(want);
     }
+}
+
+static void test_rows(void **state)
+{
+    (void)state;
+    enum { COUNT = 1037, ROWS = 19, COLS = 83, STRIDE = 96 };
+    float *x = random_floats(COUNT), *y = random_floats(COUNT), *rows = random_floats(ROWS);
+    uint16_t w[ROWS * STRIDE];
+    for (int i = 0; i < ROWS * STRIDE; i++)
+        w[i] = f32_to_bf16(uniform());
     for (int n = 0; kernels_all[n]; n++) {
         if (!kernels_all[n]->supported())
             continue;
-        float *out = zeroed(COUNT * sizeof *out);
-        memcpy(out, gate, COUNT * sizeof *out);
-        kernels_all[n]->silu_mul(out, out, up, COUNT); // in place
-        assert_same(out, want, COUNT, "silu_mul");
-        float nan = NAN, one = 1;
-        kernels_all[n]->silu_mul(&nan, &nan, &one, 1);
-        assert_true(isnan(nan));
-        kernels_all[n]->add(out, gate, COUNT);
+        const struct kernels *k = kernels_all[n];
+        float out[COUNT], same_out[COUNT];
+        memcpy(out, y, sizeof out);
+        k->add(out, x, COUNT);
         for (int i = 0; i < COUNT; i++)
-            assert_true(out[i] == want[i] + gate[i]);
-        free(out);
+            assert_true(out[i] == y[i] + x[i]);
+        memcpy(out, y, sizeof out);
+        k->add_scaled(out, x, COUNT, 0.3f);
+        for (int i = 0; i < COUNT; i++)
+            assert_true(out[i] == y[i] + 0.3f * x[i]);
+
+        memcpy(out, x, sizeof out);
+        out[5] = 1e30f, out[6] = -INFINITY, out[7] = NAN;
+        k->softcap(out, COUNT, 30);
+        assert_true(out[5] == 30 && out[6] == -30 && isnan(out[7]));
+        for (int i = 8; i < COUNT; i++)
+            assert_true(fabs(out[i] - 30 * tanh((double)x[i] / 30)) <= 1e-5); // tanh by way of 1 - 2/(exp + 1)
+        memcpy(same_out, x, sizeof same_out);
+        same_out[5] = 1e30f, same_out[6] = -INFINITY, same_out[7] = NAN;
+        baseline.softcap(same_out, COUNT, 30);
+        assert_same(out, same_out, COUNT, "softcap");
+
+        k->mix_rows(out, rows, w, STRIDE, ROWS, COLS);
+        baseline.mix_rows(same_out, rows, w, STRIDE, ROWS, COLS);
+        assert_same(out, same_out, COLS, "mix_rows");
+        for (int i = 0; i < COLS; i++) {
+            double exact = 0;
+            for (int r = 0; r < ROWS; r++)
+                exact += (double)rows[r] * bf16_to_f32(w[r * STRIDE + i]);
+            assert_true(fabs(out[i] - exact) <= 2e-5);
+        }
+        k->dot_rows(out, x, w, STRIDE, ROWS, COLS);
+        baseline.dot_rows(same_out, x, w, STRIDE, ROWS, COLS);
+        assert_same(out, same_out, ROWS, "dot_rows");
+        for (int r = 0; r < ROWS; r++) {
+            double exact = 0;
+            for (int i = 0; i < COLS; i++)
+                exact += (double)x[i] * bf16_to_f32(w[r * STRIDE + i]);
+            assert_true(fabs(out[r] - exact) <= 2e-5);
+        }
+        assert_true(k->squares(x, COUNT) == baseline.squares(x, COUNT));
+        // A row normed in two parts by the sum of both is the row normed at once, up to the sum's rounding.
+        k->rms_norm(out, x, y, COUNT, 1e-6f);
+        double squares = k->squares(x, 500) + k->squares(x + 500, COUNT - 500);
+        k->scale_norm(same_out, x, y, 500, squares, COUNT, 1e-6f);
+        k->scale_norm(same_out + 500, x + 500, y + 500, COUNT - 500, squares, COUNT, 1e-6f);
+        for (int i = 0; i < COUNT; i++)
+            assert_true(fabsf(out[i] - same_out[i]) <= 1e-6f * fabsf(out[i]));
     }
-    free(gate);
-    free(up);
-    free(want);
+    free(x);
+    free(y);
+    free(rows);
 }
 
 static void test_rms_norm(void **state)
@@ -167,13 +253,15 @@ static void test_rope(void **state)
             float factor = 1.25f, *want = zeroed(2 * bytes);
             baseline.rope_table(cosine, sine, inv_freq, half, positions[p], factor);
             memcpy(want, x, 2 * bytes);
-            baseline.rope(want, cosine, sine, dim);
+            bool interleaved = (h + p) % 2;
+            int64_t step = interleaved ? 2 : 1, pair = interleaved ? 1 : half;
+            baseline.rope(want, cosine, sine, dim, interleaved);
             for (int64_t i = 0; i < half; i++) {
                 double angle =
                     (float)positions[p] * inv_freq[i]; // rounded to f32, as the reference implementation does
-                double c = cos(angle) * factor, s = sin(angle) * factor, a = x[i], b = x[i + half];
-                assert_true(fabs(want[i] - (a * c - b * s)) <= 1e-6 * (fabs(a) + fabs(b)));
-                assert_true(fabs(want[i + half] - (b * c + a * s)) <= 1e-6 * (fabs(a) + fabs(b)));
+                double c = cos(angle) * factor, s = sin(angle) * factor, a = x[i * step], b = x[i * step + pair];
+                assert_true(fabs(want[i * step] - (a * c - b * s)) <= 1e-6 * (fabs(a) + fabs(b)));
+                assert_true(fabs(want[i * step + pair] - (b * c + a * s)) <= 1e-6 * (fabs(a) + fabs(b)));
             }
             for (int n = 0; kernels_all[n]; n++) {
                 if (!kernels_all[n]->supported())
@@ -181,7 +269,7 @@ static void test_rope(void **state)
                 float *y = zeroed(2 * bytes), *c = zeroed(bytes), *s = zeroed(bytes);
                 kernels_all[n]->rope_table(c, s, inv_freq, half, positions[p], factor);
                 memcpy(y, x, 2 * bytes);
-                kernels_all[n]->rope(y, c, s, dim);
+                kernels_all[n]->rope(y, c, s, dim, interleaved);
                 assert_same(y, want, dim, "rope");
                 free(y);
                 free(c);
@@ -197,80 +285,105 @@ static void test_rope(void **state)
 
 // Attention in double over a cache whose pages lie in disorder.
 static void attention_reference(double *out, const float *q, const struct kv_view *kv, int64_t kv_head, int64_t first,
-                                int64_t end, double scale)
+                                int64_t end, const struct attention_scores *scores)
 {
-    double sum = 0, largest = -INFINITY, *score = zeroed((uint64_t)(end - first) * sizeof *score);
+    double sum = 0, largest = scores->sink ? *scores->sink : -INFINITY;
+    double *score = zeroed((uint64_t)(end - first) * sizeof *score);
     for (int pass = 0; pass < 2; pass++)
         for (int64_t p = first; p < end; p++) {
             int64_t slot =
                 (kv->pages[p / KV_PAGE_TOKENS] * kv->num_kv_heads + kv_head) * KV_PAGE_TOKENS + p % KV_PAGE_TOKENS;
+            double *s = &score[p - first];
             if (pass == 0) {
-                for (int64_t d = 0; d < kv->head_dim; d++)
-                    score[p - first] += (double)q[d] * bf16_to_f32(((const uint16_t *)kv->k)[slot * kv->head_dim + d]);
-                score[p - first] *= scale;
-                largest = fmax(largest, score[p - first]);
+                for (int64_t d = 0; d < kv->k_dim; d++)
+                    *s += (double)q[d] * bf16_to_f32(((const uint16_t *)kv->k)[slot * kv->k_dim + d]);
+                *s *= scores->scale;
+                if (scores->softcap > 0)
+                    *s = scores->softcap * tanh(*s / scores->softcap);
+                largest = fmax(largest, *s);
                 continue;
             }
-            double weight = exp(score[p - first] - largest);
+            double weight = exp(*s - largest);
             sum += weight;
-            for (int64_t d = 0; d < kv->head_dim; d++)
-                out[d] += weight * bf16_to_f32(((const uint16_t *)kv->v)[slot * kv->head_dim + d]);
+            for (int64_t d = 0; d < kv->v_dim; d++)
+                out[d] += weight * bf16_to_f32(((const uint16_t *)kv->v)[slot * kv->v_stride + d]);
         }
-    for (int64_t d = 0; d < kv->head_dim; d++)
+    if (scores->sink)
+        sum += exp(*scores->sink - largest);
+    for (int64_t d = 0; d < kv->v_dim; d++)
         out[d] /= sum;
     free(score);
+}
+
+enum { PAGES = 5, KV_HEADS = 2 };
+static const int32_t attention_pages[] = {3, 0, 4, 1};
+
+// All tables against double and each other, over one range of positions.
+static void attention_case(const struct kv_view *kv, const float *q, int64_t first, int64_t end, int64_t head,
+                           const struct attention_scores *scores)
+{
+    double *exact = zeroed((uint64_t)kv->v_dim * sizeof *exact);
+    float *want = zeroed((uint64_t)kv->v_dim * sizeof *want), *out = zeroed((uint64_t)kv->v_dim * sizeof *out);
+    float *room = zeroed((uint64_t)(end - first) * sizeof *room);
+    attention_reference(exact, q, kv, head, first, end, scores);
+    baseline.attention(want, q, kv, head, first, end, scores, room);
+    for (int64_t d = 0; d < kv->v_dim;
+         d++) // values are below 1; scores of magnitude 10 err by 1e-6, sums of 250 terms by less
+        assert_true(fabs(want[d] - exact[d]) <= 5e-6);
+    for (int n = 0; kernels_all[n]; n++) {
+        if (!kernels_all[n]->supported())
+            continue;
+        kernels_all[n]->attention(out, q, kv, head, first, end, scores, room);
+        assert_same(out, want, kv->v_dim, "attention");
+        kernels_all[n]->attention(out, q, kv, head, first, first, scores, room);
+        for (int64_t d = 0; d < kv->v_dim; d++)
+            assert_true(out[d] == 0);
+        // One NaN in a key reaches every output.
+        int64_t slot =
+            (kv->pages[first / KV_PAGE_TOKENS] * kv->num_kv_heads + head) * KV_PAGE_TOKENS + first % KV_PAGE_TOKENS;
+        uint16_t *element = (uint16_t *)kv->k + slot * kv->k_dim + kv->k_dim - 1, saved = *element;
+        *element = 0x7fc0;
+        kernels_all[n]->attention(out, q, kv, head, first, end, scores, room);
+        *element = saved;
+        for (int64_t d = 0; d < kv->v_dim; d++)
+            assert_true(isnan(out[d]));
+    }
+    free(exact);
+    free(want);
+    free(out);
+    free(room);
 }
 
 static void test_attention(void **state)
 {
     (void)state;
-    enum { PAGES = 5, KV_HEADS = 2 };
-    static const int head_dims[] = {2, 16, 64, 80, 98, 128, 256};
+    static const struct {
+        int k_dim, v_dim;
+        bool latent;
+    } shapes[] = {{2, 2, false},     {16, 16, false},   {64, 64, false}, {80, 80, false},  {98, 98, false},
+                  {128, 128, false}, {256, 256, false}, {48, 32, true},  {576, 512, true}, {640, 512, true}};
     static const int64_t ranges[][2] = {{0, 1}, {0, 17}, {0, 64}, {3, 65}, {100, 200}, {0, 250}};
-    for (size_t h = 0; h < sizeof head_dims / sizeof *head_dims; h++) {
-        int64_t dim = head_dims[h], elems = PAGES * KV_HEADS * KV_PAGE_TOKENS * dim;
+    static const float sink = 0.75f, high_sink = 12;
+    for (size_t h = 0; h < sizeof shapes / sizeof *shapes; h++) {
+        int64_t dim = shapes[h].k_dim, elems = PAGES * KV_HEADS * KV_PAGE_TOKENS * dim;
         uint16_t *k = zeroed((uint64_t)elems * 2), *v = zeroed((uint64_t)elems * 2);
         for (int64_t i = 0; i < elems; i++) {
-            k[i] = f32_to_bf16(uniform() * 3);
+            k[i] = f32_to_bf16(uniform() * (shapes[h].latent ? 1 : 3));
             v[i] = f32_to_bf16(uniform());
         }
-        static const int32_t pages[] = {3, 0, 4, 1};
-        struct kv_view kv = {k, v, KV_BF16, pages, KV_HEADS, dim};
-        float *q = random_floats(dim), scale = 1 / sqrtf((float)dim);
-        for (size_t r = 0; r < 6; r++) {
-            int64_t first = ranges[r][0], end = ranges[r][1], head = (int64_t)r % KV_HEADS;
-            double *exact = zeroed((uint64_t)dim * sizeof *exact);
-            float *want = zeroed((uint64_t)dim * sizeof *want),
-                  *scores = zeroed((uint64_t)(end - first) * sizeof *scores);
-            attention_reference(exact, q, &kv, head, first, end, scale);
-            baseline.attention(want, q, &kv, head, first, end, scale, scores);
-            for (int64_t d = 0; d < dim;
-                 d++) // values are below 1; scores of magnitude 10 err by 1e-6, sums of 250 terms by less
-                assert_true(fabs(want[d] - exact[d]) <= 5e-6);
-            for (int n = 0; kernels_all[n]; n++) {
-                if (!kernels_all[n]->supported())
-                    continue;
-                float *out = zeroed((uint64_t)dim * sizeof *out);
-                kernels_all[n]->attention(out, q, &kv, head, first, end, scale, scores);
-                assert_same(out, want, dim, "attention");
-                kernels_all[n]->attention(out, q, &kv, head, first, first, scale, scores);
-                for (int64_t d = 0; d < dim; d++)
-                    assert_true(out[d] == 0);
-                // One NaN in a key reaches every output.
-                int64_t slot =
-                    (pages[first / KV_PAGE_TOKENS] * KV_HEADS + head) * KV_PAGE_TOKENS + first % KV_PAGE_TOKENS;
-                uint16_t saved = k[slot * dim + dim - 1];
-                k[slot * dim + dim - 1] = 0x7fc0;
-                kernels_all[n]->attention(out, q, &kv, head, first, end, scale, scores);
-                k[slot * dim + dim - 1] = saved;
-                for (int64_t d = 0; d < dim; d++)
-                    assert_true(isnan(out[d]));
-                free(out);
-            }
-            free(exact);
-            free(want);
-            free(scores);
-        }
+        struct kv_view kv = {.k = k,
+                             .v = shapes[h].latent ? k : v,
+                             .pages = attention_pages,
+                             .num_kv_heads = KV_HEADS,
+                             .k_dim = dim,
+                             .v_dim = shapes[h].v_dim,
+                             .v_stride = dim};
+        const struct attention_scores scores[] = {
+            {1 / sqrtf((float)dim), 0, NULL}, {0.3f, 5, NULL}, {0.1f, 0, &sink}, {0.1f, 4, &high_sink}};
+        float *q = random_floats(dim);
+        for (size_t r = 0; r < 6; r++)
+            for (size_t c = 0; c < 4; c++)
+                attention_case(&kv, q, ranges[r][0], ranges[r][1], (int64_t)r % KV_HEADS, &scores[c]);
         free(k);
         free(v);
         free(q);
@@ -280,8 +393,8 @@ static void test_attention(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_exp),  cmocka_unit_test(test_silu_mul),  cmocka_unit_test(test_rms_norm),
-        cmocka_unit_test(test_rope), cmocka_unit_test(test_attention),
+        cmocka_unit_test(test_exp),      cmocka_unit_test(test_activate), cmocka_unit_test(test_rows),
+        cmocka_unit_test(test_rms_norm), cmocka_unit_test(test_rope),     cmocka_unit_test(test_attention),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1,8 +1,8 @@
 // Matmul with AVX2, FMA and F16C. The order of every sum: kernels.h.
 //
-// int8 and int4 go by 8 rows and one group at a time: vpmaddubsw multiplies unsigned with signed bytes, and pairs of products must
-// fit 16 bits. int4 codes + 8 (at most 15) allow four such pairs to be added there; int8 uses |w| and x with w's sign. int4 is
-// unpacked into L1 first, once for all tokens.
+// int8 and tiled kinds go by 8 rows and one group at a time: vpmaddubsw multiplies unsigned with signed bytes, and pairs of products
+// must fit 16 bits. int4 codes + 8 (at most 15) allow four such pairs to be added there, doubled e2m1 codes + 12 (at most 24) two;
+// int8 uses |w| and x with w's sign. Tiled kinds are unpacked into L1 first, with their scales, once for all tokens.
 #include "kernels/kernels_internal.h"
 #include "kernels/vector_ops.h"
 
@@ -17,12 +17,13 @@ enum {
     PREFETCH_BYTES = 4096,
 };
 
-// ---- bf16 and fp8 --------------------------------------------------------------------------------------------------
+// ---- bf16, fp8 and fp8g --------------------------------------------------------------------------------------------------
 
 struct lanes {
     __m256 a, b;
 };
 VECTOR_INLINE struct lanes lanes_zero(void) { return (struct lanes){_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+VECTOR_INLINE struct lanes lanes_all(float x) { return (struct lanes){_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 VECTOR_INLINE struct lanes lanes_load(const float *x)
 {
     return (struct lanes){_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)};
@@ -63,7 +64,7 @@ VECTOR_INLINE struct lanes lanes_fp8(const uint8_t *codes, bool odd)
 #define FLOAT_DECODE_ROWS 4
 #include "kernels/cpu/float_matmul.h"
 
-// ---- int8 and int4 -------------------------------------------------------------------------------------------------
+// ---- int8 and tiled kinds ------------------------------------------------------------------------------------------
 
 // Where the codes of 8 rows lie: row r, columns 64c.. at data + r * row_bytes + c * part_bytes.
 struct codes {
@@ -87,24 +88,20 @@ VECTOR_INLINE __m256i sum_8(const __m256i v[ROWS])
     return add_lanes(low, high);
 }
 
-VECTOR_INLINE __m256i pick_words(__m256i a, __m256i b, int odd)
+// Lane i of quarter[w]: the sum of word w of both 128-bit lanes of v[i]: 16 natural columns of a tile row.
+VECTOR_INLINE void sum_8_quarters(__m256i quarter[4], const __m256i v[ROWS])
 {
-    __m256 x = _mm256_castsi256_ps(a), y = _mm256_castsi256_ps(b);
-    return _mm256_castps_si256(odd ? _mm256_shuffle_ps(x, y, 0xdd) : _mm256_shuffle_ps(x, y, 0x88));
+    __m256i a = add_lanes(v[0], v[4]), b = add_lanes(v[1], v[5]), c = add_lanes(v[2], v[6]), d = add_lanes(v[3], v[7]);
+    __m256i ab01 = _mm256_unpacklo_epi32(a, b), ab23 = _mm256_unpackhi_epi32(a, b);
+    __m256i cd01 = _mm256_unpacklo_epi32(c, d), cd23 = _mm256_unpackhi_epi32(c, d);
+    quarter[0] = _mm256_unpacklo_epi64(ab01, cd01);
+    quarter[1] = _mm256_unpackhi_epi64(ab01, cd01);
+    quarter[2] = _mm256_unpacklo_epi64(ab23, cd23);
+    quarter[3] = _mm256_unpackhi_epi64(ab23, cd23);
 }
 
-// Lane i of half[h]: the sum of words 2h and 2h + 1 of both 128-bit lanes of v[i].
-VECTOR_INLINE void sum_8_halves(__m256i half[2], const __m256i v[ROWS])
-{
-    __m256i pair[4];
-    for (int i = 0; i < 4; i++)
-        pair[i] = _mm256_hadd_epi32(v[2 * i], v[2 * i + 1]);
-    for (int h = 0; h < 2; h++)
-        half[h] = add_lanes(pick_words(pair[0], pair[1], h), pick_words(pair[2], pair[3], h));
-}
-
-// dot[r] = products of 64 * parts columns, parts <= 2, of row r. int4: with codes + 8.
-VECTOR_INLINE void dots(__m256i dot[ROWS], const struct codes *codes, const int8_t *q, int parts, bool int4)
+// dot[r] = products of 64 * parts columns, parts <= 2, of row r. tiled: unpacked codes, which are unsigned.
+VECTOR_INLINE void dots(__m256i dot[ROWS], const struct codes *codes, const int8_t *q, int parts, bool tiled)
 {
     const __m256i one = _mm256_set1_epi16(1);
     __m256i x[4];
@@ -114,109 +111,188 @@ VECTOR_INLINE void dots(__m256i dot[ROWS], const struct codes *codes, const int8
         __m256i products = _mm256_setzero_si256();
         for (int i = 0; i < 2 * parts; i++) {
             __m256i w = load(codes->data + r * codes->row_bytes + i / 2 * codes->part_bytes + i % 2 * 32);
-            if (int4) {
+            if (tiled) {
                 products = _mm256_add_epi16(products, _mm256_maddubs_epi16(w, x[i]));
             } else {
                 __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x[i], w));
                 products = _mm256_add_epi32(products, _mm256_madd_epi16(pairs, one));
             }
         }
-        dot[r] = int4 ? _mm256_madd_epi16(products, one) : products;
+        dot[r] = tiled ? _mm256_madd_epi16(products, one) : products;
     }
 }
 
-VECTOR_INLINE __m256 load_scale_f16(const uint16_t *scale)
+VECTOR_INLINE __m256 add_term(__m256 sum, __m256 dot, __m256 scale)
 {
-    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)scale));
+    return _mm256_add_ps(sum, _mm256_mul_ps(dot, scale));
 }
 
-VECTOR_INLINE void add_term(float *sum, __m256i dot, __m256 scale)
-{
-    _mm256_storeu_ps(sum, _mm256_add_ps(_mm256_loadu_ps(sum), _mm256_mul_ps(_mm256_cvtepi32_ps(dot), scale)));
-}
+// 16 rows of a tiled kind, up to PANEL_COLS columns, unpacked.
+struct panel {
+    uint8_t codes[PANEL_COLS / 64][TILE_ROWS][64];                             // + bias, in the order of act->q
+    float scale[PANEL_COLS / 16][TILE_ROWS], zero[PANEL_COLS / 32][TILE_ROWS]; // of each group
+    int32_t bias;
+    bool has_zero;
+};
 
-// 8 rows of int4, columns [0, cols) of one token: unpacked codes, scale [cols / group_size][16] at the first of the rows.
-VECTOR_INLINE void int4_rows(float *sum, const struct codes *codes, const uint16_t *scale, const int8_t *q,
-                             const float *q_scale, const int32_t *q_sum, int64_t cols, int group_size)
+// sum[16 rows] += the panel's columns [0, cols) times one token.
+VECTOR_INLINE void tiled_rows(float *sum, const struct panel *panel, const int8_t *q, const float *q_scale,
+                              const int32_t *q_sum, int64_t cols, int group_size, bool has_zero)
 {
-    int step = group_size == 128 ? 128 : 64;
+    int32_t bias = panel->bias;
+    int step = group_size == 128 ? 128 : 64, groups = step / group_size;
+    __m256 y[2] = {_mm256_loadu_ps(sum), _mm256_loadu_ps(sum + ROWS)};
     for (int64_t col = 0; col < cols; col += step) {
-        struct codes from = {codes->data + col / 64 * codes->part_bytes, codes->row_bytes, codes->part_bytes};
-        __m256i dot[ROWS], half[2];
-        dots(dot, &from, q + col, step / 64, true);
         __m256 x_scale = _mm256_set1_ps(q_scale[col / ACT_GROUP]);
-        const int32_t *s = q_sum + col / 32;
-        const uint16_t *w_scale = scale + col / group_size * TILE_ROWS;
-        if (group_size == 32) {
-            sum_8_halves(half, dot);
-            for (int h = 0; h < 2; h++)
-                add_term(sum, _mm256_sub_epi32(half[h], _mm256_set1_epi32(8 * s[h])),
-                         _mm256_mul_ps(load_scale_f16(w_scale + h * TILE_ROWS), x_scale));
-        } else {
-            int32_t x_sum = s[0] + s[1];
-            if (step == 128)
-                x_sum += s[2] + s[3];
-            add_term(sum, _mm256_sub_epi32(sum_8(dot), _mm256_set1_epi32(8 * x_sum)),
-                     _mm256_mul_ps(load_scale_f16(w_scale), x_scale));
+        int32_t x_sum[4] = {0};
+        for (int i = 0; i < step / ACT_SUM; i++)
+            x_sum[i * ACT_SUM / group_size] += q_sum[col / ACT_SUM + i];
+        for (int half = 0; half < 2; half++) {
+            int row = half * ROWS;
+            struct codes from = {panel->codes[col / 64][row], 64, sizeof panel->codes[0]};
+            __m256i dot[ROWS], part[4];
+            dots(dot, &from, q + col, step / 64, true);
+            if (groups == 1)
+                part[0] = sum_8(dot);
+            else
+                sum_8_quarters(part, dot);
+            for (int g = 0; g < 2 && groups == 2; g++)
+                part[g] = _mm256_add_epi32(part[2 * g], part[2 * g + 1]);
+            for (int g = 0; g < groups; g++) {
+                int64_t group = col / group_size + g;
+                __m256 scale = _mm256_mul_ps(_mm256_loadu_ps(panel->scale[group] + row), x_scale);
+                __m256 value = _mm256_cvtepi32_ps(_mm256_sub_epi32(part[g], _mm256_set1_epi32(bias * x_sum[g])));
+                if (has_zero) {
+                    __m256 zero = _mm256_loadu_ps(panel->zero[group] + row);
+                    value = _mm256_sub_ps(value, _mm256_mul_ps(zero, _mm256_set1_ps((float)x_sum[g])));
+                }
+                y[half] = add_term(y[half], value, scale);
+            }
         }
     }
+    _mm256_storeu_ps(sum, y[0]);
+    _mm256_storeu_ps(sum + ROWS, y[1]);
 }
 
-static void int4_rows_any(float *sum, const struct codes *codes, const uint16_t *scale, const int8_t *q,
-                          const float *q_scale, const int32_t *q_sum, int64_t cols, uint32_t group_size)
+static void tiled_rows_any(float *sum, const struct panel *panel, const int8_t *q, const float *q_scale,
+                           const int32_t *q_sum, int64_t cols, uint32_t group_size)
 {
-    if (group_size == 128)
-        int4_rows(sum, codes, scale, q, q_scale, q_sum, cols, 128);
-    else if (group_size == 64)
-        int4_rows(sum, codes, scale, q, q_scale, q_sum, cols, 64);
-    else
-        int4_rows(sum, codes, scale, q, q_scale, q_sum, cols, 32);
+#define ROWS_CASE(group_size, has_zero)                                                                                \
+    case (group_size)*2 + (has_zero):                                                                                  \
+        tiled_rows(sum, panel, q, q_scale, q_sum, cols, group_size, has_zero);                                         \
+        break
+    switch (group_size * 2 + panel->has_zero) {
+        ROWS_CASE(128, 0);
+        ROWS_CASE(64, 0);
+        ROWS_CASE(32, 0);
+        ROWS_CASE(16, 0);
+        ROWS_CASE(128, 1);
+        ROWS_CASE(64, 1);
+        ROWS_CASE(32, 1);
+    }
+#undef ROWS_CASE
 }
 
-// 16 rows and 64 columns of a tile as codes + 8: [16][64].
-VECTOR_INLINE void unpack_tile(uint8_t *out, const uint8_t *tile)
+// 16 rows and 64 columns of a tile as codes + bias: [16][64].
+VECTOR_INLINE void unpack_tile(uint8_t *out, const uint8_t *tile, bool fp4)
 {
-    const __m256i low = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
+    const __m256i low_bits = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
+    const __m256i doubled = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)e2m1_doubled_biased));
     for (int i = 0; i < WEIGHT_TILE_BYTES; i += 32) {
         __m256i v = load(tile + i);
         __builtin_prefetch(tile + i + PREFETCH_BYTES);
-        __m256i high = _mm256_and_si256(_mm256_srli_epi16(v, 4), low);
-        _mm256_storeu_si256((__m256i *)(out + i), _mm256_xor_si256(_mm256_and_si256(v, low), eight));
-        _mm256_storeu_si256((__m256i *)(out + WEIGHT_TILE_BYTES + i), _mm256_xor_si256(high, eight));
+        __m256i low = _mm256_and_si256(v, low_bits), high = _mm256_and_si256(_mm256_srli_epi16(v, 4), low_bits);
+        low = fp4 ? _mm256_shuffle_epi8(doubled, low) : _mm256_xor_si256(low, eight);
+        high = fp4 ? _mm256_shuffle_epi8(doubled, high) : _mm256_xor_si256(high, eight);
+        _mm256_storeu_si256((__m256i *)(out + i), low);
+        _mm256_storeu_si256((__m256i *)(out + WEIGHT_TILE_BYTES + i), high);
+    }
+}
+
+VECTOR_INLINE __m256 load_f16(const uint8_t *x) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x)); }
+
+// tile_scale of vector_ops.h, 8 rows at once.
+VECTOR_INLINE __m256 load_scale(enum weight_kind kind, const uint8_t *scale)
+{
+    if (kind == WEIGHT_INT4 || kind == WEIGHT_INT4Z)
+        return load_f16(scale);
+    __m128i codes = _mm_loadl_epi64((const __m128i *)scale);
+    if (kind == WEIGHT_MXFP4) {
+        __m256i wide = _mm256_cvtepu8_epi32(codes), nan = _mm256_cmpeq_epi32(wide, _mm256_set1_epi32(255));
+        __m256i bits = _mm256_max_epu32(_mm256_slli_epi32(wide, 23), _mm256_set1_epi32(0x00400000));
+        return _mm256_castsi256_ps(_mm256_or_si256(bits, _mm256_and_si256(nan, _mm256_set1_epi32(0x00400000))));
+    }
+    __m128i f16 = _mm_srai_epi16(_mm_slli_epi16(_mm_cvtepu8_epi16(codes), 8), 1);
+    f16 = _mm_and_si128(f16, _mm_set1_epi16((short)0xbf80));
+    __m128i nan = _mm_cmpeq_epi16(_mm_and_si128(f16, _mm_set1_epi16(0x3f80)), _mm_set1_epi16(0x3f80));
+    return _mm256_cvtph_ps(_mm_or_si128(f16, _mm_and_si128(nan, _mm_set1_epi16(0x7e00))));
+}
+
+// Columns [col, col + cols) of the 16 rows from `row` on.
+VECTOR_INLINE void unpack_panel(struct panel *panel, const struct matrix *w, int64_t row, int64_t col, int64_t cols,
+                                enum weight_kind kind)
+{
+    int64_t tiles = (int64_t)w->shape.cols_padded / 64;
+    const uint8_t *tile =
+        (const uint8_t *)w->data + ((row / 64 * tiles + col / 64) * 4 + row % 64 / 16) * WEIGHT_TILE_BYTES;
+    for (int64_t c = 0; c < cols / 64; c++)
+        unpack_tile(panel->codes[c][0], tile + c * 4 * WEIGHT_TILE_BYTES, is_fp4(kind));
+    struct tile_scales scales = tile_scales(w, row);
+    int64_t half_bytes = scales.group_bytes / (kind == WEIGHT_INT4Z ? 4 : 2); // the scales of 8 rows
+    const uint8_t *from = tile_scales_at(&scales, col);
+    for (int64_t g = 0; g << scales.group_shift < cols; g++, from += scales.group_bytes) {
+        for (int64_t half = 0; half < 2; half++) {
+            _mm256_storeu_ps(&panel->scale[g][half * ROWS], load_scale(kind, from + half * half_bytes));
+            if (kind == WEIGHT_INT4Z)
+                _mm256_storeu_ps(&panel->zero[g][half * ROWS], load_f16(from + (2 + half) * half_bytes));
+        }
+    }
+    panel->bias = tile_bias(kind);
+    panel->has_zero = kind == WEIGHT_INT4Z;
+}
+
+static void unpack_panel_any(struct panel *panel, const struct matrix *w, int64_t row, int64_t col, int64_t cols)
+{
+    switch (w->shape.kind) {
+    case WEIGHT_INT4:
+        unpack_panel(panel, w, row, col, cols, WEIGHT_INT4);
+        break;
+    case WEIGHT_INT4Z:
+        unpack_panel(panel, w, row, col, cols, WEIGHT_INT4Z);
+        break;
+    case WEIGHT_MXFP4:
+        unpack_panel(panel, w, row, col, cols, WEIGHT_MXFP4);
+        break;
+    default:
+        unpack_panel(panel, w, row, col, cols, WEIGHT_NVFP4);
+        break;
     }
 }
 
 // 64 rows from `row` on, tokens [token, token + tokens), tokens <= PANEL_TOKENS.
-static void int4_block(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act, int64_t token,
-                       int64_t tokens, int64_t row, int64_t row_end)
+static void tiled_block(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
+                        int64_t token, int64_t tokens, int64_t row, int64_t row_end)
 {
-    int64_t cols = (int64_t)w->shape.cols_padded, group_size = w->shape.group_size, stride = act->stride;
-    int64_t groups = cols / group_size;
-    const uint8_t *block = (const uint8_t *)w->data + row * cols / 2;
-    const uint16_t *scale = (const uint16_t *)w->scale + row * groups;
+    int64_t cols = (int64_t)w->shape.cols_padded, stride = act->stride;
     float sum[PANEL_TOKENS][BLOCK_ROWS];
     memset(sum, 0, (size_t)tokens * sizeof *sum);
     for (int64_t col = 0; col < cols; col += PANEL_COLS) {
         int64_t part = cols - col < PANEL_COLS ? cols - col : PANEL_COLS;
         for (int64_t i = 0; i < BLOCK_ROWS; i += TILE_ROWS) {
-            uint8_t panel[PANEL_COLS / 64][TILE_ROWS][64];
-            for (int64_t c = 0; c < part / 64; c++)
-                unpack_tile(panel[c][0],
-                            block + (col / 64 + c) * (4 * WEIGHT_TILE_BYTES) + i / TILE_ROWS * WEIGHT_TILE_BYTES);
+            struct panel panel;
+            unpack_panel_any(&panel, w, row + i, col, part);
             for (int64_t t = 0; t < tokens; t++)
-                for (int64_t r = 0; r < TILE_ROWS; r += ROWS) {
-                    struct codes codes = {panel[0][r], 64, sizeof panel[0]};
-                    int64_t act_row = token + t;
-                    int4_rows_any(&sum[t][i + r], &codes, scale + i * groups + col / group_size * TILE_ROWS + r,
-                                  act->q + act_row * stride + col,
-                                  act->q_scale + act_row * (stride / ACT_GROUP) + col / ACT_GROUP,
-                                  act->q_sum + act_row * (stride / 32) + col / 32, part, w->shape.group_size);
-                }
+                tiled_rows_any(&sum[t][i], &panel, act->q + (token + t) * stride + col,
+                               act->q_scale + (token + t) * (stride / ACT_GROUP) + col / ACT_GROUP,
+                               act->q_sum + (token + t) * (stride / ACT_SUM) + col / ACT_SUM, part,
+                               w->shape.group_size);
         }
     }
-    for (int64_t t = 0; t < tokens; t++)
-        for (int64_t r = 0; r < BLOCK_ROWS && row + r < row_end; r++)
-            y[(token + t) * y_stride + row + r] = sum[t][r] * 0x1p-8f;
+    for (int64_t r = 0; r < BLOCK_ROWS && row + r < row_end; r++) {
+        float last = tile_last(w->shape.kind, tile_scales(w, row + r).global, r % TILE_ROWS);
+        for (int64_t t = 0; t < tokens; t++)
+            y[(token + t) * y_stride + row + r] = sum[t][r] * last;
+    }
 }
 
 // 8 rows, all tokens, 256 columns at a time for each, so that the weights come from L1 after the first.
@@ -241,7 +317,8 @@ static void int8_block(float *y, int64_t y_stride, const struct matrix *w, const
                     dots(dot, &codes, q + col, 2, false);
                 else
                     dots(dot, &codes, q + col, 1, false);
-                add_term(sum[t], sum_8(dot), _mm256_set1_ps(q_scale[col / ACT_GROUP]));
+                __m256 x_scale = _mm256_set1_ps(q_scale[col / ACT_GROUP]), y8 = _mm256_loadu_ps(sum[t]);
+                _mm256_storeu_ps(sum[t], add_term(y8, _mm256_cvtepi32_ps(sum_8(dot)), x_scale));
             }
         }
     }
@@ -250,33 +327,25 @@ static void int8_block(float *y, int64_t y_stride, const struct matrix *w, const
             y[(token + t) * y_stride + row + r] = sum[t][r] * ((const float *)w->scale)[row + r];
 }
 
-static void matmul(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act, int64_t tokens,
-                   int64_t row_begin, int64_t row_end)
+static int64_t at_most(int64_t count, int64_t limit) { return count < limit ? count : limit; }
+
+static void int8_matmul(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
+                        int64_t tokens, int64_t row_begin, int64_t row_end)
 {
-    if (vector_ops_matmul(y, y_stride, w, act, tokens, row_begin, row_end))
-        return;
-    switch (w->shape.kind) {
-    case WEIGHT_BF16:
-        float_matmul_bf16(y, y_stride, w, act, tokens, row_begin, row_end);
-        break;
-    case WEIGHT_FP8:
-        float_matmul_fp8(y, y_stride, w, act, tokens, row_begin, row_end);
-        break;
-    case WEIGHT_INT8:
-        for (int64_t row = row_begin; row < row_end; row += ROWS)
-            for (int64_t t = 0; t < tokens; t += PANEL_TOKENS)
-                int8_block(y, y_stride, w, act, t, tokens - t < PANEL_TOKENS ? tokens - t : PANEL_TOKENS, row, row_end);
-        break;
-    case WEIGHT_INT4:
-        for (int64_t row = row_begin; row < row_end; row += BLOCK_ROWS)
-            for (int64_t t = 0; t < tokens; t += PANEL_TOKENS)
-                int4_block(y, y_stride, w, act, t, tokens - t < PANEL_TOKENS ? tokens - t : PANEL_TOKENS, row, row_end);
-        break;
-    case WEIGHT_F32:
-    case WEIGHT_KIND_COUNT:
-        break;
-    }
+    for (int64_t row = row_begin; row < row_end; row += ROWS)
+        for (int64_t t = 0; t < tokens; t += PANEL_TOKENS)
+            int8_block(y, y_stride, w, act, t, at_most(tokens - t, PANEL_TOKENS), row, row_end);
 }
+
+static void tiled_matmul(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
+                         int64_t tokens, int64_t row_begin, int64_t row_end)
+{
+    for (int64_t row = row_begin; row < row_end; row += BLOCK_ROWS)
+        for (int64_t t = 0; t < tokens; t += PANEL_TOKENS)
+            tiled_block(y, y_stride, w, act, t, at_most(tokens - t, PANEL_TOKENS), row, row_end);
+}
+
+#include "kernels/cpu/matmul.h"
 
 const struct kernels kernels_avx2 = {
     .name = "avx2",

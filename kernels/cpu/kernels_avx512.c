@@ -1,8 +1,8 @@
 // Matmul with AVX-512 (F, BW, DQ, VL, VNNI). The order of every sum: kernels.h.
 //
 // One token (decode) is bound by memory: weights go from their cache lines to vpdpbusd or FMA once, several sequential
-// streams at a time. More tokens: int8 and int4 weights of 64 rows and 256 columns are unpacked and transposed into a panel
-// in L1 that all tokens use, with 16 rows in the lanes of a vector, so that no sum goes across lanes; bf16 and fp8 keep
+// streams at a time. More tokens: int8 and tiled weights of 64 rows and 256 columns are unpacked and transposed into a panel
+// in L1 that all tokens use, with 16 rows in the lanes of a vector, so that no sum goes across lanes; bf16, fp8 and fp8g keep
 // 4 rows x 6 tokens of partial sums in registers.
 #include "kernels/kernels_internal.h"
 #include "kernels/vector_ops.h"
@@ -15,7 +15,7 @@ enum {
     TILE_TOKENS = 6,   // tokens whose sums stay in registers at once
     PANEL_COLS = 256,  // 16 KiB of unpacked codes
     PANEL_TOKENS = 96, // tokens that share a panel: 24 KiB of sums
-    DECODE_BLOCKS = 4, // blocks of int4 read side by side
+    DECODE_BLOCKS = 4, // blocks of a tiled kind read side by side
     PREFETCH_BYTES = 2048,
 };
 
@@ -29,12 +29,13 @@ VECTOR_INLINE void store_rows(float *y, int64_t row, int64_t row_end, __m512 val
         _mm512_mask_storeu_ps(y + row, count >= LANES ? 0xffff : (__mmask16)((1u << count) - 1), value);
 }
 
-// ---- bf16 and fp8 --------------------------------------------------------------------------------------------------
+// ---- bf16, fp8 and fp8g --------------------------------------------------------------------------------------------------
 
 struct lanes {
     __m512 v;
 };
 VECTOR_INLINE struct lanes lanes_zero(void) { return (struct lanes){_mm512_setzero_ps()}; }
+VECTOR_INLINE struct lanes lanes_all(float x) { return (struct lanes){_mm512_set1_ps(x)}; }
 VECTOR_INLINE struct lanes lanes_load(const float *x) { return (struct lanes){_mm512_loadu_ps(x)}; }
 VECTOR_INLINE void lanes_store(float *x, const struct lanes *a) { _mm512_storeu_ps(x, a->v); }
 VECTOR_INLINE void lanes_fmadd(struct lanes *sum, struct lanes a, struct lanes b)
@@ -87,24 +88,24 @@ VECTOR_INLINE __m512i sum_16(const __m512i v[16])
     return add_lane_pairs(add_lane_pairs(a, b), add_lane_pairs(c, d));
 }
 
-// Per 128-bit lane: a01 b01 a23 b23.
-VECTOR_INLINE __m512i add_word_pairs(__m512i a, __m512i b)
+// Per 128-bit lane, 4x4 transpose of words: out[i] = word i of a, b, c, d.
+VECTOR_INLINE void transpose_words(__m512i out[4], __m512i a, __m512i b, __m512i c, __m512i d)
 {
-    __m512i even = _mm512_mask_blend_epi32(0xaaaa, a, b), odd = _mm512_mask_blend_epi32(0xaaaa, b, a);
-    return _mm512_add_epi32(even, _mm512_shuffle_epi32(odd, _MM_PERM_CDAB));
+    __m512i ab01 = _mm512_unpacklo_epi32(a, b), ab23 = _mm512_unpackhi_epi32(a, b);
+    __m512i cd01 = _mm512_unpacklo_epi32(c, d), cd23 = _mm512_unpackhi_epi32(c, d);
+    out[0] = _mm512_unpacklo_epi64(ab01, cd01);
+    out[1] = _mm512_unpackhi_epi64(ab01, cd01);
+    out[2] = _mm512_unpacklo_epi64(ab23, cd23);
+    out[3] = _mm512_unpackhi_epi64(ab23, cd23);
 }
 
-// Lane i of half[h]: the sum of words 2h and 2h + 1 of all 128-bit lanes of v[i].
-VECTOR_INLINE void sum_16_halves(__m512i half[2], const __m512i v[16])
+// Lane i of quarter[w]: the sum of word w of all 128-bit lanes of v[i]: 16 natural columns of a tile row.
+VECTOR_INLINE void sum_16_quarters(__m512i quarter[4], const __m512i v[16])
 {
-    __m512i pair[8];
-    for (int i = 0; i < 8; i++)
-        pair[i] = add_word_pairs(v[2 * i], v[2 * i + 1]);
-    __m512i a = add_lane_pairs(add_lane_pairs(pair[0], pair[1]), add_lane_pairs(pair[2], pair[3]));
-    __m512i b = add_lane_pairs(add_lane_pairs(pair[4], pair[5]), add_lane_pairs(pair[6], pair[7]));
-    const __m512i low = _mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29);
-    half[0] = _mm512_permutex2var_epi32(a, low, b);
-    half[1] = _mm512_permutex2var_epi32(a, _mm512_add_epi32(low, _mm512_set1_epi32(2)), b);
+    __m512i words[4]; // of rows i, 4 + i, 8 + i, 12 + i
+    for (int i = 0; i < 4; i++)
+        words[i] = add_lane_pairs(add_lane_pairs(v[i], v[4 + i]), add_lane_pairs(v[8 + i], v[12 + i]));
+    transpose_words(quarter, words[0], words[1], words[2], words[3]);
 }
 
 // vpdpbusd wants unsigned weights: w + bias. The sums start at -bias times the sum of the activations of each lane.
@@ -114,93 +115,147 @@ VECTOR_INLINE __m512i minus_bias(int bias, __m512i x)
     return _mm512_sub_epi32(zero, _mm512_dpbusd_epi32(zero, _mm512_set1_epi8((char)bias), x));
 }
 
-VECTOR_INLINE __m512 load_scale_f16(const uint16_t *scale)
+VECTOR_INLINE __m512 load_f16(const uint8_t *x) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x)); }
+
+// tile_scale of vector_ops.h, 16 rows at once.
+VECTOR_INLINE __m512 load_scale(enum weight_kind kind, const uint8_t *scale)
 {
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)scale));
+    if (kind == WEIGHT_INT4 || kind == WEIGHT_INT4Z)
+        return load_f16(scale);
+    __m128i codes = _mm_loadu_si128((const __m128i *)scale);
+    if (kind == WEIGHT_MXFP4) {
+        __m512i wide = _mm512_cvtepu8_epi32(codes);
+        __m512i bits = _mm512_max_epu32(_mm512_slli_epi32(wide, 23), _mm512_set1_epi32(0x00400000));
+        __mmask16 nan = _mm512_cmpeq_epi32_mask(wide, _mm512_set1_epi32(255));
+        return _mm512_castsi512_ps(_mm512_mask_mov_epi32(bits, nan, _mm512_set1_epi32(0x7fc00000)));
+    }
+    __m256i f16 = _mm256_srai_epi16(_mm256_slli_epi16(_mm256_cvtepu8_epi16(codes), 8), 1);
+    f16 = _mm256_and_si256(f16, _mm256_set1_epi16((short)0xbf80));
+    __m128i magnitude = _mm_and_si128(codes, _mm_set1_epi8(0x7f));
+    __mmask16 nan = _mm_cmpeq_epi8_mask(magnitude, _mm_set1_epi8(0x7f));
+    return _mm512_cvtph_ps(_mm256_mask_mov_epi16(f16, nan, _mm256_set1_epi16(0x7e00)));
 }
 
-// ---- int4, one token -----------------------------------------------------------------------------------------------
-
-// (code + 8) of rows 0..7 of a tile (low nibbles) and of rows 8..15.
-VECTOR_INLINE __m512i low_codes(__m512i v)
+VECTOR_INLINE __m512 load_last(enum weight_kind kind, const struct tile_scales *scales)
 {
-    return _mm512_ternarylogic_epi32(v, _mm512_set1_epi8(15), _mm512_set1_epi8(8), 0x6a); // (v & 15) ^ 8
+    if (kind == WEIGHT_NVFP4)
+        return _mm512_mul_ps(_mm512_set1_ps(0x1p7f), _mm512_loadu_ps(scales->global));
+    return _mm512_set1_ps(tile_last(kind, NULL, 0));
 }
-VECTOR_INLINE __m512i high_codes(__m512i v) { return low_codes(_mm512_srli_epi16(v, 4)); }
+
+// ---- Tiled kinds, one token ----------------------------------------------------------------------------------------
+
+// Unsigned codes of rows 0..7 of a tile (low nibbles) and of rows 8..15.
+VECTOR_INLINE __m512i low_codes(__m512i v, bool fp4)
+{
+    if (!fp4)
+        return _mm512_ternarylogic_epi32(v, _mm512_set1_epi8(15), _mm512_set1_epi8(8), 0x6a); // (v & 15) ^ 8
+    __m512i doubled = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)e2m1_doubled_biased));
+    return _mm512_shuffle_epi8(doubled, _mm512_and_si512(v, _mm512_set1_epi8(15)));
+}
+VECTOR_INLINE __m512i high_codes(__m512i v, bool fp4) { return low_codes(_mm512_srli_epi16(v, 4), fp4); }
 
 // sum[row] += products of 64 columns, for the 16 rows of a tile.
-VECTOR_INLINE void add_tile(__m512i sum[16], const uint8_t *tile, __m512i x)
+VECTOR_INLINE void add_tile(__m512i sum[16], const uint8_t *tile, __m512i x, bool fp4)
 {
     for (int g = 0; g < 8; g++) {
         __m512i v = _mm512_loadu_si512(tile + 64 * g);
         prefetch(tile + PREFETCH_BYTES + 64 * g);
-        sum[g] = _mm512_dpbusd_epi32(sum[g], low_codes(v), x);
-        sum[g + 8] = _mm512_dpbusd_epi32(sum[g + 8], high_codes(v), x);
+        sum[g] = _mm512_dpbusd_epi32(sum[g], low_codes(v, fp4), x);
+        sum[g + 8] = _mm512_dpbusd_epi32(sum[g + 8], high_codes(v, fp4), x);
     }
 }
 
-VECTOR_INLINE __m512 add_term(__m512 sum, __m512i dot, const uint16_t *scale, __m512 x_scale)
+VECTOR_INLINE int32_t sum_of_q(const int32_t *q_sum, int64_t col, int64_t cols)
 {
-    return _mm512_add_ps(sum, _mm512_mul_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(load_scale_f16(scale), x_scale)));
+    int32_t sum = 0;
+    for (int64_t i = col / ACT_SUM; i < (col + cols) / ACT_SUM; i++)
+        sum += q_sum[i];
+    return sum;
 }
 
 // `blocks` blocks of 64 rows side by side.
-VECTOR_INLINE void int4_decode(float *y, const struct matrix *w, const int8_t *q, const float *q_scale,
-                               int64_t row_begin, int64_t row_end, int64_t blocks, int group_size)
+VECTOR_INLINE void tiled_decode(float *y, const struct matrix *w, const struct activations *act, int64_t row_begin,
+                                int64_t row_end, int64_t blocks, enum weight_kind kind, int group_size)
 {
-    int64_t cols = (int64_t)w->shape.cols_padded, groups = cols / group_size, block_bytes = cols * BLOCK_ROWS / 2;
+    int64_t cols = (int64_t)w->shape.cols_padded, block_bytes = cols * BLOCK_ROWS / 2;
     const uint8_t *data = (const uint8_t *)w->data + row_begin / BLOCK_ROWS * block_bytes;
-    const uint16_t *scale = (const uint16_t *)w->scale + row_begin * groups;
-    int step = group_size == 128 ? 128 : 64;
+    int step = group_size == 128 ? 128 : 64, groups = step / group_size;
+    struct tile_scales scales[DECODE_BLOCKS * BLOCK_VECTORS];
     __m512 sum[DECODE_BLOCKS * BLOCK_VECTORS];
-    for (int i = 0; i < blocks * BLOCK_VECTORS; i++)
+    for (int i = 0; i < blocks * BLOCK_VECTORS; i++) {
+        scales[i] = tile_scales(w, row_begin + i * LANES);
         sum[i] = _mm512_setzero_ps();
-
+    }
     for (int64_t col = 0; col < cols; col += step) {
-        __m512i x0 = _mm512_loadu_si512(q + col), bias = minus_bias(8, x0), x1 = x0;
+        __m512i x0 = _mm512_loadu_si512(act->q + col), bias = minus_bias(tile_bias(kind), x0), x1 = x0;
         if (step == 128) {
-            x1 = _mm512_loadu_si512(q + col + 64);
-            bias = _mm512_add_epi32(bias, minus_bias(8, x1));
+            x1 = _mm512_loadu_si512(act->q + col + 64);
+            bias = _mm512_add_epi32(bias, minus_bias(tile_bias(kind), x1));
         }
-        __m512 x_scale = _mm512_set1_ps(q_scale[col / ACT_GROUP]);
+        __m512 x_scale = _mm512_set1_ps(act->q_scale[col / ACT_GROUP]), x_sum[4];
+        for (int g = 0; g < groups && kind == WEIGHT_INT4Z; g++)
+            x_sum[g] = _mm512_set1_ps((float)sum_of_q(act->q_sum, col + g * group_size, group_size));
         for (int i = 0; i < BLOCK_VECTORS; i++)
             for (int64_t b = 0; b < blocks; b++) {
                 const uint8_t *tile =
                     data + b * block_bytes + col / 64 * (4 * WEIGHT_TILE_BYTES) + i * WEIGHT_TILE_BYTES;
-                const uint16_t *s = scale + ((b * BLOCK_VECTORS + i) * groups + col / group_size) * LANES;
+                const struct tile_scales *at = &scales[b * BLOCK_VECTORS + i];
+                const uint8_t *scale = tile_scales_at(at, col);
                 __m512 *out = &sum[b * BLOCK_VECTORS + i];
-                __m512i dot[16], half[2];
+                __m512i dot[16], part[4];
                 for (int r = 0; r < 16; r++)
                     dot[r] = bias;
-                add_tile(dot, tile, x0);
+                add_tile(dot, tile, x0, is_fp4(kind));
                 if (step == 128)
-                    add_tile(dot, tile + 4 * WEIGHT_TILE_BYTES, x1);
-                prefetch(s + 8 * LANES);
-                if (group_size == 32) {
-                    sum_16_halves(half, dot);
-                    *out = add_term(add_term(*out, half[0], s, x_scale), half[1], s + LANES, x_scale);
-                } else {
-                    *out = add_term(*out, sum_16(dot), s, x_scale);
+                    add_tile(dot, tile + 4 * WEIGHT_TILE_BYTES, x1, is_fp4(kind));
+                prefetch(scale + 256);
+                if (groups == 1)
+                    part[0] = sum_16(dot);
+                else
+                    sum_16_quarters(part, dot);
+                for (int g = 0; g < 2 && groups == 2; g++)
+                    part[g] = _mm512_add_epi32(part[2 * g], part[2 * g + 1]);
+                for (int g = 0; g < groups; g++, scale += at->group_bytes) {
+                    __m512 value = _mm512_cvtepi32_ps(part[g]);
+                    if (kind == WEIGHT_INT4Z)
+                        value = _mm512_sub_ps(value, _mm512_mul_ps(load_f16(scale + 2 * LANES), x_sum[g]));
+                    value = _mm512_mul_ps(value, _mm512_mul_ps(load_scale(kind, scale), x_scale));
+                    *out = _mm512_add_ps(*out, value);
                 }
             }
     }
     for (int i = 0; i < blocks * BLOCK_VECTORS; i++)
-        store_rows(y, row_begin + i * LANES, row_end, _mm512_mul_ps(sum[i], _mm512_set1_ps(0x1p-8f)));
+        store_rows(y, row_begin + i * LANES, row_end, _mm512_mul_ps(sum[i], load_last(kind, &scales[i])));
 }
 
-static void int4_decode_any(float *y, const struct matrix *w, const int8_t *q, const float *q_scale, int64_t row_begin,
-                            int64_t row_end)
+VECTOR_INLINE void tiled_decode_rows(float *y, const struct matrix *w, const struct activations *act, int64_t row_begin,
+                                     int64_t row_end, enum weight_kind kind, int group_size)
 {
     for (int64_t row = row_begin; row < row_end; row += DECODE_BLOCKS * BLOCK_ROWS) {
         int64_t left = (row_end - row + BLOCK_ROWS - 1) / BLOCK_ROWS;
-        int64_t blocks = left < DECODE_BLOCKS ? left : DECODE_BLOCKS;
-        if (w->shape.group_size == 128)
-            int4_decode(y, w, q, q_scale, row, row_end, blocks, 128);
-        else if (w->shape.group_size == 64)
-            int4_decode(y, w, q, q_scale, row, row_end, blocks, 64);
-        else
-            int4_decode(y, w, q, q_scale, row, row_end, blocks, 32);
+        tiled_decode(y, w, act, row, row_end, left < DECODE_BLOCKS ? left : DECODE_BLOCKS, kind, group_size);
     }
+}
+
+static void tiled_decode_any(float *y, const struct matrix *w, const struct activations *act, int64_t row_begin,
+                             int64_t row_end)
+{
+#define DECODE_CASE(kind, group_size)                                                                                  \
+    case (kind)*256 + (group_size):                                                                                    \
+        tiled_decode_rows(y, w, act, row_begin, row_end, kind, group_size);                                            \
+        break
+    switch ((int)w->shape.kind * 256 + (int)w->shape.group_size) {
+        DECODE_CASE(WEIGHT_INT4, 128);
+        DECODE_CASE(WEIGHT_INT4, 64);
+        DECODE_CASE(WEIGHT_INT4, 32);
+        DECODE_CASE(WEIGHT_INT4Z, 128);
+        DECODE_CASE(WEIGHT_INT4Z, 64);
+        DECODE_CASE(WEIGHT_INT4Z, 32);
+        DECODE_CASE(WEIGHT_MXFP4, 32);
+        DECODE_CASE(WEIGHT_NVFP4, 16);
+    }
+#undef DECODE_CASE
 }
 
 // ---- int8, few tokens: 8 rows and 2 groups at a time ---------------------------------------------------------------
@@ -267,11 +322,13 @@ static void int8_decode(float *y, int64_t y_stride, const struct matrix *w, cons
                       row_end);
 }
 
-// ---- int8 and int4, several tokens ---------------------------------------------------------------------------------
+// ---- int8 and tiled kinds, several tokens ---------------------------------------------------------------------------------
 
-// Unpacked codes + bias of 64 rows and up to PANEL_COLS columns: [cols / 4][4 vectors][16 rows][4 columns].
+// Unpacked codes + bias of 64 rows and up to PANEL_COLS columns: [cols / 4][4 vectors][16 rows][4 columns]; and of tiled kinds what
+// stands beside each group.
 struct panel {
     __m512i v[PANEL_COLS / 4][BLOCK_VECTORS];
+    float scale[PANEL_COLS / 16][BLOCK_ROWS], zero[PANEL_COLS / 32][BLOCK_ROWS];
 };
 
 // 4x4 transpose of 128-bit lanes: out[i] = lane i of a, b, c, d.
@@ -286,19 +343,8 @@ VECTOR_INLINE void transpose_lanes(__m512i out[4], __m512i a, __m512i b, __m512i
     out[3] = _mm512_shuffle_i32x4(ab13, cd13, 0xdd);
 }
 
-// Per 128-bit lane, 4x4 transpose of words: out[i] = word i of a, b, c, d.
-VECTOR_INLINE void transpose_words(__m512i out[4], __m512i a, __m512i b, __m512i c, __m512i d)
-{
-    __m512i ab01 = _mm512_unpacklo_epi32(a, b), ab23 = _mm512_unpackhi_epi32(a, b);
-    __m512i cd01 = _mm512_unpacklo_epi32(c, d), cd23 = _mm512_unpackhi_epi32(c, d);
-    out[0] = _mm512_unpacklo_epi64(ab01, cd01);
-    out[1] = _mm512_unpackhi_epi64(ab01, cd01);
-    out[2] = _mm512_unpacklo_epi64(ab23, cd23);
-    out[3] = _mm512_unpackhi_epi64(ab23, cd23);
-}
-
 // 64 columns (16 words) of 64 rows into panel words 0..15.
-static void panel_int4(__m512i (*panel)[BLOCK_VECTORS], const uint8_t *tiles)
+VECTOR_INLINE void panel_tiles(__m512i (*panel)[BLOCK_VECTORS], const uint8_t *tiles, bool fp4)
 {
     for (int i = 0; i < BLOCK_VECTORS; i++, tiles += WEIGHT_TILE_BYTES) {
         __m512i v[8], first[4], second[4], word[4];
@@ -309,13 +355,16 @@ static void panel_int4(__m512i (*panel)[BLOCK_VECTORS], const uint8_t *tiles)
         transpose_words(first, v[0], v[1], v[2], v[3]);
         transpose_words(second, v[4], v[5], v[6], v[7]);
         for (int c = 0; c < 4; c++) {
-            transpose_lanes(word, low_codes(first[c]), low_codes(second[c]), high_codes(first[c]),
-                            high_codes(second[c]));
+            transpose_lanes(word, low_codes(first[c], fp4), low_codes(second[c], fp4), high_codes(first[c], fp4),
+                            high_codes(second[c], fp4));
             for (int l = 0; l < 4; l++)
                 panel[4 * l + c][i] = word[l];
         }
     }
 }
+
+static void panel_int4(__m512i (*panel)[BLOCK_VECTORS], const uint8_t *tiles) { panel_tiles(panel, tiles, false); }
+static void panel_fp4(__m512i (*panel)[BLOCK_VECTORS], const uint8_t *tiles) { panel_tiles(panel, tiles, true); }
 
 static void panel_int8(__m512i (*panel)[BLOCK_VECTORS], const int8_t *codes, int64_t cols)
 {
@@ -356,92 +405,127 @@ VECTOR_INLINE void add_word(i32x16 dot[TILE_TOKENS][BLOCK_VECTORS], const __m512
     }
 }
 
+// Scales and zeros of the groups in columns [col, col + cols).
+VECTOR_INLINE void panel_scales(struct panel *panel, const struct matrix *w, int64_t row, int64_t col, int64_t cols,
+                                enum weight_kind kind)
+{
+    for (int64_t i = 0; i < BLOCK_ROWS; i += LANES) {
+        struct tile_scales scales = tile_scales(w, row + i);
+        const uint8_t *from = tile_scales_at(&scales, col);
+        for (int64_t g = 0; g << scales.group_shift < cols; g++, from += scales.group_bytes) {
+            _mm512_storeu_ps(&panel->scale[g][i], load_scale(kind, from));
+            if (kind == WEIGHT_INT4Z)
+                _mm512_storeu_ps(&panel->zero[g][i], load_f16(from + 2 * LANES));
+        }
+    }
+}
+
+static void panel_fill(struct panel *panel, const struct matrix *w, int64_t row, int64_t col, int64_t cols)
+{
+    enum weight_kind kind = w->shape.kind;
+    int64_t row_cols = (int64_t)w->shape.cols_padded;
+    for (int64_t c = 0; c < cols; c += 64) {
+        const uint8_t *tiles = (const uint8_t *)w->data + (row * row_cols + (col + c) * BLOCK_ROWS) / 2;
+        if (kind == WEIGHT_INT8)
+            panel_int8(&panel->v[c / 4], (const int8_t *)w->data + row * row_cols + col + c, row_cols);
+        else
+            (is_fp4(kind) ? panel_fp4 : panel_int4)(&panel->v[c / 4], tiles);
+    }
+    if (kind == WEIGHT_INT4)
+        panel_scales(panel, w, row, col, cols, WEIGHT_INT4);
+    else if (kind == WEIGHT_INT4Z)
+        panel_scales(panel, w, row, col, cols, WEIGHT_INT4Z);
+    else if (kind == WEIGHT_MXFP4)
+        panel_scales(panel, w, row, col, cols, WEIGHT_MXFP4);
+    else if (kind == WEIGHT_NVFP4)
+        panel_scales(panel, w, row, col, cols, WEIGHT_NVFP4);
+}
+
 // What a panel is multiplied with; all pointers stand at the panel's first column and the tile's first token.
 struct panel_job {
     const struct panel *panel;
     int64_t cols, group_size; // of sums: the weight's group, or ACT_GROUP
-    int32_t bias;             // of the codes
+    enum weight_kind kind;
+    int32_t bias; // of the codes
     const int8_t *q;
     const float *q_scale;
     const int32_t *q_sum;
-    int64_t stride;        // of act
-    const uint16_t *scale; // int4: f16 [4][scale_stride], 16 rows a group; int8: NULL
-    int64_t scale_stride;
+    int64_t stride;           // of act
     float (*sum)[BLOCK_ROWS]; // [tokens]
 };
 
-VECTOR_INLINE void panel_tile(const struct panel_job *job, int tokens, bool halves)
+// words: of every four words of a tile row, how many stand in one group: 1 or 2 in groups of 16 or 32, else all 4.
+VECTOR_INLINE void panel_tile(const struct panel_job *job, int tokens, int words)
 {
-    int64_t stride = job->stride, group_size = halves ? 32 : job->group_size;
-    for (int64_t col = 0; col < job->cols; col += group_size) {
+    int64_t stride = job->stride, group_size = words < 4 ? words * 16 : job->group_size;
+    for (int64_t col = 0, group = 0; col < job->cols; col += group_size, group++) {
         int64_t size = job->cols - col < group_size ? job->cols - col : group_size;
-        int32_t first[TILE_TOKENS] = {0};
+        int32_t x_sum[TILE_TOKENS];
         for (int t = 0; t < tokens; t++)
-            for (int64_t i = col / 32; i < (col + size) / 32; i++)
-                first[t] -= job->bias * job->q_sum[t * (stride / 32) + i];
+            x_sum[t] = sum_of_q(job->q_sum + t * (stride / ACT_SUM), col, size);
         i32x16 dot[TILE_TOKENS][BLOCK_VECTORS];
         UNROLL
         for (int t = 0; t < tokens; t++) {
             UNROLL
             for (int i = 0; i < BLOCK_VECTORS; i++)
-                dot[t][i] = (i32x16)_mm512_set1_epi32(first[t]);
+                dot[t][i] = (i32x16)_mm512_set1_epi32(-job->bias * x_sum[t]);
         }
-        if (halves) {
-            // Of the 16 words of a tile row, two of every four belong to each half.
-            int64_t begin = col / 64 * 16 + col / 32 % 2 * 2;
-            for (int64_t k = begin; k < begin + 16; k += 4) {
-                add_word(dot, job->panel->v[k], job->q + 4 * k, stride, tokens);
-                add_word(dot, job->panel->v[k + 1], job->q + 4 * k + 4, stride, tokens);
-            }
-        } else {
-            for (int64_t k = col / 4; k < (col + size) / 4; k++)
-                add_word(dot, job->panel->v[k], job->q + 4 * k, stride, tokens);
+        int64_t begin = col / 64 * 16 + col % 64 / 16, end = begin + (words < 4 ? 16 : size / 4);
+        for (int64_t k = begin; k < end; k += 4) {
+            UNROLL
+            for (int i = 0; i < words; i++)
+                add_word(dot, job->panel->v[k + i], job->q + 4 * (k + i), stride, tokens);
         }
         UNROLL
         for (int i = 0; i < BLOCK_VECTORS; i++) {
-            __m512 scale = _mm512_set1_ps(1.0f);
-            if (job->scale)
-                scale = load_scale_f16(job->scale + i * job->scale_stride + col / group_size * LANES);
+            __m512 scale = _mm512_set1_ps(1.0f), zero = _mm512_setzero_ps();
+            if (job->kind != WEIGHT_INT8)
+                scale = _mm512_loadu_ps(job->panel->scale[group] + i * LANES);
+            if (job->kind == WEIGHT_INT4Z)
+                zero = _mm512_loadu_ps(job->panel->zero[group] + i * LANES);
             UNROLL
             for (int t = 0; t < tokens; t++) {
                 __m512 x_scale = _mm512_set1_ps(job->q_scale[t * (stride / ACT_GROUP) + col / ACT_GROUP]);
-                __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)dot[t][i]), _mm512_mul_ps(scale, x_scale));
+                __m512 value = _mm512_cvtepi32_ps((__m512i)dot[t][i]);
+                if (job->kind == WEIGHT_INT4Z)
+                    value = _mm512_sub_ps(value, _mm512_mul_ps(zero, _mm512_set1_ps((float)x_sum[t])));
                 float *sum = job->sum[t] + i * LANES;
-                _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), term));
+                value = _mm512_mul_ps(value, _mm512_mul_ps(scale, x_scale));
+                _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), value));
             }
         }
     }
 }
 
-// halves: groups of 32. tokens as tile_tokens says.
-VECTOR_INLINE void panel_tile_any(const struct panel_job *job, int64_t tokens, bool halves)
+// tokens as tile_tokens says.
+VECTOR_INLINE void panel_tile_any(const struct panel_job *job, int64_t tokens, int words)
 {
     switch (tokens) {
     case 1:
-        panel_tile(job, 1, halves);
+        panel_tile(job, 1, words);
         break;
     case 2:
-        panel_tile(job, 2, halves);
+        panel_tile(job, 2, words);
         break;
     case 4:
-        panel_tile(job, 4, halves);
+        panel_tile(job, 4, words);
         break;
     case 6:
-        panel_tile(job, 6, halves);
+        panel_tile(job, 6, words);
         break;
     }
 }
 
-static void panel_tile_32(const struct panel_job *job, int64_t tokens) { panel_tile_any(job, tokens, true); }
-static void panel_tile_wide(const struct panel_job *job, int64_t tokens) { panel_tile_any(job, tokens, false); }
+static void panel_tile_16(const struct panel_job *job, int64_t tokens) { panel_tile_any(job, tokens, 1); }
+static void panel_tile_32(const struct panel_job *job, int64_t tokens) { panel_tile_any(job, tokens, 2); }
+static void panel_tile_wide(const struct panel_job *job, int64_t tokens) { panel_tile_any(job, tokens, 4); }
 
 // 64 rows from `row` on, tokens [token, token + tokens), tokens <= PANEL_TOKENS.
 static void panel_block(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
                         int64_t token, int64_t tokens, int64_t row, int64_t row_end)
 {
-    bool int4 = w->shape.kind == WEIGHT_INT4;
+    bool int8 = w->shape.kind == WEIGHT_INT8;
     int64_t cols = (int64_t)w->shape.cols_padded, stride = act->stride;
-    int64_t group_size = int4 ? w->shape.group_size : ACT_GROUP;
     struct panel panel;
     float sum[PANEL_TOKENS][BLOCK_ROWS];
     memset(sum, 0, (size_t)tokens * sizeof *sum);
@@ -450,75 +534,63 @@ static void panel_block(float *y, int64_t y_stride, const struct matrix *w, cons
         struct panel_job job = {
             .panel = &panel,
             .cols = cols - col < PANEL_COLS ? cols - col : PANEL_COLS,
-            .group_size = group_size,
-            .bias = int4 ? 8 : 128,
+            .group_size = int8 ? ACT_GROUP : w->shape.group_size,
+            .kind = w->shape.kind,
+            .bias = int8 ? 128 : tile_bias(w->shape.kind),
             .stride = stride,
         };
-        for (int64_t c = 0; c < job.cols; c += 64) {
-            if (int4)
-                panel_int4(&panel.v[c / 4], (const uint8_t *)w->data + (row * cols + (col + c) * BLOCK_ROWS) / 2);
-            else
-                panel_int8(&panel.v[c / 4], (const int8_t *)w->data + row * cols + col + c, cols);
-        }
-        if (int4) {
-            job.scale_stride = cols / group_size * LANES;
-            job.scale = (const uint16_t *)w->scale + row / LANES * job.scale_stride + col / group_size * LANES;
-        }
+        panel_fill(&panel, w, row, col, job.cols);
         for (int64_t t = 0, count; t < tokens; t += count) {
             count = tile_tokens(tokens - t);
             job.q = act->q + (token + t) * stride + col;
             job.q_scale = act->q_scale + (token + t) * (stride / ACT_GROUP) + col / ACT_GROUP;
-            job.q_sum = act->q_sum + (token + t) * (stride / 32) + col / 32;
+            job.q_sum = act->q_sum + (token + t) * (stride / ACT_SUM) + col / ACT_SUM;
             job.sum = sum + t;
-            (group_size == 32 ? panel_tile_32 : panel_tile_wide)(&job, count);
+            (job.group_size == 16   ? panel_tile_16
+             : job.group_size == 32 ? panel_tile_32
+                                    : panel_tile_wide)(&job, count);
         }
     }
     for (int i = 0; i < BLOCK_VECTORS; i++) {
-        __m512 scale = int4 ? _mm512_set1_ps(0x1p-8f) : _mm512_loadu_ps((const float *)w->scale + row + i * LANES);
+        __m512 last;
+        if (int8) {
+            last = _mm512_loadu_ps((const float *)w->scale + row + i * LANES);
+        } else {
+            struct tile_scales scales = tile_scales(w, row + i * LANES);
+            last = load_last(w->shape.kind, &scales);
+        }
         for (int64_t t = 0; t < tokens; t++)
             store_rows(y + (token + t) * y_stride, row + i * LANES, row_end,
-                       _mm512_mul_ps(_mm512_loadu_ps(sum[t] + i * LANES), scale));
+                       _mm512_mul_ps(_mm512_loadu_ps(sum[t] + i * LANES), last));
     }
 }
 
 // ---- The table -----------------------------------------------------------------------------------------------------
 
-static void int_matmul(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
-                       int64_t tokens, int64_t row_begin, int64_t row_end)
+static void panel_matmul(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
+                         int64_t tokens, int64_t row_begin, int64_t row_end)
 {
-    if (tokens <= INT8_DECODE_TOKENS && w->shape.kind == WEIGHT_INT8) {
-        int8_decode(y, y_stride, w, act, tokens, row_begin, row_end);
-    } else if (tokens == 1) {
-        int4_decode_any(y, w, act->q, act->q_scale, row_begin, row_end);
-    } else {
-        for (int64_t row = row_begin; row < row_end; row += BLOCK_ROWS)
-            for (int64_t t = 0; t < tokens; t += PANEL_TOKENS)
-                panel_block(y, y_stride, w, act, t, tokens - t < PANEL_TOKENS ? tokens - t : PANEL_TOKENS, row,
-                            row_end);
-    }
+    for (int64_t row = row_begin; row < row_end; row += BLOCK_ROWS)
+        for (int64_t t = 0; t < tokens; t += PANEL_TOKENS)
+            panel_block(y, y_stride, w, act, t, tokens - t < PANEL_TOKENS ? tokens - t : PANEL_TOKENS, row, row_end);
 }
 
-static void matmul(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act, int64_t tokens,
-                   int64_t row_begin, int64_t row_end)
+static void int8_matmul(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
+                        int64_t tokens, int64_t row_begin, int64_t row_end)
 {
-    if (vector_ops_matmul(y, y_stride, w, act, tokens, row_begin, row_end))
-        return;
-    switch (w->shape.kind) {
-    case WEIGHT_BF16:
-        float_matmul_bf16(y, y_stride, w, act, tokens, row_begin, row_end);
-        break;
-    case WEIGHT_FP8:
-        float_matmul_fp8(y, y_stride, w, act, tokens, row_begin, row_end);
-        break;
-    case WEIGHT_INT8:
-    case WEIGHT_INT4:
-        int_matmul(y, y_stride, w, act, tokens, row_begin, row_end);
-        break;
-    case WEIGHT_F32:
-    case WEIGHT_KIND_COUNT:
-        break;
-    }
+    (tokens <= INT8_DECODE_TOKENS ? int8_decode : panel_matmul)(y, y_stride, w, act, tokens, row_begin, row_end);
 }
+
+static void tiled_matmul(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
+                         int64_t tokens, int64_t row_begin, int64_t row_end)
+{
+    if (tokens == 1)
+        tiled_decode_any(y, w, act, row_begin, row_end);
+    else
+        panel_matmul(y, y_stride, w, act, tokens, row_begin, row_end);
+}
+
+#include "kernels/cpu/matmul.h"
 
 const struct kernels kernels_avx512 = {
     .name = "avx512",

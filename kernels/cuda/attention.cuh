@@ -14,6 +14,15 @@ __device__ __forceinline__ int64_t kv_row(const struct device_kv &kv, int64_t pa
     return ((page * kv.num_kv_heads + kv_head) * KV_PAGE_TOKENS + slot) * kv.head_dim;
 }
 
+// Stores one value in the cache.
+__device__ __forceinline__ void store_kv(void *cache, enum kv_format format, int64_t at, float x)
+{
+    if (format == KV_E4M3)
+        ((uint8_t *)cache)[at] = f32_to_e4m3(x);
+    else
+        ((uint16_t *)cache)[at] = f32_to_bf16(x);
+}
+
 // First position that a query at `position` sees.
 __device__ __forceinline__ int64_t window_begin(const struct attention_shape &shape, int64_t position)
 {
@@ -27,6 +36,12 @@ __device__ __forceinline__ float finished_score(const struct attention_shape &sh
     if (shape.soft_cap > 0)
         score = shape.soft_cap * tanhf(score / shape.soft_cap);
     return score * LOG2_E;
+}
+
+// The head's sink as a score; -Inf: it has none, and takes no share.
+__device__ __forceinline__ float sink_score(const struct attention_shape &shape, int64_t head)
+{
+    return shape.sinks ? shape.sinks[head] * LOG2_E : -INFINITY;
 }
 
 // 2^(x - largest). A largest of -Inf says that nothing finite has been seen: then x is -Inf (gives 0) or NaN.

@@ -233,7 +233,8 @@ __global__ void __launch_bounds__(THREADS, 2) attend_chunk(struct decode_input i
     }
 }
 
-// grid (query head, row): out = sum over chunks of 2^(largest - L) * value / sum over chunks of 2^(largest - L) * sum, ascending.
+// grid (query head, row): out = sum over chunks of 2^(largest - L) * value / sum over chunks of 2^(largest - L) * sum, ascending; a sink
+// adds its share to the latter.
 __global__ void __launch_bounds__(COMBINE_THREADS) combine_chunks(float *out, struct decode_input in)
 {
     SHARED(float, factor, COMBINE_THREADS);
@@ -245,7 +246,7 @@ __global__ void __launch_bounds__(COMBINE_THREADS) combine_chunks(float *out, st
     int64_t part = (row * in.shape.num_heads + head) * in.parts.chunks;
     int head_dim = (int)in.kv.head_dim, thread = threadIdx.x;
 
-    float largest = -INFINITY;
+    float sink = sink_score(in.shape, head), largest = sink;
     for (int64_t chunk = chunk_begin + thread; chunk < chunk_end; chunk += COMBINE_THREADS)
         largest = fmaxf(largest, in.parts.largest[part + chunk]);
     for (int mask = WARP / 2; mask; mask /= 2)
@@ -256,7 +257,7 @@ __global__ void __launch_bounds__(COMBINE_THREADS) combine_chunks(float *out, st
     for (int i = 0; i < COMBINE_THREADS / WARP; i++)
         largest = fmaxf(largest, warp_largest[i]);
 
-    float sum = 0, value[MAX_DIM / COMBINE_THREADS] = {0};
+    float sum = weight_of(sink, largest), value[MAX_DIM / COMBINE_THREADS] = {0};
     for (int64_t base = chunk_begin; base < chunk_end; base += COMBINE_THREADS) {
         int count = (int)min(chunk_end - base, (int64_t)COMBINE_THREADS);
         __syncthreads();

@@ -273,13 +273,14 @@ __global__ void __launch_bounds__(THREADS, DIM > 128 ? 1 : 3) attend_tile(struct
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         int row = warp * 16 + g + 8 * h;
-        float whole = quad_sum(sum[h]);
+        float sink = sink_score(in.shape, head), final = fmaxf(largest[h], sink), shrink = weight_of(largest[h], final);
+        float whole = quad_sum(sum[h]) * shrink + weight_of(sink, final);
         float *out = in.out + ((int64_t)(row_begin + row) * in.shape.num_heads + head) * head_dim;
 #pragma unroll
         for (int n = 0; n < DIM / 8; n++)
             if (row < row_count && n * 8 + 2 * t < head_dim)
                 store_global((float2 *)(out + n * 8 + 2 * t),
-                             make_float2(value[n][2 * h] / whole, value[n][2 * h + 1] / whole));
+                             make_float2(value[n][2 * h] * shrink / whole, value[n][2 * h + 1] * shrink / whole));
     }
 }
 

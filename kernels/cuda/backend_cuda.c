@@ -84,21 +84,39 @@ static void cuda_describe(const struct device *d, char text[DEVICE_TEXT_BYTES])
     multiply_describe(d, text + used, DEVICE_TEXT_BYTES - (size_t)used);
 }
 
-static struct backend table;
+static const struct backend table = {
+    .abi = BACKEND_ABI,
+    .name = "cuda",
+    .prefill_rows = PREFILL_ROWS,
+    .host_bytes = device_host_bytes,
+    .open = cuda_open,
+    .close = cuda_close,
+    .describe = cuda_describe,
+    .plan = device_plan,
+    .load = device_load,
+    .prepare = device_prepare,
+    .begin = step_begin,
+    .record = step_record,
+    .finish = step_finish,
+    .embed = step_embed,
+    .scale_residual = step_scale_residual,
+    .norm = step_norm,
+    .linear = step_linear,
+    .norm_latent = step_norm_latent,
+    .squares = step_squares,
+    .finish_qkv = step_finish_qkv,
+    .attend = step_attend,
+    .activate = step_activate,
+    .route = step_route,
+    .experts = step_experts,
+    .lend = step_lend,
+    .returned = step_returned,
+    .logits = step_logits,
+    .count_prompt = step_count_prompt,
+    .sampling = step_sampling,
+    .sample = step_sample,
+    .tokens = step_tokens,
+};
 
 __attribute__((visibility("default"))) const struct backend *tpengine_cuda_backend(void);
-const struct backend *tpengine_cuda_backend(void)
-{
-    table = step_operations;
-    table.abi = BACKEND_ABI;
-    table.name = "cuda";
-    table.prefill_rows = PREFILL_ROWS;
-    table.host_bytes = device_host_bytes;
-    table.open = cuda_open;
-    table.close = cuda_close;
-    table.describe = cuda_describe;
-    table.plan = device_plan;
-    table.load = device_load;
-    table.prepare = device_prepare;
-    return &table;
-}
+const struct backend *tpengine_cuda_backend(void) { return &table; }

@@ -4,11 +4,12 @@
 //   memory.c        what is allocated, planned before; loading the weights
 //   multiply.c      which arithmetic a matrix product takes, and taking it
 //   step.c          the operations of a step, and steps kept as CUDA graphs
+//   step_attention.c  from queries and keys to what attention puts out
+//   step_experts.c  those of a mixture of experts
 #ifndef TPSHARD_KERNELS_CUDA_DEVICE_H
 #define TPSHARD_KERNELS_CUDA_DEVICE_H
 
 #include "kernels/backend.h"
-#include "kernels/cuda/gemm.h"
 #include "kernels/cuda/launch.h"
 
 #include <cuda_runtime_api.h>
@@ -17,9 +18,10 @@
 
 enum {
     PREFILL_ROWS = 2048,
+    LATENT_ROWS = 512,    // rows whose queries are on the latent's side together
+    EXPERTS_ROWS = 1024,  // rows whose chosen experts are computed together
     LOGITS_ROWS = 64,     // rows whose logits are on the device together
     GEMM_ROWS_STEP = 128, // products by cuBLASLt run at multiples of so many rows
-    MAX_GEMM_PLANS = 512, // distinct products of one model
     LOAD_PIECE_BYTES = 16 << 20,
     LOAD_PIECES = 4,
 };
@@ -29,28 +31,31 @@ enum {
 #define SLAB_BYTES (32ull << 20) // weights expanded for cuBLASLt at a time; stays in the L2 cache of large chips
 #endif
 
-// How a matrix is multiplied.
-enum arithmetic {
-    ARITHMETIC_F16,        // own kernel: weights widened to f16 or bf16 in registers
-    ARITHMETIC_INT8,       // own kernel: int8 activations, exact sums over groups
-    ARITHMETIC_GEMM_F16,   // cuBLASLt, weights expanded into an f16 slab
-    ARITHMETIC_GEMM_BF16,  // cuBLASLt, bf16 as it lies
-    ARITHMETIC_FP8_OUTER,  // cuBLASLt, e4m3 with a scale for each row and column (sm_90)
-    ARITHMETIC_FP8_TENSOR, // cuBLASLt, e4m3 without scales; rows and columns are scaled afterwards (sm_89, sm_120)
-};
-
-// A product of cuBLASLt that has been prepared.
-struct gemm_entry {
-    struct gemm problem; // pointers apart
-    struct gemm_plan *plan;
-};
-
 // What the host says of a step, in pinned memory and, copied in one piece, on the device.
 struct step_block {
     struct device_sampling *sampling; // [max_sequences]
     uint32_t *token;                  // [count]
     int32_t *sequence, *position;     // [count]
     uint64_t bytes;
+};
+
+// What the next products multiply: rows of f32, if they are kept, and how they are prepared.
+struct step_input {
+    const float *rows;  // [count][cols]; NULL: not kept, as they are prepared already for all that is to come
+    const float *order; // of the columns; NULL: as they are
+    int64_t cols;
+    enum input_format format;
+};
+
+// Work of the experts of one layer; of slots, see launch.h.
+struct expert_work {
+    struct device_expert *table; // [num_layers][num_experts_local]
+    int32_t *chosen;             // [rows_capacity][experts_per_token]
+    float *weight;               // likewise
+    float *shared_factor;        // [rows_capacity]
+    struct device_slots slots;   // of at most EXPERTS_ROWS rows, as are the following
+    float *gate_up, *out;        // [slots][2 * expert_size_local], [slots][hidden]
+    struct device_input input;   // of down: [slots]
 };
 
 // A decode step of so many rows. The first runs as it comes, which loads its kernels; the second is recorded; all others replay it.
@@ -68,14 +73,17 @@ struct device {
 
     struct device_shape shape;
     const struct weights *weights;
-    int64_t q_size, kv_size, mlp_size;
     int64_t rows_capacity; // of buffers: max_rows, rounded up for cuBLASLt
 
     // Device memory: two allocations, the second cut up by memory.c; cuBLASLt's workspace is a third.
     uint8_t *payload, *arena;
-    float *residual, *qkv, *attended, *gate_up, *partial, *logits;
+    float *buffer[BUFFER_COUNT]; // [rows_capacity][buffer_width]
+    float *attended, *logits;
+    float *query, *mixed;      // [LATENT_ROWS][heads][k_dim], [..][kv_rank]; only with latent attention
+    float *normed;             // [max_rows][hidden], where a norm's rows are multiplied by matrices of several kinds
     struct device_input input; // of the next product
-    uint8_t *kv;               // [num_layers][k, v][num_pages][num_kv_heads][KV_PAGE_TOKENS][head_dim]
+    struct expert_work experts;
+    uint8_t *kv; // [num_layers], each as kv.h has it
     int32_t *pages, *row_index, *identity;
     void *attention_scratch, *sample_scratch, *slab;
     float *slab_scale, *one;
@@ -99,20 +107,17 @@ struct device {
     int64_t pages_per_sequence;
     struct step_block host, block; // block: the same on the device
     cudaEvent_t uploaded;          // the host's part of the step has been read
+    struct step_input source;      // of what `input` holds
     bool recording;
     int64_t sampled;           // rows that sample chooses for
     struct step_graph *graphs; // [max_sequences + 1], by rows of a decode step
 
-    // Products.
-    struct gemm_handle *gemm; // NULL: not needed, or the library is not there
-    char gemm_problem[256];   // why not, when it was wanted
-    enum arithmetic arithmetic[2][WEIGHT_KIND_COUNT];
-    struct gemm_entry plans[MAX_GEMM_PLANS];
-    int num_plans;
+    struct products *products; // multiply.c's; NULL before prepare
 };
 
 // 0, or ERR_GPU (ERR_MEMORY when memory ran out) with the device, `what` and the driver's words.
 int device_status(const struct device *d, cudaError_t status, const char *what, struct error *err);
+#define CHECK(call, what) device_status(d, call, what, err)
 
 // ---- memory.c
 uint64_t device_host_bytes(const struct device_shape *shape, int threads);
@@ -125,6 +130,10 @@ void device_settle(struct device *d); // before anything is freed: nothing runs 
 void device_free_memory(struct device *d);
 struct step_block device_step_block(const struct device *d, uint8_t *memory, int64_t count);
 
+// ---- step_experts.c
+// The device's table of experts; refuses layers whose experts differ in more than their numbers.
+int experts_prepare(struct device *d, struct error *err);
+
 // ---- multiply.c
 // Chooses an arithmetic for every kind of weight in the model and proves those of cuBLASLt by example.
 int multiply_prepare(struct device *d, struct error *err);
@@ -133,10 +142,41 @@ uint64_t multiply_workspace_bytes(int sm); // of cuBLASLt
 void multiply_describe(const struct device *d, char *text, size_t bytes);
 // How rows must be prepared for a product with w in the step's phase.
 enum input_format multiply_input(const struct device *d, const struct matrix *w);
-// y [rows][y_stride] = the prepared input * w^T. For cuBLASLt y has room for rows rounded up to GEMM_ROWS_STEP.
-int multiply(struct device *d, float *y, int64_t y_stride, const struct matrix *w, int64_t rows, struct error *err);
+// y [rows][rows of w] = the prepared input * w^T. For cuBLASLt y has room for rows rounded up to GEMM_ROWS_STEP.
+int multiply(struct device *d, float *y, const struct matrix *w, int64_t rows, struct error *err);
+// How rows must be prepared for the own kernel that widens weights of this kind, which takes any kind and shape.
+enum input_format multiply_widening_input(enum weight_kind kind);
 
-// ---- step.c
-extern const struct backend step_operations; // only the operations of a step are set
+// ---- step.c: the operations of a step, as kernels/backend.h has them
+int step_begin(struct device *d, const struct token_row *rows, int64_t count, enum phase phase,
+               const struct kv_pages *pages, struct error *err);
+int step_record(struct device *d, bool *replayed, struct error *err);
+int step_finish(struct device *d, struct error *err);
+int step_embed(struct device *d, struct error *err);
+int step_scale_residual(struct device *d, float factor, struct error *err);
+int step_norm(struct device *d, const struct join *join, const float *weight, const float *order,
+              const struct matrix *next, struct error *err);
+int step_linear(struct device *d, enum buffer out, const struct matrix *w, struct error *err);
+int step_norm_latent(struct device *d, int64_t layer, struct error *err);
+int step_squares(struct device *d, int64_t layer, struct error *err);
+int step_finish_qkv(struct device *d, int64_t layer, struct error *err);
+int step_attend(struct device *d, int64_t layer, struct error *err);
+int step_activate(struct device *d, const struct mlp *mlp, struct error *err);
+// Takes f32 rows [count][cols] for the next products, prepared for `next`.
+int step_keep(struct device *d, const float *rows, const float *order, int64_t cols, const struct matrix *next,
+              struct error *err);
+// Prepares the rows of d->source in a format, unless they are.
+int step_prepare(struct device *d, enum input_format format, struct error *err);
+int step_route(struct device *d, int64_t layer, struct error *err);
+int step_experts(struct device *d, int64_t layer, struct error *err);
+int step_lend(struct device *d, enum buffer buffer, float **host, struct error *err);
+int step_returned(struct device *d, enum buffer buffer, struct error *err);
+int step_logits(struct device *d, const struct join *join, const int64_t *row_index, int64_t count, float *host,
+                int64_t stride, struct error *err);
+int step_count_prompt(struct device *d, int32_t sequence, const uint32_t *prompt, int64_t count, struct error *err);
+int step_sampling(struct device *d, const struct sampling *const *sampling, const uint64_t *steps,
+                  const struct token_row *rows, int64_t count, struct error *err);
+int step_sample(struct device *d, struct error *err);
+int step_tokens(struct device *d, uint32_t *tokens, int64_t count, struct error *err);
 
 #endif

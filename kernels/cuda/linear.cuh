@@ -23,6 +23,8 @@ struct linear {
     int64_t out_rows, weight_row_bytes;
     int32_t col_tiles, steps; // of 64 and of 128 columns; the last step may lack its second tile
     int32_t split_bits;       // few tokens: 2^split_bits warps take turns in the steps of one tile of rows
+    int64_t scale_tile_bytes; // scales of the groups of one tile of rows
+    int64_t scale_block_more; // bytes behind those of four tiles
 };
 
 // int8 products of many tokens; the rows of w are shared out in blocks whose size depends on how many there are.
@@ -57,6 +59,10 @@ inline struct linear linear_of(float *y, int64_t y_stride, const struct matrix *
     l.col_tiles = (int32_t)(w->shape.cols_padded / TILE_COLS);
     l.steps = (l.col_tiles + 1) / 2;
     l.split_bits = 0;
+    l.scale_block_more = w->shape.kind == WEIGHT_NVFP4 ? WEIGHT_ROW_UNIT * (int64_t)sizeof(float) : 0;
+    l.scale_tile_bytes =
+        w->shape.rows_padded ? (int64_t)(w->shape.scale_bytes / (w->shape.rows_padded / WEIGHT_ROW_UNIT)) / 4 : 0;
+    l.scale_tile_bytes -= l.scale_block_more / 4;
     return l;
 }
 
@@ -80,36 +86,41 @@ __device__ __forceinline__ uint32_t word_of(const uint4 &v, int i)
     return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
+// Codes of four bits in T16x64 tiles.
+#define IS_TILED(KIND)                                                                                                 \
+    ((KIND) == WEIGHT_INT4 || (KIND) == WEIGHT_INT4Z || (KIND) == WEIGHT_MXFP4 || (KIND) == WEIGHT_NVFP4)
 // 16-byte loads that a lane makes for its part of one step of a tile of rows.
-#define STEP_LOADS(KIND) ((KIND) == WEIGHT_INT4 ? 2 : (KIND) == WEIGHT_BF16 ? 8 : 4)
+#define STEP_LOADS(KIND) (IS_TILED(KIND) ? 2 : (KIND) == WEIGHT_BF16 ? 8 : 4)
+// Bytes of what a group of 16 rows has: f16 scales; f16 scales and zeros; f32 scales; scales of a byte.
+#define GROUP_BYTES(KIND) ((KIND) == WEIGHT_INT4 ? 32 : (KIND) == WEIGHT_INT4Z || (KIND) == WEIGHT_FP8G ? 64 : 16)
 
 // Where a lane's part of a tile of rows begins.
 template <int KIND>
 __device__ __forceinline__ const uint8_t *weights_of_lane(const struct linear &l, int64_t row_tile, int lane)
 {
-    if (KIND == WEIGHT_INT4)
+    if (IS_TILED(KIND))
         return l.weights + ((row_tile >> 2) * l.col_tiles * 4 + (row_tile & 3)) * WEIGHT_TILE_BYTES + lane * 16;
     return l.weights + (row_tile * TILE_ROWS + (lane >> 2)) * l.weight_row_bytes + (lane & 3) * 16;
 }
 
 // A lane's part of one step: for each column tile
-//   int4        the 16 bytes of T16x64
-//   int8, fp8   16 columns from 16 t on, of row g and then of row g + 8
+//   four bits   the 16 bytes of T16x64
+//   a byte      16 columns from 16 t on, of row g and then of row g + 8
 //   bf16        for each half of 32 columns: 8 columns from 8 t on, of row g and then of row g + 8
-// A missing second tile reads as zeros; WHOLE: it is there. Every request of a warp is made of whole sectors; int4's is 512 bytes side by
-// side.
+// A missing second tile reads as zeros; WHOLE: it is there. Every request of a warp is made of whole sectors; that of four bits is 512 bytes side
+// by side.
 template <int KIND, bool WHOLE>
 __device__ __forceinline__ void load_step(uint4 (&w)[STEP_LOADS(KIND)], const struct linear &l,
                                           const uint8_t *lane_weights, int step)
 {
     enum {
         LOADS = STEP_LOADS(KIND) / 2,
-        TILE_BYTES = KIND == WEIGHT_INT4   ? 4 * WEIGHT_TILE_BYTES
+        TILE_BYTES = IS_TILED(KIND)        ? 4 * WEIGHT_TILE_BYTES
                      : KIND == WEIGHT_BF16 ? 2 * TILE_COLS
                                            : TILE_COLS,
     };
     const uint8_t *p = lane_weights + (int64_t)step * (2 * TILE_BYTES);
-    const uint8_t *p8 = KIND == WEIGHT_INT4 ? p : p + 8 * l.weight_row_bytes;
+    const uint8_t *p8 = IS_TILED(KIND) ? p : p + 8 * l.weight_row_bytes;
     bool both = WHOLE || 2 * step + 1 < l.col_tiles;
 #pragma unroll
     for (int tile = 0; tile < 2; tile++)
@@ -128,13 +139,13 @@ __device__ __forceinline__ void load_step(uint4 (&w)[STEP_LOADS(KIND)], const st
 // A stage holds one panel, that is the next step of each of the warps that share a tile of rows:
 //   x      [splits][TOKENS][STEP_BYTES]; the 16-byte slots of odd tokens are exchanged (x_slot), so that a quarter of a warp,
 //          which reads two tokens, meets every bank once
-//   scale  int4: f16 [tiles of rows][splits][groups of a step][16]
+//   scale  [tiles of rows][splits][groups of a step], GROUP_BYTES of the kind each
 // Tokens that are not there are never written: what stands in their columns of B touches no other column.
 __device__ __forceinline__ int x_slot(int token, int slot) { return slot ^ ((token & 1) * 5); }
 
 // What a thread copies of each panel, and how far it has come.
 struct stager {
-    const uint8_t *x; // of its first token, in the next panel
+    const uint8_t *x; // of its first token, in the next panel; with tokens by a list: of row 0
     int x_at;         // offset in a stage
     int token, token_step;
     int step;             // of the next panel, that it copies of
@@ -143,7 +154,8 @@ struct stager {
     int64_t groups_left; // of this row of scales, from the next panel's on
 };
 
-template <int STEP_BYTES, int TOKENS, int GROUPS>
+// PIECES: 16 bytes each of a step's scales of a tile of rows; of each group GROUP_PIECES.
+template <int STEP_BYTES, int TOKENS, int PIECES, int GROUP_PIECES, bool LISTED>
 __device__ __forceinline__ struct stager stager_make(const struct linear &l, int64_t token_begin,
                                                      int64_t row_tile_begin, int row_tiles)
 {
@@ -154,46 +166,47 @@ __device__ __forceinline__ struct stager stager_make(const struct linear &l, int
     s.token = thread / chunks;
     s.token_step = (int)blockDim.x / chunks; // even: the exchange of slots stays the same
     s.step = chunk / STEP_CHUNKS;
-    s.x = l.x + (token_begin + s.token) * l.x_row_bytes + chunk * 16;
+    s.x = l.x + (LISTED ? 0 : (token_begin + s.token) * l.x_row_bytes) + chunk * 16;
     s.x_at = (s.step * TOKENS + s.token) * STEP_BYTES + x_slot(s.token, chunk % STEP_CHUNKS) * 16;
     s.scale = NULL;
     s.groups_left = 0;
-    if (GROUPS > 0) {
-        int panel = (GROUPS * 2) << l.split_bits; // chunks of one tile of rows
-        int64_t groups = (int64_t)l.col_tiles * GROUPS / 2;
+    if (PIECES > 0) {
+        int panel = PIECES << l.split_bits; // pieces of one tile of rows
+        int64_t groups = l.scale_tile_bytes / (GROUP_PIECES * 16), row_tile = row_tile_begin + thread / panel;
         if (thread < panel * row_tiles)
-            s.scale =
-                (const uint8_t *)l.weight_scale + (row_tile_begin + thread / panel) * groups * 32 + thread % panel * 16;
+            s.scale = (const uint8_t *)l.weight_scale + row_tile * l.scale_tile_bytes +
+                      row_tile / 4 * l.scale_block_more + thread % panel * 16;
         s.scale_at = ((TOKENS * STEP_BYTES) << l.split_bits) + thread * 16;
-        s.groups_left = groups - thread % panel / 2;
+        s.groups_left = groups - thread % panel / GROUP_PIECES;
     }
     return s;
 }
 
-// Starts the copies of the next panel, of its tokens from token_begin on. WHOLE: the panel has all its steps. last: the panel's last part.
-template <int STEP_BYTES, int GROUPS, bool WHOLE>
-__device__ __forceinline__ void stager_copy(const struct linear &l, struct stager &s, uint8_t *stage, int token_begin,
-                                            int tokens, bool last)
+// Starts the copies of the next panel, of its tokens from token_begin on; rows: of each of these, their row of the input (LISTED). WHOLE:
+// the panel has all its steps. last: the panel's last part.
+template <int STEP_BYTES, int PIECES, int GROUP_PIECES, bool WHOLE, bool LISTED>
+__device__ __forceinline__ void stager_copy(const struct linear &l, struct stager &s, uint8_t *stage,
+                                            const int32_t *rows, int token_begin, int tokens, bool last)
 {
     if (WHOLE || s.step < l.steps) {
         const uint8_t *x = token_begin ? s.x + token_begin * l.x_row_bytes : s.x;
         uint8_t *to = stage + s.x_at;
         for (int token = s.token; token < tokens; token += s.token_step) {
-            copy_async16(to, x, true);
+            copy_async16(to, LISTED ? s.x + rows[token_begin + token] * l.x_row_bytes : x, true);
             x += s.token_step * l.x_row_bytes;
             to += s.token_step * STEP_BYTES;
         }
     }
-    if (GROUPS > 0 && s.scale) {
+    if (PIECES > 0 && s.scale) {
         bool valid = WHOLE || s.groups_left > 0;
         copy_async16(stage + s.scale_at, valid ? s.scale : (const uint8_t *)l.weight_scale, valid);
     }
     if (last) {
         s.x += STEP_BYTES << l.split_bits;
         s.step += 1 << l.split_bits;
-        if (GROUPS > 0 && s.scale)
-            s.scale += (GROUPS * 32) << l.split_bits;
-        s.groups_left -= GROUPS << l.split_bits;
+        if (PIECES > 0 && s.scale)
+            s.scale += (PIECES * 16) << l.split_bits;
+        s.groups_left -= (PIECES / (GROUP_PIECES ? GROUP_PIECES : 1)) << l.split_bits;
     }
 }
 

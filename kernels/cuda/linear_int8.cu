@@ -14,6 +14,7 @@ enum { X_STEP_BYTES = STEP_COLS, STAGES = 3, MOST_TOKENS = 16 };
 
 #define GROUPS_OF(GROUP) ((GROUP) ? STEP_COLS / (GROUP) : 1)
 #define SCALE_GROUPS(GROUP) ((GROUP) ? STEP_COLS / (GROUP) : 0)
+#define SCALE_PIECES(GROUP) (SCALE_GROUPS(GROUP) * 2), 2 // of 16 bytes: of a step, of a group
 // Steps of weights on their way: 8 loads of 16 bytes a lane; 6 or 4 for int4, which needs registers for scales and terms.
 #define DEPTH(KIND, TILES) ((KIND) == WEIGHT_INT4 && (TILES) == 1 ? 3 : 2)
 
@@ -95,8 +96,8 @@ __device__ __forceinline__ void add_panel(float (&y)[TILES], uint4 (&w)[STEP_LOA
     copy_async_wait<STAGES - 2>();
     __syncthreads(); // the stage and the last panel's terms are there for all; all are done with what was there before them
     if (WHOLE || panel + STAGES - 1 < at.panels)
-        stager_copy<X_STEP_BYTES, SCALE_GROUPS(GROUP), WHOLE>(l, stager, at.shared + at.next_stage * at.stage_bytes, 0,
-                                                              at.tokens, true);
+        stager_copy<X_STEP_BYTES, SCALE_PIECES(GROUP), WHOLE, false>(
+            l, stager, at.shared + at.next_stage * at.stage_bytes, NULL, 0, at.tokens, true);
     copy_async_commit();
     float2 now[TILES];
 #pragma unroll
@@ -157,12 +158,12 @@ __global__ void __launch_bounds__(256, 2) linear_int8(struct linear l, int stage
     if (at.split < l.steps)
         load_q_scales<TILES>(q_scale, l, at.q_scale, at.lane & 3);
     struct stager stager =
-        stager_make<X_STEP_BYTES, TOKENS, SCALE_GROUPS(GROUP)>(l, 0, (int64_t)blockIdx.x * row_tiles, row_tiles);
+        stager_make<X_STEP_BYTES, TOKENS, SCALE_PIECES(GROUP), false>(l, 0, (int64_t)blockIdx.x * row_tiles, row_tiles);
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) {
         if (i < at.panels)
-            stager_copy<X_STEP_BYTES, SCALE_GROUPS(GROUP), false>(l, stager, shared + i * stage_bytes, 0, at.tokens,
-                                                                  true);
+            stager_copy<X_STEP_BYTES, SCALE_PIECES(GROUP), false, false>(l, stager, shared + i * stage_bytes, NULL, 0,
+                                                                         at.tokens, true);
         copy_async_commit();
     }
 

@@ -1,5 +1,6 @@
 // What a device holds: planned, allocated in one piece, cut up; and the way of the weights to it. See device.h.
 #include "formats/checked.h"
+#include "kernels/buffers.h"
 #include "kernels/cuda/device.h"
 #include "kernels/kv.h"
 
@@ -23,8 +24,6 @@ static void *cut(struct cutter *c, uint64_t bytes)
     return piece;
 }
 
-static int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
-
 struct step_block device_step_block(const struct device *d, uint8_t *memory, int64_t count)
 {
     struct step_block block;
@@ -47,6 +46,37 @@ static int64_t pages_per_sequence(const struct device_shape *s)
     return (int64_t)div_up((uint64_t)s->context, KV_PAGE_TOKENS);
 }
 
+// Whether a norm's rows are multiplied by matrices of different kinds, or again after others.
+static bool keeps_rows(const struct model_desc *desc)
+{
+    return desc->experts.num_experts > 0 || desc->latent.kv_rank > 0;
+}
+
+static void cut_experts(struct device *d, const struct device_shape *s, struct cutter *c)
+{
+    const struct model_desc *desc = s->desc;
+    const struct rank_share *share = s->share;
+    struct expert_work *e = &d->experts;
+    uint64_t local = (uint64_t)share->num_experts_local, size = (uint64_t)share->expert_size_local;
+    uint64_t rows = (uint64_t)d->rows_capacity, all = (uint64_t)expert_slots(desc, d->rows_capacity);
+    uint64_t slots = (uint64_t)expert_slots(desc, d->rows_capacity < EXPERTS_ROWS ? d->rows_capacity : EXPERTS_ROWS);
+    uint64_t stride = round_up(size, ACT_GROUP);
+    if (slots == 0)
+        return;
+    e->table = cut(c, (uint64_t)desc->num_layers * local * sizeof *e->table);
+    e->chosen = cut(c, all * sizeof *e->chosen);
+    e->weight = cut(c, all * sizeof *e->weight);
+    e->shared_factor = cut(c, rows * sizeof *e->shared_factor);
+    e->slots.slot = cut(c, slots * sizeof *e->slots.slot);
+    e->slots.tiles =
+        cut(c, (uint64_t)expert_tiles((int64_t)slots, (int64_t)local, EXPERT_TILE_FEW) * sizeof *e->slots.tiles);
+    e->gate_up = cut(c, slots * 2 * size * sizeof *e->gate_up);
+    e->out = cut(c, slots * (uint64_t)desc->hidden_size * sizeof *e->out);
+    e->input.values = cut(c, slots * stride * 2);
+    e->input.scale = cut(c, slots * sizeof *e->input.scale);
+    e->input.stride = (int64_t)stride;
+}
+
 // Everything but weights and KV cache, in the order in which it is used.
 static void cut_scratch(struct device *d, const struct device_shape *s, struct cutter *c)
 {
@@ -54,27 +84,32 @@ static void cut_scratch(struct device *d, const struct device_shape *s, struct c
     const struct rank_share *share = s->share;
     uint64_t rows = round_up((uint64_t)s->max_rows, GEMM_ROWS_STEP), floats = rows * sizeof(float);
     uint64_t sequences = (uint64_t)s->max_sequences, vocab = (uint64_t)share->vocab_local;
-    uint64_t q = (uint64_t)(share->num_heads_local * desc->head_dim),
-             kv = (uint64_t)(share->num_kv_heads_local * desc->head_dim);
-    uint64_t hidden = (uint64_t)desc->hidden_size, mlp = (uint64_t)share->intermediate_local;
-    uint64_t widest = round_up((uint64_t)largest((int64_t)hidden, largest((int64_t)q, (int64_t)mlp)), ACT_GROUP);
-    uint64_t input_rows = (uint64_t)largest((int64_t)rows, LOGITS_ROWS);
+    uint64_t widest = round_up((uint64_t)widest_input(desc, share), ACT_GROUP);
+    uint64_t input_rows = (uint64_t)larger_of((int64_t)rows, LOGITS_ROWS);
     d->rows_capacity = (int64_t)rows;
     d->step_device = cut(c, step_bytes(s));
     d->pages = cut(c, sequences * (uint64_t)pages_per_sequence(s) * sizeof *d->pages);
     d->row_index = cut(c, LOGITS_ROWS * sizeof *d->row_index);
     d->identity = cut(c, LOGITS_ROWS * sizeof *d->identity);
-    d->residual = cut(c, floats * hidden);
-    d->partial = cut(c, floats * hidden);
-    d->qkv = cut(c, floats * (q + 2 * kv));
-    d->attended = cut(c, floats * q);
-    d->gate_up = cut(c, floats * 2 * mlp);
+    for (int i = 0; i < BUFFER_COUNT; i++)
+        d->buffer[i] = cut(c, floats * (uint64_t)buffer_width(desc, share, (enum buffer)i));
+    d->attended = cut(c, floats * (uint64_t)attended_width(desc, share));
+    // Otherwise a norm that needs to keep its rows has the place of the sum that it has just taken.
+    d->normed = keeps_rows(desc) ? cut(c, floats * (uint64_t)desc->hidden_size) : d->buffer[BUFFER_PARTIAL];
     d->input.values = cut(c, input_rows * widest * 2);
     d->input.scale = cut(c, input_rows * (widest / ACT_GROUP) * sizeof(float));
     d->input.stride = (int64_t)widest;
+    cut_experts(d, s, c);
     d->logits = cut(c, LOGITS_ROWS * vocab * sizeof(float));
-    d->attention_scratch =
-        cut(c, attention_scratch_bytes(s->max_sequences, share->num_heads_local, desc->head_dim, s->context));
+    struct device_latent latent = {share->num_heads_local, desc->latent.kv_rank, desc->latent.rope_dim, 0, 0};
+    if (latent.kv_rank > 0) {
+        uint64_t heads = (rows < LATENT_ROWS ? rows : LATENT_ROWS) * (uint64_t)latent.num_heads * sizeof(float);
+        d->query = cut(c, heads * (uint64_t)(latent.kv_rank + latent.rope_dim));
+        d->mixed = cut(c, heads * (uint64_t)latent.kv_rank);
+    }
+    d->attention_scratch = cut(c, latent.kv_rank > 0 ? latent_scratch_bytes(s->max_sequences, latent, s->context)
+                                                     : attention_scratch_bytes(s->max_sequences, share->num_heads_local,
+                                                                               desc->head_dim, s->context));
     d->slab = cut(c, SLAB_BYTES > WEIGHT_ROW_UNIT * widest * 2 ? SLAB_BYTES : WEIGHT_ROW_UNIT * widest * 2);
     d->slab_scale = cut(c, SLAB_BYTES / 64 * sizeof(float)); // no row of a slab is shorter than 64 bytes
     d->one = cut(c, sizeof *d->one);
@@ -97,6 +132,20 @@ uint64_t device_host_bytes(const struct device_shape *s, int threads)
            (uint64_t)(s->max_sequences * pages_per_sequence(s)) * sizeof(int32_t);
 }
 
+// What no kernel here does is said before anything is loaded.
+static int check_features(const struct model_desc *desc, struct error *err)
+{
+    const struct latent_desc *latent = &desc->latent;
+    bool wide = latent->kv_rank + latent->rope_dim > LATENT_MAX_KEY || latent->kv_rank > LATENT_MAX_VALUE;
+    const char *missing = wide                                                               ? "a latent of this size"
+                          : latent->kv_rank > 0 && desc->sinks                               ? "sinks over a latent"
+                          : desc->head_dim > KERNELS_MAX_HEAD_DIM || desc->head_dim % 2 != 0 ? "heads of this size"
+                                                                                             : NULL;
+    if (!missing)
+        return 0;
+    return error_set(err, ERR_MODEL, "the CUDA backend does not do %s; --backend cpu does", missing);
+}
+
 int device_plan(struct device *d, const struct device_shape *shape, struct memory_plan *plan, struct error *err)
 {
     size_t available, total;
@@ -104,7 +153,10 @@ int device_plan(struct device *d, const struct device_shape *shape, struct memor
     if (shape->max_sequences > LOGITS_ROWS)
         return error_set(err, ERR_USAGE, "%lld sequences: the CUDA backend decodes at most %d together",
                          (long long)shape->max_sequences, LOGITS_ROWS);
-    int rc = device_status(d, cudaMemGetInfo(&available, &total), "asking for its free memory", err);
+    int rc = check_features(shape->desc, err);
+    if (rc)
+        return rc;
+    rc = device_status(d, cudaMemGetInfo(&available, &total), "asking for its free memory", err);
     if (rc)
         return rc;
     cut_scratch(d, shape, &count);
@@ -239,9 +291,6 @@ int device_prepare(struct device *d, const struct device_shape *shape, const str
     int rc;
     d->shape = *shape;
     d->weights = weights;
-    d->q_size = shape->share->num_heads_local * shape->desc->head_dim;
-    d->kv_size = shape->share->num_kv_heads_local * shape->desc->head_dim;
-    d->mlp_size = shape->share->intermediate_local;
     d->pages_per_sequence = pages_per_sequence(shape);
     cut_scratch(d, shape, &cutter);
     uint64_t arena_bytes = cutter.used + kv;
@@ -254,7 +303,7 @@ int device_prepare(struct device *d, const struct device_shape *shape, const str
     d->graphs = calloc((size_t)shape->max_sequences + 1, sizeof *d->graphs);
     if (!d->graphs)
         return error_set(err, ERR_MEMORY, "no memory for the table of graphs");
-    if ((rc = pin_all(d, err)) || (rc = fill_constants(d, arena_bytes, err)))
+    if ((rc = pin_all(d, err)) || (rc = fill_constants(d, arena_bytes, err)) || (rc = experts_prepare(d, err)))
         return rc;
     return multiply_prepare(d, err);
 }

@@ -6,14 +6,41 @@
 // back to an own kernel, and the line that describes the device says so. The head always takes decode's arithmetic.
 #include "formats/checked.h"
 #include "kernels/cuda/device.h"
+#include "kernels/cuda/gemm.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
+// How a matrix is multiplied.
+enum arithmetic {
+    ARITHMETIC_F16,        // own kernel: weights widened to f16 or bf16 in registers
+    ARITHMETIC_INT8,       // own kernel: int8 activations, exact sums over groups
+    ARITHMETIC_GEMM_F16,   // cuBLASLt, weights expanded into an f16 slab
+    ARITHMETIC_GEMM_BF16,  // cuBLASLt, bf16 as it lies, or weights expanded into a bf16 slab
+    ARITHMETIC_FP8_OUTER,  // cuBLASLt, e4m3 with a scale for each row and column (sm_90)
+    ARITHMETIC_FP8_TENSOR, // cuBLASLt, e4m3 without scales; rows and columns are scaled afterwards (sm_89, sm_120)
+};
+
+// A product of cuBLASLt that has been prepared.
+struct gemm_entry {
+    struct gemm problem; // pointers apart
+    struct gemm_plan *plan;
+};
+
 enum {
+    MAX_GEMM_PLANS = 512, // distinct products of one model
     // From so many sequences on, int4 decode is bound by arithmetic rather than by memory on most chips: integer tensor cores then. Chosen
     // by what the engine was started for, not by how many sequences happen to run (law 9).
     INT8_DECODE_SEQUENCES = 32,
+};
+
+struct products {
+    enum arithmetic arithmetic[2][WEIGHT_KIND_COUNT]; // by phase
+    struct gemm_handle *gemm;                         // NULL: not needed, or the library is not there
+    char gemm_problem[256];                           // why not, when it was wanted
+    struct gemm_entry plans[MAX_GEMM_PLANS];
+    int num_plans;
 };
 
 uint64_t multiply_workspace_bytes(int sm) { return sm == 90 ? 32 << 20 : 4 << 20; }
@@ -32,7 +59,10 @@ static enum arithmetic own_kernel(enum weight_kind kind, enum phase phase, int64
 
 static enum arithmetic best_prefill(enum weight_kind kind, int sm)
 {
-    if (kind == WEIGHT_BF16)
+    if (kind == WEIGHT_INT4Z)
+        return ARITHMETIC_GEMM_F16;
+    // Groups have scales of any size, which f16 cannot all hold; e2m1 times a power of two is a bf16.
+    if (kind == WEIGHT_BF16 || kind == WEIGHT_FP8G || kind == WEIGHT_MXFP4 || kind == WEIGHT_NVFP4)
         return ARITHMETIC_GEMM_BF16;
     if (sm == 90 && (kind == WEIGHT_FP8 || kind == WEIGHT_INT4))
         return ARITHMETIC_FP8_OUTER;
@@ -41,13 +71,24 @@ static enum arithmetic best_prefill(enum weight_kind kind, int sm)
     return own_kernel(kind, PHASE_PREFILL, 0);
 }
 
+// Products without columns are zeros; where the rows of a result do not begin on 16 bytes the library does not go.
+static bool suits_cublaslt(const struct matrix *w)
+{
+    return w->shape.cols > 0 && w->shape.rows > 0 && w->shape.rows % 4 == 0;
+}
+
 static enum arithmetic arithmetic_of(const struct device *d, const struct matrix *w)
 {
     enum phase phase = w == &d->weights->head ? PHASE_DECODE : d->phase;
-    enum arithmetic arithmetic = d->arithmetic[phase][w->shape.kind];
-    if (by_cublaslt(arithmetic) && w->shape.cols == 0) // zeros, which need no library
+    enum arithmetic arithmetic = d->products->arithmetic[phase][w->shape.kind];
+    if (by_cublaslt(arithmetic) && !suits_cublaslt(w))
         return own_kernel(w->shape.kind, phase, d->shape.max_sequences);
     return arithmetic;
+}
+
+enum input_format multiply_widening_input(enum weight_kind kind)
+{
+    return weight_is_tiled(kind) ? INPUT_F16_TILE : kind == WEIGHT_BF16 ? INPUT_BF16 : INPUT_F16;
 }
 
 enum input_format multiply_input(const struct device *d, const struct matrix *w)
@@ -65,7 +106,7 @@ enum input_format multiply_input(const struct device *d, const struct matrix *w)
     case ARITHMETIC_F16:
         break;
     }
-    return w->shape.kind == WEIGHT_INT4 ? INPUT_F16_TILE : w->shape.kind == WEIGHT_BF16 ? INPUT_BF16 : INPUT_F16;
+    return multiply_widening_input(w->shape.kind);
 }
 
 // ---- products by cuBLASLt ----------------------------------------------------------------------------------------
@@ -73,12 +114,13 @@ enum input_format multiply_input(const struct device *d, const struct matrix *w)
 // Weights that do not lie in the file as cuBLASLt wants them are expanded, a slab of rows at a time.
 static bool needs_slab(enum arithmetic arithmetic, enum weight_kind kind)
 {
-    return arithmetic == ARITHMETIC_GEMM_F16 || (arithmetic == ARITHMETIC_FP8_OUTER && kind == WEIGHT_INT4);
+    return arithmetic == ARITHMETIC_GEMM_F16 || (arithmetic == ARITHMETIC_GEMM_BF16 && kind != WEIGHT_BF16) ||
+           (arithmetic == ARITHMETIC_FP8_OUTER && kind == WEIGHT_INT4);
 }
 
 static int64_t slab_rows(enum arithmetic arithmetic, const struct matrix *w)
 {
-    uint64_t row_bytes = w->shape.cols_padded * (arithmetic == ARITHMETIC_GEMM_F16 ? 2 : 1);
+    uint64_t row_bytes = w->shape.cols_padded * (arithmetic == ARITHMETIC_FP8_OUTER ? 1 : 2);
     int64_t fit = (int64_t)(SLAB_BYTES / row_bytes) / WEIGHT_ROW_UNIT * WEIGHT_ROW_UNIT;
     fit = fit < WEIGHT_ROW_UNIT ? WEIGHT_ROW_UNIT : fit; // device_plan sees to it that so many always fit
     return needs_slab(arithmetic, w->shape.kind) && fit < (int64_t)w->shape.rows ? fit : (int64_t)w->shape.rows;
@@ -86,7 +128,7 @@ static int64_t slab_rows(enum arithmetic arithmetic, const struct matrix *w)
 
 // Rows [begin, end) of w times m prepared rows.
 static struct gemm make_gemm(const struct device *d, enum arithmetic arithmetic, const struct matrix *w, float *y,
-                             int64_t y_stride, int64_t begin, int64_t end, int64_t m)
+                             int64_t begin, int64_t end, int64_t m)
 {
     bool slab = needs_slab(arithmetic, w->shape.kind);
     int64_t k = (int64_t)w->shape.cols_padded, elem_bytes = arithmetic == ARITHMETIC_GEMM_BF16 ? 2 : 1;
@@ -98,7 +140,7 @@ static struct gemm make_gemm(const struct device *d, enum arithmetic arithmetic,
         .out = GEMM_F32,
         .x_stride = d->input.stride,
         .w_stride = k,
-        .y_stride = y_stride,
+        .y_stride = (int64_t)w->shape.rows,
         .x = d->input.values,
         .w = slab ? d->slab : (const uint8_t *)w->data + begin * k * elem_bytes,
         .y = y + begin,
@@ -130,127 +172,143 @@ static bool same_problem(const struct gemm *a, const struct gemm *b)
            a->x_stride == b->x_stride && a->w_stride == b->w_stride && a->y_stride == b->y_stride;
 }
 
-static const struct gemm_plan *find_plan(const struct device *d, const struct gemm *gemm)
+static const struct gemm_plan *find_plan(const struct products *p, const struct gemm *gemm)
 {
-    for (int i = 0; i < d->num_plans; i++)
-        if (same_problem(&d->plans[i].problem, gemm))
-            return d->plans[i].plan;
+    for (int i = 0; i < p->num_plans; i++)
+        if (same_problem(&p->plans[i].problem, gemm))
+            return p->plans[i].plan;
     return NULL;
 }
 
 static int add_plan(struct device *d, const struct gemm *gemm, struct error *err)
 {
+    struct products *p = d->products;
     int rc;
-    if (find_plan(d, gemm))
+    if (find_plan(p, gemm))
         return 0;
-    if (d->num_plans == MAX_GEMM_PLANS)
+    if (p->num_plans == MAX_GEMM_PLANS)
         return error_set(err, ERR_GPU, "device %d: the model has more than %d different matrix products", d->index,
                          MAX_GEMM_PLANS);
-    if ((rc = gemm_check(gemm, d->sm, err)) || (rc = gemm_prepare(d->gemm, &d->plans[d->num_plans].plan, gemm, err)))
+    if ((rc = gemm_check(gemm, d->sm, err)) || (rc = gemm_prepare(p->gemm, &p->plans[p->num_plans].plan, gemm, err)))
         return rc;
-    d->plans[d->num_plans++].problem = *gemm;
+    p->plans[p->num_plans++].problem = *gemm;
     return 0;
 }
 
 static int64_t gemm_rows(int64_t rows) { return (int64_t)round_up((uint64_t)rows, GEMM_ROWS_STEP); }
 
 // Plans for every number of rows that a step may have.
-static int plan_matrix(struct device *d, enum arithmetic arithmetic, const struct matrix *w, float *y, int64_t y_stride,
+static int plan_matrix(struct device *d, enum arithmetic arithmetic, const struct matrix *w, float *y,
                        struct error *err)
 {
     int64_t rows = (int64_t)w->shape.rows;
     int rc = 0;
-    if (rows == 0 || w->shape.cols == 0)
+    if (!suits_cublaslt(w))
         return 0;
     int64_t step = slab_rows(arithmetic, w);
     for (int64_t m = GEMM_ROWS_STEP; m <= d->rows_capacity && !rc; m += GEMM_ROWS_STEP)
         for (int64_t begin = 0; begin < rows && !rc; begin += step) {
             int64_t end = begin + step < rows ? begin + step : rows;
-            struct gemm gemm = make_gemm(d, arithmetic, w, y, y_stride, begin, end, m);
+            struct gemm gemm = make_gemm(d, arithmetic, w, y, begin, end, m);
             rc = add_plan(d, &gemm, err);
         }
     return rc;
 }
 
+// The matrices of a layer that prefill multiplies by, and where their products go.
+enum { LAYER_MATRICES = 8 };
+struct use {
+    const struct matrix *w;
+    enum buffer out;
+};
+static void list_matrices(const struct layer *layer, struct use uses[LAYER_MATRICES])
+{
+    const struct use all[LAYER_MATRICES] = {
+        {&layer->qkv, BUFFER_QKV},          {&layer->q_a, BUFFER_Q_LATENT},        {&layer->q_b, BUFFER_QKV},
+        {&layer->kv_a, BUFFER_KV_LATENT},   {&layer->o, BUFFER_PARTIAL},           {&layer->router, BUFFER_ROUTER},
+        {&layer->mlp.down, BUFFER_PARTIAL}, {&layer->mlp.gate_up, BUFFER_GATE_UP},
+    };
+    memcpy(uses, all, sizeof all);
+}
+
 static int plan_kind(struct device *d, enum arithmetic arithmetic, enum weight_kind kind, struct error *err)
 {
-    int64_t hidden = d->shape.desc->hidden_size;
     int rc = 0;
-    for (int64_t i = 0; i < d->shape.desc->num_layers && !rc; i++) {
-        const struct layer *layer = &d->weights->layers[i];
-        if (layer->qkv.shape.kind == kind)
-            rc = plan_matrix(d, arithmetic, &layer->qkv, d->qkv, d->q_size + 2 * d->kv_size, err);
-        if (!rc && layer->o.shape.kind == kind)
-            rc = plan_matrix(d, arithmetic, &layer->o, d->partial, hidden, err);
-        if (!rc && layer->gate_up.shape.kind == kind)
-            rc = plan_matrix(d, arithmetic, &layer->gate_up, d->gate_up, 2 * d->mlp_size, err);
-        if (!rc && layer->down.shape.kind == kind)
-            rc = plan_matrix(d, arithmetic, &layer->down, d->partial, hidden, err);
+    for (int64_t i = 0; i < d->shape.desc->num_layers; i++) {
+        struct use uses[LAYER_MATRICES];
+        list_matrices(&d->weights->layers[i], uses);
+        for (int j = 0; j < LAYER_MATRICES && !rc; j++)
+            if (uses[j].w->data && uses[j].w->shape.kind == kind)
+                rc = plan_matrix(d, arithmetic, uses[j].w, d->buffer[uses[j].out], err);
     }
     return rc;
 }
 
-static int run_gemm(struct device *d, enum arithmetic arithmetic, const struct matrix *w, float *y, int64_t y_stride,
-                    int64_t rows, struct error *err)
+static int run_gemm(struct device *d, enum arithmetic arithmetic, const struct matrix *w, float *y, int64_t rows,
+                    struct error *err)
 {
+    const struct products *p = d->products;
     int64_t all = (int64_t)w->shape.rows, step = slab_rows(arithmetic, w);
     bool slab = needs_slab(arithmetic, w->shape.kind);
+    enum slab_format slab_format = arithmetic == ARITHMETIC_GEMM_F16    ? SLAB_F16
+                                   : arithmetic == ARITHMETIC_GEMM_BF16 ? SLAB_BF16
+                                                                        : SLAB_E4M3;
     int rc;
     for (int64_t begin = 0; begin < all; begin += step) {
         int64_t end = begin + step < all ? begin + step : all;
-        struct gemm gemm = make_gemm(d, arithmetic, w, y, y_stride, begin, end, gemm_rows(rows));
-        const struct gemm_plan *plan = find_plan(d, &gemm);
+        struct gemm gemm = make_gemm(d, arithmetic, w, y, begin, end, gemm_rows(rows));
+        const struct gemm_plan *plan = find_plan(p, &gemm);
         if (!plan)
             return error_set(err, ERR_OTHER, "device %d: a product of %lld x %lld x %lld was not prepared", d->index,
                              (long long)gemm.m, (long long)gemm.n, (long long)gemm.k);
-        if (slab && (rc = device_status(d,
-                                        launch_slab(d->slab, arithmetic == ARITHMETIC_GEMM_F16 ? SLAB_F16 : SLAB_E4M3,
-                                                    arithmetic == ARITHMETIC_GEMM_F16 ? NULL : d->slab_scale, w, begin,
-                                                    end, d->stream),
-                                        "expanding weights", err)))
+        if (slab && (rc = CHECK(launch_slab(d->slab, slab_format, slab_format == SLAB_E4M3 ? d->slab_scale : NULL, w,
+                                            begin, end, d->stream),
+                                "expanding weights")))
             return rc;
-        if ((rc = gemm_run(d->gemm, plan, &gemm, d->stream, err)))
+        if ((rc = gemm_run(p->gemm, plan, &gemm, d->stream, err)))
             return rc;
     }
     const float *columns = arithmetic == ARITHMETIC_FP8_TENSOR ? w->scale : NULL;
     if (arithmetic != ARITHMETIC_FP8_TENSOR && arithmetic != ARITHMETIC_GEMM_F16)
         return 0;
-    return device_status(d, launch_scale(y, y_stride, d->input.scale, columns, rows, all, d->stream),
-                         "scaling a product", err);
+    return device_status(d, launch_scale(y, all, d->input.scale, columns, rows, all, d->stream), "scaling a product",
+                         err);
 }
 
-int multiply(struct device *d, float *y, int64_t y_stride, const struct matrix *w, int64_t rows, struct error *err)
+int multiply(struct device *d, float *y, const struct matrix *w, int64_t rows, struct error *err)
 {
+    int64_t stride = (int64_t)w->shape.rows;
     enum arithmetic arithmetic = arithmetic_of(d, w);
     if (by_cublaslt(arithmetic))
-        return run_gemm(d, arithmetic, w, y, y_stride, rows, err);
+        return run_gemm(d, arithmetic, w, y, rows, err);
     if (arithmetic == ARITHMETIC_INT8)
-        return device_status(d, launch_linear_int8(y, y_stride, w, d->input, rows, d->stream), "an int8 matrix product",
+        return device_status(d, launch_linear_int8(y, stride, w, d->input, rows, d->stream), "an int8 matrix product",
                              err);
-    return device_status(d, launch_linear_f16(y, y_stride, w, d->input, rows, d->stream), "a matrix product", err);
+    return device_status(d, launch_linear_f16(y, stride, w, d->input, rows, d->stream), "a matrix product", err);
 }
 
 // ---- choosing ------------------------------------------------------------------------------------------------------
 
-static void note_problem(struct device *d, const struct error *why)
+static void note_problem(struct products *p, const struct error *why)
 {
-    if (d->gemm_problem[0] == 0)
-        snprintf(d->gemm_problem, sizeof d->gemm_problem, "%.255s", why->msg);
+    if (p->gemm_problem[0] == 0)
+        snprintf(p->gemm_problem, sizeof p->gemm_problem, "%.255s", why->msg);
 }
 
 // Whether cuBLASLt does what this kind needs: a small product comes out right, and every shape has an algorithm.
 static int prove(struct device *d, enum arithmetic arithmetic, enum weight_kind kind, bool *proven, struct error *err)
 {
+    struct products *p = d->products;
     struct error why = {0};
     struct matrix any = {
-        .shape = {.kind = kind, .cols_padded = ACT_GROUP, .rows = 1}, .data = d->slab, .scale = d->slab_scale};
-    struct gemm example = make_gemm(d, arithmetic, &any, d->partial, d->shape.desc->hidden_size, 0, 1, GEMM_ROWS_STEP);
-    if ((d->gemm || gemm_open(&d->gemm, multiply_workspace_bytes(d->sm), &why) == 0) &&
-        gemm_probe(d->gemm, &example, &why) == 0 && plan_kind(d, arithmetic, kind, &why) == 0) {
+        .shape = {.kind = kind, .cols_padded = ACT_GROUP, .rows = 4}, .data = d->slab, .scale = d->slab_scale};
+    struct gemm example = make_gemm(d, arithmetic, &any, d->buffer[BUFFER_PARTIAL], 0, 4, GEMM_ROWS_STEP);
+    if ((p->gemm || gemm_open(&p->gemm, multiply_workspace_bytes(d->sm), &why) == 0) &&
+        gemm_probe(p->gemm, &example, &why) == 0 && plan_kind(d, arithmetic, kind, &why) == 0) {
         *proven = true;
         return 0;
     }
-    note_problem(d, &why);
+    note_problem(p, &why);
     cudaGetLastError(); // what was tried here is forgiven, unless the device itself is broken
     return device_status(d, cudaStreamSynchronize(d->stream), "trying cuBLASLt", err);
 }
@@ -258,39 +316,53 @@ static int prove(struct device *d, enum arithmetic arithmetic, enum weight_kind 
 static bool has_kind(const struct device *d, enum weight_kind kind)
 {
     for (int64_t i = 0; i < d->shape.desc->num_layers; i++) {
-        const struct layer *layer = &d->weights->layers[i];
-        if (layer->qkv.shape.kind == kind || layer->o.shape.kind == kind || layer->gate_up.shape.kind == kind ||
-            layer->down.shape.kind == kind)
-            return true;
+        struct use uses[LAYER_MATRICES];
+        list_matrices(&d->weights->layers[i], uses);
+        for (int j = 0; j < LAYER_MATRICES; j++)
+            if (uses[j].w->data && uses[j].w->shape.kind == kind)
+                return true;
     }
     return false;
 }
 
+// Kinds that a kernel multiplies by.
+static bool is_supported(enum weight_kind kind) { return kind != WEIGHT_F32; }
+
 int multiply_prepare(struct device *d, struct error *err)
 {
+    struct products *p = d->products = calloc(1, sizeof *p);
+    if (!p)
+        return error_set(err, ERR_MEMORY, "no memory for the plans of matrix products");
     for (int kind = 0; kind < WEIGHT_KIND_COUNT; kind++) {
         enum arithmetic wanted = best_prefill((enum weight_kind)kind, d->sm);
-        d->arithmetic[PHASE_DECODE][kind] = own_kernel((enum weight_kind)kind, PHASE_DECODE, d->shape.max_sequences);
-        d->arithmetic[PHASE_PREFILL][kind] = own_kernel((enum weight_kind)kind, PHASE_PREFILL, 0);
+        p->arithmetic[PHASE_DECODE][kind] = own_kernel((enum weight_kind)kind, PHASE_DECODE, d->shape.max_sequences);
+        p->arithmetic[PHASE_PREFILL][kind] = own_kernel((enum weight_kind)kind, PHASE_PREFILL, 0);
         bool proven = false;
+        if (!is_supported((enum weight_kind)kind) &&
+            (has_kind(d, (enum weight_kind)kind) || d->weights->head.shape.kind == (enum weight_kind)kind))
+            return error_set(err, ERR_MODEL, "the CUDA backend does not multiply by %s weights; --backend cpu does",
+                             weight_kind_name((enum weight_kind)kind));
         if (!has_kind(d, (enum weight_kind)kind) || !by_cublaslt(wanted))
             continue;
         int rc = prove(d, wanted, (enum weight_kind)kind, &proven, err);
         if (rc)
             return rc;
         if (proven)
-            d->arithmetic[PHASE_PREFILL][kind] = wanted;
+            p->arithmetic[PHASE_PREFILL][kind] = wanted;
     }
     return 0;
 }
 
 void multiply_free(struct device *d)
 {
-    for (int i = 0; i < d->num_plans; i++)
-        gemm_plan_free(d->plans[i].plan);
-    d->num_plans = 0;
-    gemm_close(d->gemm);
-    d->gemm = NULL;
+    struct products *p = d->products;
+    if (!p)
+        return;
+    for (int i = 0; i < p->num_plans; i++)
+        gemm_plan_free(p->plans[i].plan);
+    gemm_close(p->gemm);
+    free(p);
+    d->products = NULL;
 }
 
 static const char *arithmetic_name(enum arithmetic arithmetic, enum weight_kind kind)
@@ -314,18 +386,23 @@ static const char *arithmetic_name(enum arithmetic arithmetic, enum weight_kind 
 
 void multiply_describe(const struct device *d, char *text, size_t bytes)
 {
+    const struct products *p = d->products;
     size_t used = 0;
     text[0] = 0;
+    if (!p)
+        return;
     for (int kind = 0; kind < WEIGHT_KIND_COUNT; kind++) {
         if (!has_kind(d, (enum weight_kind)kind) || used >= bytes)
             continue;
         used += (size_t)snprintf(text + used, bytes - used, "%s%s weights: decode %s, prefill %s", used ? "; " : "",
                                  weight_kind_name((enum weight_kind)kind),
-                                 arithmetic_name(d->arithmetic[PHASE_DECODE][kind], (enum weight_kind)kind),
-                                 arithmetic_name(d->arithmetic[PHASE_PREFILL][kind], (enum weight_kind)kind));
+                                 arithmetic_name(p->arithmetic[PHASE_DECODE][kind], (enum weight_kind)kind),
+                                 arithmetic_name(p->arithmetic[PHASE_PREFILL][kind], (enum weight_kind)kind));
     }
-    if (d->gemm && used < bytes)
-        used += (size_t)snprintf(text + used, bytes - used, "; %s", gemm_library(d->gemm));
-    if (d->gemm_problem[0] && used < bytes)
-        snprintf(text + used, bytes - used, "; without cuBLASLt where it was wanted: %s", d->gemm_problem);
+    if (d->shape.desc->experts.num_experts > 0 && used < bytes)
+        used += (size_t)snprintf(text + used, bytes - used, "; experts f16 and bf16");
+    if (p->gemm && used < bytes)
+        used += (size_t)snprintf(text + used, bytes - used, "; %s", gemm_library(p->gemm));
+    if (p->gemm_problem[0] && used < bytes)
+        snprintf(text + used, bytes - used, "; without cuBLASLt where it was wanted: %s", p->gemm_problem);
 }

@@ -6,6 +6,7 @@
 #include "formats/number_formats.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/primitives.cuh"
+#include "kernels/cuda/weights.cuh"
 
 #include <math.h>
 
@@ -50,25 +51,18 @@ template <int FORMAT> __device__ inline void store_run(unsigned char *slab, int6
     }
 }
 
-// ---- int4 ------------------------------------------------------------------------------------------------------------
+// ---- four bits -------------------------------------------------------------------------------------------------------
 
-struct int4_part {
-    const unsigned char *codes; // T16x64 tiles
-    const uint16_t *scale;      // [rows_padded / 16][cols_padded / group_size][16]
-    int64_t cols_padded, group_size;
-    int64_t row_begin, row_end;
+// Rows [row_begin, row_end) of a matrix of T16x64 tiles.
+struct tiled_part {
+    struct matrix w;
+    int64_t cols_padded, row_begin, row_end;
 };
 
-__device__ inline float weight_scale(const struct int4_part &w, int64_t row, int64_t col)
+__device__ inline const uint4 *tile_of(const struct tiled_part &part, int64_t tile_row, int64_t tile_col)
 {
-    int64_t groups = w.cols_padded / w.group_size;
-    return f16_to_f32(w.scale[(row / TILE_ROWS * groups + col / w.group_size) * TILE_ROWS + row % TILE_ROWS]) * 0x1p-8f;
-}
-
-__device__ inline const uint4 *tile_of(const struct int4_part &w, int64_t tile_row, int64_t tile_col)
-{
-    int64_t tile = (tile_row / 4 * (w.cols_padded / TILE_COLS) + tile_col) * 4 + tile_row % 4;
-    return (const uint4 *)(const void *)(w.codes + tile * WEIGHT_TILE_BYTES);
+    int64_t tile = (tile_row / 4 * (part.cols_padded / TILE_COLS) + tile_col) * 4 + tile_row % 4;
+    return (const uint4 *)(const void *)((const unsigned char *)part.w.data + tile * WEIGHT_TILE_BYTES);
 }
 
 // The two's complement nibble at `shift` of a word; exact: 2^23 + 8 + q is a float.
@@ -77,15 +71,15 @@ __device__ inline float nibble(uint32_t word, int shift)
     return f32_from_bits(((word >> shift & 15) ^ 8) | 0x4b000000u) - 8388616.0f;
 }
 
-// Largest magnitude of each row / 448. One block for 16 rows; a lane has the same two rows of every tile.
-__global__ void __launch_bounds__(THREADS) row_scale_kernel(float *row_scale, struct int4_part w)
+// Largest magnitude of each row of int4 / 448. One block for 16 rows; a lane has the same two rows of every tile.
+__global__ void __launch_bounds__(THREADS) row_scale_kernel(float *row_scale, struct tiled_part part)
 {
     SHARED(float, largest, WARPS *TILE_ROWS);
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4;
-    int64_t tile_row = w.row_begin / TILE_ROWS + blockIdx.x, first = tile_row * TILE_ROWS;
+    int64_t tile_row = part.row_begin / TILE_ROWS + blockIdx.x, first = tile_row * TILE_ROWS;
     float low = 0, high = 0; // rows `row` and `row` + 8
-    for (int64_t tile_col = warp; tile_col < w.cols_padded / TILE_COLS; tile_col += WARPS) {
-        uint4 codes = load_weights(tile_of(w, tile_row, tile_col) + lane);
+    for (int64_t tile_col = warp; tile_col < part.cols_padded / TILE_COLS; tile_col += WARPS) {
+        uint4 codes = load_weights(tile_of(part, tile_row, tile_col) + lane);
         uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
 #pragma unroll
         for (int pair = 0; pair < 2; pair++) { // 32 columns, of one group
@@ -97,8 +91,8 @@ __global__ void __launch_bounds__(THREADS) row_scale_kernel(float *row_scale, st
                 high_code = fmaxf(high_code, fabsf(nibble(word, 4)));
             }
             int64_t col = tile_col * TILE_COLS + pair * 32;
-            low = fmaxf(low, low_code * fabsf(weight_scale(w, first + row, col)));
-            high = fmaxf(high, high_code * fabsf(weight_scale(w, first + row + 8, col)));
+            low = fmaxf(low, low_code * fabsf(group_at(WEIGHT_INT4, part.w, first + row, col).scale));
+            high = fmaxf(high, high_code * fabsf(group_at(WEIGHT_INT4, part.w, first + row + 8, col).scale));
         }
     }
     for (int mask = 1; mask <= 2; mask *= 2) {
@@ -111,47 +105,51 @@ __global__ void __launch_bounds__(THREADS) row_scale_kernel(float *row_scale, st
     }
     __syncthreads();
     int64_t mine = first + threadIdx.x;
-    if (threadIdx.x >= TILE_ROWS || mine < w.row_begin || mine >= w.row_end)
+    if (threadIdx.x >= TILE_ROWS || mine < part.row_begin || mine >= part.row_end)
         return;
     float value = 0;
     for (int i = 0; i < WARPS; i++)
         value = fmaxf(value, largest[i * TILE_ROWS + threadIdx.x]);
-    row_scale[mine - w.row_begin] = value / E4M3_MAX;
+    row_scale[mine - part.row_begin] = value / E4M3_MAX;
 }
 
-// Eight columns of one row: from each of four lanes' words the bytes of this half of 16 columns, columns 2t and 2t + 1.
-template <int FORMAT>
-__device__ inline void expand_run(unsigned char *slab, const float *row_scale, const struct int4_part &w, int64_t row,
-                                  int64_t col, const uint32_t (&words)[4], int shift)
+// Eight columns of one row, which are of one group: from each of four lanes' words the bytes of this half of 16 columns, columns 2t and
+// 2t + 1.
+template <int KIND, int FORMAT>
+__device__ inline void expand_run(unsigned char *slab, const float *row_scale, const struct tiled_part &part,
+                                  int64_t row, int64_t col, const uint32_t (&words)[4], int shift)
 {
-    if (row < w.row_begin || row >= w.row_end)
+    if (row < part.row_begin || row >= part.row_end)
         return;
-    float scale = weight_scale(w, row, col), v[RUN];
-    float divisor = FORMAT == SLAB_E4M3 ? row_scale[row - w.row_begin] : 1;
+    struct weight_group group = group_at((enum weight_kind)KIND, part.w, row, col);
+    float v[RUN], divisor = FORMAT == SLAB_E4M3 ? row_scale[row - part.row_begin] : 1;
     divisor = divisor > 0 ? divisor : 1; // a row of zeros
 #pragma unroll
     for (int i = 0; i < RUN; i++) {
-        v[i] = nibble(words[i / 2], shift + i % 2 * 16) * scale;
+        int at = shift + i % 2 * 16;
+        v[i] = KIND == WEIGHT_INT4 ? nibble(words[i / 2], at) * group.scale
+                                   : weight_value((enum weight_kind)KIND, group, words[i / 2] >> at & 15);
         if (FORMAT == SLAB_E4M3)
             v[i] = v[i] / divisor;
     }
-    store_run<FORMAT>(slab, (row - w.row_begin) * w.cols_padded + col, v);
+    store_run<FORMAT>(slab, (row - part.row_begin) * part.cols_padded + col, v);
 }
 
 // A warp turns one tile: lanes read their 16 bytes, which is 512 in a row, and pass them through shared memory, so that
 // eight lanes write the 64 columns of one row.
-template <int FORMAT>
-__global__ void __launch_bounds__(THREADS) int4_kernel(unsigned char *slab, const float *row_scale, struct int4_part w)
+template <int KIND, int FORMAT>
+__global__ void __launch_bounds__(THREADS)
+    tiled_kernel(unsigned char *slab, const float *row_scale, struct tiled_part part)
 {
     SHARED(uint4, staged, WARPS * TILE_UNITS);
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int64_t tile_row = w.row_begin / TILE_ROWS + blockIdx.y, tile_col = (int64_t)blockIdx.x * WARPS + warp;
-    if (tile_col >= w.cols_padded / TILE_COLS)
+    int64_t tile_row = part.row_begin / TILE_ROWS + blockIdx.y, tile_col = (int64_t)blockIdx.x * WARPS + warp;
+    if (tile_col >= part.cols_padded / TILE_COLS)
         return;
     // Unit (row g, t) lies at 4 g + (t ^ g / 2): neither the stores nor the loads below meet in a bank.
     uint4 *tile = staged + warp * TILE_UNITS;
     store_shared<uint4>(&tile[lane / 4 * 4 + ((lane % 4) ^ (lane / 8 & 3))],
-                        load_weights(tile_of(w, tile_row, tile_col) + lane));
+                        load_weights(tile_of(part, tile_row, tile_col) + lane));
     __syncwarp();
     int run = lane % RUNS;
 #pragma unroll
@@ -164,58 +162,73 @@ __global__ void __launch_bounds__(THREADS) int4_kernel(unsigned char *slab, cons
             words[t] = load_shared<uint32_t>(unit + run / 2) >> run % 2 * 8;
         }
         int64_t row = tile_row * TILE_ROWS + g, col = tile_col * TILE_COLS + run * RUN;
-        expand_run<FORMAT>(slab, row_scale, w, row, col, words, 0);
-        expand_run<FORMAT>(slab, row_scale, w, row + 8, col, words, 4);
+        expand_run<KIND, FORMAT>(slab, row_scale, part, row, col, words, 0);
+        expand_run<KIND, FORMAT>(slab, row_scale, part, row + 8, col, words, 4);
     }
 }
 
-template <int FORMAT>
-cudaError_t launch_int4(void *slab, float *row_scale, const struct int4_part &w, cudaStream_t stream)
+template <int KIND, int FORMAT>
+cudaError_t launch_tiled(void *slab, float *row_scale, const struct tiled_part &part, cudaStream_t stream)
 {
-    unsigned tile_rows = (unsigned)((w.row_end + TILE_ROWS - 1) / TILE_ROWS - w.row_begin / TILE_ROWS);
-    unsigned tile_cols = (unsigned)(w.cols_padded / TILE_COLS);
+    unsigned tile_rows = (unsigned)((part.row_end + TILE_ROWS - 1) / TILE_ROWS - part.row_begin / TILE_ROWS);
+    unsigned tile_cols = (unsigned)(part.cols_padded / TILE_COLS);
     if (tile_rows > 65535)
         return cudaErrorInvalidValue;
     if (FORMAT == SLAB_E4M3) {
-        cudaError_t status = LAUNCH(row_scale_kernel, dim3(tile_rows), THREADS, 0, stream, row_scale, w);
+        cudaError_t status = LAUNCH(row_scale_kernel, dim3(tile_rows), THREADS, 0, stream, row_scale, part);
         if (status != cudaSuccess)
             return status;
     }
     dim3 grid((tile_cols + WARPS - 1) / WARPS, tile_rows);
-    return LAUNCH((int4_kernel<FORMAT>), grid, THREADS, 0, stream, (unsigned char *)slab, row_scale, w);
+    return LAUNCH((tiled_kernel<KIND, FORMAT>), grid, THREADS, 0, stream, (unsigned char *)slab, row_scale, part);
 }
 
 // ---- 8 bits ----------------------------------------------------------------------------------------------------------
 
-template <bool FP8> __device__ inline float code_value(uint32_t byte)
+template <int KIND> __device__ inline float code_value(uint32_t byte)
 {
-    return FP8 ? e4m3_to_f32((uint8_t)byte) : (float)(int8_t)byte;
+    return KIND == WEIGHT_INT8 ? (float)(int8_t)byte : e4m3_to_f32((uint8_t)byte);
 }
 
-// Grid [rows, cols_padded / (8 * THREADS)]. A lane takes eight codes.
-template <bool FP8, int FORMAT>
-__global__ void __launch_bounds__(THREADS)
-    byte_kernel(unsigned char *slab, const unsigned char *codes, const float *scale, int64_t cols_padded)
+// Grid [rows, cols_padded / (8 * THREADS)]. A lane takes eight codes, which have one scale.
+template <int KIND, int FORMAT>
+__global__ void __launch_bounds__(THREADS) byte_kernel(unsigned char *slab, struct matrix w, int64_t row_begin)
 {
-    int64_t row = blockIdx.x, col = ((int64_t)blockIdx.y * THREADS + threadIdx.x) * RUN;
+    int64_t row = row_begin + blockIdx.x, col = ((int64_t)blockIdx.y * THREADS + threadIdx.x) * RUN;
+    int64_t cols_padded = (int64_t)w.shape.cols_padded;
     if (col >= cols_padded)
         return;
-    int64_t index = row * cols_padded + col;
-    uint2 raw = load_global<uint2>((const uint2 *)(const void *)(codes + index));
-    float v[RUN], row_scale = scale[row];
+    uint2 raw = load_global<uint2>((const uint2 *)(const void *)((const char *)w.data + row * cols_padded + col));
+    float v[RUN],
+        scale = KIND == WEIGHT_FP8G ? group_at(WEIGHT_FP8G, w, row, col).scale : ((const float *)w.scale)[row];
 #pragma unroll
     for (int i = 0; i < RUN; i++)
-        v[i] = code_value<FP8>((i < 4 ? raw.x : raw.y) >> i % 4 * 8 & 255) * row_scale;
-    store_run<FORMAT>(slab, index, v);
+        v[i] = code_value<KIND>((i < 4 ? raw.x : raw.y) >> i % 4 * 8 & 255) * scale;
+    store_run<FORMAT>(slab, blockIdx.x * cols_padded + col, v);
 }
 
-template <bool FP8, int FORMAT>
+template <int KIND, int FORMAT>
 cudaError_t launch_bytes(void *slab, const struct matrix *w, int64_t row_begin, int64_t row_end, cudaStream_t stream)
 {
     int64_t cols = (int64_t)w->shape.cols_padded, rows = row_end - row_begin;
     dim3 grid((unsigned)rows, (unsigned)((cols / RUN + THREADS - 1) / THREADS));
-    return LAUNCH((byte_kernel<FP8, FORMAT>), grid, THREADS, 0, stream, (unsigned char *)slab,
-                  (const unsigned char *)w->data + row_begin * cols, (const float *)w->scale + row_begin, cols);
+    return LAUNCH((byte_kernel<KIND, FORMAT>), grid, THREADS, 0, stream, (unsigned char *)slab, *w, row_begin);
+}
+
+// The two formats of 16 bits.
+template <int KIND>
+cudaError_t launch_wide(void *slab, enum slab_format format, const struct matrix *w, int64_t row_begin, int64_t row_end,
+                        cudaStream_t stream)
+{
+    return format == SLAB_F16 ? launch_bytes<KIND, SLAB_F16>(slab, w, row_begin, row_end, stream)
+                              : launch_bytes<KIND, SLAB_BF16>(slab, w, row_begin, row_end, stream);
+}
+
+template <int KIND>
+cudaError_t launch_wide(void *slab, enum slab_format format, const struct tiled_part &part, cudaStream_t stream)
+{
+    return format == SLAB_F16 ? launch_tiled<KIND, SLAB_F16>(slab, NULL, part, stream)
+                              : launch_tiled<KIND, SLAB_BF16>(slab, NULL, part, stream);
 }
 
 // ---- factors ---------------------------------------------------------------------------------------------------------
@@ -260,27 +273,31 @@ cudaError_t launch_slab(void *slab, enum slab_format format, float *row_scale, c
         return cudaErrorInvalidValue;
     if (row_begin == row_end || w->shape.cols_padded == 0)
         return cudaSuccess;
-    if (w->shape.kind == WEIGHT_INT4) {
-        struct int4_part part = {(const unsigned char *)w->data,
-                                 (const uint16_t *)w->scale,
-                                 (int64_t)w->shape.cols_padded,
-                                 (int64_t)w->shape.group_size,
-                                 row_begin,
-                                 row_end};
-        return scaled                ? launch_int4<SLAB_E4M3>(slab, row_scale, part, stream)
-               : format == SLAB_F16  ? launch_int4<SLAB_F16>(slab, NULL, part, stream)
-               : format == SLAB_BF16 ? launch_int4<SLAB_BF16>(slab, NULL, part, stream)
-                                     : cudaErrorInvalidValue;
+    struct tiled_part part = {*w, (int64_t)w->shape.cols_padded, row_begin, row_end};
+    if (scaled)
+        return w->shape.kind == WEIGHT_INT4 ? launch_tiled<WEIGHT_INT4, SLAB_E4M3>(slab, row_scale, part, stream)
+                                            : cudaErrorInvalidValue;
+    switch (w->shape.kind) {
+    case WEIGHT_INT4:
+        return launch_wide<WEIGHT_INT4>(slab, format, part, stream);
+    case WEIGHT_INT4Z:
+        return launch_wide<WEIGHT_INT4Z>(slab, format, part, stream);
+    case WEIGHT_MXFP4:
+        return launch_wide<WEIGHT_MXFP4>(slab, format, part, stream);
+    case WEIGHT_NVFP4:
+        return launch_wide<WEIGHT_NVFP4>(slab, format, part, stream);
+    case WEIGHT_INT8:
+        return launch_wide<WEIGHT_INT8>(slab, format, w, row_begin, row_end, stream);
+    case WEIGHT_FP8:
+        return launch_wide<WEIGHT_FP8>(slab, format, w, row_begin, row_end, stream);
+    case WEIGHT_FP8G:
+        return launch_wide<WEIGHT_FP8G>(slab, format, w, row_begin, row_end, stream);
+    case WEIGHT_BF16: // lies in the file as a product wants it
+    case WEIGHT_F32:
+    case WEIGHT_KIND_COUNT:
+        break;
     }
-    if (w->shape.kind == WEIGHT_FP8 && format == SLAB_F16)
-        return launch_bytes<true, SLAB_F16>(slab, w, row_begin, row_end, stream);
-    if (w->shape.kind == WEIGHT_FP8 && format == SLAB_BF16)
-        return launch_bytes<true, SLAB_BF16>(slab, w, row_begin, row_end, stream);
-    if (w->shape.kind == WEIGHT_INT8 && format == SLAB_F16)
-        return launch_bytes<false, SLAB_F16>(slab, w, row_begin, row_end, stream);
-    if (w->shape.kind == WEIGHT_INT8 && format == SLAB_BF16)
-        return launch_bytes<false, SLAB_BF16>(slab, w, row_begin, row_end, stream);
-    return cudaErrorInvalidValue; // the others lie in the file as a product wants them
+    return cudaErrorInvalidValue;
 }
 
 cudaError_t launch_scale(float *y, int64_t y_stride, const float *row_factor, const float *column_factor, int64_t rows,

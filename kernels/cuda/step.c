@@ -5,12 +5,9 @@
 #include "kernels/cuda/device.h"
 
 #include "formats/checked.h"
-#include "kernels/kv.h"
+#include "kernels/buffers.h"
 
-#include <math.h>
 #include <string.h>
-
-#define CHECK(call, what) device_status(d, call, what, err)
 
 // ---- begin -----------------------------------------------------------------------------------------------------
 
@@ -28,8 +25,8 @@ static int send_pages(struct device *d, const struct kv_pages *pages, struct err
                  "copying page tables");
 }
 
-static int step_begin(struct device *d, const struct token_row *rows, int64_t count, enum phase phase,
-                      const struct kv_pages *pages, struct error *err)
+int step_begin(struct device *d, const struct token_row *rows, int64_t count, enum phase phase,
+               const struct kv_pages *pages, struct error *err)
 {
     // The host's block and tables may be written again once the step before has read them.
     int rc = CHECK(cudaEventSynchronize(d->uploaded), "the step before");
@@ -37,6 +34,7 @@ static int step_begin(struct device *d, const struct token_row *rows, int64_t co
         return rc;
     d->count = count;
     d->phase = phase;
+    d->source = (struct step_input){0};
     d->recording = false;
     d->host = device_step_block(d, d->step_host, count);
     d->block = device_step_block(d, d->step_device, count);
@@ -55,7 +53,7 @@ static int launch_graph(struct device *d, cudaGraphExec_t graph, struct error *e
     return rc ? rc : CHECK(cudaEventRecord(d->uploaded, d->stream), "launching a step's graph");
 }
 
-static int step_record(struct device *d, bool *replayed, struct error *err)
+int step_record(struct device *d, bool *replayed, struct error *err)
 {
     struct step_graph *graph = &d->graphs[d->count];
     *replayed = graph->exec != NULL;
@@ -70,7 +68,7 @@ static int step_record(struct device *d, bool *replayed, struct error *err)
                         : 0;
 }
 
-static int step_finish(struct device *d, struct error *err)
+int step_finish(struct device *d, struct error *err)
 {
     cudaGraph_t graph = NULL;
     int rc;
@@ -86,7 +84,7 @@ static int step_finish(struct device *d, struct error *err)
 
 // ---- operations ------------------------------------------------------------------------------------------------
 
-static int step_embed(struct device *d, struct error *err)
+int step_embed(struct device *d, struct error *err)
 {
     int rc = CHECK(cudaMemcpyAsync(d->step_device, d->step_host, d->host.bytes, cudaMemcpyHostToDevice, d->stream),
                    "copying a step's rows");
@@ -94,134 +92,114 @@ static int step_embed(struct device *d, struct error *err)
         rc = CHECK(cudaEventRecord(d->uploaded, d->stream), "copying a step's rows");
     if (rc)
         return rc;
-    return CHECK(launch_embed(d->residual, &d->weights->embedding, d->block.token, d->count,
+    return CHECK(launch_embed(d->buffer[BUFFER_RESIDUAL], &d->weights->embedding, d->block.token, d->count,
                               d->shape.share->vocab_begin, d->stream),
                  "the embedding");
 }
 
-static int step_norm(struct device *d, bool add, const float *bias, const float *weight, const struct matrix *next,
-                     struct error *err)
+int step_scale_residual(struct device *d, float factor, struct error *err)
 {
-    return CHECK(launch_norm(d->input, multiply_input(d, next), d->residual, add ? d->partial : NULL, add ? bias : NULL,
-                             weight, NULL, d->count, d->shape.desc->hidden_size, (float)d->shape.desc->norm_eps,
-                             d->stream),
-                 "a norm");
-}
-
-static float *buffer_of(const struct device *d, enum buffer buffer, int64_t *stride)
-{
-    switch (buffer) {
-    case BUFFER_QKV:
-        *stride = d->q_size + 2 * d->kv_size;
-        return d->qkv;
-    case BUFFER_GATE_UP:
-        *stride = 2 * d->mlp_size;
-        return d->gate_up;
-    case BUFFER_PARTIAL:
-        *stride = d->shape.desc->hidden_size;
-        return d->partial;
-    case BUFFER_RESIDUAL:
-        break;
-    }
-    *stride = d->shape.desc->hidden_size;
-    return d->residual;
-}
-
-static int step_linear(struct device *d, enum buffer out, const struct matrix *w, struct error *err)
-{
-    int64_t stride;
-    float *y = buffer_of(d, out, &stride);
-    return multiply(d, y, stride, w, d->count, err);
-}
-
-static struct device_kv kv_of(const struct device *d, int64_t layer)
-{
-    const struct device_shape *s = &d->shape;
-    uint64_t half = kv_bytes(s->desc, s->share, s->num_pages, s->kv_format) / (2 * (uint64_t)s->desc->num_layers);
-    uint8_t *k = d->kv + 2 * half * (uint64_t)layer;
-    return (struct device_kv){.k = k,
-                              .v = k + half,
-                              .format = s->kv_format,
-                              .pages = d->pages,
-                              .pages_per_sequence = d->pages_per_sequence,
-                              .num_kv_heads = s->share->num_kv_heads_local,
-                              .head_dim = s->desc->head_dim};
-}
-
-static struct device_rows rows_of(const struct device *d)
-{
-    return (struct device_rows){d->block.sequence, d->block.position, d->count};
-}
-
-static int step_finish_qkv(struct device *d, int64_t layer_index, struct error *err)
-{
-    const struct layer *layer = &d->weights->layers[layer_index];
-    const struct model_desc *desc = d->shape.desc;
-    return CHECK(launch_finish_qkv(d->qkv, layer->qkv_bias, layer->q_norm, layer->k_norm, (float)desc->norm_eps,
-                                   d->weights->inv_freq, (float)desc->rope_attention_factor, rows_of(d),
-                                   kv_of(d, layer_index), d->shape.share->num_heads_local, d->stream),
-                 "queries and keys");
-}
-
-static int step_attend(struct device *d, int64_t layer, const struct matrix *next, struct error *err)
-{
-    const struct model_desc *desc = d->shape.desc;
-    const struct rank_share *share = d->shape.share;
-    struct attention_shape shape = {
-        .num_heads = share->num_heads_local,
-        .head_begin = share->head_begin,
-        .heads_per_kv = desc->num_heads / desc->num_kv_heads,
-        .kv_head_begin = share->kv_head_begin,
-        .scale = 1.0f / sqrtf((float)desc->head_dim),
-        .window = desc->sliding_window,
-    };
-    int rc = d->phase == PHASE_PREFILL
-                 ? CHECK(launch_attention_prefill(d->attended, d->qkv, shape, rows_of(d), kv_of(d, layer), d->stream),
-                         "attention")
-                 : CHECK(launch_attention_decode(d->attended, d->qkv, shape, rows_of(d), kv_of(d, layer),
-                                                 d->shape.context, d->attention_scratch, d->stream),
-                         "attention");
-    if (rc)
-        return rc;
     return CHECK(
-        launch_prepare(d->input, multiply_input(d, next), d->attended, d->q_size, d->count, d->q_size, d->stream),
-        "attention's output");
+        launch_scale_values(d->buffer[BUFFER_RESIDUAL], d->count * d->shape.desc->hidden_size, factor, 0, d->stream),
+        "scaling the residual");
 }
 
-static int step_activate(struct device *d, const float *bias, const struct matrix *next, struct error *err)
+int step_prepare(struct device *d, enum input_format format, struct error *err)
 {
-    return CHECK(launch_activate(d->input, multiply_input(d, next), d->gate_up, bias, d->count, d->mlp_size, d->stream),
+    struct step_input *source = &d->source;
+    if (format == source->format)
+        return 0;
+    if (!source->rows)
+        return error_set(err, ERR_OTHER, "device %d: the rows of a product were not kept", d->index);
+    source->format = format;
+    return CHECK(
+        launch_prepare(d->input, format, source->rows, source->cols, source->order, d->count, source->cols, d->stream),
+        "a product's input");
+}
+
+// INPUT_F32 stands for rows that are not prepared yet.
+int step_keep(struct device *d, const float *rows, const float *order, int64_t cols, const struct matrix *next,
+              struct error *err)
+{
+    d->source = (struct step_input){.rows = rows, .order = order, .cols = cols, .format = INPUT_F32};
+    return step_prepare(d, multiply_input(d, next), err);
+}
+
+static struct device_join join_of(const struct device *d, const struct join *join)
+{
+    if (!join)
+        return (struct device_join){0};
+    return (struct device_join){d->buffer[BUFFER_PARTIAL], join->bias, join->norm,
+                                (float)d->shape.desc->residual_scale};
+}
+
+int step_norm(struct device *d, const struct join *join, const float *weight, const float *order,
+              const struct matrix *next, struct error *err)
+{
+    int64_t hidden = d->shape.desc->hidden_size;
+    bool keep = order || d->normed != d->buffer[BUFFER_PARTIAL];
+    struct device_input rows = {.values = d->normed, .stride = hidden};
+    enum input_format format = keep ? INPUT_F32 : multiply_input(d, next);
+    int rc = CHECK(launch_norm(keep ? rows : d->input, format, d->buffer[BUFFER_RESIDUAL], join_of(d, join), weight,
+                               NULL, d->count, hidden, (float)d->shape.desc->norm_eps, d->stream),
+                   "a norm");
+    d->source = (struct step_input){.format = format};
+    return rc || !keep ? rc : step_keep(d, d->normed, order, hidden, next, err);
+}
+
+int step_linear(struct device *d, enum buffer out, const struct matrix *w, struct error *err)
+{
+    int rc = step_prepare(d, multiply_input(d, w), err);
+    return rc ? rc : multiply(d, d->buffer[out], w, d->count, err);
+}
+
+int step_activate(struct device *d, const struct mlp *mlp, struct error *err)
+{
+    enum input_format format = multiply_input(d, &mlp->down);
+    d->source = (struct step_input){.format = format};
+    return CHECK(launch_activate(d->input, format, d->shape.desc->activation, d->buffer[BUFFER_GATE_UP],
+                                 mlp->gate_up_bias, d->count, (int64_t)mlp->down.shape.cols, d->stream),
                  "the activation");
 }
 
 // ---- the host's part -------------------------------------------------------------------------------------------
 
-static int step_lend(struct device *d, enum buffer buffer, float **host, struct error *err)
+static uint64_t lent_bytes(const struct device *d, enum buffer buffer)
 {
-    int64_t stride;
-    const float *from = buffer_of(d, buffer, &stride);
-    uint64_t bytes = (uint64_t)(d->count * stride) * sizeof *from;
-    int rc = CHECK(cudaMemcpyAsync(d->lent, from, bytes, cudaMemcpyDeviceToHost, d->stream), "copying a sum's part");
+    return (uint64_t)(d->count * buffer_width(d->shape.desc, d->shape.share, buffer)) * sizeof(float);
+}
+
+int step_lend(struct device *d, enum buffer buffer, float **host, struct error *err)
+{
+    int rc =
+        CHECK(cudaMemcpyAsync(d->lent, d->buffer[buffer], lent_bytes(d, buffer), cudaMemcpyDeviceToHost, d->stream),
+              "copying a sum's part");
     *host = d->lent;
     return rc ? rc : CHECK(cudaStreamSynchronize(d->stream), "computing a sum's part");
 }
 
-static int step_returned(struct device *d, enum buffer buffer, struct error *err)
+int step_returned(struct device *d, enum buffer buffer, struct error *err)
 {
-    int64_t stride;
-    float *to = buffer_of(d, buffer, &stride);
-    uint64_t bytes = (uint64_t)(d->count * stride) * sizeof *to;
-    return CHECK(cudaMemcpyAsync(to, d->lent, bytes, cudaMemcpyHostToDevice, d->stream), "copying a sum");
+    return CHECK(cudaMemcpyAsync(d->buffer[buffer], d->lent, lent_bytes(d, buffer), cudaMemcpyHostToDevice, d->stream),
+                 "copying a sum");
 }
 
 // Logits of at most LOGITS_ROWS rows, which row_index (on the device) names, into d->logits.
-static int logits_part(struct device *d, const float *bias, const int32_t *row_index, int64_t count, struct error *err)
+static int logits_part(struct device *d, const struct join *join, const int32_t *row_index, int64_t count,
+                       struct error *err)
 {
+    const struct model_desc *desc = d->shape.desc;
     const struct matrix *head = &d->weights->head;
-    int rc = CHECK(launch_norm(d->input, multiply_input(d, head), d->residual, d->partial, bias, d->weights->final_norm,
-                               row_index, count, d->shape.desc->hidden_size, (float)d->shape.desc->norm_eps, d->stream),
-                   "the last norm");
-    return rc ? rc : multiply(d, d->logits, d->shape.share->vocab_local, head, count, err);
+    int rc;
+    if ((rc = CHECK(launch_norm(d->input, multiply_input(d, head), d->buffer[BUFFER_RESIDUAL], join_of(d, join),
+                                d->weights->final_norm, row_index, count, desc->hidden_size, (float)desc->norm_eps,
+                                d->stream),
+                    "the last norm")) ||
+        (rc = multiply(d, d->logits, head, count, err)) || (desc->logit_scale == 1 && desc->logit_softcap == 0))
+        return rc;
+    return CHECK(launch_scale_values(d->logits, count * d->shape.share->vocab_local, (float)desc->logit_scale,
+                                     (float)desc->logit_softcap, d->stream),
+                 "scaling logits");
 }
 
 static int logits_to_host(struct device *d, int64_t count, float *host, int64_t stride, struct error *err)
@@ -242,13 +220,13 @@ static int logits_to_host(struct device *d, int64_t count, float *host, int64_t 
     return 0;
 }
 
-static int step_logits(struct device *d, const float *bias, const int64_t *row_index, int64_t count, float *host,
-                       int64_t stride, struct error *err)
+int step_logits(struct device *d, const struct join *join, const int64_t *row_index, int64_t count, float *host,
+                int64_t stride, struct error *err)
 {
     int rc;
     if (!host && !row_index &&
         count <= LOGITS_ROWS) // rows 0 .. count - 1, of a decode step: nothing to copy, so that it can be recorded
-        return logits_part(d, bias, d->identity, count, err);
+        return logits_part(d, join, d->identity, count, err);
     if (!host && count > LOGITS_ROWS)
         return error_set(err, ERR_OTHER, "device %d: logits of %lld rows are to stay on it, which holds %d", d->index,
                          (long long)count, LOGITS_ROWS);
@@ -259,7 +237,7 @@ static int step_logits(struct device *d, const float *bias, const int64_t *row_i
         if ((rc = CHECK(cudaMemcpyAsync(d->row_index, d->row_index_host, (uint64_t)part * sizeof *d->row_index,
                                         cudaMemcpyHostToDevice, d->stream),
                         "copying row numbers")) ||
-            (rc = logits_part(d, bias, d->row_index, part, err)))
+            (rc = logits_part(d, join, d->row_index, part, err)))
             return rc;
         if (host && (rc = logits_to_host(d, part, host + done * stride, stride, err)))
             return rc;
@@ -269,8 +247,7 @@ static int step_logits(struct device *d, const float *bias, const int64_t *row_i
 
 // ---- sampling --------------------------------------------------------------------------------------------------
 
-static int step_count_prompt(struct device *d, int32_t sequence, const uint32_t *prompt, int64_t count,
-                             struct error *err)
+int step_count_prompt(struct device *d, int32_t sequence, const uint32_t *prompt, int64_t count, struct error *err)
 {
     int64_t vocab = d->shape.share->vocab_local;
     int rc;
@@ -287,8 +264,8 @@ static int step_count_prompt(struct device *d, int32_t sequence, const uint32_t 
     return CHECK(cudaStreamSynchronize(d->stream), "counting a prompt"); // the buffer may be filled again
 }
 
-static int step_sampling(struct device *d, const struct sampling *const *sampling, const uint64_t *steps,
-                         const struct token_row *rows, int64_t count, struct error *err)
+int step_sampling(struct device *d, const struct sampling *const *sampling, const uint64_t *steps,
+                  const struct token_row *rows, int64_t count, struct error *err)
 {
     (void)err;
     for (int64_t i = 0; i < count; i++) {
@@ -310,7 +287,7 @@ static int step_sampling(struct device *d, const struct sampling *const *samplin
     return 0;
 }
 
-static int step_sample(struct device *d, struct error *err)
+int step_sample(struct device *d, struct error *err)
 {
     int64_t vocab = d->shape.share->vocab_local;
     int rc = CHECK(launch_sample(d->chosen, d->logits, vocab, vocab, d->block.sampling, d->in_output, d->in_any,
@@ -322,7 +299,7 @@ static int step_sample(struct device *d, struct error *err)
                       "copying tokens");
 }
 
-static int step_tokens(struct device *d, uint32_t *tokens, int64_t count, struct error *err)
+int step_tokens(struct device *d, uint32_t *tokens, int64_t count, struct error *err)
 {
     int rc = CHECK(cudaStreamSynchronize(d->stream), "computing a step");
     if (rc)
@@ -337,22 +314,3 @@ static int step_tokens(struct device *d, uint32_t *tokens, int64_t count, struct
     }
     return 0;
 }
-
-const struct backend step_operations = {
-    .begin = step_begin,
-    .record = step_record,
-    .finish = step_finish,
-    .embed = step_embed,
-    .norm = step_norm,
-    .linear = step_linear,
-    .finish_qkv = step_finish_qkv,
-    .attend = step_attend,
-    .activate = step_activate,
-    .lend = step_lend,
-    .returned = step_returned,
-    .logits = step_logits,
-    .count_prompt = step_count_prompt,
-    .sampling = step_sampling,
-    .sample = step_sample,
-    .tokens = step_tokens,
-};

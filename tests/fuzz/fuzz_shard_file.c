@@ -21,7 +21,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
     } while (0)
 
 enum {
-    HEADER_BYTES = 256,
+    HEADER_BYTES = 320,
     HEAD_BYTES = SHARD_PAYLOAD_ALIGN
 }; // heads of one step of 2 MiB; longer ones are refused as truncated
 
@@ -37,11 +37,11 @@ static uint64_t field(uint64_t offset)
 
 static void put_head_hash(void)
 {
-    memset(head + 208, 0, 16);
+    memset(head + 256, 0, 16);
     struct checksum128 sum = checksum_whole(head, HEAD_BYTES);
     for (int i = 0; i < 8; i++) {
-        head[208 + i] = (uint8_t)(sum.high >> (56 - 8 * i));
-        head[216 + i] = (uint8_t)(sum.low >> (56 - 8 * i));
+        head[256 + i] = (uint8_t)(sum.high >> (56 - 8 * i));
+        head[264 + i] = (uint8_t)(sum.low >> (56 - 8 * i));
     }
 }
 
@@ -68,7 +68,7 @@ static void check_ranges(const struct shard_file *file)
             CHECK(checked_range(part->row_begin, part->rows, part->source_rows));
             CHECK(checked_range(part->col_begin, part->cols, part->source_cols));
         }
-        CHECK(shard_file_find(file, tensor->role, tensor->layer) == tensor);
+        CHECK(shard_file_find(file, tensor->role, tensor->layer, tensor->expert) == tensor);
     }
 }
 

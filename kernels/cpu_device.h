@@ -1,0 +1,66 @@
+// The CPU backend's device, shared by the files that implement it: backend_cpu.c (memory, rows, products), cpu_attention.c,
+// cpu_experts.c.
+#ifndef TPSHARD_KERNELS_CPU_DEVICE_H
+#define TPSHARD_KERNELS_CPU_DEVICE_H
+
+#include "kernels/backend.h"
+#include "kernels/buffers.h"
+#include "kernels/kv.h"
+
+struct chosen_expert {
+    int32_t expert; // of the whole model
+    float weight;
+};
+
+// Work of the experts of one layer. A slot is one of a row's chosen experts; slots of one expert of this rank stand next to each other.
+struct expert_work {
+    struct chosen_expert *chosen; // [max_rows][experts_per_token], best first
+    float *shared_factor;         // [max_rows]
+    int32_t *place;               // [max_rows][experts_per_token]: where the slot stands, -1: on another rank
+    int32_t *first;               // [num_experts_local + 1]: the experts' first places
+    struct activations act;       // [places]
+    float *gate_up, *out;         // [places][2 * expert_size_local], [places][hidden]
+};
+
+struct device {
+    const struct kernels *k;
+    struct thread_pool *pool;
+    struct device_shape shape;
+    const struct weights *weights;
+    struct kv_shape kv_shape;
+    int64_t q_size, kv_size; // floats of a row of BUFFER_QKV: queries, then keys, then values
+
+    const struct token_row *rows; // of the step under way
+    int64_t count;
+    struct kv_pages pages;
+
+    float *buffers[BUFFER_COUNT];
+    float *normed;                // [max_rows][hidden]
+    float *attended;              // [max_rows][attended_width]
+    float *cosines[2], *sines[2]; // [max_rows][rotary_dim / 2]: by the first table, by the local one
+    float *scores;                // [threads][context]
+    float *latent_rows;           // [threads][k_dim + v_dim] of the latent
+    float *head_rows;             // [threads][hidden]
+    uint8_t *kv;                  // [num_layers][k, v][num_pages][heads][KV_PAGE_TOKENS][k_dim]
+    uint64_t kv_bytes;            // mapped, so that untouched pages cost nothing
+    struct expert_work experts;
+
+    const float *input; // rows of the next product, and how they are prepared in act
+    int64_t input_stride;
+    enum weight_kind input_kind;
+    struct activations act;
+};
+
+// The rows of the next products are x [count][x_stride], prepared for `next`.
+void cpu_set_input(struct device *d, const float *x, int64_t x_stride, int64_t count, const struct matrix *next);
+
+int cpu_squares(struct device *d, int64_t layer, struct error *err);
+int cpu_finish_qkv(struct device *d, int64_t layer, struct error *err);
+int cpu_attend(struct device *d, int64_t layer, struct error *err);
+
+int cpu_experts_alloc(struct device *d, struct error *err);
+void cpu_experts_free(struct device *d);
+int cpu_route(struct device *d, int64_t layer, struct error *err);
+int cpu_experts(struct device *d, int64_t layer, struct error *err);
+
+#endif

@@ -1,0 +1,287 @@
+// The operations of a layer between its matmuls: norms, rotation, attention, activations. A part of vector_ops.h, which says what holds
+// for all of them.
+#ifndef TPSHARD_KERNELS_LAYER_OPS_H
+#define TPSHARD_KERNELS_LAYER_OPS_H
+
+#include "kernels/kernels.h"
+#include "kernels/vectors.h"
+
+static double layer_ops_squares(const float *x, int64_t cols)
+{
+    f32x16 sum = {0}, a;
+    int64_t i = 0;
+    for (; i + LANES <= cols; i += LANES) {
+        load16(&a, x + i);
+        sum += a * a;
+    }
+    if (i < cols) {
+        load_part(&a, x + i, cols - i, 0.0f);
+        sum += a * a;
+    }
+    float lane[LANES];
+    store16(lane, &sum);
+    double squares = 0;
+    for (int l = 0; l < LANES; l++)
+        squares += lane[l];
+    return squares;
+}
+
+static void layer_ops_scale_norm(float *y, const float *x, const float *weight, int64_t cols, double squares,
+                                 int64_t width, float eps)
+{
+    float inverse = (float)(1.0 / sqrt(squares / (double)width + eps));
+    for (int64_t i = 0; i < cols; i++)
+        y[i] = x[i] * inverse * weight[i];
+}
+
+static void layer_ops_rms_norm(float *y, const float *x, const float *weight, int64_t cols, float eps)
+{
+    layer_ops_scale_norm(y, x, weight, cols, layer_ops_squares(x, cols), cols, eps);
+}
+
+static void layer_ops_rope_table(float *cos, float *sin, const float *inv_freq, int64_t half, int64_t position,
+                                 float factor)
+{
+    for (int64_t i = 0; i < half; i++) {
+        float angle = (float)position * inv_freq[i];
+        cos[i] = cosf(angle) * factor;
+        sin[i] = sinf(angle) * factor;
+    }
+}
+
+static void layer_ops_rope(float *x, const float *restrict cos, const float *restrict sin, int64_t rotary_dim,
+                           bool interleaved)
+{
+    int64_t half = rotary_dim / 2, step = interleaved ? 2 : 1;
+    float *first = x, *second = interleaved ? x + 1 : x + half;
+    for (int64_t i = 0; i < half; i++) {
+        float a = first[i * step], b = second[i * step];
+        first[i * step] = a * cos[i] - b * sin[i];
+        second[i * step] = b * cos[i] + a * sin[i];
+    }
+}
+
+// ---- Attention -----------------------------------------------------------------------------------------------------
+
+enum { MAX_KEY_VECTORS = KERNELS_MAX_KEY_DIM / LANES };
+
+static float dot_bf16(const f32x16 *q, const uint16_t *k, int64_t head_dim)
+{
+    f32x16 sum = {0}, a;
+    int64_t i = 0;
+    for (; i + LANES <= head_dim; i += LANES) {
+        load_bf16(&a, k + i);
+        sum += a * q[i / LANES];
+    }
+    if (i < head_dim) {
+        load_bf16_part(&a, k + i, head_dim - i);
+        sum += a * q[i / LANES];
+    }
+    return sum_lanes(&sum);
+}
+
+// tanh of each lane, from exp16: 1 - 2 / (exp(2x) + 1).
+VECTOR_INLINE void tanh16(f32x16 *y, const f32x16 *x)
+{
+    f32x16 e = *x + *x;
+    exp16(&e, &e);
+    *y = 1.0f - 2.0f / (e + 1.0f);
+}
+
+static void layer_ops_softcap(float *x, int64_t count, float cap)
+{
+    for (int64_t i = 0; i < count; i += LANES) {
+        int64_t part = count - i < LANES ? count - i : LANES;
+        f32x16 a;
+        load_part(&a, x + i, part, 0.0f);
+        a = a / cap;
+        tanh16(&a, &a);
+        a = a * cap;
+        memcpy(x + i, &a, (size_t)part * sizeof *x);
+    }
+}
+
+// weights[i] = exp(weights[i] - largest); the sum, lane i % 16 first, the sink's part at the end. A NaN is passed over by the maximum
+// and reaches the sum.
+static float exp_scores(float *weights, int64_t count, const float *sink)
+{
+    float largest = sink ? *sink : -INFINITY;
+    for (int64_t i = 0; i < count; i++)
+        largest = weights[i] > largest ? weights[i] : largest;
+    f32x16 sum = {0}, a;
+    for (int64_t i = 0; i < count; i += LANES) {
+        int64_t part = count - i < LANES ? count - i : LANES;
+        load_part(&a, weights + i, part, -INFINITY); // exp(-Inf) = 0
+        a -= largest;
+        exp16(&a, &a);
+        sum += a;
+        memcpy(weights + i, &a, (size_t)part * sizeof *weights);
+    }
+    float total = sum_lanes(&sum);
+    if (sink) {
+        f32x16 rest = {0};
+        rest += *sink - largest;
+        exp16(&rest, &rest);
+        total += rest[0];
+    }
+    return total;
+}
+
+// Slots of one page of keys or values as bfloat16; e4m3 is widened into `wide`, exactly.
+static const uint16_t *page_rows(enum kv_format format, const void *pool, int64_t slot, int64_t count, int64_t stride,
+                                 uint16_t wide[KV_PAGE_TOKENS * KERNELS_MAX_KEY_DIM])
+{
+    if (format == KV_BF16)
+        return (const uint16_t *)pool + slot * stride;
+    const uint8_t *narrow = (const uint8_t *)pool + slot * stride;
+    for (int64_t i = 0; i < count * stride; i++)
+        wide[i] = (uint16_t)(f32_bits(e4m3_to_f32(narrow[i])) >> 16);
+    return wide;
+}
+
+static int64_t slot_of(const struct kv_view *kv, int64_t kv_head, int64_t position)
+{
+    return (kv->pages[position / KV_PAGE_TOKENS] * kv->num_kv_heads + kv_head) * KV_PAGE_TOKENS +
+           position % KV_PAGE_TOKENS;
+}
+
+static int64_t page_stop(int64_t position, int64_t end)
+{
+    int64_t page_end = (position / KV_PAGE_TOKENS + 1) * KV_PAGE_TOKENS;
+    return page_end < end ? page_end : end;
+}
+
+// out[cols] += sum over rows r, ascending, of x[r] * w[r][:]. 64 columns at a time, so that the partial sums stay in registers.
+static void add_rows(float *out, const float *x, const uint16_t *w, int64_t stride, int64_t rows, int64_t cols)
+{
+    int64_t i = 0;
+    for (; i + 4 * LANES <= cols; i += 4 * LANES) {
+        f32x16 acc[4], a;
+        for (int j = 0; j < 4; j++)
+            load16(&acc[j], out + i + j * LANES);
+        for (int64_t r = 0; r < rows; r++)
+            for (int j = 0; j < 4; j++) {
+                load_bf16(&a, w + r * stride + i + j * LANES);
+                acc[j] += a * x[r];
+            }
+        for (int j = 0; j < 4; j++)
+            store16(out + i + j * LANES, &acc[j]);
+    }
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = i; c < cols; c++)
+            out[c] += bf16_to_f32(w[r * stride + c]) * x[r];
+}
+
+static void layer_ops_attention(float *out, const float *q, const struct kv_view *kv, int64_t kv_head, int64_t first,
+                                int64_t end, const struct attention_scores *scores, float *weights)
+{
+    int64_t k_dim = kv->k_dim, v_dim = kv->v_dim;
+    uint16_t wide[KV_PAGE_TOKENS * KERNELS_MAX_KEY_DIM];
+    memset(out, 0, (size_t)v_dim * sizeof *out);
+    if (first >= end)
+        return;
+
+    f32x16 query[MAX_KEY_VECTORS];
+    int64_t vectors = (k_dim + LANES - 1) / LANES;
+    for (int64_t i = 0; i < vectors; i++)
+        load_part(&query[i], q + i * LANES, k_dim - i * LANES, 0.0f);
+    for (int64_t p = first, stop; p < end; p = stop) {
+        stop = page_stop(p, end);
+        const uint16_t *k = page_rows(kv->format, kv->k, slot_of(kv, kv_head, p), stop - p, k_dim, wide);
+        for (int64_t s = 0; s < stop - p; s++)
+            weights[p - first + s] = dot_bf16(query, k + s * k_dim, k_dim) * scores->scale;
+    }
+    if (scores->softcap > 0)
+        layer_ops_softcap(weights, end - first, scores->softcap);
+    float sum = exp_scores(weights, end - first, scores->sink);
+
+    for (int64_t p = first, stop; p < end; p = stop) {
+        stop = page_stop(p, end);
+        const uint16_t *v = page_rows(kv->format, kv->v, slot_of(kv, kv_head, p), stop - p, kv->v_stride, wide);
+        add_rows(out, weights + (p - first), v, kv->v_stride, stop - p, v_dim);
+    }
+    for (int64_t i = 0; i < v_dim; i++)
+        out[i] /= sum;
+}
+
+static void layer_ops_mix_rows(float *out, const float *x, const uint16_t *w, int64_t stride, int64_t rows,
+                               int64_t cols)
+{
+    memset(out, 0, (size_t)cols * sizeof *out);
+    add_rows(out, x, w, stride, rows, cols);
+}
+
+static void layer_ops_dot_rows(float *out, const float *x, const uint16_t *w, int64_t stride, int64_t rows,
+                               int64_t cols)
+{
+    f32x16 vector[MAX_KEY_VECTORS];
+    for (int64_t i = 0; i < (cols + LANES - 1) / LANES; i++)
+        load_part(&vector[i], x + i * LANES, cols - i * LANES, 0.0f);
+    for (int64_t r = 0; r < rows; r++)
+        out[r] = dot_bf16(vector, w + r * stride, cols);
+}
+
+// ---- Activations ---------------------------------------------------------------------------------------------------
+
+// x * sigmoid(z)
+VECTOR_INLINE void times_sigmoid(f32x16 *x, const f32x16 *z)
+{
+    f32x16 e = -*z;
+    exp16(&e, &e);
+    *x = *x / (e + 1.0f);
+}
+
+// Every lane to at most `limit`, and at least -limit when `both`; a NaN stays.
+VECTOR_INLINE void limit16(f32x16 *x, float limit, bool both)
+{
+    const f32x16 zero = {0}, high = zero + limit, low = zero - limit;
+    i32x16 beyond = *x > high;
+    select16(x, &beyond, &high, x);
+    if (both) {
+        beyond = *x < low;
+        select16(x, &beyond, &low, x);
+    }
+}
+
+// The formulas are transformers'. gelu(x), tanh form, is x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)).
+static void layer_ops_activate(float *out, const float *gate, const float *up, int64_t count,
+                               enum activation activation)
+{
+    for (int64_t i = 0; i < count; i += LANES) {
+        int64_t part = count - i < LANES ? count - i : LANES;
+        f32x16 g, u, z;
+        load_part(&g, gate + i, part, 0.0f);
+        load_part(&u, up + i, part, 0.0f);
+        z = g;
+        switch (activation) {
+        case ACTIVATION_SILU:
+            break;
+        case ACTIVATION_GELU_TANH:
+            z = (g + g * g * g * 0.044715f) * 0x1.988454p+0f;
+            break;
+        case ACTIVATION_GPT_OSS:
+            limit16(&g, 7.0f, false);
+            limit16(&u, 7.0f, true);
+            z = g * 1.702f;
+            u += 1.0f;
+            break;
+        }
+        times_sigmoid(&g, &z);
+        g *= u;
+        memcpy(out + i, &g, (size_t)part * sizeof *out);
+    }
+}
+
+static void layer_ops_add_scaled(float *y, const float *x, int64_t count, float factor)
+{
+    for (int64_t i = 0; i < count; i++)
+        y[i] += factor * x[i];
+}
+
+static void layer_ops_add(float *y, const float *x, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++)
+        y[i] += x[i];
+}
+
+#endif

@@ -1,0 +1,54 @@
+// See import_plan.h.
+#include "shard/import_plan.h"
+
+static int parts_of(struct import_part *out, const struct shard_tensor *tensor)
+{
+    for (int p = 0; p < tensor->num_parts; p++)
+        out[p] =
+            (struct import_part){tensor->parts[p].source, tensor->parts[p].source_rows, tensor->parts[p].source_cols};
+    return tensor->num_parts;
+}
+
+static int kind_of(const struct plan_kinds *base, struct plan_kind *out, const struct shard_tensor *tensor,
+                   const struct plan_source *sources, struct error *err)
+{
+    const struct import_kinds *kinds = (const struct import_kinds *)base;
+    struct import_part parts[SHARD_MAX_PARTS];
+    int rc, num_parts = parts_of(parts, tensor);
+    bool keep = kinds->keep && (tensor->role != ROLE_EMBEDDING || kinds->keep_embedding) &&
+                (tensor->role != ROLE_HEAD || kinds->keep_head);
+    if (!keep && kinds->base && (rc = kinds->base->of(kinds->base, out, tensor, sources, err)))
+        return rc;
+    rc = keep ? import_choose(kinds->import, tensor->role, parts, num_parts, &out->kind, &out->group_size, err)
+              : import_settle(kinds->import, tensor->role, parts, num_parts, err);
+    if (!rc && num_parts > 0)
+        out->order = import_has_order(kinds->import, tensor->role, parts[0].source);
+    return rc;
+}
+
+struct import_kinds import_kinds_keep(struct import *import, const char *embed, const char *head)
+{
+    return (struct import_kinds){
+        .kinds = {kind_of}, .import = import, .keep = true, .keep_embedding = !embed, .keep_head = !head};
+}
+
+struct import_kinds import_kinds_as(struct import *import, const struct plan_kinds *base)
+{
+    return (struct import_kinds){.kinds = {kind_of}, .import = import, .base = base};
+}
+
+int import_quant(struct manifest_quant *out, const struct import_config *config, const char *embed, const char *head,
+                 int64_t group_size, bool tied_embeddings, struct error *err)
+{
+    uint32_t own_group;
+    int rc = plan_quant(out, "none", embed, head, group_size, tied_embeddings, err);
+    if (rc || config->num_schemes == 0)
+        return rc;
+    if (!import_kind_of_form(&config->schemes[0].form, WEIGHT_MAX_DIM, &out->linear, &own_group)) {
+        out->linear = WEIGHT_BF16;
+        return 0;
+    }
+    if (out->linear == WEIGHT_INT4 || out->linear == WEIGHT_INT4Z)
+        out->group_size = own_group;
+    return 0;
+}

@@ -1,0 +1,27 @@
+// The plan of a quantized checkpoint: kinds and orders as the import has them, for convert, plan and verify alike. See
+// import.h.
+#ifndef TPSHARD_SHARD_IMPORT_PLAN_H
+#define TPSHARD_SHARD_IMPORT_PLAN_H
+
+#include "shard/import.h"
+#include "shard/plan.h"
+
+#include <stdbool.h>
+
+// Set up by its users; import must outlive it. Orders of columns are the same whatever the kinds.
+struct import_kinds {
+    struct plan_kinds kinds; // must be first: import_kinds_of
+    struct import *import;
+    bool keep;                      // matrices keep their kinds; else they get those of the plan's quant, or of base
+    bool keep_embedding, keep_head; // with keep: unless the command line says another kind for them
+    const struct plan_kinds *base;  // without keep: asked for the kind (kinds of rank files); NULL: the plan's quant
+};
+// keep with embed and head as the command line says them (NULL: not said).
+struct import_kinds import_kinds_keep(struct import *import, const char *embed, const char *head);
+struct import_kinds import_kinds_as(struct import *import, const struct plan_kinds *base);
+
+// What the manifest says of a model that keeps its kinds: the kind of most of its matrices; embed and head as said.
+int import_quant(struct manifest_quant *out, const struct import_config *config, const char *embed, const char *head,
+                 int64_t group_size, bool tied_embeddings, struct error *err);
+
+#endif

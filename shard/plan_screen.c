@@ -1,0 +1,284 @@
+// The answer of `tpshard plan` on one screen: 24 lines of 100 columns.
+#include "formats/checked.h"
+#include "shard/plan_answer.h"
+#include "shard/progress.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+enum { SCREEN_COLUMNS = 100, INDENT = 10, MAX_ROWS = 8 };
+
+// "label     text", broken between words where a line would be too long.
+static void __attribute__((format(printf, 2, 3))) paragraph(const char *label, const char *fmt, ...)
+{
+    char text[1024];
+    va_list arguments;
+    va_start(arguments, fmt);
+    vsnprintf(text, sizeof text, fmt, arguments);
+    va_end(arguments);
+    int column = printf("%-*s", INDENT, label);
+    for (const char *word = text; *word;) {
+        int length = (int)strcspn(word, " ");
+        if (column > INDENT && column + 1 + length > SCREEN_COLUMNS)
+            column = printf("\n%*s", INDENT, "") - 1;
+        column += printf("%s%.*s", column > INDENT ? " " : "", length, word);
+        word += length + (word[length] == ' ');
+    }
+    printf("\n");
+}
+
+// ---- numbers -----------------------------------------------------------------------------------------------------
+
+enum { TEXT_BYTES = 32 };
+
+// "17.92 GiB"; three digits or more in front of the unit's fraction.
+static const char *size_text(char out[TEXT_BYTES], uint64_t bytes)
+{
+    static const char *const units[] = {"bytes", "KiB", "MiB", "GiB", "TiB"};
+    double value = (double)bytes;
+    int unit = 0;
+    for (; value >= 1024 && unit < 4; unit++)
+        value /= 1024;
+    snprintf(out, TEXT_BYTES, "%.*f %s", unit == 0 || (double)(uint64_t)value == value ? 0 : 2, value, units[unit]);
+    return out;
+}
+
+static const char *kv_name(enum kv_format format) { return format == KV_E4M3 ? "fp8" : "bf16"; }
+
+// ---- the table of ranks --------------------------------------------------------------------------------------------
+
+enum { MAX_TABLE_COLUMNS = 12 };
+struct table {
+    int columns, rows; // row 0 holds the titles
+    char cells[MAX_ROWS + 1][MAX_TABLE_COLUMNS][TEXT_BYTES];
+    bool right[MAX_TABLE_COLUMNS];
+};
+
+static void range_text(char out[TEXT_BYTES], int64_t begin, int64_t count)
+{
+    if (count == 0)
+        snprintf(out, TEXT_BYTES, "none");
+    else if (count == 1)
+        snprintf(out, TEXT_BYTES, "%lld", (long long)begin);
+    else
+        snprintf(out, TEXT_BYTES, "%lld-%lld", (long long)begin, (long long)(begin + count - 1));
+}
+
+// A rank's experts: numbers of whole ones, or how much of each.
+static void experts_text(char out[TEXT_BYTES], const struct plan *plan, const struct rank_share *share)
+{
+    if (plan->experts == EXPERTS_EP)
+        range_text(out, share->expert_begin, share->num_experts_local);
+    else
+        snprintf(out, TEXT_BYTES, "%lld x %lld", (long long)share->num_experts_local,
+                 (long long)share->expert_size_local);
+}
+
+// Each with its title in row 0.
+static void add_range(struct table *table, const char *title, int row, int64_t begin, int64_t count)
+{
+    snprintf(table->cells[0][table->columns], TEXT_BYTES, "%s", title);
+    range_text(table->cells[row][table->columns++], begin, count);
+}
+
+static void add_size(struct table *table, const char *title, int row, uint64_t bytes, bool gib)
+{
+    snprintf(table->cells[0][table->columns], TEXT_BYTES, "%s", title);
+    table->right[table->columns] = true;
+    snprintf(table->cells[row][table->columns++], TEXT_BYTES, "%.2f", (double)bytes / (gib ? 0x1p30 : 0x1p20));
+}
+
+static void fill_row(struct table *table, int row, const struct plan_answer *answer, uint32_t rank)
+{
+    const struct plan *plan = answer->plan;
+    const struct model_desc *model = &plan->model;
+    const struct rank_share *share = &plan->ranks[rank].share;
+    const struct rank_memory *memory = &answer->ranks[rank];
+    bool gib = answer->largest_bytes >= 1 << 30;
+    table->columns = 0;
+    table->right[0] = true;
+    snprintf(table->cells[0][table->columns], TEXT_BYTES, "rank");
+    snprintf(table->cells[row][table->columns++], TEXT_BYTES, "%u", rank);
+    add_range(table, "heads", row, share->head_begin, share->num_heads_local);
+    if (model->latent.kv_rank == 0)
+        add_range(table, "kv heads", row, share->kv_head_begin, share->num_kv_heads_local);
+    if (model->intermediate_size > 0)
+        add_range(table, "mlp", row, share->mlp_begin, share->intermediate_local);
+    if (model->experts.shared_size > 0)
+        add_range(table, "shared", row, share->shared_begin, share->shared_size_local);
+    if (model->experts.num_experts > 0) {
+        snprintf(table->cells[0][table->columns], TEXT_BYTES, "experts");
+        experts_text(table->cells[row][table->columns++], plan, share);
+    }
+    add_range(table, "vocabulary", row, share->vocab_begin, share->vocab_local);
+    add_size(table, gib ? "GiB: weights" : "MiB: weights", row, memory->weight_bytes, gib);
+    add_size(table, "KV cache", row, memory->kv_bytes, gib);
+    add_size(table, "buffers", row, memory->scratch_bytes, gib);
+    add_size(table, "total", row, memory->total_bytes, gib);
+}
+
+static void print_ranks(const struct plan_answer *answer, int max_rows)
+{
+    struct table table = {0};
+    uint32_t tp_size = answer->plan->tp_size;
+    bool all = tp_size <= (uint32_t)max_rows;
+    table.rows = (int)(all ? tp_size : (uint32_t)max_rows) + 1;
+    for (int row = 1; row < table.rows;
+         row++) // the last row is the last rank, and the one above it stands for the rest
+        fill_row(&table, row, answer, row == table.rows - 1 ? tp_size - 1 : (uint32_t)row - 1);
+    if (!all)
+        for (int c = 0; c < table.columns; c++)
+            snprintf(table.cells[table.rows - 2][c], TEXT_BYTES, "...");
+    int width[MAX_TABLE_COLUMNS] = {0}, all_columns = 0;
+    for (int c = 0; c < table.columns; c++) {
+        for (int row = 0; row < table.rows; row++)
+            if ((int)strlen(table.cells[row][c]) > width[c])
+                width[c] = (int)strlen(table.cells[row][c]);
+        all_columns += width[c] + 2;
+    }
+    const char *gap = all_columns - 2 > SCREEN_COLUMNS ? " " : "  ";
+    for (int row = 0; row < table.rows; row++)
+        for (int c = 0; c < table.columns; c++)
+            printf("%*s%s", table.right[c] ? width[c] : -width[c], table.cells[row][c],
+                   c == table.columns - 1 ? "\n" : gap);
+}
+
+// ---- what it says --------------------------------------------------------------------------------------------------
+
+static void print_title(const struct plan_answer *answer)
+{
+    const struct plan *plan = answer->plan;
+    const struct model_desc *model = &plan->model;
+    char active[64] = "", groups[32] = "";
+    uint64_t parameters = memory_plan_parameters(plan), of_token = memory_plan_active_parameters(plan);
+    if (of_token < parameters)
+        snprintf(active, sizeof active, ", %.2f of them active", (double)of_token / 1e9);
+    if (plan->quant.group_size)
+        snprintf(groups, sizeof groups, " (groups of %u)", plan->quant.group_size);
+    printf("%s: %.2f billion parameters%s, %lld layers, context %lld\n", model->architecture, (double)parameters / 1e9,
+           active, (long long)model->num_layers, (long long)model->context);
+    printf("tp %u, ", plan->tp_size);
+    if (strcmp(answer->way.quant, "keep") == 0)
+        printf("weights as they are (%s)", answer->source_format);
+    else
+        printf("weights %s%s, embedding %s, head %s%s", weight_kind_name(plan->quant.linear), groups,
+               weight_kind_name(plan->quant.embedding), weight_kind_name(plan->quant.head),
+               model->tied_embeddings ? " (tied)" : "");
+    if (model->experts.num_experts > 0)
+        printf(", experts %s", experts_mode_name(plan->experts));
+    printf(", KV cache %s%s\n\n", kv_name(answer->way.kv_format), answer->proposed ? "; proposed" : "");
+}
+
+static void print_stored(const struct plan_answer *answer)
+{
+    uint64_t bytes[WEIGHT_KIND_COUNT] = {0}, padding = 0, files = 0;
+    char text[256], size[TEXT_BYTES], files_size[TEXT_BYTES];
+    int used = 0;
+    for (uint32_t rank = 0; rank < answer->plan->tp_size; rank++) {
+        padding += answer->ranks[rank].padding_bytes;
+        files += answer->ranks[rank].file_bytes;
+        for (int kind = 0; kind < WEIGHT_KIND_COUNT; kind++)
+            bytes[kind] += answer->ranks[rank].kind_bytes[kind];
+    }
+    for (int kind = 0; kind < WEIGHT_KIND_COUNT; kind++)
+        if (bytes[kind])
+            used += snprintf(text + used, sizeof text - (size_t)used, "%s %s, ",
+                             weight_kind_name((enum weight_kind)kind), size_text(size, bytes[kind]));
+    text[used > 2 ? used - 2 : 0] = '\0';
+    paragraph("stored", "all ranks: %s (%s of it padding); files %s", text, size_text(size, padding),
+              size_text(files_size, files));
+}
+
+static void print_cache(const struct plan_answer *answer)
+{
+    const struct model_desc *model = &answer->plan->model;
+    char token[TEXT_BYTES], window[160] = "";
+    uint64_t largest = 0;
+    int with_window = 0;
+    for (uint32_t rank = 0; rank < answer->plan->tp_size; rank++)
+        if (answer->ranks[rank].kv_bytes_per_token > largest)
+            largest = answer->ranks[rank].kv_bytes_per_token;
+    for (int64_t layer = 0; layer < model->num_layers; layer++)
+        with_window += (model->layer_flags[layer] & LAYER_WINDOW) != 0;
+    if (with_window > 0)
+        snprintf(window, sizeof window, "; %d layers read no more than the last %lld, but keep all", with_window,
+                 (long long)model->sliding_window);
+    paragraph("KV cache", "%s a token on a rank%s; above for %lld tokens, %s%s", size_text(token, largest),
+              model->latent.kv_rank > 0 ? " (latent rows, the same on every rank)" : "",
+              (long long)answer->context_tokens, answer->context_is, window);
+}
+
+static void print_speed(const struct plan_answer *answer)
+{
+    char read[TEXT_BYTES], cache[TEXT_BYTES], sent[TEXT_BYTES], sends[96] = "";
+    uint64_t read_bytes = 0, cache_bytes = 0;
+    for (uint32_t rank = 0; rank < answer->plan->tp_size; rank++) {
+        const struct rank_memory *memory = &answer->ranks[rank];
+        read_bytes = memory->read_bytes > read_bytes ? memory->read_bytes : read_bytes;
+        cache_bytes = memory->kv_read_bytes > cache_bytes ? memory->kv_read_bytes : cache_bytes;
+    }
+    if (answer->plan->tp_size > 1)
+        snprintf(sends, sizeof sends, ", sends %s", size_text(sent, answer->ranks[0].sent_bytes));
+    paragraph("decoding", "a rank reads %s of weights%s and up to %s of KV cache a token%s",
+              size_text(read, read_bytes), answer->plan->experts == EXPERTS_EP ? " (on average)" : "",
+              size_text(cache, cache_bytes), sends);
+    if (answer->plan->model.experts.num_experts == 0 || answer->plan->tp_size == 1)
+        return;
+    char total[TEXT_BYTES];
+    paragraph("experts", "--experts %s instead: fullest rank %s, reads %s of weights%s, sends as much",
+              experts_mode_name(answer->other_experts), size_text(total, answer->other_largest_bytes),
+              size_text(read, answer->other_read_bytes), answer->other_experts == EXPERTS_EP ? " on average" : "");
+}
+
+static void print_advice(const struct plan_answer *answer)
+{
+    for (int i = 0; i < answer->num_advice; i++) {
+        const struct fit *fit = &answer->advice[i];
+        paragraph(i > 0          ? ""
+                  : answer->fits ? "also"
+                                 : "instead",
+                  "--tp %u --quant %s%s: up to %lld tokens", fit->way.tp_size, fit->way.quant,
+                  fit->way.kv_format == KV_E4M3 ? " --kv-cache fp8" : "", (long long)fit->max_context);
+    }
+}
+
+static void print_fit(const struct plan_answer *answer)
+{
+    char card[TEXT_BYTES], available[TEXT_BYTES], needed[TEXT_BYTES];
+    if (!answer->card_bytes)
+        return;
+    size_text(card, answer->card_bytes);
+    size_text(available, answer->available_bytes);
+    size_text(needed, answer->largest_bytes);
+    if (answer->fits)
+        paragraph("fits", "yes: %s of %s (%s less driver and context); up to %lld tokens", needed, available, card,
+                  (long long)answer->max_context);
+    else if (answer->max_context > 0)
+        paragraph("fits", "no: %s needed of %s (%s less driver and context); up to %lld tokens would fit", needed,
+                  available, card, (long long)answer->max_context);
+    else
+        paragraph("fits", "no: %s needed of %s (%s less driver and context)", needed, available, card);
+    print_advice(answer);
+    if (!answer->fits && answer->num_advice == 0)
+        paragraph("", "the model does not fit on %u card%s of %s in any way; int4 needs %u or more",
+                  answer->plan->tp_size, answer->plan->tp_size == 1 ? "" : "s", card, answer->min_ranks);
+}
+
+int plan_screen_print(const struct plan_answer *answer, struct error *err)
+{
+    char line[256], cpu[TEXT_BYTES];
+    bool empty = plan_empty_shares(answer->plan, line, sizeof line);
+    print_title(answer);
+    print_ranks(answer, MAX_ROWS - (empty ? 2 : 0) - (answer->num_advice > 2 ? answer->num_advice - 2 : 0));
+    printf("\n");
+    print_stored(answer);
+    print_cache(answer);
+    paragraph("buffers", "of a step of 2048 rows and the backend's reserve, on a GPU; on CPUs %s",
+              size_text(cpu, answer->ranks[0].cpu_scratch_bytes));
+    print_speed(answer);
+    if (empty)
+        paragraph("note", "%s", line);
+    print_fit(answer);
+    return fflush(stdout) ? error_set_errno(err, "cannot write the result to stdout") : 0;
+}
