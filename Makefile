@@ -150,6 +150,8 @@ $(BENCH_PROGRAMS): $(BUILD)/%: $(BUILD)/obj/%.o $(call objects,$(BENCH_HELPER_SR
 
 # Every architecture of the list that this nvcc knows.
 CUDA_ARCHS ?= $(filter 80 86 89 90 120,$(patsubst compute_%,%,$(shell $(NVCC) --list-gpu-arch 2>/dev/null)))
+# Instructions that one chip alone has are compiled for it by its own name; such code runs beside that of the plain name.
+archs_of = $(if $(filter %/linear_fp4.cu,$(1)),$(or $(patsubst 120,120a,$(filter 120,$(CUDA_ARCHS))),$(lastword $(CUDA_ARCHS))),$(CUDA_ARCHS))
 NVCC_FLAGS = -std=c++17 -O3 --fmad=false -I. -I$(BUILD) -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra \
              --Werror all-warnings
 CUDA_HOME = $(abspath $(dir $(realpath $(NVCC)))/..)
@@ -158,7 +160,7 @@ CUDA_HOST_CFLAGS = $(filter-out -fPIE,$(HOUSE_CFLAGS)) -fPIC -fvisibility=hidden
 
 $(BUILD)/obj/%.cu.o: %.cu $(BUILD)/flags | $(BUILD)/version.h
 	$(call say,NVCC,$<) mkdir -p $(@D) && $(NVCC) $(NVCC_FLAGS) \
-	    $(foreach arch,$(CUDA_ARCHS),-gencode arch=compute_$(arch),code=sm_$(arch)) -MMD -MP -c -o $@ $<
+	    $(foreach arch,$(call archs_of,$<),-gencode arch=compute_$(arch),code=sm_$(arch)) -MMD -MP -c -o $@ $<
 $(BUILD)/obj/kernels/cuda/%.o: kernels/cuda/%.c $(BUILD)/flags | $(BUILD)/version.h
 	$(call say,CC,$<) mkdir -p $(@D) && $(CC) $(CUDA_HOST_CFLAGS) $(CFLAGS) -MMD -MP -c -o $@ $<
 CUDA_OBJ := $(CUDA_SRC:%=$(BUILD)/obj/%.o) $(CUDA_HOST_SRC:%.c=$(BUILD)/obj/%.o)
@@ -203,7 +205,7 @@ $(EMULATED_BACKEND): $(EMULATED_OBJ)
 
 # What `make gpu-check` runs: the kernels' tests, which run in the emulator, on the real thing, and benchmarks. Tests look into device
 # memory, so there they get memory that both sides see. test_cuda_backend stays with the emulator: it makes calls fail.
-DEVICE_TESTS := $(patsubst %,$(BUILD)/device/test_cuda_%,attention linear rows sample slab)
+DEVICE_TESTS := $(patsubst %,$(BUILD)/device/test_cuda_%,attention experts fp4 linear rows sample slab)
 CUDA_LIBRARIES = -L$(CUDA_HOME)/lib64 -lcudart_static -lrt -lstdc++
 DEVICE_CXXFLAGS = $(filter-out $(EMULATED_FLAGS),$(EMULATED_CXXFLAGS)) -isystem $(CUDA_HOME)/include
 

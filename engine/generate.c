@@ -303,8 +303,8 @@ static int run_conversation(struct session *session, const struct chat *chat, st
     struct output output = {0};
     char *line = NULL;
     size_t bytes;
-    json_t *messages = generate_chat_begin(options.system);
-    int rc = messages ? 0 : error_set(err, ERR_MEMORY, "no memory for the conversation");
+    json_t *messages = NULL;
+    int rc = generate_chat_begin(&messages, options.system, err);
     while (!rc && (rc = generate_chat_line(&line, &bytes, err)) == 0 && line) {
         if ((rc = generate_chat_add(messages, "user", line, bytes, err)) ||
             (rc = run_prompts(session, chat, messages, &output, 1, err)) ||
@@ -346,7 +346,7 @@ int generate_run(int argc, char **argv, struct error *err)
     if (!outputs)
         return error_set(err, ERR_MEMORY, "no memory for %d prompts", count);
     if ((rc = session_open(&session, argv[0], &session_options, count, 0, err)) ||
-        ((options.chat || options.messages) && (rc = chat_open(&chat, argv[0], err))) ||
+        ((options.chat || options.messages) && (rc = chat_open(&chat, argv[0], session_manifest(session), err))) ||
         (options.messages && (rc = generate_chat_read(&messages, options.messages, err))))
         goto done;
     if (messages || options.prompts.count)

@@ -3,6 +3,7 @@
 
 #include "engine/commands.h"
 #include "formats/json_file.h"
+#include "formats/tokenizer_text.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,22 +12,25 @@
 
 int generate_chat_add(json_t *messages, const char *role, const char *text, size_t bytes, struct error *err)
 {
+    if (tokenizer_text_valid_prefix(text, bytes) != bytes)
+        return error_set(err, ERR_USAGE, "the %s message must be valid UTF-8", role);
     json_t *content = json_stringn(text, bytes);
-    if (!content)
-        return error_set(err, ERR_USAGE, "a message must be valid UTF-8");
-    if (json_array_append_new(messages, json_pack("{s:s, s:o}", "role", role, "content", content)))
+    if (!content || json_array_append_new(messages, json_pack("{s:s, s:o}", "role", role, "content", content)))
         return error_set(err, ERR_MEMORY, "no memory for a message");
     return 0;
 }
 
-json_t *generate_chat_begin(const char *system)
+int generate_chat_begin(json_t **out, const char *system, struct error *err)
 {
     json_t *messages = json_array();
-    if (messages && system && generate_chat_add(messages, "system", system, strlen(system), NULL)) {
+    int rc = messages ? 0 : error_set(err, ERR_MEMORY, "no memory for the conversation");
+    if (!rc && system)
+        rc = generate_chat_add(messages, "system", system, strlen(system), err);
+    if (rc)
         json_decref(messages);
-        return NULL;
-    }
-    return messages;
+    else
+        *out = messages;
+    return rc;
 }
 
 int generate_chat_read(json_t **out, const char *path, struct error *err)
@@ -84,10 +88,10 @@ int generate_chat_encode(const struct chat *chat, const struct tokenizer *tokeni
 int generate_chat_prompt(const struct chat *chat, const struct tokenizer *tokenizer, const char *system,
                          const char *prompt, size_t bytes, struct token_list *out, struct error *err)
 {
-    json_t *messages = generate_chat_begin(system);
-    if (!messages)
-        return error_set(err, ERR_USAGE, "the system message must be valid UTF-8");
-    int rc = generate_chat_add(messages, "user", prompt, bytes, err);
+    json_t *messages = NULL;
+    int rc = generate_chat_begin(&messages, system, err);
+    if (rc == 0)
+        rc = generate_chat_add(messages, "user", prompt, bytes, err);
     if (rc == 0)
         rc = generate_chat_encode(chat, tokenizer, messages, out, err);
     json_decref(messages);

@@ -6,8 +6,9 @@
 
 #include <jansson.h>
 
-// A new list of messages, with the system message if there is one (may be NULL). NULL: out of memory.
-json_t *generate_chat_begin(const char *system);
+// A new list of messages, with the system message if there is one (may be NULL). Success: the caller owns *out.
+int generate_chat_begin(json_t **out, const char *system, struct error *err);
+// ERR_USAGE for text that is not valid UTF-8.
 int generate_chat_add(json_t *messages, const char *role, const char *text, size_t bytes, struct error *err);
 // The list of messages in a file, "-" for standard input. Success: the caller owns *out.
 int generate_chat_read(json_t **out, const char *path, struct error *err);

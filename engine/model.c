@@ -104,7 +104,7 @@ struct binder {
     const struct shard_file *file;
     const uint8_t *base; // where the payload lies, for the backend
     const char *path;
-    bool verified; // the payload has been compared with its checksums
+    bool loaded; // the payload is there to be read: orders are checked
     int32_t layer, expert;
     struct error *err;
 };
@@ -187,7 +187,7 @@ static int bind_order(const struct binder *b, const float **out, enum tensor_rol
     const struct shard_tensor *tensor = shard_file_find(b->file, role, b->layer, b->expert);
     char name[96];
     int rc = bind_vector(b, out, role, cols, tensor != NULL);
-    if (rc || !tensor || !b->verified)
+    if (rc || !tensor || !b->loaded)
         return rc;
     const float *order = (const float *)(const void *)(shard_file_payload(b->file) + tensor->data_offset);
     for (int64_t i = 0; i < cols; i++)
@@ -326,9 +326,9 @@ static bool any_layer(const struct model_desc *d, unsigned flag)
     return false;
 }
 
-static int bind_model(struct model *m, const uint8_t *base, bool verified, struct error *err)
+static int bind_model(struct model *m, const uint8_t *base, bool loaded, struct error *err)
 {
-    struct binder b = {m->file, base, m->path, verified, -1, -1, err};
+    struct binder b = {m->file, base, m->path, loaded, -1, -1, err};
     const struct model_desc *d = &m->desc;
     struct weights *w = &m->weights;
     int64_t half = d->rotary_dim / 2;

@@ -3,20 +3,18 @@
 
 #include "engine/backends.h"
 #include "formats/checked.h"
-#include "formats/checksum.h"
+#include "formats/extra_file.h"
 #include "kernels/kv.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #define TOKENIZER_FILE_NAME "tokenizer.bin"
+#define TOKENIZER_CAP_BYTES (1ull << 30)
 
 const struct session_options session_defaults = {
     .backend = "auto",
@@ -37,80 +35,45 @@ struct session {
     int timeout_ms;
     struct launch *launch; // NULL until session_start
     struct shared_area *shared;
-    struct tokenizer_map tokenizer;
+    struct tokenizer_file tokenizer;
 };
 
 // ---- tokenizer -------------------------------------------------------------------------------------------------
 
-static int map_file(void **bytes, size_t *byte_count, const char *path, struct error *err)
+int tokenizer_file_open(struct tokenizer_file *out, const char *dir, const struct manifest *manifest, struct error *err)
 {
-    struct stat st;
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (fd < 0)
-        return error_set_errno(err, "%s", path);
-    int rc = 0;
-    if (fstat(fd, &st) || !S_ISREG(st.st_mode) || st.st_size <= 0)
-        rc = error_set(err, ERR_CORRUPT, "%s: it is not a regular file with something in it", path);
-    void *map = rc ? MAP_FAILED : mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
-    if (!rc && map == MAP_FAILED)
-        rc = error_set_errno(err, "%s: mapping", path);
-    close(fd);
-    if (rc)
-        return rc;
-    *bytes = map;
-    *byte_count = (size_t)st.st_size;
-    return 0;
-}
-
-static const struct manifest_file *find_extra(const struct manifest *manifest, const char *name)
-{
-    for (size_t i = 0; i < manifest->num_extras; i++)
-        if (strcmp(manifest->extras[i].name, name) == 0)
-            return &manifest->extras[i];
-    return NULL;
-}
-
-int tokenizer_map_open(struct tokenizer_map *out, const char *dir, const struct manifest *manifest, struct error *err)
-{
-    struct tokenizer_map map = {0};
+    struct tokenizer_file file = {0};
     char path[4096];
-    int rc;
-    const struct manifest_file *extra = find_extra(manifest, TOKENIZER_FILE_NAME);
-    if (!extra)
-        return error_set(
+    uint64_t byte_count;
+    int rc = extra_file_read(&file.bytes, &byte_count, manifest, dir, TOKENIZER_FILE_NAME, TOKENIZER_CAP_BYTES, err);
+    if (!rc && !file.bytes)
+        rc = error_set(
             err, ERR_MODEL,
             "%s: the shards were made without a tokenizer.json; put one beside the checkpoint and shard again", dir);
-    snprintf(path, sizeof path, "%s/%s", dir, extra->name);
-    if ((rc = map_file(&map.bytes, &map.byte_count, path, err)))
+    if (rc)
         return rc;
-    struct checksum128 hash = checksum_whole(map.bytes, map.byte_count);
-    if (map.byte_count != extra->bytes || !checksum128_equal(hash, extra->hash)) {
-        rc = error_set(err, ERR_CORRUPT, "%s: size or checksum differs from the manifest's; shard the model again",
-                       path);
+    snprintf(path, sizeof path, "%s/%s", dir, TOKENIZER_FILE_NAME);
+    if ((rc = tokenizer_open(&file.tokenizer, file.bytes, byte_count, path, err)))
         goto fail;
-    }
-    if ((rc = tokenizer_open(&map.tokenizer, map.bytes, map.byte_count, path, err)))
-        goto fail;
-    *out = map;
+    *out = file;
     return 0;
 fail:
-    tokenizer_map_close(&map);
+    tokenizer_file_close(&file);
     return rc;
 }
 
-void tokenizer_map_close(struct tokenizer_map *map)
+void tokenizer_file_close(struct tokenizer_file *file)
 {
-    tokenizer_close(map->tokenizer);
-    if (map->bytes)
-        munmap(map->bytes, map->byte_count);
-    *map = (struct tokenizer_map){0};
+    tokenizer_close(file->tokenizer);
+    free(file->bytes);
+    *file = (struct tokenizer_file){0};
 }
 
 int session_tokenizer(struct session *s, const struct tokenizer **out, struct error *err)
 {
     int rc = 0;
     if (!s->tokenizer.tokenizer)
-        rc = tokenizer_map_open(&s->tokenizer, s->dir, s->manifest, err);
+        rc = tokenizer_file_open(&s->tokenizer, s->dir, s->manifest, err);
     *out = s->tokenizer.tokenizer;
     return rc;
 }
@@ -319,7 +282,7 @@ void session_close(struct session *s)
     if (!s)
         return;
     launch_stop(s->launch, NULL);
-    tokenizer_map_close(&s->tokenizer);
+    tokenizer_file_close(&s->tokenizer);
     manifest_free(s->manifest);
     free(s->dir);
     free(s);

@@ -73,13 +73,13 @@ int session_check_prompts(const struct session *session, const struct generation
                           struct error *err);
 int session_generate(struct session *session, struct generation *generations, int64_t count, struct error *err);
 
-// A tokenizer of a shard directory without starting any rank (tpengine tokenize). Caller closes with tokenizer_map_close.
-struct tokenizer_map {
+// A tokenizer of a shard directory without starting any rank (tpengine tokenize). Caller closes with tokenizer_file_close.
+struct tokenizer_file {
     struct tokenizer *tokenizer;
-    void *bytes;
-    size_t byte_count;
+    uint8_t *bytes;
 };
-int tokenizer_map_open(struct tokenizer_map *out, const char *dir, const struct manifest *manifest, struct error *err);
-void tokenizer_map_close(struct tokenizer_map *map);
+int tokenizer_file_open(struct tokenizer_file *out, const char *dir, const struct manifest *manifest,
+                        struct error *err);
+void tokenizer_file_close(struct tokenizer_file *file);
 
 #endif

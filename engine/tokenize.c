@@ -88,12 +88,12 @@ static int decode(const struct tokenizer *tokenizer, const char *text, struct er
     return rc;
 }
 
-static int encode_chat(const char *dir, const struct tokenizer *tokenizer, const char *text, size_t bytes,
-                       struct error *err)
+static int encode_chat(const char *dir, const struct manifest *manifest, const struct tokenizer *tokenizer,
+                       const char *text, size_t bytes, struct error *err)
 {
     struct token_list ids = {0};
     struct chat *chat;
-    int rc = chat_open(&chat, dir, err);
+    int rc = chat_open(&chat, dir, manifest, err);
     if (rc)
         return rc;
     rc = generate_chat_prompt(chat, tokenizer, NULL, text, bytes, &ids, err);
@@ -108,11 +108,11 @@ int tokenize_run(int argc, char **argv, struct error *err)
 {
     (void)argc;
     struct manifest *manifest = NULL;
-    struct tokenizer_map map = {0};
+    struct tokenizer_file file = {0};
     char *text = NULL;
     size_t bytes = strlen(argv[1]);
     int rc;
-    if ((rc = manifest_read(&manifest, argv[0], err)) || (rc = tokenizer_map_open(&map, argv[0], manifest, err)))
+    if ((rc = manifest_read(&manifest, argv[0], err)) || (rc = tokenizer_file_open(&file, argv[0], manifest, err)))
         goto done;
     if (strcmp(argv[1], "-") == 0 && (rc = read_text("-", &text, &bytes, err)))
         goto done;
@@ -120,12 +120,12 @@ int tokenize_run(int argc, char **argv, struct error *err)
     if (options.chat && (options.decode || options.no_special))
         rc = error_set(err, ERR_USAGE, "--chat goes with neither --decode nor --no-special");
     else if (options.chat)
-        rc = encode_chat(argv[0], map.tokenizer, input, bytes, err);
+        rc = encode_chat(argv[0], manifest, file.tokenizer, input, bytes, err);
     else
-        rc = options.decode ? decode(map.tokenizer, input, err) : encode(map.tokenizer, input, bytes, err);
+        rc = options.decode ? decode(file.tokenizer, input, err) : encode(file.tokenizer, input, bytes, err);
 done:
     free(text);
-    tokenizer_map_close(&map);
+    tokenizer_file_close(&file);
     manifest_free(manifest);
     return rc;
 }

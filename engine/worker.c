@@ -127,19 +127,21 @@ static int check_shares(struct worker *w, struct error *err)
     for (int r = 0; r < w->env->tp_size && !rc; r++) {
         if (all[r].vocab_begin != vocab || all[r].mlp_begin != mlp || all[r].head_begin != heads ||
             all[r].shared_begin != shared || all[r].expert_begin != (whole_experts ? experts : 0) ||
-            all[r].expert_mlp_begin != (whole_experts ? 0 : expert_mlp))
+            all[r].expert_mlp_begin != (whole_experts ? 0 : expert_mlp) ||
+            (whole_experts ? all[r].expert_size_local != desc->experts.expert_size
+                           : all[r].num_experts_local != desc->experts.num_experts))
             rc = error_set(err, ERR_CORRUPT, "%s: rank %d's share does not begin where rank %d's ends", w->options->dir,
                            r, r - 1);
         vocab += all[r].vocab_local;
         mlp += all[r].intermediate_local;
         heads += all[r].num_heads_local;
         shared += all[r].shared_size_local;
-        experts = whole_experts ? experts + all[r].num_experts_local : all[r].num_experts_local;
-        expert_mlp = whole_experts ? all[r].expert_size_local : expert_mlp + all[r].expert_size_local;
+        experts += all[r].num_experts_local;
+        expert_mlp += all[r].expert_size_local;
     }
     if (!rc && (vocab != desc->vocab_size || mlp != desc->intermediate_size || heads != desc->num_heads ||
-                shared != desc->experts.shared_size || experts != desc->experts.num_experts ||
-                expert_mlp != desc->experts.expert_size))
+                shared != desc->experts.shared_size ||
+                (whole_experts ? experts != desc->experts.num_experts : expert_mlp != desc->experts.expert_size)))
         rc = error_set(err, ERR_CORRUPT, "%s: the ranks' shares do not add up to the model", w->options->dir);
     return rc;
 }

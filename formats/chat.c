@@ -6,9 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
-#include <unistd.h>
 
-#include "formats/file_io.h"
+#include "formats/extra_file.h"
 #include "formats/json_file.h"
 
 enum { MAX_TEMPLATE_BYTES = 4 << 20, MAX_VARIABLES = 64 };
@@ -16,49 +15,49 @@ enum { MAX_TEMPLATE_BYTES = 4 << 20, MAX_VARIABLES = 64 };
 struct chat {
     struct template *usual, *with_tools; // with_tools: NULL when there is no own one
     struct json_object special_tokens;   // json NULL: none known
-    char special_tokens_path[PATH_MAX];
 };
 
-static int path_in(char path[PATH_MAX], const char *dir, const char *name, struct error *err)
-{
-    if (snprintf(path, PATH_MAX, "%s/%s", dir, name) < PATH_MAX)
-        return 0;
-    return error_set(err, ERR_USAGE, "%s: the path is too long", dir);
-}
-
-static int read_template(struct template **out, const char *dir, const char *name, struct error *err)
+static int read_template(struct template **out, const char *dir, const struct manifest *manifest, const char *name,
+                         struct error *err)
 {
     char path[PATH_MAX];
     uint8_t *text;
     uint64_t bytes;
-    int rc = path_in(path, dir, name, err);
-    if (rc || access(path, F_OK) != 0)
-        return rc;
-    if ((rc = file_read_all(&text, &bytes, path, MAX_TEMPLATE_BYTES, ERR_MODEL, err)))
-        return rc;
-    rc = template_compile(out, (const char *)text, bytes, path, err);
+    int rc = extra_file_read(&text, &bytes, manifest, dir, name, MAX_TEMPLATE_BYTES, err);
+    snprintf(path, sizeof path, "%s/%s", dir, name);
+    if (!rc && text)
+        rc = template_compile(out, (const char *)text, bytes, path, err);
     free(text);
     return rc;
 }
 
-int chat_open(struct chat **out, const char *dir, struct error *err)
+static int read_special_tokens(struct json_object *out, const char *dir, const struct manifest *manifest,
+                               struct error *err)
+{
+    uint8_t *text;
+    uint64_t bytes;
+    int rc = extra_file_read(&text, &bytes, manifest, dir, CHAT_SPECIAL_TOKENS_FILE, JSON_FILE_CAP_BYTES, err);
+    if (!rc && text)
+        rc = json_file_parse(out, (const char *)text, bytes, CHAT_SPECIAL_TOKENS_FILE, ERR_MODEL, err);
+    free(text);
+    return rc;
+}
+
+int chat_open(struct chat **out, const char *dir, const struct manifest *manifest, struct error *err)
 {
     struct chat *chat = calloc(1, sizeof *chat);
     int rc;
     if (!chat)
         return error_set(err, ERR_MEMORY, "%s: out of memory for the chat template", dir);
-    if ((rc = read_template(&chat->usual, dir, CHAT_TEMPLATE_FILE, err)) ||
-        (rc = read_template(&chat->with_tools, dir, CHAT_TOOL_TEMPLATE_FILE, err)))
+    if ((rc = read_template(&chat->usual, dir, manifest, CHAT_TEMPLATE_FILE, err)) ||
+        (rc = read_template(&chat->with_tools, dir, manifest, CHAT_TOOL_TEMPLATE_FILE, err)))
         goto fail;
     if (!chat->usual) {
         rc = error_set(err, ERR_MODEL, "%s has no chat template (%s): the model takes plain text only", dir,
                        CHAT_TEMPLATE_FILE);
         goto fail;
     }
-    if ((rc = path_in(chat->special_tokens_path, dir, CHAT_SPECIAL_TOKENS_FILE, err)))
-        goto fail;
-    if (access(chat->special_tokens_path, F_OK) == 0 &&
-        (rc = json_file_open(&chat->special_tokens, chat->special_tokens_path, JSON_FILE_CAP_BYTES, ERR_MODEL, err)))
+    if ((rc = read_special_tokens(&chat->special_tokens, dir, manifest, err)))
         goto fail;
     *out = chat;
     return 0;

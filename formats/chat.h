@@ -13,6 +13,7 @@
 #include <jansson.h>
 
 #include "formats/error.h"
+#include "formats/manifest.h"
 #include "formats/template.h"
 #include "formats/tokenizer.h"
 
@@ -22,8 +23,9 @@
 
 struct chat; // immutable once opened: any number of threads may use it at the same time
 
-// ERR_MODEL when the directory has no template, or one that cannot be used. Success: the caller owns *out.
-int chat_open(struct chat **out, const char *dir, struct error *err);
+// The files of dir that its manifest names; others count as not there, and ERR_CORRUPT is one that is not what the manifest says.
+// ERR_MODEL when there is no template, or one that cannot be used. Success: the caller owns *out.
+int chat_open(struct chat **out, const char *dir, const struct manifest *manifest, struct error *err);
 void chat_close(struct chat *chat); // accepts NULL
 
 // All JSON is borrowed, and untrusted: no text of it becomes a control token.

@@ -3,6 +3,7 @@
 #define TPSHARD_FORMATS_DTYPE_H
 
 #include <stdbool.h>
+#include <stdint.h>
 
 enum dtype {
     DTYPE_BOOL,
@@ -25,8 +26,12 @@ enum dtype {
     DTYPE_COUNT,
 };
 
-const char *dtype_name(enum dtype dtype);                // "BF16"
-int dtype_bits(enum dtype dtype);                        // of one element: 4, 8, 16, 32, 64
+const char *dtype_name(enum dtype dtype); // "BF16"
+int dtype_bits(enum dtype dtype);         // of one element: 4, 8, 16, 32, 64
+static inline uint64_t dtype_bytes(enum dtype dtype)
+{
+    return (uint64_t)dtype_bits(dtype) / 8;
+} // of one element, 4 bits: 0
 bool dtype_from_name(enum dtype *out, const char *name); // exact spelling; false: unknown, *out untouched
 
 #endif

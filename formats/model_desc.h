@@ -8,6 +8,15 @@
 
 enum { MODEL_MAX_EOS = 8, MODEL_NAME_BYTES = 64, MODEL_MAX_LAYERS = 512 };
 
+// Limits that the engine's buffers rest on, on every backend.
+enum {
+    MODEL_MAX_HEAD_DIM = 256,        // of plain attention
+    MODEL_MAX_LATENT_HEAD_DIM = 320, // of latent attention: of keys, and of values
+    MODEL_MAX_LATENT_KEY_DIM = 640,  // of latent attention: kv_rank + rope_dim, a row of the cache
+    MODEL_MAX_EXPERTS = 1024,
+    MODEL_MAX_EXPERTS_PER_TOKEN = 32,
+};
+
 // What layers differ in, one set of bits for each.
 enum layer_flags {
     LAYER_WINDOW = 1,     // attention looks back over sliding_window positions only
@@ -36,16 +45,16 @@ enum router {
 };
 
 struct experts_desc {
-    int64_t num_experts;       // 0: the model has none
-    int64_t experts_per_token; // at most 32
+    int64_t num_experts;       // at most MODEL_MAX_EXPERTS; 0: the model has none
+    int64_t experts_per_token; // at most MODEL_MAX_EXPERTS_PER_TOKEN
     int64_t expert_size;       // intermediate size of one expert
     int64_t shared_size;       // intermediate size of the expert that every token takes; 0: none
     bool shared_gate;          // its output is multiplied by sigmoid of one more row of the router (Qwen2-MoE)
     enum router router;
     bool normalise; // the chosen weights are divided by their sum
     double scale;   // then multiplied by this
-    int64_t
-        num_groups; // experts stand in this many groups of equal size; only the best groups_per_token count; 1: no groups
+    // Experts stand in this many groups of equal size; only the best groups_per_token count. 1: no groups.
+    int64_t num_groups;
     int64_t groups_per_token;
     int64_t group_members; // a group is rated by the sum of its so many best experts: 1 (DeepSeek V2) or 2 (V3)
     bool router_bias;      // added to the logits (gpt-oss)
@@ -76,8 +85,8 @@ struct model_desc {
 
     bool pre_norms;  // RMSNorm in front of attention and mlp (all but OLMo 2)
     bool post_norms; // RMSNorm of what attention and mlp put out, before the residual takes it (Gemma 2, OLMo 2)
-    double embedding_scale, residual_scale,
-        logit_scale; // of embedding rows, of what a block adds to the residual, of logits; 1 for most
+    // Factors of embedding rows, of what a block adds to the residual, of logits; 1 for most.
+    double embedding_scale, residual_scale, logit_scale;
 
     double attention_scale;                  // of q.k; 1 / sqrt(head_dim) for most
     double attention_softcap, logit_softcap; // x -> cap * tanh(x / cap); 0: none
@@ -87,12 +96,12 @@ struct model_desc {
     bool qkv_bias, o_bias, mlp_bias;
     struct latent_desc latent;
 
-    int64_t
-        rotary_dim; // leading columns of a head that rotate; even; head_dim for most, latent.rope_dim with latent attention
+    // Leading columns of a head that rotate; even; head_dim for most, latent.rope_dim with latent attention.
+    int64_t rotary_dim;
     bool rotary_interleaved;      // pairs are (2i, 2i + 1) instead of (i, i + rotary_dim / 2)
     double rope_attention_factor; // multiplies cosines and sines (1 for most)
-    int64_t
-        rope_original_context; // longrope: engines started for longer sequences take ROLE_ROPE_LONG; 0: there is one table
+    // longrope: engines started for longer sequences take ROLE_ROPE_LONG. 0: there is one table.
+    int64_t rope_original_context;
 
     enum activation activation;
     struct experts_desc experts;

@@ -54,7 +54,7 @@ static const struct field {
     {"head_dim", FIELD_INT, AT(head_dim), 2, MODEL_MAX_LATENT_HEAD_DIM, NULL},
     {"hidden_size", FIELD_INT, AT(hidden_size), 1, INT_MAX_DIM, NULL},
     {"intermediate_size", FIELD_INT, AT(intermediate_size), 0, INT_MAX_DIM, NULL},
-    {"latent_kv_rank", FIELD_INT, AT(latent.kv_rank), 0, MODEL_MAX_LATENT_RANK, NULL},
+    {"latent_kv_rank", FIELD_INT, AT(latent.kv_rank), 0, MODEL_MAX_LATENT_KEY_DIM, NULL},
     {"latent_nope_dim", FIELD_INT, AT(latent.nope_dim), 0, MODEL_MAX_LATENT_HEAD_DIM, NULL},
     {"latent_q_rank", FIELD_INT, AT(latent.q_rank), 0, INT_MAX_DIM, NULL},
     {"latent_rope_dim", FIELD_INT, AT(latent.rope_dim), 0, MODEL_MAX_LATENT_HEAD_DIM, NULL},
@@ -93,6 +93,7 @@ static const struct field {
 };
 enum { FIELD_COUNT = sizeof fields / sizeof *fields, LAYER_FLAGS_KNOWN = 15 };
 _Static_assert(sizeof(enum router) == sizeof(int), "words are stored as int");
+_Static_assert(MODEL_MAX_HEAD_DIM == 256 && MODEL_MAX_LATENT_KEY_DIM == 640, "the sentences of check_attention");
 
 // ---- checks ---------------------------------------------------------------------------------------------------------
 
@@ -160,6 +161,8 @@ static bool check_attention(const struct model_desc *model, char *problem, size_
         wrong = "latent_kv_rank is 0, but other fields describe latent attention";
     else if (latent->kv_rank == 0 && model->head_dim > MODEL_MAX_HEAD_DIM)
         wrong = "head_dim must be at most 256";
+    else if (latent->kv_rank + latent->rope_dim > MODEL_MAX_LATENT_KEY_DIM)
+        wrong = "latent_kv_rank + latent_rope_dim must be at most 640";
     else if (latent->kv_rank > 0 &&
              (latent->nope_dim < 1 || latent->rope_dim < 1 || latent->v_dim < 1 ||
               latent->nope_dim + latent->rope_dim != model->head_dim || latent->rope_dim != model->rotary_dim))

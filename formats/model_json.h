@@ -11,15 +11,6 @@
 #include <stdbool.h>
 #include <stddef.h>
 
-// Limits that the engine's buffers rest on.
-enum {
-    MODEL_MAX_HEAD_DIM = 256,        // of plain attention
-    MODEL_MAX_LATENT_HEAD_DIM = 320, // of latent attention: of keys, and of values
-    MODEL_MAX_LATENT_RANK = 1024,    // kv_rank; q_rank is bound by the hidden size's range alone
-    MODEL_MAX_EXPERTS = 1024,
-    MODEL_MAX_EXPERTS_PER_TOKEN = 32,
-};
-
 // Whether the description's fields go together. False: *problem is a sentence such as "num_kv_heads must divide num_heads,
 // found 7 and 32", of at most problem_bytes.
 bool model_json_check(const struct model_desc *model, char *problem, size_t problem_bytes);

@@ -32,7 +32,7 @@ static int parse_protected(struct run *r, struct template *tmpl, const char *tex
 
 int template_compile(struct template **out, const char *text, size_t bytes, const char *name, struct error *err)
 {
-    struct error ignored;
+    struct error ignored = {0};
     err = err ? err : &ignored;
     if (bytes > MAX_TEMPLATE_BYTES)
         return error_set(err, ERR_MODEL, "%s: a template of %zu bytes is too large, at most 4 MiB are possible", name,
@@ -51,7 +51,7 @@ int template_compile(struct template **out, const char *text, size_t bytes, cons
                       .name = tmpl->name,
                       .line = 1,
                       .bad_code = ERR_MODEL,
-                      .max_steps = UINT64_MAX};
+                      .max_steps = 10000000};
     rc = parse_protected(r, tmpl, text, bytes);
     tmpl->arena = r->arena;
 done:
@@ -122,7 +122,7 @@ int template_render(struct template_output *out, const struct template *tmpl, co
                     size_t count, const struct template_limits *limits, int64_t now_s, struct error *err)
 {
     static const struct template_limits defaults;
-    struct error ignored;
+    struct error ignored = {0};
     err = err ? err : &ignored;
     limits = limits ? limits : &defaults;
     struct run *r = calloc(1, sizeof *r);

@@ -198,6 +198,16 @@ const struct callable *call_global(const char *name)
     return NULL;
 }
 
+const struct callable *call_named(const struct string *name, const struct callable *find(const char *name))
+{
+    char text[64];
+    if (name->bytes >= sizeof text || memchr(name->text, 0, name->bytes))
+        return NULL; // no name is so long
+    memcpy(text, name->text, name->bytes);
+    text[name->bytes] = 0;
+    return find(text);
+}
+
 // ---- methods of dicts
 
 static struct value dict_get_method(struct run *r, struct value self, const struct value *v, const struct args *args)
@@ -262,6 +272,7 @@ static struct value list_count(struct run *r, struct value self, const struct va
 {
     (void)args;
     int64_t count = 0;
+    run_charge_items(r, self.sequence->count);
     for (size_t i = 0; i < self.sequence->count; i++)
         count += value_equal(r, self.sequence->items[i], v[0]);
     return value_int(count);
@@ -270,9 +281,11 @@ static struct value list_count(struct run *r, struct value self, const struct va
 static struct value list_index(struct run *r, struct value self, const struct value *v, const struct args *args)
 {
     (void)args;
-    for (size_t i = 0; i < self.sequence->count; i++)
+    for (size_t i = 0; i < self.sequence->count; i++) {
+        run_charge_items(r, 1);
         if (value_equal(r, self.sequence->items[i], v[0]))
             return value_int((int64_t)i);
+    }
     run_fail(r, "the item is not in the %s", value_type_name(self));
 }
 
@@ -415,7 +428,7 @@ struct value call_item(struct run *r, struct value object, struct value key)
             return value_undefined_in(r, object, key, false);
         if (object.kind != VALUE_STRING)
             return object.sequence->items[index];
-        size_t begin = string_offset(object.string, (size_t)index), end = begin;
+        size_t begin = string_offset(r, object.string, (size_t)index), end = begin;
         text_next(object.string->text, &end);
         return value_string(string_part(r, object.string, begin, end));
     }

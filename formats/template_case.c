@@ -173,8 +173,9 @@ static bool is_numeric(uint32_t c)
 
 static bool is_alphanumeric(uint32_t c) { return is_letter(c) || is_numeric(c); }
 
-static struct value all_are(const struct string *s, bool is(uint32_t c))
+static struct value all_are(struct run *r, const struct string *s, bool is(uint32_t c))
 {
+    run_charge_bytes(r, s->bytes * 8);
     for (size_t at = 0; at < s->bytes;)
         if (!is(text_next(s->text, &at)))
             return value_bool(false);
@@ -183,33 +184,33 @@ static struct value all_are(const struct string *s, bool is(uint32_t c))
 
 METHOD(str_isdigit)
 {
-    (void)r, (void)v, (void)args;
-    return all_are(self.string, is_digit);
+    (void)v, (void)args;
+    return all_are(r, self.string, is_digit);
 }
 METHOD(str_isdecimal)
 {
-    (void)r, (void)v, (void)args;
-    return all_are(self.string, is_decimal);
+    (void)v, (void)args;
+    return all_are(r, self.string, is_decimal);
 }
 METHOD(str_isnumeric)
 {
-    (void)r, (void)v, (void)args;
-    return all_are(self.string, is_numeric);
+    (void)v, (void)args;
+    return all_are(r, self.string, is_numeric);
 }
 METHOD(str_isalpha)
 {
-    (void)r, (void)v, (void)args;
-    return all_are(self.string, is_letter);
+    (void)v, (void)args;
+    return all_are(r, self.string, is_letter);
 }
 METHOD(str_isalnum)
 {
-    (void)r, (void)v, (void)args;
-    return all_are(self.string, is_alphanumeric);
+    (void)v, (void)args;
+    return all_are(r, self.string, is_alphanumeric);
 }
 METHOD(str_isspace)
 {
-    (void)r, (void)v, (void)args;
-    return all_are(self.string, text_is_space);
+    (void)v, (void)args;
+    return all_are(r, self.string, text_is_space);
 }
 METHOD(str_isascii)
 {
@@ -218,9 +219,11 @@ METHOD(str_isascii)
 }
 
 // No letter of the other case, and at least one of this.
-static struct value has_case(const struct string *s, utf8proc_category_t wanted, utf8proc_category_t other)
+static struct value has_case(struct run *r, const struct string *s, utf8proc_category_t wanted,
+                             utf8proc_category_t other)
 {
     bool any = false;
+    run_charge_bytes(r, s->bytes * 8);
     for (size_t at = 0; at < s->bytes;) {
         utf8proc_category_t kind = category(text_next(s->text, &at));
         if (kind == other || kind == UTF8PROC_CATEGORY_LT)
@@ -232,20 +235,21 @@ static struct value has_case(const struct string *s, utf8proc_category_t wanted,
 
 METHOD(str_islower)
 {
-    (void)r, (void)v, (void)args;
-    return has_case(self.string, UTF8PROC_CATEGORY_LL, UTF8PROC_CATEGORY_LU);
+    (void)v, (void)args;
+    return has_case(r, self.string, UTF8PROC_CATEGORY_LL, UTF8PROC_CATEGORY_LU);
 }
 
 METHOD(str_isupper)
 {
-    (void)r, (void)v, (void)args;
-    return has_case(self.string, UTF8PROC_CATEGORY_LU, UTF8PROC_CATEGORY_LL);
+    (void)v, (void)args;
+    return has_case(r, self.string, UTF8PROC_CATEGORY_LU, UTF8PROC_CATEGORY_LL);
 }
 
 METHOD(str_istitle)
 {
-    (void)r, (void)v, (void)args;
+    (void)v, (void)args;
     bool inside = false, any = false;
+    run_charge_bytes(r, self.string->bytes * 8);
     for (size_t at = 0; at < self.string->bytes;) {
         utf8proc_category_t kind = category(text_next(self.string->text, &at));
         bool begins = kind == UTF8PROC_CATEGORY_LU || kind == UTF8PROC_CATEGORY_LT,

@@ -134,6 +134,7 @@ FILTER(filter_wordcount)
     const struct string *s = value_str(r, self);
     int64_t words = 0;
     bool inside = false;
+    run_charge_bytes(r, s->bytes * 8);
     for (size_t at = 0; at < s->bytes;) {
         uint32_t c = text_next(s->text, &at);
         utf8proc_category_t kind = utf8proc_category((utf8proc_int32_t)c);
@@ -152,16 +153,13 @@ FILTER(filter_truncate)
     int64_t length = int_or(r, v[0], 255), leeway = int_or(r, v[3], 5);
     if (length < (int64_t)end->chars || leeway < 0)
         run_fail(r, "the length %lld of truncate is too small", (long long)length);
-    if ((int64_t)value_length(r, self) <= length + (leeway < INT32_MAX ? leeway : INT32_MAX))
+    if ((int64_t)value_length(r, self) - leeway <= length)
         return self;
     const struct string *s = need_string(r, self, "truncate");
-    size_t cut = string_offset(s, (size_t)length - end->chars);
-    if (!flag(r, v[1]))
-        for (size_t at = cut; at > 0; at--)
-            if (s->text[at - 1] == ' ') {
-                cut = at - 1;
-                break;
-            }
+    size_t cut = string_offset(r, s, (size_t)length - end->chars);
+    const char *space = flag(r, v[1]) || !cut ? NULL : memrchr(s->text, ' ', cut);
+    run_charge_bytes(r, cut);
+    cut = space ? (size_t)(space - s->text) : cut;
     return eval_binary(r, TOKEN_ADD, value_string(string_part(r, s, 0, cut)), value_string(end));
 }
 
@@ -183,8 +181,9 @@ FILTER(filter_format)
 
 // ---- numbers
 
-static bool parse_real(const struct string *s, double *out)
+static bool parse_real(struct run *r, const struct string *s, double *out)
 {
+    run_charge_bytes(r, s->bytes);
     char text[128];
     size_t count = 0, begin = text_space_end(s->text, s->bytes, 0), end = text_space_begin(s->text, begin, s->bytes);
     for (size_t i = begin; i < end; i++) {
@@ -201,6 +200,7 @@ static bool parse_real(const struct string *s, double *out)
 
 static bool parse_int(struct run *r, const struct string *s, int64_t base, int64_t *out)
 {
+    run_charge_bytes(r, s->bytes);
     char text[128];
     size_t count = 0, begin = text_space_end(s->text, s->bytes, 0), end = text_space_begin(s->text, begin, s->bytes);
     for (size_t i = begin; i < end; i++) {
@@ -239,7 +239,7 @@ FILTER(filter_int)
         return value_int(i);
     if (self.kind == VALUE_STRING && parse_int(r, self.string, base, &i))
         return value_int(i);
-    bool real = self.kind == VALUE_FLOAT || (self.kind == VALUE_STRING && parse_real(self.string, &x));
+    bool real = self.kind == VALUE_FLOAT || (self.kind == VALUE_STRING && parse_real(r, self.string, &x));
     if (self.kind == VALUE_FLOAT)
         x = self.real;
     if (!real || !isfinite(x))
@@ -255,7 +255,7 @@ FILTER(filter_float)
     int64_t i;
     double x;
     value_refuse_undefined(r, self);
-    if (value_is_number(self, &i, &x) || (self.kind == VALUE_STRING && parse_real(self.string, &x)))
+    if (value_is_number(self, &i, &x) || (self.kind == VALUE_STRING && parse_real(r, self.string, &x)))
         return value_real(x);
     return value_given(v[0]) ? v[0] : value_real(0);
 }

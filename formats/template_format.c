@@ -18,13 +18,19 @@ struct layout {       // of one value
     char grouping;            // ',' or '_', or 0
     int64_t width, precision; // -1: none
     char type;                // or 0
+    bool user;                // the layout is the user's, and so is what it adds: fill, signs, separators
 };
+
+static bool from_user(const struct string *s, size_t begin, size_t end) // a byte of [begin, end), which is not empty
+{
+    return s->marks ? memchr(s->marks + begin, 1, end - begin) != NULL : s->user;
+}
 
 static void add_fill(struct builder *b, const struct layout *layout, int64_t count)
 {
     run_charge(b->run, (uint64_t)(count > 0 ? count : 0) / 64);
     for (; count > 0; count--)
-        builder_add(b, layout->fill, layout->fill_bytes, false);
+        builder_add(b, layout->fill, layout->fill_bytes, layout->user);
 }
 
 // The text within the width. sign_bytes: so many bytes stay in front of the fill with '='.
@@ -101,7 +107,7 @@ static void real_text(char *text, size_t size, double value, const struct layout
     if (layout->type == 0 && layout->precision < 0) {
         print_real(body, magnitude);
     } else if (layout->type == '%') {
-        snprintf(body, sizeof body, isfinite(value) ? "%.*f%%" : "%.*f%%", precision, magnitude * 100);
+        snprintf(body, sizeof body, "%.*f%%", precision, magnitude * 100);
     } else {
         char type = layout->type ? layout->type : 'g';
         snprintf(format, sizeof format, layout->alternate ? "%%#.*%c" : "%%.*%c", type == 'n' ? 'g' : type);
@@ -129,14 +135,14 @@ static void add_number(struct builder *b, struct value v, const struct layout *l
     size_t sign = strspn(text, "+- ");
     if (layout->alternate && text[sign] == '0' && strchr("xXob", text[sign + 1]) && text[sign + 1])
         sign += 2;
-    const struct string *s = string_new(b->run, text, strlen(text), false);
+    const struct string *s = string_new(b->run, text, strlen(text), layout->user);
     add_aligned(b, s, layout, layout->align ? layout->align : default_align, sign);
 }
 
 static void add_text(struct builder *b, const struct string *s, const struct layout *layout)
 {
     if (layout->precision >= 0 && (uint64_t)layout->precision < s->chars)
-        s = string_part(b->run, s, 0, string_offset(s, (size_t)layout->precision));
+        s = string_part(b->run, s, 0, string_offset(b->run, s, (size_t)layout->precision));
     add_aligned(b, s, layout, layout->align ? layout->align : '<', 0);
 }
 
@@ -260,6 +266,7 @@ static void percent_item(struct percent *p, struct builder *b) // behind '%'
 {
     struct layout layout = {.fill = " ", .fill_bytes = 1, .width = -1, .precision = -1};
     struct value v = {.kind = VALUE_MISSING};
+    size_t begin = p->at;
     if (percent_peek(p) == '(')
         v = percent_name(p);
     for (; strchr("-+ #0", percent_peek(p)) && percent_peek(p); p->at++) {
@@ -274,6 +281,8 @@ static void percent_item(struct percent *p, struct builder *b) // behind '%'
             layout.fill = "0";
     }
     layout.width = percent_number(p);
+    if (layout.width < -MAX_WIDTH)
+        run_fail(p->run, "a width above %d is not supported", MAX_WIDTH);
     if (layout.width < 0) {
         layout.width = -layout.width;
         layout.align = '<';
@@ -294,9 +303,10 @@ static void percent_item(struct percent *p, struct builder *b) // behind '%'
     layout.type = percent_peek(p);
     p->at++;
     if (layout.type == '%') {
-        builder_add_text(b, "%");
+        builder_add_part(b, p->format, p->at - 1, p->at);
         return;
     }
+    layout.user = from_user(p->format, begin, p->at);
     add_percent(b, value_given(v) ? v : next_argument(p), &layout);
 }
 
@@ -401,7 +411,7 @@ static int64_t layout_number(struct run *r, const struct string *s, size_t *at)
 // [[fill]align][sign][#][0][width][grouping][.precision][type]
 static struct layout read_layout(struct run *r, const struct string *s)
 {
-    struct layout layout = {.fill = " ", .fill_bytes = 1};
+    struct layout layout = {.fill = " ", .fill_bytes = 1, .user = from_user(s, 0, s->bytes)};
     size_t at = 0, second = 0;
     if (s->bytes)
         text_next(s->text, &second);

@@ -166,17 +166,17 @@ struct run { // one rendering, or one compilation
     uint32_t line;    // of what is being done
     int bad_code;
     uint64_t steps, max_steps;
+    uint64_t uncharged_bytes; // of work: less than a step's
     int depth, macro_depth;
     struct builder *out;
-    uint64_t output_limit;
-    struct scope *globals; // variables of the rendering
     int64_t now_s;
 };
 
 // Leaves with "<name>, line <line>: ...".
-_Noreturn void run_fail(struct run *r, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+void run_fail(struct run *r, const char *fmt, ...) __attribute__((noreturn, format(printf, 2, 3)));
 void run_charge(struct run *r, uint64_t steps);
-static inline void run_charge_bytes(struct run *r, uint64_t bytes) { run_charge(r, bytes >> 10); }
+void run_charge_bytes(struct run *r, uint64_t bytes); // a step for each KiB, however small the pieces
+static inline void run_charge_items(struct run *r, uint64_t items) { run_charge_bytes(r, items * 64); } // looked at
 void *run_alloc(struct run *r, size_t count, size_t size);
 void run_enter(struct run *r); // one deeper
 static inline void run_exit(struct run *r) { r->depth--; }
@@ -201,7 +201,7 @@ const struct string *string_part(struct run *r, const struct string *s, size_t b
 bool string_user_at(const struct string *s, size_t byte);
 bool string_equal(const struct string *a, const struct string *b);
 bool string_is(const struct string *s, const char *text);
-size_t string_offset(const struct string *s, size_t chars); // byte where a character begins
+size_t string_offset(struct run *r, const struct string *s, size_t chars); // byte where a character begins
 // The first or last place of wanted in [begin, end), or SIZE_MAX.
 size_t string_find(struct run *r, const struct string *s, const struct string *wanted, size_t begin, size_t end);
 size_t string_find_last(struct run *r, const struct string *s, const struct string *wanted, size_t begin, size_t end);
@@ -228,7 +228,7 @@ struct value value_text(struct run *r, const char *text);
 struct value value_sequence(struct run *r, enum value_kind kind, size_t count); // items are filled by the caller
 struct value value_undefined_in(struct run *r, struct value object, struct value name, bool unsafe);
 const char *value_type_name(struct value v); // "str", "NoneType"
-_Noreturn void value_fail_undefined(struct run *r, struct value v);
+void value_fail_undefined(struct run *r, struct value v) __attribute__((noreturn));
 void value_refuse_undefined(struct run *r, struct value v); // returns for every other value
 bool value_true(struct run *r, struct value v);
 bool value_equal(struct run *r, struct value a, struct value b);
@@ -243,7 +243,6 @@ struct sequence value_items(struct run *r, struct value v);
 struct dict *dict_new(struct run *r);
 void dict_set(struct run *r, struct dict *d, struct value key, struct value value);
 const struct value *dict_get(struct run *r, const struct dict *d, struct value key); // NULL: not there
-const struct value *dict_get_text(const struct dict *d, const char *key);
 struct value value_from_json(struct run *r, const json_t *json, enum template_origin origin);
 
 // ---- text of values (template_print.c)
@@ -401,7 +400,7 @@ void parse_expect(struct parser *p, enum token_kind kind, const char *what);
 bool parse_at_word(const struct parser *p, const char *word);
 bool parse_skip_word(struct parser *p, const char *word);
 void parse_deeper(struct parser *p);
-_Noreturn void parse_unexpected(struct parser *p);
+void parse_unexpected(struct parser *p) __attribute__((noreturn));
 
 // ---- running (template_eval.c, template_call.c)
 
@@ -420,6 +419,8 @@ struct value call_callable(struct run *r, const struct callable *callable, const
 struct value call_attribute(struct run *r, struct value object, const struct string *name); // object.name
 struct value call_item(struct run *r, struct value object, struct value key);               // object[key]
 const struct callable *call_global(const char *name);                                       // range, dict, ...
+// What template_filter or template_test finds for a name that is a value; NULL: nothing.
+const struct callable *call_named(const struct string *name, const struct callable *find(const char *name));
 
 const struct callable *template_filter(const char *name);
 const struct callable *template_items_filter(const char *name); // its part in template_items.c

@@ -54,6 +54,7 @@ static struct path read_path(struct run *r, struct value attribute)
 
 static struct value follow(struct run *r, struct value v, const struct path *path, struct value otherwise)
 {
+    run_charge_items(r, 1 + path->count);
     for (size_t i = 0; i < path->count; i++) {
         v = call_item(r, v, path->parts[i]);
         if (v.kind == VALUE_UNDEFINED && value_given(otherwise))
@@ -77,6 +78,24 @@ FILTER(filter_attr)
     return found;
 }
 
+// The filter or test that a template names in an argument.
+static const struct callable *find_named(struct run *r, struct value name, const char *what,
+                                         const struct callable *find(const char *name))
+{
+    const struct string *s = value_str(r, name);
+    const struct callable *callable = call_named(s, find);
+    if (!callable)
+        run_fail(r, "there is no %s named '%.*s'", what, (int)(s->bytes < 200 ? s->bytes : 200), s->text);
+    return callable;
+}
+
+static struct value call_for_item(struct run *r, const struct callable *callable, const char *what, struct value item,
+                                  const struct args *args)
+{
+    run_charge(r, 1);
+    return call_callable(r, callable, what, item, args);
+}
+
 // map(attribute=..., default=...) or map('filter', arguments ...)
 FILTER(filter_map)
 {
@@ -84,7 +103,6 @@ FILTER(filter_map)
     struct value attribute = no_value(), otherwise = no_value();
     struct args rest = *args;
     const struct callable *callable = NULL;
-    char name[64] = "";
     if (!value_true(r, self)) // Jinja2 does not even look at the arguments
         return value_sequence(r, VALUE_ITERATOR, 0);
     if (args->count == 0) {
@@ -99,11 +117,7 @@ FILTER(filter_map)
         if (!value_given(attribute))
             run_fail(r, "map requires a filter argument");
     } else {
-        const struct string *s = value_str(r, args->values[0]);
-        memcpy(name, s->text, s->bytes < sizeof name - 1 ? s->bytes : sizeof name - 1);
-        callable = template_filter(name);
-        if (!callable)
-            run_fail(r, "there is no filter named '%s'", name);
+        callable = find_named(r, args->values[0], "filter", template_filter);
         rest.values++;
         rest.count--;
     }
@@ -111,7 +125,7 @@ FILTER(filter_map)
     struct value result = value_sequence(r, VALUE_ITERATOR, items.count);
     struct path path = read_path(r, attribute);
     for (size_t i = 0; i < items.count; i++)
-        result.sequence->items[i] = callable ? call_callable(r, callable, "filter", items.items[i], &rest)
+        result.sequence->items[i] = callable ? call_for_item(r, callable, "filter", items.items[i], &rest)
                                              : follow(r, items.items[i], &path, otherwise);
     return result;
 }
@@ -122,7 +136,6 @@ static struct value choose(struct run *r, struct value self, const struct args *
     struct args rest = *args;
     struct path path = {.count = 0};
     const struct callable *callable = NULL;
-    char name[64] = "";
     if (!value_true(r, self))
         return value_sequence(r, VALUE_ITERATOR, 0);
     if (by_attribute) {
@@ -133,10 +146,7 @@ static struct value choose(struct run *r, struct value self, const struct args *
         rest.count--;
     }
     if (rest.count) {
-        const struct string *s = value_str(r, rest.values[0]);
-        memcpy(name, s->text, s->bytes < sizeof name - 1 ? s->bytes : sizeof name - 1);
-        if (!(callable = template_test(name)))
-            run_fail(r, "there is no test named '%s'", name);
+        callable = find_named(r, rest.values[0], "test", template_test);
         rest.values++;
         rest.count--;
     }
@@ -145,7 +155,7 @@ static struct value choose(struct run *r, struct value self, const struct args *
     size_t count = 0;
     for (size_t i = 0; i < items.count; i++) {
         struct value item = follow(r, items.items[i], &path, no_value());
-        bool holds = value_true(r, callable ? call_callable(r, callable, "test", item, &rest) : item);
+        bool holds = value_true(r, callable ? call_for_item(r, callable, "test", item, &rest) : item);
         if (holds == wanted)
             result.sequence->items[count++] = items.items[i];
     }

@@ -74,6 +74,13 @@ void run_charge(struct run *r, uint64_t steps)
         run_fail(r, "the template takes more than %llu steps", (unsigned long long)r->max_steps);
 }
 
+void run_charge_bytes(struct run *r, uint64_t bytes)
+{
+    r->uncharged_bytes += bytes;
+    run_charge(r, r->uncharged_bytes >> 10);
+    r->uncharged_bytes &= 1023;
+}
+
 void *run_alloc(struct run *r, size_t count, size_t size)
 {
     size_t bytes;
@@ -209,38 +216,49 @@ bool string_is(const struct string *s, const char *text)
     return s->bytes == strlen(text) && !memcmp(s->text, text, s->bytes);
 }
 
-size_t string_offset(const struct string *s, size_t chars)
+size_t string_offset(struct run *r, const struct string *s, size_t chars)
 {
     if (s->chars == s->bytes || chars >= s->chars)
         return chars < s->chars ? chars : s->bytes;
     size_t at = 0;
     for (; chars; chars--)
         text_next(s->text, &at);
+    run_charge_bytes(r, at);
     return at;
 }
 
 size_t string_find(struct run *r, const struct string *s, const struct string *wanted, size_t begin, size_t end)
 {
-    run_charge_bytes(r, end - begin);
+    run_charge_items(r, 1);
     if (wanted->bytes > end - begin)
         return SIZE_MAX;
     if (!wanted->bytes)
         return begin;
     const char *found = memmem(s->text + begin, end - begin, wanted->text, wanted->bytes);
-    return found ? (size_t)(found - s->text) : SIZE_MAX;
+    size_t at = found ? (size_t)(found - s->text) : SIZE_MAX;
+    run_charge_bytes(r, found ? at + wanted->bytes - begin : end - begin); // what was read, not the whole rest
+    return at;
 }
 
 size_t string_find_last(struct run *r, const struct string *s, const struct string *wanted, size_t begin, size_t end)
 {
-    run_charge_bytes(r, end - begin);
+    run_charge_items(r, 1);
     if (wanted->bytes > end - begin)
         return SIZE_MAX;
-    for (size_t at = end - wanted->bytes;; at--) {
-        if (!memcmp(s->text + at, wanted->text, wanted->bytes))
-            return at;
-        if (at == begin)
-            return SIZE_MAX;
+    if (!wanted->bytes)
+        return end;
+    for (size_t stop = end - wanted->bytes + 1; stop > begin;) { // places before stop are left
+        const char *found = memrchr(s->text + begin, *wanted->text, stop - begin);
+        size_t at = found ? (size_t)(found - s->text) : begin;
+        run_charge_bytes(r, stop - at);
+        if (found && s->text[at + wanted->bytes - 1] == wanted->text[wanted->bytes - 1]) {
+            run_charge_bytes(r, wanted->bytes);
+            if (!memcmp(found, wanted->text, wanted->bytes))
+                return at;
+        }
+        stop = at;
     }
+    return SIZE_MAX;
 }
 
 struct builder builder_start(struct run *r) { return (struct builder){.run = r}; }

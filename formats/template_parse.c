@@ -17,10 +17,10 @@ const char *names_find(const struct names *names, const char *text, size_t bytes
 const char *parse_intern(struct parser *p, const char *text, size_t bytes)
 {
     struct names *names = p->names;
+    run_charge_items(p->run, names->count); // many names make this slow
     const char *known = names_find(names, text, bytes);
     if (known)
         return known;
-    run_charge(p->run, names->count / 16); // many names make this slow
     if (names->count == names->capacity) {
         size_t capacity = names->capacity ? 2 * names->capacity : 64;
         const char **larger = run_alloc(p->run, capacity, sizeof *larger);

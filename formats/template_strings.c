@@ -56,7 +56,7 @@ static struct value slice_string(struct run *r, const struct string *s, int64_t 
         return value_string(string_part(r, s, 0, 0));
     if (stride == 1)
         return value_string(
-            string_part(r, s, string_offset(s, (size_t)first), string_offset(s, (size_t)first + count)));
+            string_part(r, s, string_offset(r, s, (size_t)first), string_offset(r, s, (size_t)first + count)));
     size_t *offsets = run_alloc(r, s->chars + 1, sizeof *offsets);
     for (size_t i = 0, at = 0; i < s->chars; i++) {
         offsets[i] = at;
@@ -89,9 +89,13 @@ struct value strings_slice(struct run *r, struct value object, struct value star
         result.sequence->items[i] = object.sequence->items[first + (int64_t)i * stride];
     if (object.kind == VALUE_RANGE) {
         struct sequence *from = object.sequence, *to = result.sequence;
-        to->step = from->step * stride;
-        to->start = from->start + first * from->step;
-        to->stop = to->start + (int64_t)count * to->step;
+        int64_t skipped, length;
+        if (__builtin_mul_overflow(from->step, stride, &to->step) ||
+            __builtin_mul_overflow(from->step, first, &skipped) ||
+            __builtin_add_overflow(from->start, skipped, &to->start) ||
+            __builtin_mul_overflow(to->step, (int64_t)count, &length) ||
+            __builtin_add_overflow(to->start, length, &to->stop))
+            run_fail(r, "the slice of a range does not fit 64 bits");
     }
     return result;
 }
@@ -133,6 +137,7 @@ struct value strings_trim(struct run *r, const struct string *s, struct value ch
         if (set)
             run_charge_bytes(r, set->bytes);
     }
+    run_charge_bytes(r, begin + (s->bytes - end));
     return value_string(string_part(r, s, begin, end));
 }
 
@@ -190,6 +195,7 @@ static struct value split(struct run *r, const struct string *s, const struct va
     if (separator && !separator->bytes)
         run_fail(r, "empty separator");
     if (!separator) { // words; what is left over by maxsplit keeps its inner white space
+        run_charge_bytes(r, end);
         begin = from_right ? 0 : text_space_end(s->text, end, 0);
         end = from_right ? text_space_begin(s->text, 0, end) : end;
     }
@@ -207,7 +213,7 @@ static struct value split(struct run *r, const struct string *s, const struct va
         }
         run_charge(r, 1);
     }
-    for (; !separator && most && begin<end; most -= most> 0) {
+    for (; !separator && most && end > begin; most -= most > 0) {
         size_t word;
         run_charge(r, 1);
         if (from_right) {
@@ -225,12 +231,7 @@ static struct value split(struct run *r, const struct string *s, const struct va
             begin = text_space_end(s->text, end, word);
         }
     }
-    if (!separator && begin < end) { // the rest
-        if (from_right)
-            begin = text_space_end(s->text, end, begin) == end ? end : begin;
-        end = from_right ? end : end;
-    }
-    if (separator || begin < end)
+    if (separator || begin < end) // the rest
         list_add(&parts, value_string(string_part(r, s, begin, end)));
     return list_value(&parts, from_right);
 }
@@ -319,14 +320,15 @@ static bool search_range(struct run *r, const struct string *s, const struct val
     last = last < 0 ? 0 : last > count ? count : last;
     if (first > last)
         return false;
-    *begin = string_offset(s, (size_t)first);
-    *end = string_offset(s, (size_t)last);
+    *begin = string_offset(r, s, (size_t)first);
+    *end = string_offset(r, s, (size_t)last);
     return true;
 }
 
-static int64_t characters_before(const struct string *s, size_t byte)
+static int64_t characters_before(struct run *r, const struct string *s, size_t byte)
 {
     int64_t count = 0;
+    run_charge_bytes(r, byte);
     for (size_t i = 0; i < byte; i++)
         count += ((uint8_t)s->text[i] & 0xC0) != 0x80;
     return count;
@@ -339,7 +341,7 @@ static int64_t find(struct run *r, const struct string *s, const struct value *v
     if (!search_range(r, s, v + 1, &begin, &end))
         return -1;
     size_t at = last ? string_find_last(r, s, wanted, begin, end) : string_find(r, s, wanted, begin, end);
-    return at == SIZE_MAX ? -1 : characters_before(s, at);
+    return at == SIZE_MAX ? -1 : characters_before(r, s, at);
 }
 
 static struct value found_or_fail(struct run *r, int64_t at)
@@ -379,7 +381,7 @@ METHOD(str_count)
     if (!search_range(r, s, v + 1, &at, &end))
         return value_int(0);
     if (!wanted->bytes)
-        return value_int(characters_before(s, end) - characters_before(s, at) + 1);
+        return value_int(characters_before(r, s, end) - characters_before(r, s, at) + 1);
     while ((at = string_find(r, s, wanted, at, end)) != SIZE_MAX) {
         at += wanted->bytes;
         count++;
@@ -387,10 +389,13 @@ METHOD(str_count)
     return value_int(count);
 }
 
-static bool has_affix(const struct string *s, const struct string *affix, size_t begin, size_t end, bool at_end)
+static bool has_affix(struct run *r, const struct string *s, const struct string *affix, size_t begin, size_t end,
+                      bool at_end)
 {
+    run_charge_items(r, 1);
     if (affix->bytes > end - begin)
         return false;
+    run_charge_bytes(r, affix->bytes);
     return !memcmp(s->text + (at_end ? end - affix->bytes : begin), affix->text, affix->bytes);
 }
 
@@ -399,9 +404,9 @@ static struct value test_affix(struct run *r, const struct string *s, const stru
     size_t begin = 0, end = 0;
     bool in_range = search_range(r, s, v + 1, &begin, &end), found = false;
     if (v[0].kind != VALUE_TUPLE)
-        return value_bool(has_affix(s, need_string(r, v[0], "a prefix or suffix"), begin, end, at_end) && in_range);
+        return value_bool(has_affix(r, s, need_string(r, v[0], "a prefix or suffix"), begin, end, at_end) && in_range);
     for (size_t i = 0; i < v[0].sequence->count && !found; i++)
-        found = has_affix(s, need_string(r, v[0].sequence->items[i], "a prefix or suffix"), begin, end, at_end);
+        found = has_affix(r, s, need_string(r, v[0].sequence->items[i], "a prefix or suffix"), begin, end, at_end);
     return value_bool(found && in_range);
 }
 
@@ -420,14 +425,15 @@ METHOD(str_removeprefix)
 {
     (void)args;
     const struct string *s = self.string, *affix = need_string(r, v[0], "a prefix");
-    return has_affix(s, affix, 0, s->bytes, false) ? value_string(string_part(r, s, affix->bytes, s->bytes)) : self;
+    return has_affix(r, s, affix, 0, s->bytes, false) ? value_string(string_part(r, s, affix->bytes, s->bytes)) : self;
 }
 
 METHOD(str_removesuffix)
 {
     (void)args;
     const struct string *s = self.string, *affix = need_string(r, v[0], "a suffix");
-    return has_affix(s, affix, 0, s->bytes, true) ? value_string(string_part(r, s, 0, s->bytes - affix->bytes)) : self;
+    return has_affix(r, s, affix, 0, s->bytes, true) ? value_string(string_part(r, s, 0, s->bytes - affix->bytes))
+                                                     : self;
 }
 
 struct value strings_replace(struct run *r, const struct string *s, const struct string *old, const struct string *with,
@@ -547,9 +553,10 @@ METHOD(str_zfill)
     (void)args;
     const struct string *s = self.string;
     size_t sign = s->bytes && (s->text[0] == '+' || s->text[0] == '-');
-    int64_t space = value_need_int(r, v[0], "a width") - (int64_t)s->chars;
+    int64_t width = value_need_int(r, v[0], "a width"), chars = (int64_t)s->chars;
+    int64_t space = width > chars ? width - chars : 0;
     struct builder b = builder_start(r);
-    run_charge(r, space > 0 ? (uint64_t)space / 64 : 0);
+    run_charge(r, (uint64_t)space / 64);
     builder_add_part(&b, s, 0, sign);
     for (; space > 0; space--)
         builder_add_text(&b, "0");

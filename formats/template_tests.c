@@ -181,13 +181,8 @@ TEST(test_in)
 
 static bool names_callable(struct run *r, struct value v, const struct callable *find(const char *name))
 {
-    char name[64];
-    const struct string *s = value_str(r, v);
-    if (v.kind != VALUE_STRING || s->bytes >= sizeof name)
-        return false;
-    memcpy(name, s->text, s->bytes);
-    name[s->bytes] = 0;
-    return find(name) != NULL;
+    const struct string *name = value_str(r, v);
+    return v.kind == VALUE_STRING && call_named(name, find) != NULL;
 }
 
 TEST(test_filter)

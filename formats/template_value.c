@@ -172,9 +172,11 @@ static bool equal_sequences(struct run *r, const struct sequence *a, const struc
 {
     if (a->count != b->count)
         return false;
-    for (size_t i = 0; i < a->count; i++)
+    for (size_t i = 0; i < a->count; i++) {
+        run_charge_items(r, 1);
         if (!value_equal(r, a->items[i], b->items[i]))
             return false;
+    }
     return true;
 }
 
@@ -192,6 +194,8 @@ bool value_equal(struct run *r, struct value a, struct value b)
     case VALUE_NONE:
         return true;
     case VALUE_STRING:
+        if (a.string->bytes == b.string->bytes)
+            run_charge_bytes(r, a.string->bytes);
         return string_equal(a.string, b.string);
     case VALUE_METHOD:
         return a.method->callable == b.method->callable && value_equal(r, a.method->self, b.method->self);
@@ -222,6 +226,7 @@ int value_compare(struct run *r, struct value a, struct value b, const char *op)
     if (a.kind == VALUE_STRING && b.kind == VALUE_STRING) {
         // The order of UTF-8 is that of code points.
         size_t bytes = a.string->bytes < b.string->bytes ? a.string->bytes : b.string->bytes;
+        run_charge_bytes(r, bytes);
         int order = memcmp(a.string->text, b.string->text, bytes);
         return order ? order : (a.string->bytes > b.string->bytes) - (a.string->bytes < b.string->bytes);
     }
@@ -230,9 +235,11 @@ int value_compare(struct run *r, struct value a, struct value b, const char *op)
         run_charge(r, 1);
         size_t count = a.sequence->count < b.sequence->count ? a.sequence->count : b.sequence->count;
         int order = 2;
-        for (size_t at = 0; at < count && order == 2; at++)
+        for (size_t at = 0; at < count && order == 2; at++) {
+            run_charge_items(r, 1);
             if (!value_equal(r, a.sequence->items[at], b.sequence->items[at]))
                 order = value_compare(r, a.sequence->items[at], b.sequence->items[at], op);
+        }
         run_exit(r);
         return order != 2 ? order : (a.sequence->count > b.sequence->count) - (a.sequence->count < b.sequence->count);
     }
@@ -251,13 +258,13 @@ bool value_contains(struct run *r, struct value container, struct value item)
         return dict_get(r, container.dict, item) != NULL;
     if (container.kind == VALUE_ITERATOR) { // is walked up to the item
         struct sequence *s = container.sequence;
-        while (s->done < s->count)
+        while (s->done < s->count) // once: it is used up
             if (value_equal(r, s->items[s->done++], item))
                 return true;
         return false;
     }
     struct sequence items = value_items(r, container);
-    run_charge(r, items.count / 16);
+    run_charge_items(r, items.count);
     for (size_t i = 0; i < items.count; i++)
         if (value_equal(r, items.items[i], item))
             return true;
@@ -350,14 +357,6 @@ const struct value *dict_get(struct run *r, const struct dict *d, struct value k
     run_charge(r, d->count / 16);
     for (size_t i = 0; i < d->count; i++)
         if (value_equal(r, d->entries[i].key, key))
-            return &d->entries[i].value;
-    return NULL;
-}
-
-const struct value *dict_get_text(const struct dict *d, const char *key)
-{
-    for (size_t i = 0; i < d->count; i++)
-        if (d->entries[i].key.kind == VALUE_STRING && string_is(d->entries[i].key.string, key))
             return &d->entries[i].value;
     return NULL;
 }

@@ -535,6 +535,8 @@ static int normalize_marked(struct encoder *e, const char *text, size_t bytes, s
         }
         if (rc)
             return rc;
+        if (marked->bytes != out->bytes) // never: marks that do not fit would be another text's
+            return error_set(e->err, ERR_OTHER, "the marks of a normalized text do not fit it");
         *normalized = (struct tokenizer_slice){out->data, out->bytes};
         *marks = (const uint8_t *)marked->data;
         turn = !turn;

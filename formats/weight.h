@@ -3,6 +3,8 @@
 #ifndef TPSHARD_FORMATS_WEIGHT_H
 #define TPSHARD_FORMATS_WEIGHT_H
 
+#include "formats/number_formats.h"
+
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -33,6 +35,9 @@ enum {
     WEIGHT_INT4_SCALE_EXPONENT = -8, // keeps f16 scales normal for group maxima from 4e-6 to 2000
     WEIGHT_MAX_DIM = 0x7fffffff,     // rows and cols are at most this, so that int32 counts them
 };
+// 2^WEIGHT_INT4_SCALE_EXPONENT. A scale of int4 and int4z is stored as f16, divided by this.
+#define WEIGHT_INT4_FACTOR 0x1p-8f
+TP_HD float weight_int4_scale(uint16_t stored) { return f16_to_f32(stored) * WEIGHT_INT4_FACTOR; }
 
 // One stored matrix. A vector is a matrix of one row; WEIGHT_F32 is not padded at all.
 struct weight_shape {
@@ -64,11 +69,11 @@ static inline bool weight_is_tiled(enum weight_kind kind)
 const char *weight_kind_name(enum weight_kind kind);
 bool weight_kind_from_name(const char *name, enum weight_kind *kind);
 
-// T16x64: where the code of (row, col) lies. Byte offset inside the tensor's data; *high says which nibble.
+// T16x64: where the code of (row, col) lies, of all four kinds. Byte offset inside the tensor's data; *high says which nibble.
 // Tiles are ordered [rows_padded/64][cols_padded/64][4 tiles of 16 rows][512 bytes]. Inside a tile, lane
 // l (g = l >> 2, t = l & 3) owns bytes 16l .. 16l+15 = words w = 0..3; byte j of word w holds, low nibble,
 // row g, high nibble, row g + 8, both at column 16w + 2t + {0, 8, 1, 9}[j]. int4 and int4z: two's complement nibbles.
-static inline uint64_t weight_int4_offset(uint64_t row, uint64_t col, uint64_t cols_padded, bool *high)
+TP_HD uint64_t weight_int4_offset(uint64_t row, uint64_t col, uint64_t cols_padded, bool *high)
 {
     uint64_t tile = (row / 64 * (cols_padded / 64) + col / 64) * 4 + row % 64 / 16;
     uint64_t r = row % 16, c = col % 64;

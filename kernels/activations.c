@@ -46,11 +46,15 @@ void activations_free(struct activations *act)
     *act = (struct activations){0};
 }
 
-void activations_copy_row(struct activations *dst, int64_t dst_row, const struct activations *src, int64_t src_row)
+void activations_copy_row(struct activations *dst, int64_t dst_row, const struct activations *src, int64_t src_row,
+                          enum weight_kind kind)
 {
     struct activations to = activations_rows(dst, dst_row), from = activations_rows(src, src_row);
     size_t cols = (size_t)(src->stride < dst->stride ? src->stride : dst->stride);
-    memmove(to.f32, from.f32, cols * sizeof *to.f32);
+    if (kind != WEIGHT_INT8 && !weight_is_tiled(kind)) {
+        memmove(to.f32, from.f32, cols * sizeof *to.f32);
+        return;
+    }
     memmove(to.q, from.q, cols);
     memmove(to.q_scale, from.q_scale, cols / ACT_GROUP * sizeof *to.q_scale);
     memmove(to.q_sum, from.q_sum, cols / ACT_SUM * sizeof *to.q_sum);

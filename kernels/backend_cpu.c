@@ -1,7 +1,9 @@
 // The backend of the host: operations over rows on a kernel table, dealt to a thread pool. See backend.h.
 #include "formats/checked.h"
 #include "formats/number_formats.h"
+#include "kernels/cpu_attention.h"
 #include "kernels/cpu_device.h"
+#include "kernels/cpu_experts.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,7 +21,8 @@ static uint64_t row_bytes(const struct model_desc *desc, const struct rank_share
     for (int b = 0; b < BUFFER_COUNT; b++)
         floats += (uint64_t)buffer_width(desc, share, (enum buffer)b);
     uint64_t slot = (uint64_t)(2 * share->expert_size_local + desc->hidden_size) * sizeof(float) +
-                    prepared_bytes(larger_of(desc->hidden_size, share->expert_size_local));
+                    prepared_bytes(larger_of(desc->hidden_size, share->expert_size_local)) +
+                    sizeof(struct chosen_expert) + sizeof(int32_t);
     return floats * sizeof(float) + prepared_bytes(widest_input(desc, share)) + (uint64_t)expert_slots(desc, 1) * slot;
 }
 
@@ -68,8 +71,9 @@ static void cpu_describe(const struct device *d, char text[DEVICE_TEXT_BYTES])
 
 static uint64_t cpu_host_bytes(const struct device_shape *s, int threads)
 {
-    return (uint64_t)s->max_rows * row_bytes(s->desc, s->share) +
-           (uint64_t)threads * (uint64_t)s->context * sizeof(float);
+    struct kv_shape kv = kv_shape(s->desc, s->share);
+    uint64_t thread_floats = (uint64_t)(s->context + s->desc->hidden_size + kv.k_dim + kv.v_dim);
+    return (uint64_t)s->max_rows * row_bytes(s->desc, s->share) + (uint64_t)threads * thread_floats * sizeof(float);
 }
 
 static int cpu_plan(struct device *d, const struct device_shape *s, struct memory_plan *plan, struct error *err)

@@ -1,4 +1,6 @@
-// Attention of the CPU backend: norms and rotation of q and k, the KV cache, the heads.
+// Norms and rotation of q and k, the KV cache, the heads. See cpu_attention.h.
+#include "kernels/cpu_attention.h"
+
 #include "kernels/cpu_device.h"
 
 #include <string.h>

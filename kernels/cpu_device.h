@@ -54,13 +54,4 @@ struct device {
 // The rows of the next products are x [count][x_stride], prepared for `next`.
 void cpu_set_input(struct device *d, const float *x, int64_t x_stride, int64_t count, const struct matrix *next);
 
-int cpu_squares(struct device *d, int64_t layer, struct error *err);
-int cpu_finish_qkv(struct device *d, int64_t layer, struct error *err);
-int cpu_attend(struct device *d, int64_t layer, struct error *err);
-
-int cpu_experts_alloc(struct device *d, struct error *err);
-void cpu_experts_free(struct device *d);
-int cpu_route(struct device *d, int64_t layer, struct error *err);
-int cpu_experts(struct device *d, int64_t layer, struct error *err);
-
 #endif

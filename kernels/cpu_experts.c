@@ -1,4 +1,6 @@
-// Mixtures of experts on the CPU backend: the router's choice, and the products of the chosen experts alone.
+// The router's choice, and the products of the chosen experts alone. See cpu_experts.h.
+#include "kernels/cpu_experts.h"
+
 #include "formats/checked.h"
 #include "kernels/cpu_device.h"
 
@@ -94,6 +96,8 @@ static void weigh(const struct experts_desc *e, struct chosen_expert *chosen)
         softmax(weights, e->experts_per_token);
     for (int64_t i = 0; i < e->experts_per_token; i++)
         sum += weights[i];
+    if (e->router == ROUTER_SIGMOID)
+        sum += 1e-20f; // all of them may be zero
     for (int64_t i = 0; i < e->experts_per_token; i++)
         chosen[i].weight = (e->normalise ? weights[i] / sum : weights[i]) * (float)e->scale;
 }
@@ -177,7 +181,7 @@ static void gather_row(void *arg, int64_t row, int thread)
     int64_t per_token = d->shape.desc->experts.experts_per_token;
     for (int64_t i = row * per_token; i < (row + 1) * per_token; i++)
         if (d->experts.place[i] >= 0)
-            activations_copy_row(&d->experts.act, d->experts.place[i], &d->act, row);
+            activations_copy_row(&d->experts.act, d->experts.place[i], &d->act, row, d->input_kind);
 }
 
 static int64_t blocks_of(const struct experts_job *job, int64_t expert, bool down)

@@ -26,11 +26,11 @@
 #include <stdint.h>
 
 enum {
-    ACT_GROUP = 128,            // columns of an activation row that share one int8 scale
-    ACT_SUM = 16,               // columns of one q_sum
-    KERNELS_MAX_HEAD_DIM = 256, // of plain attention
-    KERNELS_MAX_KEY_DIM = 640,  // of attention over latent rows
-    KV_PAGE_TOKENS = 64,        // positions of one page of the KV cache
+    ACT_GROUP = 128,                                // columns of an activation row that share one int8 scale
+    ACT_SUM = 16,                                   // columns of one q_sum
+    KERNELS_MAX_HEAD_DIM = MODEL_MAX_HEAD_DIM,      // of plain attention
+    KERNELS_MAX_KEY_DIM = MODEL_MAX_LATENT_KEY_DIM, // of attention over latent rows
+    KV_PAGE_TOKENS = 64,                            // positions of one page of the KV cache
 };
 
 // A weight matrix as it lies in the mapped rank file. Not owned.
@@ -61,8 +61,9 @@ struct activations {
 };
 int activations_alloc(struct activations *act, int64_t max_tokens, int64_t max_cols, struct error *err);
 void activations_free(struct activations *act);
-// Copies one prepared row, as far as the smaller stride goes. Both may be the same activations.
-void activations_copy_row(struct activations *dst, int64_t dst_row, const struct activations *src, int64_t src_row);
+// Copies one row that was prepared for weights of a kind, as far as the smaller stride goes. Both may be the same activations.
+void activations_copy_row(struct activations *dst, int64_t dst_row, const struct activations *src, int64_t src_row,
+                          enum weight_kind kind);
 
 // A view of the rows from first_row on, for a matmul that begins there. Not to be freed.
 static inline struct activations activations_rows(const struct activations *act, int64_t first_row)

@@ -70,8 +70,7 @@ void packed_row_place(struct packed_row *row, void *memory, enum weight_kind kin
 
 // ---- values ---------------------------------------------------------------------------------------------------------
 
-static float int4_scale(uint16_t stored) { return f16_to_f32(stored) * 0x1p-8f; }
-_Static_assert(WEIGHT_INT4_SCALE_EXPONENT == -8, "the factor above");
+_Static_assert(WEIGHT_INT4_SCALE_EXPONENT == -8, "WEIGHT_INT4_FACTOR");
 
 void pack_dequantize_row(float *out, const struct packed_row *row, enum weight_kind kind, uint32_t group_size,
                          uint64_t cols)
@@ -91,11 +90,11 @@ void pack_dequantize_row(float *out, const struct packed_row *row, enum weight_k
             out[i] = e4m3_to_f32(row->e4m3[i]) * row->scale;
             break;
         case WEIGHT_INT4:
-            out[i] = (float)row->q[i] * int4_scale(row->scale_f16[i / group_size]);
+            out[i] = (float)row->q[i] * weight_int4_scale(row->scale_f16[i / group_size]);
             break;
         case WEIGHT_INT4Z:
             out[i] = ((float)row->q[i] - f16_to_f32(row->zero_f16[i / group_size])) *
-                     int4_scale(row->scale_f16[i / group_size]);
+                     weight_int4_scale(row->scale_f16[i / group_size]);
             break;
         case WEIGHT_FP8G:
             out[i] = e4m3_to_f32(row->e4m3[i]) * row->scale_f32[i / group_size];

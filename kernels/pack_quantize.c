@@ -108,15 +108,12 @@ static float largest_magnitude(const float *x, uint32_t count)
     return largest;
 }
 
-static float int4_scale(uint16_t stored) { return f16_to_f32(stored) * 0x1p-8f; }
-
 // The bits of a scale > 0, clamped to what f16 holds.
 static uint16_t int4_scale_bits(float scale)
 {
-    float stored = scale * 0x1p8f; // 2^-WEIGHT_INT4_SCALE_EXPONENT
+    float stored = scale / WEIGHT_INT4_FACTOR;
     return f32_to_f16(stored < F16_MAX ? stored : F16_MAX);
 }
-_Static_assert(WEIGHT_INT4_SCALE_EXPONENT == -8, "the two factors above");
 
 // Below, every scale rounds to zero; stay clear of subnormal reciprocals.
 #define INT4_SMALLEST 0x1p-34f
@@ -207,7 +204,7 @@ static uint16_t quantize_int4_group(int8_t *q, const float *x, const float *a, u
         struct group group = group_make(&room, x, a, count);
         stored = group.a ? search_scale(&group, largest, true) : search_scale(&group, largest, false);
     }
-    float scale = int4_scale(stored);
+    float scale = weight_int4_scale(stored);
     if (scale == 0) {
         memset(q, 0, count);
         return 0; // not -0: one spelling
@@ -269,7 +266,8 @@ static struct affine search_affine(const struct group *group, float low, float h
     struct affine best = {(high - low) / 15.0f, 0};
     best.zero = -8.0f - low / best.scale;
     for (int i = 0; i < STEPS * STEPS; i++) {
-        float from = low * (1.0f - 0.06f * (float)(i / STEPS)), to = high * (1.0f - 0.06f * (float)(i % STEPS));
+        int low_step = i / STEPS, high_step = i % STEPS;
+        float from = low * (1.0f - 0.06f * (float)low_step), to = high * (1.0f - 0.06f * (float)high_step);
         float inverse = 15.0f / (to - from);
         struct affine_fit fit = fit_affine(group, inverse, -8.0f - from * inverse);
         float spread = weight * fit.qq - fit.q * fit.q;
@@ -306,11 +304,11 @@ static void quantize_int4z_group(int8_t *q, uint16_t *scale_f16, uint16_t *zero_
         struct affine best = search_affine(&group, low, high);
         // The zero that the rounded scale leaves best: the one that keeps scale * zero.
         *scale_f16 = int4_scale_bits(best.scale * largest);
-        float zero = best.zero * (best.scale * largest) / int4_scale(*scale_f16);
+        float zero = best.zero * (best.scale * largest) / weight_int4_scale(*scale_f16);
         zero = zero > -16.0f ? zero < 16.0f ? zero : 16.0f : -16.0f; // NaN and Inf where the scale is 0
         *zero_f16 = f32_to_f16(zero);
     }
-    float scale = int4_scale(*scale_f16), zero = f16_to_f32(*zero_f16);
+    float scale = weight_int4_scale(*scale_f16), zero = f16_to_f32(*zero_f16);
     if (scale == 0)
         *zero_f16 = 0;
     float inverse = scale > 0 ? 1.0f / scale : 0;

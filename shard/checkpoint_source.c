@@ -2,14 +2,13 @@
 #include "shard/checkpoint_source.h"
 
 #include "formats/number_formats.h"
+#include "shard/text.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 // ---- rows --------------------------------------------------------------------------------------------------------
-
-static uint64_t elem_bytes(enum dtype dtype) { return (uint64_t)dtype_bits(dtype) / 8; }
 
 static bool is_turned(enum source_form form) { return form == TURNED || form == TURNED_ALTERNATING; }
 static bool alternates(enum source_form form) { return form == ALTERNATING || form == TURNED_ALTERNATING; }
@@ -54,7 +53,7 @@ static int source_read(const struct row_source *base, struct row_window *window,
     } else {
         source_rows(from->form, rows, request->row_begin, request->rows, &first, &last);
     }
-    uint64_t bytes = elem_bytes(tensor->dtype), count = last - first + 1;
+    uint64_t bytes = dtype_bytes(tensor->dtype), count = last - first + 1;
     uint64_t begin = (from->index > 0 ? (uint64_t)from->index : 0) * rows * cols; // of the matrix in its stack
     window->raw_format = tensor->dtype;
     window->raw_row = first;
@@ -90,7 +89,7 @@ static void gather(float *out, const struct row_window *window, enum source_form
 {
     const struct row_request *request = &window->request;
     enum dtype dtype = (enum dtype)window->raw_format;
-    uint64_t bytes = elem_bytes(dtype), rows, cols;
+    uint64_t bytes = dtype_bytes(dtype), rows, cols;
     source_shape(request, form, &rows, &cols);
     uint64_t half = rows / 2;
     if (request->kind == WEIGHT_F32 && alternates(form)) {
@@ -142,14 +141,6 @@ static int source_computed(const struct row_source *base, uint64_t tensor, float
 
 // ---- checks ------------------------------------------------------------------------------------------------------
 
-static void shape_text(char *out, size_t bytes, const struct safetensors_tensor *tensor)
-{
-    size_t at = 0;
-    out[0] = 0;
-    for (int d = 0; d < tensor->num_dims && at < bytes; d++)
-        at += (size_t)snprintf(out + at, bytes - at, "%s%llu", d ? " x " : "", (unsigned long long)tensor->dims[d]);
-}
-
 // The shape that the checkpoint's tensor must have: a stack has one dimension more.
 static int wanted_shape(uint64_t dims[3], const struct shard_part *part, const struct plan_source *from,
                         enum weight_kind kind, const struct plan *plan)
@@ -175,19 +166,15 @@ static int check_tensor(struct checkpoint_source *source, const struct shard_par
     if (tensor->dtype != DTYPE_BF16 && tensor->dtype != DTYPE_F16 && tensor->dtype != DTYPE_F32)
         return error_set(err, ERR_MODEL, "%s: tensor %s is %s; only BF16, F16 and F32 weights can be read", file,
                          from->tensor, dtype_name(tensor->dtype));
-    struct safetensors_tensor wanted = *tensor;
     uint64_t dims[3];
     int count = wanted_shape(dims, part, from, kind, source->plan);
     bool fits = tensor->num_dims == count;
-    for (int d = 0; d < count; d++) {
+    for (int d = 0; d < count; d++)
         fits = fits && tensor->dims[d] == dims[d];
-        wanted.dims[d] = dims[d];
-    }
-    wanted.num_dims = count;
     if (!fits) {
         char found[128], text[128];
-        shape_text(found, sizeof found, tensor);
-        shape_text(text, sizeof text, &wanted);
+        text_shape(found, sizeof found, tensor->dims, tensor->num_dims);
+        text_shape(text, sizeof text, dims, count);
         return error_set(err, ERR_MODEL, "%s: tensor %s is %s, config.json calls for %s", file, from->tensor, found,
                          text);
     }

@@ -1,8 +1,14 @@
 // What the commands share. See commands.h.
 #include "shard/commands.h"
 
+#include "formats/file_io.h"
+#include "formats/json_file.h"
+#include "shard/families.h"
+#include "shard/own_plan.h"
+
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 
 struct common_options common;
 
@@ -16,6 +22,77 @@ void commands_note(const char *fmt, ...)
     vfprintf(stderr, fmt, arguments);
     fputc('\n', stderr);
     va_end(arguments);
+}
+
+// As what an architecture is read that is not known. That keys and tensors fit does not say that the arithmetic does.
+static int find_known_as(const char **known_as, const char *path, bool is_file, const struct model_options *options,
+                         struct error *err)
+{
+    const struct family *family = options->as ? family_find(options->as) : NULL;
+    int rc;
+    if (options->as && (!family || strcmp(family->architecture, options->as) != 0))
+        return error_set(err, ERR_USAGE, "--as %.64s: no such architecture is known (known: %s)", options->as,
+                         family_list());
+    *known_as = options->as;
+    if (options->as || !options->plan || is_file)
+        return 0;
+    if ((rc = own_plan_find_family(known_as, path, err)) || !*known_as)
+        return rc;
+    return error_set(err, ERR_MODEL,
+                     "%s: the architecture is not known. Its keys and tensors are those of a %s, but no file says "
+                     "whether it computes the same (which columns rotate together, scales, norms); if you know that it "
+                     "does, say --as %s",
+                     path, *known_as, *known_as);
+}
+
+static int read_config(struct hf_config *config, const char *path, bool is_file, const char *known_as,
+                       struct error *err)
+{
+    uint8_t *text;
+    uint64_t bytes;
+    int rc;
+    if (!is_file)
+        return hf_config_read(config, path, known_as, err);
+    if ((rc = file_read_all(&text, &bytes, path, JSON_FILE_CAP_BYTES, ERR_MODEL, err)))
+        return rc;
+    rc = hf_config_parse(config, (const char *)text, bytes, path, NULL, 0, NULL, known_as, err);
+    free(text);
+    return rc;
+}
+
+// The plan of the user's own says what it says; what it leaves open stays as it is.
+int commands_read_model(struct hf_config *config, enum experts_mode *experts, const char *path, bool is_file,
+                        const struct model_options *options, struct error *err)
+{
+    const char *known_as = NULL;
+    char note[640] = "";
+    struct own_plan *own = NULL;
+    int rc = 0;
+    experts_mode_from_name(options->experts, experts);
+    if ((options->plan && (rc = own_plan_read(&own, options->plan, err))) ||
+        (rc = find_known_as(&known_as, path, is_file, options, err)) ||
+        (rc = read_config(config, path, is_file, known_as, err)) ||
+        (own && (rc = own_plan_check(own, &config->model, experts, note, sizeof note, err))))
+        goto done;
+    if (known_as && strcmp(config->model.architecture, known_as) != 0)
+        commands_note("note: the model is read as a %s", known_as);
+    if (note[0])
+        commands_note("note: %s", note);
+done:
+    own_plan_free(own);
+    return rc;
+}
+
+struct plan_wish commands_wish(const struct model_options *options, enum experts_mode experts)
+{
+    return (struct plan_wish){
+        .quant = options->quant ? options->quant : "keep",
+        .embed = options->embed,
+        .head = options->head,
+        .group_size = atoi(options->group_size),
+        .tp_size = options->tp > 0 ? (uint32_t)options->tp : 1,
+        .experts = experts,
+    };
 }
 
 int commands_print_json(json_t *object, struct error *err)

@@ -5,6 +5,8 @@
 #include "formats/error.h"
 #include "formats/options.h"
 #include "shard/build.h"
+#include "shard/hf_config.h"
+#include "shard/import_plan.h"
 
 #include <jansson.h>
 
@@ -24,6 +26,7 @@ struct model_options {
     const char *group_size;
     const char *embed, *head; // NULL: the default that goes with quant
     const char *experts;      // a name of enum experts_mode
+    const char *plan, *as; // a plan of the user's own; the architecture as which to read one that is not known; or NULL
 };
 
 // clang-format off
@@ -39,7 +42,11 @@ struct model_options {
     {"head", OPTION_CHOICE, &(options).head, "none|int8|fp8|int4|int4z|mxfp4|nvfp4", 0, 0,                             \
      "how the head is stored (default: as --quant; int8 with four bits)"},                                             \
     {"experts", OPTION_CHOICE, &(options).experts, "tp|ep", 0, 0,                                                      \
-     "tp: every rank holds a slice of each expert; ep: some of them, whole"}
+     "tp: every rank holds a slice of each expert; ep: some of them, whole"},                                          \
+    {"plan", OPTION_TEXT, &(options).plan, "FILE", 0, 0,                                                               \
+     "a tp_plan of your own (JSON: patterns and strategies), checked against the model's tensors"},                    \
+    {"as", OPTION_TEXT, &(options).as, "ARCHITECTURE", 0, 0,                                                           \
+     "read an architecture that is not known as this one, which has its keys and tensors and computes the same"}
 #define THREADS_OPTION_SPEC(target)                                                                                    \
     {"threads", OPTION_INT, target, "N", 1, 1024, "threads to work on (default: all CPUs); the bytes do not depend on it"}
 // clang-format on
@@ -54,6 +61,12 @@ extern const struct option_spec verify_options[];
 int verify_run(int argc, char **argv, struct error *err);
 extern const struct option_spec reshard_options[];
 int reshard_run(int argc, char **argv, struct error *err);
+
+// config.json (path itself with is_file, else in the directory `path`), read as the options say. *experts: as the options or the
+// user's own plan say.
+int commands_read_model(struct hf_config *config, enum experts_mode *experts, const char *path, bool is_file,
+                        const struct model_options *options, struct error *err);
+struct plan_wish commands_wish(const struct model_options *options, enum experts_mode experts);
 
 // What `convert --dry-run` shows: `plan` without its own options.
 int plan_report(const char *model_dir, const struct model_options *options, struct error *err);

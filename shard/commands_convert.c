@@ -1,8 +1,6 @@
 // tpshard convert: checkpoint -> shard directory. See commands.h.
 #include "shard/commands.h"
-#include "shard/hf_config.h"
 #include "shard/model_rows.h"
-#include "shard/own_plan.h"
 #include "shard/plan.h"
 #include "shard/source_files.h"
 
@@ -13,16 +11,12 @@
 static struct model_options model_options = MODEL_OPTIONS_DEFAULT;
 static struct {
     int64_t threads;
-    const char *plan;
     bool resume, force, dry_run;
 } options = {.threads = -1};
 
 const struct option_spec convert_options[] = {
     MODEL_OPTION_SPECS(model_options),
     THREADS_OPTION_SPEC(&options.threads),
-    {"plan", OPTION_TEXT, &options.plan, "FILE", 0, 0,
-     "a tp_plan of your own (JSON: patterns and strategies), checked against the model's tensors; lets an unknown "
-     "architecture be read as the known one whose keys and tensors it has"},
     {"resume", OPTION_FLAG, &options.resume, NULL, 0, 0, "go on with a run that was interrupted"},
     {"force", OPTION_FLAG, &options.force, NULL, 0, 0, "replace the model that is in out_dir"},
     {"dry-run", OPTION_FLAG, &options.dry_run, NULL, 0, 0, "write nothing; show what `tpshard plan` shows"},
@@ -40,31 +34,11 @@ struct conversion {
     struct source_hasher *hasher;
 };
 
-// How the command line wants the model cut and stored. A quantized checkpoint keeps its kinds unless told otherwise.
 static int make_plan(struct conversion *c, struct error *err)
 {
-    const struct model_options *wanted = &model_options;
-    struct plan_options cut = {.tp_size = wanted->tp > 0 ? (uint32_t)wanted->tp : 1};
-    const char *quant = wanted->quant ? wanted->quant : "keep";
-    bool tied = c->config.model.tied_embeddings;
-    struct import_kinds kinds = {0};
-    int rc;
-    cut.experts = c->experts;
-    c->keep = c->rows.import && strcmp(quant, "keep") == 0;
-    if (c->keep)
-        rc =
-            import_quant(&cut.quant, &c->rows.config, wanted->embed, wanted->head, atoi(wanted->group_size), tied, err);
-    else
-        rc = plan_quant(&cut.quant, strcmp(quant, "keep") == 0 ? "none" : quant, wanted->embed, wanted->head,
-                        atoi(wanted->group_size), tied, err);
-    if (rc)
-        return rc;
-    if (c->rows.import) {
-        kinds = c->keep ? import_kinds_keep(c->rows.import, wanted->embed, wanted->head)
-                        : import_kinds_as(c->rows.import, NULL);
-        cut.kinds = &kinds.kinds;
-    }
-    return plan_make(&c->plan, &c->config.model, &cut, err);
+    const struct plan_wish wish = commands_wish(&model_options, c->experts);
+    c->keep = plan_wish_keeps(&wish, c->rows.import);
+    return plan_of_wish(&c->plan, &c->config.model, &c->rows.config, c->rows.import, &wish, err);
 }
 
 static void say_what_is_stored(const struct conversion *c)
@@ -89,8 +63,13 @@ static void report_losses(const struct conversion *c)
     enum { SHOWN = 16 };
     struct import_loss *losses = NULL;
     uint64_t count = c->rows.import ? import_losses(c->rows.import, NULL, 0) : 0;
-    if (count == 0 || !(losses = calloc(count, sizeof *losses)))
+    if (count == 0)
         return;
+    if (!(losses = calloc(count, sizeof *losses))) {
+        commands_note("note: %llu matrices differ from the checkpoint's; there is no memory to list their errors",
+                      (unsigned long long)count);
+        return;
+    }
     import_losses(c->rows.import, losses, count);
     commands_note("note: %llu matrices differ from the checkpoint's; error relative to the weights, root mean square:",
                   (unsigned long long)count);
@@ -101,36 +80,14 @@ static void report_losses(const struct conversion *c)
     free(losses);
 }
 
-// The plan of the user's own says what it says; what it leaves open stays as it is.
-static int read_config(struct conversion *c, const char *model_dir, struct error *err)
-{
-    const char *known_as = NULL;
-    char note[640];
-    struct own_plan *own = NULL;
-    int rc = 0;
-    experts_mode_from_name(model_options.experts, &c->experts);
-    if (options.plan &&
-        ((rc = own_plan_read(&own, options.plan, err)) || (rc = own_plan_find_family(&known_as, model_dir, err))))
-        goto done;
-    if ((rc = hf_config_read(&c->config, model_dir, known_as, err)) || !own ||
-        (rc = own_plan_check(own, &c->config.model, &c->experts, note, sizeof note, err)))
-        goto done;
-    if (known_as)
-        commands_note("note: the model is read as a %s: its keys and tensors are those", known_as);
-    if (note[0])
-        commands_note("note: %s", note);
-done:
-    own_plan_free(own);
-    return rc;
-}
-
 // Everything that can be refused is refused here, before any heavy work.
 static int prepare(struct conversion *c, const char *model_dir, struct error *err)
 {
     bool has_tokenizer;
     int rc;
-    if ((rc = read_config(c, model_dir, err)) || (rc = model_rows_open(&c->rows, model_dir, err)) ||
-        (rc = make_plan(c, err)) || (rc = model_rows_init(&c->rows, c->plan, &c->config, err)) ||
+    if ((rc = commands_read_model(&c->config, &c->experts, model_dir, false, &model_options, err)) ||
+        (rc = model_rows_open(&c->rows, model_dir, err)) || (rc = make_plan(c, err)) ||
+        (rc = model_rows_init(&c->rows, c->plan, &c->config, err)) ||
         (rc = extras_from_model(&c->extras, &has_tokenizer, model_dir, c->config.model.vocab_size, err)) ||
         (rc = source_files_list(&c->files, c->rows.checkpoint, model_dir, err)))
         return rc;
@@ -208,8 +165,6 @@ int convert_run(int argc, char **argv, struct error *err)
 {
     struct conversion conversion = {0};
     int rc;
-    if (options.dry_run && options.plan)
-        return error_set(err, ERR_USAGE, "--dry-run and --plan do not go together");
     if (options.dry_run)
         return plan_report(argv[0], &model_options, err);
     if (argc < 2)

@@ -1,10 +1,8 @@
 // tpshard plan: what each rank would hold, what a token costs, and whether it fits. Reads config.json alone, so that it can be asked before
 // a checkpoint is downloaded; of a quantized checkpoint that is there also what says the order of its columns. See commands.h.
 #include "formats/checkpoint.h"
-#include "formats/file_io.h"
+#include "formats/json_file.h"
 #include "shard/commands.h"
-#include "shard/hf_config.h"
-#include "shard/import_plan.h"
 #include "shard/plan_answer.h"
 
 #include <stdio.h>
@@ -41,51 +39,35 @@ const struct option_spec plan_options[] = {
 struct subject {
     struct hf_config config;
     struct import_config import; // how the checkpoint is quantized
-    struct checkpoint
-        *checkpoint; // its tensors, where they are there and tell what config.json does not (act-order); else NULL
+    // Its tensors, where they are there and tell what config.json does not (act-order); else NULL.
+    struct checkpoint *checkpoint;
+    enum experts_mode experts;
     const struct model_options *wanted;
 };
 
-static int parse_file(struct subject *subject, const char *path, const uint8_t *text, uint64_t bytes, struct error *err)
-{
-    struct json_object root = {0};
-    int rc;
-    if ((rc = hf_config_parse(&subject->config, (const char *)text, bytes, path, NULL, 0, NULL, NULL, err)) ||
-        (rc = json_file_parse(&root, (const char *)text, bytes, path, ERR_MODEL, err)))
-        return rc;
-    rc = import_config_parse(&subject->import, &root, NULL, err);
-    json_file_close(&root);
-    return rc;
-}
-
 static bool is_quantized(const struct subject *subject) { return subject->import.method != IMPORT_PLAIN; }
 
-static int read_dir(struct subject *subject, const char *dir, struct error *err)
+// A model's directory, or a config.json of any name.
+static int read_subject(struct subject *subject, const char *path, struct error *err)
 {
     struct error ignored; // of a checkpoint that is not there, or not yet as a whole
-    int rc;
-    if ((rc = hf_config_read(&subject->config, dir, NULL, err)) ||
-        (rc = import_config_read(&subject->import, dir, err)))
+    struct json_object root = {0};
+    struct stat status;
+    bool is_file = stat(path, &status) == 0 && S_ISREG(status.st_mode);
+    int rc = commands_read_model(&subject->config, &subject->experts, path, is_file, subject->wanted, err);
+    if (rc)
         return rc;
-    if (is_quantized(subject) && checkpoint_open(&subject->checkpoint, dir, &ignored))
+    if (is_file) {
+        if (!(rc = json_file_open(&root, path, JSON_FILE_CAP_BYTES, ERR_MODEL, err)))
+            rc = import_config_parse(&subject->import, &root, NULL, err);
+        json_file_close(&root);
+        return rc;
+    }
+    if ((rc = import_config_read(&subject->import, path, err)))
+        return rc;
+    if (is_quantized(subject) && checkpoint_open(&subject->checkpoint, path, &ignored))
         subject->checkpoint = NULL;
     return 0;
-}
-
-// A model's directory, or a config.json of any name.
-static int read_config(struct subject *subject, const char *path, struct error *err)
-{
-    struct stat status;
-    uint8_t *text;
-    uint64_t bytes;
-    int rc;
-    if (stat(path, &status) || !S_ISREG(status.st_mode))
-        return read_dir(subject, path, err);
-    if ((rc = file_read_all(&text, &bytes, path, JSON_FILE_CAP_BYTES, ERR_MODEL, err)))
-        return rc;
-    rc = parse_file(subject, path, text, bytes, err);
-    free(text);
-    return rc;
 }
 
 // The word of --quant that leaves the weights as they are.
@@ -94,35 +76,21 @@ static const char *unchanged(const struct subject *subject) { return is_quantize
 static int make_plan(struct plan **out, const struct subject *subject, const char *quant, uint32_t tp_size,
                      enum experts_mode experts, struct error *err)
 {
-    const struct model_options *wanted = subject->wanted;
-    bool keep = strcmp(quant, "keep") == 0, tied = subject->config.model.tied_embeddings;
-    struct plan_options cut = {.tp_size = tp_size, .experts = experts};
+    struct plan_wish wish = commands_wish(subject->wanted, experts);
     struct import *import = NULL;
-    struct import_kinds kinds;
-    int rc = keep ? import_quant(&cut.quant, &subject->import, wanted->embed, wanted->head, atoi(wanted->group_size),
-                                 tied, err)
-                  : plan_quant(&cut.quant, quant, wanted->embed, wanted->head, atoi(wanted->group_size), tied, err);
-    if (!rc && is_quantized(subject) && !(rc = import_open(&import, &subject->import, subject->checkpoint, err))) {
-        kinds = keep ? import_kinds_keep(import, wanted->embed, wanted->head) : import_kinds_as(import, NULL);
-        cut.kinds = &kinds.kinds;
-    }
+    int rc = is_quantized(subject) ? import_open(&import, &subject->import, subject->checkpoint, err) : 0;
+    wish.quant = quant;
+    wish.tp_size = tp_size;
     if (!rc)
-        rc = plan_make(out, &subject->config.model, &cut, err);
+        rc = plan_of_wish(out, &subject->config.model, &subject->import, import, &wish, err);
     import_close(import);
     return rc;
-}
-
-static enum experts_mode wanted_experts(const struct subject *subject)
-{
-    enum experts_mode mode = EXPERTS_TP;
-    experts_mode_from_name(subject->wanted->experts, &mode);
-    return mode;
 }
 
 static int plan_of_way(void *arg, struct plan **out, const char *quant, uint32_t tp_size, struct error *err)
 {
     const struct subject *subject = arg;
-    return make_plan(out, subject, quant, tp_size, wanted_experts(subject), err);
+    return make_plan(out, subject, quant, tp_size, subject->experts, err);
 }
 
 // ---- the answer --------------------------------------------------------------------------------------------------
@@ -277,8 +245,6 @@ static int find_answer(struct plan_answer *answer, struct subject *subject, stru
 
 // ---- JSON --------------------------------------------------------------------------------------------------------
 
-static const char *kv_name(enum kv_format format) { return format == KV_E4M3 ? "fp8" : "bf16"; }
-
 static json_t *range_json(int64_t begin, int64_t count)
 {
     return json_pack("[I,I]", (json_int_t)begin, (json_int_t)(begin + count));
@@ -341,8 +307,8 @@ static int print_json(const struct plan_answer *answer, struct error *err)
     for (int i = 0; i < answer->num_advice; i++) {
         const struct fit *fit = &answer->advice[i];
         json_array_append_new(advice, json_pack("{s:i, s:s, s:s, s:I}", "tp_size", (int)fit->way.tp_size, "quant",
-                                                fit->way.quant, "kv_cache", kv_name(fit->way.kv_format), "max_context",
-                                                (json_int_t)fit->max_context));
+                                                fit->way.quant, "kv_cache", fit_kv_name(fit->way.kv_format),
+                                                "max_context", (json_int_t)fit->max_context));
     }
     for (int64_t layer = 0; layer < model->num_layers; layer++)
         with_window += (model->layer_flags[layer] & LAYER_WINDOW) != 0;
@@ -354,7 +320,7 @@ static int print_json(const struct plan_answer *answer, struct error *err)
                   "way", answer->way.quant, "source_format", answer->source_format, "quant", "layers",
                   weight_kind_name(plan->quant.linear), "embedding", weight_kind_name(plan->quant.embedding), "head",
                   weight_kind_name(plan->quant.head), "group_size", (int)plan->quant.group_size, "experts",
-                  experts ? experts_mode_name(plan->experts) : NULL, "kv_cache", kv_name(answer->way.kv_format),
+                  experts ? experts_mode_name(plan->experts) : NULL, "kv_cache", fit_kv_name(answer->way.kv_format),
                   "proposed", answer->proposed);
     set_bytes(object, "model_context", (uint64_t)model->context);
     set_bytes(object, "context", (uint64_t)answer->context_tokens);
@@ -380,7 +346,7 @@ int plan_report(const char *model_path, const struct model_options *wanted, stru
     struct subject subject = {.wanted = wanted};
     struct plan_answer answer = {0};
     int rc;
-    if ((rc = read_config(&subject, model_path, err)) || (rc = check_question(&subject, err)) ||
+    if ((rc = read_subject(&subject, model_path, err)) || (rc = check_question(&subject, err)) ||
         (rc = find_answer(&answer, &subject, err)))
         goto done;
     answer.source_format = is_quantized(&subject) ? subject.import.name : NULL;

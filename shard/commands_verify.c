@@ -7,6 +7,7 @@
 
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 enum { PRINTED = 20 };
 
@@ -78,7 +79,8 @@ static int check_against(const struct shard_dir *dir, struct thread_pool *pool, 
                          struct error *err)
 {
     struct hf_config config;
-    int rc = hf_config_read(&config, options.against, NULL, err);
+    const char *known_as = strstr(dir->manifest->model.architecture, " as "); // "New as Known": what --as said
+    int rc = hf_config_read(&config, options.against, known_as ? known_as + strlen(" as ") : NULL, err);
     if (!rc)
         rc = same_model(dir->manifest, &config, err);
     if (!rc)

@@ -31,9 +31,8 @@ int extras_add(struct extras *extras, const char *name, uint8_t *bytes, uint64_t
     return 0;
 }
 
-static bool there(char path[PATH_MAX], const char *dir, const char *name)
+bool extras_there(char path[PATH_MAX], const char *dir, const char *name)
 {
-    // A link that loops or leads nowhere is there: reading it gives the reason.
     struct stat status;
     return snprintf(path, PATH_MAX, "%s/%s", dir, name) < PATH_MAX && lstat(path, &status) == 0;
 }
@@ -44,7 +43,7 @@ static int copy_if_there(struct extras *extras, const char *dir, const char *nam
     uint8_t *bytes;
     uint64_t num_bytes;
     int rc;
-    *copied = there(path, dir, name);
+    *copied = extras_there(path, dir, name);
     if (!*copied)
         return 0;
     if ((rc = file_read_all(&bytes, &num_bytes, path, EXTRA_CAP_BYTES, ERR_MODEL, err)))
@@ -59,10 +58,10 @@ static int add_tokenizer(struct extras *extras, bool *has_tokenizer, const char 
     uint8_t *image;
     size_t image_bytes;
     int rc;
-    *has_tokenizer = there(path, model_dir, "tokenizer.json");
+    *has_tokenizer = extras_there(path, model_dir, "tokenizer.json");
     if (!*has_tokenizer)
         return 0;
-    bool has_config = there(config_path, model_dir, "tokenizer_config.json");
+    bool has_config = extras_there(config_path, model_dir, "tokenizer_config.json");
     if ((rc =
              tokenizer_compile(&image, &image_bytes, path, has_config ? config_path : NULL, (uint64_t)vocab_size, err)))
         return rc;

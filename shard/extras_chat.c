@@ -9,15 +9,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 
 enum { TEMPLATE_CAP_BYTES = 4 << 20, CONFIG_CAP_BYTES = 16 << 20 };
-
-static bool there(char path[PATH_MAX], const char *dir, const char *name)
-{
-    struct stat status;
-    return snprintf(path, PATH_MAX, "%s/%s", dir, name) < PATH_MAX && lstat(path, &status) == 0;
-}
 
 static bool has_file(const struct extras *extras, const char *name)
 {
@@ -50,7 +43,7 @@ static int add_file(struct extras *extras, const char *dir, const char *from, co
     uint8_t *bytes;
     uint64_t num_bytes;
     int rc;
-    if (!there(path, dir, from))
+    if (!extras_there(path, dir, from))
         return 0;
     if ((rc = file_read_all(&bytes, &num_bytes, path, TEMPLATE_CAP_BYTES, ERR_MODEL, err)))
         return rc;
@@ -123,7 +116,7 @@ int extras_chat_add(struct extras *extras, const char *model_dir, struct error *
         goto done;
     for (int i = 0; i < 2; i++) {
         struct json_object config = {0};
-        if (!there(path, model_dir, configs[i]))
+        if (!extras_there(path, model_dir, configs[i]))
             continue;
         if ((rc = json_file_open(&config, path, CONFIG_CAP_BYTES, ERR_MODEL, err)))
             goto done;

@@ -2,6 +2,7 @@
 #include "shard/families.h"
 
 #include "shard/family_tables.h"
+#include "shard/text.h"
 
 #include <assert.h>
 #include <stdio.h>
@@ -99,23 +100,17 @@ bool family_tensor_present(const struct family_tensor *tensor, const struct mode
     return false;
 }
 
-static bool begins_with(const char *text, const char *beginning)
-{
-    return strncmp(text, beginning, strlen(beginning)) == 0;
-}
-
 bool family_ignores(const struct family *family, const struct model_desc *model, const char *name)
 {
     static const char layers[] = "model.layers.", old_table[] = ".rotary_emb.inv_freq";
-    size_t length = strlen(name);
     for (size_t i = 0; i < sizeof family->ignored / sizeof *family->ignored && family->ignored[i]; i++)
-        if (begins_with(name, family->ignored[i]))
+        if (text_begins(name, family->ignored[i]))
             return true;
-    if (length > strlen(old_table) && strcmp(name + length - strlen(old_table), old_table) == 0)
+    if (text_ends(name, old_table))
         return true; // what old checkpoints carry besides weights
-    if (family->prefix && begins_with(name, family->prefix))
+    if (family->prefix && text_begins(name, family->prefix))
         name += strlen(family->prefix);
-    if (family->further_layers_ignored && begins_with(name, layers))
+    if (family->further_layers_ignored && text_begins(name, layers))
         return strtoll(name + strlen(layers), NULL, 10) >= model->num_layers;
     return model->tied_embeddings && strcmp(name, "lm_head.weight") == 0; // a copy of the embedding
 }

@@ -97,14 +97,15 @@ enum bias_rule {
 
 // Keys that change the arithmetic and that only some families read.
 enum reads {
-    READS_SOFTCAPS = 1,    // attn_logit_softcapping, final_logit_softcapping, query_pre_attn_scalar
+    READS_SOFTCAPS = 1,    // final_logit_softcapping, query_pre_attn_scalar
     READS_MULTIPLIERS = 2, // embedding_multiplier, residual_multiplier, attention_multiplier, logits_scaling
     READS_EXPERTS = 4,
     READS_LATENT = 8,      // kv_lora_rank and its like
     READS_NO_ROPE = 16,    // no_rope_layers
     READS_LOCAL_ROPE = 32, // layers with a window rotate by a table of their own
     READS_MLP_BIAS = 64,
-    READS_TEXT_CONFIG = 128, // the model is the text_config of a larger one
+    READS_TEXT_CONFIG = 128,   // the model is the text_config of a larger one
+    READS_ATTENTION_CAP = 256, // attn_logit_softcapping
 };
 
 enum expert_layers {

@@ -228,7 +228,7 @@ const struct family families[] = {
      .bias = BIAS_ALL_BY_KEY, .defaults = {{"num_key_value_heads", 0}}},
     {.architecture = "GemmaForCausalLM", .tensors = gemma, .bias = BIAS_ALL_BY_KEY, .activation = ACTIVATION_GELU_TANH,
      .embedding_sqrt = true, .defaults = {{"head_dim", 256}, {"tie_word_embeddings", 1}}},
-    {.architecture = "Gemma2ForCausalLM", .tensors = gemma2, .reads = READS_SOFTCAPS, .bias = BIAS_ALL_BY_KEY,
+    {.architecture = "Gemma2ForCausalLM", .tensors = gemma2, .reads = READS_SOFTCAPS | READS_ATTENTION_CAP, .bias = BIAS_ALL_BY_KEY,
      .window = WINDOW_EVEN_LAYERS, .activation = ACTIVATION_GELU_TANH, .post_norms = true, .embedding_sqrt = true,
      .defaults = {{"head_dim", 256}, {"query_pre_attn_scalar", 256}, {"sliding_window", 4096},
                   {"attn_logit_softcapping", 50}, {"final_logit_softcapping", 30}, {"tie_word_embeddings", 1}}},

@@ -16,6 +16,9 @@ struct fit_way {
     uint32_t tp_size;
 };
 
+// The word of --kv-cache.
+static inline const char *fit_kv_name(enum kv_format format) { return format == KV_E4M3 ? "fp8" : "bf16"; }
+
 enum { FIT_MAX_TP = 16 }; // as many ranks are tried where none are asked for
 
 struct fit_question {

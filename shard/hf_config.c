@@ -57,7 +57,7 @@ static int refuse_unknown_arithmetic(const struct config *config, struct error *
         unsigned readers;
         double neutral; // a number that changes nothing; 0: none does
     } keys[] = {
-        {"attn_logit_softcapping", READS_SOFTCAPS, 0},
+        {"attn_logit_softcapping", READS_ATTENTION_CAP, 0},
         {"final_logit_softcapping", READS_SOFTCAPS, 0},
         {"query_pre_attn_scalar", READS_SOFTCAPS, 0},
         {"logits_scaling", READS_MULTIPLIERS, 1},
@@ -95,6 +95,35 @@ static int refuse_unknown_arithmetic(const struct config *config, struct error *
     return 0;
 }
 
+// A family that reads no window is not what a config with a window in use asks for.
+static bool drops_window(const struct family *family, const struct json_object *config)
+{
+    const json_t *window = json_object_get(config->json, "sliding_window");
+    const json_t *use = json_object_get(config->json, "use_sliding_window");
+    return family->window == WINDOW_NEVER && json_is_integer(window) && !json_is_false(use);
+}
+
+// A name that is not in our tables goes into the manifest as it is, with the known one behind it.
+static int check_new_name(const char *name, const struct family *family, const struct json_object *config,
+                          struct error *err)
+{
+    const int most = MODEL_NAME_BYTES - 1 - (int)strlen(" as ") - (int)strlen(family->architecture);
+    int printable = 0;
+    while (name[printable] > 0x20 && name[printable] < 0x7f)
+        printable++;
+    if (name[printable] || printable == 0 || printable > most)
+        return error_set(err, ERR_MODEL,
+                         "%s: architectures[0] must be 1 to %d letters without blanks to be read as a %s",
+                         config->file_name, most, family->architecture);
+    if (family_find(name))
+        return error_set(err, ERR_USAGE, "%s: architecture \"%s\" is known and cannot be read as a %s",
+                         config->file_name, name, family->architecture);
+    if (drops_window(family, config))
+        return error_set(err, ERR_MODEL, "%s: sliding_window is in use, and a %s has no windows", config->file_name,
+                         family->architecture);
+    return 0;
+}
+
 static int find_family(const struct family **out, struct model_desc *model, const struct json_object *config,
                        const char *known_as, struct error *err)
 {
@@ -106,17 +135,19 @@ static int find_family(const struct family **out, struct model_desc *model, cons
     if (!json_is_string(first))
         return json_file_wrong(config, "architectures[0]", "a string", first, err);
     const char *name = json_string_value(first);
-    *out = family_find(known_as ? known_as : name);
+    *out =
+        known_as || !strchr(name, ' ') ? family_find(known_as ? known_as : name) : NULL; // "X as Y" is our own spelling
     if (!*out)
-        return error_set(err, ERR_MODEL,
-                         "%s: architecture \"%.64s\" is not supported (known: %s); if its layers are those of one of "
-                         "these, --plan FILE says so, else it needs a table in shard/ (shard/families.md)",
-                         config->file_name, name, family_list());
-    if (known_as && strcmp(known_as, name) != 0)
-        snprintf(model->architecture, sizeof model->architecture, "%.*s as %s",
-                 (int)(sizeof model->architecture - strlen(known_as) - 5), name, known_as);
-    else
-        snprintf(model->architecture, sizeof model->architecture, "%s", name);
+        return error_set(
+            err, ERR_MODEL,
+            "%s: architecture \"%.64s\" is not supported (known: %s); if its layers compute what those of one "
+            "of these do, --as NAME says so, else it needs a table in shard/ (shard/families.md)",
+            config->file_name, name, family_list());
+    bool renamed = known_as && strcmp(known_as, name) != 0;
+    if (renamed && (rc = check_new_name(name, *out, config, err)))
+        return rc;
+    snprintf(model->architecture, sizeof model->architecture, "%s%s%s", name, renamed ? " as " : "",
+             renamed ? known_as : "");
     return 0;
 }
 

@@ -11,7 +11,7 @@ static int parse_latent(struct model_desc *model, const struct config *config, s
 {
     struct latent_desc *latent = &model->latent;
     int rc;
-    if ((rc = config_int(&latent->kv_rank, config, "kv_lora_rank", 1, MODEL_MAX_LATENT_RANK, JSON_REQUIRED, err)) ||
+    if ((rc = config_int(&latent->kv_rank, config, "kv_lora_rank", 1, MODEL_MAX_LATENT_KEY_DIM, JSON_REQUIRED, err)) ||
         (rc = config_int(&latent->q_rank, config, "q_lora_rank", 1, MAX_HIDDEN, JSON_OPTIONAL, err)) ||
         (rc = config_int(&latent->nope_dim, config, "qk_nope_head_dim", 1, MODEL_MAX_LATENT_HEAD_DIM, JSON_REQUIRED,
                          err)) ||
@@ -52,8 +52,9 @@ static int parse_heads(struct model_desc *model, const struct config *config, st
     if (model->head_dim == 0) {
         if (model->hidden_size % model->num_heads != 0 || model->hidden_size / model->num_heads > MODEL_MAX_HEAD_DIM)
             return error_set(err, ERR_MODEL,
-                             "%s: no head_dim, and hidden_size (%lld) / num_attention_heads (%lld) is none", file,
-                             (long long)model->hidden_size, (long long)model->num_heads);
+                             "%s: no head_dim, and hidden_size (%lld) / num_attention_heads (%lld) is no whole number "
+                             "up to %d",
+                             file, (long long)model->hidden_size, (long long)model->num_heads, MODEL_MAX_HEAD_DIM);
         model->head_dim = model->hidden_size / model->num_heads;
     }
     if (model->head_dim % 2 != 0)
@@ -199,6 +200,11 @@ static int parse_rope(struct hf_config *out, const struct config *config, struct
         .nested = family->reads & READS_LOCAL_ROPE,
     };
     int rc;
+    if (family->activation == ACTIVATION_GPT_OSS &&
+        !json_is_object(json_object_get(config->json.json, "rope_scaling")) &&
+        !json_is_object(json_object_get(config->json.json, "rope_parameters"))) // whose own default is no plain table
+        return error_set(err, ERR_MODEL, "%s: rope_scaling must be an object for this architecture",
+                         config->json.file_name);
     family_default(family, "rope_theta", &defaults.theta);
     family_default(family, "partial_rotary_factor", &defaults.partial_rotary_factor);
     if ((rc = rope_parse(&out->rope, &config->json, &defaults, err)))

@@ -1,5 +1,6 @@
 // Finding the tensors of a quantized matrix and checking them. See import.h.
 #include "shard/import_internal.h"
+#include "shard/text.h"
 
 #include "formats/checked.h"
 #include "formats/number_formats.h"
@@ -141,20 +142,12 @@ void import_close(struct import *import)
 
 // ---- checks ------------------------------------------------------------------------------------------------------
 
-static void shape_text(char *out, size_t bytes, const uint64_t *dims, int num_dims)
-{
-    size_t at = 0;
-    snprintf(out, bytes, "of one element");
-    for (int d = 0; d < num_dims && at < bytes; d++)
-        at += (size_t)snprintf(out + at, bytes - at, "%s%llu", d ? " x " : "", (unsigned long long)dims[d]);
-}
-
 static int wrong_shape(const struct import *import, const struct safetensors_tensor *tensor, const uint64_t *wanted,
                        int num_wanted, struct error *err)
 {
     char found_text[160], wanted_text[64];
-    shape_text(found_text, sizeof found_text, tensor->dims, tensor->num_dims);
-    shape_text(wanted_text, sizeof wanted_text, wanted, num_wanted);
+    text_shape(found_text, sizeof found_text, tensor->dims, tensor->num_dims);
+    text_shape(wanted_text, sizeof wanted_text, wanted, num_wanted);
     return error_set(err, ERR_MODEL, "%s: tensor %s is %s, the configuration calls for %s",
                      checkpoint_file_name(import->checkpoint, (size_t)tensor->file), tensor->name, found_text,
                      wanted_text);
@@ -602,6 +595,8 @@ static int bind_tensors(const struct import *import, struct import_matrix *matri
     if (plain && import_is_real(plain->dtype)) {
         matrix->form.layout = LAYOUT_PLAIN;
         matrix->codes = plain;
+        if (matrix->index < 0 && !is_matrix(plain, matrix->rows, matrix->cols))
+            return wrong_shape(import, plain, (const uint64_t[]){matrix->rows, matrix->cols}, 2, err);
         return 0;
     }
     if ((matrix->codes = import_companion(import, name, ".qweight")))
@@ -651,10 +646,11 @@ int import_bind(struct import *import, const struct import_part *part, struct er
     matrix->rows = part->rows;
     matrix->cols = part->cols;
     import_companion_name(module, sizeof module, matrix->name, "");
-    const struct import_form *form = import_config_form(import->config, module);
+    const struct import_form *form = NULL;
+    rc = import_config_form(&form, import->config, module, err);
     if (form)
         matrix->form = *form;
-    if (import->checkpoint) {
+    if (!rc && import->checkpoint) {
         if (!form && import->config->num_schemes) // what the tensors are decides in the end
             matrix->form = import->config->schemes[0].form;
         rc = bind_tensors(import, matrix, err);

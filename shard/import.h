@@ -55,10 +55,15 @@ struct import_form {
     bool symmetric;      // no zero points
 };
 
+// Names of modules, globs, and regular expressions ("re:...") compiled once.
+struct import_patterns {
+    struct import_pattern *items;
+    size_t count;
+};
+
 struct import_scheme {
     struct import_form form;
-    char **targets; // modules; none: all
-    size_t num_targets;
+    struct import_patterns targets; // modules; none: all
 };
 
 enum { IMPORT_MAX_SCHEMES = 16 };
@@ -68,10 +73,9 @@ struct import_config {
     char name[96]; // for people: "gptq", "compressed-tensors pack-quantized"
     struct import_scheme schemes[IMPORT_MAX_SCHEMES];
     int num_schemes;
-    char **ignore; // modules that are not quantized
-    size_t num_ignore;
-    bool zero_minus_one; // GPTQ's first version stores zero points less one
-    bool head;           // the head is quantized too, unless ignored
+    struct import_patterns ignore; // modules that are not quantized
+    bool zero_minus_one;           // GPTQ's first version stores zero points less one
+    bool head;                     // the head is quantized too, unless ignored
     bool experts_only;
 };
 
@@ -82,8 +86,10 @@ int import_config_parse(struct import_config *out, const struct json_object *con
 int import_config_read(struct import_config *out, const char *model_dir, struct error *err);
 void import_config_clear(struct import_config *config); // accepts a zeroed one
 
-// The form that the config gives a module ("model.layers.0.mlp.down_proj"); NULL: plain.
-const struct import_form *import_config_form(const struct import_config *config, const char *module);
+// The form that the config gives a module ("model.layers.0.mlp.down_proj"); NULL: plain. ERR_MODEL: a regular expression
+// of the config takes too long on this name.
+int import_config_form(const struct import_form **out, const struct import_config *config, const char *module,
+                       struct error *err);
 
 // ---- matrices ----------------------------------------------------------------------------------------------------
 
@@ -149,7 +155,7 @@ int import_read(struct import *import, struct import_window *window, const char 
 // and the error noted.
 int import_row(struct import *import, struct import_window *window, uint64_t row, enum weight_kind kind,
                uint32_t group_size, struct packed_row *out, struct error *err);
-// One of these rows as floats. out [cols].
+// One of these rows as floats, for tests. out [cols].
 int import_values(struct import *import, struct import_window *window, uint64_t row, float *out, struct error *err);
 
 // ---- reports -----------------------------------------------------------------------------------------------------

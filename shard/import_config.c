@@ -14,48 +14,83 @@
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include <pcre2.h>
 
-enum { MAX_PATTERNS = 100000, MAX_GROUP = 1 << 20, REGEX_STEPS = 100000 };
+enum { MAX_PATTERNS = 10000, MAX_REGEXES = 256, MAX_GROUP = 1 << 20, REGEX_STEPS = 10000 };
 
 // ---- lists of modules --------------------------------------------------------------------------------------------
 
-static void free_list(char **list, size_t count)
+struct import_pattern {
+    char *text;
+    pcre2_code *regex; // NULL: a glob or a name
+};
+
+static void free_patterns(struct import_patterns *patterns)
 {
-    for (size_t i = 0; i < count; i++)
-        free(list[i]);
-    free(list);
+    for (size_t i = 0; i < patterns->count; i++) {
+        free(patterns->items[i].text);
+        pcre2_code_free(patterns->items[i].regex);
+    }
+    free(patterns->items);
 }
 
 void import_config_clear(struct import_config *config)
 {
     for (int s = 0; s < config->num_schemes; s++)
-        free_list(config->schemes[s].targets, config->schemes[s].num_targets);
-    free_list(config->ignore, config->num_ignore);
+        free_patterns(&config->schemes[s].targets);
+    free_patterns(&config->ignore);
     *config = (struct import_config){0};
 }
 
+static bool is_regex(const char *text) { return strncmp(text, "re:", 3) == 0; }
+
+// As Python's re.match: anchored at the beginning alone.
+static int compile_pattern(struct import_pattern *pattern, const struct json_object *object, const char *key,
+                           struct error *err)
+{
+    PCRE2_UCHAR reason[128] = "";
+    int code;
+    size_t offset;
+    if (!is_regex(pattern->text))
+        return 0;
+    pattern->regex =
+        pcre2_compile((PCRE2_SPTR)pattern->text + 3, PCRE2_ZERO_TERMINATED, PCRE2_ANCHORED, &code, &offset, NULL);
+    if (pattern->regex)
+        return 0;
+    pcre2_get_error_message(code, reason, sizeof reason);
+    return error_set(err, ERR_MODEL, "%s: %s%s: \"%.80s\" is no regular expression: %s", object->file_name,
+                     object->path, key, pattern->text, (const char *)reason);
+}
+
 // Appends the strings of an optional array.
-static int add_strings(char ***list, size_t *count, const struct json_object *object, const char *key,
-                       struct error *err)
+static int add_patterns(struct import_patterns *patterns, const struct json_object *object, const char *key,
+                        struct error *err)
 {
     const json_t *array = NULL;
+    size_t regexes = 0;
     int rc = json_file_get_array(&array, object, key, JSON_OPTIONAL, err);
     if (rc || !array || json_array_size(array) == 0)
         return rc;
     size_t more = json_array_size(array);
-    if (more > MAX_PATTERNS)
-        return error_set(err, ERR_MODEL, "%s: %s%s lists %zu modules, more than a model has", object->file_name,
-                         object->path, key, more);
-    char **grown = realloc(*list, (*count + more) * sizeof *grown);
+    if (more > MAX_PATTERNS || patterns->count + more > MAX_PATTERNS)
+        return error_set(err, ERR_MODEL, "%s: %s%s lists %zu modules, more than the %d that can be read",
+                         object->file_name, object->path, key, more, MAX_PATTERNS);
+    struct import_pattern *grown = realloc(patterns->items, (patterns->count + more) * sizeof *grown);
     if (!grown)
         return error_set(err, ERR_MEMORY, "out of memory for a list of modules");
-    *list = grown;
+    patterns->items = grown;
     for (size_t i = 0; i < more; i++) {
         const json_t *item = json_array_get(array, i);
+        struct import_pattern *pattern = &patterns->items[patterns->count];
         if (!json_is_string(item))
             return json_file_wrong(object, key, "an array of strings", item, err);
-        if (!(grown[*count] = strdup(json_string_value(item))))
+        if (is_regex(json_string_value(item)) && ++regexes > MAX_REGEXES)
+            return error_set(err, ERR_MODEL, "%s: %s%s holds more than %d regular expressions", object->file_name,
+                             object->path, key, MAX_REGEXES);
+        *pattern = (struct import_pattern){.text = strdup(json_string_value(item))};
+        if (!pattern->text)
             return error_set(err, ERR_MEMORY, "out of memory for a list of modules");
-        ++*count;
+        patterns->count++;
+        if ((rc = compile_pattern(pattern, object, key, err)))
+            return rc;
     }
     return 0;
 }
@@ -63,27 +98,28 @@ static int add_strings(char ***list, size_t *count, const struct json_object *ob
 static int add_ignored(struct import_config *config, const struct json_object *object, const char *key,
                        struct error *err)
 {
-    return add_strings(&config->ignore, &config->num_ignore, object, key, err);
+    return add_patterns(&config->ignore, object, key, err);
 }
 
-// As Python's re.match: anchored at the beginning alone. A pattern that is none, or too expensive, matches nothing.
-static bool regex_matches(const char *pattern, const char *text)
+static int regex_matches(bool *matches, const struct import_pattern *pattern, const char *text, struct error *err)
 {
-    int code;
-    size_t offset;
-    bool found = false;
-    pcre2_code *regex = pcre2_compile((PCRE2_SPTR)pattern, PCRE2_ZERO_TERMINATED, PCRE2_ANCHORED, &code, &offset, NULL);
-    pcre2_match_data *match = regex ? pcre2_match_data_create_from_pattern(regex, NULL) : NULL;
-    pcre2_match_context *context = match ? pcre2_match_context_create(NULL) : NULL;
-    if (context) {
+    pcre2_match_data *match = pcre2_match_data_create_from_pattern(pattern->regex, NULL);
+    pcre2_match_context *context = pcre2_match_context_create(NULL);
+    int found = PCRE2_ERROR_NOMEMORY;
+    if (match && context) {
         pcre2_set_match_limit(context, REGEX_STEPS);
         pcre2_set_depth_limit(context, REGEX_STEPS);
-        found = pcre2_match(regex, (PCRE2_SPTR)text, strlen(text), 0, 0, match, context) >= 0;
+        found = pcre2_match(pattern->regex, (PCRE2_SPTR)text, strlen(text), 0, 0, match, context);
     }
     pcre2_match_context_free(context);
     pcre2_match_data_free(match);
-    pcre2_code_free(regex);
-    return found;
+    *matches = found >= 0;
+    if (found >= 0 || found == PCRE2_ERROR_NOMATCH)
+        return 0;
+    if (found == PCRE2_ERROR_NOMEMORY)
+        return error_set(err, ERR_MEMORY, "out of memory for a regular expression");
+    return error_set(err, ERR_MODEL, "quantization_config: \"%.80s\" takes more than %d steps on \"%.200s\"",
+                     pattern->text, REGEX_STEPS, text);
 }
 
 // Whole components of the dotted name, anywhere in it: "lm_head", "self_attn", "model.layers.0.mlp".
@@ -96,40 +132,50 @@ static bool names_components(const char *pattern, const char *module)
     return false;
 }
 
-static bool pattern_matches(const char *pattern, const char *module)
+static int any_matches(bool *matches, const struct import_patterns *patterns, const char *module, struct error *err)
 {
-    if (strncmp(pattern, "re:", 3) == 0)
-        return regex_matches(pattern + 3, module);
-    if (strpbrk(pattern, "*?["))
-        return fnmatch(pattern, module, 0) == 0;
-    return names_components(pattern, module);
+    int rc = 0;
+    *matches = false;
+    for (size_t i = 0; i < patterns->count && !rc && !*matches; i++) {
+        const struct import_pattern *pattern = &patterns->items[i];
+        if (pattern->regex)
+            rc = regex_matches(matches, pattern, module, err);
+        else if (strpbrk(pattern->text, "*?["))
+            *matches = fnmatch(pattern->text, module, 0) == 0;
+        else
+            *matches = names_components(pattern->text, module);
+    }
+    return rc;
 }
 
-static bool any_matches(char *const *patterns, size_t count, const char *module)
+static bool names_all(const struct import_patterns *targets)
 {
-    for (size_t i = 0; i < count; i++)
-        if (pattern_matches(patterns[i], module))
-            return true;
-    return false;
+    bool all = targets->count == 0;
+    for (size_t t = 0; t < targets->count && !all; t++)
+        all = strcmp(targets->items[t].text, "Linear") == 0;
+    return all;
 }
 
-const struct import_form *import_config_form(const struct import_config *config, const char *module)
+int import_config_form(const struct import_form **out, const struct import_config *config, const char *module,
+                       struct error *err)
 {
-    bool head = strcmp(module, "lm_head") == 0;
+    bool head = strcmp(module, "lm_head") == 0, matches;
+    int rc;
+    *out = NULL;
     if (config->method == IMPORT_PLAIN || (head && !config->head) || strstr(module, "embed_tokens") ||
         (config->experts_only && !strstr(module, ".experts")))
-        return NULL;
-    if (any_matches(config->ignore, config->num_ignore, module))
-        return NULL;
-    for (int s = 0; s < config->num_schemes; s++) {
+        return 0;
+    if ((rc = any_matches(&matches, &config->ignore, module, err)) || matches)
+        return rc;
+    for (int s = 0; s < config->num_schemes && !*out; s++) {
         const struct import_scheme *scheme = &config->schemes[s];
-        bool all = scheme->num_targets == 0;
-        for (size_t t = 0; t < scheme->num_targets && !all; t++)
-            all = strcmp(scheme->targets[t], "Linear") == 0;
-        if (all || any_matches(scheme->targets, scheme->num_targets, module))
-            return &scheme->form;
+        matches = names_all(&scheme->targets);
+        if (!matches && (rc = any_matches(&matches, &scheme->targets, module, err)))
+            return rc;
+        if (matches)
+            *out = &scheme->form;
     }
-    return NULL;
+    return 0;
 }
 
 // ---- refusals ----------------------------------------------------------------------------------------------------
@@ -229,7 +275,10 @@ static int parse_awq(struct import_config *config, const struct json_object *obj
     if (bits != 4)
         return refuse_bits(object, bits_key, bits, "4", err);
     if (!zero_point)
-        return refuse(object, "zero_point", "false", "take a checkpoint with zero points", err);
+        return error_set(err, ERR_MODEL,
+                         "%s: %szero_point is false, and awq without zero points cannot be read; take a checkpoint "
+                         "with them",
+                         object->file_name, object->path);
     form->symmetric = false;
     return 0;
 }
@@ -303,7 +352,10 @@ static int parse_hqq(struct import_config *config, const struct json_object *obj
     if (bits != 4)
         return refuse_bits(params, "nbits", bits, "4", err);
     if (axis != 1)
-        return refuse(params, "axis", "0", "take a checkpoint with axis 1, whose groups run along a row", err);
+        return error_set(err, ERR_MODEL,
+                         "%s: %saxis is 0, and groups that run along a column cannot be read; take a checkpoint with "
+                         "axis 1",
+                         params->file_name, params->path);
     return 0;
 }
 
@@ -397,7 +449,7 @@ static int parse_groups(struct import_config *config, const struct json_object *
         struct import_form *form = add_scheme(config, LAYOUT_PLAIN);
         struct import_scheme *scheme = &config->schemes[config->num_schemes - 1];
         if ((rc = scheme_of_format(form, &weights, format, err)) ||
-            (rc = add_strings(&scheme->targets, &scheme->num_targets, &group, "targets", err)))
+            (rc = add_patterns(&scheme->targets, &group, "targets", err)))
             return rc;
     }
     if (config->num_schemes == 0)
@@ -457,7 +509,6 @@ static int parse_modelopt(struct import_config *config, const struct json_object
 static int parse_method(struct import_config *config, const struct json_object *object, const char *method,
                         struct error *err)
 {
-    int rc;
     snprintf(config->name, sizeof config->name, "%.64s", method);
     if (strcmp(method, "gptq") == 0) {
         config->method = IMPORT_GPTQ;
@@ -498,9 +549,7 @@ static int parse_method(struct import_config *config, const struct json_object *
         config->method = IMPORT_HQQ;
         return parse_hqq(config, object, err);
     }
-    if ((rc = refuse(object, "quant_method", method, "readable are " READABLE "; " TAKE_ORIGINAL, err)))
-        return rc;
-    return 0;
+    return refuse(object, "quant_method", method, "readable are " READABLE "; " TAKE_ORIGINAL, err);
 }
 
 static int parse(struct import_config *config, const struct json_object *root,
@@ -523,7 +572,11 @@ static int parse(struct import_config *config, const struct json_object *root,
             return rc;
         if (!method && json_object_get(object.json, "load_in_4bit")) // older versions of transformers wrote no name
             method = "bitsandbytes";
-        return parse_method(config, &object, method ? method : "(none)", err);
+        if (!method)
+            return error_set(err, ERR_MODEL,
+                             "%s: %squant_method is not there; readable are " READABLE "; " TAKE_ORIGINAL,
+                             object.file_name, object.path);
+        return parse_method(config, &object, method, err);
     }
     if (!hf_quant_config)
         return 0;

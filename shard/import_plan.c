@@ -1,6 +1,8 @@
 // See import_plan.h.
 #include "shard/import_plan.h"
 
+#include <string.h>
+
 static int parts_of(struct import_part *out, const struct shard_tensor *tensor)
 {
     for (int p = 0; p < tensor->num_parts; p++)
@@ -51,4 +53,27 @@ int import_quant(struct manifest_quant *out, const struct import_config *config,
     if (out->linear == WEIGHT_INT4 || out->linear == WEIGHT_INT4Z)
         out->group_size = own_group;
     return 0;
+}
+
+bool plan_wish_keeps(const struct plan_wish *wish, const struct import *import)
+{
+    return import && strcmp(wish->quant, "keep") == 0;
+}
+
+int plan_of_wish(struct plan **out, const struct model_desc *model, const struct import_config *config,
+                 struct import *import, const struct plan_wish *wish, struct error *err)
+{
+    struct plan_options cut = {.tp_size = wish->tp_size, .experts = wish->experts};
+    const char *quant = strcmp(wish->quant, "keep") == 0 ? "none" : wish->quant;
+    bool keep = plan_wish_keeps(wish, import), tied = model->tied_embeddings;
+    struct import_kinds kinds;
+    int rc = keep ? import_quant(&cut.quant, config, wish->embed, wish->head, wish->group_size, tied, err)
+                  : plan_quant(&cut.quant, quant, wish->embed, wish->head, wish->group_size, tied, err);
+    if (rc)
+        return rc;
+    if (import) {
+        kinds = keep ? import_kinds_keep(import, wish->embed, wish->head) : import_kinds_as(import, NULL);
+        cut.kinds = &kinds.kinds;
+    }
+    return plan_make(out, model, &cut, err);
 }

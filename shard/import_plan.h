@@ -10,7 +10,7 @@
 
 // Set up by its users; import must outlive it. Orders of columns are the same whatever the kinds.
 struct import_kinds {
-    struct plan_kinds kinds; // must be first: import_kinds_of
+    struct plan_kinds kinds; // must be first
     struct import *import;
     bool keep;                      // matrices keep their kinds; else they get those of the plan's quant, or of base
     bool keep_embedding, keep_head; // with keep: unless the command line says another kind for them
@@ -23,5 +23,20 @@ struct import_kinds import_kinds_as(struct import *import, const struct plan_kin
 // What the manifest says of a model that keeps its kinds: the kind of most of its matrices; embed and head as said.
 int import_quant(struct manifest_quant *out, const struct import_config *config, const char *embed, const char *head,
                  int64_t group_size, bool tied_embeddings, struct error *err);
+
+// How the command line wants a model stored and cut.
+struct plan_wish {
+    const char
+        *quant; // "keep": as the checkpoint has it (bf16 where it is not quantized), "none", or the name of a kind
+    const char *embed, *head; // NULL: not said
+    int64_t group_size;
+    uint32_t tp_size;
+    enum experts_mode experts;
+};
+// config says how the checkpoint is quantized; import NULL: it is not. Success: the caller owns *out (plan_free).
+int plan_of_wish(struct plan **out, const struct model_desc *model, const struct import_config *config,
+                 struct import *import, const struct plan_wish *wish, struct error *err);
+// Whether matrices keep the kinds of a quantized checkpoint.
+bool plan_wish_keeps(const struct plan_wish *wish, const struct import *import);
 
 #endif

@@ -1,5 +1,6 @@
 // Which tensors an import accounts for, and what storing its matrices lost. See import.h.
 #include "shard/import_internal.h"
+#include "shard/text.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -27,20 +28,14 @@ static const char *const companions[] = {
 static const char *const never_needed[] = {
     ".k_scale", ".v_scale", ".q_scale", ".kv_scale", ".prob_scale", ".output_scale", ".k_proj.output_scale"};
 
-static bool ends_with(const char *name, const char *suffix, size_t *stem)
-{
-    size_t length = strlen(name), tail = strlen(suffix);
-    if (length <= tail || strcmp(name + length - tail, suffix) != 0)
-        return false;
-    *stem = length - tail;
-    return true;
-}
-
-// A bound matrix of this module, whether or not its source's name ends with ".weight".
-static const struct import_matrix *matrix_of(const struct import *import, const char *name, size_t stem)
+// A bound matrix of the module whose tensor with this suffix is called so, whether or not the matrix's own name ends with ".weight".
+static const struct import_matrix *matrix_of(const struct import *import, const char *name, const char *suffix)
 {
     char source[600];
     const struct import_matrix *found = NULL;
+    if (!text_ends(name, suffix))
+        return NULL;
+    size_t stem = strlen(name) - strlen(suffix);
     for (int bare = 0; !found && bare < 2; bare++) {
         if (snprintf(source, sizeof source, "%.*s%s", (int)stem, name, bare ? "" : ".weight") >= (int)sizeof source)
             return NULL;
@@ -73,16 +68,15 @@ static int only_zeros(const struct import *import, const struct safetensors_tens
 
 int import_tensor_known(struct import *import, const struct safetensors_tensor *tensor, bool *known, struct error *err)
 {
-    size_t stem;
     *known = true;
     for (size_t i = 0; i < sizeof never_needed / sizeof never_needed[0]; i++)
-        if (ends_with(tensor->name, never_needed[i], &stem))
+        if (text_ends(tensor->name, never_needed[i]))
             return 0;
     for (size_t i = 0; i < sizeof companions / sizeof companions[0]; i++)
-        if (ends_with(tensor->name, companions[i], &stem) && matrix_of(import, tensor->name, stem))
+        if (matrix_of(import, tensor->name, companions[i]))
             return 0;
     *known = false;
-    if (ends_with(tensor->name, ".bias", &stem) && matrix_of(import, tensor->name, stem))
+    if (matrix_of(import, tensor->name, ".bias"))
         return only_zeros(import, tensor, known, err);
     return 0;
 }

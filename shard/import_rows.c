@@ -103,7 +103,7 @@ int import_values(struct import *import, struct import_window *window, uint64_t 
 
 // ---- exact rows --------------------------------------------------------------------------------------------------
 
-// As stored, scales of int4 are f16 of 2^8 times the scale.
+// Scales of int4 are stored as f16, divided by WEIGHT_INT4_FACTOR.
 static int put_f16(uint16_t *out, float value, bool *exact, const struct import_matrix *matrix, uint64_t row,
                    struct error *err)
 {
@@ -122,7 +122,7 @@ static int copy_int4(struct packed_row *out, const struct import_matrix *matrix,
         out->q[c] = (int8_t)(view->codes[c] - 8);
     for (uint64_t g = 0; !rc && g < div_up(matrix->cols, group_size); g++) {
         uint64_t from = g * group_size / view->group;
-        rc = put_f16(&out->scale_f16[g], view->scales[from] * 0x1p8f, exact, matrix, row, err);
+        rc = put_f16(&out->scale_f16[g], view->scales[from] / WEIGHT_INT4_FACTOR, exact, matrix, row, err);
         if (!rc && kind == WEIGHT_INT4Z)
             rc = put_f16(&out->zero_f16[g], view->zeros[from] - 8, exact, matrix, row, err);
         else if (!rc && view->zeros[from] != 8)

@@ -4,7 +4,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 
-enum { SLAB_BYTES = 64 << 20, COLUMN_UNIT_BYTES = 4096, SLOTS = 12, PIECE_BYTES = 16 << 20 };
+enum { BLOCK_BYTES = 64 << 20, COLUMN_UNIT_BYTES = 4096, SLOTS = 12, PIECE_BYTES = 16 << 20 };
 
 struct slot {
     const struct safetensors_tensor *tensor; // NULL: empty
@@ -50,9 +50,9 @@ static uint64_t min_u64(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
 static uint64_t block_width(uint64_t rows, uint64_t row_bytes, bool whole)
 {
-    if (whole || rows * row_bytes <= SLAB_BYTES)
+    if (whole || rows * row_bytes <= BLOCK_BYTES)
         return row_bytes;
-    uint64_t width = SLAB_BYTES / rows / COLUMN_UNIT_BYTES * COLUMN_UNIT_BYTES;
+    uint64_t width = BLOCK_BYTES / rows / COLUMN_UNIT_BYTES * COLUMN_UNIT_BYTES;
     return min_u64(width ? width : COLUMN_UNIT_BYTES, row_bytes);
 }
 
@@ -105,11 +105,11 @@ static void drop(struct slot *slot)
     *slot = (struct slot){0};
 }
 
-// Makes room: what is idle goes, oldest first, until the new block fits into twice SLAB_BYTES. Called with the mutex
+// Makes room: what is idle goes, oldest first, until the new block fits into twice BLOCK_BYTES. Called with the mutex
 // held.
 static void make_room(struct slab_cache *cache, uint64_t bytes)
 {
-    while (held_bytes(cache) + bytes > 2 * (uint64_t)SLAB_BYTES) {
+    while (held_bytes(cache) + bytes > 2 * (uint64_t)BLOCK_BYTES) {
         struct slot *idle = NULL;
         for (int i = 0; i < SLOTS; i++)
             if (cache->slots[i].users == 0 && cache->slots[i].bytes > 0 &&

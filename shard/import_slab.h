@@ -1,5 +1,5 @@
 // Columns of tensors whose packed layout runs across rows (GPTQ, AWQ): blocks of columns are read once, in large
-// pieces, and shared by the threads that unpack them. Memory: a few blocks of SLAB_BYTES, or of one tensor where that
+// pieces, and shared by the threads that unpack them. Memory: a few blocks of BLOCK_BYTES, or of one tensor where that
 // is larger and its rows are wanted out of order.
 #ifndef TPSHARD_SHARD_IMPORT_SLAB_H
 #define TPSHARD_SHARD_IMPORT_SLAB_H

@@ -138,8 +138,6 @@ static inline void expand_word(uint8_t *out, uint32_t word, int bits)
     memcpy(out, &spread, sizeof spread);
 }
 
-static uint64_t elem_bytes(const struct safetensors_tensor *tensor) { return (uint64_t)dtype_bits(tensor->dtype) / 8; }
-
 // Scales [rows / block_rows][groups], or one for all.
 static int read_row_scales(struct import *import, struct import_window *window, struct import_unpacked *out,
                            struct error *err)
@@ -155,7 +153,7 @@ static int read_row_scales(struct import *import, struct import_window *window, 
             out->scales[i] = scale;
         return rc;
     }
-    int rc = fetch(&fetched, import, window, scales, groups * elem_bytes(scales), out->rows, blocks, err);
+    int rc = fetch(&fetched, import, window, scales, groups * dtype_bytes(scales->dtype), out->rows, blocks, err);
     for (uint64_t i = 0; !rc && i < window->rows; i++) {
         const uint8_t *raw = fetched_row(&fetched, window, i, out->rows[i] / blocks);
         for (uint64_t g = 0; g < groups; g++)
@@ -183,11 +181,11 @@ static int read_packed(struct import *import, struct import_window *window, stru
         return rc;
     for (uint64_t i = 0; i < window->rows; i++) {
         const uint8_t *raw = fetched_row(&fetched, window, i, out->rows[i]);
-        uint8_t *codes = out->codes + i * cols, last[8];
+        uint8_t *codes = out->codes + i * cols, last[8] = {0};
         for (uint64_t c = 0; c < cols; c += per_word, raw += 4) {
-            bool whole = c + per_word <= cols;
-            expand_word(whole ? codes + c : last, load_word(raw), matrix->form.bits);
-            if (!whole)
+            uint8_t *to = c + per_word <= cols ? codes + c : last;
+            expand_word(to, load_word(raw), matrix->form.bits);
+            if (to == last)
                 memcpy(codes + c, last, cols - c);
         }
     }
@@ -253,7 +251,7 @@ static int read_plain(struct import *import, struct import_window *window, struc
     const struct import_matrix *matrix = window->matrix;
     const struct safetensors_tensor *tensor = matrix->codes;
     struct fetched fetched;
-    int rc = fetch(&fetched, import, window, tensor, matrix->cols * elem_bytes(tensor), out->rows, 1, err);
+    int rc = fetch(&fetched, import, window, tensor, matrix->cols * dtype_bytes(tensor->dtype), out->rows, 1, err);
     for (uint64_t i = 0; !rc && i < window->rows; i++) {
         const uint8_t *raw = fetched_row(&fetched, window, i, out->rows[i]);
         for (uint64_t c = 0; c < matrix->cols; c++)
@@ -288,7 +286,7 @@ static int read_hqq(struct import *import, struct import_window *window, struct 
     const struct safetensors_tensor *reals[] = {matrix->scales, matrix->zeros};
     for (int t = 0; !rc && t < 2; t++) {
         float *to = t ? out->zeros : out->scales;
-        rc = fetch(&fetched, import, window, reals[t], groups * elem_bytes(reals[t]), out->rows, 1, err);
+        rc = fetch(&fetched, import, window, reals[t], groups * dtype_bytes(reals[t]->dtype), out->rows, 1, err);
         for (uint64_t i = 0; !rc && i < window->rows; i++)
             for (uint64_t g = 0; g < groups; g++)
                 to[i * groups + g] = import_real(fetched_row(&fetched, window, i, out->rows[i]), reals[t]->dtype, g);
@@ -456,7 +454,7 @@ static int read_columns(struct import *import, struct import_window *window, str
     struct strip strips[] = {
         {matrix->codes, awq ? matrix->cols : matrix->cols / per_word, awq ? per_word : 1, 4, 0,
          awq ? take_awq_codes : take_gptq_codes},
-        {matrix->scales, matrix->groups, 1, elem_bytes(matrix->scales), 0, take_scales},
+        {matrix->scales, matrix->groups, 1, dtype_bytes(matrix->scales->dtype), 0, take_scales},
         {matrix->zeros, matrix->groups, per_word, 4, 0, take_zeros},
     };
     int rc = 0;

@@ -9,6 +9,7 @@
 #include "shard/family_tables.h"
 #include "shard/hf_config.h"
 #include "shard/plan.h"
+#include "shard/text.h"
 
 #include <ctype.h>
 #include <stdio.h>
@@ -71,19 +72,11 @@ struct own_plan {
 
 // ---- reading -----------------------------------------------------------------------------------------------------
 
-static bool starts_with(const char *text, const char *start) { return strncmp(text, start, strlen(start)) == 0; }
-
-static bool ends_with(const char *text, const char *end)
-{
-    size_t text_bytes = strlen(text), end_bytes = strlen(end);
-    return text_bytes >= end_bytes && strcmp(text + text_bytes - end_bytes, end) == 0;
-}
-
 // The module that a name or pattern speaks of: without "model." in front and ".weight" or ".bias" behind, numbers being wildcards.
 static void module_of(char out[MODULE_BYTES], const char *name)
 {
     size_t at = 0;
-    while (starts_with(name, "model.") || starts_with(name, "language_model."))
+    while (text_begins(name, "model.") || text_begins(name, "language_model."))
         name = strchr(name, '.') + 1;
     for (const char *c = name; *c && at + 1 < MODULE_BYTES;) {
         bool begins = c == name || c[-1] == '.';
@@ -98,7 +91,7 @@ static void module_of(char out[MODULE_BYTES], const char *name)
     out[at] = 0;
     static const char *const endings[] = {"[*]", ".weight", ".bias"};
     for (size_t i = 0; i < sizeof endings / sizeof *endings; i++)
-        if (ends_with(out, endings[i]))
+        if (text_ends(out, endings[i]))
             out[strlen(out) - strlen(endings[i])] = 0;
 }
 
@@ -208,14 +201,14 @@ void own_plan_free(struct own_plan *plan)
 static bool names_experts(const char *module, enum tensor_role role)
 {
     if (role == ROLE_ROUTER || role == ROLE_ROUTER_BIAS)
-        return ends_with(module, ".mlp.gate") || ends_with(module, ".mlp.router") ||
-               ends_with(module, ".block_sparse_moe.gate") || ends_with(module, ".block_sparse_moe.router");
+        return text_ends(module, ".mlp.gate") || text_ends(module, ".mlp.router") ||
+               text_ends(module, ".block_sparse_moe.gate") || text_ends(module, ".block_sparse_moe.router");
     bool gate_up = role == ROLE_EXPERT_GATE_UP || role == ROLE_EXPERT_GATE_UP_BIAS;
     bool down = role == ROLE_EXPERT_DOWN || role == ROLE_EXPERT_DOWN_BIAS;
-    if (ends_with(module, ".experts"))
+    if (text_ends(module, ".experts"))
         return gate_up || down;
-    return gate_up ? ends_with(module, ".experts.gate_up_proj") || ends_with(module, ".experts.gate_up_proj_bias")
-                   : down && (ends_with(module, ".experts.down_proj") || ends_with(module, ".experts.down_proj_bias"));
+    return gate_up ? text_ends(module, ".experts.gate_up_proj") || text_ends(module, ".experts.gate_up_proj_bias")
+                   : down && (text_ends(module, ".experts.down_proj") || text_ends(module, ".experts.down_proj_bias"));
 }
 
 static bool rule_names(const struct rule *rule, const struct family_tensor *entry, const char *module)
@@ -223,12 +216,12 @@ static bool rule_names(const struct rule *rule, const struct family_tensor *entr
     if (strcmp(rule->module, module) == 0 || names_experts(rule->module, entry->role))
         return true;
     size_t bytes = strlen(rule->module); // of a block of modules it can be said what its rows do
-    return rule->meaning == NO_WEIGHTS && starts_with(module, rule->module) && module[bytes] == '.';
+    return rule->meaning == NO_WEIGHTS && text_begins(module, rule->module) && module[bytes] == '.';
 }
 
 static bool is_vector(const struct family_tensor *entry)
 {
-    return ends_with(entry->source, "bias") || ends_with(entry->source, "bias[*]") || strstr(entry->source, "norm") ||
+    return text_ends(entry->source, "bias") || text_ends(entry->source, "bias[*]") || strstr(entry->source, "norm") ||
            entry->role == ROLE_SINKS;
 }
 
@@ -319,17 +312,9 @@ int own_plan_check(const struct own_plan *plan, const struct model_desc *model, 
 
 // ---- unknown architectures ---------------------------------------------------------------------------------------
 
-// A family that reads no window is not what a config with a window in use asks for.
-static bool drops_window(const struct family *family, const struct json_object *config)
-{
-    const json_t *window = json_object_get(config->json, "sliding_window");
-    const json_t *use = json_object_get(config->json, "use_sliding_window");
-    return family->window == WINDOW_NEVER && json_is_integer(window) && !(use && json_is_false(use));
-}
-
 // Whether keys and tensors are those of the family: what cannot be read, and what would be left over, speaks against it.
-static int try_family(const struct family *family, const char *model_dir, const struct json_object *json,
-                      const struct checkpoint *checkpoint, struct error *err)
+static int try_family(const struct family *family, const char *model_dir, const struct checkpoint *checkpoint,
+                      struct error *err)
 {
     struct hf_config *config = malloc(sizeof *config);
     struct plan_options options = {.quant = {WEIGHT_BF16, WEIGHT_BF16, WEIGHT_BF16, 0}, .tp_size = 1};
@@ -338,10 +323,8 @@ static int try_family(const struct family *family, const char *model_dir, const 
     int rc;
     if (!config)
         return error_set(err, ERR_MEMORY, "%s: out of memory", model_dir);
-    if (drops_window(family, json))
-        rc = error_set(err, ERR_MODEL, "%s: it has no windows, and sliding_window is in use", model_dir);
-    else if (!(rc = hf_config_read(config, model_dir, family->architecture, err)) &&
-             !(rc = plan_make(&plan, &config->model, &options, err)))
+    if (!(rc = hf_config_read(config, model_dir, family->architecture, err)) &&
+        !(rc = plan_make(&plan, &config->model, &options, err)))
         rc = checkpoint_source_init(&source, checkpoint, plan, config, NULL, err);
     plan_free(plan);
     free(config);
@@ -365,7 +348,7 @@ int own_plan_find_family(const char **known_as, const char *model_dir, struct er
     if ((rc = checkpoint_open(&checkpoint, model_dir, err)))
         goto done;
     for (int i = 0; i < family_count && !*known_as; i++) {
-        rc = try_family(&families[i], model_dir, &json, checkpoint, i ? &other : &first);
+        rc = try_family(&families[i], model_dir, checkpoint, i ? &other : &first);
         if (!rc)
             *known_as = families[i].architecture;
     }

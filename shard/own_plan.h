@@ -1,6 +1,6 @@
 // A plan of the user's own (--plan FILE): a Hugging Face `tp_plan`, a JSON object of patterns and strategies such as
 // {"layers.*.self_attn.q_proj": "colwise", ...}. It is checked against the family's table and decides what there is to decide: whether
-// experts stay whole, and that an architecture which tpshard does not know is to be read as one that it knows.
+// experts stay whole. Also whether an architecture which tpshard does not know has the keys and tensors of one that it knows.
 #ifndef TPSHARD_SHARD_OWN_PLAN_H
 #define TPSHARD_SHARD_OWN_PLAN_H
 
@@ -24,7 +24,7 @@ int own_plan_check(const struct own_plan *plan, const struct model_desc *model, 
                    size_t note_bytes, struct error *err);
 
 // The known architecture whose keys and tensors a checkpoint of an unknown one has; NULL where the checkpoint's own is known. ERR_MODEL
-// when there is none. Static storage.
+// when there is none. Whether its arithmetic is that architecture's too, no file says. Static storage.
 int own_plan_find_family(const char **known_as, const char *model_dir, struct error *err);
 
 #endif

@@ -44,8 +44,6 @@ static const char *size_text(char out[TEXT_BYTES], uint64_t bytes)
     return out;
 }
 
-static const char *kv_name(enum kv_format format) { return format == KV_E4M3 ? "fp8" : "bf16"; }
-
 // ---- the table of ranks --------------------------------------------------------------------------------------------
 
 enum { MAX_TABLE_COLUMNS = 12 };
@@ -167,7 +165,7 @@ static void print_title(const struct plan_answer *answer)
                model->tied_embeddings ? " (tied)" : "");
     if (model->experts.num_experts > 0)
         printf(", experts %s", experts_mode_name(plan->experts));
-    printf(", KV cache %s%s\n\n", kv_name(answer->way.kv_format), answer->proposed ? "; proposed" : "");
+    printf(", KV cache %s%s\n\n", fit_kv_name(answer->way.kv_format), answer->proposed ? "; proposed" : "");
 }
 
 static void print_stored(const struct plan_answer *answer)
@@ -261,7 +259,7 @@ static void print_fit(const struct plan_answer *answer)
         paragraph("fits", "no: %s needed of %s (%s less driver and context)", needed, available, card);
     print_advice(answer);
     if (!answer->fits && answer->num_advice == 0)
-        paragraph("", "the model does not fit on %u card%s of %s in any way; int4 needs %u or more",
+        paragraph("", "the model does not fit on %u card%s of %s in any way; stored as int4 it needs %u or more",
                   answer->plan->tp_size, answer->plan->tp_size == 1 ? "" : "s", card, answer->min_ranks);
 }
 
@@ -270,7 +268,7 @@ int plan_screen_print(const struct plan_answer *answer, struct error *err)
     char line[256], cpu[TEXT_BYTES];
     bool empty = plan_empty_shares(answer->plan, line, sizeof line);
     print_title(answer);
-    print_ranks(answer, MAX_ROWS - (empty ? 2 : 0) - (answer->num_advice > 2 ? answer->num_advice - 2 : 0));
+    print_ranks(answer, MAX_ROWS - (empty ? 2 : 0) - (answer->num_advice > 1 ? answer->num_advice - 1 : 0));
     printf("\n");
     print_stored(answer);
     print_cache(answer);

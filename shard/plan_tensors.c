@@ -144,7 +144,7 @@ int planned_list_add_order(struct planned_list *list, uint64_t index, struct err
         .expert = -1,
         .num_entries = 1,
         .entries = {&computed},
-        .kind = {.kind = WEIGHT_F32},
+        .kind.kind = WEIGHT_F32,
     };
     return 0;
 }

@@ -93,6 +93,11 @@ static int find_scaling(enum rope_scaling *out, const struct json_object *scalin
     if ((rc = json_file_get_string(&type, scaling, "type", JSON_OPTIONAL, err)) || // the older spelling
         (rc = json_file_get_string(&type, scaling, "rope_type", JSON_OPTIONAL, err)))
         return rc;
+    const json_t *beta = json_object_get(scaling->json, "llama_4_scaling_beta");
+    if (beta && json_number_value(beta) != 0)
+        return error_set(err, ERR_MODEL,
+                         "%s: %sllama_4_scaling_beta scales queries by their position, which is not supported",
+                         scaling->file_name, scaling->path);
     if (json_object_get(scaling->json, "mrope_section"))
         return error_set(err, ERR_MODEL, "%s: %smrope_section (positions in several dimensions) is not supported",
                          scaling->file_name, scaling->path);

@@ -311,7 +311,7 @@ MODEL_RANGES = {"num_layers": (1, 512), "num_heads": (1, 65536), "num_kv_heads":
                 "rope_attention_factor": ABOVE_ZERO, "attention_scale": ABOVE_ZERO, "attention_softcap": (0, 1e6),
                 "embedding_scale": ABOVE_ZERO, "logit_scale": ABOVE_ZERO, "logit_softcap": (0, 1e6),
                 "residual_scale": ABOVE_ZERO, "rope_original_context": (0, MAX_DIM), "rotary_dim": (2, 320),
-                "latent_kv_rank": (0, 1024), "latent_q_rank": (0, MAX_DIM), "latent_nope_dim": (0, 320),
+                "latent_kv_rank": (0, 640), "latent_q_rank": (0, MAX_DIM), "latent_nope_dim": (0, 320),
                 "latent_rope_dim": (0, 320), "latent_v_dim": (0, 320), "num_experts": (0, 1024),
                 "experts_per_token": (0, 32), "expert_size": (0, MAX_DIM), "expert_groups": (0, 1024),
                 "expert_groups_per_token": (0, 1024), "router_group_members": (0, 1024), "router_scale": (0, 1e6),
@@ -396,7 +396,7 @@ def check_attention(model):
     if model["latent_kv_rank"] == 0:
         check(not any(latent) and model["latent_q_rank"] == 0 and model["head_dim"] <= 256, "latent of model")
     else:
-        check(all(latent) and latent[0] + latent[1] == model["head_dim"] and latent[1] == model["rotary_dim"]
+        check(all(latent) and model["latent_kv_rank"] + latent[1] <= 640 and latent[0] + latent[1] == model["head_dim"] and latent[1] == model["rotary_dim"]
               and model["num_kv_heads"] == model["num_heads"] and model["qk_norm"] == "none", "latent of model")
 
 

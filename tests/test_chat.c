@@ -41,33 +41,94 @@ static void write_in(const char *dir, const char *name, const char *text)
     assert_int_equal(fclose(file), 0);
 }
 
-static void remove_dir(const char *dir)
+enum { CHAT_FILES = 3 };
+static const char *const chat_files[CHAT_FILES] = {CHAT_TEMPLATE_FILE, CHAT_TOOL_TEMPLATE_FILE,
+                                                   CHAT_SPECIAL_TOKENS_FILE};
+
+// Opens a chat from a directory with these files. Its manifest was made of other ones. NULL: none.
+static int open_chat(struct chat **chat, const char *const texts[CHAT_FILES], const char *const in_manifest[CHAT_FILES],
+                     struct error *err)
 {
-    static const char *const names[] = {CHAT_TEMPLATE_FILE, CHAT_TOOL_TEMPLATE_FILE, CHAT_SPECIAL_TOKENS_FILE};
-    for (size_t i = 0; i < COUNT(names); i++) {
-        char path[256];
-        snprintf(path, sizeof path, "%s/%s", dir, names[i]);
+    char dir[] = "/tmp/test_chat_XXXXXX", path[256];
+    struct manifest_file files[CHAT_FILES];
+    struct manifest manifest = {.extras = files};
+    *chat = NULL;
+    *err = (struct error){0};
+    assert_non_null(mkdtemp(dir));
+    for (size_t i = 0; i < CHAT_FILES; i++) {
+        if (texts[i])
+            write_in(dir, chat_files[i], texts[i]);
+        if (in_manifest[i]) {
+            size_t bytes = strlen(in_manifest[i]);
+            files[manifest.num_extras++] =
+                (struct manifest_file){(char *)chat_files[i], bytes, checksum_whole(in_manifest[i], bytes)};
+        }
+    }
+    int rc = chat_open(chat, dir, &manifest, err);
+    for (size_t i = 0; i < CHAT_FILES; i++) {
+        snprintf(path, sizeof path, "%s/%s", dir, chat_files[i]);
         unlink(path);
     }
     rmdir(dir);
+    return rc;
 }
 
 // A chat of these files; NULL: not there.
 static struct chat *chat_of(const char *text, const char *tool_text, const char *tokens)
 {
-    char dir[] = "/tmp/test_chat_XXXXXX";
-    struct chat *chat = NULL;
+    const char *const texts[CHAT_FILES] = {text, tool_text, tokens};
+    struct chat *chat;
     struct error err;
-    assert_non_null(mkdtemp(dir));
-    write_in(dir, CHAT_TEMPLATE_FILE, text);
-    if (tool_text)
-        write_in(dir, CHAT_TOOL_TEMPLATE_FILE, tool_text);
-    if (tokens)
-        write_in(dir, CHAT_SPECIAL_TOKENS_FILE, tokens);
-    if (chat_open(&chat, dir, &err))
+    if (open_chat(&chat, texts, texts, &err))
         fail_msg("%s", err.msg);
-    remove_dir(dir);
     return chat;
+}
+
+// Only what the manifest names, byte for byte, decides which text is trusted.
+static void test_checked_files(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *there[CHAT_FILES], *in_manifest[CHAT_FILES];
+        int code;
+        const char *words; // of the message, or what the template makes of a conversation with tools
+    } cases[] = {
+        {{"a{{ bos_token }}", "b{{ bos_token }}", "{\"bos_token\":\"c\"}"},
+         {"a{{ bos_token }}", "b{{ bos_token }}", "{\"bos_token\":\"c\"}"},
+         0,
+         "bc"},
+        {{"a", "b", NULL}, {"A", "b", NULL}, ERR_CORRUPT, CHAT_TEMPLATE_FILE ": size or checksum differs"},
+        {{"a", "b", NULL}, {"a", "B", NULL}, ERR_CORRUPT, CHAT_TOOL_TEMPLATE_FILE ": size or checksum differs"},
+        {{"a", NULL, "{\"bos_token\":\"c\"}"},
+         {"a", NULL, "{\"bos_token\":\"d\"}"},
+         ERR_CORRUPT,
+         CHAT_SPECIAL_TOKENS_FILE ": size or checksum differs"},
+        {{"aa", NULL, NULL}, {"a", NULL, NULL}, ERR_CORRUPT, "size or checksum differs"},
+        {{"a", NULL, NULL}, {"aa", NULL, NULL}, ERR_CORRUPT, "size or checksum differs"},
+        {{NULL, NULL, NULL}, {"a", NULL, NULL}, ERR_IO, CHAT_TEMPLATE_FILE},
+        {{"a", NULL, NULL}, {NULL, NULL, NULL}, ERR_MODEL, "has no chat template"},
+        {{"a{{ bos_token }}", "b", "{\"bos_token\":\"c\"}"}, {"a{{ bos_token }}", NULL, NULL}, 0, "a"},
+        {{"a", NULL, "{"}, {"a", NULL, "{"}, ERR_MODEL, CHAT_SPECIAL_TOKENS_FILE},
+    };
+    json_t *messages = json_pack("[{s:s, s:s}]", "role", "user", "content", "a"), *tools = json_array();
+    const struct chat_request request = {.messages = messages, .tools = tools};
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct chat *chat;
+        struct error err;
+        struct template_output out = {0};
+        int rc = open_chat(&chat, cases[i].there, cases[i].in_manifest, &err);
+        if (rc != cases[i].code || (rc && !strstr(err.msg, cases[i].words)))
+            fail_msg("case %zu: wanted code %d with \"%s\", found %d: %s", i, cases[i].code, cases[i].words, rc,
+                     err.msg);
+        if (rc)
+            continue;
+        assert_int_equal(chat_render(&out, chat, &request, &err), 0);
+        assert_string_equal(out.text, cases[i].words);
+        template_output_clear(&out);
+        chat_close(chat);
+    }
+    json_decref(messages);
+    json_decref(tools);
 }
 
 // ---- golden conversations
@@ -160,9 +221,6 @@ static void test_requests(void **state)
         json_decref(given);
     }
     chat_close(chat);
-    struct error err;
-    assert_int_equal(chat_open(&chat, "/tmp", &err), ERR_MODEL);
-    assert_non_null(strstr(err.msg, "has no chat template"));
 }
 
 // ---- tokens of marked text
@@ -449,9 +507,9 @@ static void test_chat_tokens(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_families),     cmocka_unit_test(test_requests),     cmocka_unit_test(test_forged_tokens),
-        cmocka_unit_test(test_benign),       cmocka_unit_test(test_bad_segments), cmocka_unit_test(test_chat_tokens),
-        cmocka_unit_test(test_model_tokens),
+        cmocka_unit_test(test_families),     cmocka_unit_test(test_requests),      cmocka_unit_test(test_forged_tokens),
+        cmocka_unit_test(test_benign),       cmocka_unit_test(test_bad_segments),  cmocka_unit_test(test_chat_tokens),
+        cmocka_unit_test(test_model_tokens), cmocka_unit_test(test_checked_files),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

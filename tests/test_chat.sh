@@ -114,6 +114,14 @@ echo '{"role": 1}' >"$tmp/evil.json"
 status "messages that are no list" 2 "messages must be a list" generate "$tmp/file-shards" --messages "$tmp/evil.json"
 echo '[' >"$tmp/evil.json"
 status "messages that are no JSON" 2 "invalid JSON" generate "$tmp/file-shards" --messages "$tmp/evil.json"
+printf 'x' >>"$tmp/file-shards/chat_template.jinja"
+status "a template that is not what the manifest says" 4 "chat_template.jinja: size or checksum differs" \
+    generate "$tmp/file-shards" --chat --prompt a
+cp "$tmp/file/chat_template.jinja" "$tmp/file-shards/chat_template.jinja"
+status "a system message that is no UTF-8" 2 "the system message must be valid UTF-8" \
+    generate "$tmp/file-shards" --chat --system $'\xff'
+status "a message that is no UTF-8" 2 "the user message must be valid UTF-8" \
+    generate "$tmp/file-shards" --chat --prompt $'\xff'
 status "--system without a chat" 2 "goes with --chat" generate "$tmp/file-shards" --system a --prompt b
 status "--messages with --prompt" 2 "cannot be given together" generate "$tmp/file-shards" --messages a --prompt b
 status "a conversation as JSON" 2 "need --prompt or --messages" generate "$tmp/file-shards" --chat --json

@@ -232,6 +232,38 @@ void test_a_failed_trial_is_forgiven(void **state)
     assert_true(forgiven > 0);
 }
 
+// sm_120 multiplies by four-bit floats with instructions of its own, where they prove to do what they should; else as other chips do.
+void test_fp4_instructions(void **state)
+{
+    struct fixture *f = (struct fixture *)*state;
+    char text[DEVICE_TEXT_BYTES];
+    f->m->qkv = {WEIGHT_MXFP4, 32};
+    f->m->down = {WEIGHT_NVFP4, 16};
+    int untried = 0;
+    for (int turn = 0; turn < 9; turn++) { // trusted; wrong; another chip; without memory for one trial or another
+        start_again(f);
+        emulator_set_sm(turn == 2 ? 90 : 120);
+        emulator_misread_scales(turn == 1);
+        if (turn > 2) // the first two are those of the weights and the arena
+            emulator_fail_call("cudaMalloc", turn - 1, cudaErrorMemoryAllocation);
+        int rc = whole_run(f, accept);
+        emulator_misread_scales(false);
+        if (rc)
+            fail_msg("%s", f->err.msg);
+        f->b->describe(f->d, text);
+        bool mx = strstr(text, "mxfp4 weights: decode f16, prefill FP4 x FP8") != NULL;
+        bool nv = strstr(text, "nvfp4 weights: decode f16, prefill FP8, FP4 widened") != NULL;
+        bool slabs = strstr(text, "fp4 weights: decode f16, prefill cuBLASLt bf16") != NULL;
+        bool said = strstr(text, "without FP4 instructions: ") != NULL;
+        if (turn < 3 ? mx != (turn == 0) || nv != mx || said != (turn == 1) : (!mx && !nv) || said != (!mx || !nv))
+            fail_msg("turn %d: %s", turn, text);
+        assert_true(slabs == (!mx || !nv));
+        assert_int_equal(strstr(text, "of a known product") != NULL, turn == 1);
+        untried += turn > 2 && said;
+    }
+    assert_true(untried == 2); // either kind
+}
+
 void test_every_call_fails_once(void **state)
 {
     struct fixture *f = (struct fixture *)*state;
@@ -291,6 +323,7 @@ int main(void)
         TEST(test_refused_models),
         TEST(test_the_plan_holds),
         TEST(test_a_failed_trial_is_forgiven),
+        TEST(test_fp4_instructions),
         TEST(test_every_call_fails_once),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

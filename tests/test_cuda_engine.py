@@ -12,6 +12,7 @@ e4m3 inputs.
 """
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -62,15 +63,20 @@ def logits(shards, ids, out, *more, **environment):
 
 
 def test_families(tmp):
-    few = ["qwen3"] if QUICK else ["llama31", "llama_biases", "mistral_window", "qwen3"] if REAL else []
+    few = (["qwen3", "mixtral"] if QUICK else
+           ["llama31", "llama_biases", "mistral_window", "qwen3", "gemma2", "gpt_oss", "mixtral", "olmo2", "deepseek_v3"] if REAL else [])
     for case in [GOLDEN / name for name in few] or sorted(GOLDEN.iterdir()):
         golden = json.loads((case / "golden.json").read_text())
         want = read_npy(case / "logits.npy")
-        for tp in (1, 3):
+        context = ("--context", golden["context"]) if "context" in golden else ()
+        # Latent attention rounds the absorbed queries to bf16 as well.
+        bound = 0.03 if case.name.startswith("deepseek") else 0.02
+        for tp in (1, 3) if case.name in few or case.name in ("gpt_oss", "deepseek_v2", "qwen2_moe") else (3,):
             shards = tmp / f"{case.name}-{tp}"
             run(BUILD / "tpshard", "--tp", tp, "--quant", "none", case, shards, "--quiet")
-            error = relative_error(logits(shards, golden["token_ids"], tmp / "out.npy", *DEVICE), want)
-            check(f"{case.name} tp {tp}", error <= 0.02, f"error {100 * error:.3f} % of rms, bound 2 %")
+            error = relative_error(logits(shards, golden["token_ids"], tmp / "out.npy", *DEVICE, *context), want)
+            check(f"{case.name} tp {tp}", error <= bound, f"error {100 * error:.3f} % of rms, bound {100 * bound:.0f} %")
+            shutil.rmtree(shards)
 
 
 # What the line about the device must say, by kind of weight and generation of chip. Sizes that cuBLASLt does not take (llama_odd) fall back.
@@ -81,7 +87,8 @@ PREFILL = {
             90: "cuBLASLt fp8, scales by row and column", 120: "cuBLASLt fp8, scales by tensor"},
     "int4": {80: "int8", 86: "int8", 89: "int8", 90: "cuBLASLt fp8, scales by row and column", 120: "int8"},
 }
-NAMES = {"none": "bf16", "int8": "int8", "fp8": "fp8", "int4": "int4"}
+for kind, way in (("int4z", "cuBLASLt f16"), ("mxfp4", "cuBLASLt bf16"), ("nvfp4", "cuBLASLt bf16")):
+    PREFILL[kind] = {86: way, 90: way}
 
 
 def test_arithmetic(tmp):
@@ -103,9 +110,22 @@ def test_arithmetic(tmp):
                 if fp8:
                     check(f"{case.name} {quant} on sm_{sm} has rounded inputs to e4m3", abs(error - cpu) > 0.002)
                 said = described(shards, sm)
-                expected = f"{NAMES[quant]} weights: decode"
+                expected = f"{'bf16' if quant == 'none' else quant} weights: decode"
                 check(f"{case.name} {quant} on sm_{sm} is said", expected in said and
                       (not regular or f"prefill {way}" in said), said)
+
+
+# Quantized checkpoints whose layers are of several kinds, with columns in an order of their own, with experts: as on the CPU.
+def test_imports(tmp):
+    for name in ["gptq_act_order"] if QUICK else ["gptq_act_order", "awq", "fp8_block_experts", "gpt_oss", "ct_nvfp4"]:
+        case = Path("tests/golden/imports") / name
+        ids = json.loads((case / "golden.json").read_text())["token_ids"]
+        want = read_npy(case / "logits.npy")
+        shards = tmp / name
+        run(BUILD / "tpshard", "--tp", 2, case, shards, "--quiet")
+        cpu = relative_error(logits(shards, ids, tmp / "cpu.npy"), want)
+        error = relative_error(logits(shards, ids, tmp / "out.npy", *DEVICE), want)
+        check(f"{name} tp 2", error <= cpu + 0.02, f"error {100 * error:.3f} %, the CPU's {100 * cpu:.3f} %")
 
 
 def described(shards, sm):
@@ -244,9 +264,9 @@ def test_refusals(tmp):
 def main():
     with tempfile.TemporaryDirectory() as name:
         tmp = Path(name)
-        tests = (test_families, test_arithmetic, test_greedy, test_company, test_sampling, test_kv_cache, test_many,
-                 test_devices, test_refusals)
-        for test in tests[:1] if QUICK else tests:
+        tests = (test_families, test_imports, test_arithmetic, test_greedy, test_company, test_sampling, test_kv_cache,
+                 test_many, test_devices, test_refusals)
+        for test in tests[:2] if QUICK else tests:
             attempt(test.__name__, lambda: test(tmp))
     return 1 if failures else 0
 

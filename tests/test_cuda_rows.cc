@@ -9,9 +9,9 @@ static const uint64_t seeds[] = {1, 2, 77};
 
 // ---- input formats -------------------------------------------------------------------------------------------------
 
-static const enum input_format formats[] = {INPUT_F16,  INPUT_F16_TILE,  INPUT_BF16,
-                                            INPUT_INT8, INPUT_INT8_TILE, INPUT_E4M3};
-static const char *const format_names[] = {"f16", "f16 tile", "bf16", "int8", "int8 tile", "e4m3"};
+static const enum input_format formats[] = {INPUT_F16,       INPUT_F16_TILE, INPUT_BF16,      INPUT_INT8,
+                                            INPUT_INT8_TILE, INPUT_E4M3,     INPUT_MXFP8_TILE};
+static const char *const format_names[] = {"f16", "f16 tile", "bf16", "int8", "int8 tile", "e4m3", "mxfp8 tile"};
 
 static int64_t value_bytes(enum input_format format) { return format <= INPUT_BF16 ? 2 : 1; }
 
@@ -22,7 +22,7 @@ static int64_t column_at(enum input_format format, int64_t place)
     int64_t block = place / 64 * 64, in = place % 64;
     if (format == INPUT_F16_TILE) // t * 16 + w * 4 + j
         return block + 16 * (in / 4 % 4) + 2 * (in / 16) + f16_column[in % 4];
-    if (format == INPUT_INT8_TILE) // (t * 4 + w) * 4 + j
+    if (format == INPUT_INT8_TILE || format == INPUT_MXFP8_TILE) // (t * 4 + w) * 4 + j
         return block + 16 * (in / 4 % 4) + 2 * (in / 16) + int8_column[in % 4];
     return place;
 }
@@ -58,6 +58,34 @@ static void check_int8_row(struct device_input in, enum input_format format, int
     activations_free(&act);
 }
 
+static void check_mxfp8_row(struct device_input in, int64_t row, const float *x, int64_t cols, const char *what)
+{
+    const uint8_t *values = (const uint8_t *)in.values + row * in.stride;
+    const uint8_t *scales = (const uint8_t *)in.scale + row * (in.stride / 32);
+    for (int64_t g = 0; g < round_up_to(cols, 128) / 32; g++) {
+        float amax = 0;
+        int want = 127;
+        for (int64_t c = g * 32; c < g * 32 + 32 && c < cols; c++)
+            amax = isfinite(x[c]) ? fmaxf(amax, fabsf(x[c])) : INFINITY;
+        if (isinf(amax))
+            want = 255;
+        else if (amax >= 0x1p-100f)
+            for (want = 1; ldexp((double)amax, 127 - want) > 448; want++)
+                ;
+        if (scales[g] != want)
+            fail_msg("%s, row %lld: scale %lld is %d, not %d", what, (long long)row, (long long)g, scales[g], want);
+    }
+    for (int64_t i = 0; i < round_up_to(cols, 128); i++) {
+        int64_t col = column_at(INPUT_MXFP8_TILE, i);
+        int scale = scales[col / 32];
+        uint32_t want = scale == 255 ? 0x7f : col < cols ? f32_to_e4m3((float)ldexp((double)x[col], 127 - scale)) : 0;
+        uint32_t got = values[i] & (scale == 255 || (want & 0x7f) == 0 ? 0x7f : 0xff); // NaN and zero of either sign
+        if (got != (want & (got == 0 ? 0x7f : 0xff)))
+            fail_msg("%s, row %lld: element %lld (column %lld) is %#x, not %#x", what, (long long)row, (long long)i,
+                     (long long)col, values[i], want);
+    }
+}
+
 // What one row of any format must be, given its f32 values.
 static void check_row(struct device_input in, enum input_format format, int64_t row, const float *x, int64_t cols,
                       const char *operation)
@@ -66,6 +94,10 @@ static void check_row(struct device_input in, enum input_format format, int64_t 
     snprintf(what, sizeof what, "%s, %s, %lld columns", operation, format_names[format], (long long)cols);
     if (format == INPUT_INT8 || format == INPUT_INT8_TILE) {
         check_int8_row(in, format, row, x, cols, what);
+        return;
+    }
+    if (format == INPUT_MXFP8_TILE) {
+        check_mxfp8_row(in, row, x, cols, what);
         return;
     }
     uint32_t largest = 0;
@@ -138,6 +170,42 @@ static void prepare_writes_every_format(void **state)
         }
         cudaFree(device_x);
         free(x);
+    }
+}
+
+// Rows that are kept stand next to each other: none may write into another, in whatever order the blocks run.
+static void kept_rows_stay_apart(void **state)
+{
+    (void)state;
+    enum { ROWS = 5 };
+    static const int64_t cols_of[] = {48, 100, 202, 257, 2880};
+    for (int64_t cols : cols_of) {
+        float *x = floats(ROWS * cols), *want = floats(ROWS * cols), *ones = floats(cols);
+        for (int64_t row = 0; row < ROWS; row++)
+            fill_row(x + row * cols, cols, ORDINARY);
+        for (int64_t i = 0; i < cols; i++)
+            ones[i] = 1;
+        for (int64_t row = 0; row < ROWS; row++)
+            scalar()->rms_norm(want + row * cols, x + row * cols, ones, cols, 1e-5f);
+        float *residual = device_copy(x, ROWS * cols), *weight = device_copy(ones, cols);
+        struct device_input out = {};
+        out.values = device_new(ROWS * cols * (int64_t)sizeof(float));
+        out.stride = cols;
+        for (uint64_t seed = 0; seed < 4; seed++) {
+            emulator_seed(seed);
+            cudaMemset(out.values, 0xff, (size_t)(ROWS * cols) * sizeof(float));
+            finish(launch_norm(out, INPUT_F32, residual, {}, weight, NULL, ROWS, cols, 1e-5f, 0));
+            for (int64_t i = 0; i < ROWS * cols; i++)
+                if (!(fabsf(((const float *)out.values)[i] - want[i]) <= 1e-5f * fabsf(want[i])))
+                    fail_msg("%lld columns: value %lld is %.9g, not %.9g", (long long)cols, (long long)i,
+                             (double)((const float *)out.values)[i], (double)want[i]);
+        }
+        cudaFree(out.values);
+        cudaFree(residual);
+        cudaFree(weight);
+        free(x);
+        free(want);
+        free(ones);
     }
 }
 
@@ -310,7 +378,7 @@ static void norm_follows_the_cpu(void **state)
     for (size_t w = 0; w < sizeof widths / sizeof *widths; w += quick() ? 5 : 1)
         for (struct norm_case how : norm_cases) {
             emulator_seed(seeds[turn++ % 3]);
-            check_norm(widths[w], how, true, formats[turn % 6]);
+            check_norm(widths[w], how, true, formats[turn % (sizeof formats / sizeof *formats)]);
             check_norm(widths[w], how, false, INPUT_BF16);
         }
     for (enum input_format format : formats)
@@ -571,7 +639,12 @@ static void a_row_does_not_see_its_neighbours(void **state)
                 int64_t bytes = one.stride * value_bytes(format);
                 assert_memory_equal(one.values, (char *)many.values + row * bytes, (size_t)bytes);
                 bool grouped = format == INPUT_INT8 || format == INPUT_INT8_TILE;
-                int64_t scales = grouped ? one.stride / 128 : format == INPUT_BF16 ? 0 : 1;
+                int64_t scales = grouped                                              ? one.stride / 128
+                                 : format == INPUT_BF16 || format == INPUT_MXFP8_TILE ? 0
+                                                                                      : 1;
+                if (format == INPUT_MXFP8_TILE)
+                    assert_memory_equal(one.scale, (char *)many.scale + row * (one.stride / 32),
+                                        (size_t)one.stride / 32);
                 for (int64_t i = 0; i < scales; i++)
                     assert_true(same(one.scale[i], many.scale[row * scales + i]));
             }
@@ -626,10 +699,15 @@ static void no_rows_are_no_work(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(prepare_writes_every_format), cmocka_unit_test(prepare_follows_an_order),
-        cmocka_unit_test(activate_is_the_cpus),        cmocka_unit_test(norm_follows_the_cpu),
-        cmocka_unit_test(embed_is_the_cpus),           cmocka_unit_test(finish_qkv_follows_the_cpu),
-        cmocka_unit_test(scale_is_the_cpus),           cmocka_unit_test(a_row_does_not_see_its_neighbours),
+        cmocka_unit_test(prepare_writes_every_format),
+        cmocka_unit_test(prepare_follows_an_order),
+        cmocka_unit_test(kept_rows_stay_apart),
+        cmocka_unit_test(activate_is_the_cpus),
+        cmocka_unit_test(norm_follows_the_cpu),
+        cmocka_unit_test(embed_is_the_cpus),
+        cmocka_unit_test(finish_qkv_follows_the_cpu),
+        cmocka_unit_test(scale_is_the_cpus),
+        cmocka_unit_test(a_row_does_not_see_its_neighbours),
         cmocka_unit_test(no_rows_are_no_work),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

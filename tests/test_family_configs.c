@@ -262,7 +262,8 @@ static void test_refusals_by_name(void **state)
         {"deepseek_v2", "topk_method", "\"noaux_tc\"", "topk_method \"noaux_tc\" is not supported"},
         {"deepseek_v2", "scoring_func", "\"sigmoid\"", "scoring_func \"sigmoid\""},
         {"deepseek_v2", "moe_layer_freq", "2", "moe_layer_freq 2"},
-        {"deepseek_v2", "kv_lora_rank", "1025", "kv_lora_rank must be an integer from 1 to 1024"},
+        {"deepseek_v2", "kv_lora_rank", "641", "kv_lora_rank must be an integer from 1 to 640"},
+        {"deepseek_v2", "kv_lora_rank", "640", "latent_kv_rank + latent_rope_dim must be at most 640"},
         {"deepseek_v2", "qk_nope_head_dim", "316", "qk_nope_head_dim + qk_rope_head_dim is 324"},
         {"deepseek_v2", "num_key_value_heads", "2", "num_key_value_heads (2) must be num_attention_heads (4)"},
         {"deepseek_v3", "n_group", "3", "expert_groups must divide num_experts"},
@@ -273,6 +274,11 @@ static void test_refusals_by_name(void **state)
         {"olmoe", "clip_qkv", "8.0", "clip_qkv"},
         {"gemma3", "architectures", "[\"Gemma4ForCausalLM\"]", "\"Gemma4ForCausalLM\" is not supported (known: Llama"},
         {"gemma3", "architectures", "[\"Gemma4ForCausalLM\"]", "shard/families.md"},
+        {"gemma3", "attn_logit_softcapping", "50.0", "attn_logit_softcapping changes the model's arithmetic"},
+        {"llama2", "rope_scaling", "{\"rope_type\": \"linear\", \"factor\": 2, \"llama_4_scaling_beta\": 0.1}",
+         "llama_4_scaling_beta scales queries"},
+        {"gpt_oss", "rope_scaling", "null", "rope_scaling must be an object for this architecture"},
+        {"gemma3", "architectures", "[\"Any as Gemma3ForCausalLM\"]", "\"Any as Gemma3ForCausalLM\" is not supported"},
         {"phi4_mini", "head_dim", "18", "partial_rotary_factor 0.75 of 18 columns is 13"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -346,6 +352,29 @@ static void test_known_as(void **state)
                      0);
     assert_string_equal(out.model.architecture, "NewForCausalLM as LlamaForCausalLM");
     assert_non_null(family_find(out.model.architecture));
+
+    // What could not stand in the manifest, or would be read otherwise than it is meant.
+    static const struct {
+        const char *from, *to;
+        int rc;
+        const char *words;
+    } cases[] = {
+        {"NewForCausalLM", "New\\u0007", ERR_MODEL, "architectures[0] must be 1 to 43 letters without blanks"},
+        {"NewForCausalLM", "N\xc3\xa9w", ERR_MODEL, "without blanks"},
+        {"NewForCausalLM", "", ERR_MODEL, "without blanks"},
+        {"NewForCausalLM", "A12345678901234567890123456789012345678901234", ERR_MODEL, "must be 1 to 43 letters"},
+        {"NewForCausalLM", "Qwen3ForCausalLM", ERR_USAGE, "\"Qwen3ForCausalLM\" is known and cannot be read as"},
+        {"\"vocab_size\"", "\"sliding_window\": 8, \"vocab_size\"", ERR_MODEL, "a LlamaForCausalLM has no windows"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char changed[1024];
+        const char *at = strstr(text, cases[i].from);
+        snprintf(changed, sizeof changed, "%.*s%s%s", (int)(at - text), text, cases[i].to, at + strlen(cases[i].from));
+        int rc =
+            hf_config_parse(&out, changed, strlen(changed), "config.json", NULL, 0, NULL, "LlamaForCausalLM", &err);
+        if (rc != cases[i].rc || !strstr(err.msg, cases[i].words))
+            fail_msg("case %zu: %d \"%s\" does not say \"%s\"", i, rc, err.msg, cases[i].words);
+    }
 }
 
 int main(void)

@@ -656,6 +656,15 @@ static void test_down_order(void **state)
     assert_int_equal(import_choose(opened.import, ROLE_GATE_UP, pair, 2, &kind, &group, &err), ERR_MODEL); // no up_proj
     close_import(&opened);
 
+    // A gate that lies the other way round has the right size, and is refused all the same.
+    const struct tensor turned[] = {GPTQ_TENSORS("mlp.down_proj", &down),
+                                    {"mlp.gate_proj.weight", "BF16", "[16,64]", gate, sizeof gate},
+                                    {"mlp.up_proj.weight", "BF16", "[64,16]", gate, sizeof gate}};
+    assert_int_equal(open_import(&opened, ACT_ORDER, turned, 6, &err), 0);
+    assert_int_equal(import_choose(opened.import, ROLE_GATE_UP, pair, 2, &kind, &group, &err), ERR_MODEL);
+    assert_non_null(strstr(err.msg, "mlp.gate_proj.weight is 16 x 64, the configuration calls for 64 x 16"));
+    close_import(&opened);
+
     const struct tensor whole[] = {GPTQ_TENSORS("mlp.down_proj", &down),
                                    {"mlp.gate_proj.weight", "BF16", "[64,16]", gate, sizeof gate},
                                    {"mlp.up_proj.weight", "BF16", "[64,16]", gate, sizeof gate}};
@@ -903,7 +912,7 @@ static void test_refused_configs(void **state)
     } cases[] = {
         {CONFIG("\"quant_method\":\"aqlm\""), "quant_method \"aqlm\""},
         {CONFIG("\"quant_method\":\"quip\""), "bf16, f16 or f32 checkpoint"},
-        {CONFIG("\"bits\":4"), "quant_method \"(none)\""},
+        {CONFIG("\"bits\":4"), "quant_method is not there"},
         {CONFIG("\"quant_method\":7"), "must be a string"},
         {CONFIG("\"quant_method\":\"gptq\",\"bits\":3"), "3 bits"},
         {CONFIG("\"quant_method\":\"gptq\""), "bits"},
@@ -913,13 +922,16 @@ static void test_refused_configs(void **state)
         {CONFIG("\"quant_method\":\"awq\",\"bits\":4,\"version\":\"gemv\""), "version \"gemv\""},
         {CONFIG("\"quant_method\":\"awq\",\"bits\":4,\"version\":\"marlin\""), "version \"marlin\""},
         {CONFIG("\"quant_method\":\"awq\",\"bits\":8"), "8 bits"},
+        {CONFIG("\"quant_method\":\"awq\",\"bits\":4,\"zero_point\":false"), "zero_point is false, and"},
+        {CONFIG("\"quant_method\":\"fp8\",\"ignored_layers\":[\"re:(\"]"),
+         "ignored_layers: \"re:(\" is no regular expression: missing closing parenthesis"},
         {CONFIG("\"quant_method\":\"fp8\",\"fmt\":\"e5m2\""), "\"e5m2\""},
         {CONFIG("\"quant_method\":\"fp8\",\"weight_block_size\":[128]"), "two integers"},
         {CONFIG("\"quant_method\":\"fp8\",\"weight_block_size\":[0,128]"), "two integers"},
         {CONFIG("\"quant_method\":\"bitsandbytes\",\"load_in_8bit\":true"), "llm_int8"},
         {CONFIG("\"quant_method\":\"hqq\",\"quant_config\":{\"weight_quant_params\":{\"nbits\":2}}"), "2 bits"},
         {CONFIG("\"quant_method\":\"hqq\",\"quant_config\":{\"weight_quant_params\":{\"nbits\":4,\"axis\":0}}"),
-         "axis \"0\""},
+         "axis is 0, and"},
         {CONFIG("\"quant_method\":\"modelopt\",\"quant_algo\":\"W4A8_AWQ\""), "\"W4A8_AWQ\""},
         {CONFIG("\"quant_method\":\"compressed-tensors\",\"format\":\"marlin-24\",\"config_groups\":{\"a\":{"
                 "\"weights\":{\"num_bits\":4}}}"),
@@ -1049,6 +1061,40 @@ static void test_refused_tensors(void **state)
     }
 }
 
+// Lists of modules that nobody writes but to keep others waiting.
+static void test_costly_patterns(void **state)
+{
+    (void)state;
+    static char text[1 << 18];
+    static const struct {
+        const char *pattern;
+        int count;
+        const char *words;
+    } cases[] = {
+        {"\"m\"", 10001, "lists 10001 modules, more than the 10000"},
+        {"\"re:m\"", 257, "more than 256 regular expressions"},
+        {"\"re:(.+)+[!?]\"", 1, "\"re:(.+)+[!?]\" takes more than 10000 steps on \"model.layers.0.mlp.down_proj\""},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        struct import_config config = {0};
+        const struct import_form *form;
+        struct json_object root = {0};
+        struct error err = {0};
+        int at = snprintf(text, sizeof text, "{\"quantization_config\":{\"quant_method\":\"fp8\",\"ignored_layers\":[");
+        for (int n = 0; n < cases[i].count; n++)
+            at += snprintf(text + at, sizeof text - (size_t)at, "%s%s", n ? "," : "", cases[i].pattern);
+        at += snprintf(text + at, sizeof text - (size_t)at, "]}}");
+        assert_int_equal(json_file_parse(&root, text, (size_t)at, "config.json", ERR_MODEL, &err), 0);
+        int rc = import_config_parse(&config, &root, NULL, &err);
+        if (!rc)
+            rc = import_config_form(&form, &config, "model.layers.0.mlp.down_proj", &err);
+        if (rc != ERR_MODEL || !strstr(err.msg, cases[i].words))
+            fail_msg("code %d, \"%s\" does not say \"%s\"", rc, err.msg, cases[i].words);
+        import_config_clear(&config);
+        json_file_close(&root);
+    }
+}
+
 // Which modules a config quantizes, without a checkpoint.
 static void test_config_forms(void **state)
 {
@@ -1086,7 +1132,9 @@ static void test_config_forms(void **state)
         const char *text = cases[i].config;
         assert_int_equal(json_file_parse(&root, text, strlen(text), "config.json", ERR_MODEL, &err), 0);
         assert_int_equal(import_config_parse(&config, &root, NULL, &err), 0);
-        if ((import_config_form(&config, cases[i].module) != NULL) != cases[i].quantized)
+        const struct import_form *form = NULL;
+        assert_int_equal(import_config_form(&form, &config, cases[i].module, &err), 0);
+        if ((form != NULL) != cases[i].quantized)
             fail_msg("%s: %s", text, cases[i].module);
         import_config_clear(&config);
         json_file_close(&root);
@@ -1102,8 +1150,8 @@ int main(void)
         cmocka_unit_test(test_input_order),     cmocka_unit_test(test_down_order),
         cmocka_unit_test(test_other_order),     cmocka_unit_test(test_mixed_parts),
         cmocka_unit_test(test_refused_configs), cmocka_unit_test(test_refused_tensors),
-        cmocka_unit_test(test_config_forms),    cmocka_unit_test(test_column_blocks),
-        cmocka_unit_test(test_uneven_groups),
+        cmocka_unit_test(test_config_forms),    cmocka_unit_test(test_costly_patterns),
+        cmocka_unit_test(test_column_blocks),   cmocka_unit_test(test_uneven_groups),
     };
     return cmocka_run_group_tests(tests, enter_directory, leave_directory);
 }

@@ -441,12 +441,12 @@ static void test_activation_rows(void **state)
         kernels->matmul(y, ROWS, &t.m, &view, 3, 0, ROWS);
         assert_same(y, want + ROWS, 3 * ROWS, t.name);
 
-        activations_copy_row(&other, 1, &act, 3);
-        activations_copy_row(&other, 0, &act, 2);
+        activations_copy_row(&other, 1, &act, 3, kind_cases[k].kind);
+        activations_copy_row(&other, 0, &act, 2, kind_cases[k].kind);
         kernels->matmul(y, ROWS, &t.m, &other, 2, 0, ROWS);
         assert_same(y, want + 2 * ROWS, 2 * ROWS, t.name);
-        activations_copy_row(&act, 0, &other, 1);
-        activations_copy_row(&act, 1, &act, 1);
+        activations_copy_row(&act, 0, &other, 1, kind_cases[k].kind);
+        activations_copy_row(&act, 1, &act, 1, kind_cases[k].kind);
         kernels->matmul(y, ROWS, &t.m, &act, 2, 0, ROWS);
         assert_same(y, want + 3 * ROWS, ROWS, t.name);
         assert_same(y + ROWS, want + ROWS, ROWS, t.name);

@@ -294,7 +294,7 @@ static void refusals(void **state)
         {"\"rotary_dim\": 64", "\"rotary_dim\": 130", "rotary_dim must be even and at most head_dim"},
         {"\"head_dim\": 128", "\"head_dim\": 258", "head_dim must be at most 256"},
         {"\"head_dim\": 128", "\"head_dim\": 322", "head_dim must be an integer from 2 to 320"},
-        {"\"latent_kv_rank\": 0", "\"latent_kv_rank\": 1025", "latent_kv_rank must be an integer from 0 to 1024"},
+        {"\"latent_kv_rank\": 0", "\"latent_kv_rank\": 641", "latent_kv_rank must be an integer from 0 to 640"},
         {"\"latent_kv_rank\": 0", "\"latent_kv_rank\": 512", "latent_nope_dim + latent_rope_dim must be head_dim"},
         {"\"latent_v_dim\": 0", "\"latent_v_dim\": 64", "latent_kv_rank is 0, but other fields describe latent"},
         {"\"norm_eps\": 1.0000000000000001e-05", "\"norm_eps\": 1.0000000000000003e-05", "contract does not match"},

@@ -20,7 +20,7 @@ static struct hf_config model_config(const char *name)
     char path[128];
     uint8_t *text = NULL;
     uint64_t bytes = 0;
-    struct hf_config config;
+    struct hf_config config = {0};
     struct error err = {0};
     snprintf(path, sizeof path, "bench/models/%s.json", name);
     if (file_read_all(&text, &bytes, path, 1 << 20, ERR_MODEL, &err) ||

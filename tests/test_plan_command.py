@@ -283,6 +283,25 @@ def refusals():
         report("a directory with a config.json alone", "" if plan(only) == plan(model) else "differs from the file")
 
 
+# ---- plans of the user's own -------------------------------------------------------------------------------------------
+
+def own_plans():
+    """--plan and --as do for `plan`, and for `convert --dry-run`, what they do for `convert`."""
+    with tempfile.TemporaryDirectory(dir=BUILD) as work:
+        own = Path(work) / "own.json"
+        own.write_text(json.dumps({f"layers.*.mlp.experts.{part}": "grouped_gemm" for part in ("gate_up_proj", "down_proj")}))
+        whole = plan(GOLDEN / "mixtral", "--tp", 2, "--experts", "ep")
+        report("--plan decides on experts", "" if plan(GOLDEN / "mixtral", "--tp", 2, "--plan", own) == whole else "not as --experts ep")
+        dry = tpshard("convert", "--dry-run", "--json", "--tp", 2, "--plan", own, GOLDEN / "mixtral")
+        report("so does it in a dry run", "" if dry.returncode == 0 and json.loads(dry.stdout) == whole else dry.stderr.strip() or "differs")
+        config = json.loads((MODELS / "Llama-3.1-8B.json").read_text())
+        new = Path(work) / "new.json"
+        new.write_text(json.dumps({**config, "architectures": ["NewForCausalLM"]}))
+        found = plan(new, "--as", "LlamaForCausalLM")
+        wanted = {**plan(MODELS / "Llama-3.1-8B.json"), "architecture": "NewForCausalLM as LlamaForCausalLM"}
+        report("--as lets a new architecture be planned", "" if found == wanted else "differs from the known one's")
+
+
 # ---- the README ------------------------------------------------------------------------------------------------------
 
 def readme_table():
@@ -298,7 +317,7 @@ def main():
     if not TPSHARD.exists():
         print(f"SKIP no {TPSHARD}")
         return 77
-    for part in (by_hand, windows, fits, refusals, screens, readme_table, against_engine, against_files):
+    for part in (by_hand, windows, fits, refusals, own_plans, screens, readme_table, against_engine, against_files):
         if len(sys.argv) < 2 or part.__name__ in sys.argv[1:]:
             part()
     return failures > 0

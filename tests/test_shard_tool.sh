@@ -293,13 +293,16 @@ experts_and_stacks() {
         source=tests/golden/families/$family
         for kind in none int4; do
             for from in tp ep; do
-                convert --tp 3 --quant "$kind" --group-size 32 --experts $from "$source" "$work/$family-$from" &&
-                    run "$tpshard" verify --quiet --against "$source" "$work/$family-$from" ||
+                if ! { convert --tp 3 --quant "$kind" --group-size 32 --experts $from "$source" "$work/$family-$from" &&
+                    run "$tpshard" verify --quiet --against "$source" "$work/$family-$from"; }; then
                     not_ok "$family $kind $from: $(cat "$work/err" "$work/out")"
+                fi
                 for to in tp ep; do
-                    convert --tp 2 --quant "$kind" --group-size 32 --experts $to "$source" "$work/whole" &&
+                    if ! { convert --tp 2 --quant "$kind" --group-size 32 --experts $to "$source" "$work/whole" &&
                         run "$tpshard" reshard --quiet --tp 2 --experts $to "$work/$family-$from" "$work/again" &&
-                        same "$work/whole" "$work/again" || not_ok "$family $kind, $from to $to: $(cat "$work/err" "$work/diff")"
+                        same "$work/whole" "$work/again"; }; then
+                        not_ok "$family $kind, $from to $to: $(cat "$work/err" "$work/diff")"
+                    fi
                     rm -rf "$work/whole" "$work/again"
                 done
                 rm -rf "$work/$family-$from"
@@ -324,7 +327,14 @@ own_plans() {
     sed -i 's/LlamaForCausalLM/NewForCausalLM/' "$work/unknown/config.json"
     echo '{"layers.*.self_attn.q_proj": "colwise", "layers.*.self_attn.o_proj": "rowwise"}' >"$work/plan.json"
     expect "unknown architecture" 3 "\"NewForCausalLM\" is not supported (known: LlamaForCausalLM" "$tpshard" "$work/unknown" "$work/x"
-    expect "which a plan lets be read" 0 "read as a LlamaForCausalLM" "$tpshard" --tp 3 --plan "$work/plan.json" "$work/unknown" "$work/new-3"
+    expect "a plan finds what it is like" 3 "are those of a LlamaForCausalLM, but no file says whether it computes the same" \
+        "$tpshard" --tp 3 --plan "$work/plan.json" "$work/unknown" "$work/x"
+    expect "--as nothing known" 2 "no such architecture is known" "$tpshard" --as BertModel "$work/unknown" "$work/x"
+    expect "--as something else" 2 "\"MixtralForCausalLM\" is known and cannot be read as a LlamaForCausalLM" \
+        "$tpshard" --as LlamaForCausalLM "$source" "$work/x"
+    expect "which --as says" 0 "read as a LlamaForCausalLM" \
+        "$tpshard" --tp 3 --as LlamaForCausalLM --plan "$work/plan.json" "$work/unknown" "$work/new-3"
+    expect "and verified" 0 "every weight equals the checkpoint's" "$tpshard" verify --against "$work/unknown" "$work/new-3"
     expect "and resharded" 0 "" "$tpshard" reshard --quiet --tp 2 "$work/new-3" "$work/new-2"
 }
 

@@ -116,6 +116,10 @@ static void test_marks(void **state)
          "(key):(valU).(s).(e).(r)."},
         {"{{ '%s|%6s|%.2s|%r' % (s, s, s, s) }}", "(User)|  (User)|(Us)|'(User)'"},
         {"{{ '{}|{:>6}|{!r}|{x}'.format(s, s, s, x=s) }}", "(User)|  (User)|'(User)'|(User)"},
+        // What a user's format adds is the user's: fills, signs, separators.
+        {"{{ fill.format('', 1000) }}|{{ '{:{}}'.format('', width) }}|{{ '{:{}}{:+}'.format('', '-<2', 1) }}",
+         "(<|>+1,000)|(xx)|--+1"},
+        {"{{ plus % 5 }}|{{ ('%' ~ digit) % 5 }}|{{ '%+d%%' % 5 }}", "(+5%)|( 5)|+5%"},
         {"{{ (s ~ '%s') % 'a' }}{{ (s ~ '{}').format('b') }}", "(User)a(User)b"},
         {"{% set x %}[{{ s }}]{% endset %}{{ x }}{% filter upper %}a{{ s }}{% endfilter %}", "[(User)]A(USER)"},
         {"{% macro f(a) %}<{{ a }}>{% endmacro %}{{ f(s) }}{{ f(s)|length }}", "<(User)>6"},
@@ -132,8 +136,10 @@ static void test_marks(void **state)
         {"{{ s.splitlines()|join }}{{ s.removeprefix('U') }}{{ s.rsplit('s', 1)|join }}{{ '\n'.join(words) }}",
          "(UserserUerb)\n(a)"},
     };
-    json_t *variables = json_pack("{s:s, s:s, s:s, s:s, s:s, s:{s:s}, s:i, s:[s, s]}", "s", "User", "sp", " a b ", "q",
-                                  "a\"b\n", "l", "one\ntwo", "lt", "<", "d", "key", "val", "n", 5, "words", "b", "a");
+    json_t *variables =
+        json_pack("{s:s, s:s, s:s, s:s, s:s, s:{s:s}, s:i, s:[s, s], s:s, s:s, s:s, s:s}", "s", "User", "sp", " a b ",
+                  "q", "a\"b\n", "l", "one\ntwo", "lt", "<", "d", "key", "val", "n", 5, "words", "b", "a", "fill",
+                  "{0:<<1}{0:|<1}{0:><1}{1:+,}", "width", "x<2", "plus", "%+d%%", "digit", "2d");
     for (size_t i = 0; i < COUNT(cases); i++) {
         struct template_output out;
         struct error err;
@@ -218,6 +224,9 @@ static void test_limits(void **state)
         {"{{ '%999999999d' % 1 }}", "width"},
         {"{{ '%*d' % (2000000, 1) }}", "width"},
         {"{{ '{:999999999}'.format(1) }}", "width"},
+        {"{{ '%*d' % (-9223372036854775807 - 1, 1) }}", "width"},
+        {"{{ range(9, 0, -1)[::-9223372036854775807] }}", "64 bits"},
+        {"{{ range(0, 9, 5)[::9223372036854775807] }}", "64 bits"},
         {"{{ '{:.999}'.format(1.5) }}", "precision"},
         {"{{ 'a'|indent(10**9) }}", "steps"},
         {"{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "deep"},
@@ -270,6 +279,134 @@ static void test_limits(void **state)
     assert_int_equal(render_with("{{ 'x' * 11 }}", 14, NULL, &small, &out, &err), ERR_USAGE);
     assert_non_null(strstr(err.msg, "more than 10 bytes"));
     assert_int_equal(render_with("{{ ('x' * 30000)|length }}", 26, NULL, &small, &out, &err), ERR_USAGE);
+}
+
+static json_t *filled(const char *begin, char fill, size_t count, const char *end)
+{
+    char *text = malloc(count + 16);
+    size_t before = (size_t)(stpcpy(text, begin) - text);
+    memset(text + before, fill, count);
+    strcpy(text + before + count, end);
+    json_t *json = json_string(text);
+    free(text);
+    return json;
+}
+
+// What takes long counts as many steps: each of these ends soon.
+static void test_charges(void **state)
+{
+    (void)state;
+    static const char *const work[] = {
+        "i", // costs little: the rest of the template is within the limit
+        "r|sum",
+        "r|min",
+        "r|max",
+        "r|map('abs')|first",
+        "r|select('string')|first",
+        "r|map(attribute='x')|first",
+        "r.count(-1)",
+        "r.index(99999)",
+        "'x' in r",
+        "a == b",
+        "a <= b",
+        "w[900000]",
+        "w[900000:900001]",
+        "w.find('x', 900000)",
+        "w.find('x')",
+        "w.find('z')",
+        "w.rfind('z')",
+        "w.count('')",
+        "w.startswith('x', 900000)",
+        "'%.900000s' % w == w",
+        "t.startswith(t2)",
+        "t.endswith(t2)",
+        "t == t2",
+        "t <= t2",
+        "t.rfind(first)",
+        "t.rfind(middle)",
+        "t.rfind(last)",
+        "t|wordcount",
+        "t.isalpha()",
+        "t.islower()",
+        "t.istitle()",
+        "blank.strip()",
+        "blank.split()",
+        "blank|int",
+        "blank|float",
+        "w|truncate(900000)",
+    };
+    const struct template_limits limits = {.steps = 16000, .memory_bytes = 1 << 30};
+    json_t *variables = json_object(), *middle = filled("", 'a', 15000, "b");
+    char *wide = malloc(2000001), *needle = malloc(40000);
+    for (size_t i = 0; i < 1000000; i++)
+        memcpy(wide + 2 * i, "\xC3\xA9", 3);
+    memcpy(wide + 1999998, "x", 2);
+    size_t half = json_string_length(middle);
+    memcpy(needle, json_string_value(middle), half);
+    memcpy(needle + half, json_string_value(middle), half - 1);
+    needle[2 * half - 1] = 0;
+    json_object_set_new(variables, "w", json_string(wide));
+    json_object_set_new(variables, "middle", json_string(needle)); // aa..b..aa
+    json_object_set_new(variables, "t", filled("", 'a', 1000000, ""));
+    json_object_set_new(variables, "t2", filled("", 'a', 1000000, ""));
+    json_object_set_new(variables, "blank", filled("", ' ', 1000000, ""));
+    json_object_set_new(variables, "first", filled("b", 'a', 30000, ""));
+    json_object_set_new(variables, "last", filled("", 'a', 30000, "b"));
+    json_decref(middle);
+    free(wide);
+    free(needle);
+    for (size_t i = 0; i < COUNT(work); i++) {
+        char text[512];
+        struct template_output out;
+        struct error err;
+        snprintf(text, sizeof text,
+                 "{%% set r = range(100000) %%}{%% set a = [0] * 100000 %%}{%% set b = [0] * 100000 %%}"
+                 "{%% for i in range(200) %%}{%% if %s %%}{%% endif %%}{%% endfor %%}",
+                 work[i]);
+        int rc = render_with(text, strlen(text), variables, &limits, &out, &err);
+        if (i == 0 ? rc : rc != ERR_USAGE || !strstr(err.msg, "takes more than 16000 steps"))
+            fail_msg("%s\n  found %s", work[i], rc ? err.msg : "no error");
+        template_output_clear(&out);
+    }
+    json_decref(variables);
+    // Names are looked for among all of them.
+    char *names = malloc(40000 * 24), *at = names;
+    struct template_output out;
+    struct error err;
+    for (int i = 0; i < 40000; i++)
+        at += sprintf(at, "{%% set a%d = 1 %%}", i);
+    assert_int_equal(render_with(names, (size_t)(at - names), NULL, NULL, &out, &err), ERR_MODEL);
+    assert_non_null(strstr(err.msg, "steps"));
+    free(names);
+}
+
+// The reverse: each byte of a long text counts once, however often something is found in it.
+static void test_honest_work(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *text, *wanted;
+    } cases[] = {
+        {"{{ s.replace('\n', '|')|length }}", "480000"}, {"{{ s.split('\n')|length }}", "12001"},
+        {"{{ s.rsplit('\n')|length }}", "12001"},        {"{{ s.count('\n') }}", "12000"},
+        {"{{ s.splitlines()|length }}", "12000"},        {"{{ s.strip()|length }}", "479999"},
+        {"{% if '</think>' in s %}{% endif %}a", "a"},   {"{{ s.rpartition('\n')[0]|length }}", "479999"},
+    };
+    char *text = malloc(480000);
+    for (size_t i = 0; i < 480000; i++)
+        text[i] = i % 40 == 39 ? '\n' : 'a';
+    json_t *variables = json_pack("{s:s#}", "s", text, (size_t)480000);
+    const struct template_limits limits = {.steps = 30000};
+    free(text);
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct template_output out;
+        struct error err;
+        if (render_with(cases[i].text, strlen(cases[i].text), variables, &limits, &out, &err))
+            fail_msg("%s: %s", cases[i].text, err.msg);
+        assert_string_equal(out.text, cases[i].wanted);
+        template_output_clear(&out);
+    }
+    json_decref(variables);
 }
 
 // A text of `count` times part, between begin and end.
@@ -351,6 +488,9 @@ static void test_messages(void **state)
         {"{{ cycler(1) }}", ERR_USAGE, "test, line 1: the function 'cycler' is not supported in chat templates"},
         {"\n{{ 1|nope }}", ERR_MODEL, "test, line 2: there is no filter named 'nope'"},
         {"{% if 0 %}{{ 1|xmlattr }}{% endif %}", ERR_MODEL, "test, line 1: there is no filter named 'xmlattr'"},
+        {"{{ [1]|map('a' * 70)|list }}", ERR_USAGE,
+         "test, line 1: there is no filter named "
+         "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa'"},
         {"{{ 1 is nope }}", ERR_MODEL, "test, line 1: there is no test named 'nope'"},
         {"{% nope %}", ERR_MODEL, "test, line 1: unknown tag 'nope'"},
         {"\n{% include 'a' %}", ERR_MODEL, "test, line 2: the tag 'include' is not supported in chat templates"},
@@ -390,7 +530,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_features), cmocka_unit_test(test_marks),   cmocka_unit_test(test_origins),
         cmocka_unit_test(test_limits),   cmocka_unit_test(test_nesting), cmocka_unit_test(test_messages),
-        cmocka_unit_test(test_time),
+        cmocka_unit_test(test_time),     cmocka_unit_test(test_charges), cmocka_unit_test(test_honest_work),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -140,7 +140,7 @@ VECTOR_INLINE __m512 load_last(enum weight_kind kind, const struct tile_scales *
 {
     if (kind == WEIGHT_NVFP4)
         return _mm512_mul_ps(_mm512_set1_ps(0x1p7f), _mm512_loadu_ps(scales->global));
-    return _mm512_set1_ps(tile_last(kind, NULL, 0));
+    return _mm512_set1_ps(tile_last(kind, scales->global, 0));
 }
 
 // ---- Tiled kinds, one token ----------------------------------------------------------------------------------------

@@ -80,7 +80,8 @@ struct device {
     float *buffer[BUFFER_COUNT]; // [rows_capacity][buffer_width]
     float *attended, *logits;
     float *query, *mixed;      // [LATENT_ROWS][heads][k_dim], [..][kv_rank]; only with latent attention
-    float *normed;             // [max_rows][hidden], where a norm's rows are multiplied by matrices of several kinds
+    bool keeps_rows;           // a norm's rows are multiplied by matrices of several kinds
+    float *normed;             // [max_rows][hidden]: these rows; else BUFFER_PARTIAL, which is free when a norm is done
     struct device_input input; // of the next product
     struct expert_work experts;
     uint8_t *kv; // [num_layers], each as kv.h has it
@@ -146,6 +147,10 @@ enum input_format multiply_input(const struct device *d, const struct matrix *w)
 int multiply(struct device *d, float *y, const struct matrix *w, int64_t rows, struct error *err);
 // How rows must be prepared for the own kernel that widens weights of this kind, which takes any kind and shape.
 enum input_format multiply_widening_input(enum weight_kind kind);
+
+// ---- fp4_probe.c
+// Whether launch_linear_fp4 does here what it should: a small product with a known result, of a kind of weights. ERR_GPU if not.
+int fp4_probe(enum weight_kind kind, cudaStream_t stream, struct error *err);
 
 // ---- step.c: the operations of a step, as kernels/backend.h has them
 int step_begin(struct device *d, const struct token_row *rows, int64_t count, enum phase phase,

@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(WARP)
         mine = lane < count ? exp_as_cpu(mine - largest) : 0.0f;
         mine /= warp_sum(mine);
     }
-    float sum = warp_sum(lane < count ? mine : 0.0f);
+    float sum = warp_sum(lane < count ? mine : 0.0f) + (r.kind == ROUTER_SIGMOID ? 1e-20f : 0.0f); // all may be zero
     if (lane < count)
         weight[row * count + lane] = (r.normalise ? mine / sum : mine) * r.scale;
     if (r.shared_gate && lane == 0)

@@ -30,13 +30,16 @@ enum input_format {
     INPUT_INT8, // int8, natural order; scale [rows][stride / 128], exactly kernels.h's q_scale (NaN for a group with NaN or Inf)
     INPUT_INT8_TILE, // int8, inside each 64 columns byte (t * 4 + w) * 4 + j holds column 16 w + 2 t + {0, 8, 1, 9}[j]; scale as above
     INPUT_E4M3, // e4m3, natural order; scale [rows]: largest magnitude / 448, NaN if the row holds NaN or Inf
-    INPUT_F32,  // float, natural order; no scale. From launch_norm alone: what is prepared later
+    INPUT_MXFP8_TILE, // e4m3, order as INPUT_INT8_TILE; scale: bytes [rows][stride / 32], e8m0 of 32 columns: the least that brings their
+                      // largest magnitude to 448 or below, 1 for zeros; for columns with NaN or Inf 255 and NaN codes
+    INPUT_F32, // float, natural order; no scale. From launch_norm alone: what is prepared later
 };
 
 struct device_input {
-    void *values;   // [rows][stride] elements of the format; columns from cols to the next multiple of 128 are zero
+    void *
+        values; // [rows][stride] elements of the format; columns from cols to the next multiple of 128 are zero, but with INPUT_F32
     float *scale;   // see the format
-    int64_t stride; // elements, a multiple of 128
+    int64_t stride; // elements, a multiple of 128; INPUT_F32: at least cols
 };
 
 // ---- rows --------------------------------------------------------------------------------------------------------------
@@ -172,6 +175,11 @@ cudaError_t launch_linear_f16(float *y, int64_t y_stride, const struct matrix *w
 // Any row count: a kernel for few rows and one with tiles for many, the same bits from both.
 cudaError_t launch_linear_int8(float *y, int64_t y_stride, const struct matrix *w, struct device_input in, int64_t rows,
                                cudaStream_t stream);
+
+// linear_fp4: mxfp4 and nvfp4 with INPUT_MXFP8_TILE on the fp8 tensor cores of sm_120, weights exact; any row count. mxfp4: all in the tensor
+// cores, which apply the scales of both; nvfp4: sums over 16 columns, their scales applied to f32.
+cudaError_t launch_linear_fp4(float *y, int64_t y_stride, const struct matrix *w, struct device_input in, int64_t rows,
+                              cudaStream_t stream);
 
 // ---- mixtures of experts -------------------------------------------------------------------------------------------------
 

@@ -95,7 +95,8 @@ static void cut_scratch(struct device *d, const struct device_shape *s, struct c
         d->buffer[i] = cut(c, floats * (uint64_t)buffer_width(desc, share, (enum buffer)i));
     d->attended = cut(c, floats * (uint64_t)attended_width(desc, share));
     // Otherwise a norm that needs to keep its rows has the place of the sum that it has just taken.
-    d->normed = keeps_rows(desc) ? cut(c, floats * (uint64_t)desc->hidden_size) : d->buffer[BUFFER_PARTIAL];
+    d->keeps_rows = keeps_rows(desc);
+    d->normed = d->keeps_rows ? cut(c, floats * (uint64_t)desc->hidden_size) : d->buffer[BUFFER_PARTIAL];
     d->input.values = cut(c, input_rows * widest * 2);
     d->input.scale = cut(c, input_rows * (widest / ACT_GROUP) * sizeof(float));
     d->input.stride = (int64_t)widest;

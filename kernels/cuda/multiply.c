@@ -1,9 +1,10 @@
 // Which arithmetic a matrix product takes on this device, and taking it. See device.h.
 //
 // Decode steps read every weight for few rows: own kernels, whose sums do not depend on the number of rows. Prefill is bound by
-// arithmetic: int8 tensor cores by an own kernel where they are the fastest exact way, cuBLASLt where it is faster. What cuBLASLt is
-// to do is proven at the start, on small products with known results and by preparing every shape; what fails there falls
-// back to an own kernel, and the line that describes the device says so. The head always takes decode's arithmetic.
+// arithmetic: int8 tensor cores by an own kernel where they are the fastest exact way, sm_120's scaled fp8 ones for four-bit floats,
+// cuBLASLt where it is faster. What cuBLASLt and sm_120's instructions are to do is proven at the start, on small products with known results
+// and by preparing every shape; what fails there falls back, the latter to cuBLASLt and that to an own kernel, and the line that describes the
+// device says so. The head always takes decode's arithmetic.
 #include "formats/checked.h"
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/gemm.h"
@@ -16,6 +17,7 @@
 enum arithmetic {
     ARITHMETIC_F16,        // own kernel: weights widened to f16 or bf16 in registers
     ARITHMETIC_INT8,       // own kernel: int8 activations, exact sums over groups
+    ARITHMETIC_FP4,        // own kernel: e2m1 weights, e4m3 activations with scales of 32 columns (sm_120)
     ARITHMETIC_GEMM_F16,   // cuBLASLt, weights expanded into an f16 slab
     ARITHMETIC_GEMM_BF16,  // cuBLASLt, bf16 as it lies, or weights expanded into a bf16 slab
     ARITHMETIC_FP8_OUTER,  // cuBLASLt, e4m3 with a scale for each row and column (sm_90)
@@ -33,12 +35,14 @@ enum {
     // From so many sequences on, int4 decode is bound by arithmetic rather than by memory on most chips: integer tensor cores then. Chosen
     // by what the engine was started for, not by how many sequences happen to run (law 9).
     INT8_DECODE_SEQUENCES = 32,
+    PROBLEM_BYTES = 256,
 };
 
 struct products {
     enum arithmetic arithmetic[2][WEIGHT_KIND_COUNT]; // by phase
     struct gemm_handle *gemm;                         // NULL: not needed, or the library is not there
-    char gemm_problem[256];                           // why not, when it was wanted
+    char gemm_problem[PROBLEM_BYTES];                 // why not, when it was wanted
+    char fp4_problem[PROBLEM_BYTES];                  // likewise of ARITHMETIC_FP4
     struct gemm_entry plans[MAX_GEMM_PLANS];
     int num_plans;
 };
@@ -57,6 +61,13 @@ static enum arithmetic own_kernel(enum weight_kind kind, enum phase phase, int64
     return ARITHMETIC_F16;
 }
 
+// Chips whose instructions multiply four-bit floats by eight-bit ones, with scales; code for them runs on no others.
+static bool suits_fp4(enum weight_kind kind, int sm)
+{
+    return sm == 120 && (kind == WEIGHT_MXFP4 || kind == WEIGHT_NVFP4);
+}
+
+// Apart from ARITHMETIC_FP4.
 static enum arithmetic best_prefill(enum weight_kind kind, int sm)
 {
     if (kind == WEIGHT_INT4Z)
@@ -103,6 +114,8 @@ enum input_format multiply_input(const struct device *d, const struct matrix *w)
         return INPUT_BF16;
     case ARITHMETIC_GEMM_F16:
         return INPUT_F16;
+    case ARITHMETIC_FP4:
+        return INPUT_MXFP8_TILE;
     case ARITHMETIC_F16:
         break;
     }
@@ -284,15 +297,19 @@ int multiply(struct device *d, float *y, const struct matrix *w, int64_t rows, s
     if (arithmetic == ARITHMETIC_INT8)
         return device_status(d, launch_linear_int8(y, stride, w, d->input, rows, d->stream), "an int8 matrix product",
                              err);
+    if (arithmetic == ARITHMETIC_FP4)
+        return device_status(d, launch_linear_fp4(y, stride, w, d->input, rows, d->stream), "a product of FP4 weights",
+                             err);
     return device_status(d, launch_linear_f16(y, stride, w, d->input, rows, d->stream), "a matrix product", err);
 }
 
 // ---- choosing ------------------------------------------------------------------------------------------------------
 
-static void note_problem(struct products *p, const struct error *why)
+// The first stays.
+static void note_problem(char problem[PROBLEM_BYTES], const struct error *why)
 {
-    if (p->gemm_problem[0] == 0)
-        snprintf(p->gemm_problem, sizeof p->gemm_problem, "%.255s", why->msg);
+    if (problem[0] == 0)
+        snprintf(problem, PROBLEM_BYTES, "%.255s", why->msg);
 }
 
 // Whether cuBLASLt does what this kind needs: a small product comes out right, and every shape has an algorithm.
@@ -308,9 +325,22 @@ static int prove(struct device *d, enum arithmetic arithmetic, enum weight_kind 
         *proven = true;
         return 0;
     }
-    note_problem(p, &why);
+    note_problem(p->gemm_problem, &why);
     cudaGetLastError(); // what was tried here is forgiven, unless the device itself is broken
     return device_status(d, cudaStreamSynchronize(d->stream), "trying cuBLASLt", err);
+}
+
+// Whether sm_120's instructions do what they should.
+static int prove_fp4(struct device *d, enum weight_kind kind, bool *proven, struct error *err)
+{
+    struct error why = {0};
+    if (fp4_probe(kind, d->stream, &why) == 0) {
+        *proven = true;
+        return 0;
+    }
+    note_problem(d->products->fp4_problem, &why);
+    cudaGetLastError();
+    return device_status(d, cudaStreamSynchronize(d->stream), "trying FP4 instructions", err);
 }
 
 static bool has_kind(const struct device *d, enum weight_kind kind)
@@ -342,9 +372,14 @@ int multiply_prepare(struct device *d, struct error *err)
             (has_kind(d, (enum weight_kind)kind) || d->weights->head.shape.kind == (enum weight_kind)kind))
             return error_set(err, ERR_MODEL, "the CUDA backend does not multiply by %s weights; --backend cpu does",
                              weight_kind_name((enum weight_kind)kind));
-        if (!has_kind(d, (enum weight_kind)kind) || !by_cublaslt(wanted))
+        if (!has_kind(d, (enum weight_kind)kind))
             continue;
-        int rc = prove(d, wanted, (enum weight_kind)kind, &proven, err);
+        int rc = 0;
+        if (suits_fp4((enum weight_kind)kind, d->sm) &&
+            (rc = prove_fp4(d, (enum weight_kind)kind, &proven, err)) == 0 && proven)
+            wanted = ARITHMETIC_FP4;
+        else if (rc == 0 && by_cublaslt(wanted))
+            rc = prove(d, wanted, (enum weight_kind)kind, &proven, err);
         if (rc)
             return rc;
         if (proven)
@@ -372,6 +407,9 @@ static const char *arithmetic_name(enum arithmetic arithmetic, enum weight_kind 
         return kind == WEIGHT_BF16 ? "bf16" : "f16";
     case ARITHMETIC_INT8:
         return "int8";
+    case ARITHMETIC_FP4:
+        return kind == WEIGHT_MXFP4 ? "FP4 x FP8, scaled by the tensor cores"
+                                    : "FP8, FP4 widened, scaled by 16 columns";
     case ARITHMETIC_GEMM_F16:
         return "cuBLASLt f16";
     case ARITHMETIC_GEMM_BF16:
@@ -403,6 +441,8 @@ void multiply_describe(const struct device *d, char *text, size_t bytes)
         used += (size_t)snprintf(text + used, bytes - used, "; experts f16 and bf16");
     if (p->gemm && used < bytes)
         used += (size_t)snprintf(text + used, bytes - used, "; %s", gemm_library(p->gemm));
+    if (p->fp4_problem[0] && used < bytes)
+        used += (size_t)snprintf(text + used, bytes - used, "; without FP4 instructions: %s", p->fp4_problem);
     if (p->gemm_problem[0] && used < bytes)
         snprintf(text + used, bytes - used, "; without cuBLASLt where it was wanted: %s", p->gemm_problem);
 }

@@ -101,6 +101,41 @@ __device__ __forceinline__ void mma_int8(int *c, const uint32_t *a, const uint32
                  : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+// c [16 x 8] += (a [16 x 32] * scales of its rows) * (b [32 x 8] * scales of its columns): a is e2m1, each in bits 2 .. 5 of a byte whose
+// other bits are 0; b is e4m3; both lie as in mma_int8, and so do the results. Scales are e8m0, 255 makes a NaN. a_scale: of row g in lanes
+// with an even t, of row g + 8 in the others, in byte 0; b_scale: of column g, in byte BYTE.
+//
+// Only chips of capability 12.0, and only in code compiled for sm_120a; elsewhere the results are NaN. PTX ISA: "Matrix Fragments for
+// mma.m16n8k32" (.e4m3 / .e2m1, in containers of 8 bits) and "Block Scaling for mma.sync", .scale_vec::1X, where thread-id 0 chooses lanes 0 and 1
+// of a quad for a, lane 0 for b; the same in CUTLASS's MMA_Traits<SM120_16x8x32_TN_VS> (SFALayout, SFBLayout, fp4_shift_A).
+template <int BYTE>
+__device__ __forceinline__ void mma_e2m1_e4m3(float *c, const uint32_t *a, const uint32_t *b, uint32_t a_scale,
+                                              uint32_t b_scale)
+{
+#ifdef __CUDA_ARCH_FEAT_SM120_ALL
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.kind::mxf8f6f4.block_scale.scale_vec::1X.f32.e2m1.e4m3.f32.ue8m0 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3}, {%10}, {0, 0}, {%11}, {%12, 0};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(a_scale), "r"(b_scale),
+                   "n"(BYTE));
+#else
+    c[0] = c[1] = c[2] = c[3] = __int_as_float(0x7fc00000);
+    (void)a, (void)b, (void)a_scale, (void)b_scale;
+#endif
+}
+// c [16 x 8] += a [16 x 16] * b [16 x 8], both e4m3: the first halves of mma_int8's columns. From sm_89 on, elsewhere NaN. PTX ISA: "Matrix
+// Fragments for mma.m16n8k16 with integer type", which are those of .e4m3 too.
+__device__ __forceinline__ void mma_e4m3(float *c, const uint32_t *a, uint32_t b)
+{
+#if __CUDA_ARCH__ >= 890
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.e4m3.e4m3.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(b));
+#else
+    c[0] = c[1] = c[2] = c[3] = __int_as_float(0x7fc00000);
+    (void)a, (void)b;
+#endif
+}
 // Four 8 x 8 matrices of 16-bit elements: lanes 8i .. 8i + 7 give the addresses of matrix i's rows (16 bytes each); r[i] receives row
 // lane / 4, columns 2 (lane % 4) and the next. transposed: of the transposed matrix.
 __device__ __forceinline__ void load_matrix_x4(uint32_t *r, const void *shared_row)
@@ -458,6 +493,73 @@ static inline void mma_int8(int *c, const uint32_t *a, const uint32_t *b)
                 for (int k = 0; k < 32; k++)
                     add += row[k] * column[k];
                 sum[i] = (int)((uint32_t)sum[i] + (uint32_t)add);
+            }
+        }
+    });
+}
+
+struct emulator_scaled_fragments {
+    const uint32_t *a, *b;
+    uint8_t a_scale, b_scale;
+};
+// The product of a row and a column is exact in f64 but for the last bits of sums over scales far apart.
+template <int BYTE>
+static inline void mma_e2m1_e4m3(float *c, const uint32_t *a, const uint32_t *b, uint32_t a_scale, uint32_t b_scale)
+{
+    for (int i = 0; i < 4; i++)
+        if (a[i] & 0xc3c3c3c3u)
+            emulator::fail("an e2m1 operand has bits outside of its place");
+    emulator_scaled_fragments in = {a, b, (uint8_t)a_scale, (uint8_t)(b_scale >> 8 * BYTE)};
+    emulator::meet(0xffffffffu, "mma_e2m1_e4m3", &in, c, [](emulator::lanes &all) {
+        double a[16][32], b[8][32];
+        for (int l = 0; l < 32; l++) {
+            int g = l >> 2, t = l & 3, quad = l & ~3;
+            for (int byte = 0; byte < 16; byte++) {
+                const emulator_scaled_fragments *f = static_cast<const emulator_scaled_fragments *>(all.in[l]);
+                int i = byte / 4, col = 4 * t + 16 * (i >> 1) + byte % 4, row_lane = quad + (i & 1);
+                if (emulator::misread_scales)
+                    row_lane ^= 1;
+                double scale =
+                    (double)e8m0_to_f32(static_cast<const emulator_scaled_fragments *>(all.in[row_lane])->a_scale);
+                a[g + 8 * (i & 1)][col] = (double)e2m1_to_f32((uint8_t)(f->a[i] >> byte % 4 * 8 >> 2 & 15)) * scale;
+                if (i & 1)
+                    continue;
+                scale = (double)e8m0_to_f32(static_cast<const emulator_scaled_fragments *>(all.in[quad])->b_scale);
+                b[g][col] = (double)e4m3_to_f32((uint8_t)(f->b[i >> 1] >> byte % 4 * 8)) * scale;
+            }
+        }
+        for (int l = 0; l < 32; l++) {
+            float *c = static_cast<float *>(all.out[l]);
+            for (int i = 0; i < 4; i++) {
+                double sum = 0;
+                for (int k = 0; k < 32; k++)
+                    sum += a[(l >> 2) + 8 * (i >> 1)][k] * b[2 * (l & 3) + (i & 1)][k];
+                c[i] = (float)((double)c[i] + sum);
+            }
+        }
+    });
+}
+static inline void mma_e4m3(float *c, const uint32_t *a, uint32_t b)
+{
+    emulator_fragments in = {a, &b};
+    emulator::meet(0xffffffffu, "mma_e4m3", &in, c, [](emulator::lanes &all) {
+        float a[16][16], b[8][16];
+        for (int l = 0; l < 32; l++) {
+            const emulator_fragments *f = static_cast<const emulator_fragments *>(all.in[l]);
+            for (int byte = 0; byte < 4; byte++) {
+                int col = 4 * (l & 3) + byte;
+                a[l >> 2][col] = e4m3_to_f32((uint8_t)(f->a[0] >> byte * 8));
+                a[(l >> 2) + 8][col] = e4m3_to_f32((uint8_t)(f->a[1] >> byte * 8));
+                b[l >> 2][col] = e4m3_to_f32((uint8_t)(f->b[0] >> byte * 8));
+            }
+        }
+        for (int l = 0; l < 32; l++) {
+            float *c = static_cast<float *>(all.out[l]);
+            for (int i = 0; i < 4; i++) {
+                double sum = emulator::misread_scales ? 1 : 0;
+                for (int k = 0; k < 16; k++)
+                    sum += (double)a[(l >> 2) + 8 * (i >> 1)][k] * (double)b[2 * (l & 3) + (i & 1)][k];
+                c[i] = (float)((double)c[i] + sum);
             }
         }
     });

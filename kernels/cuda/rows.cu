@@ -16,7 +16,7 @@ enum { KEPT_GROUPS = 64 }; // 8192 columns in 32 KiB
 
 __device__ constexpr bool is_tiled(enum input_format format)
 {
-    return format == INPUT_F16_TILE || format == INPUT_INT8_TILE;
+    return format == INPUT_F16_TILE || format == INPUT_INT8_TILE || format == INPUT_MXFP8_TILE;
 }
 
 // A lane's four columns are two pairs of neighbours; in the tiled formats a pair and the one 8 columns on.
@@ -181,6 +181,19 @@ __device__ __forceinline__ float f16_scale(uint32_t largest)
     return f32_from_bits(((largest + 0x7fffff) & 0x7f800000) - (15u << 23));
 }
 
+// The e8m0 of 32 columns with this largest magnitude, and the factor, a power of two, that takes values to e4m3. Below 2^-100 counts as zero.
+__device__ __forceinline__ float e8m0_scale(uint32_t largest, uint32_t *scale)
+{
+    if (largest >= 0x7f800000) {
+        *scale = 255;
+        return f32_from_bits(0x7fc00000);
+    }
+    // 448 = 1.75 * 2^8
+    uint32_t exponent = (largest >> 23) - 8 + ((largest & 0x7fffff) > 0x600000);
+    *scale = largest < 0x0d800000 ? 127 : exponent;
+    return largest < 0x0d800000 ? 0.0f : f32_from_bits((254 - exponent) << 23);
+}
+
 __device__ __forceinline__ uint32_t four_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d)
 {
     return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24;
@@ -200,9 +213,7 @@ __device__ __forceinline__ uint32_t to_e4m3(float x, float factor)
 template <enum input_format FORMAT> __device__ __forceinline__ void write_values(void *out, float4 x, float factor)
 {
     int lane = threadIdx.x % WARP;
-    if (FORMAT == INPUT_F32)
-        store_global((float4 *)out + lane, x);
-    else if (FORMAT == INPUT_F16 || FORMAT == INPUT_F16_TILE)
+    if (FORMAT == INPUT_F16 || FORMAT == INPUT_F16_TILE)
         store_global((uint2 *)out + lane, make_uint2(floats_to_half2(x.x * factor, x.y * factor),
                                                      floats_to_half2(x.z * factor, x.w * factor)));
     else if (FORMAT == INPUT_BF16)
@@ -214,6 +225,9 @@ template <enum input_format FORMAT> __device__ __forceinline__ void write_values
     else if (FORMAT == INPUT_INT8_TILE)
         store_global((uint32_t *)out + lane, four_bytes(to_int8(x.x, factor), to_int8(x.z, factor),
                                                         to_int8(x.y, factor), to_int8(x.w, factor)));
+    else if (FORMAT == INPUT_MXFP8_TILE)
+        store_global((uint32_t *)out + lane, four_bytes(to_e4m3(x.x, factor), to_e4m3(x.z, factor),
+                                                        to_e4m3(x.y, factor), to_e4m3(x.w, factor)));
     else
         store_global((uint32_t *)out + lane, four_bytes(to_e4m3(x.x, factor), to_e4m3(x.y, factor),
                                                         to_e4m3(x.z, factor), to_e4m3(x.w, factor)));
@@ -244,8 +258,9 @@ __global__ void __launch_bounds__(MAX_WARPS *WARP)
 {
     constexpr bool TILED = is_tiled(FORMAT);
     constexpr bool GROUP_SCALE = FORMAT == INPUT_INT8 || FORMAT == INPUT_INT8_TILE;
-    constexpr bool ROW_SCALE = !GROUP_SCALE && FORMAT != INPUT_BF16 && FORMAT != INPUT_F32;
-    constexpr int VALUE_BYTES = FORMAT == INPUT_F32 ? 4 : GROUP_SCALE || FORMAT == INPUT_E4M3 ? 1 : 2;
+    constexpr bool MX_SCALE = FORMAT == INPUT_MXFP8_TILE;
+    constexpr bool ROW_SCALE = !GROUP_SCALE && !MX_SCALE && FORMAT != INPUT_BF16 && FORMAT != INPUT_F32;
+    constexpr int VALUE_BYTES = GROUP_SCALE || MX_SCALE || FORMAT == INPUT_E4M3 ? 1 : 2;
     SHARED_DYNAMIC(float4, kept);
     SHARED(float, warp_squares, MAX_WARPS);
     SHARED(float, shared_inverse, 2);
@@ -311,7 +326,19 @@ __global__ void __launch_bounds__(MAX_WARPS *WARP)
                 if (lane == 0)
                     out.scale[row * (out.stride / ACT_GROUP) + group] = scale;
             }
-            write_values<FORMAT>((char *)out.values + (row * out.stride + begin) * VALUE_BYTES, x, factor);
+            if (MX_SCALE) { // 32 columns are in the lanes that differ in these bits
+                uint32_t most = largest_magnitude(x), scale;
+                for (int mask = 8; mask; mask = mask == 4 ? 1 : mask / 2)
+                    most = max(most, __shfl_xor_sync(0xffffffffu, most, mask));
+                factor = e8m0_scale(most, &scale);
+                if ((lane & 13) == 0)
+                    ((uint8_t *)out.scale)[(row * out.stride + begin) / 32 + lane / 16 * 2 + lane % 4 / 2] =
+                        (uint8_t)scale;
+            }
+            if (FORMAT == INPUT_F32) // its rows stand next to each other, without padding
+                write_four<TILED>((float *)out.values + row * out.stride, begin, in.cols, in.aligned, x);
+            else
+                write_values<FORMAT>((char *)out.values + (row * out.stride + begin) * VALUE_BYTES, x, factor);
         }
         if (pass == 0) {
             largest = warp_max(largest);
@@ -339,9 +366,10 @@ static cudaError_t launch_rows(struct device_input out, enum input_format format
 {
     if (rows == 0)
         return cudaSuccess;
-    in.aligned = in.cols % 4 == 0 && in.x_stride % 4 == 0 && on_16_bytes(in.x) && on_16_bytes(in.residual) &&
-                 on_16_bytes(in.join.partial) && on_16_bytes(in.join.bias) && on_16_bytes(in.join.norm) &&
-                 on_16_bytes(in.weight) && on_16_bytes(in.bias);
+    in.aligned = in.cols % 4 == 0 && in.x_stride % 4 == 0 && out.stride % 4 == 0 && on_16_bytes(out.values) &&
+                 on_16_bytes(in.x) && on_16_bytes(in.residual) && on_16_bytes(in.join.partial) &&
+                 on_16_bytes(in.join.bias) && on_16_bytes(in.join.norm) && on_16_bytes(in.weight) &&
+                 on_16_bytes(in.bias);
     // All of this follows from the number of columns alone.
     int64_t groups = rounded_up_quotient(in.cols, ACT_GROUP);
     unsigned warps = groups > 0 ? (unsigned)at_most(groups, MAX_WARPS) : 1;
@@ -363,6 +391,8 @@ static cudaError_t launch_rows(struct device_input out, enum input_format format
         return LAUNCH((write_row<SOURCE, INPUT_INT8>), grid, block, bytes, stream, out, in, kept);
     case INPUT_INT8_TILE:
         return LAUNCH((write_row<SOURCE, INPUT_INT8_TILE>), grid, block, bytes, stream, out, in, kept);
+    case INPUT_MXFP8_TILE:
+        return LAUNCH((write_row<SOURCE, INPUT_MXFP8_TILE>), grid, block, bytes, stream, out, in, kept);
     case INPUT_E4M3:
         return LAUNCH((write_row<SOURCE, INPUT_E4M3>), grid, block, bytes, stream, out, in, kept);
     }

@@ -137,7 +137,7 @@ int step_norm(struct device *d, const struct join *join, const float *weight, co
               const struct matrix *next, struct error *err)
 {
     int64_t hidden = d->shape.desc->hidden_size;
-    bool keep = order || d->normed != d->buffer[BUFFER_PARTIAL];
+    bool keep = order || d->keeps_rows;
     struct device_input rows = {.values = d->normed, .stride = hidden};
     enum input_format format = keep ? INPUT_F32 : multiply_input(d, next);
     int rc = CHECK(launch_norm(keep ? rows : d->input, format, d->buffer[BUFFER_RESIDUAL], join_of(d, join), weight,

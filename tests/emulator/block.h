@@ -65,6 +65,9 @@ range allocation_of(const void *address);
 enum space { GLOBAL_LOAD, GLOBAL_STORE, SHARED_LOAD, SHARED_STORE };
 void note_access(space which, place where, const void *address, size_t bytes);
 
+// See emulator_misread_scales.
+extern bool misread_scales;
+
 void copy_async(void *to, const void *from, bool valid, place where);
 void copy_async_commit();
 void copy_async_wait(int groups_left);

@@ -31,6 +31,8 @@ void emulator_seed(uint64_t seed);
 void emulator_set_sm(int sm);
 // The nth call from now (0: the next) of the runtime function of this name fails with the error. NULL: nothing planned fails any more.
 void emulator_fail_call(const char *name, int nth, cudaError_t error);
+// From now on scaled products of the tensor cores are wrong, as on a device whose instructions mean something else.
+void emulator_misread_scales(bool wrong);
 // Runs fn(arg) when the stream comes to it; may be captured.
 void emulator_enqueue(cudaStream_t stream, void (*fn)(void *arg), void *arg);
 

@@ -192,6 +192,8 @@ cudaError_t enqueue(cudaStream_t stream, work w)
     return cudaSuccess;
 }
 
+bool misread_scales;
+
 } // namespace emulator
 
 // ---- the tests' own calls ------------------------------------------------------------------------------------------
@@ -199,6 +201,8 @@ cudaError_t enqueue(cudaStream_t stream, work w)
 bool emulator_present(void) { return true; }
 
 void emulator_set_sm(int sm) { forced_sm = sm; }
+
+void emulator_misread_scales(bool wrong) { emulator::misread_scales = wrong; }
 
 void emulator_fail_call(const char *name, int nth, cudaError_t error)
 {

@@ -151,10 +151,17 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     if ((rc = import_config_parse(&config, &root, &root, &err)))
         check_refused(rc, &err);
     json_file_close(&root);
-    import_config_form(&config, "model.layers.0.mlp.down_proj");
+    const struct import_form *form;
+    if (!rc)
+        rc = import_config_form(&form, &config, "model.layers.0.mlp.down_proj", &err);
     if (rc || !zero)
         goto done;
-    write_checkpoint(zero + 1, size - config_bytes - 1);
+    struct safetensors_header *header;
+    uint64_t file_bytes = size - config_bytes - 1;
+    if (safetensors_parse(zero + 1, file_bytes, file_bytes, "model.safetensors", &header, &err))
+        goto done;
+    safetensors_free(header);
+    write_checkpoint(zero + 1, file_bytes);
     if (checkpoint_open(&checkpoint, directory(), &err))
         goto done;
     for (size_t t = 0; t < checkpoint_tensor_count(checkpoint) && t < MOST_TENSORS; t++)

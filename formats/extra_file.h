@@ -1,0 +1,17 @@
+// Files of a shard directory beside the ranks' own, such as tokenizer.bin and chat_template.jinja: what decides which text is
+// trusted must be what the manifest names, byte for byte.
+#ifndef TPSHARD_FORMATS_EXTRA_FILE_H
+#define TPSHARD_FORMATS_EXTRA_FILE_H
+
+#include <stdint.h>
+
+#include "formats/error.h"
+#include "formats/manifest.h"
+
+// Reads dir/name and compares it with the manifest. *out becomes NULL when the manifest names no such file, whatever lies in the
+// directory. ERR_CORRUPT: size or checksum differs, or it has more than cap_bytes.
+// Success: the caller owns *out (free), *num_bytes long and followed by one NUL byte.
+int extra_file_read(uint8_t **out, uint64_t *num_bytes, const struct manifest *manifest, const char *dir,
+                    const char *name, uint64_t cap_bytes, struct error *err);
+
+#endif
