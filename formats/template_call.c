@@ -171,13 +171,14 @@ static struct value function_strftime_now(struct run *r, struct value self, cons
     const struct string *s = v[0].string;
     if (s->bytes >= sizeof format - 1 || memchr(s->text, 0, s->bytes) || !localtime_r(&seconds, &when))
         run_fail(r, "strftime_now cannot use this format");
-    memcpy(format, s->text, s->bytes);
-    memcpy(format + s->bytes, "x", 2); // so that 0 bytes mean that there was no room
+    format[0] = 'x'; // so that 0 bytes mean that there was no room
+    memcpy(format + 1, s->text, s->bytes);
+    format[s->bytes + 1] = 0;
     size_t bytes = strftime(text, sizeof text, format, &when);
     if (!bytes)
         run_fail(r, "the format of strftime_now gives more than %d bytes", MOST);
     // What a user's format says comes from the user.
-    return value_string(string_new(r, text, bytes - 1, s->user || s->marks));
+    return value_string(string_new(r, text + 1, bytes - 1, s->user || s->marks));
 }
 
 const struct callable *call_global(const char *name)

@@ -211,6 +211,36 @@ static int refuse_unused(const struct checkpoint *checkpoint, const struct plan 
     return rc;
 }
 
+// A config that says "tied" beside a head of its own: which of the two is meant decides every logit.
+static int check_tied_head(const struct checkpoint *checkpoint, const struct plan *plan, struct error *err)
+{
+    enum { PIECE_BYTES = 1 << 20 };
+    const struct safetensors_tensor *head = checkpoint_find(checkpoint, "lm_head.weight"), *embedding = NULL;
+    for (uint64_t i = 0; i < plan->tensor_count && !embedding; i++)
+        if (plan->ranks[0].tensors[i].role == ROLE_EMBEDDING)
+            embedding = checkpoint_find(checkpoint, plan->sources[i][0].tensor);
+    if (!plan->model.tied_embeddings || !head || !embedding)
+        return 0;
+    uint64_t bytes = head->bytes;
+    bool same = head->dtype == embedding->dtype && embedding->bytes == bytes;
+    uint8_t *pieces = malloc(2 * PIECE_BYTES);
+    int rc = pieces ? 0 : error_set(err, ERR_MEMORY, "out of memory for comparing the head with the embedding");
+    for (uint64_t at = 0; !rc && same && at < bytes; at += PIECE_BYTES) {
+        uint64_t count = bytes - at < PIECE_BYTES ? bytes - at : PIECE_BYTES;
+        if (!(rc = checkpoint_read(checkpoint, head, at, count, pieces, err)) &&
+            !(rc = checkpoint_read(checkpoint, embedding, at, count, pieces + PIECE_BYTES, err)))
+            same = memcmp(pieces, pieces + PIECE_BYTES, count) == 0;
+    }
+    free(pieces);
+    if (!rc && !same)
+        rc = error_set(
+            err, ERR_MODEL,
+            "%s: config.json ties the head to the embedding, but lm_head.weight is another matrix than %s; set "
+            "tie_word_embeddings to false, or leave lm_head.weight out",
+            checkpoint_file_name(checkpoint, (size_t)head->file), embedding->name);
+    return rc;
+}
+
 int checkpoint_source_init(struct checkpoint_source *out, const struct checkpoint *checkpoint, const struct plan *plan,
                            const struct hf_config *config, const struct checkpoint_claims *claims, struct error *err)
 {
@@ -224,7 +254,7 @@ int checkpoint_source_init(struct checkpoint_source *out, const struct checkpoin
                 (rc = check_tensor(&source, &tensor->parts[p], &plan->sources[i][p], tensor->shape.kind, err)))
                 return rc;
     }
-    if ((rc = refuse_unused(checkpoint, plan, claims, err)))
+    if ((rc = refuse_unused(checkpoint, plan, claims, err)) || (rc = check_tied_head(checkpoint, plan, err)))
         return rc;
     *out = source;
     return 0;

@@ -332,6 +332,28 @@ static int bind_columns(const struct import *import, struct import_matrix *matri
     return index && !awq ? read_column_groups(import, matrix, index, err) : 0;
 }
 
+// Zero points of a form that is symmetric: nothing but its middle may stand there.
+static int refuse_zero_points(const struct import *import, const struct import_matrix *matrix, struct error *err)
+{
+    const struct safetensors_tensor *zeros = matrix->zeros;
+    uint64_t per_word = 32 / (uint64_t)matrix->form.bits, groups = zeros->num_dims == 2 ? zeros->dims[1] : 1;
+    uint32_t middle = 1u << (matrix->form.bits - 1), mask = (middle << 1) - 1, word;
+    bool shifted = zeros->dtype != DTYPE_I8 && zeros->dtype != DTYPE_I32;
+    uint8_t *bytes = malloc(zeros->bytes + sizeof word);
+    int rc = bytes ? checkpoint_read(import->checkpoint, zeros, 0, zeros->bytes, bytes, err)
+                   : error_set(err, ERR_MEMORY, "out of memory for the zero points of %s", zeros->name);
+    for (uint64_t i = 0; !rc && !shifted && zeros->dtype == DTYPE_I8 && i < zeros->bytes; i++)
+        shifted = bytes[i] != 0;
+    for (uint64_t i = 0; !rc && !shifted && zeros->dtype == DTYPE_I32 && i < zeros->bytes / sizeof word; i++) {
+        memcpy(&word, bytes + i * sizeof word, sizeof word);
+        for (uint64_t j = 0; j < per_word && i / groups * per_word + j < matrix->rows; j++)
+            shifted |= (word >> (j * (uint64_t)matrix->form.bits) & mask) != middle;
+    }
+    free(bytes);
+    return !rc && shifted ? unsupported(import, zeros, "the config says symmetric, but there are zero points", err)
+                          : rc;
+}
+
 static int bind_packed_i32(const struct import *import, struct import_matrix *matrix, struct error *err)
 {
     const struct safetensors_tensor *shape = import_companion(import, matrix->name, ".weight_shape");
@@ -362,11 +384,15 @@ static int bind_packed_i32(const struct import *import, struct import_matrix *ma
         return rc;
     if (!matrix->scale_per_tensor && !is_matrix(matrix->scales, matrix->rows, groups))
         return wrong_shape(import, matrix->scales, (const uint64_t[]){matrix->rows, groups}, 2, err);
-    if (matrix->form.symmetric)
+    if (matrix->form.symmetric) {
+        if (matrix->zeros && (rc = refuse_zero_points(import, matrix, err)))
+            return rc;
         matrix->zeros = NULL;
-    else if (!matrix->zeros)
+    } else if (!matrix->zeros) {
         return missing(matrix, ".weight_zero_point", err);
-    else if ((rc = want_matrix(import, matrix->zeros, DTYPE_I32, div_up(matrix->rows, per_word), groups, err)))
+    }
+    if (matrix->zeros &&
+        (rc = want_matrix(import, matrix->zeros, DTYPE_I32, div_up(matrix->rows, per_word), groups, err)))
         return rc;
     return index ? read_column_groups(import, matrix, index, err) : 0;
 }
@@ -572,6 +598,9 @@ static int bind_hqq(const struct import *import, struct import_matrix *matrix, s
     if ((rc = want_reals(import, matrix->scales, err)) || (rc = want_reals(import, matrix->zeros, err)))
         return rc;
     uint64_t scales = elements(matrix->scales);
+    // Groups along a row give a column of scales; groups along a column (axis 0) a row of them.
+    if (matrix->scales->num_dims == 2 && matrix->scales->dims[0] == 1 && scales > 1)
+        return unsupported(import, matrix->scales, "its groups run along a column (axis 0)", err);
     if (scales == 0 || scales % matrix->rows || scales % 2 || matrix->cols % (scales / matrix->rows))
         return unsupported(import, matrix->scales, "its scales are not whole groups of each row", err);
     matrix->groups = scales / matrix->rows;

@@ -956,6 +956,22 @@ static void test_refused_configs(void **state)
     }
 }
 
+static const struct import_part refused_part = {"m.weight", N, K};
+
+static void refused_choice(const char *config, const struct tensor *tensors, size_t count, const char *name,
+                           const char *words)
+{
+    enum weight_kind kind;
+    uint32_t group;
+    struct opened opened;
+    struct error err = {0};
+    assert_int_equal(open_import(&opened, config, tensors, count, &err), 0);
+    int rc = import_choose(opened.import, ROLE_O, &refused_part, 1, &kind, &group, &err);
+    if (rc != ERR_MODEL || !strstr(err.msg, words))
+        fail_msg("%s: code %d, \"%s\" does not say \"%s\"", name, rc, err.msg, words);
+    close_import(&opened);
+}
+
 static void test_refused_tensors(void **state)
 {
     (void)state;
@@ -1005,21 +1021,27 @@ static void test_refused_tensors(void **state)
         {"blocks", {{"m.weight", "F8_E4M3", "[8,8]", not_a_number, 64}}, "m.weight_scale_inv"},
         {"floats of 64 bits", {{"m.weight", "F64", "[8,1]", not_a_number, 64}}, "m.weight is F64"},
     };
-    struct import_part part = {"m.weight", N, K};
     enum weight_kind kind;
     uint32_t group;
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
-        struct opened opened;
-        struct error err = {0};
         size_t count = 0;
         while (count < 4 && cases[i].tensors[count].name)
             count++;
-        assert_int_equal(open_import(&opened, gptq, cases[i].tensors, count, &err), 0);
-        int rc = import_choose(opened.import, ROLE_O, &part, 1, &kind, &group, &err);
-        if (rc != ERR_MODEL || !strstr(err.msg, cases[i].words))
-            fail_msg("%s: code %d, \"%s\" does not say \"%s\"", cases[i].name, rc, err.msg, cases[i].words);
-        close_import(&opened);
+        refused_choice(gptq, cases[i].tensors, count, cases[i].name, cases[i].words);
     }
+    const struct tensor zeros[] = {{"m.weight_packed", "I32", "[8,1]", WORDS(words)},
+                                   {"m.weight_scale", "F16", "[8,1]", WORDS(f16_scales)},
+                                   {"m.weight_zero_point", "I32", "[1,1]", words, 4}};
+    refused_choice(CONFIG("\"quant_method\":\"compressed-tensors\",\"format\":\"pack-quantized\",\"config_groups\":{"
+                          "\"group_0\":{\"targets\":[\"Linear\"],\"weights\":{\"num_bits\":4,\"type\":\"int\","
+                          "\"symmetric\":true,\"strategy\":\"channel\"}}}"),
+                   zeros, 3, "symmetric", "the config says symmetric, but there are zero points");
+    const struct tensor turned[] = {{"m.W_q", "U8", "[4,8]", words, 32},
+                                    {"m.scale", "F16", "[1,8]", WORDS(f16_scales)},
+                                    {"m.zero", "F16", "[1,8]", WORDS(f16_scales)}};
+    refused_choice(
+        CONFIG("\"quant_method\":\"hqq\",\"quant_config\":{\"weight_quant_params\":{\"nbits\":4,\"group_size\":8}}"),
+        turned, 3, "axis 0", "its groups run along a column (axis 0)");
 
     // What only rows show.
     const struct {
@@ -1048,7 +1070,7 @@ static void test_refused_tensors(void **state)
         int rc = 0;
         assert_int_equal(open_import(&opened, rows[i].config, rows[i].tensors, rows[i].tensors[2].name ? 3 : 2, &err),
                          0);
-        assert_int_equal(import_choose(opened.import, ROLE_O, &part, 1, &kind, &group, &err), 0);
+        assert_int_equal(import_choose(opened.import, ROLE_O, &refused_part, 1, &kind, &group, &err), 0);
         struct packed_row row = new_row(kind, group, K);
         assert_int_equal(import_read(opened.import, &window, "m.weight", 0, N, &err), 0);
         for (uint64_t n = 0; n < N && !rc; n++)

@@ -516,12 +516,12 @@ static void test_messages(void **state)
 static void test_time(void **state)
 {
     (void)state;
-    static const char text[] = "{{ strftime_now('%d %b %Y %H:%M') }}";
+    static const char text[] = "{{ strftime_now('%d %b %Y %H:%M') }}{{ strftime_now('%') }}";
     struct template_output out;
     struct error err;
     setenv("TZ", "UTC", 1);
     assert_int_equal(render_with(text, strlen(text), NULL, NULL, &out, &err), 0);
-    assert_string_equal(out.text, "14 Nov 2023 22:13");
+    assert_string_equal(out.text, "14 Nov 2023 22:13%");
     template_output_clear(&out);
 }
 
