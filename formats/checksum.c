@@ -63,6 +63,24 @@ bool checksum128_from_hex(struct checksum128 *out, const char *hex)
     return true;
 }
 
+void checksum128_to_bytes(struct checksum128 sum, uint8_t bytes[CHECKSUM128_BYTES])
+{
+    for (int i = 0; i < 8; i++) {
+        bytes[i] = (uint8_t)(sum.high >> (56 - 8 * i));
+        bytes[8 + i] = (uint8_t)(sum.low >> (56 - 8 * i));
+    }
+}
+
+struct checksum128 checksum128_from_bytes(const uint8_t bytes[CHECKSUM128_BYTES])
+{
+    struct checksum128 sum = {0, 0};
+    for (int i = 0; i < 8; i++) {
+        sum.high = sum.high << 8 | bytes[i];
+        sum.low = sum.low << 8 | bytes[8 + i];
+    }
+    return sum;
+}
+
 struct checksum_stream *checksum_stream_new(void) { return fastest()->stream_new(); }
 
 void checksum_stream_update(struct checksum_stream *stream, const void *bytes, size_t num_bytes)

@@ -1,4 +1,4 @@
-// Checksums of stored bytes: XXH3-64 for leaves of 1 MiB, XXH3-128 for whole files and roots; seed 0.
+// Checksums of stored bytes: XXH3-64 for leaves, XXH3-128 for whole files and roots; seed 0.
 // They detect damage, not malice. The fastest implementation that this CPU and its operating system support is
 // chosen at the first call; all give the same values. Every function may be called from any thread.
 #ifndef TPSHARD_FORMATS_CHECKSUM_H
@@ -8,7 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { CHECKSUM_LEAF_BYTES = 1 << 20, CHECKSUM128_HEX_DIGITS = 32 };
+enum { CHECKSUM128_HEX_DIGITS = 32, CHECKSUM128_BYTES = 16 };
 
 struct checksum128 {
     uint64_t low, high;
@@ -22,6 +22,9 @@ bool checksum128_equal(struct checksum128 a, struct checksum128 b);
 void checksum128_to_hex(struct checksum128 sum, char hex[CHECKSUM128_HEX_DIGITS + 1]);
 // False, and *out untouched, unless hex is exactly 32 digits 0-9a-f: one spelling per value.
 bool checksum128_from_hex(struct checksum128 *out, const char *hex);
+// The same order of bytes, as rank files hold it.
+void checksum128_to_bytes(struct checksum128 sum, uint8_t bytes[CHECKSUM128_BYTES]);
+struct checksum128 checksum128_from_bytes(const uint8_t bytes[CHECKSUM128_BYTES]);
 
 // checksum_whole in pieces. A stream belongs to one thread at a time. checksum_stream_final may be called at any
 // time, and again after more updates.

@@ -100,6 +100,22 @@ int json_file_wrong(const struct json_object *object, const char *key, const cha
                      wanted, json_file_type_name(found));
 }
 
+int json_file_check_keys(const struct json_object *object, const char *const *known, struct error *err)
+{
+    const char *key;
+    json_t *value;
+    json_object_foreach((json_t *)object->json, key, value)
+    {
+        bool found = false;
+        for (size_t i = 0; known[i] && !found; i++)
+            found = strcmp(key, known[i]) == 0;
+        if (!found)
+            return error_set(err, object->bad_code, "%s: unknown key %s%s; a newer tpshard may have written it",
+                             object->file_name, object->path, key);
+    }
+    return 0;
+}
+
 // *found is null when the member is absent and may be.
 static int find(const json_t **found, const struct json_object *object, const char *key, const char *wanted,
                 enum json_need need, struct error *err)

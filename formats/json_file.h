@@ -55,6 +55,10 @@ int json_file_get_object(struct json_object *out, const struct json_object *obje
 int json_file_get_object_at(struct json_object *out, const struct json_object *object, const char *key, size_t index,
                             struct error *err);
 
+// Of files that tpshard wrote: refuses a member whose name is none of `known` (NULL behind the last). What is not
+// understood must not be ignored.
+int json_file_check_keys(const struct json_object *object, const char *const *known, struct error *err);
+
 // "a string", "an object", "nothing" (null pointer) ...: for sentences of the form "must be ..., found %s".
 const char *json_file_type_name(const json_t *json);
 // Sets "<file>: <path><key> must be <wanted>, found <type of found>" with the file's bad_code, and returns that code.

@@ -6,6 +6,7 @@
 #include "formats/checked.h"
 #include "formats/json_file.h"
 #include "formats/model_json.h"
+#include "formats/shard_file.h"
 
 #include <errno.h>
 #include <float.h>
@@ -16,7 +17,7 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { RANKS_MAX = 1024, FILES_MAX = 10000, NAME_MAX_BYTES = 255, TOOL_MAX_BYTES = 255 };
+enum { FILES_MAX = 10000, NAME_MAX_BYTES = 255, TOOL_MAX_BYTES = 255 };
 
 #define INT_MAX_DIM 0x7fffffff
 
@@ -159,22 +160,6 @@ static const char *const root_keys[] = {"contract", "experts", "extras",  "model
 static const char *const quant_keys[] = {"embedding", "group_size", "head", "linear", NULL};
 static const char *const file_keys[] = {"bytes", "name", "xxh3_128", NULL};
 
-// Refuses a member whose name is not in the list: what is not understood must not be ignored.
-static int check_keys(const struct json_object *object, const char *const *known, struct error *err)
-{
-    for (void *at = json_object_iter((json_t *)object->json); at;
-         at = json_object_iter_next((json_t *)object->json, at)) {
-        const char *key = json_object_iter_key(at);
-        bool found = false;
-        for (size_t i = 0; known[i] && !found; i++)
-            found = strcmp(key, known[i]) == 0;
-        if (!found)
-            return error_set(err, ERR_CORRUPT, "%s: unknown key %s%s; a newer tpshard may have written it",
-                             object->file_name, object->path, key);
-    }
-    return 0;
-}
-
 static bool is_clean_text(const char *text, size_t max_bytes)
 {
     size_t bytes = strlen(text);
@@ -254,7 +239,8 @@ static int parse_quant(struct manifest_quant *quant, const struct json_object *r
     int64_t group_size = 0;
     int rc;
     if ((rc = json_file_get_object(&object, root, "quant", JSON_REQUIRED, err)) ||
-        (rc = check_keys(&object, quant_keys, err)) || (rc = get_kind(&quant->linear, &object, "linear", err)) ||
+        (rc = json_file_check_keys(&object, quant_keys, err)) ||
+        (rc = get_kind(&quant->linear, &object, "linear", err)) ||
         (rc = get_kind(&quant->embedding, &object, "embedding", err)) ||
         (rc = get_kind(&quant->head, &object, "head", err)) ||
         (rc = json_file_get_int(&group_size, &object, "group_size", 0, 128, JSON_REQUIRED, err)))
@@ -286,7 +272,8 @@ static int parse_files(struct manifest_file **out, size_t *out_count, const stru
         struct json_object object;
         struct manifest_file *file = &(*out)[i];
         int64_t bytes = 0;
-        if ((rc = json_file_get_object_at(&object, root, key, i, err)) || (rc = check_keys(&object, file_keys, err)) ||
+        if ((rc = json_file_get_object_at(&object, root, key, i, err)) ||
+            (rc = json_file_check_keys(&object, file_keys, err)) ||
             (rc = get_text(&file->name, &object, "name", NAME_MAX_BYTES, err)))
             return rc;
         *out_count = i + 1;
@@ -337,10 +324,10 @@ static int parse_root(struct manifest *manifest, const struct json_object *root,
         return error_set(err, ERR_CORRUPT, "%s: shard directory version %" PRId64 ", this program reads version %d",
                          root->file_name, version, MANIFEST_VERSION);
     manifest->version = MANIFEST_VERSION;
-    if ((rc = check_keys(root, root_keys, err)) || (rc = parse_model(&manifest->model, root, err)) ||
+    if ((rc = json_file_check_keys(root, root_keys, err)) || (rc = parse_model(&manifest->model, root, err)) ||
         (rc = parse_quant(&manifest->quant, root, err)) || (rc = parse_experts(&manifest->experts, root, err)) ||
-        (rc = json_file_get_int(&tp_size, root, "tp_size", 1, RANKS_MAX, JSON_REQUIRED, err)) ||
-        (rc = json_file_get_int(&pp_size, root, "pp_size", 1, RANKS_MAX, JSON_REQUIRED, err)) ||
+        (rc = json_file_get_int(&tp_size, root, "tp_size", 1, SHARD_MAX_RANKS, JSON_REQUIRED, err)) ||
+        (rc = json_file_get_int(&pp_size, root, "pp_size", 1, SHARD_MAX_RANKS, JSON_REQUIRED, err)) ||
         (rc = get_text(&manifest->tool, root, "tool", TOOL_MAX_BYTES, err)) ||
         (rc = get_text(&manifest->wire_advice, root, "wire_advice", NAME_MAX_BYTES, err)) ||
         (rc = get_checksum(&manifest->contract, root, "contract", err)) ||

@@ -68,6 +68,7 @@ struct latent_desc {
     int64_t kv_rank; // columns of the latent; 0: plain attention
     int64_t q_rank;  // columns of the queries' latent; 0: queries come from the hidden row directly
     int64_t nope_dim, rope_dim, v_dim;
+    double norm_eps; // RMSNorm of both latents; 0: norm_eps of the model
 };
 
 struct model_desc {
@@ -114,6 +115,11 @@ struct model_desc {
     double default_temperature, default_top_p, default_repetition_penalty;
     int64_t default_top_k;
 };
+
+static inline double model_latent_norm_eps(const struct model_desc *model)
+{
+    return model->latent.norm_eps > 0 ? model->latent.norm_eps : model->norm_eps;
+}
 
 // How a dimension of `units` whole units is dealt out: rank r of tp_size owns [partition_begin(r),
 // partition_begin(r+1)). Uneven splits and empty shares are legal.

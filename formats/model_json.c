@@ -12,6 +12,7 @@ enum field_type {
     FIELD_OPTIONAL_INT,  // int64_t, -1 and left out where there is none
     FIELD_REAL,          // double, required
     FIELD_OPTIONAL_REAL, // double, NaN and left out where there is none
+    FIELD_POSITIVE_REAL, // double, 0 and left out where there is none
     FIELD_BOOL,
     FIELD_WORD,   // an enumeration, by name
     FIELD_TEXT,   // char[MODEL_NAME_BYTES]
@@ -56,6 +57,7 @@ static const struct field {
     {"intermediate_size", FIELD_INT, AT(intermediate_size), 0, INT_MAX_DIM, NULL},
     {"latent_kv_rank", FIELD_INT, AT(latent.kv_rank), 0, MODEL_MAX_LATENT_KEY_DIM, NULL},
     {"latent_nope_dim", FIELD_INT, AT(latent.nope_dim), 0, MODEL_MAX_LATENT_HEAD_DIM, NULL},
+    {"latent_norm_eps", FIELD_POSITIVE_REAL, AT(latent.norm_eps), DBL_MIN, 1, NULL},
     {"latent_q_rank", FIELD_INT, AT(latent.q_rank), 0, INT_MAX_DIM, NULL},
     {"latent_rope_dim", FIELD_INT, AT(latent.rope_dim), 0, MODEL_MAX_LATENT_HEAD_DIM, NULL},
     {"latent_v_dim", FIELD_INT, AT(latent.v_dim), 0, MODEL_MAX_LATENT_HEAD_DIM, NULL},
@@ -157,7 +159,8 @@ static bool check_attention(const struct model_desc *model, char *problem, size_
     }
     if (model->rotary_dim % 2 || model->rotary_dim > model->head_dim)
         wrong = "rotary_dim must be even and at most head_dim";
-    else if (latent->kv_rank == 0 && (latent->q_rank || latent->nope_dim || latent->rope_dim || latent->v_dim))
+    else if (latent->kv_rank == 0 &&
+             (latent->q_rank || latent->nope_dim || latent->rope_dim || latent->v_dim || latent->norm_eps != 0))
         wrong = "latent_kv_rank is 0, but other fields describe latent attention";
     else if (latent->kv_rank == 0 && model->head_dim > MODEL_MAX_HEAD_DIM)
         wrong = "head_dim must be at most 256";
@@ -205,6 +208,10 @@ void model_json_emit(struct json_emit *to, const struct model_desc *model)
             if (!isnan(*(const double *)value))
                 json_emit_real(to, field->name, *(const double *)value);
             break;
+        case FIELD_POSITIVE_REAL:
+            if (*(const double *)value != 0)
+                json_emit_real(to, field->name, *(const double *)value);
+            break;
         case FIELD_BOOL:
             json_emit_bool(to, field->name, *(const bool *)value);
             break;
@@ -231,22 +238,6 @@ void model_json_emit(struct json_emit *to, const struct model_desc *model)
 }
 
 // ---- reading --------------------------------------------------------------------------------------------------------
-
-// What is not understood must not be ignored.
-static int check_keys(const struct json_object *object, struct error *err)
-{
-    for (void *at = json_object_iter((json_t *)object->json); at;
-         at = json_object_iter_next((json_t *)object->json, at)) {
-        const char *key = json_object_iter_key(at);
-        bool found = false;
-        for (int i = 0; i < FIELD_COUNT && !found; i++)
-            found = strcmp(key, fields[i].name) == 0;
-        if (!found)
-            return error_set(err, object->bad_code, "%s: unknown key %s%s; a newer tpshard may have written it",
-                             object->file_name, object->path, key);
-    }
-    return 0;
-}
 
 static int parse_eos(struct model_desc *model, const struct json_object *object, const struct field *field,
                      struct error *err)
@@ -329,7 +320,8 @@ static int parse_field(struct model_desc *model, const struct json_object *objec
     case FIELD_INT:
         return json_file_get_int(value, object, field->name, (int64_t)field->min, (int64_t)field->max, need, err);
     case FIELD_OPTIONAL_REAL:
-        *(double *)value = NAN;
+    case FIELD_POSITIVE_REAL:
+        *(double *)value = field->type == FIELD_OPTIONAL_REAL ? NAN : 0;
         need = JSON_OPTIONAL;
         // fallthrough
     case FIELD_REAL:
@@ -352,7 +344,10 @@ int model_json_parse(struct model_desc *out, const struct json_object *object, s
 {
     char problem[160];
     const json_t *layers;
-    int rc = check_keys(object, err);
+    const char *names[FIELD_COUNT + 1] = {NULL};
+    for (int i = 0; i < FIELD_COUNT; i++)
+        names[i] = fields[i].name;
+    int rc = json_file_check_keys(object, names, err);
     for (int i = 0; i < FIELD_COUNT && !rc; i++)
         rc = parse_field(out, object, &fields[i], err);
     if (rc)

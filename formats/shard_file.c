@@ -145,7 +145,7 @@ static int check_head_hash(const struct shard_file *file, const struct disk_head
     checksum_stream_update(stream, &unhashed, sizeof unhashed);
     checksum_stream_update(stream, bytes + HEADER_BYTES, header->payload_offset - HEADER_BYTES);
     uint8_t hash[16];
-    shard_layout_put_checksum(hash, checksum_stream_final(stream));
+    checksum128_to_bytes(checksum_stream_final(stream), hash);
     checksum_stream_free(stream);
     if (memcmp(hash, header->head_hash, sizeof hash) != 0)
         return refuse(file, err, "checksum mismatch in its head (file bytes 0 to %" PRIu64 ")",
@@ -160,8 +160,8 @@ static int read_header(struct shard_file *file, const struct disk_header *header
     if (header->header_bytes != HEADER_BYTES || header->reserved ||
         !all_zero(header->reserved_end, 0, sizeof header->reserved_end))
         return refuse(file, err, "a reserved field of its header is in use");
-    if (header->tp_size < 1 || header->tp_size > RANKS_MAX || header->rank >= header->tp_size || header->pp_size < 1 ||
-        header->pp_size > RANKS_MAX || header->pp_rank >= header->pp_size)
+    if (header->tp_size < 1 || header->tp_size > SHARD_MAX_RANKS || header->rank >= header->tp_size ||
+        header->pp_size < 1 || header->pp_size > SHARD_MAX_RANKS || header->pp_rank >= header->pp_size)
         return refuse(file, err, "impossible rank %" PRIu32 " of %" PRIu32 ", stage %" PRIu32 " of %" PRIu32,
                       header->rank, header->tp_size, header->pp_rank, header->pp_size);
     for (int i = 0; i < SHARE_FIELDS; i++)

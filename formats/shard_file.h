@@ -20,6 +20,7 @@ enum {
     SHARD_TENSOR_ALIGN = 256,      // every tensor's data and scales start at a multiple of this
     SHARD_FILE_ALIGN = 4096,       // the file's length is a multiple of this
     SHARD_MAX_PARTS = 4,           // source tensors fused into one stored tensor
+    SHARD_MAX_RANKS = 1024,        // tp_size, and pp_size
 };
 
 // What a tensor is for. Numbers are on disk. layer is -1 for those outside the layers.

@@ -100,14 +100,6 @@ int shard_layout(struct shard_tensor *tensors, uint64_t count, uint64_t *payload
     return 0;
 }
 
-void shard_layout_put_checksum(uint8_t out[16], struct checksum128 sum)
-{
-    for (int i = 0; i < 8; i++) {
-        out[i] = (uint8_t)(sum.high >> (56 - 8 * i));
-        out[8 + i] = (uint8_t)(sum.low >> (56 - 8 * i));
-    }
-}
-
 // ---- writing --------------------------------------------------------------------------------------------------------
 
 static struct disk_header make_header(const struct shard_disk_layout *layout, const struct shard_identity *identity,
@@ -206,7 +198,7 @@ int shard_head_serialise(uint8_t **out, const struct shard_identity *identity, c
     write_index(head, &layout, placed, count);
     if (layout.leaf_count)
         memcpy(head + layout.leaves_offset, leaves, layout.leaf_count * sizeof *leaves);
-    shard_layout_put_checksum(header.head_hash, checksum_whole(head, layout.payload_offset));
+    checksum128_to_bytes(checksum_whole(head, layout.payload_offset), header.head_hash);
     memcpy(head, &header, sizeof header);
 
     // What is written can be read: the reader's checks are the writer's too.

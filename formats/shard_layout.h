@@ -23,7 +23,6 @@ enum {
     LAYER_MAX = 65535,
     EXPERT_MAX = 65535,
     SHARE_FIELDS = sizeof(struct rank_share) / sizeof(int64_t),
-    RANKS_MAX = 1024,
 };
 
 struct disk_header {
@@ -33,9 +32,9 @@ struct disk_header {
     uint32_t required_features; //  16  a reader rejects a bit that it does not know
     uint32_t optional_features; //  20  a reader ignores bits that it does not know
     uint32_t rank;              //  24  < tp_size
-    uint32_t tp_size;           //  28  1 to 1024
+    uint32_t tp_size;           //  28  1 to SHARD_MAX_RANKS
     uint32_t pp_rank;           //  32  < pp_size
-    uint32_t pp_size;           //  36  1 to 1024
+    uint32_t pp_size;           //  36  1 to SHARD_MAX_RANKS
     uint32_t tensor_count;      //  40  >= 1
     uint32_t part_count;        //  44  all tensors' parts
     uint64_t tensors_offset;    //  48  from the file's start, as all offsets here; 320
@@ -99,8 +98,6 @@ bool shard_layout_tensor(struct shard_tensor *tensor, uint64_t *end);
 // would be larger than HEAD_MAX_BYTES.
 bool shard_layout_file(struct shard_disk_layout *out, uint64_t tensor_count, uint64_t part_count,
                        uint64_t strings_bytes, uint64_t payload_end);
-// The canonical bytes of a checksum: big-endian, high half first, as in its hexadecimal spelling.
-void shard_layout_put_checksum(uint8_t out[16], struct checksum128 sum);
 // "layers.3.down (model.layers.3.mlp.down_proj.weight)", "layers.3.expert_down 7 (...)", for messages.
 const char *shard_layout_label(char *buffer, size_t bytes, const struct shard_tensor *tensor);
 

@@ -181,6 +181,14 @@ static struct value function_strftime_now(struct run *r, struct value self, cons
     return value_string(string_new(r, text + 1, bytes - 1, s->user || s->marks));
 }
 
+const struct callable *callable_find(const struct callable *table, const char *name)
+{
+    for (; table->name; table++)
+        if (!strcmp(table->name, name))
+            return table;
+    return NULL;
+}
+
 const struct callable *call_global(const char *name)
 {
     static const struct callable functions[] = {
@@ -192,11 +200,9 @@ const struct callable *call_global(const char *name)
         {"lipsum", NULL, NULL, 0},
         {"cycler", NULL, NULL, 0},
         {"joiner", NULL, NULL, 0},
+        {NULL, NULL, NULL, 0},
     };
-    for (size_t i = 0; i < sizeof functions / sizeof *functions; i++)
-        if (!strcmp(functions[i].name, name))
-            return &functions[i];
-    return NULL;
+    return callable_find(functions, name);
 }
 
 const struct callable *call_named(const struct string *name, const struct callable *find(const char *name))

@@ -330,9 +330,8 @@ const struct callable *template_filter(const char *name)
         {"truncate", filter_truncate, "length killwords end leeway", 0},
         {"wordcount", filter_wordcount, "", 0},
         {"center", filter_center, "width", 0},
+        {NULL, NULL, NULL, 0},
     };
-    for (size_t i = 0; i < sizeof filters / sizeof *filters; i++)
-        if (!strcmp(filters[i].name, name))
-            return &filters[i];
-    return template_items_filter(name);
+    const struct callable *filter = callable_find(filters, name);
+    return filter ? filter : template_items_filter(name);
 }

@@ -117,6 +117,8 @@ struct callable {
     const char *parameters;                        // "width first blank"; NULL: takes what is in args
     int required;                                  // so many must be given
 };
+const struct callable *callable_find(const struct callable *table,
+                                     const char *name); // up to a NULL name; NULL: not there
 
 struct method {
     const struct callable *callable;

@@ -457,9 +457,7 @@ const struct callable *template_items_filter(const char *name)
         {"sum", filter_sum, "attribute start", 0},
         {"batch", filter_batch, "linecount fill_with", 1},
         {"attr", filter_attr, "name", 1},
+        {NULL, NULL, NULL, 0},
     };
-    for (size_t i = 0; i < sizeof filters / sizeof *filters; i++)
-        if (!strcmp(filters[i].name, name))
-            return &filters[i];
-    return NULL;
+    return callable_find(filters, name);
 }

@@ -218,10 +218,7 @@ const struct callable *template_test(const char *name)
         {">", test_gt, "other", 1},          {"greaterthan", test_gt, "other", 1},
         {"ge", test_ge, "other", 1},         {">=", test_ge, "other", 1},
         {"in", test_in, "seq", 1},           {"filter", test_filter, "", 0},
-        {"test", test_test, "", 0},
+        {"test", test_test, "", 0},          {NULL, NULL, NULL, 0},
     };
-    for (size_t i = 0; i < sizeof tests / sizeof *tests; i++)
-        if (!strcmp(tests[i].name, name))
-            return &tests[i];
-    return NULL;
+    return callable_find(tests, name);
 }

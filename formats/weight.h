@@ -73,7 +73,7 @@ bool weight_kind_from_name(const char *name, enum weight_kind *kind);
 // Tiles are ordered [rows_padded/64][cols_padded/64][4 tiles of 16 rows][512 bytes]. Inside a tile, lane
 // l (g = l >> 2, t = l & 3) owns bytes 16l .. 16l+15 = words w = 0..3; byte j of word w holds, low nibble,
 // row g, high nibble, row g + 8, both at column 16w + 2t + {0, 8, 1, 9}[j]. int4 and int4z: two's complement nibbles.
-TP_HD uint64_t weight_int4_offset(uint64_t row, uint64_t col, uint64_t cols_padded, bool *high)
+TP_HD uint64_t weight_tile_offset(uint64_t row, uint64_t col, uint64_t cols_padded, bool *high)
 {
     uint64_t tile = (row / 64 * (cols_padded / 64) + col / 64) * 4 + row % 64 / 16;
     uint64_t r = row % 16, c = col % 64;

@@ -123,7 +123,7 @@ static void finish_latent_row(void *arg, int64_t row, int thread)
     const struct model_desc *desc = d->shape.desc;
     const struct latent_desc *latent = &desc->latent;
     float *c = d->buffers[BUFFER_KV_LATENT] + row * (latent->kv_rank + latent->rope_dim), *q = qkv_of(d, row);
-    d->k->rms_norm(c, c, layer_of(job)->kv_a_norm, latent->kv_rank, (float)desc->norm_eps);
+    d->k->rms_norm(c, c, layer_of(job)->kv_a_norm, latent->kv_rank, (float)model_latent_norm_eps(desc));
     rotate(job, row, c + latent->kv_rank);
     for (float *head = q; head < q + d->q_size; head += desc->head_dim)
         rotate(job, row, head + latent->nope_dim);

@@ -41,8 +41,6 @@ void cpu_experts_free(struct device *d)
 
 // ---- the router ------------------------------------------------------------------------------------------------
 
-enum { MAX_EXPERTS = 1024 };
-
 static float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 static void softmax(float *x, int64_t count)
@@ -70,12 +68,12 @@ static int64_t take_largest(float *values, bool *taken, int64_t count)
 // Takes the experts of all but the best groups out of the running.
 static void choose_groups(const struct experts_desc *e, const float *choice, bool *taken)
 {
-    float rating[MAX_EXPERTS];
-    bool kept[MAX_EXPERTS] = {false};
+    float rating[MODEL_MAX_EXPERTS];
+    bool kept[MODEL_MAX_EXPERTS] = {false};
     int64_t size = e->num_experts / e->num_groups;
     for (int64_t g = 0; g < e->num_groups; g++) {
-        float members[MAX_EXPERTS];
-        bool seen[MAX_EXPERTS] = {false};
+        float members[MODEL_MAX_EXPERTS];
+        bool seen[MODEL_MAX_EXPERTS] = {false};
         memcpy(members, choice + g * size, (size_t)size * sizeof *members);
         rating[g] = 0;
         for (int64_t i = 0; i < e->group_members; i++)
@@ -89,7 +87,7 @@ static void choose_groups(const struct experts_desc *e, const float *choice, boo
 
 static void weigh(const struct experts_desc *e, struct chosen_expert *chosen)
 {
-    float weights[MAX_EXPERTS], sum = 0;
+    float weights[MODEL_MAX_EXPERTS_PER_TOKEN], sum = 0;
     for (int64_t i = 0; i < e->experts_per_token; i++)
         weights[i] = chosen[i].weight;
     if (e->router == ROUTER_CHOSEN_SOFTMAX)
@@ -117,8 +115,8 @@ static void route_row(void *arg, int64_t row, int thread)
     const struct experts_desc *e = &d->shape.desc->experts;
     const float *logits = d->buffers[BUFFER_ROUTER] + row * (e->num_experts + e->shared_gate);
     struct chosen_expert *chosen = d->experts.chosen + row * e->experts_per_token;
-    float scores[MAX_EXPERTS], choice[MAX_EXPERTS];
-    bool taken[MAX_EXPERTS] = {false};
+    float scores[MODEL_MAX_EXPERTS], choice[MODEL_MAX_EXPERTS];
+    bool taken[MODEL_MAX_EXPERTS] = {false};
     for (int64_t i = 0; i < e->num_experts; i++)
         scores[i] = logits[i] + (job->layer->router_bias ? job->layer->router_bias[i] : 0.0f);
     if (e->router == ROUTER_SOFTMAX)

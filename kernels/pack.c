@@ -130,7 +130,7 @@ uint64_t pack_block_scale_bytes(const struct weight_shape *shape)
     return block_group_bytes(shape) + (has_row_scale(shape->kind) ? WEIGHT_ROW_UNIT * sizeof(float) : 0);
 }
 
-// T16x64, see weight_int4_offset: the 64 codes of one row in one tile lie in 64 consecutive bytes, one nibble each.
+// T16x64, see weight_tile_offset: the 64 codes of one row in one tile lie in 64 consecutive bytes, one nibble each.
 // tile_col[b] is the column that byte b holds: b = 16t + 4w + j, column 16w + 2t + {0, 8, 1, 9}[j].
 static const uint8_t tile_col[WEIGHT_COL_UNIT] = {
     0,  8,  1,  9,  16, 24, 17, 25, 32, 40, 33, 41, 48, 56, 49, 57, 2,  10, 3,  11, 18, 26,

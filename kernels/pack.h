@@ -47,11 +47,11 @@ uint64_t packed_row_bytes(enum weight_kind kind, uint32_t group_size, uint64_t c
 void packed_row_place(struct packed_row *row, void *memory, enum weight_kind kind, uint32_t group_size, uint64_t cols);
 
 // Quantizes one whole row. weight (may be NULL: 1 everywhere) is the importance of each column in the search for scales of
-// four-bit kinds: finite, >= 0; a group without any counts as all equal. ERR_MODEL when a quantized kind meets NaN or Inf
-// (the message names the column, the caller adds tensor and row). Every other f32 is legal: what is beyond the reach of a
-// scale becomes zero or saturates.
+// four-bit kinds: finite, >= 0; a group without any counts as all equal. ERR_MODEL for NaN, Inf, and what bf16 would round
+// to Inf (the message names the column, the caller adds tensor and row). Every other f32 is legal: what is beyond the reach of
+// a scale becomes zero or saturates.
 //   f32:   bits as they are
-//   bf16:  an exact bf16 keeps its bits (NaN payloads too), others round to nearest even
+//   bf16:  rounded to nearest even
 //   int8:  scale = row maximum / 127, fp8: row maximum / 448, fp8g: group maximum / 448; code = x / scale, to nearest even
 //   int4:  per group, scales (largest magnitude / 8) * (0.76 ... 1.24) in 25 steps, both signs; each is refitted to its
 //          codes in closed form, the one with the least squared error wins, and the codes are taken anew from its f16

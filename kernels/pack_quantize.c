@@ -403,14 +403,19 @@ static uint32_t largest_magnitude_bits(const float *x, uint64_t cols)
     return largest;
 }
 
+// Magnitudes from here on are no weights: Inf and NaN, and what bf16 would round to Inf.
+static uint32_t not_finite_bits(enum weight_kind kind) { return kind == WEIGHT_BF16 ? 0x7f7f8000 : 0x7f800000; }
+
 static int report_not_finite(enum weight_kind kind, const float *x, uint64_t cols, struct error *err)
 {
     uint64_t col = 0;
-    while (col < cols && (f32_bits(x[col]) & 0x7fffffff) < 0x7f800000)
+    uint32_t bits = 0;
+    while (col < cols && (bits = f32_bits(x[col]) & 0x7fffffff) < not_finite_bits(kind))
         col++;
-    bool nan = (f32_bits(x[col]) & 0x7fffffff) > 0x7f800000;
-    return error_set(err, ERR_MODEL, "column %llu is %s, which %s cannot store; repair the checkpoint or use bf16",
-                     (unsigned long long)col, nan ? "NaN" : "infinite", weight_kind_name(kind));
+    return error_set(err, ERR_MODEL, "column %llu is %s; repair the checkpoint", (unsigned long long)col,
+                     bits > 0x7f800000    ? "NaN"
+                     : bits == 0x7f800000 ? "infinite"
+                                          : "too large for bf16");
 }
 
 // Scale of a row whose largest magnitude shall become `top`; 0 for a row of zeros (or of what rounds to zeros).
@@ -458,23 +463,16 @@ static void quantize_group(struct packed_row *out, enum weight_kind kind, uint64
 int pack_quantize_row(struct packed_row *out, enum weight_kind kind, uint32_t group_size, const float *x, uint64_t cols,
                       const float *weight, struct error *err)
 {
+    uint32_t largest = largest_magnitude_bits(x, cols);
+    if (largest >= not_finite_bits(kind))
+        return report_not_finite(kind, x, cols, err);
     if (kind == WEIGHT_F32) {
         if (cols)
             memcpy(out->f32, x, cols * sizeof *x);
-        return 0;
-    }
-    if (kind == WEIGHT_BF16) {
-        for (uint64_t i = 0; i < cols; i++) {
-            uint32_t bits = f32_bits(x[i]);
-            out->bf16[i] = bits & 0xffff ? f32_to_bf16(x[i]) : (uint16_t)(bits >> 16); // even a signalling NaN
-        }
-        return 0;
-    }
-
-    uint32_t largest = largest_magnitude_bits(x, cols);
-    if (largest >= 0x7f800000)
-        return report_not_finite(kind, x, cols, err);
-    if (kind == WEIGHT_INT8) {
+    } else if (kind == WEIGHT_BF16) {
+        for (uint64_t i = 0; i < cols; i++)
+            out->bf16[i] = f32_to_bf16(x[i]);
+    } else if (kind == WEIGHT_INT8) {
         out->scale = row_scale(largest, 127.0f);
         float inverse = out->scale > 0 ? 1.0f / out->scale : 0;
         for (uint64_t i = 0; i < cols; i++)

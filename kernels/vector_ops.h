@@ -1,4 +1,4 @@
-// Every operation of the kernel table that is not a matmul of bf16, int8, fp8 or int4, written once. Included by each
+// Every operation of the kernel table that is not a matmul, and matmul of f32, written once. Included by each
 // kernels_<isa>.c and compiled with its flags; the results are the same bits everywhere, because each sum has 16 partial sums
 // whatever the vector width, products and sums round separately (-ffp-contract=off), and no intrinsic stands here.
 // Loops that touch elements singly are left to the compiler; sums and exp use its vector type f32x16.
@@ -149,7 +149,7 @@ VECTOR_INLINE float tile_zero(const uint8_t *scale, int64_t lane)
 }
 VECTOR_INLINE float tile_last(enum weight_kind kind, const float *global, int64_t lane)
 {
-    return kind == WEIGHT_NVFP4 ? 0x1p7f * global[lane] : kind == WEIGHT_MXFP4 ? 0.5f : 0x1p-8f;
+    return kind == WEIGHT_NVFP4 ? 0x1p7f * global[lane] : kind == WEIGHT_MXFP4 ? 0.5f : WEIGHT_INT4_FACTOR;
 }
 
 VECTOR_INLINE bool is_fp4(enum weight_kind kind) { return kind == WEIGHT_MXFP4 || kind == WEIGHT_NVFP4; }
@@ -207,16 +207,16 @@ static float group_value(const struct matrix *w, int64_t row, int64_t col)
                fp8g_scales(w, row)[col / shape->group_size * 16];
 
     bool high;
-    uint64_t at = weight_int4_offset((uint64_t)row, (uint64_t)col, shape->cols_padded, &high);
+    uint64_t at = weight_tile_offset((uint64_t)row, (uint64_t)col, shape->cols_padded, &high);
     uint8_t byte = ((const uint8_t *)w->data)[at], code = high ? nibble_high(byte) : nibble_low(byte);
     struct tile_scales scales = tile_scales(w, row);
     const uint8_t *scale = tile_scales_at(&scales, col);
     switch (shape->kind) {
     case WEIGHT_INT4:
-        return (float)int4_sign_extend(code) * (tile_scale(WEIGHT_INT4, scale, lane) * 0x1p-8f);
+        return (float)int4_sign_extend(code) * (tile_scale(WEIGHT_INT4, scale, lane) * WEIGHT_INT4_FACTOR);
     case WEIGHT_INT4Z:
         return ((float)int4_sign_extend(code) - tile_zero(scale, lane)) *
-               (tile_scale(WEIGHT_INT4Z, scale, lane) * 0x1p-8f);
+               (tile_scale(WEIGHT_INT4Z, scale, lane) * WEIGHT_INT4_FACTOR);
     case WEIGHT_MXFP4:
         return e2m1_to_f32(code) * tile_scale(WEIGHT_MXFP4, scale, lane);
     default:

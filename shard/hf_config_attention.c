@@ -22,6 +22,7 @@ static int parse_latent(struct model_desc *model, const struct config *config, s
     if (model->num_kv_heads != model->num_heads)
         return error_set(err, ERR_MODEL, "%s: num_key_value_heads (%lld) must be num_attention_heads (%lld) here",
                          config->json.file_name, (long long)model->num_kv_heads, (long long)model->num_heads);
+    latent->norm_eps = 1e-6; // transformers makes these norms without config's rms_norm_eps
     model->head_dim = latent->nope_dim + latent->rope_dim;
     if (model->head_dim > MODEL_MAX_LATENT_HEAD_DIM)
         return error_set(err, ERR_MODEL, "%s: qk_nope_head_dim + qk_rope_head_dim is %lld, at most %d are supported",

@@ -142,7 +142,7 @@ void import_close(struct import *import)
 
 // ---- checks ------------------------------------------------------------------------------------------------------
 
-static int wrong_shape(const struct import *import, const struct safetensors_tensor *tensor, const uint64_t *wanted,
+int import_wrong_shape(const struct import *import, const struct safetensors_tensor *tensor, const uint64_t *wanted,
                        int num_wanted, struct error *err)
 {
     char found_text[160], wanted_text[64];
@@ -153,7 +153,7 @@ static int wrong_shape(const struct import *import, const struct safetensors_ten
                      wanted_text);
 }
 
-static int wrong_dtype(const struct import *import, const struct safetensors_tensor *tensor, const char *wanted,
+int import_wrong_dtype(const struct import *import, const struct safetensors_tensor *tensor, const char *wanted,
                        struct error *err)
 {
     return error_set(err, ERR_MODEL, "%s: tensor %s is %s, and %s is wanted",
@@ -161,7 +161,7 @@ static int wrong_dtype(const struct import *import, const struct safetensors_ten
                      dtype_name(tensor->dtype), wanted);
 }
 
-static int missing(const struct import_matrix *matrix, const char *suffix, struct error *err)
+int import_missing(const struct import_matrix *matrix, const char *suffix, struct error *err)
 {
     char name[COMPANION_BYTES];
     import_companion_name(name, sizeof name, matrix->name, suffix);
@@ -177,20 +177,20 @@ static int want_matrix(const struct import *import, const struct safetensors_ten
                        uint64_t rows, uint64_t cols, struct error *err)
 {
     if (tensor->dtype != dtype)
-        return wrong_dtype(import, tensor, dtype_name(dtype), err);
+        return import_wrong_dtype(import, tensor, dtype_name(dtype), err);
     if (!is_matrix(tensor, rows, cols))
-        return wrong_shape(import, tensor, (const uint64_t[]){rows, cols}, 2, err);
+        return import_wrong_shape(import, tensor, (const uint64_t[]){rows, cols}, 2, err);
     return 0;
 }
 
-static uint64_t elements(const struct safetensors_tensor *tensor)
+uint64_t import_elements(const struct safetensors_tensor *tensor)
 {
     return tensor->bytes * 8 / (uint64_t)dtype_bits(tensor->dtype);
 }
 
-static int want_reals(const struct import *import, const struct safetensors_tensor *tensor, struct error *err)
+int import_want_reals(const struct import *import, const struct safetensors_tensor *tensor, struct error *err)
 {
-    return import_is_real(tensor->dtype) ? 0 : wrong_dtype(import, tensor, "F16, BF16 or F32", err);
+    return import_is_real(tensor->dtype) ? 0 : import_wrong_dtype(import, tensor, "F16, BF16 or F32", err);
 }
 
 // ---- groups and act-order ----------------------------------------------------------------------------------------
@@ -252,9 +252,9 @@ static int read_column_groups(const struct import *import, struct import_matrix 
     bool plain = true, unset = true;
     int rc;
     if (index->dtype != DTYPE_I32)
-        return wrong_dtype(import, index, "I32", err);
+        return import_wrong_dtype(import, index, "I32", err);
     if (index->num_dims != 1 || index->dims[0] != cols)
-        return wrong_shape(import, index, &cols, 1, err);
+        return import_wrong_shape(import, index, &cols, 1, err);
     int32_t *groups = malloc(cols * sizeof *groups);
     if (!groups)
         return error_set(err, ERR_MEMORY, "out of memory for tensor %s", index->name);
@@ -284,7 +284,7 @@ fail:
 
 // ---- the layouts -------------------------------------------------------------------------------------------------
 
-static int unsupported(const struct import *import, const struct safetensors_tensor *tensor, const char *what,
+int import_unsupported(const struct import *import, const struct safetensors_tensor *tensor, const char *what,
                        struct error *err)
 {
     return error_set(err, ERR_MODEL, "%s: tensor %s: %s",
@@ -303,11 +303,11 @@ static int bind_columns(const struct import *import, struct import_matrix *matri
     matrix->scales = import_companion(import, name, ".scales");
     matrix->zeros = import_companion(import, name, ".qzeros");
     if (!matrix->scales)
-        return missing(matrix, ".scales", err);
+        return import_missing(matrix, ".scales", err);
     if (!matrix->zeros)
-        return missing(matrix, ".qzeros", err);
+        return import_missing(matrix, ".qzeros", err);
     if (matrix->form.layout != LAYOUT_AWQ && matrix->form.layout != LAYOUT_GPTQ)
-        return unsupported(import, matrix->codes, "only gptq and awq store weights under this name", err);
+        return import_unsupported(import, matrix->codes, "only gptq and awq store weights under this name", err);
     uint64_t per_word = GPTQ_WORD_BITS / (uint64_t)matrix->form.bits;
     if (!awq && matrix->codes->num_dims == 2 && matrix->codes->dims[0] * 4 == cols) { // a module of 8 bits among others
         matrix->form.bits = 8;
@@ -317,18 +317,25 @@ static int bind_columns(const struct import *import, struct import_matrix *matri
         per_word = 8;
     }
     if (rows % per_word || (!awq && cols % per_word))
-        return unsupported(import, matrix->codes, "a matrix of this size cannot be packed in words of 32 bits", err);
+        return import_unsupported(import, matrix->codes, "a matrix of this size cannot be packed in words of 32 bits",
+                                  err);
     if ((rc = want_matrix(import, matrix->codes, DTYPE_I32, awq ? cols : cols / per_word, awq ? rows / per_word : rows,
                           err)) ||
-        (rc = want_reals(import, matrix->scales, err)))
+        (rc = import_want_reals(import, matrix->scales, err)))
         return rc;
     uint64_t groups = matrix->scales->num_dims == 2 ? matrix->scales->dims[0] : 0;
     if ((rc = settle_groups(import, matrix, matrix->scales, groups, err)))
         return rc;
     if (!is_matrix(matrix->scales, groups, rows))
-        return wrong_shape(import, matrix->scales, (const uint64_t[]){groups, rows}, 2, err);
+        return import_wrong_shape(import, matrix->scales, (const uint64_t[]){groups, rows}, 2, err);
     if ((rc = want_matrix(import, matrix->zeros, DTYPE_I32, groups, rows / per_word, err)))
         return rc;
+    if (!index && import->config->act_order && groups > 1)
+        return error_set(
+            err, ERR_MODEL,
+            "tensor %s has no g_idx beside it, though desc_act says that its columns have an order of their "
+            "own; take a complete checkpoint",
+            matrix->codes->name);
     return index && !awq ? read_column_groups(import, matrix, index, err) : 0;
 }
 
@@ -350,8 +357,9 @@ static int refuse_zero_points(const struct import *import, const struct import_m
             shifted |= (word >> (j * (uint64_t)matrix->form.bits) & mask) != middle;
     }
     free(bytes);
-    return !rc && shifted ? unsupported(import, zeros, "the config says symmetric, but there are zero points", err)
-                          : rc;
+    return !rc && shifted
+               ? import_unsupported(import, zeros, "the config says symmetric, but there are zero points", err)
+               : rc;
 }
 
 static int bind_packed_i32(const struct import *import, struct import_matrix *matrix, struct error *err)
@@ -364,8 +372,8 @@ static int bind_packed_i32(const struct import *import, struct import_matrix *ma
     matrix->scales = import_companion(import, matrix->name, ".weight_scale");
     matrix->zeros = import_companion(import, matrix->name, ".weight_zero_point");
     if (!matrix->scales)
-        return missing(matrix, ".weight_scale", err);
-    if (shape && shape->dtype == DTYPE_I64 && elements(shape) == 2) {
+        return import_missing(matrix, ".weight_scale", err);
+    if (shape && shape->dtype == DTYPE_I64 && import_elements(shape) == 2) {
         int64_t stated[2];
         if ((rc = checkpoint_read(import->checkpoint, shape, 0, sizeof stated, stated, err)))
             return rc;
@@ -376,20 +384,20 @@ static int bind_packed_i32(const struct import *import, struct import_matrix *ma
                              (unsigned long long)matrix->cols);
     }
     if ((rc = want_matrix(import, matrix->codes, DTYPE_I32, matrix->rows, div_up(matrix->cols, per_word), err)) ||
-        (rc = want_reals(import, matrix->scales, err)))
+        (rc = import_want_reals(import, matrix->scales, err)))
         return rc;
-    matrix->scale_per_tensor = elements(matrix->scales) == 1;
+    matrix->scale_per_tensor = import_elements(matrix->scales) == 1;
     uint64_t groups = matrix->scale_per_tensor ? 1 : matrix->scales->num_dims == 2 ? matrix->scales->dims[1] : 0;
     if ((rc = settle_groups(import, matrix, matrix->scales, groups, err)))
         return rc;
     if (!matrix->scale_per_tensor && !is_matrix(matrix->scales, matrix->rows, groups))
-        return wrong_shape(import, matrix->scales, (const uint64_t[]){matrix->rows, groups}, 2, err);
+        return import_wrong_shape(import, matrix->scales, (const uint64_t[]){matrix->rows, groups}, 2, err);
     if (matrix->form.symmetric) {
         if (matrix->zeros && (rc = refuse_zero_points(import, matrix, err)))
             return rc;
         matrix->zeros = NULL;
     } else if (!matrix->zeros) {
-        return missing(matrix, ".weight_zero_point", err);
+        return import_missing(matrix, ".weight_zero_point", err);
     }
     if (matrix->zeros &&
         (rc = want_matrix(import, matrix->zeros, DTYPE_I32, div_up(matrix->rows, per_word), groups, err)))
@@ -406,13 +414,13 @@ static int bind_byte_codes(const struct import *import, struct import_matrix *ma
     if (!matrix->scales)
         matrix->scales = import_companion(import, matrix->name, ".weight_scale_inv"); // multiplied all the same
     if (!matrix->scales)
-        return missing(matrix, fp8 ? ".weight_scale_inv" : ".weight_scale", err);
+        return import_missing(matrix, fp8 ? ".weight_scale_inv" : ".weight_scale", err);
     const struct safetensors_tensor *zeros = import_companion(import, matrix->name, ".weight_zero_point");
     if (zeros)
-        return unsupported(import, zeros, "weights of 8 bits with zero points cannot be read", err);
+        return import_unsupported(import, zeros, "weights of 8 bits with zero points cannot be read", err);
     if (!is_matrix(matrix->codes, matrix->rows, matrix->cols))
-        return wrong_shape(import, matrix->codes, (const uint64_t[]){matrix->rows, matrix->cols}, 2, err);
-    if (matrix->scales->dtype != DTYPE_F8_E8M0 && (rc = want_reals(import, matrix->scales, err)))
+        return import_wrong_shape(import, matrix->codes, (const uint64_t[]){matrix->rows, matrix->cols}, 2, err);
+    if (matrix->scales->dtype != DTYPE_F8_E8M0 && (rc = import_want_reals(import, matrix->scales, err)))
         return rc;
 
     const struct import_form stated = matrix->form;
@@ -420,18 +428,18 @@ static int bind_byte_codes(const struct import *import, struct import_matrix *ma
     int num_dims = matrix->scales->num_dims;
     matrix->form = (struct import_form){fp8 ? LAYOUT_FP8 : LAYOUT_INT8, 8, 0, 1, true};
     matrix->groups = 1;
-    matrix->scale_per_tensor = elements(matrix->scales) == 1;
+    matrix->scale_per_tensor = import_elements(matrix->scales) == 1;
     bool per_row = (num_dims == 1 || (num_dims == 2 && dims[1] == 1)) && dims[0] == matrix->rows;
     if (matrix->scale_per_tensor || per_row)
         return 0;
     if (!fp8 || stated.layout != LAYOUT_FP8 || !stated.group_size)
-        return wrong_shape(import, matrix->scales, (const uint64_t[]){matrix->rows, 1}, 2, err);
+        return import_wrong_shape(import, matrix->scales, (const uint64_t[]){matrix->rows, 1}, 2, err);
     matrix->form.block_rows = stated.block_rows;
     matrix->form.group_size = stated.group_size;
     matrix->groups = div_up(matrix->cols, stated.group_size);
     uint64_t blocks = div_up(matrix->rows, stated.block_rows);
     if (!is_matrix(matrix->scales, blocks, matrix->groups))
-        return wrong_shape(import, matrix->scales, (const uint64_t[]){blocks, matrix->groups}, 2, err);
+        return import_wrong_shape(import, matrix->scales, (const uint64_t[]){blocks, matrix->groups}, 2, err);
     return 0;
 }
 
@@ -444,33 +452,33 @@ static int bind_fp4(const struct import *import, struct import_matrix *matrix, s
     int rc;
     matrix->scales = import_companion(import, matrix->name, ".weight_scale");
     if (!matrix->scales)
-        return missing(matrix, ".weight_scale", err);
+        return import_missing(matrix, ".weight_scale", err);
     bool nvfp4 = matrix->scales->dtype == DTYPE_F8_E4M3;
     if (!nvfp4 && matrix->scales->dtype != DTYPE_U8 && matrix->scales->dtype != DTYPE_F8_E8M0)
-        return wrong_dtype(import, matrix->scales, "F8_E4M3 (NVFP4) or U8 (MXFP4)", err);
+        return import_wrong_dtype(import, matrix->scales, "F8_E4M3 (NVFP4) or U8 (MXFP4)", err);
     uint64_t group = nvfp4 ? 16 : 32;
     matrix->form = (struct import_form){nvfp4 ? LAYOUT_NVFP4 : LAYOUT_MXFP4, 4, group, 1, true};
     matrix->groups = div_up(matrix->cols, group);
     if (matrix->cols % group)
-        return unsupported(import, matrix->codes, "its columns are not whole groups", err);
+        return import_unsupported(import, matrix->codes, "its columns are not whole groups", err);
     if ((rc = want_matrix(import, matrix->codes, DTYPE_U8, matrix->rows, matrix->cols / 2, err)))
         return rc;
     if (!is_matrix(matrix->scales, matrix->rows, matrix->groups))
-        return wrong_shape(import, matrix->scales, (const uint64_t[]){matrix->rows, matrix->groups}, 2, err);
+        return import_wrong_shape(import, matrix->scales, (const uint64_t[]){matrix->rows, matrix->groups}, 2, err);
     if (!nvfp4)
         return 0;
     if (!global)
-        return missing(matrix, ".weight_global_scale", err);
+        return import_missing(matrix, ".weight_global_scale", err);
     if (global->dtype != DTYPE_F32)
-        return wrong_dtype(import, global, "F32", err);
-    if (elements(global) != 1)
-        return wrong_shape(import, global, (const uint64_t[]){1}, 1, err);
-    if ((rc = import_read_reals(import, global, &matrix->global, 1, err)))
+        return import_wrong_dtype(import, global, "F32", err);
+    if (import_elements(global) != 1)
+        return import_wrong_shape(import, global, (const uint64_t[]){1}, 1, err);
+    float stated;
+    if ((rc = import_read_reals(import, global, &stated, 1, err)))
         return rc;
-    if (divisor)
-        matrix->global = 1.0f / matrix->global;
-    if (!isfinite(matrix->global))
-        return unsupported(import, global, "it is not a finite number other than zero", err);
+    matrix->global = divisor ? 1.0f / stated : stated;
+    if (!isfinite(stated) || !isfinite(matrix->global))
+        return import_unsupported(import, global, "it is not a finite number other than zero", err);
     return 0;
 }
 
@@ -481,157 +489,63 @@ static int bind_blocks(const struct import *import, struct import_matrix *matrix
     uint64_t expert = matrix->index < 0 ? 0 : (uint64_t)matrix->index;
     matrix->scales = import_companion(import, matrix->name, "_scales");
     if (!matrix->scales)
-        return missing(matrix, "_scales", err);
+        return import_missing(matrix, "_scales", err);
     matrix->form = (struct import_form){LAYOUT_MXFP4, 4, 32, 1, true};
     matrix->groups = matrix->cols / 32;
     if (blocks->dtype != DTYPE_U8)
-        return wrong_dtype(import, blocks, "U8", err);
+        return import_wrong_dtype(import, blocks, "U8", err);
     if (matrix->scales->dtype != DTYPE_U8 && matrix->scales->dtype != DTYPE_F8_E8M0)
-        return wrong_dtype(import, matrix->scales, "U8", err);
+        return import_wrong_dtype(import, matrix->scales, "U8", err);
     if (matrix->cols % 32 || blocks->num_dims != 4 || blocks->dims[0] <= expert || blocks->dims[1] != matrix->rows ||
         blocks->dims[2] != matrix->groups || blocks->dims[3] != 16)
-        return wrong_shape(import, blocks, (const uint64_t[]){blocks->dims[0], matrix->rows, matrix->groups, 16}, 4,
-                           err);
+        return import_wrong_shape(import, blocks, (const uint64_t[]){blocks->dims[0], matrix->rows, matrix->groups, 16},
+                                  4, err);
     if (matrix->scales->num_dims != 3 || matrix->scales->dims[0] != blocks->dims[0] ||
         matrix->scales->dims[1] != matrix->rows || matrix->scales->dims[2] != matrix->groups)
-        return wrong_shape(import, matrix->scales, (const uint64_t[]){blocks->dims[0], matrix->rows, matrix->groups}, 3,
-                           err);
+        return import_wrong_shape(import, matrix->scales,
+                                  (const uint64_t[]){blocks->dims[0], matrix->rows, matrix->groups}, 3, err);
     matrix->first_row = expert * matrix->rows;
     matrix->interleaved = strstr(matrix->name, "gate_up") != NULL; // rows of gate and up alternate in this layout
     return 0;
 }
 
-// ---- bitsandbytes ------------------------------------------------------------------------------------------------
+// ---- binding -----------------------------------------------------------------------------------------------------
 
-static int parse_state(const struct import *import, struct import_matrix *matrix,
-                       const struct safetensors_tensor *state, struct error *err)
+// Which of two would be the model's cannot be known.
+static int refuse_second_weight(const struct import *import, const char *name, const struct safetensors_tensor *plain,
+                                struct error *err)
 {
-    enum { STATE_CAP_BYTES = 64 << 10 };
-    struct json_object root = {0};
-    int64_t block = 64, nested_block = 256;
-    double offset = 0;
-    const json_t *shape = NULL;
-    if (state->bytes > STATE_CAP_BYTES)
-        return unsupported(import, state, "it is too large for a description", err);
-    char *text = malloc(state->bytes + 1);
-    if (!text)
-        return error_set(err, ERR_MEMORY, "out of memory for tensor %s", state->name);
-    int rc = checkpoint_read(import->checkpoint, state, 0, state->bytes, text, err);
-    if (!rc)
-        rc = json_file_parse(&root, text, state->bytes, state->name, ERR_MODEL, err);
-    if (!rc && !(rc = json_file_get_int(&block, &root, "blocksize", 1, 1 << 20, JSON_REQUIRED, err)) &&
-        !(rc = json_file_get_int(&nested_block, &root, "nested_blocksize", 1, 1 << 20, JSON_OPTIONAL, err)) &&
-        !(rc = json_file_get_number(&offset, &root, "nested_offset", -1e6, 1e6, JSON_OPTIONAL, err)) &&
-        !(rc = json_file_get_array(&shape, &root, "shape", JSON_REQUIRED, err)) &&
-        (json_array_size(shape) != 2 || json_integer_value(json_array_get(shape, 0)) != (json_int_t)matrix->rows ||
-         json_integer_value(json_array_get(shape, 1)) != (json_int_t)matrix->cols))
-        rc = error_set(err, ERR_MODEL, "%s: shape is not the %llu x %llu that config.json calls for", state->name,
-                       (unsigned long long)matrix->rows, (unsigned long long)matrix->cols);
-    matrix->form.group_size = (uint64_t)block;
-    matrix->nested_block = (uint64_t)nested_block;
-    matrix->nested_offset = (float)offset;
-    json_file_close(&root);
-    free(text);
-    return rc;
-}
-
-static int bind_nf4(const struct import *import, struct import_matrix *matrix, struct error *err)
-{
-    const char *name = matrix->name;
-    const struct safetensors_tensor *state = import_companion(import, name, ".weight.quant_state.bitsandbytes__nf4");
-    const struct safetensors_tensor *table = import_companion(import, name, ".weight.quant_map");
-    const struct safetensors_tensor *nested_table = import_companion(import, name, ".weight.nested_quant_map");
-    uint64_t count = matrix->rows * matrix->cols;
-    int rc;
-    if (!state)
-        state = import_companion(import, name, ".weight.quant_state.bitsandbytes__fp4");
-    matrix->form = (struct import_form){LAYOUT_NF4, 4, 64, 1, true};
-    matrix->scales = import_companion(import, name, ".weight.absmax");
-    matrix->nested_scales = import_companion(import, name, ".weight.nested_absmax");
-    if (!state)
-        return missing(matrix, ".weight.quant_state.bitsandbytes__nf4", err);
-    if (!matrix->scales)
-        return missing(matrix, ".weight.absmax", err);
-    if (!table)
-        return missing(matrix, ".weight.quant_map", err);
-    if ((rc = parse_state(import, matrix, state, err)))
-        return rc;
-    if (count % 2 || matrix->codes->bytes != count / 2)
-        return wrong_shape(import, matrix->codes, (const uint64_t[]){count / 2, 1}, 2, err);
-    uint64_t blocks = div_up(count, matrix->form.group_size);
-    if (elements(matrix->scales) != blocks)
-        return wrong_shape(import, matrix->scales, &blocks, 1, err);
-    if (table->dtype != DTYPE_F32 || elements(table) != NF4_CODES)
-        return wrong_shape(import, table, (const uint64_t[]){NF4_CODES}, 1, err);
-    if ((rc = import_read_reals(import, table, matrix->table, NF4_CODES, err)))
-        return rc;
-    if (matrix->scales->dtype == DTYPE_F32)
-        return 0;
-    if (matrix->scales->dtype != DTYPE_U8)
-        return wrong_dtype(import, matrix->scales, "F32 or U8", err);
-    if (!nested_table)
-        return missing(matrix, ".weight.nested_quant_map", err);
-    if (!matrix->nested_scales)
-        return missing(matrix, ".weight.nested_absmax", err);
-    uint64_t nested = div_up(blocks, matrix->nested_block);
-    if (nested_table->dtype != DTYPE_F32 || elements(nested_table) != NESTED_CODES)
-        return wrong_shape(import, nested_table, (const uint64_t[]){NESTED_CODES}, 1, err);
-    if (matrix->nested_scales->dtype != DTYPE_F32 || elements(matrix->nested_scales) != nested)
-        return wrong_shape(import, matrix->nested_scales, &nested, 1, err);
-    if (!(matrix->nested_table = malloc(NESTED_CODES * sizeof(float))))
-        return error_set(err, ERR_MEMORY, "out of memory for tensor %s", nested_table->name);
-    return import_read_reals(import, nested_table, matrix->nested_table, NESTED_CODES, err);
-}
-
-// ---- hqq ---------------------------------------------------------------------------------------------------------
-
-static int bind_hqq(const struct import *import, struct import_matrix *matrix, struct error *err)
-{
-    uint64_t count = matrix->rows * matrix->cols;
-    int rc;
-    matrix->scales = import_companion(import, matrix->name, ".scale");
-    matrix->zeros = import_companion(import, matrix->name, ".zero");
-    if (!matrix->scales)
-        return missing(matrix, ".scale", err);
-    if (!matrix->zeros)
-        return missing(matrix, ".zero", err);
-    if ((rc = want_reals(import, matrix->scales, err)) || (rc = want_reals(import, matrix->zeros, err)))
-        return rc;
-    uint64_t scales = elements(matrix->scales);
-    // Groups along a row give a column of scales; groups along a column (axis 0) a row of them.
-    if (matrix->scales->num_dims == 2 && matrix->scales->dims[0] == 1 && scales > 1)
-        return unsupported(import, matrix->scales, "its groups run along a column (axis 0)", err);
-    if (scales == 0 || scales % matrix->rows || scales % 2 || matrix->cols % (scales / matrix->rows))
-        return unsupported(import, matrix->scales, "its scales are not whole groups of each row", err);
-    matrix->groups = scales / matrix->rows;
-    uint64_t group = matrix->cols / matrix->groups;
-    matrix->form = (struct import_form){LAYOUT_HQQ, 4, matrix->groups == 1 ? 0 : group, 1, false};
-    if (elements(matrix->zeros) != scales)
-        return wrong_shape(import, matrix->zeros, (const uint64_t[]){scales, 1}, 2, err);
-    if (matrix->codes->dtype != DTYPE_U8 || elements(matrix->codes) != count / 2)
-        return wrong_shape(import, matrix->codes, (const uint64_t[]){scales / 2, group}, 2, err);
+    static const char *const codes[] = {".qweight", ".W_q", "_blocks", ".weight_packed"};
+    for (size_t i = 0; i < sizeof codes / sizeof *codes; i++) {
+        const struct safetensors_tensor *second = import_companion(import, name, codes[i]);
+        if (second)
+            return error_set(err, ERR_MODEL,
+                             "%s: tensors %s and %s are one weight twice; take a checkpoint that holds one of them",
+                             checkpoint_file_name(import->checkpoint, (size_t)second->file), plain->name, second->name);
+    }
     return 0;
 }
-
-// ---- binding -----------------------------------------------------------------------------------------------------
 
 static int bind_tensors(const struct import *import, struct import_matrix *matrix, struct error *err)
 {
     const char *name = matrix->name;
     const struct safetensors_tensor *plain = checkpoint_find(import->checkpoint, name);
+    int rc;
     if (!plain)
         plain = import_companion(import, name, ".weight"); // a source without the suffix
+    if (plain && (rc = refuse_second_weight(import, name, plain, err)))
+        return rc;
     if (plain && import_is_real(plain->dtype)) {
         matrix->form.layout = LAYOUT_PLAIN;
         matrix->codes = plain;
         if (matrix->index < 0 && !is_matrix(plain, matrix->rows, matrix->cols))
-            return wrong_shape(import, plain, (const uint64_t[]){matrix->rows, matrix->cols}, 2, err);
+            return import_wrong_shape(import, plain, (const uint64_t[]){matrix->rows, matrix->cols}, 2, err);
         return 0;
     }
     if ((matrix->codes = import_companion(import, name, ".qweight")))
         return bind_columns(import, matrix, err);
     if ((matrix->codes = import_companion(import, name, ".W_q")))
-        return bind_hqq(import, matrix, err);
+        return import_bind_hqq(import, matrix, err);
     if ((matrix->codes = import_companion(import, name, "_blocks")))
         return bind_blocks(import, matrix, err);
     if ((matrix->codes = import_companion(import, name, ".weight_packed")))
@@ -641,7 +555,7 @@ static int bind_tensors(const struct import *import, struct import_matrix *matri
     if (plain->dtype == DTYPE_F8_E4M3 || plain->dtype == DTYPE_I8)
         return bind_byte_codes(import, matrix, err);
     if (plain->dtype == DTYPE_U8)
-        return import->config->method == IMPORT_BITSANDBYTES ? bind_nf4(import, matrix, err)
+        return import->config->method == IMPORT_BITSANDBYTES ? import_bind_nf4(import, matrix, err)
                                                              : bind_fp4(import, matrix, err);
     return error_set(err, ERR_MODEL, "%s: tensor %s is %s, which no supported quantization stores",
                      checkpoint_file_name(import->checkpoint, (size_t)plain->file), plain->name,

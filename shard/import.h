@@ -75,6 +75,7 @@ struct import_config {
     int num_schemes;
     struct import_patterns ignore; // modules that are not quantized
     bool zero_minus_one;           // GPTQ's first version stores zero points less one
+    bool act_order;                // GPTQ: columns are not in the order of their groups, g_idx says which
     bool head;                     // the head is quantized too, unless ignored
     bool experts_only;
 };

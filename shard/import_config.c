@@ -236,6 +236,7 @@ static int parse_gptq(struct import_config *config, const struct json_object *ob
     if ((rc = json_file_get_int(&bits, object, "bits", 1, 32, JSON_REQUIRED, err)) ||
         (rc = get_group(&form->group_size, object, "group_size", 0, err)) ||
         (rc = json_file_get_bool(&symmetric, object, "sym", JSON_OPTIONAL, err)) ||
+        (rc = json_file_get_bool(&config->act_order, object, "desc_act", JSON_OPTIONAL, err)) ||
         (rc = json_file_get_bool(&marlin, object, "is_marlin_format", JSON_OPTIONAL, err)) ||
         (rc = json_file_get_bool(&config->head, object, "lm_head", JSON_OPTIONAL, err)) ||
         (rc = json_file_get_string(&pack, object, "pack_dtype", JSON_OPTIONAL, err)) ||
@@ -407,10 +408,10 @@ static int scheme_of_format(struct import_form *form, const struct json_object *
     }
     if (!right)
         return error_set(err, ERR_MODEL,
-                         "%s: %.100s has weights of %lld bits, type \"%.32s\"%s in format \"%.64s\", which cannot be "
+                         "%s: %.*s has weights of %lld bits, type \"%.32s\"%s in format \"%.64s\", which cannot be "
                          "read; " TAKE_ORIGINAL,
-                         weights->file_name, weights->path, (long long)bits, type, symmetric ? "" : ", asymmetric",
-                         format);
+                         weights->file_name, (int)strlen(weights->path) - 1, weights->path, (long long)bits, type,
+                         symmetric ? "" : ", asymmetric", format);
     form->bits = (int)bits;
     form->symmetric = symmetric;
     return 0;

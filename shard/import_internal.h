@@ -62,6 +62,21 @@ float import_real(const uint8_t *raw, enum dtype dtype, uint64_t index);
 int import_read_reals(const struct import *import, const struct safetensors_tensor *tensor, float *out, uint64_t count,
                       struct error *err);
 
+// Refusals of a tensor: by its shape, its type, for what it is (`what`: a sentence); and of a matrix without one of its tensors.
+int import_wrong_shape(const struct import *import, const struct safetensors_tensor *tensor, const uint64_t *wanted,
+                       int num_wanted, struct error *err);
+int import_wrong_dtype(const struct import *import, const struct safetensors_tensor *tensor, const char *wanted,
+                       struct error *err);
+int import_unsupported(const struct import *import, const struct safetensors_tensor *tensor, const char *what,
+                       struct error *err);
+int import_missing(const struct import_matrix *matrix, const char *suffix, struct error *err);
+int import_want_reals(const struct import *import, const struct safetensors_tensor *tensor, struct error *err);
+uint64_t import_elements(const struct safetensors_tensor *tensor);
+
+// Binding (import_bind_flat.c): finds what stands beside matrix->codes, checks it all, and settles the form.
+int import_bind_nf4(const struct import *import, struct import_matrix *matrix, struct error *err);
+int import_bind_hqq(const struct import *import, struct import_matrix *matrix, struct error *err);
+
 // The parts of window->memory.
 struct import_unpacked {
     uint64_t *rows;     // [rows] in the source's order

@@ -16,9 +16,8 @@
 
 #define WORK_NAME ".tmp-tpshard"
 
-// Names that tpshard itself gives to files of a finished directory, besides the manifest.
-static const char *const own_names[] = {
-    "rank-[0-9][0-9]-of-[0-9][0-9].tpshard",
+// Names that tpshard itself gives to files of a finished directory, besides the manifest and rank files.
+static const char *const own_extras[] = {
     "tokenizer.bin",
     "chat_template.jinja",
     "generation_config.json",
@@ -26,10 +25,12 @@ static const char *const own_names[] = {
 };
 #define MANIFEST_LEFTOVER ".model.json.tmp-*" // what a crash while writing the manifest leaves
 
-static bool is_own(const char *name)
+static bool is_rank_file(const char *name) { return fnmatch("rank-[0-9][0-9]-of-[0-9][0-9].tpshard", name, 0) == 0; }
+
+static bool is_own_extra(const char *name)
 {
-    for (size_t i = 0; i < sizeof own_names / sizeof own_names[0]; i++)
-        if (fnmatch(own_names[i], name, 0) == 0)
+    for (size_t i = 0; i < sizeof own_extras / sizeof own_extras[0]; i++)
+        if (strcmp(own_extras[i], name) == 0)
             return true;
     return fnmatch(MANIFEST_LEFTOVER, name, 0) == 0;
 }
@@ -55,9 +56,9 @@ static int look(struct contents *out, const char *path, struct error *err)
             continue;
         if (strcmp(name, MANIFEST_FILE_NAME) == 0)
             out->manifest = true;
-        else if (fnmatch(own_names[0], name, 0) == 0)
+        else if (is_rank_file(name))
             out->rank_files = true;
-        else if (is_own(name))
+        else if (is_own_extra(name))
             out->others = true;
         else
             snprintf(out->foreign, sizeof out->foreign, "%s", name);
@@ -163,7 +164,9 @@ int output_dir_commit(struct output_dir *dir, const struct manifest *manifest, s
         goto done;
     }
     // From here until the new manifest stands there is no model.
-    if ((rc = file_sync_dir(dir->path, err)) || (rc = remove_from(dir->path, is_own, err)))
+    // Rank files go last: a directory without them is not taken for tpshard's.
+    if ((rc = file_sync_dir(dir->path, err)) || (rc = remove_from(dir->path, is_own_extra, err)) ||
+        (rc = file_sync_dir(dir->path, err)) || (rc = remove_from(dir->path, is_rank_file, err)))
         goto done;
     for (size_t i = 0; i < manifest->num_ranks; i++)
         if ((rc = move_file(dir, manifest->ranks[i].name, err)))

@@ -95,6 +95,18 @@ static void module_of(char out[MODULE_BYTES], const char *name)
             out[strlen(out) - strlen(endings[i])] = 0;
 }
 
+// "layers.0.mlp": all layers and all experts are cut alike.
+static bool has_number(const char *pattern)
+{
+    for (const char *c = pattern; c; c = strchr(c, '.')) {
+        c += *c == '.';
+        size_t digits = strspn(c, "0123456789");
+        if (digits > 0 && (c[digits] == '.' || c[digits] == 0))
+            return true;
+    }
+    return false;
+}
+
 static bool find_strategy(struct rule *rule)
 {
     for (size_t i = 0; i < sizeof strategies / sizeof *strategies; i++)
@@ -134,6 +146,11 @@ static int parse_rules(struct own_plan *plan, const struct json_object *root, st
         if (key[printable] || printable == 0 || printable > MAX_PATTERN_BYTES)
             return error_set(err, ERR_USAGE, "%s: a pattern is 1 to %d letters without blanks, found \"%.40s\"",
                              plan->name, MAX_PATTERN_BYTES, key);
+        if (has_number(key))
+            return error_set(
+                err, ERR_USAGE,
+                "%s: \"%s\" speaks of one layer or expert alone; all are cut alike, write * for the number", plan->name,
+                key);
         if (!strategy)
             return error_set(
                 err, ERR_USAGE,

@@ -136,14 +136,6 @@ static void hash_leaf(void *arg, int64_t task, int thread)
         job->leaves[task] = checksum_leaf(leaf, bytes);
 }
 
-static void contract_bytes(uint8_t out[16], struct checksum128 contract)
-{
-    for (int i = 0; i < 8; i++) {
-        out[i] = (uint8_t)(contract.high >> (56 - 8 * i));
-        out[8 + i] = (uint8_t)(contract.low >> (56 - 8 * i));
-    }
-}
-
 static int finish_rank(struct rank_writer *writer, uint32_t rank, struct checksum128 contract, struct thread_pool *pool,
                        struct manifest_file *file, struct error *err)
 {
@@ -164,7 +156,7 @@ static int finish_rank(struct rank_writer *writer, uint32_t rank, struct checksu
         goto done;
     struct shard_identity identity = {
         .rank = rank, .tp_size = writer->plan->tp_size, .pp_rank = 0, .pp_size = 1, .share = planned->share};
-    contract_bytes(identity.contract, contract);
+    checksum128_to_bytes(contract, identity.contract);
     if ((rc = shard_head_serialise(&head, &identity, planned->tensors, writer->plan->tensor_count, job.leaves,
                                    &file->hash, err)) ||
         (rc = file_pwrite_full(writer->fds[rank], head, planned->payload_offset, 0, path, err)))

@@ -33,16 +33,6 @@ void shard_dir_close(struct shard_dir *dir)
     *dir = (struct shard_dir){0};
 }
 
-static struct checksum128 contract_of(const uint8_t bytes[16])
-{
-    struct checksum128 contract = {0, 0};
-    for (int i = 0; i < 8; i++) {
-        contract.high = contract.high << 8 | bytes[i];
-        contract.low = contract.low << 8 | bytes[8 + i];
-    }
-    return contract;
-}
-
 static int check_hash(const char *path, const char *what, struct checksum128 found, struct checksum128 wanted,
                       const char *meaning, struct error *err)
 {
@@ -69,7 +59,7 @@ int shard_dir_open_rank(struct shard_dir *dir, uint32_t rank, struct error *err)
         rc = error_set(err, ERR_CORRUPT,
                        "%s: it is the file of rank %u of %u, but rank %u of %u belongs there; files were mixed up",
                        path, identity->rank, identity->tp_size, rank, manifest->tp_size);
-    else if ((rc = check_hash(path, "contract", contract_of(identity->contract), manifest->contract,
+    else if ((rc = check_hash(path, "contract", checksum128_from_bytes(identity->contract), manifest->contract,
                               "the file comes from another run, model or setting", err)))
         ;
     else if (file_bytes != manifest->ranks[rank].bytes)

@@ -14,44 +14,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "formats/number_formats.h"
 #include "kernels/kernels.h"
-
-static uint64_t random_state = 0x9e3779b97f4a7c15u;
-
-static uint64_t random_bits(void)
-{
-    random_state ^= random_state << 13;
-    random_state ^= random_state >> 7;
-    random_state ^= random_state << 17;
-    return random_state * 0x2545f4914f6cdd1du;
-}
-
-static int64_t random_below(int64_t limit) { return (int64_t)(random_bits() >> 33) % limit; }
-static float uniform(void) { return (float)((double)(random_bits() >> 11) * 0x1p-52 - 1.0); } // [-1, 1)
-
-static void *zeroed(uint64_t bytes)
-{
-    void *memory = calloc(1, bytes ? bytes : 1);
-    assert_non_null(memory);
-    return memory;
-}
+#include "tests/floats_help.h"
 
 static const struct kernels *table(const char *name)
 {
     struct error err;
     const struct kernels *kernels = NULL;
     return kernels_select(&kernels, name, &err) ? NULL : kernels;
-}
-
-// Same bits, or both NaN.
-static bool same(float a, float b) { return f32_bits(a) == f32_bits(b) || (isnan(a) && isnan(b)); }
-
-static void assert_same(const float *a, const float *b, int64_t count, const char *what)
-{
-    for (int64_t i = 0; i < count; i++)
-        if (!same(a[i], b[i]))
-            fail_msg("%s: element %lld is %.9g, not %.9g", what, (long long)i, (double)a[i], (double)b[i]);
 }
 
 // ---- Matrices with known values ------------------------------------------------------------------------------------
@@ -161,7 +131,7 @@ static struct test_matrix make_matrix(struct kind_case c, uint64_t rows, uint64_
                 group = random_group(t.scale, shape, r, i / c.group_size);
             if (weight_is_tiled(c.kind)) {
                 bool high;
-                uint8_t *byte = (uint8_t *)t.data + weight_int4_offset(r, i, shape->cols_padded, &high);
+                uint8_t *byte = (uint8_t *)t.data + weight_tile_offset(r, i, shape->cols_padded, &high);
                 code &= 15;
                 *byte = (uint8_t)(*byte | (high ? code << 4 : code));
             }
@@ -205,14 +175,6 @@ static void free_matrix(struct test_matrix *t)
     free(t->data);
     free(t->scale);
     free(t->value);
-}
-
-static float *random_floats(int64_t count)
-{
-    float *x = zeroed((uint64_t)count * sizeof *x);
-    for (int64_t i = 0; i < count; i++)
-        x[i] = uniform() * (random_below(20) ? 1.0f : 8.0f);
-    return x;
 }
 
 static struct activations make_activations(int64_t tokens, int64_t cols)

@@ -1,9 +1,10 @@
-# Shared by tests/test_shard_*.sh: run from the repository's root with BUILD set (default build).
-# Sets tpshard, model (the bundled model) and work (a scratch folder under BUILD that is removed at the end).
+# Shared by tests/test_*.sh: run from the repository's root with BUILD set (default build).
+# Sets tpshard, tpengine, model (the bundled model) and work (a scratch folder under BUILD that is removed at the end).
 # shellcheck shell=bash disable=SC2034
 set -u
 BUILD=${BUILD:-build}
 tpshard=${TPSHARD:-$BUILD/tpshard}
+tpengine=$BUILD/tpengine
 model=tests/model
 work=$BUILD/tests/$(basename "$0" .sh).$$
 failures=0
@@ -20,8 +21,15 @@ not_ok() {
 }
 finish() { exit $((failures > 0)); }
 
+# check NAME COMMAND...: the command's success.
+check() {
+    local name=$1
+    shift
+    if "$@"; then ok "$name"; else not_ok "$name"; fi
+}
+
 # Runs quietly; what it says on stderr stands in $work/err, on stdout in $work/out.
-run() { "$@" >"$work/out" 2>"$work/err"; }
+run() { "$@" >"$work/out" 2>"$work/err" </dev/null; }
 
 convert() { run "$tpshard" convert --quiet "$@"; }
 

@@ -301,9 +301,9 @@ def tiled_codes(data, padded_rows, padded_cols):
 ROOT_KEYS = {"version", "contract", "tool", "tp_size", "pp_size", "wire_advice", "quant", "experts", "model", "ranks",
              "extras", "sources"}
 NOT_IN_CORE = {"contract", "extras", "ranks", "tool", "wire_advice"}
-REALS = {"norm_eps", "rope_attention_factor", "attention_scale", "attention_softcap", "embedding_scale", "logit_scale",
-         "logit_softcap", "residual_scale", "router_scale", "default_temperature", "default_top_p",
-         "default_repetition_penalty"}
+REALS = {"norm_eps", "latent_norm_eps", "rope_attention_factor", "attention_scale", "attention_softcap",
+         "embedding_scale", "logit_scale", "logit_softcap", "residual_scale", "router_scale", "default_temperature",
+         "default_top_p", "default_repetition_penalty"}
 ABOVE_ZERO = (2.2250738585072014e-308, 1e6)
 MODEL_RANGES = {"num_layers": (1, 512), "num_heads": (1, 65536), "num_kv_heads": (1, 65536), "head_dim": (2, 320),
                 "hidden_size": (1, MAX_DIM), "intermediate_size": (0, MAX_DIM), "vocab_size": (1, MAX_DIM),
@@ -323,7 +323,8 @@ MODEL_WORDS = {"qk_norm": ("none", "head", "full"), "activation": ("silu", "gelu
                "router": ("softmax", "chosen_softmax", "sigmoid")}
 WINDOW, EXPERTS = 1, 2  # bits of a layer
 OPTIONAL_RANGES = {"bos_token_id": (0, MAX_DIM), "default_temperature": (0, 1e6), "default_top_p": (0, 1),
-                   "default_top_k": (0, MAX_DIM), "default_repetition_penalty": (5e-324, 1e6)}
+                   "default_top_k": (0, MAX_DIM), "default_repetition_penalty": (5e-324, 1e6),
+                   "latent_norm_eps": (2.2250738585072014e-308, 1)}
 
 
 def is_number(value, key):
@@ -394,7 +395,8 @@ def check_attention(model):
     check((model["sliding_window"] > 0) == (layers_with(model, WINDOW) > 0), "sliding_window")
     latent = [model[f"latent_{part}"] for part in ("nope_dim", "rope_dim", "v_dim")]
     if model["latent_kv_rank"] == 0:
-        check(not any(latent) and model["latent_q_rank"] == 0 and model["head_dim"] <= 256, "latent of model")
+        check(not any(latent) and model["latent_q_rank"] == 0 and model["head_dim"] <= 256
+              and "latent_norm_eps" not in model, "latent of model")
     else:
         check(all(latent) and model["latent_kv_rank"] + latent[1] <= 640 and latent[0] + latent[1] == model["head_dim"] and latent[1] == model["rotary_dim"]
               and model["num_kv_heads"] == model["num_heads"] and model["qk_norm"] == "none", "latent of model")

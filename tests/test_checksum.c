@@ -134,6 +134,11 @@ static void test_hex(void **state)
     struct checksum128 sum = {1, 2};
     assert_true(checksum128_from_hex(&sum, hex));
     assert_true(sum.low == 0xa && sum.high == 0x0123456789abcdef);
+    static const uint8_t want[CHECKSUM128_BYTES] = {0x01, 0x23, 0x45, 0x67, 0x89, 0xab, 0xcd, 0xef, [15] = 0xa};
+    uint8_t bytes[CHECKSUM128_BYTES];
+    checksum128_to_bytes(sum, bytes);
+    assert_memory_equal(bytes, want, sizeof want);
+    assert_true(checksum128_equal(checksum128_from_bytes(want), sum));
     static const char *bad[] = {
         "",
         "0123456789abcdef000000000000000",

@@ -13,21 +13,9 @@
 
 #include <cmocka.h>
 
+#include "tests/floats_help.h"
+
 enum { HIDDEN = 64, EXPERTS = 12, SIZE = 96, SHARED = 80, VOCAB = 64, ROWS = 23, MAX_SHARE = 3 };
-
-static uint64_t random_state = 1;
-static float uniform(void) // [-1, 1)
-{
-    random_state = random_state * 6364136223846793005u + 1442695040888963407u;
-    return (float)((double)(random_state >> 11) * 0x1p-52 - 1.0);
-}
-
-static void *zeroed(size_t bytes)
-{
-    void *memory = calloc(1, bytes);
-    assert_non_null(memory);
-    return memory;
-}
 
 // ---- a model of one layer ----------------------------------------------------------------------------------------
 
@@ -376,6 +364,16 @@ static void test_against_double(void **state)
             }
 }
 
+static struct rank_share whole_model(const struct model *m)
+{
+    return (struct rank_share){.num_heads_local = 1,
+                               .num_kv_heads_local = 1,
+                               .vocab_local = VOCAB,
+                               .num_experts_local = EXPERTS,
+                               .expert_size_local = SIZE,
+                               .shared_size_local = m->desc.experts.shared_size};
+}
+
 // Law 9: a row's bits are its own, whatever stands beside it and however many threads there are.
 static void test_company(void **state)
 {
@@ -384,12 +382,7 @@ static void test_company(void **state)
     make_rows(rows);
     for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
         struct model *m = case_model(c);
-        struct rank_share share = {.num_heads_local = 1,
-                                   .num_kv_heads_local = 1,
-                                   .vocab_local = VOCAB,
-                                   .num_experts_local = EXPERTS,
-                                   .expert_size_local = SIZE,
-                                   .shared_size_local = m->desc.experts.shared_size};
+        struct rank_share share = whole_model(m);
         float *together = zeroed(ROWS * HIDDEN * sizeof *together);
         run_rank(m, &share, rows, ROWS, 1, together);
         for (int i = 0; i < ROWS; i += 5) {
@@ -407,12 +400,7 @@ static void test_nan(void **state)
     (void)state;
     for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
         struct model *m = case_model(c);
-        struct rank_share share = {.num_heads_local = 1,
-                                   .num_kv_heads_local = 1,
-                                   .vocab_local = VOCAB,
-                                   .num_experts_local = EXPERTS,
-                                   .expert_size_local = SIZE,
-                                   .shared_size_local = m->desc.experts.shared_size};
+        struct rank_share share = whole_model(m);
         struct token_row rows[2] = {{.token = 3}, {.token = 4, .position = 1}};
         float out[2 * HIDDEN] = {0};
         m->embedding[3 * HIDDEN + 17] = NAN;

@@ -69,7 +69,7 @@ static float *global_at(const struct matrix *w, uint64_t row)
 static double weight_value(const struct matrix *w, uint64_t row, uint64_t col)
 {
     bool high;
-    uint64_t at = weight_int4_offset(row, col, w->shape.cols_padded, &high);
+    uint64_t at = weight_tile_offset(row, col, w->shape.cols_padded, &high);
     double code = (double)e2m1_to_f32((uint8_t)(((uint8_t *)w->data)[at] >> (high ? 4 : 0) & 15));
     uint8_t scale = *scale_at(w, row, col);
     return code * (w->shape.kind == WEIGHT_MXFP4 ? e8m0(scale) : (double)e4m3_to_f32(scale));

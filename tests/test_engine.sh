@@ -1,142 +1,110 @@
 #!/usr/bin/env bash
 # tpengine on the bundled model, as a user runs it: laws 4, 6, 7 and 9, stop strings, sampling, exit codes, lost ranks.
 # shellcheck disable=SC2317 # functions are called by check
-set -u
-BUILD=${BUILD:-build}
-engine=$BUILD/tpengine
-shard=$BUILD/tpshard
-tmp=$(mktemp -d)
-trap 'rm -rf "$tmp"' EXIT
-failures=0
-
-ok() { echo "ok $*"; }
-not_ok() {
-    echo "not ok $*"
-    failures=$((failures + 1))
-}
-# check NAME COMMAND...: the command's success
-check() {
-    local name=$1
-    shift
-    if "$@"; then ok "$name"; else not_ok "$name"; fi
-}
-# status NAME WANTED WORDS COMMAND...: exit status, and words that stderr must hold
-status() {
-    local name=$1 wanted=$2 words=$3 found
-    shift 3
-    "$@" >"$tmp/out" 2>"$tmp/err"
-    found=$?
-    if [ "$found" = "$wanted" ] && grep -q -- "$words" "$tmp/err"; then
-        ok "$name"
-    else
-        not_ok "$name: exit $found, wanted $wanted with \"$words\": $(head -c 300 "$tmp/err")"
-    fi
-}
-same() { cmp -s "$1" "$2"; }
+cd "$(dirname "$0")/.." || exit 1
+. tests/shard_helpers.sh
 
 for tp in 1 2 4; do
-    "$shard" --tp $tp --quant int4 tests/model "$tmp/int4-$tp" --quiet || exit 1
+    "$tpshard" --tp $tp --quant int4 tests/model "$work/int4-$tp" --quiet || exit 1
 done
-"$shard" --tp 2 --quant none tests/model "$tmp/none-2" --quiet || exit 1
-generate() { "$engine" generate "$@" --quiet; }
+"$tpshard" --tp 2 --quant none tests/model "$work/none-2" --quiet || exit 1
+generate() { "$tpengine" generate "$@" --quiet; }
 
 # ---- law 9: greedy output does not depend on the company -------------------------------------------------------
 prompts=("In the beginning" "And the LORD said unto Moses," "Blessed are" "Now there was a man of the tribe of Benjamin, and he went up")
 for i in 0 1 2 3; do
-    generate "$tmp/int4-2" --prompt "${prompts[$i]}" --max-tokens 40 --ignore-eos --ids >"$tmp/alone-$i"
+    generate "$work/int4-2" --prompt "${prompts[$i]}" --max-tokens 40 --ignore-eos --ids >"$work/alone-$i"
 done
-check "greedy text is not empty" test -s "$tmp/alone-0"
+check "greedy text is not empty" test -s "$work/alone-0"
 for variant in "--ranks thread" "--threads 1" "--threads 2" "--ranks thread --threads 2" "--verify off"; do
     # shellcheck disable=SC2086
-    generate "$tmp/int4-2" --prompt "${prompts[1]}" --max-tokens 40 --ignore-eos --ids $variant >"$tmp/variant"
-    check "greedy tokens equal with $variant" same "$tmp/variant" "$tmp/alone-1"
+    generate "$work/int4-2" --prompt "${prompts[1]}" --max-tokens 40 --ignore-eos --ids $variant >"$work/variant"
+    check "greedy tokens equal with $variant" same "$work/variant" "$work/alone-1"
 done
-generate "$tmp/int4-2" --prompt "${prompts[0]}" --prompt "${prompts[1]}" --prompt "${prompts[2]}" --prompt "${prompts[3]}" \
-    --max-tokens 40 --ignore-eos --ids >"$tmp/batch"
+generate "$work/int4-2" --prompt "${prompts[0]}" --prompt "${prompts[1]}" --prompt "${prompts[2]}" --prompt "${prompts[3]}" \
+    --max-tokens 40 --ignore-eos --ids >"$work/batch"
 for i in 0 1 2 3; do
-    sed -n "s/^\[$i\] //p" "$tmp/batch" >"$tmp/batch-$i"
-    check "greedy tokens equal alone and in a batch ($i)" same "$tmp/batch-$i" "$tmp/alone-$i"
+    sed -n "s/^\[$i\] //p" "$work/batch" >"$work/batch-$i"
+    check "greedy tokens equal alone and in a batch ($i)" same "$work/batch-$i" "$work/alone-$i"
 done
-generate "$tmp/int4-2" --prompt "${prompts[2]}" --prompt "${prompts[0]}" --max-tokens 40 --ignore-eos --ids --threads 2 --ranks thread |
-    sed -n 's/^\[1\] //p' >"$tmp/pair"
-check "greedy tokens equal in another batch, with threads" same "$tmp/pair" "$tmp/alone-0"
+generate "$work/int4-2" --prompt "${prompts[2]}" --prompt "${prompts[0]}" --max-tokens 40 --ignore-eos --ids --threads 2 --ranks thread |
+    sed -n 's/^\[1\] //p' >"$work/pair"
+check "greedy tokens equal in another batch, with threads" same "$work/pair" "$work/alone-0"
 
 # ---- sampling ---------------------------------------------------------------------------------------------------
-sampled() { generate "$tmp/int4-2" --prompt "And it came to pass" --max-tokens 30 --temperature 0.9 --top-p 0.95 --top-k 50 --ids "$@"; }
-sampled --seed 1 >"$tmp/seed-1"
-sampled --seed 1 >"$tmp/seed-1-again"
-sampled --seed 2 >"$tmp/seed-2"
-check "the same seed gives the same tokens" same "$tmp/seed-1" "$tmp/seed-1-again"
-if same "$tmp/seed-1" "$tmp/seed-2"; then not_ok "another seed gives other tokens"; else ok "another seed gives other tokens"; fi
-generate "$tmp/int4-2" --prompt "In the beginning" --max-tokens 30 --ids --temperature 0.8 --top-k 1 >"$tmp/top-1"
-generate "$tmp/int4-2" --prompt "In the beginning" --max-tokens 30 --ids >"$tmp/greedy"
-check "top-k 1 is greedy" same "$tmp/top-1" "$tmp/greedy"
+sampled() { generate "$work/int4-2" --prompt "And it came to pass" --max-tokens 30 --temperature 0.9 --top-p 0.95 --top-k 50 --ids "$@"; }
+sampled --seed 1 >"$work/seed-1"
+sampled --seed 1 >"$work/seed-1-again"
+sampled --seed 2 >"$work/seed-2"
+check "the same seed gives the same tokens" same "$work/seed-1" "$work/seed-1-again"
+if same "$work/seed-1" "$work/seed-2"; then not_ok "another seed gives other tokens"; else ok "another seed gives other tokens"; fi
+generate "$work/int4-2" --prompt "In the beginning" --max-tokens 30 --ids --temperature 0.8 --top-k 1 >"$work/top-1"
+generate "$work/int4-2" --prompt "In the beginning" --max-tokens 30 --ids >"$work/greedy"
+check "top-k 1 is greedy" same "$work/top-1" "$work/greedy"
 
-generate "$tmp/int4-2" --prompt "In the beginning" --max-tokens 30 --ids --temperature 1e-39 >"$tmp/cold"
-check "a temperature near 0 is greedy" same "$tmp/cold" "$tmp/greedy"
+generate "$work/int4-2" --prompt "In the beginning" --max-tokens 30 --ids --temperature 1e-39 >"$work/cold"
+check "a temperature near 0 is greedy" same "$work/cold" "$work/greedy"
 
 # ---- stop strings, streaming ------------------------------------------------------------------------------------
-generate "$tmp/int4-2" --prompt "In the beginning" --max-tokens 60 >"$tmp/text"
-stop=$(python3 -c 'import sys; t=open(sys.argv[1]).read(); print(t[20:24], end="")' "$tmp/text")
-generate "$tmp/int4-2" --prompt "In the beginning" --max-tokens 60 --stop "$stop" >"$tmp/stopped"
+generate "$work/int4-2" --prompt "In the beginning" --max-tokens 60 >"$work/text"
+stop=$(python3 -c 'import sys; t=open(sys.argv[1]).read(); print(t[20:24], end="")' "$work/text")
+generate "$work/int4-2" --prompt "In the beginning" --max-tokens 60 --stop "$stop" >"$work/stopped"
 check "text ends before the stop string" python3 -c '
 import sys
 text, stopped = open(sys.argv[1]).read(), open(sys.argv[2]).read()
-sys.exit(stopped[:-1] != text[:text.index(sys.argv[3])])' "$tmp/text" "$tmp/stopped" "$stop"
-generate "$tmp/int4-2" --prompt "In the beginning" --max-tokens 60 --json >"$tmp/json"
+sys.exit(stopped[:-1] != text[:text.index(sys.argv[3])])' "$work/text" "$work/stopped" "$stop"
+generate "$work/int4-2" --prompt "In the beginning" --max-tokens 60 --json >"$work/json"
 check "--json reports the same text" python3 -c '
 import json, sys
 choice = json.load(open(sys.argv[1]))["choices"][0]
-sys.exit(choice["text"] + "\n" != open(sys.argv[2]).read() or choice["generated_tokens"] != len(choice["token_ids"]))' "$tmp/json" "$tmp/text"
-echo "In the beginning" | tr -d '\n' | generate "$tmp/int4-2" --prompt - --max-tokens 60 >"$tmp/piped"
-check "the prompt may come from standard input" same "$tmp/piped" "$tmp/text"
+sys.exit(choice["text"] + "\n" != open(sys.argv[2]).read() or choice["generated_tokens"] != len(choice["token_ids"]))' "$work/json" "$work/text"
+echo "In the beginning" | tr -d '\n' | generate "$work/int4-2" --prompt - --max-tokens 60 >"$work/piped"
+check "the prompt may come from standard input" same "$work/piped" "$work/text"
 
 # ---- tokenize ---------------------------------------------------------------------------------------------------
 text='Naïve “quotes”, 1234 and tabs	too. 日本'
-ids=$("$engine" tokenize "$tmp/int4-2" "$text" --no-special)
-check "tokenize and back" test "$("$engine" tokenize "$tmp/int4-2" "$ids" --decode)" = "$text"
+ids=$("$tpengine" tokenize "$work/int4-2" "$text" --no-special)
+check "tokenize and back" test "$("$tpengine" tokenize "$work/int4-2" "$ids" --decode)" = "$text"
 
 # ---- law 7: a misfit is one clear sentence and its exit code ----------------------------------------------------
-status "no such directory" 5 "No such file" "$engine" generate "$tmp/nowhere" --prompt x
-mkdir "$tmp/empty"
-status "a directory that is no model" 4 "model.json" "$engine" generate "$tmp/empty" --prompt x
-status "unknown option" 2 "did you mean --prompt" "$engine" generate "$tmp/int4-2" --promt x
-status "no prompt" 2 "needs --prompt" "$engine" generate "$tmp/int4-2"
-status "context beyond the model's" 2 "at most" "$engine" generate "$tmp/int4-2" --prompt x --context 100000
-status "prompt longer than the context" 2 "fit the context" "$engine" generate "$tmp/int4-2" --prompt "a b c d e f g h" --context 4
-status "a window of one token" 2 "at least 2" "$engine" eval "$tmp/int4-2" --text tests/model/heldout.txt --context 1
+expect "no such directory" 5 "No such file" "$tpengine" generate "$work/nowhere" --prompt x
+mkdir "$work/empty"
+expect "a directory that is no model" 4 "model.json" "$tpengine" generate "$work/empty" --prompt x
+expect "unknown option" 2 "did you mean --prompt" "$tpengine" generate "$work/int4-2" --promt x
+expect "no prompt" 2 "needs --prompt" "$tpengine" generate "$work/int4-2"
+expect "context beyond the model's" 2 "at most" "$tpengine" generate "$work/int4-2" --prompt x --context 100000
+expect "prompt longer than the context" 2 "fit the context" "$tpengine" generate "$work/int4-2" --prompt "a b c d e f g h" --context 4
+expect "a window of one token" 2 "at least 2" "$tpengine" eval "$work/int4-2" --text tests/model/heldout.txt --context 1
 full() { # COMMAND...: output that cannot be written is exit 5
-    "$@" >/dev/full 2>"$tmp/err"
-    [ "$?" = 5 ] && grep -q "written\|No space" "$tmp/err"
+    "$@" >/dev/full 2>"$work/err"
+    [ "$?" = 5 ] && grep -q "written\|No space" "$work/err"
 }
 for words in "generate DIR --prompt x --max-tokens 3" "generate DIR --prompt x --max-tokens 3 --json" "tokenize DIR x" "tokenize DIR x --json" \
     "eval DIR --text tests/model/heldout.txt --max-tokens 5" "bench DIR --prompt-tokens 4 --gen-tokens 2" "bench DIR --gen-tokens 2 --json"; do
     # shellcheck disable=SC2086
-    check "full output: $words" full "$engine" ${words//DIR/$tmp/int4-2} --quiet
+    check "full output: $words" full "$tpengine" ${words//DIR/$work/int4-2} --quiet
 done
-status "token out of the vocabulary" 2 "vocabulary" "$engine" logits "$tmp/int4-2" --token-ids 1,99999 --output "$tmp/x.npy"
-status "unknown backend" 2 "auto" "$engine" generate "$tmp/int4-2" --prompt x --backend tpu
-status "missing CUDA backend" 6 "/nonexistent" "$engine" generate "$tmp/int4-2" --prompt x --backend cuda --cuda-library /nonexistent
-cp -r "$tmp/int4-2" "$tmp/swapped"
-mv "$tmp/swapped/rank-00-of-02.tpshard" "$tmp/swapped/x"
-mv "$tmp/swapped/rank-01-of-02.tpshard" "$tmp/swapped/rank-00-of-02.tpshard"
-mv "$tmp/swapped/x" "$tmp/swapped/rank-01-of-02.tpshard"
-status "two ranks' files swapped" 4 "rank 1 of 2" "$engine" generate "$tmp/swapped" --prompt x
-cp -r "$tmp/int4-2" "$tmp/mixed"
-cp "$tmp/none-2/rank-01-of-02.tpshard" "$tmp/mixed/"
-status "a file of another run" 4 "another run" "$engine" generate "$tmp/mixed" --prompt x
-rm "$tmp/mixed/rank-01-of-02.tpshard"
-status "a missing rank" 5 "rank-01-of-02" "$engine" generate "$tmp/mixed" --prompt x
-cp -r "$tmp/int4-2" "$tmp/flipped"
-python3 -c '
-import sys
-with open(sys.argv[1], "r+b") as f:
-    f.seek(-70000, 2); b = f.read(1); f.seek(-70000, 2); f.write(bytes([b[0] ^ 4]))' "$tmp/flipped/rank-01-of-02.tpshard"
-status "one flipped bit" 4 "checksum" "$engine" generate "$tmp/flipped" --prompt x
-check "the flipped bit names rank, tensor and bytes" grep -q "rank 1.*layers\|rank 1.*norm\|rank 1.*embed" "$tmp/err"
-check "and passes with --verify off" generate "$tmp/flipped" --prompt x --max-tokens 2 --verify off
-truncate -s -4096 "$tmp/flipped/rank-01-of-02.tpshard"
-status "a truncated file" 4 "rank-01-of-02" "$engine" generate "$tmp/flipped" --prompt x
+expect "token out of the vocabulary" 2 "vocabulary" "$tpengine" logits "$work/int4-2" --token-ids 1,99999 --output "$work/x.npy"
+expect "unknown backend" 2 "auto" "$tpengine" generate "$work/int4-2" --prompt x --backend tpu
+expect "missing CUDA backend" 6 "/nonexistent" "$tpengine" generate "$work/int4-2" --prompt x --backend cuda --cuda-library /nonexistent
+cp -r "$work/int4-2" "$work/swapped"
+mv "$work/swapped/rank-00-of-02.tpshard" "$work/swapped/x"
+mv "$work/swapped/rank-01-of-02.tpshard" "$work/swapped/rank-00-of-02.tpshard"
+mv "$work/swapped/x" "$work/swapped/rank-01-of-02.tpshard"
+expect "two ranks' files swapped" 4 "rank 1 of 2" "$tpengine" generate "$work/swapped" --prompt x
+cp -r "$work/int4-2" "$work/mixed"
+cp "$work/none-2/rank-01-of-02.tpshard" "$work/mixed/"
+expect "a file of another run" 4 "another run" "$tpengine" generate "$work/mixed" --prompt x
+rm "$work/mixed/rank-01-of-02.tpshard"
+expect "a missing rank" 5 "rank-01-of-02" "$tpengine" generate "$work/mixed" --prompt x
+cp -r "$work/int4-2" "$work/flipped"
+bytes=$(stat -c %s "$work/flipped/rank-01-of-02.tpshard")
+flip "$work/flipped/rank-01-of-02.tpshard" $((bytes - 70000)) 2
+expect "one flipped bit" 4 "checksum" "$tpengine" generate "$work/flipped" --prompt x
+check "the flipped bit names rank, tensor and bytes" grep -q "rank 1.*layers\|rank 1.*norm\|rank 1.*embed" "$work/err"
+check "and passes with --verify off" generate "$work/flipped" --prompt x --max-tokens 2 --verify off
+truncate -s -4096 "$work/flipped/rank-01-of-02.tpshard"
+expect "a truncated file" 4 "rank-01-of-02" "$tpengine" generate "$work/flipped" --prompt x
 # Address space in steps, from too little to load the program's libraries to enough: never a crash, never a hang, never another code.
 only_memory_codes() { # 8 at least once, besides it success and what a loader that cannot start says
     local code seen=1
@@ -151,7 +119,7 @@ only_memory_codes() { # 8 at least once, besides it success and what a loader th
 }
 memory_codes=""
 for limit in $(seq 5000 500 12000); do
-    (ulimit -v "$limit"; exec timeout 20 "$engine" generate "$tmp/int4-2" --prompt x --context 1024 --max-tokens 2 --quiet >"$tmp/out" 2>"$tmp/err")
+    (ulimit -v "$limit"; exec timeout 20 "$tpengine" generate "$work/int4-2" --prompt x --context 1024 --max-tokens 2 --quiet >"$work/out" 2>"$work/err")
     memory_codes+=" $?"
 done
 case $BUILD in
@@ -165,7 +133,7 @@ for _ in $(seq 24); do long+=(--prompt "And the king said"); done
 ranks_of() { awk -v parent="$1" '$4 == parent {printf "%s ", $1}' /proc/[0-9]*/stat 2>/dev/null; }
 # start: a long generation in the background; sets $parent and $ranks (array)
 start() {
-    "$engine" generate "$tmp/int4-2" "${long[@]}" "$@" >/dev/null 2>"$tmp/err" &
+    "$tpengine" generate "$work/int4-2" "${long[@]}" "$@" >/dev/null 2>"$work/err" &
     parent=$!
     for _ in $(seq 100); do
         read -ra ranks <<<"$(ranks_of $parent)"
@@ -190,10 +158,10 @@ for victim in 0 1; do
     wait $parent
     found=$?
     took=$(($(now_ms) - begin))
-    if [ $found = 7 ] && grep -q "rank $victim.*signal 9" "$tmp/err" && [ $took -lt 5000 ]; then
+    if [ $found = 7 ] && grep -q "rank $victim.*signal 9" "$work/err" && [ $took -lt 5000 ]; then
         ok "rank $victim killed: exit 7 after $took ms"
     else
-        not_ok "rank $victim killed: exit $found after $took ms: $(cat "$tmp/err")"
+        not_ok "rank $victim killed: exit $found after $took ms: $(cat "$work/err")"
     fi
     check "no rank is left" gone "${ranks[@]}"
 done
@@ -204,10 +172,10 @@ kill -STOP "${ranks[1]}"
 wait $parent
 found=$?
 took=$(($(now_ms) - begin))
-if [ $found = 7 ] && grep -q "rank 1" "$tmp/err" && grep -Eq "attention|mlp|embed|head|sample" "$tmp/err" && [ $took -lt 6000 ]; then
+if [ $found = 7 ] && grep -q "rank 1" "$work/err" && grep -Eq "attention|mlp|embed|head|sample" "$work/err" && [ $took -lt 6000 ]; then
     ok "rank 1 stopped: exit 7 after $took ms, names rank and operation"
 else
-    not_ok "rank 1 stopped: exit $found after $took ms: $(cat "$tmp/err")"
+    not_ok "rank 1 stopped: exit $found after $took ms: $(cat "$work/err")"
 fi
 check "no rank is left" gone "${ranks[@]}"
 
@@ -228,4 +196,4 @@ wait $parent
 check "terminated: exit 143" test $? = 143
 check "nothing is left in /dev/shm" test "$(find /dev/shm -mindepth 1 2>/dev/null | wc -l)" = "$shm_before"
 
-exit $((failures > 0))
+finish

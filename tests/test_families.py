@@ -46,6 +46,7 @@ def run(*words):
     done = subprocess.run([str(w) for w in words], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(map(str, words))}: exit {done.returncode}: {done.stderr.strip()}")
+    return done.stdout
 
 
 def relative_error(got, want):

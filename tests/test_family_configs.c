@@ -147,6 +147,7 @@ static void test_experts(void **state)
     struct latent_desc latent = golden("deepseek_v2").model.latent;
     assert_true(latent.kv_rank == 24 && latent.q_rank == 20 && latent.nope_dim == 16 && latent.rope_dim == 8 &&
                 latent.v_dim == 12);
+    assert_true(latent.norm_eps == 1e-6 && golden("deepseek_v2").model.norm_eps == 1e-5);
     assert_int_equal(golden("deepseek_v2_lite").model.latent.q_rank, 0);
 }
 

@@ -222,6 +222,29 @@ static void numbers_are_exact(void **state)
     setlocale(LC_ALL, "C");
 }
 
+// The latents' epsilon has a key where it is not the model's.
+static void latent_norm_eps(void **state)
+{
+    (void)state;
+    static const double values[] = {0, 1e-6};
+    for (int i = 0; i < 2; i++) {
+        struct manifest manifest = example(), *found = NULL;
+        struct error err = {0};
+        char *text = NULL;
+        manifest.model.latent = (struct latent_desc){512, 0, 64, 64, 128, values[i]};
+        manifest.model.num_kv_heads = manifest.model.num_heads;
+        manifest.model.qk_norm = QK_NORM_NONE;
+        to_json(&text, &manifest);
+        assert_int_equal(strstr(text, "latent_norm_eps") != NULL, i);
+        if (manifest_parse(&found, text, strlen(text), "model.json", &err))
+            fail_msg("%s", err.msg);
+        assert_true(found->model.latent.norm_eps == values[i]);
+        assert_true(model_latent_norm_eps(&found->model) == (i ? 1e-6 : 1e-5));
+        manifest_free(found);
+        free(text);
+    }
+}
+
 // Replaces the first `from` in text.
 static char *replaced(const char *text, const char *from, const char *to)
 {
@@ -297,6 +320,9 @@ static void refusals(void **state)
         {"\"latent_kv_rank\": 0", "\"latent_kv_rank\": 641", "latent_kv_rank must be an integer from 0 to 640"},
         {"\"latent_kv_rank\": 0", "\"latent_kv_rank\": 512", "latent_nope_dim + latent_rope_dim must be head_dim"},
         {"\"latent_v_dim\": 0", "\"latent_v_dim\": 64", "latent_kv_rank is 0, but other fields describe latent"},
+        {"\"latent_v_dim\": 0", "\"latent_v_dim\": 0, \"latent_norm_eps\": 0.5", "latent_kv_rank is 0, but other"},
+        {"\"latent_v_dim\": 0", "\"latent_v_dim\": 0, \"latent_norm_eps\": 0",
+         "model.latent_norm_eps must be a number"},
         {"\"norm_eps\": 1.0000000000000001e-05", "\"norm_eps\": 1.0000000000000003e-05", "contract does not match"},
         {"\"norm_eps\": 1.0000000000000001e-05", "\"norm_eps\": NaN", "not valid JSON"},
         {"\"norm_eps\": 1.0000000000000001e-05", "\"norm_eps\": -1", "model.norm_eps must be a number"},
@@ -449,9 +475,9 @@ static void rank_file_names(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(core_and_contract), cmocka_unit_test(round_trip),      cmocka_unit_test(numbers_are_exact),
-        cmocka_unit_test(refusals),          cmocka_unit_test(every_byte),      cmocka_unit_test(writer_refuses),
-        cmocka_unit_test(directories),       cmocka_unit_test(rank_file_names),
+        cmocka_unit_test(core_and_contract), cmocka_unit_test(round_trip),  cmocka_unit_test(numbers_are_exact),
+        cmocka_unit_test(latent_norm_eps),   cmocka_unit_test(refusals),    cmocka_unit_test(every_byte),
+        cmocka_unit_test(writer_refuses),    cmocka_unit_test(directories), cmocka_unit_test(rank_file_names),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

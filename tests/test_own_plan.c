@@ -71,7 +71,7 @@ static void test_plans_of_transformers(void **state)
         {"llama2", "{" LLAMA_ATTENTION "," LLAMA_MLP "}", EXPERTS_TP,
          "my.json says nothing of embed_tokens, lm_head: cut as for every LlamaForCausalLM"},
         {"llama2",
-         "{'model.layers.*.self_attn.q_proj.weight': 'colwise_rep', 'model.layers.0.mlp.down_proj': 'rowwise_rep'}",
+         "{'model.layers.*.self_attn.q_proj.weight': 'colwise_rep', 'model.layers.*.mlp.down_proj': 'rowwise_rep'}",
          EXPERTS_TP, "my.json says nothing of embed_tokens, layers.*.self_attn.k_proj"},
         {"phi3",
          "{'layers.*.self_attn.qkv_proj': 'colwise_gather_output', 'layers.*.self_attn.o_proj': 'rowwise_split_input',"
@@ -147,6 +147,9 @@ static void test_refusals(void **state)
         {"llama2", "['colwise']", ERR_USAGE, "my.json"},
         {"llama2", "{'': 'colwise'}", ERR_USAGE, "a pattern is 1 to"},
         {"llama2", "{'a b': 'colwise'}", ERR_USAGE, "a pattern is 1 to"},
+        {"llama2", "{'layers.0.self_attn.q_proj': 'colwise'}", ERR_USAGE,
+         "\"layers.0.self_attn.q_proj\" speaks of one layer or expert alone; all are cut alike"},
+        {"mixtral", "{'layers.*.mlp.experts.7': 'grouped_gemm'}", ERR_USAGE, "speaks of one layer or expert alone"},
         {"llama2", "{'layers.*.self_attn.wq': 'colwise', 'layers.*.mlp.up_proj': 'colwise'}", ERR_MODEL,
          "of 2 patterns 1 name no tensor of a LlamaForCausalLM: layers.*.self_attn.wq"},
         {"llama2", "{'layers.*.self_attn.q_proj': 'rowwise'}", ERR_MODEL,

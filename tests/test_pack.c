@@ -164,7 +164,7 @@ static void tile_and_scale_order(void **unused)
                     code &= 15;
                     found = specified_nibble(data, shape.cols_padded, r, col);
                     bool high;
-                    uint64_t offset = weight_int4_offset(r, col, shape.cols_padded, &high);
+                    uint64_t offset = weight_tile_offset(r, col, shape.cols_padded, &high);
                     assert_int_equal(high ? data[offset] >> 4 : data[offset] & 15, code);
                 }
                 if (found != code)

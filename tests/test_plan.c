@@ -445,19 +445,18 @@ static void test_properties_of_experts(void **state)
 static void test_deepseek_v3(void **state)
 {
     (void)state;
-    struct model_desc model = {
-        .architecture = "DeepseekV3ForCausalLM",
-        .num_layers = 61,
-        .hidden_size = 7168,
-        .intermediate_size = 18432,
-        .num_heads = 128,
-        .num_kv_heads = 128,
-        .head_dim = 192,
-        .rotary_dim = 64,
-        .vocab_size = 129280,
-        .latent = {.kv_rank = 512, .q_rank = 1536, .nope_dim = 128, .rope_dim = 64, .v_dim = 128},
-        .experts = {.num_experts = 256, .experts_per_token = 8, .expert_size = 2048, .shared_size = 2048},
-    };
+    struct model_desc model = model_with_experts("DeepseekV3ForCausalLM", 256, 2048);
+    model.num_layers = 61;
+    model.hidden_size = 7168;
+    model.intermediate_size = 18432;
+    model.num_heads = model.num_kv_heads = 128;
+    model.head_dim = 192;
+    model.rotary_dim = 64;
+    model.vocab_size = 129280;
+    model.latent = (struct latent_desc){.kv_rank = 512, .q_rank = 1536, .nope_dim = 128, .rope_dim = 64, .v_dim = 128};
+    model.experts.experts_per_token = 8;
+    model.experts.shared_size = 2048;
+    memset(model.layer_flags, 0, 3);
     memset(model.layer_flags + 3, LAYER_EXPERTS, 58);
     for (int experts = EXPERTS_TP; experts <= EXPERTS_EP; experts++) {
         struct plan *plan = planned_as(&model, quant_of(WEIGHT_INT4, 128), 2, (enum experts_mode)experts);

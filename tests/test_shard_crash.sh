@@ -18,8 +18,10 @@ convert "${options[@]}" "$source" "$work/whole" || { not_ok "convert: $(cat "$wo
 run_us=$((($(date +%s%N) - started) / 1000))
 convert --tp 2 --quant int8 "$source" "$work/other"
 
-# Starts tpshard with these arguments and kills it within window_us.
+# Starts tpshard with these arguments and kills it within window_us, which follows the machine's speed while the tests run.
 window_us=$((run_us * 5 / 4))
+too_late() { window_us=$((window_us * 9 / 10)); }
+too_early() { window_us=$((window_us * 31 / 30)); }
 start_and_kill() {
     local wait_us=$(((RANDOM * 32768 + RANDOM) % window_us))
     "$tpshard" convert --quiet "$@" >"$work/out" 2>"$work/err" &
@@ -42,9 +44,11 @@ kill_and_resume() {
         [ $((i % 3)) -ne 0 ] || [ -e "$out/model.json" ] || start_and_kill "${options[@]}" --resume "$source" "$out"
         if [ -e "$out/model.json" ]; then
             whole=$((whole + 1))
+            too_late
             { same_model "$out" "$work/whole" && run "$tpshard" verify "$out"; } || torn=$((torn + 1))
         else
             unfinished=$((unfinished + 1))
+            too_early
             ! accepted "$out" || torn=$((torn + 1))
             convert "${options[@]}" --resume "$source" "$out" || { differs=$((differs + 1)); cat "$work/err"; }
             same "$out" "$work/whole" || differs=$((differs + 1))
@@ -115,11 +119,17 @@ PYTHON
     done
 }
 
+# Killed while weights were written: some are in the journal, no file is at its final place.
+unfinished() {
+    [ "$(wc -l <"$out/.tmp-tpshard/journal")" -gt 1 ] && [ -z "$(find "$out" -maxdepth 1 -type f)" ]
+} 2>/dev/null
+
 other_resumes() {
     local killed=0
-    while [ ! -s "$out/.tmp-tpshard/journal" ]; do
+    until unfinished; do
         rm -rf "$out"
         start_and_kill "${options[@]}" "$source" "$out"
+        if [ -e "$out/model.json" ]; then too_late; else too_early; fi
         killed=$((killed + 1))
         [ $killed -lt 100 ] || { not_ok "no unfinished run in 100"; return; }
     done

@@ -255,11 +255,7 @@ static void a_broken_leaf_is_named(void **state)
 static void put_head_hash(uint8_t *head, uint64_t head_bytes)
 {
     memset(head + 256, 0, 16);
-    struct checksum128 sum = checksum_whole(head, head_bytes);
-    for (int i = 0; i < 8; i++) {
-        head[256 + i] = (uint8_t)(sum.high >> (56 - 8 * i));
-        head[264 + i] = (uint8_t)(sum.low >> (56 - 8 * i));
-    }
+    checksum128_to_bytes(checksum_whole(head, head_bytes), head + 256);
 }
 
 // A change that a checksum does not see, because whoever made it computed the checksum anew.

@@ -40,15 +40,15 @@ python3 scripts/make_synthetic_checkpoint.py --layers "$layers" --hidden $hidden
 source_bytes=$(du -sb "$work/source" | cut -f1)
 [ "$source_bytes" -gt $((2 * bound)) ] || [ -n "${LAYERS:-}" ] || not_ok "the checkpoint is too small to show anything"
 
-check() { # NAME ARGUMENTS...
+measure() { # NAME ARGUMENTS...
     local name=$1
     shift
     if watch "$@"; then within "$name"; else not_ok "$name: $(cat "$work/err")"; fi
 }
 
-check "convert" convert --json --quiet --tp 2 "$work/source" "$work/bf16"
+measure "convert" convert --json --quiet --tp 2 "$work/source" "$work/bf16"
 rm -rf "$work/bf16"
-check "convert --quant int8" convert --json --quiet --tp 2 --quant int8 "$work/source" "$work/int8"
-check "verify --against" verify --quiet --against "$work/source" "$work/int8"
-check "reshard" reshard --json --quiet --tp 4 "$work/int8" "$work/four"
+measure "convert --quant int8" convert --json --quiet --tp 2 --quant int8 "$work/source" "$work/int8"
+measure "verify --against" verify --quiet --against "$work/source" "$work/int8"
+measure "reshard" reshard --json --quiet --tp 4 "$work/int8" "$work/four"
 finish

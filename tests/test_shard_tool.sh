@@ -169,7 +169,7 @@ misfits_of_models() {
     with_config 's/x/x/'
     rm "$work/bad/model-00002-of-00003.safetensors"
     expect "incomplete checkpoint" 3 "model-00002-of-00003.safetensors" "$tpshard" "$work/bad" "$work/x"
-    local file status
+    local file status quant
     for file in tokenizer.json tokenizer_config.json generation_config.json config.json; do
         status=5
         [ $file = tokenizer.json ] && status=3
@@ -186,13 +186,38 @@ misfits_of_models() {
     make_synthetic "$work/nan"
     printf '\xc0\x7f' | dd of="$work/nan/model.safetensors" bs=1 conv=notrunc status=none \
         seek=$(($(stat -c %s "$work/nan/model.safetensors") - 2))
-    expect "NaN in a weight" 3 "tensor lm_head.weight, row 999" "$tpshard" convert --quant int8 "$work/nan" "$work/x"
+    for quant in int8 none; do
+        expect "NaN in a weight, --quant $quant" 3 "tensor lm_head.weight, row 999: column 255 is NaN" \
+            "$tpshard" convert --quant $quant "$work/nan" "$work/x"
+    done
     if [ -e "$work/x" ]; then
         not_ok "a refused run leaves something: $(ls -A "$work/x")"
         rm -rf "$work/x"
     else
         ok "a refused run leaves nothing"
     fi
+}
+
+# A head beside "tie_word_embeddings": true must be the embedding, to the last byte; it is compared in pieces of 1 MiB.
+tied_heads() {
+    local file=$work/tied/model.safetensors bytes=$((5000 * 256 * 2)) size header offset
+    make_synthetic --vocab 5000 "$work/tied"
+    sed -i 's/"tie_word_embeddings": false/"tie_word_embeddings": true/' "$work/tied/config.json"
+    expect "a tied head that is another matrix" 3 "lm_head.weight is another matrix than model.embed_tokens.weight" \
+        "$tpshard" "$work/tied" "$work/x"
+    header=$(od -An -tu8 -N 8 "$file")
+    size=$(stat -c %s "$file")
+    tail -c +$((8 + header + 1)) "$file" | head -c $bytes >"$work/embedding" # the first tensor; the head is the last
+    truncate -s -$bytes "$file"
+    cat "$work/embedding" >>"$file"
+    expect "a tied head that is the embedding" 0 "" "$tpshard" "$work/tied" "$work/tied-1"
+    for offset in $((size - bytes)) $((size - bytes / 2)) $((size - 1)); do
+        flip "$file" "$offset" 0
+        expect "a tied head with another bit in byte $((offset - size + bytes))" 3 "lm_head.weight is another matrix" \
+            "$tpshard" "$work/tied" "$work/x"
+        flip "$file" "$offset" 0
+    done
+    rm -rf "$work/tied" "$work/tied-1" "$work/embedding" "$work/x"
 }
 
 misfits_of_options() {
@@ -249,6 +274,13 @@ replacing() {
     else
         not_ok "--force: $(cat "$work/err" "$work/diff")"
     fi
+    # What is left when removing breaks off must still be taken for tpshard's own: rank files go last.
+    rm "$work"/old/rank-*
+    mkdir "$work/old/rank-00-of-03.tpshard"
+    expect "an old model that cannot be removed" 5 "cannot remove" \
+        "$tpshard" convert --tp 3 --quant int8 --force "$model" "$work/old"
+    check "its rank files go last" [ "$(cd "$work/old" && echo *)" = rank-00-of-03.tpshard ]
+    rmdir "$work/old/rank-00-of-03.tpshard"
     rm -rf "$work/old" "$work/fresh"
 }
 
@@ -352,6 +384,7 @@ bundled_model
 flipped_bits
 changed_source
 misfits_of_models
+tied_heads
 misfits_of_options
 misfits_of_shards
 replacing

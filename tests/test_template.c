@@ -133,13 +133,14 @@ static void test_marks(void **state)
          "(UserUserUserUserval)"},
         {"{{ n }}{{ n ~ '' }}{{ n|string }}{{ s|length }}{{ s == 'User' }}", "5554True"},
         {"{{ words|sort|join(' ') }}|{{ words|map('upper')|join }}|{{ words|unique|join }}", "(a) (b)|(BA)|(ba)"},
+        {"{{ strftime_now(when) }}|{{ strftime_now('%Y') }}|{{ strftime_now('%Y' ~ when) }}", "(2023)|2023|(20232023)"},
         {"{{ s.splitlines()|join }}{{ s.removeprefix('U') }}{{ s.rsplit('s', 1)|join }}{{ '\n'.join(words) }}",
          "(UserserUerb)\n(a)"},
     };
     json_t *variables =
-        json_pack("{s:s, s:s, s:s, s:s, s:s, s:{s:s}, s:i, s:[s, s], s:s, s:s, s:s, s:s}", "s", "User", "sp", " a b ",
-                  "q", "a\"b\n", "l", "one\ntwo", "lt", "<", "d", "key", "val", "n", 5, "words", "b", "a", "fill",
-                  "{0:<<1}{0:|<1}{0:><1}{1:+,}", "width", "x<2", "plus", "%+d%%", "digit", "2d");
+        json_pack("{s:s, s:s, s:s, s:s, s:s, s:{s:s}, s:i, s:[s, s], s:s, s:s, s:s, s:s, s:s}", "s", "User", "sp",
+                  " a b ", "q", "a\"b\n", "l", "one\ntwo", "lt", "<", "d", "key", "val", "n", 5, "words", "b", "a",
+                  "fill", "{0:<<1}{0:|<1}{0:><1}{1:+,}", "width", "x<2", "plus", "%+d%%", "digit", "2d", "when", "%Y");
     for (size_t i = 0; i < COUNT(cases); i++) {
         struct template_output out;
         struct error err;
@@ -419,6 +420,38 @@ static char *repeated(const char *begin, const char *part, size_t count, const c
     return text;
 }
 
+static void check_limit(const char *text, json_t *variables, size_t depth, const char *words)
+{
+    struct template_output out;
+    struct error err;
+    int rc = render_with(text, strlen(text), variables, NULL, &out, &err);
+    if (depth <= 64 ? rc != 0 : rc == 0 || !strstr(err.msg, words))
+        fail_msg("%zu deep: %s", depth, rc ? err.msg : text);
+    template_output_clear(&out);
+    json_decref(variables);
+}
+
+// 64 deep is accepted, 65 is not.
+static void test_nesting_limits(void **state)
+{
+    (void)state;
+    static const char calls[] = "{% macro f(n) %}{% if n > 1 %}{{ g(n - 1) }}{% endif %}{% endmacro %}"
+                                "{% macro g(n) %}{% if n > 1 %}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(n) }}";
+    json_t *deep = json_integer(1);
+    for (size_t depth = 1; depth <= 66; depth++) {
+        char *begin = repeated("", "{% macro f() %}", depth, ""),
+             *blocks = repeated(begin, "{% endmacro %}", depth, "");
+        deep = json_pack("[o]", deep);
+        check_limit(calls, json_pack("{s:I}", "n", (json_int_t)depth), depth,
+                    "macros call each other more than 64 deep");
+        check_limit(blocks, NULL, depth, "blocks or expressions are nested more than 64 deep");
+        check_limit("{{ x }}", json_pack("{s:O}", "x", deep), depth, "the request is nested more than 64 deep");
+        free(begin);
+        free(blocks);
+    }
+    json_decref(deep);
+}
+
 static void test_nesting(void **state)
 {
     (void)state;
@@ -513,6 +546,30 @@ static void test_messages(void **state)
     }
 }
 
+// __class__ and its like are hidden as attributes, even where a dict has such a key; as items they are like others.
+static void test_internal_names(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *text, *wanted;
+    } cases[] = {
+        {"{{ {'__class__': 'x'}.__class__ }}|{{ {'__class__': 'x'}['__class__'] }}", "|x"},
+        {"{{ {'__init__': 'x'}.__init__ is defined }}|{{ 'a'.__class__ is defined }}", "False|False"},
+        {"{{ {'_a_': 'x'}._a_ }}|{{ {'__a': 'x'}.__a }}|{{ {'a__': 'x'}.a__ }}", "x|x|x"},
+    };
+    struct template_output out;
+    struct error err;
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        if (render_with(cases[i].text, strlen(cases[i].text), NULL, NULL, &out, &err))
+            fail_msg("%s: %s", cases[i].text, err.msg);
+        assert_string_equal(out.text, cases[i].wanted);
+        template_output_clear(&out);
+    }
+    static const char call[] = "{{ [].__len__() }}";
+    assert_int_equal(render_with(call, strlen(call), NULL, NULL, &out, &err), ERR_USAGE);
+    assert_string_equal(err.msg, "test, line 1: access to attribute '__len__' of 'list' object is unsafe");
+}
+
 static void test_time(void **state)
 {
     (void)state;
@@ -528,9 +585,10 @@ static void test_time(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_features), cmocka_unit_test(test_marks),   cmocka_unit_test(test_origins),
-        cmocka_unit_test(test_limits),   cmocka_unit_test(test_nesting), cmocka_unit_test(test_messages),
-        cmocka_unit_test(test_time),     cmocka_unit_test(test_charges), cmocka_unit_test(test_honest_work),
+        cmocka_unit_test(test_features),       cmocka_unit_test(test_marks),          cmocka_unit_test(test_origins),
+        cmocka_unit_test(test_limits),         cmocka_unit_test(test_nesting),        cmocka_unit_test(test_messages),
+        cmocka_unit_test(test_nesting_limits), cmocka_unit_test(test_internal_names), cmocka_unit_test(test_time),
+        cmocka_unit_test(test_charges),        cmocka_unit_test(test_honest_work),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

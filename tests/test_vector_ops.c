@@ -13,43 +13,7 @@
 
 #include <cmocka.h>
 
-static uint64_t random_state = 0x9e3779b97f4a7c15u;
-
-static uint64_t random_bits(void)
-{
-    random_state ^= random_state << 13;
-    random_state ^= random_state >> 7;
-    random_state ^= random_state << 17;
-    return random_state * 0x2545f4914f6cdd1du;
-}
-
-static int64_t random_below(int64_t limit) { return (int64_t)(random_bits() >> 33) % limit; }
-static float uniform(void) { return (float)((double)(random_bits() >> 11) * 0x1p-52 - 1.0); } // [-1, 1)
-
-static void *zeroed(uint64_t bytes)
-{
-    void *memory = calloc(1, bytes ? bytes : 1);
-    assert_non_null(memory);
-    return memory;
-}
-
-// Same bits, or both NaN.
-static bool same(float a, float b) { return f32_bits(a) == f32_bits(b) || (isnan(a) && isnan(b)); }
-
-static void assert_same(const float *a, const float *b, int64_t count, const char *what)
-{
-    for (int64_t i = 0; i < count; i++)
-        if (!same(a[i], b[i]))
-            fail_msg("%s: element %lld is %.9g, not %.9g", what, (long long)i, (double)a[i], (double)b[i]);
-}
-
-static float *random_floats(int64_t count)
-{
-    float *x = zeroed((uint64_t)count * sizeof *x);
-    for (int64_t i = 0; i < count; i++)
-        x[i] = uniform() * (random_below(20) ? 1.0f : 8.0f);
-    return x;
-}
+#include "tests/floats_help.h"
 
 // The operations as this file's own flags compile them: one more instruction set, and a way to exp16.
 static const struct kernels baseline = {.name = "baseline", VECTOR_OPS_ENTRIES};

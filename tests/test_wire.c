@@ -13,15 +13,7 @@
 
 #include <cmocka.h>
 
-static uint64_t random_state = 0x9e3779b97f4a7c15u;
-
-static uint64_t random_bits(void)
-{
-    random_state ^= random_state << 13;
-    random_state ^= random_state >> 7;
-    random_state ^= random_state << 17;
-    return random_state * 0x2545f4914f6cdd1du;
-}
+#include "tests/random_help.h"
 
 static double uniform(void) { return ((double)(random_bits() >> 11) + 0.5) * 0x1p-53; }
 static double gaussian(void) { return sqrt(-2 * log(uniform())) * cos(6.283185307179586 * uniform()); }

@@ -57,19 +57,162 @@ __device__ __forceinline__ int step_of_lane(int lanes, int lane)
     return (lane & (lanes / 2) ? 2 : 0) + (lane & (lanes / 4) ? 1 : 0);
 }
 
-// Where a lane group's next STEP positions lie; `seen` says which of them the query sees.
+// Where a thread stands in its chunk, whose first position counts as 0.
+struct chunk_place {
+    int lane, warp;
+    int lanes, dim; // of a row of keys, and the first of this lane's elements
+    int head_dim;
+    int turn_positions;         // that the block takes at once
+    int first_slot;             // of this thread's STEP positions of the first turn
+    int seen_begin, seen_end;   // what the query sees
+    const int64_t *row_of_page; // shared
+};
+
+// This thread's STEP positions of the turn that begins at `turn`; zeros where the query does not see them.
 template <enum kv_format FORMAT>
-__device__ __forceinline__ void load_steps(uint4 *x, const void *cache, const struct device_kv &kv,
-                                           const int64_t *row_of_page, int first_slot, int dim, int seen_begin,
-                                           int seen_end)
+__device__ __forceinline__ void load_steps(uint4 *x, const void *cache, const struct chunk_place &at, int turn)
 {
-    int head_dim = (int)kv.head_dim;
+    int head_dim = at.head_dim;
 #pragma unroll
     for (int i = 0; i < STEP; i++) {
-        int slot = first_slot + i;
-        bool seen = slot >= seen_begin && slot < seen_end;
-        int64_t row = seen ? row_of_page[slot / KV_PAGE_TOKENS] + (int64_t)(slot % KV_PAGE_TOKENS) * head_dim : 0;
-        x[i] = load_eight<FORMAT>(cache, row, seen ? dim : head_dim, head_dim, head_dim % 8 == 0);
+        int slot = turn + at.first_slot + i;
+        bool seen = slot >= at.seen_begin && slot < at.seen_end;
+        int64_t row = seen ? at.row_of_page[slot / KV_PAGE_TOKENS] + (int64_t)(slot % KV_PAGE_TOKENS) * head_dim : 0;
+        x[i] = load_eight<FORMAT>(cache, row, seen ? at.dim : head_dim, head_dim, head_dim % 8 == 0);
+    }
+}
+
+// scores [count][ATTENTION_CHUNK] = q . k. next: the keys of the first turn.
+//   queries  shared, [count][MAX_DIM] as split_place says
+template <enum kv_format FORMAT>
+__device__ __forceinline__ void chunk_scores(float *scores, const float *queries, const void *keys, uint4 (&next)[STEP],
+                                             int count, const struct chunk_place &at)
+{
+    uint4 raw[STEP];
+#pragma unroll 1
+    for (int turn = 0; turn < ATTENTION_CHUNK; turn += at.turn_positions) {
+        float k[STEP][8];
+#pragma unroll
+        for (int i = 0; i < STEP; i++)
+            raw[i] = next[i];
+        if (turn + at.turn_positions < ATTENTION_CHUNK)
+            load_steps<FORMAT>(next, keys, at, turn + at.turn_positions);
+#pragma unroll
+        for (int i = 0; i < STEP; i++)
+            widen_eight<FORMAT>(k[i], raw[i]);
+        for (int h = 0; h < count; h++) {
+            float4 low = load_shared((const float4 *)&queries[h * MAX_DIM + at.dim / 2]);
+            float4 high = load_shared((const float4 *)&queries[h * MAX_DIM + MAX_DIM / 2 + at.dim / 2]);
+            const float query[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+            float dot[STEP];
+#pragma unroll
+            for (int i = 0; i < STEP; i++) {
+                dot[i] = k[i][0] * query[0];
+#pragma unroll
+                for (int j = 1; j < 8; j++)
+                    dot[i] = fmaf(k[i][j], query[j], dot[i]);
+            }
+            float sum = sum_steps(dot, at.lanes, at.lane);
+            if (at.lane % (at.lanes / 4) == 0)
+                scores[h * ATTENTION_CHUNK + turn + at.first_slot + step_of_lane(at.lanes, at.lane)] = sum;
+        }
+    }
+}
+
+// The scores become weights; their maximum and sum go to the parts of the heads, the first of which is number `part`.
+__device__ __forceinline__ void chunk_weights(float *scores, const struct decode_input &in, int64_t part, int count,
+                                              const struct chunk_place &at)
+{
+    for (int h = at.warp; h < count; h += WARPS) {
+        float score[ATTENTION_CHUNK / WARP], largest = -INFINITY, sum = 0;
+#pragma unroll
+        for (int i = 0; i < ATTENTION_CHUNK / WARP; i++) {
+            int slot = i * WARP + at.lane;
+            bool seen = slot >= at.seen_begin && slot < at.seen_end;
+            score[i] = seen ? finished_score(in.shape, scores[h * ATTENTION_CHUNK + slot]) : -INFINITY;
+            largest = fmaxf(largest, score[i]); // passes over NaN, which reaches the sum
+        }
+        for (int mask = WARP / 2; mask; mask /= 2)
+            largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, mask));
+#pragma unroll
+        for (int i = 0; i < ATTENTION_CHUNK / WARP; i++) {
+            float weight = weight_of(score[i], largest);
+            scores[h * ATTENTION_CHUNK + i * WARP + at.lane] = weight;
+            sum += weight;
+        }
+        for (int mask = WARP / 2; mask; mask /= 2)
+            sum += __shfl_xor_sync(0xffffffffu, sum, mask);
+        if (at.lane == 0) {
+            in.parts.largest[part + h * in.parts.chunks] = largest;
+            in.parts.sum[part + h * in.parts.chunks] = sum;
+        }
+    }
+}
+
+// This thread's part of the weighted sum of values. next: the values of the first turn.
+template <enum kv_format FORMAT, int HEADS>
+__device__ __forceinline__ void chunk_values(float (&value)[HEADS][8], const float *weights, const void *values,
+                                             uint4 (&next)[STEP], int count, const struct chunk_place &at)
+{
+    uint4 raw[STEP];
+#pragma unroll
+    for (int h = 0; h < HEADS; h++)
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            value[h][j] = 0;
+#pragma unroll 1
+    for (int turn = 0; turn < ATTENTION_CHUNK; turn += at.turn_positions) {
+#pragma unroll
+        for (int i = 0; i < STEP; i++)
+            raw[i] = next[i];
+        if (turn + at.turn_positions < ATTENTION_CHUNK)
+            load_steps<FORMAT>(next, values, at, turn + at.turn_positions);
+#pragma unroll
+        for (int i = 0; i < STEP; i++) {
+            float v[8];
+            widen_eight<FORMAT>(v, raw[i]);
+#pragma unroll
+            for (int h = 0; h < HEADS; h++) {
+                if (h >= count)
+                    break;
+                float weight = load_shared(&weights[h * ATTENTION_CHUNK + turn + at.first_slot + i]);
+#pragma unroll
+                for (int j = 0; j < 8; j++)
+                    value[h][j] = fmaf(weight, v[j], value[h][j]);
+            }
+        }
+    }
+}
+
+// What the threads have, together: lane groups by halves, then the warps in ascending order. Two buffers: one barrier per head.
+//   buffers  shared, [2][WARPS][MAX_DIM]
+template <int HEADS>
+__device__ __forceinline__ void store_values(float (&value)[HEADS][8], float *buffers, const struct decode_input &in,
+                                             int64_t part, int count, const struct chunk_place &at)
+{
+#pragma unroll
+    for (int h = 0; h < HEADS; h++) {
+        if (h >= count)
+            break;
+        float *buffer = buffers + h % 2 * WARPS * MAX_DIM;
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            for (int mask = WARP / 2; mask >= at.lanes; mask /= 2)
+                value[h][j] += __shfl_xor_sync(0xffffffffu, value[h][j], mask);
+        if (at.lane < at.lanes) {
+            store_shared((float4 *)&buffer[at.warp * MAX_DIM + at.dim / 2],
+                         make_float4(value[h][0], value[h][1], value[h][2], value[h][3]));
+            store_shared((float4 *)&buffer[at.warp * MAX_DIM + MAX_DIM / 2 + at.dim / 2],
+                         make_float4(value[h][4], value[h][5], value[h][6], value[h][7]));
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < at.head_dim; i += THREADS) {
+            float sum = 0;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++)
+                sum += buffer[w * MAX_DIM + split_place(i)];
+            in.parts.value[(part + h * in.parts.chunks) * at.head_dim + i] = sum;
+        }
     }
 }
 
@@ -86,17 +229,21 @@ __global__ void __launch_bounds__(THREADS, 2) attend_chunk(struct decode_input i
     int64_t first = window_begin(in.shape, position);
     if (begin > position || begin + ATTENTION_CHUNK <= first)
         return;
-    // In what follows positions count from the chunk's first.
-    int seen_begin = first > begin ? (int)(first - begin) : 0;
-    int seen_end = position - begin < ATTENTION_CHUNK ? (int)(position - begin) + 1 : ATTENTION_CHUNK;
-
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, lanes = in.lanes;
-    int head_dim = (int)in.kv.head_dim, dim = lane % lanes * 8;
-    int positions_per_turn = THREADS / lanes * STEP, turn_begin = (warp * (WARP / lanes) + lane / lanes) * STEP;
+    struct chunk_place at = {};
+    at.lane = threadIdx.x % WARP;
+    at.warp = threadIdx.x / WARP;
+    at.lanes = in.lanes;
+    at.dim = at.lane % at.lanes * 8;
+    at.head_dim = (int)in.kv.head_dim;
+    at.turn_positions = THREADS / at.lanes * STEP;
+    at.first_slot = (at.warp * (WARP / at.lanes) + at.lane / at.lanes) * STEP;
+    at.seen_begin = first > begin ? (int)(first - begin) : 0;
+    at.seen_end = position - begin < ATTENTION_CHUNK ? (int)(position - begin) + 1 : ATTENTION_CHUNK;
+    at.row_of_page = row_of_page;
 
     const int32_t *pages = in.kv.pages + in.rows.sequence[row] * in.kv.pages_per_sequence + begin / KV_PAGE_TOKENS;
     int page = threadIdx.x; // pages that the row does not see may have no entry
-    if (page * KV_PAGE_TOKENS < seen_end && (page + 1) * KV_PAGE_TOKENS > seen_begin)
+    if (page * KV_PAGE_TOKENS < at.seen_end && (page + 1) * KV_PAGE_TOKENS > at.seen_begin)
         row_of_page[page] = kv_row(in.kv, pages[page], kv_head, 0);
     __syncthreads();
 
@@ -104,131 +251,24 @@ __global__ void __launch_bounds__(THREADS, 2) attend_chunk(struct decode_input i
     int64_t head = (in.shape.kv_head_begin + kv_head) * in.shape.heads_per_kv - in.shape.head_begin;
     int64_t head_end = min(head + in.shape.heads_per_kv, in.shape.num_heads);
     for (head = max(head, (int64_t)0); head < head_end; head += HEADS) {
-        int count = (int)min(head_end - head, (int64_t)HEADS);
+        int count = (int)min(head_end - head, (int64_t)HEADS), head_dim = at.head_dim;
+        int64_t part = (row * in.shape.num_heads + head) * in.parts.chunks + chunk;
         const float *q = in.qkv + row * (in.shape.num_heads + 2 * in.kv.num_kv_heads) * head_dim + head * head_dim;
-        uint4 raw[STEP], next[STEP];
-        load_steps<FORMAT>(next, in.kv.k, in.kv, row_of_page, turn_begin, dim, seen_begin, seen_end);
+        uint4 next[STEP];
+        load_steps<FORMAT>(next, in.kv.k, at, 0);
         for (int i = threadIdx.x; i < count * MAX_DIM; i += THREADS)
             work[i / MAX_DIM * MAX_DIM + split_place(i % MAX_DIM)] =
                 i % MAX_DIM < head_dim ? q[i / MAX_DIM * head_dim + i % MAX_DIM] : 0.0f;
         __syncthreads();
-
-#pragma unroll 1
-        for (int turn = 0; turn < ATTENTION_CHUNK; turn += positions_per_turn) {
-            float k[STEP][8];
-#pragma unroll
-            for (int i = 0; i < STEP; i++)
-                raw[i] = next[i];
-            if (turn + positions_per_turn < ATTENTION_CHUNK)
-                load_steps<FORMAT>(next, in.kv.k, in.kv, row_of_page, turn + positions_per_turn + turn_begin, dim,
-                                   seen_begin, seen_end);
-#pragma unroll
-            for (int i = 0; i < STEP; i++)
-                widen_eight<FORMAT>(k[i], raw[i]);
-            for (int h = 0; h < count; h++) {
-                float4 low = load_shared((const float4 *)&work[h * MAX_DIM + dim / 2]);
-                float4 high = load_shared((const float4 *)&work[h * MAX_DIM + MAX_DIM / 2 + dim / 2]);
-                const float query[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-                float dot[STEP];
-#pragma unroll
-                for (int i = 0; i < STEP; i++) {
-                    dot[i] = k[i][0] * query[0];
-#pragma unroll
-                    for (int j = 1; j < 8; j++)
-                        dot[i] = fmaf(k[i][j], query[j], dot[i]);
-                }
-                float sum = sum_steps(dot, lanes, lane);
-                if (lane % (lanes / 4) == 0)
-                    scores[h * ATTENTION_CHUNK + turn + turn_begin + step_of_lane(lanes, lane)] = sum;
-            }
-        }
+        chunk_scores<FORMAT>(scores, work, in.kv.k, next, count, at);
         // The first values are on their way while the weights are made.
-        load_steps<FORMAT>(next, in.kv.v, in.kv, row_of_page, turn_begin, dim, seen_begin, seen_end);
+        load_steps<FORMAT>(next, in.kv.v, at, 0);
         __syncthreads();
-
-        for (int h = warp; h < count; h += WARPS) {
-            float score[ATTENTION_CHUNK / WARP], largest = -INFINITY, sum = 0;
-#pragma unroll
-            for (int i = 0; i < ATTENTION_CHUNK / WARP; i++) {
-                int slot = i * WARP + lane;
-                bool seen = slot >= seen_begin && slot < seen_end;
-                score[i] = seen ? finished_score(in.shape, scores[h * ATTENTION_CHUNK + slot]) : -INFINITY;
-                largest = fmaxf(largest, score[i]); // passes over NaN, which reaches the sum
-            }
-            for (int mask = WARP / 2; mask; mask /= 2)
-                largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, mask));
-#pragma unroll
-            for (int i = 0; i < ATTENTION_CHUNK / WARP; i++) {
-                float weight = weight_of(score[i], largest);
-                scores[h * ATTENTION_CHUNK + i * WARP + lane] = weight;
-                sum += weight;
-            }
-            for (int mask = WARP / 2; mask; mask /= 2)
-                sum += __shfl_xor_sync(0xffffffffu, sum, mask);
-            if (lane == 0) {
-                int64_t part = (row * in.shape.num_heads + head + h) * in.parts.chunks + chunk;
-                in.parts.largest[part] = largest;
-                in.parts.sum[part] = sum;
-            }
-        }
+        chunk_weights(scores, in, part, count, at);
         __syncthreads();
-
         float value[HEADS][8];
-#pragma unroll
-        for (int h = 0; h < HEADS; h++)
-#pragma unroll
-            for (int j = 0; j < 8; j++)
-                value[h][j] = 0;
-#pragma unroll 1
-        for (int turn = 0; turn < ATTENTION_CHUNK; turn += positions_per_turn) {
-#pragma unroll
-            for (int i = 0; i < STEP; i++)
-                raw[i] = next[i];
-            if (turn + positions_per_turn < ATTENTION_CHUNK)
-                load_steps<FORMAT>(next, in.kv.v, in.kv, row_of_page, turn + positions_per_turn + turn_begin, dim,
-                                   seen_begin, seen_end);
-#pragma unroll
-            for (int i = 0; i < STEP; i++) {
-                float v[8];
-                widen_eight<FORMAT>(v, raw[i]);
-#pragma unroll
-                for (int h = 0; h < HEADS; h++) {
-                    if (h >= count)
-                        break;
-                    float weight = load_shared(&scores[h * ATTENTION_CHUNK + turn + turn_begin + i]);
-#pragma unroll
-                    for (int j = 0; j < 8; j++)
-                        value[h][j] = fmaf(weight, v[j], value[h][j]);
-                }
-            }
-        }
-
-        // Lane groups by halves, then the warps in ascending order. Two buffers: one barrier per head.
-#pragma unroll
-        for (int h = 0; h < HEADS; h++) {
-            if (h >= count)
-                break;
-            float *buffer = work + h % 2 * WARPS * MAX_DIM;
-#pragma unroll
-            for (int j = 0; j < 8; j++)
-                for (int mask = WARP / 2; mask >= lanes; mask /= 2)
-                    value[h][j] += __shfl_xor_sync(0xffffffffu, value[h][j], mask);
-            if (lane < lanes) {
-                store_shared((float4 *)&buffer[warp * MAX_DIM + dim / 2],
-                             make_float4(value[h][0], value[h][1], value[h][2], value[h][3]));
-                store_shared((float4 *)&buffer[warp * MAX_DIM + MAX_DIM / 2 + dim / 2],
-                             make_float4(value[h][4], value[h][5], value[h][6], value[h][7]));
-            }
-            __syncthreads();
-            int64_t part = (row * in.shape.num_heads + head + h) * in.parts.chunks + chunk;
-            for (int i = threadIdx.x; i < head_dim; i += THREADS) {
-                float sum = 0;
-#pragma unroll
-                for (int w = 0; w < WARPS; w++)
-                    sum += buffer[w * MAX_DIM + split_place(i)];
-                in.parts.value[part * head_dim + i] = sum;
-            }
-        }
+        chunk_values<FORMAT, HEADS>(value, scores, in.kv.v, next, count, at);
+        store_values<HEADS>(value, work, in, part, count, at);
         __syncthreads(); // the next heads' queries go where these sums lie
     }
 }

@@ -28,7 +28,7 @@ struct prefill_input {
 // Place of (row, 8 elements) in a tile of rows of DIM bf16, in units of 16 bytes. ldmatrix reads the same unit of 8 consecutive rows:
 // they lie in different banks, by exchanging units inside 128 bytes, or by an odd pitch where DIM is no multiple of 64.
 template <int DIM> constexpr int tile_pitch = DIM % 64 ? DIM / 8 | 1 : DIM / 8;
-template <int DIM> __device__ __forceinline__ int tile_place(int row, int unit)
+template <int DIM> __device__ __forceinline__ int tile_place_of(int row, int unit)
 {
     return row * tile_pitch<DIM> + (DIM % 64 ? unit : unit ^ (row & 7));
 }
@@ -49,7 +49,7 @@ __device__ __forceinline__ void load_page(uint4 *tile, const void *cache, int he
             continue;
         bool valid = slot < end && unit * 8 < head_dim;
         int64_t at = row + (int64_t)slot * head_dim;
-        uint4 *to = &tile[tile_place<DIM>(slot, unit)];
+        uint4 *to = &tile[tile_place_of<DIM>(slot, unit)];
         if (FORMAT == KV_BF16 && by_eights)
             copy_async16(to, valid ? (const uint16_t *)cache + at + unit * 8 : (const uint16_t *)cache, valid);
         else
@@ -68,7 +68,7 @@ template <int DIM> __device__ __forceinline__ bool scan_special(uint4 *tile, boo
         int slot = i / dealt_units<DIM>, unit = i % dealt_units<DIM>;
         if (unit >= DIM / 8)
             continue;
-        uint4 *place = &tile[tile_place<DIM>(slot, unit)];
+        uint4 *place = &tile[tile_place_of<DIM>(slot, unit)];
         uint4 x = load_shared(place);
         uint32_t word[4] = {x.x, x.y, x.z, x.w};
         bool here = false;
@@ -97,20 +97,204 @@ __device__ __forceinline__ float quad_sum(float x)
     return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// grid (tile of queries, query head). In the fragments of an MMA this thread has rows g and g + 8 of its warp's 16, and columns 2t, 2t + 1 of
-// each 8. Index h = 0, 1 stands for the two rows.
+// In the fragments of an MMA this thread has rows g and g + 8 of its warp's 16, and columns 2t, 2t + 1 of each 8. Index h = 0, 1 stands for
+// the two rows.
+struct tile_place {
+    int lane, warp, g, t;
+    int first_key;                 // position of the page
+    bool all_seen;                 // the page, by all rows of the block
+    int position[2], seen_from[2]; // of the rows
+};
+
+// Flash attention's sums so far: of weights this thread's own share.
+template <int DIM> struct tile_sums {
+    float largest[2], sum[2], value[DIM / 8][4];
+};
+
+// The block's rows of queries as bf16, zeros behind the last row and column.
+template <int DIM>
+__device__ __forceinline__ void load_queries(uint4 *q_tile, const float *q, int64_t stride, int rows, int head_dim)
+{
+    for (int i = threadIdx.x; i < QUERIES * 4 * dealt_units<DIM>; i += THREADS) {
+        // head_dim is even; lanes behind the last pair repeat it
+        int row = i / (4 * dealt_units<DIM>), dim = min(i % (4 * dealt_units<DIM>)*2, DIM - 2);
+        float2 x = row < rows && dim < head_dim ? load_global((const float2 *)(q + (int64_t)row * stride + dim))
+                                                : make_float2(0, 0);
+        store_shared((uint32_t *)&q_tile[tile_place_of<DIM>(row, dim / 8)] + dim % 8 / 2, floats_to_bf162(x.x, x.y));
+    }
+}
+
+// Queries that stay in registers, or that are read for each use.
+template <int DIM> constexpr bool queries_stay = DIM < 128;
+template <int DIM> constexpr int query_parts = queries_stay<DIM> ? DIM / 16 : 1;
+
+template <int DIM>
+__device__ __forceinline__ void load_query(uint32_t (&q)[4], const uint4 *q_tile, const struct tile_place &at, int k)
+{
+    load_matrix_x4(q, &q_tile[tile_place_of<DIM>(at.warp * 16 + at.lane % 16, 2 * k + at.lane / 16)]);
+}
+
+// Scores of the warp's rows and the page's keys.
+template <int DIM>
+__device__ __forceinline__ void page_scores(float (&score)[KEY_TILES][4], uint32_t (&q)[query_parts<DIM>][4],
+                                            const uint4 *q_tile, const uint4 *k_tile,
+                                            const struct attention_shape &shape, const struct tile_place &at)
+{
+#pragma unroll
+    for (int n = 0; n < KEY_TILES; n++)
+        score[n][0] = score[n][1] = score[n][2] = score[n][3] = 0;
+#pragma unroll(queries_stay <DIM> ? DIM / 16 : 4)
+    for (int k = 0; k < DIM / 16; k++) {
+        if (!queries_stay<DIM>)
+            load_query<DIM>(q[0], q_tile, at, k);
+#pragma unroll
+        for (int n = 0; n < KEY_TILES; n += 2) {
+            uint32_t b[4];
+            int lane = at.lane;
+            load_matrix_x4(b, &k_tile[tile_place_of<DIM>(n * 8 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2)]);
+            mma_bf16(score[n], q[queries_stay<DIM> ? k : 0], b);
+            mma_bf16(score[n + 1], q[queries_stay<DIM> ? k : 0], b + 2);
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int key = at.first_key + n * 8 + 2 * at.t + i % 2;
+            score[n][i] = finished_score(shape, score[n][i]);
+            if (!at.all_seen && (key > at.position[i / 2] || key < at.seen_from[i / 2]))
+                score[n][i] = -INFINITY;
+        }
+}
+
+// The scores become weights, of which the sums take theirs; what they had before shrinks.
+template <int DIM>
+__device__ __forceinline__ void page_weights(uint32_t (&weight)[KEY_TILES][2], struct tile_sums<DIM> &sums,
+                                             const float (&score)[KEY_TILES][4])
+{
+    float tile_largest[2] = {-INFINITY, -INFINITY}, shrink[2];
+#pragma unroll
+    for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            tile_largest[i / 2] = fmaxf(tile_largest[i / 2], score[n][i]); // passes over NaN, which reaches the sum
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        float now = fmaxf(sums.largest[h], quad_max(tile_largest[h]));
+        shrink[h] = weight_of(sums.largest[h], now);
+        sums.largest[h] = now;
+        sums.sum[h] *= shrink[h];
+    }
+#pragma unroll
+    for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float a = weight_of(score[n][2 * h], sums.largest[h]), b = weight_of(score[n][2 * h + 1], sums.largest[h]);
+            sums.sum[h] += a;
+            sums.sum[h] += b;
+            weight[n][h] = floats_to_bf162(a, b);
+        }
+#pragma unroll
+    for (int n = 0; n < DIM / 8; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            sums.value[n][i] *= shrink[i / 2];
+}
+
+// A row takes no harm from Inf and NaN among values that it does not see, though 0 times them is a NaN: in a tile that not every row sees
+// whole they are taken out and added singly to the rows that see them.
+//   room     shared: the weights of the block's rows, [QUERIES][KEYS / 2]
+//   special  shared: whether there is any; 0 before and after
+template <int DIM>
+__device__ __forceinline__ void take_special(struct tile_sums<DIM> &sums, uint4 *v_tile, uint32_t *room, int *special,
+                                             const uint32_t (&weight)[KEY_TILES][2], const struct tile_place &at)
+{
+    if (scan_special<DIM>(v_tile, false))
+        special[0] = 1;
+    __syncthreads();
+    if (!special[0])
+        return;
+    uint32_t *p = room + at.warp * 16 * (KEYS / 2);
+#pragma unroll
+    for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+            p[(at.g + 8 * h) * (KEYS / 2) + n * 4 + at.t] = weight[n][h];
+    __syncwarp();
+    for (int slot = 0; slot < KEYS; slot++)
+#pragma unroll
+        for (int n = 0; n < DIM / 8; n++) {
+            uint32_t pair = ((const uint32_t *)&v_tile[tile_place_of<DIM>(slot, n)])[at.t];
+            int key = at.first_key + slot;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int h = i / 2;
+                uint32_t v = pair >> i % 2 * 16 & 0xffff;
+                if (is_special(v) && key <= at.position[h] && key >= at.seen_from[h])
+                    sums.value[n][i] +=
+                        f32_from_bits(p[(at.g + 8 * h) * (KEYS / 2) + slot / 2] >> slot % 2 * 16 << 16) *
+                        f32_from_bits(v << 16);
+            }
+        }
+    __syncthreads();
+    scan_special<DIM>(v_tile, true);
+    if (threadIdx.x == 0)
+        special[0] = 0;
+    __syncthreads();
+}
+
+template <int DIM>
+__device__ __forceinline__ void page_values(struct tile_sums<DIM> &sums, const uint4 *v_tile,
+                                            const uint32_t (&weight)[KEY_TILES][2], int lane)
+{
+#pragma unroll
+    for (int k = 0; k < KEYS / 16; k++) {
+        const uint32_t a[4] = {weight[2 * k][0], weight[2 * k][1], weight[2 * k + 1][0], weight[2 * k + 1][1]};
+#pragma unroll
+        for (int n = 0; n < DIM / 8; n += 2) {
+            uint32_t b[4];
+            load_matrix_x4_transposed(b, &v_tile[tile_place_of<DIM>(k * 16 + lane % 16, n + lane / 16)]);
+            mma_bf16(sums.value[n], a, b);
+            mma_bf16(sums.value[n + 1], a, b + 2);
+        }
+    }
+}
+
+// out: of the block's first row.
+template <int DIM>
+__device__ __forceinline__ void store_rows(float *out, int64_t stride, int rows, int head_dim, float sink,
+                                           const struct tile_sums<DIM> &sums, const struct tile_place &at)
+{
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        int row = at.warp * 16 + at.g + 8 * h;
+        float final = fmaxf(sums.largest[h], sink), shrink = weight_of(sums.largest[h], final);
+        float whole = quad_sum(sums.sum[h]) * shrink + weight_of(sink, final);
+        float *to = out + (int64_t)row * stride;
+#pragma unroll
+        for (int n = 0; n < DIM / 8; n++)
+            if (row < rows && n * 8 + 2 * at.t < head_dim)
+                store_global((float2 *)(to + n * 8 + 2 * at.t), make_float2(sums.value[n][2 * h] * shrink / whole,
+                                                                            sums.value[n][2 * h + 1] * shrink / whole));
+    }
+}
+
+// grid (tile of queries, query head).
 template <enum kv_format FORMAT, int DIM>
 __global__ void __launch_bounds__(THREADS, DIM > 128 ? 1 : 3) attend_tile(struct prefill_input in)
 {
     constexpr int TILE = KEYS * tile_pitch<DIM>; // QUERIES == KEYS
-    constexpr bool QUERIES_STAY = DIM < 128;     // in registers
     SHARED_DYNAMIC(uint4, tiles);
     uint4 *q_tile = tiles, *k_tile = tiles + TILE, *v_tile = tiles + 2 * TILE;
     int *special = (int *)(void *)(tiles + 3 * TILE);
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
     int head_dim = (int)in.kv.head_dim;
     int64_t head = blockIdx.y, kv_head = (in.shape.head_begin + head) / in.shape.heads_per_kv - in.shape.kv_head_begin;
     int64_t q_stride = (in.shape.num_heads + 2 * in.kv.num_kv_heads) * head_dim;
+    struct tile_place at = {};
+    at.lane = threadIdx.x % WARP;
+    at.warp = threadIdx.x / WARP;
+    at.g = at.lane / 4;
+    at.t = at.lane % 4;
 
     // The tiles with the longest way first.
     int row_begin = (int)(gridDim.x - 1 - blockIdx.x) * QUERIES;
@@ -123,165 +307,51 @@ __global__ void __launch_bounds__(THREADS, DIM > 128 ? 1 : 3) attend_tile(struct
     load_page<FORMAT, DIM>(k_tile, in.kv.k, head_dim, kv_row(in.kv, pages[page], kv_head, 0),
                            min(launch_end - page * KEYS, (int)KEYS));
     copy_async_commit();
-    for (int i = threadIdx.x; i < QUERIES * 4 * dealt_units<DIM>; i += THREADS) {
-        // head_dim is even; lanes behind the last pair repeat it
-        int row = i / (4 * dealt_units<DIM>), dim = min(i % (4 * dealt_units<DIM>)*2, DIM - 2);
-        const float *q = in.qkv + (int64_t)(row_begin + row) * q_stride + head * head_dim + dim;
-        float2 x = row < row_count && dim < head_dim ? load_global((const float2 *)q) : make_float2(0, 0);
-        store_shared((uint32_t *)&q_tile[tile_place<DIM>(row, dim / 8)] + dim % 8 / 2, floats_to_bf162(x.x, x.y));
-    }
+    load_queries<DIM>(q_tile, in.qkv + row_begin * q_stride + head * head_dim, q_stride, row_count, head_dim);
     if (threadIdx.x == 0)
         special[0] = 0;
-
-    uint32_t q[QUERIES_STAY ? DIM / 16 : 1][4];
-    if (QUERIES_STAY) {
+    uint32_t q[query_parts<DIM>][4];
+    if (queries_stay<DIM>) {
         __syncthreads();
 #pragma unroll
         for (int k = 0; k < DIM / 16; k++)
-            load_matrix_x4(q[k], &q_tile[tile_place<DIM>(warp * 16 + lane % 16, 2 * k + lane / 16)]);
+            load_query<DIM>(q[k], q_tile, at, k);
     }
 
-    int position[2], seen_from[2];
-    float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
-    float value[DIM / 8][4];
+    struct tile_sums<DIM> sums = {
+    };
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        position[h] = first_position + warp * 16 + g + 8 * h;
-        seen_from[h] = (int)window_begin(in.shape, position[h]);
+        at.position[h] = first_position + at.warp * 16 + at.g + 8 * h;
+        at.seen_from[h] = (int)window_begin(in.shape, at.position[h]);
+        sums.largest[h] = -INFINITY;
     }
-#pragma unroll
-    for (int n = 0; n < DIM / 8; n++)
-        value[n][0] = value[n][1] = value[n][2] = value[n][3] = 0;
-
     for (; page < page_end; page++) {
-        int first_key = page * KEYS;
-        bool all_seen = first_key + KEYS - 1 <= first_position && first_key >= window_begin(in.shape, last_position);
+        at.first_key = page * KEYS;
+        at.all_seen =
+            at.first_key + KEYS - 1 <= first_position && at.first_key >= window_begin(in.shape, last_position);
         copy_async_wait<0>();
         __syncthreads(); // the keys are there, the last values done with
         load_page<FORMAT, DIM>(v_tile, in.kv.v, head_dim, kv_row(in.kv, pages[page], kv_head, 0),
-                               min(launch_end - first_key, (int)KEYS));
+                               min(launch_end - at.first_key, (int)KEYS));
         copy_async_commit();
-
         float score[KEY_TILES][4];
-#pragma unroll
-        for (int n = 0; n < KEY_TILES; n++)
-            score[n][0] = score[n][1] = score[n][2] = score[n][3] = 0;
-#pragma unroll(QUERIES_STAY ? DIM / 16 : 4)
-        for (int k = 0; k < DIM / 16; k++) {
-            if (!QUERIES_STAY)
-                load_matrix_x4(q[0], &q_tile[tile_place<DIM>(warp * 16 + lane % 16, 2 * k + lane / 16)]);
-#pragma unroll
-            for (int n = 0; n < KEY_TILES; n += 2) {
-                uint32_t b[4];
-                load_matrix_x4(b, &k_tile[tile_place<DIM>(n * 8 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2)]);
-                mma_bf16(score[n], q[QUERIES_STAY ? k : 0], b);
-                mma_bf16(score[n + 1], q[QUERIES_STAY ? k : 0], b + 2);
-            }
-        }
-
-        float tile_largest[2] = {-INFINITY, -INFINITY};
-#pragma unroll
-        for (int n = 0; n < KEY_TILES; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int h = i / 2;
-                int key = first_key + n * 8 + 2 * t + i % 2;
-                score[n][i] = finished_score(in.shape, score[n][i]);
-                if (!all_seen && (key > position[h] || key < seen_from[h]))
-                    score[n][i] = -INFINITY;
-                tile_largest[h] = fmaxf(tile_largest[h], score[n][i]); // passes over NaN, which reaches the sum
-            }
-        float shrink[2];
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            float now = fmaxf(largest[h], quad_max(tile_largest[h]));
-            shrink[h] = weight_of(largest[h], now);
-            largest[h] = now;
-            sum[h] *= shrink[h];
-        }
         uint32_t weight[KEY_TILES][2];
-#pragma unroll
-        for (int n = 0; n < KEY_TILES; n++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                float a = weight_of(score[n][2 * h], largest[h]), b = weight_of(score[n][2 * h + 1], largest[h]);
-                sum[h] += a;
-                sum[h] += b;
-                weight[n][h] = floats_to_bf162(a, b);
-            }
-#pragma unroll
-        for (int n = 0; n < DIM / 8; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                value[n][i] *= shrink[i / 2];
+        page_scores<DIM>(score, q, q_tile, k_tile, in.shape, at);
+        page_weights<DIM>(weight, sums, score);
 
         copy_async_wait<0>();
         __syncthreads(); // the values are there, the keys done with
-        // A row takes no harm from Inf and NaN among values that it does not see, though 0 times them is a NaN: in a tile that not every
-        // row sees whole they are taken out and added singly to the rows that see them.
-        if (!all_seen) {
-            if (scan_special<DIM>(v_tile, false))
-                special[0] = 1;
-            __syncthreads();
-            if (special[0]) {
-                uint32_t *p = (uint32_t *)k_tile + warp * 16 * (KEYS / 2);
-#pragma unroll
-                for (int n = 0; n < KEY_TILES; n++)
-#pragma unroll
-                    for (int h = 0; h < 2; h++)
-                        p[(g + 8 * h) * (KEYS / 2) + n * 4 + t] = weight[n][h];
-                __syncwarp();
-                for (int slot = 0; slot < KEYS; slot++)
-#pragma unroll
-                    for (int n = 0; n < DIM / 8; n++) {
-                        uint32_t pair = ((const uint32_t *)&v_tile[tile_place<DIM>(slot, n)])[t];
-#pragma unroll
-                        for (int i = 0; i < 4; i++) {
-                            int h = i / 2;
-                            uint32_t v = pair >> i % 2 * 16 & 0xffff;
-                            if (is_special(v) && first_key + slot <= position[h] && first_key + slot >= seen_from[h])
-                                value[n][i] +=
-                                    f32_from_bits(p[(g + 8 * h) * (KEYS / 2) + slot / 2] >> slot % 2 * 16 << 16) *
-                                    f32_from_bits(v << 16);
-                        }
-                    }
-                __syncthreads();
-                scan_special<DIM>(v_tile, true);
-                if (threadIdx.x == 0)
-                    special[0] = 0;
-                __syncthreads();
-            }
-        }
+        if (!at.all_seen)
+            take_special<DIM>(sums, v_tile, (uint32_t *)k_tile, special, weight, at);
         if (page + 1 < page_end)
             load_page<FORMAT, DIM>(k_tile, in.kv.k, head_dim, kv_row(in.kv, pages[page + 1], kv_head, 0),
-                                   min(launch_end - first_key - KEYS, (int)KEYS));
+                                   min(launch_end - at.first_key - KEYS, (int)KEYS));
         copy_async_commit();
-
-#pragma unroll
-        for (int k = 0; k < KEYS / 16; k++) {
-            const uint32_t a[4] = {weight[2 * k][0], weight[2 * k][1], weight[2 * k + 1][0], weight[2 * k + 1][1]};
-#pragma unroll
-            for (int n = 0; n < DIM / 8; n += 2) {
-                uint32_t b[4];
-                load_matrix_x4_transposed(b, &v_tile[tile_place<DIM>(k * 16 + lane % 16, n + lane / 16)]);
-                mma_bf16(value[n], a, b);
-                mma_bf16(value[n + 1], a, b + 2);
-            }
-        }
+        page_values<DIM>(sums, v_tile, weight, at.lane);
     }
-
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        int row = warp * 16 + g + 8 * h;
-        float sink = sink_score(in.shape, head), final = fmaxf(largest[h], sink), shrink = weight_of(largest[h], final);
-        float whole = quad_sum(sum[h]) * shrink + weight_of(sink, final);
-        float *out = in.out + ((int64_t)(row_begin + row) * in.shape.num_heads + head) * head_dim;
-#pragma unroll
-        for (int n = 0; n < DIM / 8; n++)
-            if (row < row_count && n * 8 + 2 * t < head_dim)
-                store_global((float2 *)(out + n * 8 + 2 * t),
-                             make_float2(value[n][2 * h] * shrink / whole, value[n][2 * h + 1] * shrink / whole));
-    }
+    store_rows<DIM>(in.out + ((int64_t)row_begin * in.shape.num_heads + head) * head_dim, in.shape.num_heads * head_dim,
+                    row_count, head_dim, sink_score(in.shape, head), sums, at);
 }
 
 template <enum kv_format FORMAT>

@@ -2,14 +2,12 @@
 #include "kernels/cuda/rows.cuh"
 #include "kernels/cuda/weights.cuh"
 
-// weight_int4_offset of formats/weight.h.
 __device__ __forceinline__ uint32_t tiled_code(const struct matrix &table, int64_t row, int64_t col)
 {
-    int64_t tile = (row / 64 * ((int64_t)table.shape.cols_padded / 64) + col / 64) * 4 + row % 64 / 16;
-    int r = (int)(row % 16), c = (int)(col % 64), in_word = c % 16;
-    int t = in_word % 8 / 2, j = in_word % 2 * 2 + in_word / 8;
-    uint8_t byte = ((const uint8_t *)table.data)[tile * WEIGHT_TILE_BYTES + (r % 8 * 4 + t) * 16 + c / 16 * 4 + j];
-    return r >= 8 ? byte >> 4 : byte & 15;
+    bool high;
+    uint64_t at = weight_tile_offset((uint64_t)row, (uint64_t)col, table.shape.cols_padded, &high);
+    uint8_t byte = ((const uint8_t *)table.data)[at];
+    return high ? byte >> 4 : byte & 15;
 }
 
 // Four columns of one row. All kinds but f32 have rows of a multiple of 64 columns, zeros behind the last.

@@ -7,7 +7,9 @@
 namespace
 {
 
-enum { LIST_THREADS = 256, COMBINE_THREADS = 256, MAX_EXPERTS = 1024 };
+enum { LIST_THREADS = 256, COMBINE_THREADS = 256 };
+
+static_assert((int)MODEL_MAX_EXPERTS_PER_TOKEN <= (int)WARP, "a lane for each chosen expert");
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (exp_as_cpu(-x) + 1.0f); }
 
@@ -138,7 +140,7 @@ __global__ void __launch_bounds__(WARP)
 __global__ void __launch_bounds__(LIST_THREADS)
     list_slots(struct device_slots slots, const int32_t *chosen, int64_t count, int num_experts)
 {
-    SHARED(int32_t, counts, MAX_EXPERTS);
+    SHARED(int32_t, counts, MODEL_MAX_EXPERTS);
     SHARED(int32_t, warp_counts, LIST_THREADS / WARP);
     int thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP, mine = blockIdx.x;
     int tile_tokens = (int)slots.tile_tokens, first = 0, tile = 0;
@@ -212,7 +214,8 @@ extern "C" cudaError_t launch_route(int32_t *chosen, float *weight, float *share
 {
     if (rows == 0)
         return cudaSuccess;
-    if (router.num_experts < 1 || router.num_experts > MAX_EXPERTS || router.experts_per_token > WARP)
+    if (router.num_experts < 1 || router.num_experts > MODEL_MAX_EXPERTS ||
+        router.experts_per_token > MODEL_MAX_EXPERTS_PER_TOKEN)
         return cudaErrorInvalidValue;
     unsigned bytes = (unsigned)router.num_experts * (3 * sizeof(float) + 2);
     return LAUNCH(route_row, dim3((unsigned)rows), dim3(WARP), bytes, stream, chosen, weight, shared_factor, logits,
@@ -224,7 +227,8 @@ extern "C" cudaError_t launch_list_slots(struct device_slots slots, const int32_
 {
     if (count == 0 || num_experts_local == 0)
         return cudaSuccess;
-    if (num_experts_local > MAX_EXPERTS || slots.num_tiles < expert_tiles(count, num_experts_local, slots.tile_tokens))
+    if (num_experts_local > MODEL_MAX_EXPERTS ||
+        slots.num_tiles < expert_tiles(count, num_experts_local, slots.tile_tokens))
         return cudaErrorInvalidValue;
     return LAUNCH(list_slots, dim3((unsigned)num_experts_local), dim3(LIST_THREADS), 0, stream, slots, chosen, count,
                   (int)num_experts_local);

@@ -70,7 +70,7 @@ static void fill_weights(const struct probe *p)
     for (uint32_t row = 0; row < ROWS; row++) {
         for (uint32_t col = 0; col < COLS; col++) {
             bool high;
-            uint64_t at = weight_int4_offset(row, col, shape->cols_padded, &high);
+            uint64_t at = weight_tile_offset(row, col, shape->cols_padded, &high);
             p->host[at] |= (unsigned char)(code_at(row, col) << (high ? 4 : 0));
         }
         unsigned char *scales = p->host + p->scale_at + row / 16 * groups * 16;

@@ -206,25 +206,11 @@ __device__ __forceinline__ float quad_sum(float x)
     return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// grid (chunk, 16 heads, row). In the fragments of an MMA this thread has heads g and g + 8, and columns 2t, 2t + 1 of each 8; index
-// h = 0, 1 stands for the two heads.
-template <enum kv_format FORMAT> __global__ void __launch_bounds__(THREADS, 1) attend_latent(struct latent_input in)
+// The queries of 16 heads of a row as bf16; zeros behind the last head and the last column.
+__device__ __forceinline__ void load_queries(uint4 *q_tile, const struct latent_input &in, int64_t row, int64_t head)
 {
-    SHARED_DYNAMIC(uint4, tiles);
-    SHARED(float, warp_part, WARPS *HEADS);
-    uint4 *q_tile = tiles, *k_tile = tiles + HEADS * in.pitch, *w_tile = k_tile + KEYS * in.pitch;
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
-    int64_t row = blockIdx.z, chunk = blockIdx.x, head = (int64_t)blockIdx.y * HEADS, heads = in.shape.num_heads;
-    int64_t position = in.rows.position[row];
-    int begin = (int)window_begin(in.attention, position), end = (int)position + 1;
-    if (in.parts.chunks > 0) {
-        begin = max(begin, (int)chunk * LATENT_CHUNK);
-        end = min(end, (int)(chunk + 1) * LATENT_CHUNK);
-    }
-    if (begin >= end)
-        return;
-
-    int dim = (int)in.kv.head_dim, rank = (int)in.shape.kv_rank;
+    int64_t heads = in.shape.num_heads;
+    int dim = (int)in.kv.head_dim;
     for (int i = threadIdx.x; i < HEADS * in.units * 4; i += THREADS) {
         int h = i / (in.units * 4), pair = i % (in.units * 4) * 2;
         const float *q = in.query + (row * heads + head + h) * dim + pair;
@@ -232,119 +218,190 @@ template <enum kv_format FORMAT> __global__ void __launch_bounds__(THREADS, 1) a
         store_shared((uint32_t *)&q_tile[h * in.pitch + pair / 8] + pair % 8 / 2,
                      floats_to_bf162(here && pair < dim ? q[0] : 0.0f, here && pair + 1 < dim ? q[1] : 0.0f));
     }
+}
 
-    // Columns of the result that are this warp's, by 8.
-    int tiles_of_warp = ((rank + 7) / 8 + 2 * WARPS - 1) / (2 * WARPS) * 2, first_tile = warp * tiles_of_warp;
-    const int32_t *pages = in.kv.pages + in.rows.sequence[row] * in.kv.pages_per_sequence;
-    float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, value[MOST_TILES][4];
-#pragma unroll
-    for (int n = 0; n < MOST_TILES; n++)
-        value[n][0] = value[n][1] = value[n][2] = value[n][3] = 0;
+// In the fragments of an MMA this thread has heads g and g + 8, and columns 2t, 2t + 1 of each 8; index h = 0, 1 stands for the two heads.
+struct latent_place {
+    int lane, warp, g, t;
+    int begin, end;                  // positions that are seen
+    int first_tile, num_tiles;       // columns of the result that are this warp's, by 8
+    uint4 *q_tile, *k_tile, *w_tile; // shared: queries, the page's latents, weights
+    float *warp_part;                // shared, [WARPS][HEADS]: what warps tell each other of a head
+};
 
-    for (int page = begin / KEYS; page * KEYS < end; page++) {
-        int first_key = page * KEYS;
-        load_latents<FORMAT>(k_tile, in, pages[page], begin - first_key, end - first_key);
-        copy_async_wait<0>();
-        __syncthreads();
+// Flash attention's sums so far: of weights this thread's own share.
+struct latent_sums {
+    float largest[2], sum[2], value[MOST_TILES][4];
+};
 
-        float score[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}}; // of the warp's 16 keys
-        for (int k = 0; k < in.units / 2; k++) {
-            uint32_t a[4], b[4];
-            load_matrix_x4(a, &q_tile[lane % 16 * in.pitch + 2 * k + lane / 16]);
-            load_matrix_x4(b, &k_tile[(warp * 16 + lane / 16 * 8 + lane % 8) * in.pitch + 2 * k + lane / 8 % 2]);
-            mma_bf16(score[0], a, b);
-            mma_bf16(score[1], a, b + 2);
-        }
-        float now[2] = {-INFINITY, -INFINITY};
-#pragma unroll
-        for (int n = 0; n < 2; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int key = first_key + warp * 16 + n * 8 + 2 * t + i % 2;
-                score[n][i] = key >= begin && key < end ? finished_score(in.attention, score[n][i]) : -INFINITY;
-                now[i / 2] = fmaxf(now[i / 2], score[n][i]); // passes over NaN, which reaches the sum
-            }
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            now[h] = quad_max(now[h]);
-            if (t == 0)
-                warp_part[warp * HEADS + g + 8 * h] = now[h];
-        }
-        __syncthreads();
-        float shrink[2];
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            now[h] = largest[h];
-#pragma unroll
-            for (int w = 0; w < WARPS; w++)
-                now[h] = fmaxf(now[h], warp_part[w * HEADS + g + 8 * h]);
-            shrink[h] = weight_of(largest[h], now[h]);
-            largest[h] = now[h];
-            sum[h] *= shrink[h];
-#pragma unroll
-            for (int n = 0; n < 2; n++) {
-                float a = weight_of(score[n][2 * h], now[h]), b = weight_of(score[n][2 * h + 1], now[h]);
-                sum[h] += a;
-                sum[h] += b;
-                ((uint32_t *)&w_tile[(g + 8 * h) * WEIGHT_UNITS + warp * 2 + n])[t] = floats_to_bf162(a, b);
-            }
-        }
-        __syncthreads();
-
-#pragma unroll
-        for (int n = 0; n < MOST_TILES; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                value[n][i] *= shrink[i / 2];
-#pragma unroll
-        for (int k = 0; k < KEYS / 16; k++) {
-            uint32_t a[4];
-            load_matrix_x4(a, &w_tile[lane % 16 * WEIGHT_UNITS + 2 * k + lane / 16]);
-#pragma unroll
-            for (int n = 0; n < MOST_TILES; n += 2) {
-                if (n >= tiles_of_warp || (first_tile + n) * 8 >= rank)
-                    continue;
-                uint32_t b[4];
-                load_matrix_x4_transposed(b, &k_tile[(k * 16 + lane % 16) * in.pitch + first_tile + n + lane / 16]);
-                mma_bf16(value[n], a, b);
-                mma_bf16(value[n + 1], a, b + 2);
-            }
-        }
-        __syncthreads(); // the page is done with
+// Scores of the warp's 16 keys of the page.
+__device__ __forceinline__ void page_scores(float (&score)[2][4], const struct latent_input &in,
+                                            const struct latent_place &at, int first_key)
+{
+    for (int k = 0; k < in.units / 2; k++) {
+        uint32_t a[4], b[4];
+        load_matrix_x4(a, &at.q_tile[at.lane % 16 * in.pitch + 2 * k + at.lane / 16]);
+        load_matrix_x4(
+            b, &at.k_tile[(at.warp * 16 + at.lane / 16 * 8 + at.lane % 8) * in.pitch + 2 * k + at.lane / 8 % 2]);
+        mma_bf16(score[0], a, b);
+        mma_bf16(score[1], a, b + 2);
     }
+#pragma unroll
+    for (int n = 0; n < 2; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int key = first_key + at.warp * 16 + n * 8 + 2 * at.t + i % 2;
+            score[n][i] = key >= at.begin && key < at.end ? finished_score(in.attention, score[n][i]) : -INFINITY;
+        }
+}
 
+// The scores become weights, which all warps find in w_tile behind the next barrier; shrink: what the sums before are worth now.
+__device__ __forceinline__ void page_weights(struct latent_sums &sums, float (&shrink)[2], const float (&score)[2][4],
+                                             const struct latent_place &at)
+{
+    float now[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+    for (int n = 0; n < 2; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            now[i / 2] = fmaxf(now[i / 2], score[n][i]); // passes over NaN, which reaches the sum
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        float part = quad_sum(sum[h]);
-        if (t == 0)
-            warp_part[warp * HEADS + g + 8 * h] = part;
+        now[h] = quad_max(now[h]);
+        if (at.t == 0)
+            at.warp_part[at.warp * HEADS + at.g + 8 * h] = now[h];
     }
     __syncthreads();
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        int64_t mine = row * heads + head + g + 8 * h;
-        if (head + g + 8 * h >= heads)
+        now[h] = sums.largest[h];
+#pragma unroll
+        for (int w = 0; w < WARPS; w++)
+            now[h] = fmaxf(now[h], at.warp_part[w * HEADS + at.g + 8 * h]);
+        shrink[h] = weight_of(sums.largest[h], now[h]);
+        sums.largest[h] = now[h];
+        sums.sum[h] *= shrink[h];
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            float a = weight_of(score[n][2 * h], now[h]), b = weight_of(score[n][2 * h + 1], now[h]);
+            sums.sum[h] += a;
+            sums.sum[h] += b;
+            ((uint32_t *)&at.w_tile[(at.g + 8 * h) * WEIGHT_UNITS + at.warp * 2 + n])[at.t] = floats_to_bf162(a, b);
+        }
+    }
+}
+
+// The warp's columns of the weighted sum of the page's latents.
+__device__ __forceinline__ void page_values(struct latent_sums &sums, const float (&shrink)[2],
+                                            const struct latent_input &in, const struct latent_place &at)
+{
+    int rank = (int)in.shape.kv_rank;
+#pragma unroll
+    for (int n = 0; n < MOST_TILES; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            sums.value[n][i] *= shrink[i / 2];
+#pragma unroll
+    for (int k = 0; k < KEYS / 16; k++) {
+        uint32_t a[4];
+        load_matrix_x4(a, &at.w_tile[at.lane % 16 * WEIGHT_UNITS + 2 * k + at.lane / 16]);
+#pragma unroll
+        for (int n = 0; n < MOST_TILES; n += 2) {
+            if (n >= at.num_tiles || (at.first_tile + n) * 8 >= rank)
+                continue;
+            uint32_t b[4];
+            load_matrix_x4_transposed(
+                b, &at.k_tile[(k * 16 + at.lane % 16) * in.pitch + at.first_tile + n + at.lane / 16]);
+            mma_bf16(sums.value[n], a, b);
+            mma_bf16(sums.value[n + 1], a, b + 2);
+        }
+    }
+}
+
+// A chunk's part, or in prefill the result.
+__device__ __forceinline__ void store_latents(const struct latent_sums &sums, const struct latent_input &in,
+                                              const struct latent_place &at, int64_t row, int64_t head, int64_t chunk)
+{
+    int64_t heads = in.shape.num_heads;
+    int rank = (int)in.shape.kv_rank;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        float part = quad_sum(sums.sum[h]);
+        if (at.t == 0)
+            at.warp_part[at.warp * HEADS + at.g + 8 * h] = part;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        int64_t mine = row * heads + head + at.g + 8 * h;
+        if (head + at.g + 8 * h >= heads)
             continue;
         float whole = 0;
 #pragma unroll
         for (int w = 0; w < WARPS; w++)
-            whole += warp_part[w * HEADS + g + 8 * h];
+            whole += at.warp_part[w * HEADS + at.g + 8 * h];
         bool parts = in.parts.chunks > 0;
         int64_t part = mine * in.parts.chunks + chunk;
         float *out = parts ? in.parts.value + part * rank : in.out + mine * rank;
-        if (parts && warp == 0 && t == 0) {
-            in.parts.largest[part] = largest[h];
+        if (parts && at.warp == 0 && at.t == 0) {
+            in.parts.largest[part] = sums.largest[h];
             in.parts.sum[part] = whole;
         }
 #pragma unroll
         for (int n = 0; n < MOST_TILES; n++)
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                int col = (first_tile + n) * 8 + 2 * t + i;
-                if (n < tiles_of_warp && col < rank)
-                    out[col] = parts ? value[n][2 * h + i] : value[n][2 * h + i] / whole;
+                int col = (at.first_tile + n) * 8 + 2 * at.t + i;
+                if (n < at.num_tiles && col < rank)
+                    out[col] = parts ? sums.value[n][2 * h + i] : sums.value[n][2 * h + i] / whole;
             }
     }
+}
+
+// grid (chunk, 16 heads, row).
+template <enum kv_format FORMAT> __global__ void __launch_bounds__(THREADS, 1) attend_latent(struct latent_input in)
+{
+    SHARED_DYNAMIC(uint4, tiles);
+    SHARED(float, warp_part, WARPS *HEADS);
+    int64_t row = blockIdx.z, chunk = blockIdx.x, head = (int64_t)blockIdx.y * HEADS;
+    int64_t position = in.rows.position[row];
+    struct latent_place at = {};
+    at.lane = threadIdx.x % WARP;
+    at.warp = threadIdx.x / WARP;
+    at.g = at.lane / 4;
+    at.t = at.lane % 4;
+    at.begin = (int)window_begin(in.attention, position);
+    at.end = (int)position + 1;
+    if (in.parts.chunks > 0) {
+        at.begin = max(at.begin, (int)chunk * LATENT_CHUNK);
+        at.end = min(at.end, (int)(chunk + 1) * LATENT_CHUNK);
+    }
+    if (at.begin >= at.end)
+        return;
+    at.num_tiles = (((int)in.shape.kv_rank + 7) / 8 + 2 * WARPS - 1) / (2 * WARPS) * 2;
+    at.first_tile = at.warp * at.num_tiles;
+    at.q_tile = tiles;
+    at.k_tile = tiles + HEADS * in.pitch;
+    at.w_tile = at.k_tile + KEYS * in.pitch;
+    at.warp_part = warp_part;
+    load_queries(at.q_tile, in, row, head);
+
+    const int32_t *pages = in.kv.pages + in.rows.sequence[row] * in.kv.pages_per_sequence;
+    struct latent_sums sums = {};
+    sums.largest[0] = sums.largest[1] = -INFINITY;
+    for (int page = at.begin / KEYS; page * KEYS < at.end; page++) {
+        int first_key = page * KEYS;
+        float score[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}}, shrink[2];
+        load_latents<FORMAT>(at.k_tile, in, pages[page], at.begin - first_key, at.end - first_key);
+        copy_async_wait<0>();
+        __syncthreads();
+        page_scores(score, in, at, first_key);
+        page_weights(sums, shrink, score, at);
+        __syncthreads();
+        page_values(sums, shrink, in, at);
+        __syncthreads(); // the page is done with
+    }
+    store_latents(sums, in, at, row, head, chunk);
 }
 
 // grid (head, row): the chunks' parts together, in ascending order.

@@ -262,17 +262,17 @@ struct device_sampling {
     double repetition_penalty, frequency_penalty, presence_penalty;
     uint64_t seed, step;
     int32_t top_k;    // 0: off
-    int32_t sequence; // whose counts are used and whose chosen token is counted
+    int32_t sequence; // with penalties: whose counts are used and whose chosen token is counted
 };
 #define SAMPLE_NAN UINT32_MAX        // the row's logits hold a NaN
 #define SAMPLE_NONE (UINT32_MAX - 1) // every logit is minus infinity, or min_p leaves none
 // Chooses one token for each row of logits [rows][stride] (changed) over the whole vocabulary. Exact top-k and top-p by radix search over
 // ordered bits; masses are summed as integers, so that the result does not depend on the order of blocks. Ties as in engine/sampler.h.
 //   in_output u16 [sequences][vocab], in_any u8 [sequences][vocab]: the counts of engine/sampler.h, NULL when no row has a penalty;
-//     the chosen token is counted
+//     the token chosen for a row with penalties is counted
 //   tokens [rows]: the choice, or SAMPLE_NAN, or SAMPLE_NONE
 //   scratch: sample_scratch_bytes, on 16 bytes; nothing in it is kept from launch to launch
-// No two rows of one launch have the same sequence.
+// No two rows with penalties of one launch have the same sequence.
 cudaError_t launch_sample(uint32_t *tokens, float *logits, int64_t stride, int64_t vocab,
                           const struct device_sampling *how, uint16_t *in_output, uint8_t *in_any, int64_t rows,
                           void *scratch, cudaStream_t stream);

@@ -153,7 +153,7 @@ template <int KIND> __device__ __forceinline__ float last_scale(const struct lin
     if (KIND == WEIGHT_FP8 || KIND == WEIGHT_INT8)
         return ((const float *)l.weight_scale)[row];
     if (KIND == WEIGHT_INT4 || KIND == WEIGHT_INT4Z)
-        return 0x1p-8f;
+        return WEIGHT_INT4_FACTOR;
     if (KIND == WEIGHT_MXFP4)
         return 0x1p14f;
     if (KIND != WEIGHT_NVFP4)

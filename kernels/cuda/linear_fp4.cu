@@ -7,7 +7,7 @@
 //
 // A warp has its results from the first step to the last and adds groups in ascending order, so a token's result depends neither on the
 // tokens beside it nor on the size of the block.
-#include "kernels/cuda/linear.cuh"
+#include "kernels/cuda/linear_tiles.cuh"
 
 namespace
 {
@@ -178,60 +178,27 @@ __global__ void __launch_bounds__(32 * ROW_WARPS * TOKEN_WARPS, 1)
 {
     typedef struct tiling<KIND, ROW_TILES, TOKEN_TILES, ROW_WARPS, TOKEN_WARPS, STAGES> tiling;
     SHARED_DYNAMIC(uint8_t, shared);
-    uint32_t *x_scales = (uint32_t *)(void *)(shared + tiling::X_SCALE_AT);
-    int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, thread = (int)threadIdx.x;
-    int row_tile = warp % ROW_WARPS * ROW_TILES, first_token = warp / ROW_WARPS * TOKEN_TILES * TILE_TOKENS;
-    // Blocks that run side by side share rows of the matrix.
-    int64_t row_tile_begin = (int64_t)(blockIdx.x / token_blocks) * tiling::BLOCK_ROW_TILES;
-    int64_t token_begin = (int64_t)(blockIdx.x % token_blocks) * tiling::TOKENS;
-    bool has_tokens = token_begin + first_token < l.tokens, scales_token = thread < tiling::TOKENS;
-
-#pragma unroll
-    for (int i = 0; i < STAGES - 1; i++) {
-        if (i < l.steps)
-            copy_step<tiling>(l, shared + i * tiling::STAGE_BYTES, i, row_tile_begin, row_tiles, token_begin);
-        copy_async_commit();
-    }
-    uint32_t next_x_scales = 0;
-    if (scales_token) {
-        store_shared(x_scales + thread, x_scales_of(l, token_begin + thread, 0));
-        next_x_scales = x_scales_of(l, token_begin + thread, 1);
-    }
-
+    int lane = (int)threadIdx.x & 31, thread = (int)threadIdx.x;
+    struct warp_place at = warp_place_of<tiling>(l, token_blocks, ROW_WARPS, ROW_TILES, TOKEN_TILES);
     float y[ROW_TILES][TOKEN_TILES][4];
-#pragma unroll
-    for (int m = 0; m < ROW_TILES; m++)
-#pragma unroll
-        for (int n = 0; n < TOKEN_TILES; n++)
-            y[m][n][0] = y[m][n][1] = y[m][n][2] = y[m][n][3] = 0.0f;
-    int stage = 0, next_stage = STAGES - 1;
-    for (int step = 0; step < l.steps; step++) {
-        copy_async_wait<STAGES - 2>();
-        __syncthreads(); // the stage and its scales are there for all, and all are done with the one before it
-        if (step + STAGES - 1 < l.steps)
-            copy_step<tiling>(l, shared + next_stage * tiling::STAGE_BYTES, step + STAGES - 1, row_tile_begin,
-                              row_tiles, token_begin);
-        copy_async_commit();
-        if (scales_token) {
-            store_shared(x_scales + (~step & 1) * tiling::TOKENS + thread, next_x_scales);
-            next_x_scales = x_scales_of(l, token_begin + thread, step + 2);
-        }
-        const uint8_t *from = shared + stage * tiling::STAGE_BYTES, *scales = from + tiling::SCALE_AT;
-        const uint8_t *x = from + tiling::X_AT + first_token * STEP_COLS;
-        const uint32_t *x_scale = x_scales + (step & 1) * tiling::TOKENS + first_token;
-        if (has_tokens) {
-            add_tile<KIND, ROW_TILES, TOKEN_TILES, 0, tiling>(y, from, scales, x, x_scale, row_tile, lane);
-            add_tile<KIND, ROW_TILES, TOKEN_TILES, 1, tiling>(y, from, scales, x, x_scale, row_tile, lane);
-        }
-        stage = stage + 1 == STAGES ? 0 : stage + 1;
-        next_stage = next_stage + 1 == STAGES ? 0 : next_stage + 1;
-    }
+    run_steps<tiling, STAGES, uint32_t>(
+        y, l.steps, shared, at.has_tokens,
+        [&](uint8_t *stage, int step) {
+            copy_step<tiling>(l, stage, step, at.row_tile_begin, row_tiles, at.token_begin);
+        },
+        [&](int step) { return x_scales_of(l, at.token_begin + thread, step); },
+        [&](const uint8_t *stage, const uint32_t *x_scales) {
+            const uint8_t *scales = stage + tiling::SCALE_AT, *x = stage + tiling::X_AT + at.first_token * STEP_COLS;
+            const uint32_t *x_scale = x_scales + at.first_token;
+            add_tile<KIND, ROW_TILES, TOKEN_TILES, 0, tiling>(y, stage, scales, x, x_scale, at.row_tile, lane);
+            add_tile<KIND, ROW_TILES, TOKEN_TILES, 1, tiling>(y, stage, scales, x, x_scale, at.row_tile, lane);
+        });
 
 #pragma unroll
     for (int m = 0; m < ROW_TILES; m++)
 #pragma unroll
         for (int high = 0; high < 2; high++) {
-            int64_t row = (row_tile_begin + row_tile + m) * TILE_ROWS + high * 8 + (lane >> 2);
+            int64_t row = (at.row_tile_begin + at.row_tile + m) * TILE_ROWS + high * 8 + (lane >> 2);
             if (row >= l.out_rows)
                 continue;
             float global = 1.0f;
@@ -244,7 +211,7 @@ __global__ void __launch_bounds__(32 * ROW_WARPS * TOKEN_WARPS, 1)
             for (int n = 0; n < TOKEN_TILES; n++)
 #pragma unroll
                 for (int k = 0; k < 2; k++) {
-                    int64_t token = token_begin + first_token + n * TILE_TOKENS + (lane & 3) * 2 + k;
+                    int64_t token = at.token_begin + at.first_token + n * TILE_TOKENS + (lane & 3) * 2 + k;
                     float sum = y[m][n][high * 2 + k];
                     if (token < l.tokens)
                         l.y[token * l.y_stride + row] = KIND == WEIGHT_NVFP4 ? sum * 64.0f * global : sum;

@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(256, 2) linear_int8(struct linear l, int stage
         return;
     add_terms<GROUPS, TILES>(y, at.terms + (~at.panels & 1) * at.terms_of_panel, l.steps - (at.panels - 1) * splits,
                              element);
-    float row_scale = KIND == WEIGHT_INT4 ? 0x1p-8f : ((const float *)l.weight_scale)[row];
+    float row_scale = KIND == WEIGHT_INT4 ? WEIGHT_INT4_FACTOR : ((const float *)l.weight_scale)[row];
 #pragma unroll
     for (int n = 0; n < TILES; n++) {
         int64_t token = n * TILE_TOKENS + (owner & 3) * 2 + (element & 1);

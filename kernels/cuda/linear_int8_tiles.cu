@@ -1,7 +1,7 @@
 // Matrix products of int8 inputs with int4 and int8 weights for many tokens: blocks of rows x tokens, both operands through shared
 // memory in a pipeline of asynchronous copies, one step of 128 columns a stage. A warp has its results from the first step to the last and adds
 // the terms of the groups in ascending order: the same bits as kernels.h's matmul, whatever the size of the block.
-#include "kernels/cuda/linear.cuh"
+#include "kernels/cuda/linear_tiles.cuh"
 
 namespace
 {
@@ -24,8 +24,8 @@ struct tiling {
         SCALE_AT = X_AT + TOKENS * STEP_COLS,
         SCALE_BYTES = GROUP ? BLOCK_ROW_TILES * GROUPS_OF(GROUP) * 32 : 0,
         STAGE_BYTES = SCALE_AT + SCALE_BYTES,
-        Q_SCALE_AT = STAGES * STAGE_BYTES, // f32 [2][TOKENS]
-        SHARED_BYTES = Q_SCALE_AT + 2 * TOKENS * 4,
+        X_SCALE_AT = STAGES * STAGE_BYTES, // f32 [2][TOKENS]
+        SHARED_BYTES = X_SCALE_AT + 2 * TOKENS * 4,
     };
 };
 
@@ -114,16 +114,16 @@ __device__ __forceinline__ void copy_step(const struct linear &l, struct copier 
 }
 
 // The scale of one of the block's tokens for a step, 0 where there is none. For the thread of that number.
-__device__ __forceinline__ float q_scale_of(const struct linear &l, int64_t token, int step)
+__device__ __forceinline__ float x_scale_of(const struct linear &l, int64_t token, int step)
 {
     return token < l.tokens && step < l.steps ? load_global(l.x_scale + token * l.x_groups + step) : 0.0f;
 }
 
 // Adds one step's terms to a warp's results.
-//   weights, scales  of the stage;  x, q_scale: from the warp's first token on
+//   weights, scales  of the stage;  x, x_scale: from the warp's first token on
 template <int KIND, int GROUP, int ROW_TILES, int TOKEN_TILES, typename TILING>
 __device__ __forceinline__ void add_step(float (&y)[ROW_TILES][TOKEN_TILES][4], const uint8_t *weights,
-                                         const uint8_t *scales, const uint8_t *x, const float *q_scale,
+                                         const uint8_t *scales, const uint8_t *x, const float *x_scale,
                                          int first_row_tile, int lane)
 {
     enum { GROUPS = GROUPS_OF(GROUP) };
@@ -156,7 +156,7 @@ __device__ __forceinline__ void add_step(float (&y)[ROW_TILES][TOKEN_TILES][4], 
         uint4 b[2];
         b[0] = load_shared((const uint4 *)(const void *)(from + x_slot(g, t) * 16));
         b[1] = load_shared((const uint4 *)(const void *)(from + x_slot(g, 4 + t) * 16));
-        float2 scale = load_shared((const float2 *)(const void *)(q_scale + n * TILE_TOKENS + t * 2));
+        float2 scale = load_shared((const float2 *)(const void *)(x_scale + n * TILE_TOKENS + t * 2));
 #pragma unroll
         for (int m = 0; m < ROW_TILES; m++) {
             float term[GROUPS][4];
@@ -176,67 +176,33 @@ __global__ void __launch_bounds__(32 * ROW_WARPS * TOKEN_WARPS, 1)
 {
     typedef struct tiling<KIND, GROUP, ROW_TILES, TOKEN_TILES, ROW_WARPS, TOKEN_WARPS, STAGES> tiling;
     SHARED_DYNAMIC(uint8_t, shared);
-    float *q_scales = (float *)(void *)(shared + tiling::Q_SCALE_AT);
-    int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, thread = (int)threadIdx.x;
-    int row_warp = warp % ROW_WARPS, first_token = warp / ROW_WARPS * TOKEN_TILES * TILE_TOKENS;
-    // Blocks that run side by side share rows of the matrix.
-    int64_t row_tile_begin = (int64_t)(blockIdx.x / token_blocks) * tiling::BLOCK_ROW_TILES;
-    int64_t token_begin = (int64_t)(blockIdx.x % token_blocks) * tiling::TOKENS;
-    bool has_tokens = token_begin + first_token < l.tokens;
-
-    bool scales_token = thread < tiling::TOKENS;
-    struct copier copier = copier_make<KIND, GROUP, tiling>(l, row_tile_begin, row_tiles, token_begin);
-#pragma unroll
-    for (int i = 0; i < STAGES - 1; i++) {
-        if (i < l.steps)
-            copy_step<KIND, GROUP, tiling>(l, copier, shared + i * tiling::STAGE_BYTES);
-        copy_async_commit();
-    }
-    float next_q_scale = 0.0f;
-    if (scales_token) {
-        store_shared(q_scales + thread, q_scale_of(l, token_begin + thread, 0));
-        next_q_scale = q_scale_of(l, token_begin + thread, 1);
-    }
-
+    int lane = (int)threadIdx.x & 31, thread = (int)threadIdx.x;
+    struct warp_place at = warp_place_of<tiling>(l, token_blocks, ROW_WARPS, ROW_TILES, TOKEN_TILES);
+    struct copier copier = copier_make<KIND, GROUP, tiling>(l, at.row_tile_begin, row_tiles, at.token_begin);
     float y[ROW_TILES][TOKEN_TILES][4];
-#pragma unroll
-    for (int m = 0; m < ROW_TILES; m++)
-#pragma unroll
-        for (int n = 0; n < TOKEN_TILES; n++)
-            y[m][n][0] = y[m][n][1] = y[m][n][2] = y[m][n][3] = 0.0f;
-    int stage = 0, next_stage = STAGES - 1;
-    for (int step = 0; step < l.steps; step++) {
-        copy_async_wait<STAGES - 2>();
-        __syncthreads(); // the stage and its scales are there for all, and all are done with the one before it
-        if (step + STAGES - 1 < l.steps)
-            copy_step<KIND, GROUP, tiling>(l, copier, shared + next_stage * tiling::STAGE_BYTES);
-        copy_async_commit();
-        if (scales_token) {
-            store_shared(q_scales + (~step & 1) * tiling::TOKENS + thread, next_q_scale);
-            next_q_scale = q_scale_of(l, token_begin + thread, step + 2);
-        }
-        const uint8_t *from = shared + stage * tiling::STAGE_BYTES;
-        if (has_tokens)
-            add_step<KIND, GROUP, ROW_TILES, TOKEN_TILES, tiling>(
-                y, from, from + tiling::SCALE_AT, from + tiling::X_AT + first_token * STEP_COLS,
-                q_scales + (step & 1) * tiling::TOKENS + first_token, row_warp * ROW_TILES, lane);
-        stage = stage + 1 == STAGES ? 0 : stage + 1;
-        next_stage = next_stage + 1 == STAGES ? 0 : next_stage + 1;
-    }
+    run_steps<tiling, STAGES, float>(
+        y, l.steps, shared, at.has_tokens,
+        [&](uint8_t *stage, int) { copy_step<KIND, GROUP, tiling>(l, copier, stage); },
+        [&](int step) { return x_scale_of(l, at.token_begin + thread, step); },
+        [&](const uint8_t *stage, const float *x_scales) {
+            add_step<KIND, GROUP, ROW_TILES, TOKEN_TILES, tiling>(y, stage, stage + tiling::SCALE_AT,
+                                                                  stage + tiling::X_AT + at.first_token * STEP_COLS,
+                                                                  x_scales + at.first_token, at.row_tile, lane);
+        });
 
 #pragma unroll
     for (int m = 0; m < ROW_TILES; m++)
 #pragma unroll
         for (int high = 0; high < 2; high++) {
-            int64_t row = (row_tile_begin + row_warp * ROW_TILES + m) * TILE_ROWS + high * 8 + (lane >> 2);
+            int64_t row = (at.row_tile_begin + at.row_tile + m) * TILE_ROWS + high * 8 + (lane >> 2);
             if (row >= l.out_rows)
                 continue;
-            float row_scale = KIND == WEIGHT_INT4 ? 0x1p-8f : ((const float *)l.weight_scale)[row];
+            float row_scale = KIND == WEIGHT_INT4 ? WEIGHT_INT4_FACTOR : ((const float *)l.weight_scale)[row];
 #pragma unroll
             for (int n = 0; n < TOKEN_TILES; n++)
 #pragma unroll
                 for (int k = 0; k < 2; k++) {
-                    int64_t token = token_begin + first_token + n * TILE_TOKENS + (lane & 3) * 2 + k;
+                    int64_t token = at.token_begin + at.first_token + n * TILE_TOKENS + (lane & 3) * 2 + k;
                     if (token < l.tokens)
                         l.y[token * l.y_stride + row] = y[m][n][high * 2 + k] * row_scale;
                 }

@@ -65,14 +65,14 @@ __device__ __forceinline__ float exp_as_cpu(float x)
     return p * f32_from_bits((uint32_t)(half + 127) << 23) * f32_from_bits((uint32_t)(exponent - half + 127) << 23);
 }
 
-// vector_ops_softcap of kernels/layer_ops.h.
+// layer_ops_softcap of kernels/layer_ops.h.
 __device__ __forceinline__ float softcap_as_cpu(float x, float cap)
 {
     float a = x / cap;
     return (1.0f - 2.0f / (exp_as_cpu(a + a) + 1.0f)) * cap;
 }
 
-// vector_ops_activate of kernels/layer_ops.h.
+// layer_ops_activate of kernels/layer_ops.h.
 __device__ __forceinline__ float activation_as_cpu(enum activation activation, float gate, float up)
 {
     float z = gate;

@@ -52,7 +52,7 @@ int step_norm_latent(struct device *d, int64_t layer_index, struct error *err)
     enum input_format format = multiply_input(d, &layer->q_b);
     d->source = (struct step_input){.format = format};
     return CHECK(launch_norm(d->input, format, d->buffer[BUFFER_Q_LATENT], (struct device_join){0}, layer->q_a_norm,
-                             NULL, d->count, desc->latent.q_rank, (float)desc->norm_eps, d->stream),
+                             NULL, d->count, desc->latent.q_rank, (float)model_latent_norm_eps(desc), d->stream),
                  "the queries' latent");
 }
 
@@ -74,8 +74,8 @@ static int finish_latent(struct device *d, int64_t layer_index, struct error *er
 {
     const struct layer *layer = &d->weights->layers[layer_index];
     return CHECK(launch_finish_latent(d->buffer[BUFFER_QKV], d->buffer[BUFFER_KV_LATENT], layer->kv_a_norm,
-                                      (float)d->shape.desc->norm_eps, rotation_of(d, layer), latent_of(d), rows_of(d),
-                                      kv_of(d, layer_index), d->stream),
+                                      (float)model_latent_norm_eps(d->shape.desc), rotation_of(d, layer), latent_of(d),
+                                      rows_of(d), kv_of(d, layer_index), d->stream),
                  "queries and the latent");
 }
 

@@ -35,7 +35,7 @@ __device__ __forceinline__ struct weight_group group_at(enum weight_kind kind, c
     } else {
         bool zeros = kind == WEIGHT_INT4Z;
         const uint16_t *at = (const uint16_t *)(const void *)scales + group * (zeros ? 32 : 16) + lane;
-        g.scale = f16_to_f32(at[0]) * 0x1p-8f;
+        g.scale = weight_int4_scale(at[0]);
         g.zero = zeros ? f16_to_f32(at[16]) : 0.0f;
     }
     return g;

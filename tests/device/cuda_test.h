@@ -18,6 +18,7 @@ extern "C" {
 #include "kernels/cuda/launch.h"
 #include "tests/device/quick.h"
 #include "tests/emulator/emulator.h"
+#include "tests/random_help.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -26,15 +27,6 @@ extern "C" {
 
 // ---- random numbers ----------------------------------------------------------------------------------------------------
 
-static uint64_t random_state = 0x9e3779b97f4a7c15u;
-
-static inline uint64_t random_bits(void)
-{
-    random_state ^= random_state << 13;
-    random_state ^= random_state >> 7;
-    random_state ^= random_state << 17;
-    return random_state * 0x2545f4914f6cdd1du;
-}
 static inline double uniform(void) { return (double)(random_bits() >> 11) * 0x1p-53; } // [0, 1)
 static inline float centred(void) { return (float)(2 * uniform() - 1); }               // [-1, 1]
 

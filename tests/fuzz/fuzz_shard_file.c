@@ -38,11 +38,7 @@ static uint64_t field(uint64_t offset)
 static void put_head_hash(void)
 {
     memset(head + 256, 0, 16);
-    struct checksum128 sum = checksum_whole(head, HEAD_BYTES);
-    for (int i = 0; i < 8; i++) {
-        head[256 + i] = (uint8_t)(sum.high >> (56 - 8 * i));
-        head[264 + i] = (uint8_t)(sum.low >> (56 - 8 * i));
-    }
+    checksum128_to_bytes(checksum_whole(head, HEAD_BYTES), head + 256);
 }
 
 // Ranges inside the payload, in order, without overlap.
