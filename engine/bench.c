@@ -60,32 +60,30 @@ static int measure(struct session *session, struct result *out, double opened_s,
                                              .sampling = {.top_p = 1, .repetition_penalty = 1},
                                              .on_tokens = take,
                                              .arg = &hash};
-    int rc = session_generate(session, generations, options.batch, err);
+    struct generate_figures figures;
+    int rc = session_generate(session, generations, options.batch, &figures, err);
     free(prompt);
     if (rc)
         return rc;
-    int64_t decoded = -options.batch; // the first token of each comes from prefill
-    for (int64_t i = 0; i < options.batch; i++)
-        decoded += generations[i].produced;
+    int64_t decoded = figures.tokens - figures.first_tokens;
     if (decoded < 1)
         return error_set(err, ERR_USAGE, "the context of %lld tokens leaves no token to decode after the prompt",
                          (long long)session_context(session));
     struct shared_area *shared = session_shared(session);
-    double begin = 1e-9 * (double)atomic_load(&shared->command_ns),
-           first = 1e-9 * (double)atomic_load(&shared->first_token_ns);
-    double end = 1e-9 * (double)atomic_load(&shared->finished_ns);
     out->load_s = 1e-9 * (double)(atomic_load(&shared->loaded_ns) - atomic_load(&shared->started_ns));
-    out->first_token_s = first - opened_s;
-    out->prefill_tokens_per_s = (double)(options.prompt_tokens * options.batch) / (first - begin);
-    out->decode_tokens_per_s = (double)decoded / (end - first);
-    long long rows = atomic_load(&shared->decode_rows);
-    out->sent_bytes_per_token = rows ? (double)atomic_load(&shared->decode_sent_bytes) / (double)rows : 0;
+    out->first_token_s = figures.first_s - opened_s;
+    out->prefill_tokens_per_s =
+        (double)(options.prompt_tokens * options.batch) / (figures.first_s - figures.begin_s);
+    out->decode_tokens_per_s = (double)decoded / (figures.end_s - figures.first_s);
+    if (figures.decode_rows > 0)
+        out->sent_bytes_per_token = (double)figures.sent_bytes / (double)figures.decode_rows;
     for (uint32_t r = 0; r < manifest->tp_size; r++) {
-        out->rss_bytes += atomic_load(&shared->rank_rss_bytes[r]);
-        out->file_bytes += (int64_t)manifest->ranks[r].bytes;
+        struct rank_report rank;
+        session_rank_report(session, (int)r, &rank);
+        out->file_bytes += rank.file_bytes;
+        if (r == 0 || strcmp(session_options.ranks, "process") == 0) // else one process holds all ranks
+            out->rss_bytes += rank.rss_bytes;
     }
-    if (strcmp(session_options.ranks, "thread") == 0) // one process holds all ranks
-        out->rss_bytes = atomic_load(&shared->rank_rss_bytes[0]);
     out->last_token = hash;
     return 0;
 }
@@ -137,6 +135,7 @@ int bench_run(int argc, char **argv, struct error *err)
     struct result result = {0};
     double opened = now_s();
     wanted.default_context = options.prompt_tokens + options.gen_tokens;
+    wanted.recomputes = true; // the prompts are equal
     int rc = session_open(&session, argv[0], &wanted, options.batch, 0, err);
     if (rc == 0 && (rc = measure(session, &result, opened, err)) == 0) {
         if (!common_options.quiet)

@@ -64,9 +64,11 @@ extern struct session_options session_options;
             "longest silence of a rank before all are ended"                                                           \
     }
 
-extern const struct option_spec generate_options[], bench_options[], eval_options[], logits_options[],
+extern const struct option_spec generate_options[], serve_options[], bench_options[], eval_options[], logits_options[],
     tokenize_options[];
 int generate_run(int argc, char **argv, struct error *err);
+int serve_run(int argc, char **argv, struct error *err);
+void serve_set_defaults(void); // before the parser runs: they stand in other parts' tables
 int bench_run(int argc, char **argv, struct error *err);
 int eval_run(int argc, char **argv, struct error *err);
 int logits_run(int argc, char **argv, struct error *err);

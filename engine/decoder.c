@@ -4,6 +4,8 @@
 // residual.
 #include "engine/decoder.h"
 
+#include "kernels/futex.h"
+
 // The sum over ranks of a buffer's rows, in place. One rank alone has it already.
 static int exchange(struct decoder *d, enum buffer buffer, enum wire wire, struct error *err)
 {
@@ -13,10 +15,12 @@ static int exchange(struct decoder *d, enum buffer buffer, enum wire wire, struc
     int rc;
     if (comm_size(d->comm) == 1)
         return 0;
-    if ((rc = b->lend(d->device, buffer, &rows, err)) ||
-        (rc = comm_all_reduce(d->comm, rows, d->count, hidden, hidden, wire, d->pool, err)))
+    if ((rc = b->lend(d->device, buffer, &rows, err)))
         return rc;
-    return b->returned(d->device, buffer, err);
+    int64_t begin_ns = clock_now_ns();
+    rc = comm_all_reduce(d->comm, rows, d->count, hidden, hidden, wire, d->pool, err);
+    d->exchange_ns += clock_now_ns() - begin_ns;
+    return rc ? rc : b->returned(d->device, buffer, err);
 }
 
 // q and k are normed over all heads of all ranks together: their sums of squares are added up in rank order.
@@ -151,22 +155,20 @@ int decoder_logits(struct decoder *d, const int64_t *row_index, int64_t count, f
 bool decoder_samples(const struct decoder *d) { return d->backend->sample && comm_size(d->comm) == 1; }
 
 int decoder_sample(struct decoder *d, const struct token_row *rows, int64_t num_rows, enum phase phase,
-                   const struct kv_pages *pages, const struct sampling *const *sampling, const uint64_t *steps,
-                   int64_t count, uint32_t *tokens, struct error *err)
+                   const struct kv_pages *pages, const int64_t *row_index, const struct sampling *const *sampling,
+                   const uint64_t *steps, int64_t count, uint32_t *tokens, struct error *err)
 {
     const struct backend *b = d->backend;
-    int64_t last = num_rows - 1;
-    bool replayed = false;
+    bool kept = phase == PHASE_DECODE && !row_index, replayed = false;
     int rc;
     d->count = num_rows;
     if ((rc = b->begin(d->device, rows, num_rows, phase, pages, err)) ||
-        (rc = b->sampling(d->device, sampling, steps, rows + num_rows - count, count, err)))
+        (rc = b->sampling(d->device, sampling, steps, row_index, count, err)) ||
+        (kept && (rc = b->record(d->device, &replayed, err))))
         return rc;
-    if (phase == PHASE_DECODE && (rc = b->record(d->device, &replayed, err)))
-        return rc;
-    if (!replayed && ((rc = run_layers(d, err)) ||
-                      (rc = b->logits(d->device, last_join(d), count < num_rows ? &last : NULL, count, NULL, 0, err)) ||
-                      (rc = b->sample(d->device, err)) || (rc = b->finish(d->device, err))))
+    if (!replayed &&
+        ((rc = run_layers(d, err)) || (rc = b->logits(d->device, last_join(d), row_index, count, NULL, 0, err)) ||
+         (rc = b->sample(d->device, err)) || (rc = b->finish(d->device, err))))
         return rc;
     comm_at(d->comm, OP_SAMPLE, -1); // a replayed step has said nothing of itself so far
     return b->tokens(d->device, tokens, count, err);

@@ -19,6 +19,7 @@ struct decoder {
     enum wire wire;
     struct thread_pool *pool; // for the exchange
     int64_t count;            // rows of the last step
+    int64_t exchange_ns;      // in exchanges with other ranks so far
 };
 
 // Runs rows (count <= max_rows) through all layers; KV room must be reserved. Collective: every rank calls it with the same rows.
@@ -32,10 +33,11 @@ int decoder_logits(struct decoder *decoder, const int64_t *row_index, int64_t co
 
 // Whether the device chooses tokens itself: it can, and one rank holds the whole vocabulary.
 bool decoder_samples(const struct decoder *decoder);
-// One step on such a device: forward, then a token for each of the last `count` of num_rows rows (a prompt's last row, or all rows of a decode
-// step). sampling [count], steps [count]: tokens that their sequence has produced so far. tokens [count].
+// One step on such a device: forward, then a token for each of `count` rows, row_index [count] (NULL: all rows). sampling [count],
+// steps [count]: tokens that their sequence has produced so far. tokens [count]. A decode step with a choice behind every row may be run
+// from a kept one. decoder_logits may follow.
 int decoder_sample(struct decoder *decoder, const struct token_row *rows, int64_t num_rows, enum phase phase,
-                   const struct kv_pages *pages, const struct sampling *const *sampling, const uint64_t *steps,
-                   int64_t count, uint32_t *tokens, struct error *err);
+                   const struct kv_pages *pages, const int64_t *row_index, const struct sampling *const *sampling,
+                   const uint64_t *steps, int64_t count, uint32_t *tokens, struct error *err);
 
 #endif

@@ -40,6 +40,8 @@ const struct option_spec generate_options[] = {
     {"seed", OPTION_INT, &options.seed, "N", 0, 9e15, "the same seed gives the same text"},
     {"stop", OPTION_LIST, &options.stops, "TEXT", 0, 0, "end before this text; may be repeated"},
     {"ignore-eos", OPTION_FLAG, &options.ignore_eos, NULL, 0, 0, "go on after an end-of-sequence token"},
+    {"draft-tokens", OPTION_INT, &session_options.draft_tokens, "N", 0, 64,
+     "guess up to N tokens ahead from what the text repeats; the same output, sooner"},
     {"ids", OPTION_FLAG, &options.ids, NULL, 0, 0, "print token ids instead of text"},
     SESSION_OPTION_LINES,
     {NULL, OPTION_FLAG, NULL, NULL, 0, 0, NULL},
@@ -51,8 +53,8 @@ struct output {
     struct token_list prompt;
     char *text; // malloc'ed, all text so far
     size_t bytes, capacity, printed;
-    const uint32_t *ids; // in the shared area
-    int64_t num_ids;
+    uint32_t *ids; // malloc'ed
+    int64_t num_ids, ids_capacity;
     bool live;          // print as it comes
     bool stopped;       // a stop string was met
     struct error error; // the first failure: memory, an id the tokenizer does not know, writing
@@ -113,15 +115,28 @@ static void append(struct output *o, const char *text, size_t bytes)
     }
 }
 
+static void append_id(struct output *o, uint32_t id)
+{
+    if (o->num_ids == o->ids_capacity) {
+        int64_t capacity = 2 * o->ids_capacity + 64;
+        uint32_t *larger = realloc(o->ids, (size_t)capacity * sizeof *larger);
+        if (!larger) {
+            error_set(&o->error, ERR_MEMORY, "no memory for the output");
+            return;
+        }
+        o->ids = larger;
+        o->ids_capacity = capacity;
+    }
+    o->ids[o->num_ids++] = id;
+}
+
 static bool on_tokens(void *arg, int64_t sequence, const uint32_t *tokens, int64_t count)
 {
     struct output *o = (struct output *)arg + sequence;
-    if (o->num_ids == 0)
-        o->ids = tokens;
     for (int64_t i = 0; i < count && !o->stopped && !o->error.code; i++) {
         const char *text;
         size_t bytes;
-        o->num_ids++;
+        append_id(o, tokens[i]);
         if (options.ids) {
             if (o->live && (printf("%s%u", o->num_ids == 1 ? "" : ",", tokens[i]) < 0 || fflush(stdout) != 0))
                 error_set_errno(&o->error, "the output could not be written");
@@ -231,6 +246,22 @@ static void print_start(struct session *session)
         session_print_devices(session, stderr);
 }
 
+static void print_rates(const struct generate_figures *figures, const struct generation *generations, int count)
+{
+    double decode_s = figures->end_s - figures->first_s;
+    long long steps = figures->steps, drafted = 0, accepted = 0;
+    for (int i = 0; i < count; i++) {
+        drafted += generations[i].usage.drafted_tokens;
+        accepted += generations[i].usage.accepted_tokens;
+    }
+    if (common_options.quiet || steps < 1 || !(decode_s > 0))
+        return;
+    fprintf(stderr, "%lld decode steps in %.2f s: %.1f steps/s, %.1f tokens/s\n", steps, decode_s,
+            (double)steps / decode_s, (double)(figures->tokens - figures->first_tokens) / decode_s);
+    if (drafted > 0)
+        fprintf(stderr, "%lld of %lld drafted tokens accepted\n", accepted, drafted);
+}
+
 // The prompts of the command line, or one conversation.
 static int run_prompts(struct session *session, const struct chat *chat, const json_t *messages, struct output *outputs,
                        int count, struct error *err)
@@ -256,7 +287,8 @@ static int run_prompts(struct session *session, const struct chat *chat, const j
         return rc;
     if (!started)
         print_start(session);
-    rc = session_generate(session, generations, count, err);
+    struct generate_figures figures = {0};
+    rc = session_generate(session, generations, count, &figures, err);
     for (int i = 0; i < count; i++) {
         const char *text;
         size_t bytes;
@@ -273,20 +305,11 @@ static int run_prompts(struct session *session, const struct chat *chat, const j
         return rc;
     if (live)
         printf("\n");
-    if (common_options.json)
-        return print_json(outputs, generations, count, err);
-    if (!live)
+    if (!live && !common_options.json)
         print_batch(outputs, count);
-    return 0;
-}
-
-static void print_rates(struct session *session)
-{
-    struct shared_area *shared = session_shared(session);
-    double decode = 1e-9 * (double)(atomic_load(&shared->finished_ns) - atomic_load(&shared->first_token_ns));
-    long long steps = atomic_load(&shared->decode_steps);
-    if (!common_options.quiet && steps > 0 && decode > 0)
-        fprintf(stderr, "%lld decode steps in %.2f s: %.1f steps/s\n", steps, decode, (double)steps / decode);
+    if (options.prompts.count || options.messages)
+        print_rates(&figures, generations, count);
+    return common_options.json ? print_json(outputs, generations, count, err) : 0;
 }
 
 static void clear_output(struct output *o)
@@ -294,6 +317,7 @@ static void clear_output(struct output *o)
     tokenizer_stream_free(o->stream);
     free(o->prompt.ids);
     free(o->text);
+    free(o->ids);
     *o = (struct output){0};
 }
 
@@ -353,8 +377,6 @@ int generate_run(int argc, char **argv, struct error *err)
         rc = run_prompts(session, chat, messages, outputs, count, err);
     else
         rc = run_conversation(session, chat, err);
-    if (rc == 0 && session_shared(session))
-        print_rates(session);
 done:
     for (int i = 0; i < count; i++)
         clear_output(&outputs[i]);

@@ -18,6 +18,7 @@
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 
 enum {
@@ -216,6 +217,29 @@ static void *rank_thread(void *arg)
     return NULL;
 }
 
+// Descriptors first .. end - 1.
+static void close_all(unsigned first, unsigned end)
+{
+    struct rlimit limit;
+    if (first >= end)
+        return;
+#ifdef SYS_close_range
+    if (syscall(SYS_close_range, first, end - 1, 0) == 0)
+        return;
+#endif
+    if (getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < end)
+        end = (unsigned)limit.rlim_cur;
+    for (unsigned fd = first; fd < end; fd++)
+        close((int)fd);
+}
+
+// What this process got from its parent, but for 0, 1, 2 and `keep`: clients' connections must not outlive the parent's close.
+static void close_others(int keep)
+{
+    close_all(3, keep > 3 ? (unsigned)keep : 3);
+    close_all(keep > 2 ? (unsigned)keep + 1 : 3, ~0u);
+}
+
 static void rank_process(struct rank_handle *handle, pid_t parent)
 {
     // Set before the look at the parent: it cannot end unseen in between.
@@ -224,9 +248,7 @@ static void rank_process(struct rank_handle *handle, pid_t parent)
         _exit(error_exit_code(ERR_RANK));
     signal(SIGINT, SIG_IGN);
     signal(SIGTERM, SIG_IGN);
-    for (int rank = 0; rank < handle->env.rank; rank++)
-        if (handle->launch->ranks[rank].pidfd >= 0)
-            close(handle->launch->ranks[rank].pidfd);
+    close_others(handle->launch->event_fd);
     _exit(error_exit_code(run_rank(handle)));
 }
 
@@ -301,7 +323,8 @@ int launch_start(struct launch **out, const struct launch_options *options, rank
     }
     if ((rc = map_shared(launch, err)))
         goto fail;
-    handle_signals(launch);
+    if (!options->leave_signals)
+        handle_signals(launch);
     launch->looked_ns = clock_now_ns();
     for (int rank = 0; rank < options->tp_size; rank++)
         launch->ranks[rank].pidfd = -1; // also of those that a failed start never reaches
@@ -326,6 +349,16 @@ fail:
 }
 
 void *launch_shared(struct launch *launch) { return launch->shared; }
+
+struct comm_position launch_position(const struct launch *launch, int rank)
+{
+    return comm_region_position(launch->region, rank);
+}
+
+int64_t launch_pid(const struct launch *launch, int rank)
+{
+    return launch->options.threads ? getpid() : launch->ranks[rank].pid;
+}
 
 // ---- watching ------------------------------------------------------------------------------------------------------
 

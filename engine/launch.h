@@ -1,8 +1,9 @@
 // Starts the ranks of one model on this machine, as processes (fork, the default) or as threads of this process, and
 // watches them: a dead rank is noticed at once (pidfd), a silent one by its deadline; then every rank ends, and one
-// sentence names rank, operation and layer. The parent never touches weights, so it can never hang on them. It is
-// single threaded when it forks, and the thread that called launch_start stays alive until launch_stop: ranks die with
-// it.
+// sentence names rank, operation and layer. The parent never touches weights, so it can never hang on them. The thread
+// that called launch_start stays alive until launch_stop: ranks die with it. Other threads may live when it forks;
+// rank_main then keeps to what is safe after that (malloc is), and the caller blocks SIGINT and SIGTERM in them. A rank
+// process has no descriptor of its parent but 0 to 2. A launch can follow a launch, after a failure too.
 //
 // Signals: from launch_start to launch_stop SIGINT and SIGTERM of the process are handled here; rank processes ignore
 // both, since Ctrl-C reaches them too and the parent ends them in order. launch_wait reports the first signal once and
@@ -22,10 +23,12 @@
 #include <stdint.h>
 
 struct launch_options {
-    int tp_size;             // 1 to COMM_MAX_RANKS
-    bool threads;            // ranks as threads instead of processes
-    int start_timeout_ms;    // longest time of a starting rank without progress (comm_at, collectives); 0: 120000
-    int wait_timeout_ms;     // longest wait in a collective; a busy rank may be silent for a quarter more; 0: 10000
+    int tp_size;          // 1 to COMM_MAX_RANKS
+    bool threads;         // ranks as threads instead of processes
+    int start_timeout_ms; // longest time of a starting rank without progress (comm_at, collectives); 0: 120000
+    int wait_timeout_ms;  // longest wait in a collective; a busy rank may be silent for a quarter more; 0: 10000
+    bool
+        leave_signals; // SIGINT and SIGTERM are the caller's: launch_wait reports none (rank processes still ignore them)
     uint64_t comm_max_elems; // largest all-reduce message in floats
     size_t shared_bytes;     // the caller's own shared area, zeroed
 };
@@ -49,6 +52,9 @@ typedef int rank_main_fn(struct rank_env *env, void *arg, struct error *err);
 int launch_start(struct launch **out, const struct launch_options *options, rank_main_fn *rank_main, void *arg,
                  struct error *err);
 void *launch_shared(struct launch *launch);
+// Where a rank is and in which process; this one's where ranks are threads.
+struct comm_position launch_position(const struct launch *launch, int rank);
+int64_t launch_pid(const struct launch *launch, int rank);
 
 // ---- commands: the parent posts one, all ranks take it, run it and report done ----------------------------------
 // Rank side. Blocks (spins a bounded time, then sleeps) until the parent posts a command; *command receives it. Returns

@@ -19,6 +19,7 @@ static const struct option_spec common[] = {
 static const struct command_spec commands[] = {
     {"generate", "out_dir", 1, 1, "continue one or several prompts, streaming text to standard output",
      generate_options, generate_run},
+    {"serve", "out_dir", 1, 1, "serve an OpenAI-compatible API over HTTP", serve_options, serve_run},
     {"bench", "out_dir", 1, 1, "measure prefill and decode; one result line", bench_options, bench_run},
     {"eval", "out_dir", 1, 1, "perplexity of a text; with --against, KL divergence and top-1 agreement", eval_options,
      eval_run},
@@ -38,6 +39,7 @@ static const struct program_spec program = {
     .common = common,
     .examples = "Examples:\n"
                 "  tpengine generate out_dir --prompt \"Once upon a time\" --max-tokens 100\n"
+                "  tpengine serve out_dir --port 8000 --api-key KEY\n"
                 "  tpengine eval out_dir --text heldout.txt --json\n",
     .exit_status = "0    done\n1    other failure\n2    wrong command line\n3    bad or unsupported model\n4    "
                    "corrupt or mismatched "
@@ -104,5 +106,6 @@ int read_text(const char *path, char **out, size_t *bytes, struct error *err)
 int main(int argc, char **argv)
 {
     session_options = session_defaults;
+    serve_set_defaults();
     return options_main(&program, argc, argv);
 }

@@ -58,6 +58,7 @@ struct verify_job {
     struct thread_pool *pool;
     struct comm *comm;
     enum verify_mode mode;
+    atomic_llong *loaded_bytes; // NULL: nobody wants to know
     // of the piece under way
     const uint8_t *data;
     uint64_t first_leaf;
@@ -71,6 +72,8 @@ static void verify_leaf(void *arg, int64_t task, int thread)
 {
     struct verify_job *job = arg;
     uint64_t leaf = job->first_leaf + (uint64_t)task;
+    if (job->loaded_bytes)
+        atomic_fetch_add_explicit(job->loaded_bytes, SHARD_LEAF_BYTES, memory_order_relaxed);
     if (atomic_load_explicit(&job->failed, memory_order_relaxed) ||
         (job->mode == VERIFY_SAMPLE && leaf % SAMPLE_STRIDE != 0))
         return;
@@ -401,9 +404,10 @@ fail:
 }
 
 int model_load(struct model *model, const struct backend *backend, struct device *device, enum verify_mode verify,
-               struct thread_pool *pool, struct comm *comm, struct error *err)
+               struct thread_pool *pool, struct comm *comm, atomic_llong *loaded_bytes, struct error *err)
 {
-    struct verify_job job = {.file = model->file, .pool = pool, .comm = comm, .mode = verify};
+    struct verify_job job = {
+        .file = model->file, .pool = pool, .comm = comm, .mode = verify, .loaded_bytes = loaded_bytes};
     const uint8_t *base;
     int rc = backend->load(device, &base, shard_file_payload(model->file), shard_file_payload_bytes(model->file),
                            verify_piece, &job, err);

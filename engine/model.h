@@ -10,6 +10,8 @@
 #include "kernels/backend.h"
 #include "kernels/thread_pool.h"
 
+#include <stdatomic.h>
+
 struct model {
     struct model_desc desc;
     struct rank_share share;
@@ -27,9 +29,9 @@ enum verify_mode { VERIFY_FULL, VERIFY_SAMPLE, VERIFY_OFF };
 int model_open(struct model *out, const char *dir, const struct manifest *manifest, int rank, struct comm *comm,
                struct error *err);
 // Brings the payload to the backend's device, verifying it on the way, and points the weights there. comm (may be NULL) is told of
-// progress.
+// progress; *loaded_bytes (likewise) grows by whole leaves.
 int model_load(struct model *model, const struct backend *backend, struct device *device, enum verify_mode verify,
-               struct thread_pool *pool, struct comm *comm, struct error *err);
+               struct thread_pool *pool, struct comm *comm, atomic_llong *loaded_bytes, struct error *err);
 void model_close(struct model *model);
 
 #endif

@@ -2,8 +2,10 @@
 #include "engine/session.h"
 
 #include "engine/backends.h"
+#include "engine/rank_step.h"
 #include "formats/checked.h"
 #include "formats/extra_file.h"
+#include "kernels/futex.h"
 #include "kernels/kv.h"
 
 #include <errno.h>
@@ -31,10 +33,17 @@ struct session {
     struct manifest *manifest;
     struct worker_options worker;
     const char *backend_note; // for the user; NULL: none
-    bool ranks_are_threads;
+    bool ranks_are_threads, leave_signals, recomputes;
     int timeout_ms;
-    struct launch *launch; // NULL until session_start
+    int64_t draft_tokens;
+    int64_t wanted_pages;
+    // While ranks run:
+    struct launch *launch;
     struct shared_area *shared;
+    struct step_area area;
+    float *logits;
+    bool ready;
+    struct scheduler *scheduler; // session_generate's
     struct tokenizer_file tokenizer;
 };
 
@@ -130,13 +139,13 @@ static struct rank_share upper_share(const struct model_desc *d, int64_t tp)
 
 static uint64_t shared_bytes(const struct session *s)
 {
-    return shared_area_bytes(s->worker.context, s->worker.max_sequences, s->worker.logits_rows,
-                             s->manifest->model.vocab_size);
+    struct step_area area = s->area;
+    return shared_area_place(NULL, &area, NULL, s->worker.logits_rows);
 }
 
 // The host's memory. Weights are mapped from the page cache, so they need not fit at once, but the engine is useless when they do
-// not. What a device must hold, its ranks check.
-static int check_memory(const struct session *s, struct error *err)
+// not. The KV cache is made smaller, as far as it may. What a device must hold, its ranks check.
+static int settle_memory(struct session *s, struct error *err)
 {
     int64_t context = s->worker.context;
     const struct model_desc *d = &s->manifest->model;
@@ -144,8 +153,9 @@ static int check_memory(const struct session *s, struct error *err)
     struct rank_share share = upper_share(d, tp);
     struct device_shape shape = {.desc = d,
                                  .share = &share,
-                                 .max_rows = s->worker.max_rows,
+                                 .max_rows = rank_step_pass_rows(s->worker.backend, &s->worker.limits),
                                  .max_sequences = s->worker.max_sequences,
+                                 .decode_rows = s->worker.limits.decode_rows,
                                  .context = s->worker.context,
                                  .samples = tp == 1};
     double weights = 0, cache = 0, available = available_bytes();
@@ -159,6 +169,12 @@ static int check_memory(const struct session *s, struct error *err)
     double needed = weights + cache + buffers;
     if (available < 0 || needed <= available)
         return 0;
+    // Other programs need memory too; what is cut is cut with room to spare.
+    double left = (available - weights - buffers) * 0.8, wanted = (double)s->worker.num_pages;
+    if (left > 0 && floor(wanted * left / cache) >= (double)s->worker.least_pages) {
+        s->worker.num_pages = (int64_t)floor(wanted * left / cache);
+        return 0;
+    }
     return error_set(err, ERR_MEMORY,
                      "%s: %.2f GiB needed (weights %.2f, KV cache %.2f at context %lld, buffers %.2f), %.2f GiB "
                      "available; use a smaller "
@@ -199,26 +215,56 @@ static int choose_context(const struct manifest *manifest, const struct session_
     return 0;
 }
 
-int session_start(struct session *s, struct error *err)
+int session_launch(struct session *s, struct error *err)
 {
     const struct model_desc *d = &s->manifest->model;
     struct launch_options launch = {
         .tp_size = (int)s->manifest->tp_size,
         .threads = s->ranks_are_threads,
+        .leave_signals = s->leave_signals,
         .wait_timeout_ms = s->timeout_ms,
         .comm_max_elems = (uint64_t)d->hidden_size * 64,
         .shared_bytes = shared_bytes(s),
     };
     if (s->launch)
         return 0;
-    int rc = check_memory(s, err);
+    s->worker.num_pages = s->wanted_pages;
+    int rc = settle_memory(s, err);
     if (rc || (rc = launch_start(&s->launch, &launch, worker_main, &s->worker, err)))
         return rc;
     s->shared = launch_shared(s->launch);
-    s->shared->context = s->worker.context;
-    s->shared->max_sequences = s->worker.max_sequences;
-    s->shared->vocab_size = d->vocab_size;
-    return launch_wait(s->launch, -1, err);
+    shared_area_place(s->shared, &s->area, &s->logits, s->worker.logits_rows);
+    return 0;
+}
+
+int session_wait(struct session *s, int extra_fd, struct error *err)
+{
+    if (!s->launch)
+        return error_set(err, ERR_OTHER, "%s: no rank was started", s->dir);
+    int rc = launch_wait(s->launch, extra_fd, err);
+    if (rc == 0 && !s->ready) {
+        s->ready = true;
+        s->area.num_pages = atomic_load(&s->shared->num_pages);
+    }
+    return rc;
+}
+
+int session_start(struct session *s, struct error *err)
+{
+    int rc = session_launch(s, err);
+    while (!rc && !s->ready)
+        rc = session_wait(s, -1, err);
+    return rc;
+}
+
+void session_stop(struct session *s)
+{
+    scheduler_free(s->scheduler);
+    launch_stop(s->launch, NULL);
+    s->scheduler = NULL;
+    s->launch = NULL;
+    s->shared = NULL;
+    s->ready = false;
 }
 
 // What the kernels and ranks of this version can run.
@@ -236,6 +282,34 @@ static int check_supported(const struct manifest *manifest, const char *dir, str
     if (manifest->tp_size > COMM_MAX_RANKS)
         return error_set(err, ERR_MODEL, "%s: cut for %u ranks; this version runs at most %d", dir, manifest->tp_size,
                          COMM_MAX_RANKS);
+    return 0;
+}
+
+// What a step may hold. On a device decode rows cost memory for attention's parts, but a sequence that is computed again wants more of them than
+// one.
+static void plan_steps(struct session *s, const struct session_options *options)
+{
+    enum { LEAST_DECODE_ROWS = 16 };
+    const struct backend *backend = s->worker.backend;
+    int64_t sequences = s->worker.max_sequences, usual = sequences * (1 + options->draft_tokens);
+    int64_t wanted = sequences > 1 && usual < LEAST_DECODE_ROWS ? LEAST_DECODE_ROWS : usual;
+    struct step_limits *limits = &s->worker.limits;
+    limits->decode_rows = backend->mixes_phases || wanted > backend->decode_rows ? backend->decode_rows : wanted;
+    limits->prefill_rows = backend->prefill_rows;
+    limits->max_rows = backend->prefill_rows + (backend->mixes_phases ? 0 : limits->decode_rows);
+    limits->chunk = backend->chunks_fixed ? backend->prefill_rows : 1;
+    s->worker.usual_choices = usual;
+}
+
+static int plan_pages(struct session *s, const struct session_options *options, struct error *err)
+{
+    int64_t of_one = (int64_t)div_up((uint64_t)s->worker.context, KV_PAGE_TOKENS), tokens = options->kv_tokens;
+    if (tokens > INT32_MAX / 2)
+        return error_set(err, ERR_USAGE, "a KV cache of %lld tokens is larger than this version keeps",
+                         (long long)tokens);
+    int64_t wanted = tokens > 0 ? (int64_t)div_up((uint64_t)tokens, KV_PAGE_TOKENS) : of_one * s->worker.max_sequences;
+    s->wanted_pages = wanted < INT32_MAX ? wanted : INT32_MAX;
+    s->worker.least_pages = tokens == 0 && options->kv_fits && of_one < wanted ? of_one : wanted;
     return 0;
 }
 
@@ -263,11 +337,19 @@ int session_open(struct session **out, const char *dir, const struct session_opt
     s->worker.threads = options->threads > 0 ? (int)options->threads : default_threads(s->manifest->tp_size);
     s->worker.verify = verify_mode_of(options->verify);
     s->worker.kv_format = strcmp(options->kv_cache, "fp8") == 0 ? KV_E4M3 : KV_BF16;
-    s->worker.max_rows = s->worker.backend->prefill_rows;
-    s->worker.num_pages = (int64_t)div_up((uint64_t)context, KV_PAGE_TOKENS) * max_sequences;
     s->worker.context = context;
     s->worker.max_sequences = max_sequences;
     s->worker.logits_rows = logits_rows;
+    plan_steps(s, options);
+    if ((rc = plan_pages(s, options, err)))
+        goto fail;
+    s->area = (struct step_area){.context = context,
+                                 .max_sequences = max_sequences,
+                                 .vocab_size = s->manifest->model.vocab_size,
+                                 .num_pages = s->wanted_pages};
+    s->leave_signals = options->leave_signals;
+    s->recomputes = options->recomputes;
+    s->draft_tokens = options->draft_tokens;
     s->ranks_are_threads = strcmp(options->ranks, "thread") == 0;
     s->timeout_ms = (int)(options->timeout_s * 1000);
     *out = s;
@@ -281,7 +363,7 @@ void session_close(struct session *s)
 {
     if (!s)
         return;
-    launch_stop(s->launch, NULL);
+    session_stop(s);
     tokenizer_file_close(&s->tokenizer);
     manifest_free(s->manifest);
     free(s->dir);
@@ -307,7 +389,65 @@ void session_print_devices(struct session *s, FILE *out)
 int session_threads(const struct session *s) { return s->worker.threads; }
 const char *session_wire(const struct session *s) { return wire_name(s->worker.wire); }
 
-// ---- work ------------------------------------------------------------------------------------------------------
+void session_rank_report(const struct session *s, int rank, struct rank_report *out)
+{
+    int64_t file_bytes = (int64_t)s->manifest->ranks[rank].bytes;
+    int64_t loaded = atomic_load_explicit(&s->shared->rank_loaded_bytes[rank], memory_order_relaxed);
+    struct comm_position at = launch_position(s->launch, rank);
+    *out = (struct rank_report){
+        .pid = launch_pid(s->launch, rank),
+        .operation = comm_operation_name(at.op),
+        .layer = at.layer,
+        .loaded_bytes = s->ready || loaded > file_bytes ? file_bytes : loaded,
+        .file_bytes = file_bytes,
+        .exchange_s = 1e-9 * (double)atomic_load_explicit(&s->shared->rank_exchange_ns[rank], memory_order_relaxed),
+        .device = s->ready ? s->shared->device[rank] : "",
+    };
+    char path[64];
+    snprintf(path, sizeof path, "/proc/%lld/status", (long long)out->pid);
+    double rss = read_figure(path, "VmRSS:", 1024);
+    out->rss_bytes = rss > 0 ? (int64_t)rss : 0;
+}
+
+// ---- steps -----------------------------------------------------------------------------------------------------
+
+const struct step_area *session_step_area(const struct session *s) { return &s->area; }
+
+void session_scheduler_options(const struct session *s, struct scheduler_options *out)
+{
+    const struct worker_options *w = &s->worker;
+    *out = (struct scheduler_options){
+        .num_pages = s->ready ? s->area.num_pages : s->wanted_pages,
+        .context = w->context,
+        .max_sequences = w->max_sequences,
+        .vocab_size = s->manifest->model.vocab_size,
+        .max_rows = w->limits.max_rows,
+        .decode_rows = w->limits.decode_rows,
+        .prefill_chunk = w->limits.prefill_rows,
+        .chunks_fixed = w->backend->chunks_fixed,
+        .mixes_phases = w->backend->mixes_phases,
+        .balance_rows = w->backend->balance_rows,
+    };
+}
+
+static int run_command(struct session *s, enum worker_command command, struct error *err)
+{
+    int rc = launch_post(s->launch, command, err);
+    while (!rc && (rc = launch_wait(s->launch, -1, err)) > 0)
+        rc = 0;
+    return rc;
+}
+
+int session_run_step(struct session *s, struct error *err)
+{
+    return s->ready ? run_command(s, COMMAND_STEP, err) : error_set(err, ERR_OTHER, "%s: the ranks are not ready", s->dir);
+}
+
+static int run_step(void *session, struct error *err) { return session_run_step(session, err); }
+
+struct step_runner session_runner(struct session *s) { return (struct step_runner){.arg = s, .run = run_step}; }
+
+// ---- logits ----------------------------------------------------------------------------------------------------
 
 static int check_tokens(const struct session *s, const uint32_t *tokens, int64_t count, struct error *err)
 {
@@ -316,15 +456,6 @@ static int check_tokens(const struct session *s, const uint32_t *tokens, int64_t
             return error_set(err, ERR_USAGE, "token id %u: the model's vocabulary ends at %lld", tokens[i],
                              (long long)s->manifest->model.vocab_size - 1);
     return 0;
-}
-
-// Waits for the end of the running command.
-static int wait_done(struct session *s, struct error *err)
-{
-    int rc;
-    while ((rc = launch_wait(s->launch, -1, err)) > 0)
-        continue;
-    return rc;
 }
 
 int session_forward(struct session *s, const uint32_t *tokens, int64_t count, int64_t start_position,
@@ -338,13 +469,70 @@ int session_forward(struct session *s, const uint32_t *tokens, int64_t count, in
                          (long long)start_position, (long long)s->worker.context);
     if ((rc = session_start(s, err)))
         return rc;
-    memcpy(shared_input(s->shared, 0), tokens, (size_t)count * sizeof *tokens);
+    if (s->area.num_pages < s->area.pages_per_sequence)
+        return error_set(err, ERR_MEMORY, "the KV cache has no room for %lld tokens", (long long)s->worker.context);
+    if (start_position == 0) { // pages in order
+        for (int64_t i = 0; i < s->area.pages_per_sequence; i++)
+            s->area.pages[i] = (int32_t)i;
+        ++*s->area.pages_version;
+    }
+    memcpy(s->area.tokens + start_position, tokens, (size_t)count * sizeof *tokens);
     s->shared->forward.start = start_position;
     s->shared->forward.count = count;
-    if ((rc = launch_post(s->launch, COMMAND_FORWARD, err)) || (rc = wait_done(s, err)))
+    if ((rc = run_command(s, COMMAND_FORWARD, err)))
         return rc;
-    *logits = shared_logits(s->shared);
+    *logits = s->logits;
     return 0;
+}
+
+// ---- generation ------------------------------------------------------------------------------------------------
+
+static double now_s(void) { return 1e-9 * (double)clock_now_ns(); }
+
+// One session_generate while it runs.
+struct run {
+    struct generate_figures figures;
+    int64_t running, waiting; // sequences; of these, before their first token
+    struct error error; // of a sequence
+};
+
+struct run_sequence {
+    struct run *run;
+    struct generation *generation;
+    int64_t index;
+    bool waiting;
+};
+
+static void have_token(struct run_sequence *q)
+{
+    q->run->waiting -= q->waiting;
+    q->waiting = false;
+}
+
+static bool on_tokens(void *arg, const struct step_choice *choices, int64_t count)
+{
+    struct run_sequence *q = arg;
+    struct generation *g = q->generation;
+    bool more = true;
+    q->run->figures.tokens += count;
+    have_token(q);
+    g->produced += count;
+    for (int64_t i = 0; i < count && more && g->on_tokens; i++)
+        more = g->on_tokens(g->arg, q->index, &choices[i].token, 1);
+    return more;
+}
+
+static void on_end(void *arg, enum finish_reason reason, const struct sequence_usage *usage, uint32_t stop_token,
+                   const struct error *err)
+{
+    struct run_sequence *q = arg;
+    (void)stop_token;
+    have_token(q);
+    q->generation->finished = reason;
+    q->generation->usage = *usage;
+    q->run->running--;
+    if (reason == FINISH_ERROR && !q->run->error.code)
+        q->run->error = *err;
 }
 
 static int check_prompt(const struct session *s, const struct generation *g, struct error *err)
@@ -364,58 +552,85 @@ int session_check_prompts(const struct session *s, const struct generation *gene
     return rc;
 }
 
-static void fill_sequence(struct session *s, const struct generation *g, int64_t i)
+static int make_scheduler(struct session *s, struct error *err)
 {
-    struct shared_sequence *sequence = &s->shared->sequences[i];
-    memcpy(shared_input(s->shared, i), g->prompt, (size_t)g->prompt_count * sizeof *g->prompt);
-    sequence->prompt_count = g->prompt_count;
-    sequence->max_tokens = g->max_tokens < s->worker.context ? g->max_tokens : s->worker.context;
-    sequence->ignore_eos = g->ignore_eos;
-    sequence->sampling = g->sampling;
-    atomic_store(&sequence->cancel, false);
-    atomic_store(&sequence->produced, 0);
-    atomic_store(&sequence->finished, FINISH_NONE);
+    struct scheduler_options options;
+    struct step_runner runner = session_runner(s);
+    if (s->scheduler)
+        return 0;
+    session_scheduler_options(s, &options);
+    options.share_prefixes = !s->recomputes;
+    options.draft_tokens = s->draft_tokens;
+    return scheduler_create(&s->scheduler, &options, &s->area, &runner, err);
 }
 
-// Hands new tokens to their owners.
-static void deliver(struct session *s, struct generation *generations, int64_t count)
+static int run_all(struct session *s, struct run *run, struct run_sequence *sequences, struct generation *generations,
+                   int64_t count, struct error *err)
 {
-    for (int64_t i = 0; i < count; i++) {
+    const struct model_desc *desc = &s->manifest->model;
+    uint32_t eos[MODEL_MAX_EOS];
+    int rc = 0;
+    for (int i = 0; i < desc->num_eos; i++)
+        eos[i] = (uint32_t)desc->eos_token_ids[i];
+    for (int64_t i = 0; i < count && !rc; i++) {
         struct generation *g = &generations[i];
-        struct shared_sequence *sequence = &s->shared->sequences[i];
-        int64_t produced = atomic_load_explicit(&sequence->produced, memory_order_acquire);
-        bool wanted = !atomic_load_explicit(&sequence->cancel, memory_order_relaxed);
-        if (wanted && produced > g->produced && g->on_tokens &&
-            !g->on_tokens(g->arg, i, shared_output(s->shared, i) + g->produced, produced - g->produced))
-            atomic_store_explicit(&sequence->cancel, true, memory_order_relaxed);
-        if (wanted)
-            g->produced = produced;
-        g->finished = (enum finish_reason)atomic_load_explicit(&sequence->finished, memory_order_acquire);
+        struct sequence *added;
+        sequences[i] = (struct run_sequence){run, g, i, true};
+        const struct sequence_spec spec = {.prompt = g->prompt,
+                                           .prompt_count = g->prompt_count,
+                                           .max_tokens = g->max_tokens,
+                                           .ignore_eos = g->ignore_eos,
+                                           .eos_ids = eos,
+                                           .num_eos = desc->num_eos,
+                                           .sampling = g->sampling,
+                                           .num_logprobs = -1,
+                                           .arg = &sequences[i],
+                                           .on_tokens = on_tokens,
+                                           .on_end = on_end};
+        if ((rc = scheduler_add(s->scheduler, &spec, 1, &added, err)) == 0)
+            run->running++;
     }
+    while (!rc && run->running > 0) {
+        rc = scheduler_step(s->scheduler, err);
+        if (run->waiting == 0 && run->figures.first_s == 0) {
+            run->figures.first_s = now_s();
+            run->figures.first_tokens = run->figures.tokens;
+        }
+    }
+    if (run->running > 0) // nothing may call back any more
+        scheduler_fail(s->scheduler, err);
+    if (!rc && run->error.code) {
+        *err = run->error;
+        rc = err->code;
+    }
+    return rc;
 }
 
-int session_generate(struct session *s, struct generation *generations, int64_t count, struct error *err)
+int session_generate(struct session *s, struct generation *generations, int64_t count,
+                     struct generate_figures *figures, struct error *err)
 {
+    struct run_sequence sequences[MAX_SEQUENCES];
+    struct run run = {.waiting = count};
     int rc;
     if (count < 1 || count > s->worker.max_sequences)
         return error_set(err, ERR_USAGE, "%lld sequences: from 1 to %lld run together", (long long)count,
                          (long long)s->worker.max_sequences);
-    if ((rc = session_check_prompts(s, generations, count, err)) || (rc = session_start(s, err)))
+    if ((rc = session_check_prompts(s, generations, count, err)) || (rc = session_start(s, err)) ||
+        (rc = make_scheduler(s, err)))
         return rc;
     for (int64_t i = 0; i < count; i++) {
         generations[i].produced = 0;
         generations[i].finished = FINISH_NONE;
-        fill_sequence(s, &generations[i], i);
     }
-    s->shared->num_sequences = count;
-    atomic_store(&s->shared->decode_steps, 0);
-    atomic_store(&s->shared->decode_rows, 0);
-    if ((rc = launch_post(s->launch, COMMAND_GENERATE, err)))
-        return rc;
-    do {
-        rc = launch_wait(s->launch, -1, err);
-        if (rc >= 0)
-            deliver(s, generations, count);
-    } while (rc > 0);
+    int64_t steps = atomic_load(&s->shared->decode_steps), rows = atomic_load(&s->shared->decode_rows),
+            sent = atomic_load(&s->shared->decode_sent_bytes);
+    run.figures.begin_s = now_s();
+    rc = run_all(s, &run, sequences, generations, count, err);
+    run.figures.end_s = now_s();
+    run.figures.steps = atomic_load(&s->shared->decode_steps) - steps;
+    run.figures.decode_rows = atomic_load(&s->shared->decode_rows) - rows;
+    run.figures.sent_bytes = atomic_load(&s->shared->decode_sent_bytes) - sent;
+    if (figures)
+        *figures = run.figures;
     return rc;
 }

@@ -1,8 +1,9 @@
 // The parent's end of a running model: opens a shard directory, plans memory, starts the ranks and gives them work. Every command of
-// tpengine (generate, bench, eval, logits) goes through it. It never touches a weight.
+// tpengine goes through it. It never touches a weight. It belongs to one thread, the one that starts the ranks: they die with it.
 #ifndef TPSHARD_ENGINE_SESSION_H
 #define TPSHARD_ENGINE_SESSION_H
 
+#include "engine/scheduler.h"
 #include "engine/worker.h"
 #include "formats/error.h"
 #include "formats/manifest.h"
@@ -22,7 +23,12 @@ struct session_options {
     int64_t threads;          // worker threads of each rank; 0: cores / ranks
     int64_t context;          // longest sequence; 0: default_context, or the model's own if that is less
     int64_t default_context;
-    double timeout_s; // longest silence of a busy rank
+    double timeout_s;     // longest silence of a busy rank
+    int64_t kv_tokens;    // room of the KV cache; 0: context for each sequence
+    bool kv_fits;         // with kv_tokens 0: no more than there is memory for, but one context at least
+    int64_t draft_tokens; // longest draft of a sequence by prompt lookup; 0: none
+    bool recomputes;      // session_generate shares no prefix of earlier or other prompts, for measuring
+    bool leave_signals;   // SIGINT and SIGTERM are the caller's (see launch.h)
 };
 extern const struct session_options session_defaults;
 
@@ -34,8 +40,16 @@ struct session;
 int session_open(struct session **out, const char *dir, const struct session_options *options, int64_t max_sequences,
                  int64_t logits_rows, struct error *err);
 // Starts the ranks and waits until their weights are ready; the first work does it as well. ERR_MEMORY with both figures when it
-// cannot fit.
+// cannot fit. Also starts again after session_stop.
 int session_start(struct session *session, struct error *err);
+// Starts the ranks and returns at once.
+int session_launch(struct session *session, struct error *err);
+// After session_launch, between steps: 0 once, when all ranks are ready; 2 when extra_fd has input; or an error, at once when a rank is lost:
+// the ranks are then ended. With extra_fd -1 it returns 0 at once when the ranks are ready and idle.
+int session_wait(struct session *session, int extra_fd, struct error *err);
+// Ends the ranks, lost ones too; manifest and tokenizer stay, and the ranks can be started again. Everything that pointed into the ranks'
+// memory (session_shared, session_step_area) is gone, so a scheduler over it goes first.
+void session_stop(struct session *session);
 // Ends the ranks. Accepts NULL.
 void session_close(struct session *session);
 
@@ -51,12 +65,36 @@ const char *session_wire(const struct session *session);
 // The directory's compiled tokenizer, mapped and verified on first use. ERR_MODEL when the directory has none.
 int session_tokenizer(struct session *session, const struct tokenizer **out, struct error *err);
 
+// ---- steps, for a scheduler --------------------------------------------------------------------------------------
+
+// After the start: where steps are written and what they may hold. The caller of scheduler_options adds share_prefixes, draft_tokens and
+// hash_seed.
+const struct step_area *session_step_area(const struct session *session);
+void session_scheduler_options(const struct session *session, struct scheduler_options *out);
+struct step_runner session_runner(struct session *session);
+// Runs the step that stands in the area and waits for its end. Without leave_signals a signal ends the wait: ERR_SIGINT, ERR_SIGTERM.
+int session_run_step(struct session *session, struct error *err);
+
+// One rank, at any time between session_launch and session_stop, on the session's thread.
+struct rank_report {
+    int64_t pid;           // this process where ranks are threads
+    const char *operation; // "load", "attention" ...
+    int layer;             // -1: none
+    int64_t loaded_bytes, file_bytes;
+    int64_t rss_bytes;  // 0: not known
+    double exchange_s;  // in exchanges with other ranks, waiting included
+    const char *device; // "" while it loads
+};
+void session_rank_report(const struct session *session, int rank, struct rank_report *out);
+
+// ---- work without one --------------------------------------------------------------------------------------------
+
 // Runs `count` <= logits_rows tokens at positions start .. of sequence 0 (start 0 forgets what was before) and waits.
 // *logits: [count][vocab_size], valid until the next call.
 int session_forward(struct session *session, const uint32_t *tokens, int64_t count, int64_t start, const float **logits,
                     struct error *err);
 
-// One sequence of session_generate. on_tokens is called in the parent whenever new tokens are there; returning false ends the sequence.
+// One sequence of session_generate. on_tokens is called as new tokens come; returning false ends the sequence.
 struct generation {
     const uint32_t *prompt;
     int64_t prompt_count, max_tokens;
@@ -67,11 +105,20 @@ struct generation {
     // results
     int64_t produced;
     enum finish_reason finished;
+    struct sequence_usage usage;
+};
+// One session_generate: until every sequence had its first token, and from there to the end.
+struct generate_figures {
+    double begin_s, first_s, end_s;         // CLOCK_MONOTONIC
+    int64_t first_tokens, tokens;           // produced by first_s; altogether
+    int64_t steps, decode_rows, sent_bytes; // of steps without prefill: rows fed, bytes sent by rank 0 to the others
 };
 // Whether all prompts fit the model and the context; also done by session_generate, before the ranks start.
 int session_check_prompts(const struct session *session, const struct generation *generations, int64_t count,
                           struct error *err);
-int session_generate(struct session *session, struct generation *generations, int64_t count, struct error *err);
+// Runs count <= max_sequences sequences together to their ends. figures may be NULL.
+int session_generate(struct session *session, struct generation *generations, int64_t count,
+                     struct generate_figures *figures, struct error *err);
 
 // A tokenizer of a shard directory without starting any rank (tpengine tokenize). Caller closes with tokenizer_file_close.
 struct tokenizer_file {

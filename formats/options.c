@@ -214,24 +214,24 @@ static int read_environment(const struct program_spec *program, const struct opt
         int rc;
         if (text && *text && (rc = set_value(option, name, text, err)))
             return rc;
+        if (text && *text && option->type == OPTION_LIST)
+            ((struct option_list *)option->value)->from_environment = true;
     }
     return 0;
 }
 
 // A list given on the command line replaces one from the environment.
-static void forget_environment_list(const struct option_spec *option, bool *fresh)
+static void forget_environment_list(const struct option_spec *option)
 {
-    if (option->type == OPTION_LIST && !*fresh) {
-        ((struct option_list *)option->value)->count = 0;
-        *fresh = true;
-    }
+    if (option->type == OPTION_LIST && ((struct option_list *)option->value)->from_environment)
+        *(struct option_list *)option->value = (struct option_list){.count = 0};
 }
 
 // Splits argv into options (set at once) and positional arguments (moved to the front; *count of them).
 static int parse_arguments(const struct program_spec *program, const struct command_spec *command, int argc,
                            char **argv, int *count, struct error *err)
 {
-    bool only_arguments = false, list_is_fresh = false;
+    bool only_arguments = false;
     int kept = 0;
     for (int i = 0; i < argc; i++) {
         char *word = argv[i];
@@ -264,7 +264,7 @@ static int parse_arguments(const struct program_spec *program, const struct comm
         }
         char origin[80];
         snprintf(origin, sizeof origin, "--%s", option->name);
-        forget_environment_list(option, &list_is_fresh);
+        forget_environment_list(option);
         int rc = set_value(option, origin, text, err);
         if (rc)
             return rc;

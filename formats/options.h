@@ -15,6 +15,7 @@ enum { OPTION_LIST_MAX = 64 };
 struct option_list {
     const char *items[OPTION_LIST_MAX];
     int count;
+    bool from_environment; // what the command line gives replaces it
 };
 
 struct option_spec {

@@ -74,7 +74,8 @@ struct device_shape {
     const struct model_desc *desc;
     const struct rank_share *share;
     int64_t max_rows;      // of a step
-    int64_t max_sequences; // decode rows of a step
+    int64_t max_sequences; // slots
+    int64_t decode_rows;   // most rows of a decode step
     int64_t context;       // longest sequence
     int64_t num_pages;     // of the KV cache, all sequences
     enum kv_format kv_format;
@@ -136,13 +137,17 @@ struct device; // one rank's end of a backend; belongs to one thread
 // Compares [offset, offset + bytes) of the payload, which lie at `data`, with its checksums; may use the pool.
 typedef int payload_check_fn(void *arg, const uint8_t *data, uint64_t offset, uint64_t bytes, struct error *err);
 
-enum { BACKEND_ABI = 2, DEVICE_TEXT_BYTES = 512 };
+enum { BACKEND_ABI = 3, DEVICE_TEXT_BYTES = 512 };
 
 // All functions but close return 0 or an error; `device` is filled by open and owned by the caller.
 struct backend {
     uint32_t abi;         // BACKEND_ABI
     const char *name;     // "cpu", "cuda"
     int64_t prefill_rows; // good size of a prefill step
+    int64_t decode_rows;  // most rows of a decode step
+    int64_t balance_rows; // so many rows of a decode step take about as long as reading the weights
+    bool mixes_phases;    // one arithmetic: a step may hold rows of both phases and of any sequences, and says PHASE_DECODE
+    bool chunks_fixed;    // results of prefill depend on where its steps are cut: at multiples of prefill_rows
     // Host memory that a rank's device takes beside the KV cache, for a parent that plans before its ranks run.
     uint64_t (*host_bytes)(const struct device_shape *shape, int threads);
 
@@ -198,18 +203,20 @@ struct backend {
     int (*lend)(struct device *device, enum buffer buffer, float **host, struct error *err);
     int (*returned)(struct device *device, enum buffer buffer, struct error *err);
 
-    // Logits of some rows after the last layer, whose sum joins for them alone; row_index [count] (NULL: 0 .. count-1). The logits stay with the device for sample, or go to host [count][stride] when host is not NULL.
+    // Logits of some rows after the last layer, whose sum joins for them alone, so that logits may be asked for again; row_index [count]
+    // (NULL: 0 .. count-1). The logits stay with the device for sample, or go to host [count][stride] when host is not NULL.
     int (*logits)(struct device *device, const struct join *join, const int64_t *row_index, int64_t count, float *host,
                   int64_t stride, struct error *err);
 
     // ---- sampling on the device; NULL where the host does it -------------------------------------------------------
-    // Forgets the counts of a sequence and counts its prompt; needed before the first sample of a sequence.
-    int (*count_prompt)(struct device *device, int32_t sequence, const uint32_t *prompt, int64_t count,
-                        struct error *err);
-    // After begin: how the tokens behind `rows` [count] of the step are chosen. sampling [count]; steps [count]: tokens their sequence has
-    // produced so far.
+    // What penalties count of a sequence, anew: prompt_count tokens of a prompt and those of the output behind it. sample adds what it
+    // chooses for sequences with penalties.
+    int (*count_tokens)(struct device *device, int32_t sequence, const uint32_t *tokens, int64_t prompt_count,
+                        int64_t count, struct error *err);
+    // After begin: how the tokens behind some rows of the step are chosen; row_index [count] (NULL: 0 .. count-1). sampling [count];
+    // steps [count]: tokens their sequence has produced so far. Sequences with penalties have one row each.
     int (*sampling)(struct device *device, const struct sampling *const *sampling, const uint64_t *steps,
-                    const struct token_row *rows, int64_t count, struct error *err);
+                    const int64_t *row_index, int64_t count, struct error *err);
     // Chooses a token for each of the rows whose logits were computed.
     int (*sample)(struct device *device, struct error *err);
     // Waits for the step and hands out its tokens [count].

@@ -10,6 +10,8 @@
 #include <string.h>
 #include <sys/mman.h>
 
+enum { CPU_STEP_ROWS = 256 };
+
 // ---- memory ----------------------------------------------------------------------------------------------------
 
 // Bytes of one prepared row of `cols` columns: f32, int8, scales and sums.
@@ -338,7 +340,7 @@ static void norm_latent_row(void *arg, int64_t row, int thread)
     struct device *d = job->d;
     int64_t cols = d->shape.desc->latent.q_rank;
     float *x = d->buffers[BUFFER_Q_LATENT] + row * cols;
-    d->k->rms_norm(x, x, job->weight, cols, (float)d->shape.desc->norm_eps);
+    d->k->rms_norm(x, x, job->weight, cols, (float)model_latent_norm_eps(d->shape.desc));
 }
 
 static int cpu_norm_latent(struct device *d, int64_t layer, struct error *err)
@@ -443,7 +445,10 @@ static int cpu_logits(struct device *d, const struct join *join, const int64_t *
 const struct backend backend_cpu = {
     .abi = BACKEND_ABI,
     .name = "cpu",
-    .prefill_rows = 256,
+    .prefill_rows = CPU_STEP_ROWS,
+    .decode_rows = CPU_STEP_ROWS,
+    .balance_rows = 8, // measured, int4 and int8
+    .mixes_phases = true,
     .host_bytes = cpu_host_bytes,
     .open = cpu_open,
     .close = cpu_close,

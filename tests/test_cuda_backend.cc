@@ -96,7 +96,7 @@ int sampled_step(struct fixture *f, const struct token_row *rows, int64_t count,
     bool replayed = false;
     int rc;
     if ((rc = b->begin(d, rows, count, phase, pages, err)) ||
-        (rc = b->sampling(d, how, steps, rows + count - sampled, sampled, err)) ||
+        (rc = b->sampling(d, how, steps, phase == PHASE_DECODE ? NULL : &last, sampled, err)) ||
         (phase == PHASE_DECODE && (rc = b->record(d, &replayed, err))))
         return rc;
     if (!replayed &&
@@ -118,7 +118,7 @@ int whole_run(struct fixture *f, payload_check_fn *check)
     struct tiny_model *m = f->m;
     struct error *err = &f->err;
     struct device_options options = {NULL, f->pool, 0, 2, -1};
-    struct device_shape shape = {&m->desc, &m->share, MAX_ROWS, SEQUENCES, CONTEXT, 4, KV_BF16, true};
+    struct device_shape shape = {&m->desc, &m->share, MAX_ROWS, SEQUENCES, SEQUENCES, CONTEXT, 4, KV_BF16, true};
     static const int32_t table[] = {2, 0, 1, 3};
     struct kv_pages pages = {table, CONTEXT / KV_PAGE_TOKENS, 1};
     struct token_row prompt[3] = {{5, 0, 0}, {6, 0, 1}, {7, 0, 2}}, next[2] = {{8, 0, 3}, {9, 1, 0}};
@@ -133,7 +133,7 @@ int whole_run(struct fixture *f, payload_check_fn *check)
     if ((rc = b->plan(d, &shape, &plan, err)) || (rc = b->load(d, &base, m->payload, m->bytes, check, NULL, err)))
         return rc;
     tiny_bind(m, base);
-    if ((rc = b->prepare(d, &shape, &m->weights, err)) || (rc = b->count_prompt(d, 0, ids, 3, err)) ||
+    if ((rc = b->prepare(d, &shape, &m->weights, err)) || (rc = b->count_tokens(d, 0, ids, 2, 3, err)) ||
         (rc = sampled_step(f, prompt, 3, PHASE_PREFILL, &pages)))
         return rc;
     for (int i = 0; i < 3; i++, next[0].position++, next[1].position++, pages.version++)
@@ -193,7 +193,7 @@ void test_the_plan_holds(void **state)
     struct memory_plan plan;
     size_t before, after, total;
     const uint8_t *base;
-    struct device_shape shape = {&m->desc, &m->share, 4096, SEQUENCES, CONTEXT, 4, KV_E4M3, true};
+    struct device_shape shape = {&m->desc, &m->share, 4096, SEQUENCES, SEQUENCES, CONTEXT, 4, KV_E4M3, true};
     struct device_options options = {NULL, f->pool, 0, 1, -1};
     assert_int_equal(b->open(&f->d, &options, err), 0);
     assert_int_equal(b->plan(f->d, &shape, &plan, err), 0);

@@ -7,7 +7,7 @@ extern "C" const struct backend *tpengine_cuda_backend(void);
 namespace
 {
 
-enum { CONTEXT = 320, SEQUENCES = 3, PAGES = SEQUENCES * CONTEXT / KV_PAGE_TOKENS, MOST_ROWS = 80, MOST_VOCAB = 64 };
+enum { CONTEXT = 320, SEQUENCES = 3, PAGES = SEQUENCES * CONTEXT / KV_PAGE_TOKENS, MOST_ROWS = 80, DECODE_ROWS = 5, MOST_VOCAB = 64 };
 
 struct model_case {
     const char *name;
@@ -52,7 +52,7 @@ void start(struct run *r, const struct backend *b, const struct tiny_model *m, c
     r->m = (struct tiny_model *)malloc(sizeof *m);
     memcpy(r->m, m, sizeof *m);
     r->m->fill = false;
-    r->shape = {&r->m->desc, &r->m->share, MOST_ROWS, SEQUENCES, CONTEXT, PAGES, c->kv, false};
+    r->shape = {&r->m->desc, &r->m->share, MOST_ROWS, SEQUENCES, DECODE_ROWS, CONTEXT, PAGES, c->kv, false};
     check(b->open(&r->d, &options, &err), c->name, &err);
     check(b->plan(r->d, &r->shape, &plan, &err), c->name, &err);
     check(b->load(r->d, &base, r->m->payload, r->m->bytes, accept, NULL, &err), c->name, &err);
@@ -127,6 +127,16 @@ void check_model(const struct model_case *c, struct thread_pool *pool)
         for (int r = 0; r < 2; r++)
             step(&runs[r], c->name, rows, SEQUENCES, PHASE_DECODE, &pages, logits[r]);
         compare(c, "decode", logits[1], logits[0], SEQUENCES, vocab);
+    }
+    // Several rows of one sequence among those of others; and each of them alone: the same bits.
+    for (int64_t i = 0; i < DECODE_ROWS; i++)
+        rows[i] = {(uint32_t)(9 * i + 4), i == 0 ? 2 : i < 4 ? 1 : 0, i > 0 && i < 4 ? next[1]++ : next[i == 0 ? 2 : 0]};
+    for (int r = 0; r < 2; r++)
+        step(&runs[r], c->name, rows, DECODE_ROWS, PHASE_DECODE, &pages, logits[r]);
+    compare(c, "several rows of a sequence", logits[1], logits[0], DECODE_ROWS, vocab);
+    for (int64_t i = 0; i < DECODE_ROWS; i++) {
+        step(&runs[1], c->name, rows + i, 1, PHASE_DECODE, &pages, logits[0]);
+        assert_memory_equal(logits[0], logits[1] + i * vocab, (size_t)vocab * sizeof(float));
     }
     for (int r = 0; r < 2; r++) {
         runs[r].b->close(runs[r].d);
@@ -263,7 +273,7 @@ void some_experts(struct tiny_model *m)
 void with_latent(struct tiny_model *m, int64_t heads, int64_t q_rank, int64_t kv_rank, int64_t rope_dim)
 {
     m->desc.num_heads = m->desc.num_kv_heads = m->share.num_heads_local = m->share.num_kv_heads_local = heads;
-    m->desc.latent = {kv_rank, q_rank, 48, rope_dim, 40};
+    m->desc.latent = {kv_rank, q_rank, 48, rope_dim, 40, 0.25}; // an epsilon that is felt
     m->desc.head_dim = 48 + rope_dim;
     m->desc.rotary_dim = rope_dim;
     m->desc.rotary_interleaved = true;

@@ -70,6 +70,7 @@ static void compare(const char *name, uint32_t tp_size, enum experts_mode expert
         shape.share = &plan->ranks[rank].share;
         shape.max_rows = b->prefill_rows;
         shape.max_sequences = 1;
+        shape.decode_rows = 1;
         shape.context = context;
         shape.num_pages = (int64_t)div_up((uint64_t)context, KV_PAGE_TOKENS);
         shape.samples = tp_size == 1;

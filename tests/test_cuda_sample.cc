@@ -50,9 +50,15 @@ static int cpu_choose(const struct cpu_row *row, int64_t vocab, uint32_t *token,
     struct token_counts counts = {row->in_output ? row->in_output : none_output, row->in_any ? row->in_any : none_any};
     float *x = (float *)malloc((size_t)vocab * sizeof *x);
     memcpy(x, row->logits, (size_t)vocab * sizeof *x);
-    assert_int_equal(sampler_create(&sampler, 0, vocab, &err), 0);
-    int rc = sampler_choose(sampler, comm, x, &counts, &how, row->how.step, token, &err);
-    if (!rc && row->in_output)
+    struct step_choice choice;
+    struct sampler_row choosing = {};
+    choosing.logits = x, choosing.how = &how, choosing.step = row->how.step, choosing.counts = &counts;
+    choosing.num_logprobs = -1, choosing.out = &choice;
+    assert_int_equal(sampler_create(&sampler, 1, 0, vocab, &err), 0);
+    int rc = sampler_choose(sampler, comm, &choosing, 1, &err);
+    if (!rc)
+        *token = choice.token;
+    if (!rc && row->in_output && sampling_has_penalties(&how))
         token_counts_add(&counts, sampler, *token, true);
     if (scaled)
         memcpy(scaled, x, (size_t)vocab * sizeof *x);
@@ -243,7 +249,8 @@ static void test_random_rows(void **)
                 if (b.tokens[r] == want[r])
                     continue;
                 struct cpu_row cpu = cpu_row_of(&before, r, in_output, in_any);
-                if (in_output) // take the choice back
+                struct sampling how = cpu_settings(&b.how[r]);
+                if (in_output && sampling_has_penalties(&how)) // take the choice back
                     cpu.in_output[want[r]] -= cpu.in_output[want[r]] < UINT16_MAX;
                 if (!is_boundary(&cpu, vocab))
                     fail_msg("vocab %d, round %d, row %d: token %u, the CPU's is %u", (int)vocab, round, (int)r,
@@ -361,11 +368,12 @@ static void test_corners(void **)
         b.logits[i] = -1;
     b.logits[7] = -0.0f, b.logits[30] = 0.0f;
     b.how[0] = b.how[1] = how;
+    b.how[0].presence_penalty = 0.5; // of what is counted, which is nothing yet
     b.how[1].temperature = 1, b.how[1].min_p = 2, b.how[1].sequence = 1;
     launch(&b, 0, 2);
     assert_int_equal(b.tokens[0], 7);
     assert_int_equal(b.tokens[1], SAMPLE_NONE);
-    for (int i = 0; i < 80; i++) { // a choice is counted, a failure is not
+    for (int i = 0; i < 80; i++) { // a choice for a row with penalties is counted, a failure is not
         assert_int_equal(b.in_any[i], i == 7);
         assert_int_equal(b.in_output[i], i == 7);
     }

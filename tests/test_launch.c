@@ -4,11 +4,13 @@
 
 #include <dirent.h>
 #include <errno.h>
+#include <poll.h>
 #include <pthread.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -693,6 +695,91 @@ static void test_crash_loop(void **state)
         assert_true(grown_kb < 512);
 }
 
+// ---- a server's process --------------------------------------------------------------------------------------------
+
+static atomic_bool churning;
+
+static void *churn(void *arg)
+{
+    // Takes the locks that a fork must find in order: the allocator's and a stream's.
+    FILE *out = arg;
+    for (unsigned i = 0; atomic_load(&churning); i++) {
+        char *piece = malloc(16 + i % 5000);
+        piece[0] = (char)i;
+        fprintf(out, "%p", (void *)piece);
+        free(piece);
+    }
+    return NULL;
+}
+
+// Ranks start while other threads live and connections are open: they end up with none of these, whatever their numbers.
+static void test_threads_and_connections(void **state)
+{
+    (void)state;
+    static const struct plan plans[] = {{.faulty_rank = -1, .stage = NOWHERE}, {1, AT_COMPUTE, KILL, .layers = 0}};
+    FILE *null = fopen("/dev/null", "w");
+    pthread_t threads[2];
+    atomic_store(&churning, true);
+    for (int i = 0; i < 2; i++)
+        pthread_create(&threads[i], NULL, churn, null);
+    for (int cycle = 0; cycle < 20; cycle++) {
+        struct error err = {0};
+        int fds[2], high = 900 + cycle;
+        assert_int_equal(pipe(fds), 0);
+        assert_int_equal(dup2(fds[1], high), high);
+        struct launch *launch = start(2, PROCESSES, &plans[cycle % 2], 5000, 5000);
+        expect(launch_wait(launch, -1, &err), 0, &err);
+        close(fds[1]), close(high);
+        char byte;
+        struct pollfd end = {.fd = fds[0], .events = POLLIN};
+        assert_int_equal(poll(&end, 1, 1000), 1);
+        assert_int_equal(read(fds[0], &byte, 1), 0); // no rank holds the other end
+        expect(launch_post(launch, COMMAND_STEP, &err), 0, &err);
+        expect(launch_wait(launch, -1, &err), cycle % 2 ? ERR_RANK : 0, &err);
+        stop(launch);
+        close(fds[0]);
+    }
+    atomic_store(&churning, false);
+    for (int i = 0; i < 2; i++)
+        pthread_join(threads[i], NULL);
+    fclose(null);
+}
+
+static volatile sig_atomic_t own_signals;
+static void on_own_signal(int number) { own_signals += number == SIGTERM; }
+
+static void test_signals_left_alone(void **state)
+{
+    (void)state;
+    static const struct plan plan = {.faulty_rank = -1, .stage = NOWHERE};
+    struct launch_options options = {
+        .tp_size = 2, .leave_signals = true, .comm_max_elems = 4096, .shared_bytes = sizeof(struct area)};
+    struct sigaction own = {.sa_handler = on_own_signal}, before;
+    struct launch *launch = NULL;
+    struct error err = {0};
+    int fds[2];
+    sigaction(SIGTERM, &own, &before);
+    expect(launch_start(&launch, &options, rank_main, (void *)&plan, &err), 0, &err);
+    expect(launch_wait(launch, -1, &err), 0, &err);
+    raise(SIGTERM);
+    assert_int_equal(own_signals, 1);
+    struct area *area = launch_shared(launch);
+    kill(area->pids[0], SIGTERM); // as a terminal's or a service manager's whole group gets it
+    expect(launch_post(launch, COMMAND_STEP, &err), 0, &err);
+    expect(launch_wait(launch, -1, &err), 0, &err);
+    assert_int_equal(launch_pid(launch, 1), area->pids[1]);
+    double end_s = now_s() + 1;
+    while (launch_position(launch, 1).op != OP_IDLE && now_s() < end_s)
+        usleep(100);
+    assert_int_equal(launch_position(launch, 1).op, OP_IDLE);
+    assert_int_equal(pipe(fds), 0);
+    assert_int_equal(write(fds[1], "x", 1), 1);
+    expect(launch_wait(launch, fds[0], &err), 2, &err);
+    close(fds[0]), close(fds[1]);
+    stop(launch);
+    sigaction(SIGTERM, &before, NULL);
+}
+
 static void test_bad_options(void **state)
 {
     (void)state;
@@ -716,12 +803,13 @@ int main(void)
     setvbuf(stdout, NULL, _IOLBF, 0);
     prctl(PR_SET_CHILD_SUBREAPER, 1);
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_commands),         cmocka_unit_test(test_notices_and_input),
-        cmocka_unit_test(test_idle_ranks_sleep), cmocka_unit_test(test_dead_ranks),
-        cmocka_unit_test(test_silent_ranks),     cmocka_unit_test(test_reported_errors),
-        cmocka_unit_test(test_killed_parent),    cmocka_unit_test(test_signals),
-        cmocka_unit_test(test_stopped_together), cmocka_unit_test(test_crash_loop),
-        cmocka_unit_test(test_bad_options),
+        cmocka_unit_test(test_commands),           cmocka_unit_test(test_notices_and_input),
+        cmocka_unit_test(test_idle_ranks_sleep),   cmocka_unit_test(test_dead_ranks),
+        cmocka_unit_test(test_silent_ranks),       cmocka_unit_test(test_reported_errors),
+        cmocka_unit_test(test_killed_parent),      cmocka_unit_test(test_signals),
+        cmocka_unit_test(test_stopped_together),   cmocka_unit_test(test_crash_loop),
+        cmocka_unit_test(test_bad_options),        cmocka_unit_test(test_threads_and_connections),
+        cmocka_unit_test(test_signals_left_alone),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -17,7 +17,7 @@ static struct {
     double share;
     uint64_t memory;
     const char *kind, *text;
-    struct option_list list;
+    struct option_list list, other_list;
     int ran, arguments;
 } got;
 
@@ -38,6 +38,7 @@ static const struct option_spec own[] = {
     {"kind", OPTION_CHOICE, &got.kind, "none|int8|int4", 0, 0, "a word"},
     {"text", OPTION_TEXT, &got.text, "TEXT", 0, 0, "any text"},
     {"stop", OPTION_LIST, &got.list, "TEXT", 0, 0, "repeatable"},
+    {"start", OPTION_LIST, &got.other_list, "TEXT", 0, 0, "repeatable as well"},
     {NULL, OPTION_FLAG, NULL, NULL, 0, 0, NULL},
 };
 static const struct option_spec common[] = {{"json", OPTION_FLAG, &got.json, NULL, 0, 0, "report"},
@@ -136,6 +137,12 @@ static void test_environment(void **state)
     assert_int_equal(call("tool convert a --count 5 --stop flag"), 0); // a flag goes before the environment
     assert_true(got.count == 5 && got.list.count == 1);
     assert_string_equal(got.list.items[0], "flag");
+    // Each list by itself: another one before it changes nothing.
+    assert_int_equal(call("tool convert a --start one --stop flag --stop more"), 0);
+    assert_int_equal(got.list.count, 2);
+    assert_string_equal(got.list.items[0], "flag");
+    assert_int_equal(call("tool convert a --start one"), 0);
+    assert_true(got.list.count == 1 && strcmp(got.list.items[0], "env") == 0);
     setenv("TOOL_COUNT", "many", 1);
     assert_int_equal(call("tool convert a"), 2);
     unsetenv("TOOL_COUNT");

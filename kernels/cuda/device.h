@@ -33,7 +33,7 @@ enum {
 
 // What the host says of a step, in pinned memory and, copied in one piece, on the device.
 struct step_block {
-    struct device_sampling *sampling; // [max_sequences]
+    struct device_sampling *sampling; // [decode_rows]
     uint32_t *token;                  // [count]
     int32_t *sequence, *position;     // [count]
     uint64_t bytes;
@@ -90,14 +90,15 @@ struct device {
     float *slab_scale, *one;
     uint16_t *in_output; // [max_sequences][vocab]
     uint8_t *in_any;
-    uint32_t *chosen; // [max_sequences]
+    uint32_t *chosen; // [decode_rows]
     uint8_t *step_device;
 
     // Pinned host memory.
     uint8_t *step_host;
     int32_t *pages_host, *row_index_host;
     uint32_t *chosen_host;
-    uint8_t *seen_host; // [vocab], of a prompt; only where the device samples
+    uint16_t *output_host; // [vocab], of one sequence; only where the device samples, as is the following
+    uint8_t *any_host;
     float *lent;        // [max_rows][hidden]; only with several ranks
     float *logits_host; // [LOGITS_ROWS][vocab_local]; from the first use on
 
@@ -111,7 +112,7 @@ struct device {
     struct step_input source;      // of what `input` holds
     bool recording;
     int64_t sampled;           // rows that sample chooses for
-    struct step_graph *graphs; // [max_sequences + 1], by rows of a decode step
+    struct step_graph *graphs; // [decode_rows + 1], by rows of a decode step
 
     struct products *products; // multiply.c's; NULL before prepare
 };
@@ -178,9 +179,10 @@ int step_lend(struct device *d, enum buffer buffer, float **host, struct error *
 int step_returned(struct device *d, enum buffer buffer, struct error *err);
 int step_logits(struct device *d, const struct join *join, const int64_t *row_index, int64_t count, float *host,
                 int64_t stride, struct error *err);
-int step_count_prompt(struct device *d, int32_t sequence, const uint32_t *prompt, int64_t count, struct error *err);
+int step_count_tokens(struct device *d, int32_t sequence, const uint32_t *tokens, int64_t prompt_count, int64_t count,
+                      struct error *err);
 int step_sampling(struct device *d, const struct sampling *const *sampling, const uint64_t *steps,
-                  const struct token_row *rows, int64_t count, struct error *err);
+                  const int64_t *row_index, int64_t count, struct error *err);
 int step_sample(struct device *d, struct error *err);
 int step_tokens(struct device *d, uint32_t *tokens, int64_t count, struct error *err);
 

@@ -27,7 +27,7 @@ static void *cut(struct cutter *c, uint64_t bytes)
 struct step_block device_step_block(const struct device *d, uint8_t *memory, int64_t count)
 {
     struct step_block block;
-    uint64_t at = (uint64_t)d->shape.max_sequences * sizeof *block.sampling;
+    uint64_t at = (uint64_t)d->shape.decode_rows * sizeof *block.sampling;
     block.sampling = (struct device_sampling *)(void *)memory;
     block.token = (uint32_t *)(void *)(memory + at);
     block.sequence = (int32_t *)(void *)(block.token + count);
@@ -38,7 +38,7 @@ struct step_block device_step_block(const struct device *d, uint8_t *memory, int
 
 static uint64_t step_bytes(const struct device_shape *s)
 {
-    return (uint64_t)s->max_sequences * sizeof(struct device_sampling) + 3 * (uint64_t)s->max_rows * sizeof(uint32_t);
+    return (uint64_t)s->decode_rows * sizeof(struct device_sampling) + 3 * (uint64_t)s->max_rows * sizeof(uint32_t);
 }
 
 static int64_t pages_per_sequence(const struct device_shape *s)
@@ -84,6 +84,7 @@ static void cut_scratch(struct device *d, const struct device_shape *s, struct c
     const struct rank_share *share = s->share;
     uint64_t rows = round_up((uint64_t)s->max_rows, GEMM_ROWS_STEP), floats = rows * sizeof(float);
     uint64_t sequences = (uint64_t)s->max_sequences, vocab = (uint64_t)share->vocab_local;
+    uint64_t choices = (uint64_t)s->decode_rows;
     uint64_t widest = round_up((uint64_t)widest_input(desc, share), ACT_GROUP);
     uint64_t input_rows = (uint64_t)larger_of((int64_t)rows, LOGITS_ROWS);
     d->rows_capacity = (int64_t)rows;
@@ -108,17 +109,17 @@ static void cut_scratch(struct device *d, const struct device_shape *s, struct c
         d->query = cut(c, heads * (uint64_t)(latent.kv_rank + latent.rope_dim));
         d->mixed = cut(c, heads * (uint64_t)latent.kv_rank);
     }
-    d->attention_scratch = cut(c, latent.kv_rank > 0 ? latent_scratch_bytes(s->max_sequences, latent, s->context)
-                                                     : attention_scratch_bytes(s->max_sequences, share->num_heads_local,
+    d->attention_scratch = cut(c, latent.kv_rank > 0 ? latent_scratch_bytes(s->decode_rows, latent, s->context)
+                                                     : attention_scratch_bytes(s->decode_rows, share->num_heads_local,
                                                                                desc->head_dim, s->context));
     d->slab = cut(c, SLAB_BYTES > WEIGHT_ROW_UNIT * widest * 2 ? SLAB_BYTES : WEIGHT_ROW_UNIT * widest * 2);
     d->slab_scale = cut(c, SLAB_BYTES / 64 * sizeof(float)); // no row of a slab is shorter than 64 bytes
     d->one = cut(c, sizeof *d->one);
     if (s->samples) {
-        d->sample_scratch = cut(c, sample_scratch_bytes(s->max_sequences, (int64_t)vocab));
+        d->sample_scratch = cut(c, sample_scratch_bytes(s->decode_rows, (int64_t)vocab));
         d->in_output = cut(c, sequences * vocab * sizeof *d->in_output);
         d->in_any = cut(c, sequences * vocab);
-        d->chosen = cut(c, sequences * sizeof *d->chosen);
+        d->chosen = cut(c, choices * sizeof *d->chosen);
     }
 }
 
@@ -151,9 +152,9 @@ int device_plan(struct device *d, const struct device_shape *shape, struct memor
 {
     size_t available, total;
     struct cutter count = {0};
-    if (shape->max_sequences > LOGITS_ROWS)
-        return error_set(err, ERR_USAGE, "%lld sequences: the CUDA backend decodes at most %d together",
-                         (long long)shape->max_sequences, LOGITS_ROWS);
+    if (shape->decode_rows > LOGITS_ROWS)
+        return error_set(err, ERR_USAGE, "%lld rows: the CUDA backend decodes at most %d together",
+                         (long long)shape->decode_rows, LOGITS_ROWS);
     int rc = check_features(shape->desc, err);
     if (rc)
         return rc;
@@ -260,9 +261,11 @@ static int pin_all(struct device *d, struct error *err)
     if ((rc = pin(d, &d->step_host, step_bytes(s), err)) ||
         (rc = pin(d, &d->pages_host, (uint64_t)(s->max_sequences * d->pages_per_sequence) * sizeof *d->pages, err)) ||
         (rc = pin(d, &d->row_index_host, LOGITS_ROWS * sizeof *d->row_index, err)) ||
-        (rc = pin(d, &d->chosen_host, (uint64_t)s->max_sequences * sizeof *d->chosen, err)))
+        (rc = pin(d, &d->chosen_host, (uint64_t)s->decode_rows * sizeof *d->chosen, err)))
         return rc;
-    if (s->samples && (rc = pin(d, &d->seen_host, (uint64_t)s->share->vocab_local, err)))
+    uint64_t vocab = (uint64_t)s->share->vocab_local;
+    if (s->samples && ((rc = pin(d, &d->output_host, vocab * sizeof *d->output_host, err)) ||
+                       (rc = pin(d, &d->any_host, vocab, err))))
         return rc;
     if (d->tp_size == 1)
         return 0;
@@ -301,7 +304,7 @@ int device_prepare(struct device *d, const struct device_shape *shape, const str
     cutter = (struct cutter){.base = d->arena};
     cut_scratch(d, shape, &cutter);
     d->kv = cut(&cutter, kv);
-    d->graphs = calloc((size_t)shape->max_sequences + 1, sizeof *d->graphs);
+    d->graphs = calloc((size_t)shape->decode_rows + 1, sizeof *d->graphs);
     if (!d->graphs)
         return error_set(err, ERR_MEMORY, "no memory for the table of graphs");
     if ((rc = pin_all(d, err)) || (rc = fill_constants(d, arena_bytes, err)) || (rc = experts_prepare(d, err)))
@@ -329,7 +332,7 @@ void device_settle(struct device *d)
 
 void device_free_memory(struct device *d)
 {
-    for (int64_t i = 0; d->graphs && i <= d->shape.max_sequences; i++)
+    for (int64_t i = 0; d->graphs && i <= d->shape.decode_rows; i++)
         if (d->graphs[i].exec)
             cudaGraphExecDestroy(d->graphs[i].exec);
     free(d->graphs);
@@ -337,7 +340,8 @@ void device_free_memory(struct device *d)
     free_pinned(d->pages_host);
     free_pinned(d->row_index_host);
     free_pinned(d->chosen_host);
-    free_pinned(d->seen_host);
+    free_pinned(d->output_host);
+    free_pinned(d->any_host);
     free_pinned(d->lent);
     free_pinned(d->logits_host);
     if (d->payload)

@@ -135,6 +135,11 @@ __device__ inline void store_part(const struct arguments &a, const float (&x)[IT
             row[item_index(i)] = x[i];
 }
 
+__device__ inline bool has_penalties(const struct device_sampling &how)
+{
+    return how.repetition_penalty != 1 || how.frequency_penalty != 0 || how.presence_penalty != 0;
+}
+
 // ---- the maximum -----------------------------------------------------------------------------------------------------
 
 __device__ inline float penalized(float x, const struct device_sampling &how, uint32_t in_output)
@@ -148,8 +153,7 @@ __device__ inline float penalized(float x, const struct device_sampling &how, ui
 
 __device__ inline void apply_penalties(float (&x)[ITEMS], const struct arguments &a, const struct device_sampling &how)
 {
-    bool any = how.repetition_penalty != 1 || how.frequency_penalty != 0 || how.presence_penalty != 0;
-    if (!any || !a.in_any || !a.in_output)
+    if (!has_penalties(how) || !a.in_any || !a.in_output)
         return;
     const uint8_t *in_any = a.in_any + how.sequence * a.vocab;
     const uint16_t *in_output = a.in_output + how.sequence * a.vocab;
@@ -200,7 +204,7 @@ __device__ inline void choose(const struct arguments &a, uint32_t row, uint64_t 
 {
     uint32_t token = best == BEST_NAN ? SAMPLE_NAN : best == BEST_NONE ? SAMPLE_NONE : ~(uint32_t)best;
     a.tokens[row] = token;
-    if (best == BEST_NAN || best == BEST_NONE || !a.in_any || !a.in_output)
+    if (best == BEST_NAN || best == BEST_NONE || !has_penalties(a.how[row]) || !a.in_any || !a.in_output)
         return;
     int64_t at = a.how[row].sequence * a.vocab + token;
     a.in_any[at] = 1;

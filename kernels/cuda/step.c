@@ -55,7 +55,7 @@ static int launch_graph(struct device *d, cudaGraphExec_t graph, struct error *e
 
 int step_record(struct device *d, bool *replayed, struct error *err)
 {
-    struct step_graph *graph = &d->graphs[d->count];
+    struct step_graph *graph = &d->graphs[d->sampled];
     *replayed = graph->exec != NULL;
     if (d->sampled != d->count)
         return error_set(err, ERR_OTHER, "device %d: a decode step of %lld rows samples %lld", d->index,
@@ -247,27 +247,37 @@ int step_logits(struct device *d, const struct join *join, const int64_t *row_in
 
 // ---- sampling --------------------------------------------------------------------------------------------------
 
-int step_count_prompt(struct device *d, int32_t sequence, const uint32_t *prompt, int64_t count, struct error *err)
+int step_count_tokens(struct device *d, int32_t sequence, const uint32_t *tokens, int64_t prompt_count, int64_t count,
+                      struct error *err)
 {
     int64_t vocab = d->shape.share->vocab_local;
     int rc;
-    memset(d->seen_host, 0, (size_t)vocab);
-    for (int64_t i = 0; i < count; i++)
-        d->seen_host[prompt[i]] = 1;
-    if ((rc = CHECK(
-             cudaMemsetAsync(d->in_output + sequence * vocab, 0, (uint64_t)vocab * sizeof *d->in_output, d->stream),
-             "clearing a sequence's counts")) ||
-        (rc = CHECK(cudaMemcpyAsync(d->in_any + sequence * vocab, d->seen_host, (uint64_t)vocab, cudaMemcpyHostToDevice,
+    memset(d->output_host, 0, (size_t)vocab * sizeof *d->output_host);
+    memset(d->any_host, 0, (size_t)vocab);
+    for (int64_t i = 0; i < count; i++) {
+        if (tokens[i] >= vocab)
+            return error_set(err, ERR_OTHER, "device %d: token %u of a vocabulary of %lld is to be counted", d->index,
+                             tokens[i], (long long)vocab);
+        d->any_host[tokens[i]] = 1;
+        if (i >= prompt_count && d->output_host[tokens[i]] < UINT16_MAX)
+            d->output_host[tokens[i]]++;
+    }
+    if ((rc = CHECK(cudaMemcpyAsync(d->in_output + sequence * vocab, d->output_host,
+                                    (uint64_t)vocab * sizeof *d->in_output, cudaMemcpyHostToDevice, d->stream),
+                    "counting an output")) ||
+        (rc = CHECK(cudaMemcpyAsync(d->in_any + sequence * vocab, d->any_host, (uint64_t)vocab, cudaMemcpyHostToDevice,
                                     d->stream),
                     "counting a prompt")))
         return rc;
-    return CHECK(cudaStreamSynchronize(d->stream), "counting a prompt"); // the buffer may be filled again
+    return CHECK(cudaStreamSynchronize(d->stream), "counting a prompt"); // the buffers may be filled again
 }
 
 int step_sampling(struct device *d, const struct sampling *const *sampling, const uint64_t *steps,
-                  const struct token_row *rows, int64_t count, struct error *err)
+                  const int64_t *row_index, int64_t count, struct error *err)
 {
-    (void)err;
+    if (count > d->shape.decode_rows)
+        return error_set(err, ERR_OTHER, "device %d: %lld tokens are to be chosen at once, at most %lld", d->index,
+                         (long long)count, (long long)d->shape.decode_rows);
     for (int64_t i = 0; i < count; i++) {
         const struct sampling *how = sampling[i];
         d->host.sampling[i] = (struct device_sampling){
@@ -278,7 +288,7 @@ int step_sampling(struct device *d, const struct sampling *const *sampling, cons
             .repetition_penalty = how->repetition_penalty,
             .frequency_penalty = how->frequency_penalty,
             .presence_penalty = how->presence_penalty,
-            .sequence = rows[i].sequence,
+            .sequence = d->host.sequence[row_index ? row_index[i] : i],
             .seed = how->seed,
             .step = steps[i],
         };

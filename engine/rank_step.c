@@ -1,0 +1,321 @@
+// Running the parent's steps on one rank. See rank_step.h.
+//
+// Where the backend has one arithmetic for both phases, all segments are one forward pass. Elsewhere each prefill segment is a pass of its
+// own, then all decode rows together; prefill comes first since a slot's decode rows may follow its prefill rows.
+//
+// Tokens are chosen on the device where it can, but for slots that need logits on the host: for logprobs, a mask or edits. Their rows are
+// chosen there as well, so that a decode step can be replayed whole, and the result is dropped.
+#include "engine/rank_step.h"
+
+#include "engine/sampler.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum { NOT_COUNTED = -1 };
+
+// What a slot's penalties have counted, apart from the prompt.
+struct slot_counts {
+    struct token_counts host; // allocated when first needed
+    int64_t host_outputs, device_outputs; // tokens of the output; NOT_COUNTED
+};
+
+// The choices of one pass.
+struct pass {
+    int64_t num_rows, num_choices;
+    int64_t row[STEP_MAX_CHOICES];      // of the pass
+    int32_t sequence[STEP_MAX_CHOICES]; // slot
+    uint64_t step[STEP_MAX_CHOICES];    // tokens that the sequence has produced
+    int64_t choice[STEP_MAX_CHOICES];   // of the step
+};
+
+struct rank_step {
+    struct decoder *decoder;
+    struct step_limits limits;
+    bool device_samples;
+    struct sampler *sampler;
+    struct slot_counts counts[MAX_SEQUENCES];
+    struct token_row *rows; // of one pass
+    float *logits;          // [logits_rows][vocab_local]
+    int64_t logits_rows;
+    struct step step; // a copy, checked
+    struct pass pass;
+    struct rank_step_rows ran;
+};
+
+int64_t rank_step_pass_rows(const struct backend *backend, const struct step_limits *limits)
+{
+    if (backend->mixes_phases)
+        return limits->max_rows;
+    return limits->prefill_rows > limits->decode_rows ? limits->prefill_rows : limits->decode_rows;
+}
+
+int rank_step_create(struct rank_step **out, struct decoder *decoder, const struct step_limits *limits,
+                     int64_t usual_choices, struct error *err)
+{
+    const struct rank_share *share = &decoder->model->share;
+    struct rank_step *s = calloc(1, sizeof *s);
+    int rc = 0;
+    if (!s)
+        return error_set(err, ERR_MEMORY, "no memory for steps");
+    s->decoder = decoder;
+    s->limits = *limits;
+    s->device_samples = decoder_samples(decoder);
+    s->logits_rows = usual_choices < SAMPLER_MAX_ROWS ? usual_choices : SAMPLER_MAX_ROWS;
+    s->rows = calloc((size_t)rank_step_pass_rows(decoder->backend, limits), sizeof *s->rows);
+    s->logits = calloc((size_t)(s->logits_rows * share->vocab_local + 1), sizeof *s->logits);
+    if (!s->rows || !s->logits)
+        rc = error_set(err, ERR_MEMORY, "no memory for steps of %lld rows", (long long)limits->max_rows);
+    if (rc || (rc = sampler_create(&s->sampler, comm_size(decoder->comm), share->vocab_begin, share->vocab_local, err)))
+        goto fail;
+    *out = s;
+    return 0;
+fail:
+    rank_step_free(s);
+    return rc;
+}
+
+void rank_step_free(struct rank_step *s)
+{
+    if (!s)
+        return;
+    for (int i = 0; i < MAX_SEQUENCES; i++)
+        token_counts_free(&s->counts[i].host);
+    sampler_free(s->sampler);
+    free(s->rows);
+    free(s->logits);
+    free(s);
+}
+
+struct rank_step_rows rank_step_rows(const struct rank_step *s) { return s->ran; }
+
+static struct kv_pages pages_of(const struct step_area *area)
+{
+    return (struct kv_pages){
+        .pages = area->pages, .pages_per_sequence = area->pages_per_sequence, .version = *area->pages_version};
+}
+
+// ---- counts ----------------------------------------------------------------------------------------------------
+
+// What a sequence has produced stands in the token table behind its prompt, so that counts can be made, or made up, at any time.
+static int count_on_host(struct rank_step *s, const struct step_area *area, int32_t slot, int64_t outputs,
+                         struct error *err)
+{
+    struct slot_counts *counts = &s->counts[slot];
+    const uint32_t *tokens = area->tokens + slot * area->context;
+    int64_t prompt = area->slots[slot].prompt_count, vocab = s->decoder->model->share.vocab_local;
+    if (counts->host_outputs == NOT_COUNTED || counts->host_outputs > outputs || !counts->host.in_any) {
+        token_counts_free(&counts->host);
+        int rc = token_counts_alloc(&counts->host, vocab, err);
+        if (rc)
+            return rc;
+        for (int64_t i = 0; i < prompt; i++)
+            token_counts_add(&counts->host, s->sampler, tokens[i], false);
+        counts->host_outputs = 0;
+    }
+    for (; counts->host_outputs < outputs; counts->host_outputs++)
+        token_counts_add(&counts->host, s->sampler, tokens[prompt + counts->host_outputs], true);
+    return 0;
+}
+
+static int count_on_device(struct rank_step *s, const struct step_area *area, int32_t slot, int64_t outputs,
+                           struct error *err)
+{
+    struct slot_counts *counts = &s->counts[slot];
+    int64_t prompt = area->slots[slot].prompt_count;
+    int rc = 0;
+    if (counts->device_outputs != outputs)
+        rc = s->decoder->backend->count_tokens(s->decoder->device, slot, area->tokens + slot * area->context, prompt,
+                                               prompt + outputs, err);
+    counts->device_outputs = outputs + 1; // with the one that is chosen now
+    return rc;
+}
+
+// ---- choices ---------------------------------------------------------------------------------------------------
+
+static bool needs_host(const struct step_slot *slot)
+{
+    return slot->num_logprobs >= 0 || slot->masked || slot->num_edits > 0;
+}
+
+static int sampler_row_of(struct rank_step *s, const struct step_area *area, int64_t i, float *logits,
+                          struct sampler_row *out, struct error *err)
+{
+    int32_t slot = s->pass.sequence[i];
+    const struct step_slot *how = &area->slots[slot];
+    bool penalties = sampling_has_penalties(&how->sampling);
+    int rc = penalties ? count_on_host(s, area, slot, (int64_t)s->pass.step[i], err) : 0;
+    *out = (struct sampler_row){
+        .logits = logits,
+        .how = &how->sampling,
+        .step = s->pass.step[i],
+        .counts = penalties ? &s->counts[slot].host : NULL,
+        .edits = how->edits,
+        .num_edits = how->num_edits,
+        .mask = how->masked ? area->masks + slot * area->mask_words : NULL,
+        .num_logprobs = how->num_logprobs,
+        .out = &s->step.choices[s->pass.choice[i]],
+    };
+    return rc;
+}
+
+// Chooses for some choices of the pass, which [count <= logits_rows], from logits on the host.
+static int choose_few(struct rank_step *s, const struct step_area *area, const int64_t *which, int64_t count,
+                      struct error *err)
+{
+    struct sampler_row rows[SAMPLER_MAX_ROWS];
+    int64_t index[SAMPLER_MAX_ROWS], vocab = s->decoder->model->share.vocab_local;
+    int rc;
+    for (int64_t i = 0; i < count; i++) {
+        index[i] = s->pass.row[which[i]];
+        if ((rc = sampler_row_of(s, area, which[i], s->logits + i * vocab, &rows[i], err)))
+            return rc;
+    }
+    if ((rc = decoder_logits(s->decoder, index, count, s->logits, vocab, err)))
+        return rc;
+    return sampler_choose(s->sampler, s->decoder->comm, rows, count, err);
+}
+
+// All choices of the pass, or those alone that the device does not make.
+static int choose_on_host(struct rank_step *s, const struct step_area *area, bool all, struct error *err)
+{
+    int64_t which[SAMPLER_MAX_ROWS], count = 0;
+    int rc = 0;
+    for (int64_t i = 0; i < s->pass.num_choices && !rc; i++) {
+        if (all || needs_host(&area->slots[s->pass.sequence[i]]))
+            which[count++] = i;
+        if (count > 0 && (count == s->logits_rows || i + 1 == s->pass.num_choices)) {
+            rc = choose_few(s, area, which, count, err);
+            count = 0;
+        }
+    }
+    return rc;
+}
+
+static int forward_on_device(struct rank_step *s, const struct step_area *area, enum phase phase, struct error *err)
+{
+    static const struct sampling greedy = {.top_p = 1, .repetition_penalty = 1};
+    const struct sampling *sampling[STEP_MAX_CHOICES];
+    uint32_t tokens[STEP_MAX_CHOICES];
+    const struct pass *pass = &s->pass;
+    struct kv_pages pages = pages_of(area);
+    int rc;
+    for (int64_t i = 0; i < pass->num_choices; i++) {
+        const struct step_slot *slot = &area->slots[pass->sequence[i]];
+        sampling[i] = needs_host(slot) ? &greedy : &slot->sampling;
+        if (sampling_has_penalties(sampling[i]) &&
+            (rc = count_on_device(s, area, pass->sequence[i], (int64_t)pass->step[i], err)))
+            return rc;
+    }
+    bool all = pass->num_choices == pass->num_rows;
+    if ((rc = decoder_sample(s->decoder, s->rows, pass->num_rows, phase, &pages, all ? NULL : pass->row, sampling,
+                             pass->step, pass->num_choices, tokens, err)))
+        return rc;
+    for (int64_t i = 0; i < pass->num_choices; i++)
+        s->step.choices[pass->choice[i]] = (struct step_choice){.token = tokens[i]};
+    return 0;
+}
+
+// ---- passes ----------------------------------------------------------------------------------------------------
+
+// Adds a segment's rows to the pass. first_choice: of the segment, in the step.
+static void add_segment(struct rank_step *s, const struct step_area *area, const struct step_segment *segment,
+                        int64_t first_choice)
+{
+    struct pass *pass = &s->pass;
+    const uint32_t *tokens = area->tokens + segment->sequence * area->context;
+    for (int64_t i = 0; i < segment->count; i++)
+        s->rows[pass->num_rows + i] = (struct token_row){
+            .token = tokens[segment->start + i], .sequence = segment->sequence, .position = segment->start + i};
+    for (int64_t i = 0; i < segment->choices; i++) {
+        int64_t at = pass->num_choices++;
+        pass->row[at] = pass->num_rows + segment->count - segment->choices + i;
+        pass->sequence[at] = segment->sequence;
+        pass->step[at] = segment->first_step + (uint64_t)i;
+        pass->choice[at] = first_choice + i;
+    }
+    pass->num_rows += segment->count;
+}
+
+static int run_pass(struct rank_step *s, const struct step_area *area, enum phase phase, struct error *err)
+{
+    struct kv_pages pages = pages_of(area);
+    int rc = 0;
+    bool on_device = s->device_samples && s->pass.num_choices > 0;
+    if (s->pass.num_rows > 0)
+        rc = on_device ? forward_on_device(s, area, phase, err)
+                       : decoder_forward(s->decoder, s->rows, s->pass.num_rows, phase, &pages, err);
+    if (!rc)
+        rc = choose_on_host(s, area, !on_device, err);
+    s->pass.num_rows = s->pass.num_choices = 0;
+    return rc;
+}
+
+// Runs the step's segments of one phase, apart or together; mixed: those of both phases together.
+static int run_segments(struct rank_step *s, const struct step_area *area, enum phase phase, bool mixed,
+                        struct error *err)
+{
+    bool apart = !mixed && phase == PHASE_PREFILL;
+    int64_t choice = 0;
+    int rc = 0;
+    for (int64_t i = 0; i < s->step.num_segments && !rc; choice += s->step.segments[i++].choices) {
+        if (!mixed && s->step.segments[i].phase != phase)
+            continue;
+        add_segment(s, area, &s->step.segments[i], choice);
+        if (apart)
+            rc = run_pass(s, area, phase, err);
+    }
+    return rc ? rc : run_pass(s, area, phase, err);
+}
+
+// The parent's memory is read once, so that what was checked is what is run.
+static int take_step(struct rank_step *s, const struct step_area *area, struct error *err)
+{
+    int64_t count = area->step->num_segments;
+    s->step.num_segments = count;
+    s->step.num_choices = area->step->num_choices;
+    if (count > 0 && count <= STEP_MAX_SEGMENTS)
+        memcpy(s->step.segments, area->step->segments, (size_t)count * sizeof *s->step.segments);
+    int rc = step_check(area, &s->step, &s->limits, err);
+    if (rc)
+        return rc;
+    s->ran = (struct rank_step_rows){0};
+    for (int64_t i = 0; i < count; i++) {
+        const struct step_segment *segment = &s->step.segments[i];
+        int64_t *rows = segment->phase == PHASE_PREFILL ? &s->ran.prefill : &s->ran.decode;
+        *rows += segment->count;
+        if (segment->begins_sequence)
+            s->counts[segment->sequence].host_outputs = s->counts[segment->sequence].device_outputs = NOT_COUNTED;
+    }
+    return 0;
+}
+
+int rank_step_run(struct rank_step *s, const struct step_area *area, struct error *err)
+{
+    bool mixed = s->decoder->backend->mixes_phases;
+    int rc;
+    if ((rc = take_step(s, area, err)) || (!mixed && (rc = run_segments(s, area, PHASE_PREFILL, false, err))) ||
+        (rc = run_segments(s, area, PHASE_DECODE, mixed, err)))
+        return rc;
+    if (comm_rank(s->decoder->comm) == 0)
+        memcpy(area->step->choices, s->step.choices, (size_t)s->step.num_choices * sizeof *s->step.choices);
+    return 0;
+}
+
+int rank_step_forward(struct rank_step *s, const struct step_area *area, int64_t start, int64_t count, float *logits,
+                      int64_t stride, struct error *err)
+{
+    int64_t most = s->limits.prefill_rows;
+    struct kv_pages pages = pages_of(area);
+    int rc;
+    for (int64_t done = 0; done < count; done += most) {
+        int64_t rows = count - done < most ? count - done : most;
+        for (int64_t i = 0; i < rows; i++)
+            s->rows[i] =
+                (struct token_row){.token = area->tokens[start + done + i], .sequence = 0, .position = start + done + i};
+        if ((rc = decoder_forward(s->decoder, s->rows, rows, PHASE_PREFILL, &pages, err)) ||
+            (rc = decoder_logits(s->decoder, NULL, rows, logits + done * stride, stride, err)))
+            return rc;
+    }
+    return 0;
+}

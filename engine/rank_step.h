@@ -1,0 +1,33 @@
+// The steps of one rank: rows from the parent's segments, forward passes by phase, a token behind every row that wants one.
+#ifndef TPSHARD_ENGINE_RANK_STEP_H
+#define TPSHARD_ENGINE_RANK_STEP_H
+
+#include "engine/decoder.h"
+#include "engine/step.h"
+#include "formats/error.h"
+
+#include <stdint.h>
+
+struct rank_step;
+
+// The decoder is borrowed; its device is prepared for the limits. usual_choices: of a step; more are made in several rounds.
+int rank_step_create(struct rank_step **out, struct decoder *decoder, const struct step_limits *limits,
+                     int64_t usual_choices, struct error *err);
+void rank_step_free(struct rank_step *s); // accepts NULL
+
+// Checks the step in the area and runs it; rank 0 writes the choices back. Collective.
+int rank_step_run(struct rank_step *s, const struct step_area *area, struct error *err);
+// Tokens start .. start + count - 1 of slot 0; all their logits, [count][stride], of this rank's part of the vocabulary. Collective.
+int rank_step_forward(struct rank_step *s, const struct step_area *area, int64_t start, int64_t count, float *logits,
+                      int64_t stride, struct error *err);
+
+// Rows of the last step, by phase.
+struct rank_step_rows {
+    int64_t prefill, decode;
+};
+struct rank_step_rows rank_step_rows(const struct rank_step *s);
+
+// What a forward pass of the device may hold, by the backend and by what a step may hold.
+int64_t rank_step_pass_rows(const struct backend *backend, const struct step_limits *limits);
+
+#endif

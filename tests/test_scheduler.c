@@ -1,0 +1,805 @@
+// The scheduler, one promise after the other; that company changes nothing is test_scheduler_random.c's.
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include "random_help.h"
+#include "scheduler_help.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const struct scheduler_options plain = {
+    .num_pages = 64,
+    .context = 512,
+    .max_sequences = 8,
+    .vocab_size = 50,
+    .max_rows = 160,
+    .decode_rows = 32,
+    .prefill_chunk = 128,
+    .mixes_phases = true,
+    .share_prefixes = true,
+    .hash_seed = 7,
+};
+
+struct watched {
+    struct fake_model *model;
+    struct sequence *handle;
+    struct sequence_spec spec;
+    uint32_t prompt[FAKE_MAX_CONTEXT];
+    uint32_t output[FAKE_MAX_CONTEXT];
+    int64_t produced, last_token_step, longest_silence; // steps
+    int ends;
+    int64_t end_order;
+    enum finish_reason reason;
+    int error_code;
+    struct sequence_usage usage;
+    struct watched *cancels_on_tokens, *cancels_on_end, *adds_on_end;
+};
+static int64_t ends_seen;
+
+static void add(struct fake_model *model, struct watched *w, int64_t count)
+{
+    struct error err;
+    struct sequence_spec specs[4] = {0};
+    struct sequence *handles[4];
+    for (int64_t i = 0; i < count; i++) {
+        w[i].model = model;
+        w[i].spec.arg = &w[i];
+        w[i].last_token_step = model->steps;
+        specs[i] = w[i].spec;
+    }
+    if (scheduler_add(model->scheduler, specs, count, handles, &err))
+        fail_msg("%s", err.msg);
+    for (int64_t i = 0; i < count; i++)
+        w[i].handle = handles[i];
+}
+
+static void cancel(struct watched *w) { scheduler_cancel(w->model->scheduler, w->handle); }
+
+static bool on_tokens(void *arg, const struct step_choice *choices, int64_t count)
+{
+    struct watched *w = arg;
+    if (w->produced > 0 && w->model->steps - w->last_token_step > w->longest_silence)
+        w->longest_silence = w->model->steps - w->last_token_step;
+    w->last_token_step = w->model->steps;
+    for (int64_t i = 0; i < count; i++)
+        w->output[w->produced++] = choices[i].token;
+    if (w->cancels_on_tokens && w->cancels_on_tokens->handle)
+        cancel(w->cancels_on_tokens);
+    return true;
+}
+
+static void on_end(void *arg, enum finish_reason reason, const struct sequence_usage *usage, uint32_t stop_token,
+                   const struct error *err)
+{
+    struct watched *w = arg;
+    (void)stop_token;
+    w->ends++;
+    w->end_order = ends_seen++;
+    w->reason = reason;
+    w->usage = *usage;
+    w->error_code = err ? err->code : 0;
+    w->handle = NULL;
+    if (w->cancels_on_end && w->cancels_on_end->handle)
+        cancel(w->cancels_on_end);
+    if (w->adds_on_end)
+        add(w->model, w->adds_on_end, 1);
+}
+
+// A prompt of one family begins like every other of it. Output has no end but max_tokens.
+static void make(struct watched *w, uint64_t family, int64_t prompt_count, int64_t max_tokens)
+{
+    memset(w, 0, sizeof *w);
+    random_state = family * 0x9e3779b97f4a7c15u + 1;
+    for (int64_t i = 0; i < prompt_count; i++)
+        w->prompt[i] = (uint32_t)(random_bits() >> 20) % 50;
+    w->spec = (struct sequence_spec){.prompt = w->prompt,
+                                     .prompt_count = prompt_count,
+                                     .max_tokens = max_tokens,
+                                     .sampling = {.top_p = 1, .repetition_penalty = 1},
+                                     .num_logprobs = -1,
+                                     .on_tokens = on_tokens,
+                                     .on_end = on_end};
+}
+
+static void step(struct fake_model *model)
+{
+    struct error err;
+    if (fake_model_step(model, &err))
+        fail_msg("%s", err.msg);
+}
+
+static void run_out(struct fake_model *model)
+{
+    for (int64_t steps = 0; scheduler_has_work(model->scheduler); steps++) {
+        step(model);
+        assert_true(steps < 100000);
+    }
+}
+
+static struct scheduler_stats stats_of(const struct fake_model *model)
+{
+    struct scheduler_stats stats;
+    scheduler_read_stats(model->scheduler, &stats);
+    return stats;
+}
+
+// ---- Refusals ------------------------------------------------------------------------------------------------------
+
+static void test_refuses(void **state)
+{
+    (void)state;
+    static const uint32_t bad_prompt[] = {3, 50}, many[600];
+    static struct logit_edit not_a_number = {3, NAN}, infinite = {3, INFINITY}, no_token = {50, 1}, edits[520];
+    const struct {
+        const char *name;
+        struct sequence_spec change; // what is not zero counts
+        double temperature, repetition;
+        int rc;
+    } cases[] = {
+        {"fits exactly", {.prompt_count = 256}, 0, 1, 0},
+        {"longer than the cache", {.prompt_count = 257}, 0, 1, ERR_MEMORY},
+        {"longer than the context", {.prompt_count = 513}, 0, 1, ERR_USAGE},
+        {"empty prompt", {.prompt_count = -1}, 0, 1, ERR_USAGE},
+        {"no output", {.max_tokens = -1}, 0, 1, ERR_USAGE},
+        {"no such token", {.prompt = bad_prompt, .prompt_count = 2}, 0, 1, ERR_USAGE},
+        {"temperature NaN", {0}, NAN, 1, ERR_USAGE},
+        {"temperature below 0", {0}, -1, 1, ERR_USAGE},
+        {"repetition penalty 0", {0}, 0, 0, ERR_USAGE},
+        {"logprobs", {.num_logprobs = STEP_MAX_LOGPROBS + 1}, 0, 1, ERR_USAGE},
+        {"bias NaN", {.edits = &not_a_number, .num_edits = 1}, 0, 1, ERR_USAGE},
+        {"bias infinite", {.edits = &infinite, .num_edits = 1}, 0, 1, ERR_USAGE},
+        {"bias of no token", {.edits = &no_token, .num_edits = 1}, 0, 1, ERR_USAGE},
+        {"512 biases", {.edits = edits, .num_edits = 512}, 0, 1, 0},
+        {"513 biases", {.edits = edits, .num_edits = 513}, 0, 1, ERR_USAGE},
+        {"512 biases and ends",
+         {.edits = edits, .num_edits = 512, .min_tokens = 1, .stop_ids = many, .num_stop_ids = 1},
+         0,
+         1,
+         ERR_USAGE},
+    };
+    struct scheduler_options options = plain;
+    options.num_pages = 4;
+    struct fake_model model;
+    static struct watched w;
+    fake_model_open(&model, &options);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const struct sequence_spec *change = &cases[i].change;
+        struct error err;
+        struct sequence *handle;
+        make(&w, 1, 10, 3);
+        struct sequence_spec spec = w.spec;
+        spec.arg = &w;
+        spec.prompt = change->prompt ? change->prompt : many;
+        spec.prompt_count = change->prompt_count ? change->prompt_count : 10;
+        spec.max_tokens = change->max_tokens ? change->max_tokens : 3;
+        spec.num_logprobs = change->num_logprobs;
+        spec.edits = change->edits;
+        spec.num_edits = change->num_edits;
+        spec.min_tokens = change->min_tokens;
+        spec.stop_ids = change->stop_ids;
+        spec.num_stop_ids = change->num_stop_ids;
+        spec.sampling.temperature = cases[i].temperature;
+        spec.sampling.repetition_penalty = cases[i].repetition;
+        int rc = scheduler_add(model.scheduler, &spec, 1, &handle, &err);
+        if (rc != cases[i].rc)
+            fail_msg("%s: %d", cases[i].name, rc);
+        w.handle = handle;
+        w.model = &model;
+        if (rc == 0)
+            cancel(&w);
+        assert_int_equal(w.ends, rc == 0);
+        assert_false(scheduler_has_work(model.scheduler));
+    }
+    // All of a request or nothing.
+    static struct watched pair[2];
+    struct sequence_spec specs[2];
+    struct sequence *handles[2];
+    make(&pair[0], 1, 10, 3);
+    make(&pair[1], 1, 10, 0);
+    specs[0] = pair[0].spec;
+    specs[1] = pair[1].spec;
+    assert_int_equal(scheduler_add(model.scheduler, specs, 2, handles, NULL), ERR_USAGE);
+    assert_false(scheduler_has_work(model.scheduler));
+    fake_model_close(&model);
+}
+
+static void test_refuses_options(void **state)
+{
+    (void)state;
+    const struct {
+        int64_t max_sequences, max_rows, decode_rows, prefill_chunk;
+        bool fixed;
+        int rc;
+    } cases[] = {
+        {8, 32, 8, 64, false, 0},          {8, 32, 8, 64, true, ERR_USAGE},   {8, 64, 8, 64, true, 0},
+        {8, 32, 7, 8, false, ERR_USAGE},   {8, 31, 32, 8, false, ERR_USAGE},  {65, 160, 80, 8, false, ERR_USAGE},
+        {0, 160, 32, 8, false, ERR_USAGE}, {8, 160, 32, 0, false, ERR_USAGE},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct fake_model model;
+        struct scheduler_options options = plain;
+        fake_model_open(&model, &plain);
+        options.max_sequences = cases[i].max_sequences;
+        options.max_rows = cases[i].max_rows;
+        options.decode_rows = cases[i].decode_rows;
+        options.prefill_chunk = cases[i].prefill_chunk;
+        options.chunks_fixed = cases[i].fixed;
+        struct scheduler *scheduler = NULL;
+        assert_int_equal(scheduler_create(&scheduler, &options, &model.area, &model.runner, NULL), cases[i].rc);
+        scheduler_free(scheduler);
+        fake_model_close(&model);
+    }
+}
+
+// ---- Shared prefixes -----------------------------------------------------------------------------------------------
+
+static void test_shares_prefixes(void **state)
+{
+    (void)state;
+    // A first sequence has a prompt and output; what does the second one, whose prompt is as much of that text, find?
+    const struct {
+        const char *name;
+        bool shares, fixed;
+        int64_t chunk, first_prompt, first_output, second_prompt;
+        uint64_t salt;
+        int64_t cached;
+    } cases[] = {
+        {"same prompt", true, false, 128, 200, 1, 200, 0, 192},
+        {"last token is computed", true, false, 128, 192, 1, 192, 0, 128},
+        {"one more", true, false, 128, 192, 1, 193, 0, 192},
+        {"less than a page", true, false, 128, 63, 1, 63, 0, 0},
+        {"other salt", true, false, 128, 200, 1, 200, 1, 0},
+        {"not asked for", false, false, 128, 200, 1, 200, 0, 0},
+        {"output is shared", true, false, 128, 100, 150, 250, 0, 192},
+        {"fixed: whole chunks", true, true, 128, 300, 1, 300, 0, 256},
+        {"fixed: the last chunk again", true, true, 128, 256, 1, 256, 0, 128},
+        {"fixed: the next chunk", true, true, 128, 256, 1, 257, 0, 256},
+        {"fixed: a shorter chunk is another", true, true, 128, 200, 1, 300, 0, 128},
+        {"fixed: output is computed otherwise", true, true, 64, 100, 150, 250, 0, 64},
+        {"fixed: chunk and page must both end", true, true, 48, 400, 1, 400, 0, 384},
+    };
+    static struct watched first, second;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct fake_model model;
+        struct scheduler_options options = plain;
+        options.share_prefixes = cases[i].shares;
+        options.chunks_fixed = cases[i].fixed;
+        options.prefill_chunk = cases[i].chunk;
+        fake_model_open(&model, &options);
+        make(&first, 3, cases[i].first_prompt, cases[i].first_output);
+        make(&second, 3, cases[i].second_prompt, 5);
+        add(&model, &first, 1);
+        run_out(&model);
+        int64_t said = cases[i].second_prompt - cases[i].first_prompt;
+        if (cases[i].first_output > 1)
+            memcpy(second.prompt + cases[i].first_prompt, first.output, (size_t)said * sizeof *first.output);
+        second.spec.salt = cases[i].salt;
+        add(&model, &second, 1);
+        run_out(&model);
+        assert_int_equal(first.usage.cached_tokens, 0);
+        if (second.usage.cached_tokens != cases[i].cached)
+            fail_msg("%s: %lld", cases[i].name, (long long)second.usage.cached_tokens);
+        assert_int_equal(stats_of(&model).cached_tokens, cases[i].cached);
+        fake_model_close(&model);
+    }
+}
+
+// Whether as one request or as several at the same time: a prompt is computed once.
+static void test_computes_a_prompt_once(void **state)
+{
+    (void)state;
+    for (int fixed = 0; fixed < 2; fixed++)
+        for (int one_request = 0; one_request < 2; one_request++) {
+            struct fake_model model;
+            struct scheduler_options options = plain;
+            static struct watched w[4];
+            options.chunks_fixed = fixed;
+            fake_model_open(&model, &options);
+            for (int i = 0; i < 4; i++) {
+                make(&w[i], 5, 300, 20);
+                w[i].spec.sampling.temperature = 1;
+                w[i].spec.sampling.seed = (uint64_t)i;
+            }
+            for (int i = 0; i < 4; i += one_request ? 4 : 1)
+                add(&model, &w[i], one_request ? 4 : 1);
+            run_out(&model);
+            // 256 tokens are whole pages and chunks; the rest is computed by each.
+            assert_int_equal(stats_of(&model).prefill_rows, 300 + 3 * 44);
+            assert_true(w[0].usage.cached_tokens == 0 && w[3].usage.cached_tokens == 256);
+            assert_int_equal(stats_of(&model).produced_tokens, 80);
+            assert_memory_not_equal(w[0].output, w[1].output, 20 * sizeof *w[0].output);
+            fake_model_close(&model);
+        }
+}
+
+// What another salt hides is not waited for.
+static void test_salts_do_not_wait(void **state)
+{
+    (void)state;
+    for (uint64_t salt = 0; salt < 2; salt++) {
+        struct fake_model model;
+        static struct watched w[2];
+        fake_model_open(&model, &plain);
+        for (int i = 0; i < 2; i++) {
+            make(&w[i], 5, 70, 5);
+            w[i].spec.salt = (uint64_t)i * salt;
+            add(&model, &w[i], 1);
+        }
+        step(&model);
+        assert_true(w[0].produced == 1 && w[1].produced == (salt ? 1 : 0));
+        step(&model);
+        assert_true(w[1].usage.cached_tokens == 0 && w[1].produced == (salt ? 2 : 1));
+        run_out(&model);
+        assert_int_equal(w[1].usage.cached_tokens, salt ? 0 : 64);
+        fake_model_close(&model);
+    }
+}
+
+// A page that was begun while an older sequence was in the midst of the same one is left for the older one's.
+static void test_leaves_a_page_that_was_begun(void **state)
+{
+    (void)state;
+    struct fake_model model;
+    static struct watched w[2];
+    struct scheduler_options options = plain;
+    options.prefill_chunk = 40;
+    options.max_rows = 60;
+    fake_model_open(&model, &options);
+    for (int i = 0; i < 2; i++) {
+        make(&w[i], 5, 400, 5);
+        add(&model, &w[i], 1);
+    }
+    run_out(&model);
+    assert_in_range(w[1].usage.cached_tokens, 4 * KV_PAGE_TOKENS, 6 * KV_PAGE_TOKENS - 20);
+    fake_model_close(&model);
+}
+
+// The rest of a group does not queue up again.
+static void test_group_keeps_its_turn(void **state)
+{
+    (void)state;
+    struct fake_model model;
+    static struct watched w[4];
+    struct scheduler_options options = plain;
+    options.max_sequences = 1;
+    fake_model_open(&model, &options);
+    for (int i = 0; i < 4; i++)
+        make(&w[i], i < 3 ? 5 : 6, 100, 10);
+    add(&model, w, 3);
+    add(&model, &w[3], 1);
+    ends_seen = 0;
+    run_out(&model);
+    for (int i = 0; i < 4; i++)
+        assert_int_equal(w[i].end_order, i);
+    fake_model_close(&model);
+}
+
+static void test_group_without_its_first(void **state)
+{
+    (void)state;
+    for (int64_t steps = 0; steps < 4; steps++) {
+        struct fake_model model;
+        static struct watched w[4];
+        fake_model_open(&model, &plain);
+        for (int i = 0; i < 4; i++)
+            make(&w[i], 5, 400, 20);
+        add(&model, w, 4);
+        for (int64_t i = 0; i < steps; i++)
+            step(&model);
+        cancel(&w[0]);
+        cancel(&w[2]);
+        assert_true(w[0].ends == 1 && w[2].ends == 1 && w[1].ends == 0);
+        run_out(&model);
+        assert_true(w[1].produced == 20 && w[3].produced == 20);
+        assert_true(stats_of(&model).prefill_rows <= 400 + 16 + 16);
+        fake_model_close(&model);
+    }
+}
+
+// ---- Pages run out -------------------------------------------------------------------------------------------------
+
+static void test_preempts_the_last(void **state)
+{
+    (void)state;
+    struct fake_model model;
+    static struct watched w[4];
+    struct scheduler_options options = plain;
+    options.num_pages = 8;
+    fake_model_open(&model, &options);
+    for (int i = 0; i < 4; i++) {
+        make(&w[i], (uint64_t)i, 30, 5000); // each alone could fill all pages
+        add(&model, &w[i], 1);
+    }
+    ends_seen = 0;
+    run_out(&model);
+    for (int i = 0; i < 4; i++) {
+        assert_int_equal(w[i].produced, 8 * KV_PAGE_TOKENS + 1 - 30);
+        assert_int_equal(w[i].reason, FINISH_LENGTH);
+        assert_int_equal(w[i].end_order, i);
+        assert_true((w[i].usage.preemptions > 0) == (i > 0));
+    }
+    assert_true(stats_of(&model).preemptions < 12); // no thrash
+    fake_model_close(&model);
+}
+
+// A sequence whose prompt is still being computed, a little in each step, has room for all of it.
+static void test_prompts_have_room(void **state)
+{
+    (void)state;
+    struct fake_model model;
+    static struct watched w[3];
+    struct scheduler_options options = plain;
+    options.num_pages = 13;
+    options.prefill_chunk = 20;
+    fake_model_open(&model, &options);
+    for (int i = 0; i < 3; i++) {
+        make(&w[i], (uint64_t)i, 300, 50); // 5 pages, 6 at the end
+        add(&model, &w[i], 1);
+    }
+    run_out(&model);
+    assert_int_equal(stats_of(&model).preemptions, 0);
+    fake_model_close(&model);
+}
+
+// Younger sequences have grown into the pages that an older one's prompt needs: they make place, though they were to be in this step.
+static void test_a_prompt_preempts(void **state)
+{
+    (void)state;
+    struct fake_model model;
+    static struct watched w[3];
+    static struct fake_output alone;
+    struct scheduler_options options = plain;
+    options.num_pages = 17; // all are taken when the prompt needs its sixth
+    options.prefill_chunk = 1;
+    fake_model_open(&model, &options);
+    make(&w[0], 0, 450, 20);
+    make(&w[1], 1, 10, 500);
+    make(&w[2], 2, 10, 500);
+    for (int i = 0; i < 3; i++)
+        add(&model, &w[i], 1);
+    run_out(&model);
+    assert_true(w[0].usage.preemptions == 0 && w[1].usage.preemptions + w[2].usage.preemptions > 0);
+    for (int i = 0; i < 3; i++) {
+        fake_model_output(&options, &w[i].spec, &alone);
+        assert_int_equal(w[i].produced, alone.count);
+        assert_memory_equal(w[i].output, alone.tokens, (size_t)alone.count * sizeof *alone.tokens);
+    }
+    fake_model_close(&model);
+}
+
+// A draft is a guess; nobody gives pages back for it.
+static void test_drafts_do_not_preempt(void **state)
+{
+    (void)state;
+    int64_t preempted = 0;
+    for (uint64_t family = 0; family < 60; family++) {
+        struct fake_model model;
+        static struct watched w[2];
+        struct scheduler_options options = plain;
+        options.num_pages = 3; // the younger one takes the third first
+        options.draft_tokens = 12;
+        fake_model_open(&model, &options);
+        make(&w[0], family, 20, 100);
+        make(&w[1], family, 35, 60);
+        for (int i = 0; i < 2; i++)
+            add(&model, &w[i], 1);
+        while (scheduler_has_work(model.scheduler)) {
+            int64_t known = 20 + w[0].produced;
+            step(&model);
+            if (stats_of(&model).preemptions > 0) {
+                assert_true(known > KV_PAGE_TOKENS); // the older one has to compute a position of its second page
+                preempted++;
+                break;
+            }
+        }
+        fake_model_close(&model);
+    }
+    assert_in_range(preempted, 10, 59);
+}
+
+// ---- Cancelling ----------------------------------------------------------------------------------------------------
+
+static void test_cancels_in_every_phase(void **state)
+{
+    (void)state;
+    // w[1] is cancelled after so many steps.
+    for (int64_t steps = 0; steps < 40; steps++) {
+        struct fake_model model;
+        static struct watched w[3];
+        struct scheduler_options options = plain;
+        options.num_pages = 6;
+        options.max_sequences = 2;
+        options.prefill_chunk = 40;
+        fake_model_open(&model, &options);
+        for (int i = 0; i < 3; i++) {
+            make(&w[i], (uint64_t)i, i == 1 ? 170 : 100, 150);
+            add(&model, &w[i], 1);
+        }
+        for (int64_t i = 0; i < 3 * steps; i++)
+            step(&model);
+        if (w[1].handle) {
+            cancel(&w[1]);
+            assert_true(w[1].ends == 1 && w[1].reason == FINISH_CANCELLED && w[1].handle == NULL);
+        }
+        run_out(&model);
+        assert_true(w[0].produced == 150 && w[2].produced == 150 && w[1].ends == 1);
+        assert_int_equal(stats_of(&model).pages_used, 0);
+        fake_model_close(&model);
+    }
+}
+
+static void test_callbacks_cancel_and_add(void **state)
+{
+    (void)state;
+    struct fake_model model;
+    static struct watched w[6];
+    fake_model_open(&model, &plain);
+    for (int i = 0; i < 6; i++)
+        make(&w[i], (uint64_t)i, 20, 10 + i);
+    w[0].cancels_on_tokens = &w[2]; // whose turn comes later in the same step
+    w[3].cancels_on_tokens = &w[1]; // whose turn was before
+    w[1].cancels_on_end = &w[4];
+    w[4].adds_on_end = &w[5];
+    for (int i = 0; i < 5; i++)
+        add(&model, &w[i], 1);
+    step(&model);
+    assert_true(w[2].ends == 1 && w[2].produced == 0);
+    assert_true(w[1].ends == 1 && w[1].produced == 1);
+    assert_true(w[4].ends == 1 && w[5].handle != NULL);
+    run_out(&model);
+    assert_true(w[0].produced == 10 && w[3].produced == 13 && w[5].produced == 15);
+    fake_model_close(&model);
+}
+
+// ---- Failures ------------------------------------------------------------------------------------------------------
+
+static void test_a_lost_rank_ends_all(void **state)
+{
+    (void)state;
+    struct fake_model model;
+    struct error err;
+    static struct watched w[13];
+    fake_model_open(&model, &plain);
+    for (int i = 0; i < 12; i++) {
+        make(&w[i], 5, 100, 50);
+        add(&model, &w[i], 1);
+    }
+    make(&w[12], 5, 100, 50);
+    w[3].adds_on_end = &w[12];
+    model.fails_at = 7;
+    int rc;
+    while (!(rc = fake_model_step(&model, &err)))
+        continue;
+    assert_int_equal(rc, ERR_RANK);
+    assert_string_equal(err.msg, "rank 1 was lost");
+    for (int i = 0; i < 12; i++)
+        assert_true(w[i].ends == 1 && w[i].reason == FINISH_ERROR && w[i].error_code == ERR_RANK);
+    // The ranks begin anew, with other bytes in their pages.
+    memset(model.entries, 0x5a, (size_t)(plain.num_pages * KV_PAGE_TOKENS) * sizeof *model.entries);
+    run_out(&model);
+    static struct fake_output alone;
+    fake_model_output(&plain, &w[12].spec, &alone);
+    assert_true(w[12].produced == 50 && w[12].usage.cached_tokens == 0);
+    assert_memory_equal(w[12].output, alone.tokens, 50 * sizeof *alone.tokens);
+    fake_model_close(&model);
+}
+
+static void test_free_ends_all(void **state)
+{
+    (void)state;
+    struct fake_model model;
+    static struct watched w[12];
+    fake_model_open(&model, &plain);
+    for (int i = 0; i < 12; i += 2) {
+        make(&w[i], (uint64_t)i, 100, 50);
+        make(&w[i + 1], (uint64_t)i, 100, 50);
+        add(&model, &w[i], 2);
+    }
+    step(&model);
+    step(&model);
+    fake_model_close(&model);
+    for (int i = 0; i < 12; i++)
+        assert_true(w[i].ends == 1 && w[i].reason == FINISH_CANCELLED);
+    scheduler_free(NULL);
+}
+
+// ---- Whose turn it is ----------------------------------------------------------------------------------------------
+
+// A tenant with many requests does not push back one with few; within a tenant the order is kept.
+static void test_is_fair(void **state)
+{
+    (void)state;
+    struct fake_model model;
+    static struct watched greedy[60], modest[6];
+    struct scheduler_options options = plain;
+    options.max_sequences = 4;
+    fake_model_open(&model, &options);
+    for (int i = 0; i < 60; i++) {
+        make(&greedy[i], (uint64_t)i, 50, 40);
+        greedy[i].spec.tenant = 1;
+        add(&model, &greedy[i], 1);
+    }
+    ends_seen = 0;
+    for (int i = 0; i < 200; i++) // the other tenant earns nothing by being away
+        step(&model);
+    int64_t before = ends_seen;
+    for (int i = 0; i < 6; i++) {
+        make(&modest[i], (uint64_t)(100 + i), 50, 40);
+        modest[i].spec.tenant = 2;
+        add(&model, &modest[i], 1);
+    }
+    run_out(&model);
+    int64_t others = modest[5].end_order - before - 5; // of the greedy one, while the six were served
+    assert_in_range(others, 6, 10);
+    for (int i = 1; i < 60; i++)
+        assert_true(greedy[i].end_order > greedy[i - 1].end_order);
+    for (int i = 1; i < 6; i++)
+        assert_true(modest[i].end_order > modest[i - 1].end_order);
+    fake_model_close(&model);
+}
+
+// What counts are tokens, not requests.
+static void test_long_prompts_count(void **state)
+{
+    (void)state;
+    struct fake_model model;
+    static struct watched longer[20], shorter[20];
+    struct scheduler_options options = plain;
+    options.max_sequences = 1;
+    fake_model_open(&model, &options);
+    for (int i = 0; i < 20; i++) {
+        make(&longer[i], (uint64_t)i, 400, 1);
+        longer[i].spec.tenant = 1;
+        add(&model, &longer[i], 1);
+        make(&shorter[i], (uint64_t)(100 + i), 40, 1);
+        shorter[i].spec.tenant = 2;
+        add(&model, &shorter[i], 1);
+    }
+    ends_seen = 0;
+    run_out(&model);
+    assert_in_range(shorter[19].end_order - 19, 1, 3); // of the longer ones before
+    fake_model_close(&model);
+}
+
+// Streams that run get a token in every step, whatever prompts arrive; in every second one where a chunk needs a step for itself. And the
+// prompts get through as well.
+static void test_nobody_starves(void **state)
+{
+    (void)state;
+    const struct {
+        bool fixed;
+        int64_t max_rows, decode_rows, draft_tokens, silence;
+    } cases[] = {{false, 160, 32, 0, 1}, {false, 16, 16, 8, 1}, {true, 160, 32, 8, 1}, {true, 128, 32, 8, 2}};
+    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
+        struct fake_model model;
+        static struct watched streams[4], prompts[12];
+        struct scheduler_options options = plain;
+        options.max_rows = cases[c].max_rows;
+        options.decode_rows = cases[c].decode_rows;
+        options.draft_tokens = cases[c].draft_tokens;
+        options.chunks_fixed = cases[c].fixed;
+        fake_model_open(&model, &options);
+        for (int i = 0; i < 4; i++) {
+            make(&streams[i], (uint64_t)i, 10, 400);
+            add(&model, &streams[i], 1);
+        }
+        step(&model);
+        for (int i = 0; i < 12; i++) {
+            make(&prompts[i], (uint64_t)(10 + i), 450, 3);
+            add(&model, &prompts[i], 1);
+        }
+        int64_t last_prompt = 0;
+        while (scheduler_has_work(model.scheduler)) {
+            step(&model);
+            if (prompts[11].ends == 0)
+                last_prompt = model.steps;
+        }
+        for (int i = 0; i < 4; i++)
+            assert_in_range(streams[i].longest_silence, 1, cases[c].silence);
+        assert_true(last_prompt < 12 * 450 / (cases[c].max_rows / 4));
+        fake_model_close(&model);
+    }
+}
+
+// ---- Drafts --------------------------------------------------------------------------------------------------------
+
+static void test_drafts(void **state)
+{
+    (void)state;
+    struct fake_model model;
+    static struct watched w[3];
+    struct scheduler_options options = plain;
+    options.draft_tokens = 8;
+    fake_model_open(&model, &options);
+    make(&w[0], 2, 60, 400); // repeats itself
+    make(&w[1], 2, 60, 400); // must not
+    w[1].spec.sampling.frequency_penalty = 0.5;
+    make(&w[2], 2, 60, 400);
+    w[2].spec.sampling.temperature = 1; // what is drawn repeats itself too
+    for (int i = 0; i < 3; i++)
+        add(&model, &w[i], 1);
+    run_out(&model);
+    for (int i = 0; i < 3; i++)
+        assert_int_equal(w[i].produced, 400);
+    assert_true(w[0].usage.accepted_tokens > 80 && w[2].usage.accepted_tokens > 80);
+    assert_true(w[0].usage.drafted_tokens < 3 * w[0].usage.accepted_tokens);
+    assert_int_equal(w[1].usage.drafted_tokens, 0);
+    struct scheduler_stats stats = stats_of(&model);
+    assert_int_equal(stats.accepted_tokens, w[0].usage.accepted_tokens + w[2].usage.accepted_tokens);
+    fake_model_close(&model);
+}
+
+// ---- A long run ----------------------------------------------------------------------------------------------------
+
+static void test_soak(void **state)
+{
+    (void)state;
+    enum { LIVES = 24, STEPS = 10000 };
+    static struct watched w[LIVES];
+    static struct fake_output alone;
+    struct fake_model model;
+    struct scheduler_options options = plain;
+    options.num_pages = 14;
+    options.draft_tokens = 6;
+    fake_model_open(&model, &options);
+    uint64_t added = 0;
+    int64_t checked = 0;
+    for (int64_t i = 0; i < STEPS; i++) {
+        struct watched *slot = &w[i % LIVES];
+        if (!slot->handle) {
+            if (slot->ends > 0 && slot->reason != FINISH_CANCELLED) {
+                fake_model_output(&options, &slot->spec, &alone);
+                assert_int_equal(slot->produced, alone.count);
+                assert_memory_equal(slot->output, alone.tokens, (size_t)alone.count * sizeof *alone.tokens);
+                checked++;
+            }
+            make(slot, added / 3, 20 + (int64_t)(added * 37 % 200), 10 + (int64_t)(added * 53 % 290));
+            slot->spec.tenant = added % 700; // more than are remembered
+            added++;
+            add(&model, slot, 1);
+        } else if (i % 97 == 0) {
+            cancel(slot);
+        }
+        step(&model);
+    }
+    struct scheduler_stats stats = stats_of(&model);
+    print_message("%llu sequences, %lld compared, %lld preemptions, %lld tokens from the cache\n",
+                  (unsigned long long)added, (long long)checked, (long long)stats.preemptions,
+                  (long long)stats.cached_tokens);
+    assert_true(added > 300 && checked > 200 && stats.preemptions > 20 && stats.cached_tokens > 5000);
+    fake_model_close(&model);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_refuses),
+        cmocka_unit_test(test_refuses_options),
+        cmocka_unit_test(test_shares_prefixes),
+        cmocka_unit_test(test_computes_a_prompt_once),
+        cmocka_unit_test(test_salts_do_not_wait),
+        cmocka_unit_test(test_leaves_a_page_that_was_begun),
+        cmocka_unit_test(test_group_keeps_its_turn),
+        cmocka_unit_test(test_group_without_its_first),
+        cmocka_unit_test(test_preempts_the_last),
+        cmocka_unit_test(test_prompts_have_room),
+        cmocka_unit_test(test_a_prompt_preempts),
+        cmocka_unit_test(test_drafts_do_not_preempt),
+        cmocka_unit_test(test_cancels_in_every_phase),
+        cmocka_unit_test(test_callbacks_cancel_and_add),
+        cmocka_unit_test(test_a_lost_rank_ends_all),
+        cmocka_unit_test(test_free_ends_all),
+        cmocka_unit_test(test_is_fair),
+        cmocka_unit_test(test_long_prompts_count),
+        cmocka_unit_test(test_nobody_starves),
+        cmocka_unit_test(test_drafts),
+        cmocka_unit_test(test_soak),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -1,0 +1,421 @@
+// Steps of the ranks by hand, on the bundled model: law 9 to the bit (choices with their logprobs), whatever the pages, the pieces of the
+// prompt, the company, drafts, and what is computed again; penalties, masks and edits; damaged steps; ranks that are lost and start again.
+// On one rank and on two, and on an emulated device where its library is there.
+#include "engine/session.h"
+
+#include <dirent.h>
+#include <math.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+enum { SLOTS = 5, CONTEXT = 256, PROMPT = 150, DEVICE_PROMPT = 20, OUTPUT = 9, TOTAL = PROMPT + OUTPUT };
+#define TINY_MODEL "tests/golden/families/llama3" // an emulated device is slow
+
+static char work[] = "/tmp/test_session_XXXXXX";
+static const char *build(void) { return getenv("BUILD") ? getenv("BUILD") : "build"; }
+
+static const struct backend_case {
+    const char *name, *library; // library: below the build folder
+    const char *model;
+    int tp_size;
+} backends[] = {{"cpu", NULL, "tests/model", 1},
+                {"cpu", NULL, "tests/model", 2},
+                {"cuda", "tests/libtpengine_cuda_emulated.so", TINY_MODEL, 1}};
+enum { NUM_BACKENDS = sizeof backends / sizeof *backends, CPU_BACKENDS = 2 };
+
+// One session and what the test knows of its sequence: prompt and greedy output, with the choice behind each of the last OUTPUT + 1 tokens.
+struct fixture {
+    struct session *session;
+    const struct step_area *area;
+    bool chunks_fixed;
+    int64_t prompt; // tokens
+    uint32_t tokens[TOTAL];
+    struct step_choice choices[OUTPUT];
+};
+
+static void check(int rc, const struct error *err)
+{
+    if (rc)
+        fail_msg("%s", err->msg);
+}
+
+// ---- steps by hand ---------------------------------------------------------------------------------------------
+
+static void add(struct fixture *f, int32_t slot, enum phase phase, int64_t start, int64_t count, int64_t choices)
+{
+    struct step *step = f->area->step;
+    step->segments[step->num_segments++] =
+        (struct step_segment){.sequence = slot,
+                              .phase = phase,
+                              .start = start,
+                              .count = count,
+                              .choices = choices,
+                              .first_step = choices ? (uint64_t)(start + count - choices + 1 - f->prompt) : 0,
+                              .begins_sequence = start == 0};
+    step->num_choices += choices;
+}
+
+static int try_run(struct fixture *f, struct error *err)
+{
+    int rc = session_run_step(f->session, err);
+    if (!rc)
+        f->area->step->num_segments = f->area->step->num_choices = 0;
+    return rc;
+}
+
+static void run(struct fixture *f)
+{
+    struct error err;
+    check(try_run(f, &err), &err);
+}
+
+// A slot with this test's prompt and greedy choices; its pages: first, first + stride .. modulo all.
+static void use_slot(struct fixture *f, int32_t slot, int64_t first, int64_t stride)
+{
+    const struct step_area *a = f->area;
+    struct step_slot *how = &a->slots[slot];
+    memset(how, 0, sizeof *how);
+    how->sampling = (struct sampling){.top_p = 1, .repetition_penalty = 1};
+    how->prompt_count = f->prompt;
+    how->num_logprobs = STEP_MAX_LOGPROBS;
+    memcpy(a->tokens + slot * a->context, f->tokens, sizeof f->tokens);
+    for (int64_t i = 0; i < a->pages_per_sequence; i++)
+        a->pages[slot * a->pages_per_sequence + i] = (int32_t)((first + i * stride) % a->num_pages);
+    ++*a->pages_version;
+}
+
+static void expect_choices(const struct fixture *f, const char *what, int64_t at, int64_t first, int64_t count)
+{
+    const struct step_choice *got = f->area->step->choices + at;
+    for (int64_t i = 0; i < count; i++)
+        if (memcmp(&got[i], &f->choices[first + i], sizeof *got) != 0)
+            fail_msg("%s: choice %lld is token %u (%.9g), not %u (%.9g)", what, (long long)(first + i), got[i].token,
+                     (double)got[i].logprob, f->choices[first + i].token, (double)f->choices[first + i].logprob);
+}
+
+// Prompt and output alone, a token at a time.
+static void make_reference(struct fixture *f)
+{
+    int64_t vocab = f->area->vocab_size;
+    for (int64_t i = 0; i < f->prompt; i++)
+        f->tokens[i] = (uint32_t)((i * i * 31 + 7 * i + 11) % vocab);
+    use_slot(f, 0, 0, 1);
+    add(f, 0, PHASE_PREFILL, 0, f->prompt, 1);
+    for (int64_t i = 0; i < OUTPUT; i++) {
+        run(f);
+        f->choices[i] = f->area->step->choices[0];
+        assert_true(f->choices[i].token < vocab && f->choices[i].num_top == STEP_MAX_LOGPROBS);
+        assert_int_equal(f->choices[i].token, f->choices[i].top[0].token);
+        assert_true(f->choices[i].logprob < 0 && f->choices[i].logprob == f->choices[i].top[0].logprob);
+        f->tokens[f->prompt + i] = f->area->tokens[f->prompt + i] = f->choices[i].token;
+        add(f, 0, PHASE_DECODE, f->prompt + i, 1, 1);
+    }
+    f->area->step->num_segments = f->area->step->num_choices = 0;
+}
+
+static void open_fixture(struct fixture *f, const struct backend_case *b)
+{
+    char dir[256], library[256];
+    struct session_options options = session_defaults;
+    struct scheduler_options sizes;
+    struct error err;
+    *f = (struct fixture){.prompt = b->library ? DEVICE_PROMPT : PROMPT};
+    snprintf(dir, sizeof dir, "%s/%d", work, (int)(b - backends));
+    options.context = CONTEXT;
+    options.backend = b->name;
+    options.threads = 1;
+    options.timeout_s = 60;
+    options.draft_tokens = 3;
+    if (b->library) {
+        snprintf(library, sizeof library, "%s/%s", build(), b->library);
+        options.cuda_library = library;
+    }
+    check(session_open(&f->session, dir, &options, SLOTS, 0, &err), &err);
+    check(session_start(f->session, &err), &err);
+    f->area = session_step_area(f->session);
+    session_scheduler_options(f->session, &sizes);
+    f->chunks_fixed = sizes.chunks_fixed;
+    assert_int_equal(sizes.num_pages, SLOTS * CONTEXT / KV_PAGE_TOKENS);
+    make_reference(f);
+}
+
+static bool is_there(const struct backend_case *b)
+{
+    char library[256];
+    snprintf(library, sizeof library, "%s/%s", build(), b->library ? b->library : "");
+    return !b->library || access(library, R_OK) == 0;
+}
+
+static void on_backends(void (*test)(struct fixture *f), int count)
+{
+    for (int i = 0; i < count; i++) {
+        struct fixture f;
+        if (!is_there(&backends[i])) {
+            print_message("no %s: %s is left out\n", backends[i].library, backends[i].name);
+            continue;
+        }
+        open_fixture(&f, &backends[i]);
+        test(&f);
+        session_close(f.session);
+    }
+}
+
+// ---- law 9 -----------------------------------------------------------------------------------------------------
+
+// Pages in another order, the prompt in pieces between others' rows, the output as drafts.
+static void check_company(struct fixture *f)
+{
+    static const int64_t pieces[] = {1, 62, 2, 63, 22};
+    int64_t at = 0;
+    use_slot(f, 0, 0, 1);
+    use_slot(f, 1, 7, 1);
+    use_slot(f, 3, 15, 19); // of 20: backwards
+    for (size_t i = 0; i < sizeof pieces / sizeof *pieces; i++) {
+        int64_t rows = f->chunks_fixed ? f->prompt : pieces[i];
+        if (i == 0) {
+            add(f, 0, PHASE_PREFILL, 0, f->prompt, 1);
+            add(f, 3, PHASE_PREFILL, at, rows, at + rows == f->prompt);
+        } else {
+            if (at < f->prompt)
+                add(f, 3, PHASE_PREFILL, at, rows, at + rows == f->prompt);
+            add(f, 0, PHASE_DECODE, f->prompt + (int64_t)i - 1, 1, 1);
+            if (i == 2 && !f->chunks_fixed)
+                add(f, 1, PHASE_PREFILL, 0, 100, 0);
+        }
+        run(f);
+        bool ends = at < f->prompt && at + rows == f->prompt;
+        // Behind this slot's choice, or before it.
+        expect_choices(f, "in company", i == 0 ? 0 : ends, (int64_t)i, 1);
+        if (ends)
+            expect_choices(f, "a prompt in pieces", i == 0, 0, 1);
+        at += at < f->prompt ? rows : 0;
+    }
+    add(f, 0, PHASE_DECODE, f->prompt + 4, 2, 2);
+    add(f, 3, PHASE_DECODE, f->prompt, 4, 4);
+    run(f);
+    expect_choices(f, "two rows", 0, 5, 2);
+    expect_choices(f, "four rows", 2, 1, 4);
+    // A wrong draft leaves no trace.
+    uint32_t *tokens = f->area->tokens + 3 * f->area->context;
+    tokens[f->prompt + 5] = (tokens[f->prompt + 5] + 1) % (uint32_t)f->area->vocab_size;
+    add(f, 3, PHASE_DECODE, f->prompt + 4, 4, 4);
+    run(f);
+    expect_choices(f, "before a wrong draft", 0, 5, 1);
+    assert_memory_not_equal(&f->area->step->choices[1], &f->choices[6], sizeof *f->choices);
+    tokens[f->prompt + 5] = f->tokens[f->prompt + 5];
+    add(f, 3, PHASE_DECODE, f->prompt + 5, 3, 3);
+    run(f);
+    expect_choices(f, "after a wrong draft", 0, 6, 3);
+}
+
+// Another slot uses the first pages of this one, which are full; and a slot computes its output again behind its prompt, at once.
+static void check_pages_again(struct fixture *f)
+{
+    use_slot(f, 0, 0, 1);
+    add(f, 0, PHASE_PREFILL, 0, f->prompt, 1);
+    run(f);
+    if (!f->chunks_fixed) {
+        int64_t shared = f->prompt / KV_PAGE_TOKENS;
+        use_slot(f, 2, 8, 1);
+        for (int64_t i = 0; i < shared; i++)
+            f->area->pages[2 * f->area->pages_per_sequence + i] = f->area->pages[i];
+        ++*f->area->pages_version;
+        add(f, 2, PHASE_PREFILL, shared * KV_PAGE_TOKENS, f->prompt - shared * KV_PAGE_TOKENS, 1);
+        run(f);
+        expect_choices(f, "a shared prefix", 0, 0, 1);
+    }
+    use_slot(f, 4, 15, 1);
+    add(f, 4, PHASE_PREFILL, 0, f->prompt, 0);
+    add(f, 4, PHASE_DECODE, f->prompt, 6, 1);
+    add(f, 0, PHASE_DECODE, f->prompt, 1, 1);
+    run(f);
+    expect_choices(f, "computed again", 0, 6, 1);
+    expect_choices(f, "beside it", 1, 1, 1);
+}
+
+// Many choices in one step: more than are made in one round.
+static void check_many_choices(struct fixture *f)
+{
+    for (int32_t slot = 0; slot < SLOTS; slot++) {
+        use_slot(f, slot, slot * CONTEXT / KV_PAGE_TOKENS, 1);
+        add(f, slot, PHASE_PREFILL, 0, f->prompt, 0);
+        if (!f->chunks_fixed)
+            run(f);
+    }
+    if (f->chunks_fixed) // together they are more than a piece of a prompt may be
+        run(f);
+    for (int32_t slot = 0; slot < SLOTS; slot++)
+        add(f, slot, PHASE_DECODE, f->prompt, 4, 4);
+    run(f);
+    for (int32_t slot = 0; slot < SLOTS; slot++)
+        expect_choices(f, "many choices", 4 * slot, 1, 4);
+}
+
+// ---- how tokens are chosen --------------------------------------------------------------------------------------
+
+// Greedy output of slot 0 with these settings; every other step without logprobs, so that a device chooses by itself. forget: the slot's
+// counts are lost in the middle.
+static void produce(struct fixture *f, const struct sampling *how, bool forget, bool plain, uint32_t output[OUTPUT])
+{
+    use_slot(f, 0, 0, 1);
+    f->area->slots[0].sampling = *how;
+    add(f, 0, PHASE_PREFILL, 0, f->prompt, 1);
+    for (int64_t i = 0; i < OUTPUT; i++) {
+        f->area->slots[0].num_logprobs = plain || i % 3 == 1 ? -1 : 2;
+        f->area->step->segments[0].begins_sequence |= forget && i == 4;
+        run(f);
+        output[i] = f->area->tokens[f->prompt + i] = f->area->step->choices[0].token;
+        add(f, 0, PHASE_DECODE, f->prompt + i, 1, 1);
+    }
+    f->area->step->num_segments = f->area->step->num_choices = 0;
+}
+
+static void check_penalties(struct fixture *f)
+{
+    static const struct sampling cases[] = {
+        {.top_p = 1, .repetition_penalty = 1.9},
+        {.top_p = 1, .repetition_penalty = 1, .frequency_penalty = 1.5, .presence_penalty = 0.5},
+        {.temperature = 1.5, .top_p = 0.95, .top_k = 40, .repetition_penalty = 1.1, .frequency_penalty = 2, .seed = 9},
+    };
+    int other = 0;
+    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
+        uint32_t plain[OUTPUT], mixed[OUTPUT], forgetful[OUTPUT];
+        produce(f, &cases[c], false, true, plain);
+        produce(f, &cases[c], false, false, mixed);
+        produce(f, &cases[c], true, false, forgetful);
+        assert_memory_equal(plain, mixed, sizeof plain);
+        assert_memory_equal(plain, forgetful, sizeof plain);
+        other += memcmp(plain, f->tokens + f->prompt, sizeof plain) != 0;
+    }
+    assert_true(other >= 2);
+    add(f, 0, PHASE_PREFILL, 0, f->prompt, 0); // nothing has been counted for the others
+    run(f);
+}
+
+static void check_masks_and_edits(struct fixture *f)
+{
+    use_slot(f, 0, 0, 1);
+    use_slot(f, 1, 7, 1);
+    uint32_t *mask = f->area->masks, best = f->choices[0].token, second = f->choices[0].top[1].token;
+    struct step_slot *slot = f->area->slots;
+    add(f, 0, PHASE_PREFILL, 0, f->prompt, 1);
+    run(f);
+    for (int i = 0; i < 4; i++) {
+        memset(mask, i == 0 ? 0xff : 0, (size_t)f->area->mask_words * sizeof *mask);
+        mask[best / 32] = i == 0 ? ~(1u << best % 32) : 0;
+        mask[second / 32] |= i == 1 ? 1u << second % 32 : 0;
+        slot->masked = i < 3;
+        slot->num_edits = i >= 2;
+        slot->edits[0] = (struct logit_edit){i == 2 ? second : best, -INFINITY};
+        if (i == 2)
+            mask[second / 32] = 1u << second % 32;
+        slot->num_logprobs = i % 2 ? 5 : -1;
+        add(f, 0, PHASE_PREFILL, 0, f->prompt, 1);
+        add(f, 1, PHASE_PREFILL, 0, f->chunks_fixed ? f->prompt : 100, f->chunks_fixed);
+        run(f);
+        assert_int_equal(f->area->step->choices[0].token, i == 2 ? STEP_NO_TOKEN : second);
+        if (i % 2) // of the model's own distribution
+            assert_memory_equal(f->area->step->choices[0].top, f->choices[0].top, 5 * sizeof f->choices[0].top[0]);
+        if (f->chunks_fixed)
+            expect_choices(f, "beside a mask", 1, 0, 1);
+    }
+}
+
+// ---- ranks that end ---------------------------------------------------------------------------------------------
+
+static int count_descriptors(void)
+{
+    DIR *dir = opendir("/proc/self/fd");
+    int count = 0;
+    while (readdir(dir))
+        count++;
+    closedir(dir);
+    return count;
+}
+
+static void start_again(struct fixture *f)
+{
+    struct step_choice before[OUTPUT];
+    struct error err;
+    session_stop(f->session);
+    check(session_start(f->session, &err), &err);
+    memcpy(before, f->choices, sizeof before);
+    make_reference(f);
+    assert_memory_equal(before, f->choices, sizeof before);
+}
+
+static void check_lost_ranks(struct fixture *f)
+{
+    struct rank_report report;
+    struct error err;
+    int fds[2], descriptors = 0;
+    assert_int_equal(pipe(fds), 0);
+    for (int cycle = 0; cycle < 4; cycle++) {
+        if (cycle == 1)
+            descriptors = count_descriptors();
+        use_slot(f, 0, 0, 1);
+        add(f, 0, PHASE_PREFILL, 0, f->prompt, 1);
+        f->area->pages[1] = (int32_t)f->area->num_pages; // damaged
+        assert_int_equal(try_run(f, &err), ERR_OTHER);
+        assert_non_null(strstr(err.msg, "page"));
+        assert_int_equal(session_run_step(f->session, &err), ERR_OTHER);
+        start_again(f);
+        session_rank_report(f->session, 0, &report);
+        assert_true(report.pid > 0 && report.loaded_bytes == report.file_bytes && report.rss_bytes > 0);
+        kill((pid_t)report.pid, SIGKILL);
+        assert_int_equal(session_wait(f->session, fds[0], &err), ERR_RANK);
+        start_again(f);
+    }
+    assert_int_equal(count_descriptors(), descriptors);
+    close(fds[0]), close(fds[1]);
+}
+
+// ---- the tests --------------------------------------------------------------------------------------------------
+
+static void test_company(void **state) { (void)state, on_backends(check_company, NUM_BACKENDS); }
+static void test_pages_again(void **state) { (void)state, on_backends(check_pages_again, NUM_BACKENDS); }
+static void test_many_choices(void **state) { (void)state, on_backends(check_many_choices, NUM_BACKENDS); }
+static void test_penalties(void **state) { (void)state, on_backends(check_penalties, NUM_BACKENDS); }
+static void test_masks_and_edits(void **state) { (void)state, on_backends(check_masks_and_edits, NUM_BACKENDS); }
+static void test_lost_ranks(void **state) { (void)state, on_backends(check_lost_ranks, CPU_BACKENDS); }
+
+static int set_up(void **state)
+{
+    char command[512];
+    (void)state;
+    if (!mkdtemp(work))
+        return 1;
+    for (int i = 0; i < NUM_BACKENDS; i++) {
+        snprintf(command, sizeof command, "%s/tpshard --tp %d --quant int4 --group-size 32 %s %s/%d --quiet", build(),
+                 backends[i].tp_size, backends[i].model, work, i);
+        if (system(command) != 0)
+            return 1;
+    }
+    return 0;
+}
+
+static int tear_down(void **state)
+{
+    char command[256];
+    (void)state;
+    snprintf(command, sizeof command, "rm -r %s", work);
+    return system(command) != 0;
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_company),   cmocka_unit_test(test_pages_again),     cmocka_unit_test(test_many_choices),
+        cmocka_unit_test(test_penalties), cmocka_unit_test(test_masks_and_edits), cmocka_unit_test(test_lost_ranks),
+    };
+    return cmocka_run_group_tests(tests, set_up, tear_down);
+}
