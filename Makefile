@@ -2,7 +2,7 @@
 #
 # New files plug in by their place and name; this file need not change:
 #   formats/*.c kernels/*.c kernels/scalar/*.c kernels/cpu/*.c   both programs (suffix _avx2, _avx512, _amx: see "Sources")
-#   shard/*.c, engine/*.c                                         one program each, with its main in main.c
+#   shard/*.c, engine/*.c, engine/serve/*.c                       one program each, with its main in main.c
 #   tests/test_*.c, tests/test_*.sh, tests/test_*.py              run by `make test`; other tests/*.c are helpers of all tests
 #   tests/fuzz/fuzz_<name>.c with tests/fuzz/corpus/<name>/       replayed by `make test`, explored by `make fuzz`
 #   bench/bench_*.c, bench/bench_*.sh                             run by `make bench`
@@ -36,9 +36,9 @@ HARDENING = -DKERNELS_SANITIZED
 endif
 
 # One call for all libraries: where pkg-config or one of its files is missing, the plain names are used for all of them.
-LIBRARIES_CFLAGS := $(shell $(PKG_CONFIG) --cflags jansson libpcre2-8 libutf8proc 2>/dev/null)
-LIBRARIES := $(shell $(PKG_CONFIG) --libs jansson libpcre2-8 libutf8proc 2>/dev/null \
-                     || echo -ljansson -lpcre2-8 -lutf8proc)
+LIBRARIES_CFLAGS := $(shell $(PKG_CONFIG) --cflags jansson libpcre2-8 libutf8proc libevent_core 2>/dev/null)
+LIBRARIES := $(shell $(PKG_CONFIG) --libs jansson libpcre2-8 libutf8proc libevent_core 2>/dev/null \
+                     || echo -ljansson -lpcre2-8 -lutf8proc -levent_core)
 TEST_LIBRARIES := $(shell $(PKG_CONFIG) --libs cmocka libzstd 2>/dev/null || echo -lcmocka -lzstd)
 
 # Never -ffast-math, never -march=native: results and files must not depend on the machine that compiled.
@@ -58,7 +58,7 @@ ISA_FILES = $(foreach isa,$(ISA_NAMES),%_$(isa).c)
 FORMATS_SRC := $(wildcard formats/*.c)
 KERNELS_SRC := $(wildcard kernels/*.c kernels/scalar/*.c kernels/cpu/*.c)
 SHARD_SRC := $(filter-out shard/main.c,$(wildcard shard/*.c))
-ENGINE_SRC := $(filter-out engine/main.c,$(wildcard engine/*.c))
+ENGINE_SRC := $(filter-out engine/main.c,$(wildcard engine/*.c engine/serve/*.c))
 CUDA_SRC := $(wildcard kernels/cuda/*.cu)
 CUDA_HOST_SRC := $(wildcard kernels/cuda/*.c)
 TEST_SRC := $(wildcard tests/test_*.c)
@@ -143,6 +143,9 @@ $(FUZZ_PROGRAMS): $(BUILD)/tests/%: $(BUILD)/obj/tests/fuzz/%.o $(BUILD)/obj/tes
 	$(call link)
 $(BENCH_PROGRAMS): $(BUILD)/%: $(BUILD)/obj/%.o $(call objects,$(BENCH_HELPER_SRC)) $(ALL_LIB)
 	$(call link,-rdynamic)
+
+# The page is embedded by the assembler, which writes no dependencies.
+$(BUILD)/obj/engine/serve/page.o: engine/serve/page.html
 
 -include $(shell find $(BUILD)/obj -name '*.d' 2>/dev/null)
 
@@ -246,7 +249,7 @@ gpu-check: ## on a machine with a GPU: build, tests on the device, benchmarks, a
 # ---- Static analysis -----------------------------------------------------------------------------------------------
 
 CPPCHECK ?= cppcheck
-LINT_SRC = $(FORMATS_SRC) $(KERNELS_SRC) $(wildcard shard/*.c engine/*.c tests/*.c tests/fuzz/*.c bench/*.c)
+LINT_SRC = $(FORMATS_SRC) $(KERNELS_SRC) $(wildcard shard/*.c engine/*.c engine/serve/*.c tests/*.c tests/fuzz/*.c bench/*.c)
 
 # One mark per file, newer than its object: a changed header brings the file back. Sizes of tests and benchmarks are
 # small and known: there a product of two ints may widen afterwards.
@@ -285,7 +288,7 @@ test: tests ## run every test that this machine can run (ONLY='test_json*' selec
 
 # What ThreadSanitizer runs.
 .PHONY: test-threads benchmarks
-THREAD_TESTS := $(foreach test,$(TEST_PROGRAMS),$(if $(strip $(foreach word,thread comm,$(findstring $(word),$(test)))),$(test)))
+THREAD_TESTS := $(foreach test,$(TEST_PROGRAMS),$(if $(strip $(foreach word,thread comm api http,$(findstring $(word),$(test)))),$(test)))
 test-threads: $(THREAD_TESTS)
 	@BUILD="$(BUILD)" tests/run_tests --if-any $(THREAD_TESTS)
 benchmarks: programs $(BENCH_PROGRAMS)

@@ -63,6 +63,11 @@ int tokenizer_stream_push(struct tokenizer_stream *stream, uint32_t id, const ch
                           struct error *err);
 int tokenizer_stream_flush(struct tokenizer_stream *stream, const char **text, size_t *bytes, struct error *err);
 void tokenizer_stream_free(struct tokenizer_stream *stream); // accepts NULL
+// The bytes that an id adds to a text that has begun: perhaps a piece of a character, which pushing it would hold back. None for an id
+// that does not exist, for the unknown token and for what skip_special drops. ERR_MODEL where the decoder looks at several tokens at once,
+// so that one alone has no bytes. Valid until the next call; the stream must be new or flushed, and is so again.
+int tokenizer_stream_token_bytes(struct tokenizer_stream *stream, uint32_t id, const char **bytes, size_t *count,
+                                 struct error *err);
 
 // One more than the largest id. Ids below it may be unused.
 uint32_t tokenizer_vocab_size(const struct tokenizer *tok);

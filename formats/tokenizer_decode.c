@@ -22,6 +22,7 @@ struct step_state {
 struct tokenizer_stream {
     const struct tokenizer *tok;
     bool skip_special, any_token;
+    bool only_token; // the bytes of one token are asked for: no step holds anything back
     struct tokenizer_regex_memory *memory;
     struct tokenizer_text text; // what the current call releases
     struct step_state steps[TOKENIZER_MAX_OPS];
@@ -77,6 +78,8 @@ static int byte_fallback(struct tokenizer_stream *s, uint32_t step, const char *
     int value = byte_token_value(token, bytes);
     if (value >= 0) {
         char byte = (char)value;
+        if (s->only_token)
+            return pass(s, step + 1, &byte, 1, err);
         return tokenizer_text_append(&s->steps[step].held, &byte, 1) ? 0 : out_of_memory(err);
     }
     int rc = end_byte_run(s, step, err);
@@ -121,8 +124,11 @@ static int release_bytes(struct tokenizer_stream *s, uint32_t step, bool at_end,
 
 static int byte_level(struct tokenizer_stream *s, uint32_t step, const char *token, size_t bytes, struct error *err)
 {
-    if (!append_letter_bytes(s->tok, &s->steps[step].held, token, bytes))
+    struct tokenizer_text *held = &s->steps[step].held;
+    if (!append_letter_bytes(s->tok, held, token, bytes))
         return out_of_memory(err);
+    if (s->only_token)
+        return pass(s, step + 1, held->data, held->bytes, err);
     return s->tok->decodes_in_chunks ? release_bytes(s, step, false, err) : 0;
 }
 
@@ -330,6 +336,27 @@ int tokenizer_stream_flush(struct tokenizer_stream *s, const char **text, size_t
     *text = s->text.bytes ? s->text.data : "";
     *bytes = s->text.bytes;
     return 0;
+}
+
+int tokenizer_stream_token_bytes(struct tokenizer_stream *s, uint32_t id, const char **bytes, size_t *count,
+                                 struct error *err)
+{
+    const struct tokenizer *tok = s->tok;
+    int rc = 0;
+    if (!tok->decodes_in_chunks)
+        return error_set(err, ERR_MODEL, "%s: the decoder changes the text of several tokens at once", tok->name);
+    s->text.bytes = 0;
+    if (id < tok->header->id_count && tok->token_flags[id] & TOKEN_EXISTS && id != tok->header->unk_id) {
+        s->only_token = s->any_token = true;
+        for (uint32_t step = 0; step < tok->decoder.count; step++)
+            s->steps[step].started = true;
+        rc = add_id(s, id, err);
+        s->only_token = false;
+        reset(s);
+    }
+    *bytes = s->text.bytes ? s->text.data : "";
+    *count = s->text.bytes;
+    return rc;
 }
 
 int tokenizer_decode(const struct tokenizer *tok, const uint32_t *ids, size_t count, bool skip_special, char **out,
