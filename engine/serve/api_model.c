@@ -1,0 +1,91 @@
+// The real engine and the real model of an API. Apart from api.c, so that tests with their own engine do without ranks.
+#include "engine/serve/api_internal.h"
+
+#include "engine/serve/log.h"
+#include "engine/session.h"
+#include "formats/extra_file.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static int submit(void *arg, const struct sequence_spec *specs, int64_t count, struct engine_job **out,
+                  struct error *err)
+{
+    return engine_submit(arg, specs, count, out, err);
+}
+static void cancel(void *arg, struct engine_job *job, int64_t index) { engine_cancel(arg, job, index); }
+static enum engine_state state(void *arg) { return engine_state(arg); }
+static void read_stats(void *arg, struct engine_stats *out) { engine_read_stats(arg, out); }
+
+struct api_engine api_engine_of(struct engine *engine)
+{
+    return (struct api_engine){
+        .arg = engine, .submit = submit, .cancel = cancel, .state = state, .read_stats = read_stats};
+}
+
+// ---- the model ---------------------------------------------------------------------------------------------------
+
+// Special tokens by which the formats of output_parser.h mark calls and reasoning.
+static const char *const marks[] = {"<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]",
+                                    "[ARGS]",      "[CALL_ID]",    "<think>",        "</think>"};
+_Static_assert(sizeof marks / sizeof *marks <= API_MAX_KEPT, "room for every mark");
+
+static void find_marks(struct api *api, struct api_model *model)
+{
+    model->kept = api->kept;
+    for (size_t i = 0; i < sizeof marks / sizeof *marks; i++)
+        model->num_kept += tokenizer_token_id(model->tokenizer, marks[i], &api->kept[model->num_kept]);
+}
+
+// What the template's text tells about the model's output.
+static int read_template(struct api_model *model, const struct manifest *manifest, const char *dir, struct error *err)
+{
+    static const char *const names[] = {CHAT_TOOL_TEMPLATE_FILE, CHAT_TEMPLATE_FILE};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        uint8_t *text = NULL;
+        uint64_t bytes;
+        int rc = extra_file_read(&text, &bytes, manifest, dir, names[i], 1 << 20, err);
+        if (rc)
+            return rc;
+        if (!text)
+            continue;
+        model->format = output_format_find((const char *)text);
+        model->knows_developer = strstr((const char *)text, "developer") != NULL;
+        free(text);
+        return 0;
+    }
+    return 0;
+}
+
+static int open_chat(struct api *api, struct api_model *model, const struct manifest *manifest, const char *dir,
+                     struct error *err)
+{
+    int rc = chat_open(&api->chat, dir, manifest, err);
+    if (rc == ERR_MODEL) { // without one, or with one that cannot be used, completions remain
+        const struct log_field fields[] = {{.key = "reason", .type = LOG_TEXT, .text = err->msg}, {.key = NULL}};
+        log_line(LOG_WARNING, "no chat", fields);
+        *err = (struct error){0};
+        return 0;
+    }
+    model->chat = api->chat;
+    return rc ? rc : read_template(model, manifest, dir, err);
+}
+
+int api_load(struct api *api, struct session *session, const char *dir, struct error *err)
+{
+    const struct manifest *manifest = session_manifest(session);
+    struct api_model model = {.desc = &manifest->model, .context = session_context(session), .eos_ids = api->eos_ids};
+    int rc = session_tokenizer(session, &model.tokenizer, err);
+    if (rc)
+        return rc;
+    for (int i = 0; i < manifest->model.num_eos; i++)
+        if (manifest->model.eos_token_ids[i] >= 0)
+            api->eos_ids[model.num_eos++] = (uint32_t)manifest->model.eos_token_ids[i];
+    find_marks(api, &model);
+    if ((rc = open_chat(api, &model, manifest, dir, err)) ||
+        (rc = vocabulary_create(&api->vocabulary, model.tokenizer, model.eos_ids, model.num_eos, err)))
+        return rc;
+    model.vocabulary = api->vocabulary;
+    api_set_model(api, &model);
+    return 0;
+}

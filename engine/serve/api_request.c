@@ -1,0 +1,296 @@
+// A request's life: owners, posts to the I/O thread, and what the engine calls. See api_internal.h.
+#include "engine/serve/api_internal.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+#include <time.h>
+
+double api_now(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+void api_random_hex(char *out, int digits)
+{
+    uint8_t random[32] = {0};
+    size_t bytes = (size_t)digits / 2;
+    if (getrandom(random, bytes, GRND_NONBLOCK) != (ssize_t)bytes) { // ids must differ; they are no secrets
+        double now = api_now();
+        memcpy(random, &now, sizeof now < bytes ? sizeof now : bytes);
+    }
+    for (size_t i = 0; i < bytes; i++)
+        snprintf(out + 2 * i, 3, "%02x", random[i]);
+}
+
+// ---- owners ------------------------------------------------------------------------------------------------------
+
+static void on_posted(void *arg);
+
+struct api_request *api_request_create(struct api *api, struct http_exchange *exchange)
+{
+    struct api_request *request = calloc(1, sizeof *request);
+    if (!request)
+        return NULL;
+    request->api = api;
+    request->exchange = exchange;
+    request->writable = true;
+    atomic_init(&request->refs, 1);
+    atomic_init(&request->posted, false);
+    request->post = (struct http_post){.fn = on_posted, .arg = request};
+    pthread_mutex_init(&request->mutex, NULL);
+    pthread_mutex_lock(&api->mutex);
+    request->next = api->all;
+    if (api->all)
+        api->all->previous = request;
+    api->all = request;
+    pthread_mutex_unlock(&api->mutex);
+    return request;
+}
+
+static void free_sequences(struct api_request *request)
+{
+    for (int i = 0; i < request->num_sequences; i++) {
+        struct api_sequence *sequence = &request->sequences[i];
+        api_choice_free(&sequence->choice);
+        api_text_free(&sequence->queue);
+        grammar_state_free(sequence->grammar);
+    }
+    for (int i = 0; i < request->num_groups; i++)
+        free(request->groups[i].prompt.ids);
+    free(request->sequences);
+    free(request->groups);
+    free(request->specs);
+    grammar_free(request->grammar);
+}
+
+void api_request_free(struct api_request *request)
+{
+    struct api *api = request->api;
+    pthread_mutex_lock(&api->mutex);
+    if (request->next)
+        request->next->previous = request->previous;
+    if (request->previous)
+        request->previous->next = request->next;
+    else
+        api->all = request->next;
+    pthread_mutex_unlock(&api->mutex);
+    free_sequences(request);
+    api_params_clear(&request->params);
+    api_text_free(&request->answer);
+    pthread_mutex_destroy(&request->mutex);
+    free(request->body);
+    free(request);
+}
+
+void api_request_hold(struct api_request *request)
+{
+    atomic_fetch_add_explicit(&request->refs, 1, memory_order_relaxed);
+}
+
+void api_request_drop(struct api_request *request)
+{
+    if (atomic_fetch_sub_explicit(&request->refs, 1, memory_order_acq_rel) == 1)
+        api_request_free(request);
+}
+
+// ---- to the I/O thread -------------------------------------------------------------------------------------------
+
+// What happened before a wake is seen by the advance that follows: the flag falls before anything is looked at.
+void api_request_wake(struct api_request *request)
+{
+    if (atomic_exchange(&request->posted, true))
+        return;
+    api_request_hold(request);
+    http_server_post(request->api->server, &request->post);
+}
+
+static void on_posted(void *arg)
+{
+    struct api_request *request = arg;
+    atomic_store(&request->posted, false);
+    api_request_advance(request);
+    api_request_drop(request);
+}
+
+static void end_work(struct api_request *request, enum api_phase phase)
+{
+    request->phase = phase;
+    pthread_mutex_unlock(&request->mutex);
+    api_request_wake(request);
+}
+
+void api_request_answer(struct api_request *request, struct api_text *json)
+{
+    pthread_mutex_lock(&request->mutex);
+    if (json->failed)
+        api_error_memory(&request->error);
+    request->answer = *json;
+    *json = (struct api_text){0};
+    end_work(request, PHASE_ANSWERED);
+}
+
+void api_request_fail(struct api_request *request, const struct api_error *error)
+{
+    pthread_mutex_lock(&request->mutex);
+    request->error = *error;
+    end_work(request, PHASE_ANSWERED);
+}
+
+// ---- cancelling --------------------------------------------------------------------------------------------------
+
+// Under the mutex.
+static void cancel_sequence(struct api_request *request, struct api_sequence *sequence)
+{
+    struct api_group *group = &request->groups[sequence->group];
+    sequence->cancelled = true;
+    if (group->job && !sequence->ended)
+        request->api->options.engine.cancel(request->api->options.engine.arg, group->job,
+                                            sequence->index - group->first);
+}
+
+void api_request_cancel_one(struct api_request *request, struct api_sequence *sequence)
+{
+    pthread_mutex_lock(&request->mutex);
+    if (!sequence->cancelled)
+        cancel_sequence(request, sequence);
+    pthread_mutex_unlock(&request->mutex);
+}
+
+// Jobs that the worker has not entered yet are cancelled when it does (remember_job).
+void api_request_cancel(struct api_request *request)
+{
+    const struct api_engine *engine = &request->api->options.engine;
+    pthread_mutex_lock(&request->mutex);
+    bool submitted = request->phase == PHASE_SUBMITTING || request->phase == PHASE_RUNNING;
+    for (int i = 0; submitted && !request->cancelled && i < request->num_groups; i++)
+        if (request->groups[i].job)
+            engine->cancel(engine->arg, request->groups[i].job, -1);
+    request->cancelled = true;
+    pthread_mutex_unlock(&request->mutex);
+}
+
+bool api_request_cancelled(struct api_request *request)
+{
+    pthread_mutex_lock(&request->mutex);
+    bool cancelled = request->cancelled;
+    pthread_mutex_unlock(&request->mutex);
+    return cancelled;
+}
+
+// ---- called by the engine ----------------------------------------------------------------------------------------
+
+// Gaps between tokens, and when the first one came.
+static void note_time(struct api_sequence *sequence, int64_t count)
+{
+    struct api_request *request = sequence->request;
+    struct metrics *metrics = request->api->options.metrics;
+    double now = api_now();
+    if (request->first_token_s == 0)
+        request->first_token_s = now;
+    for (int64_t i = 0; metrics && sequence->last_token_s > 0 && i < count; i++)
+        metrics_token_gap(metrics, (now - sequence->last_token_s) / (double)count);
+    sequence->last_token_s = now;
+}
+
+static bool on_tokens(void *arg, const struct step_choice *choices, int64_t count)
+{
+    struct api_sequence *sequence = arg;
+    struct api_request *request = sequence->request;
+    pthread_mutex_lock(&request->mutex);
+    note_time(sequence, count);
+    for (int64_t i = 0; i < count; i++)
+        api_text_append(&sequence->queue, &choices[i],
+                        offsetof(struct step_choice, top) + (size_t)choices[i].num_top * sizeof choices[i].top[0]);
+    bool wanted = !sequence->cancelled && !request->cancelled && !sequence->queue.failed;
+    pthread_mutex_unlock(&request->mutex);
+    api_request_wake(request);
+    return wanted;
+}
+
+static void on_end(void *arg, enum finish_reason reason, const struct sequence_usage *usage, uint32_t stop_token,
+                   const struct error *err)
+{
+    struct api_sequence *sequence = arg;
+    struct api_request *request = sequence->request;
+    struct api_group *group = &request->groups[sequence->group];
+    pthread_mutex_lock(&request->mutex);
+    sequence->ended = true;
+    sequence->reason = reason;
+    sequence->stop_token = stop_token;
+    sequence->usage = *usage;
+    if (reason == FINISH_ERROR && err && !request->engine_error.code)
+        request->engine_error = *err;
+    bool last = ++group->ended == group->count;
+    if (last)
+        group->job = NULL;
+    pthread_mutex_unlock(&request->mutex);
+    api_request_wake(request);
+    if (last)
+        api_request_drop(request);
+}
+
+// ---- submitting --------------------------------------------------------------------------------------------------
+
+static void remember_job(struct api_request *request, struct api_group *group, struct engine_job *job)
+{
+    pthread_mutex_lock(&request->mutex);
+    if (group->ended < group->count)
+        group->job = job;
+    for (int i = group->first; i < group->first + group->count; i++)
+        if (request->cancelled || request->sequences[i].cancelled)
+            cancel_sequence(request, &request->sequences[i]);
+    pthread_mutex_unlock(&request->mutex);
+}
+
+static int submit_group(struct api_request *request, struct api_group *group, struct error *err)
+{
+    const struct api_engine *engine = &request->api->options.engine;
+    struct engine_job *job = NULL;
+    for (int i = group->first; i < group->first + group->count; i++) {
+        request->specs[i].arg = &request->sequences[i];
+        request->specs[i].on_tokens = on_tokens;
+        request->specs[i].on_end = on_end;
+    }
+    api_request_hold(request); // until the group's last on_end
+    int rc = engine->submit(engine->arg, &request->specs[group->first], group->count, &job, err);
+    if (rc)
+        api_request_drop(request); // the worker holds it as well
+    else
+        remember_job(request, group, job);
+    return rc;
+}
+
+int api_request_submit(struct api_request *request, struct api_error *error)
+{
+    struct error err = {0};
+    struct engine_stats stats;
+    int rc = 0, submitted = 0;
+    pthread_mutex_lock(&request->mutex);
+    request->phase = PHASE_SUBMITTING;
+    pthread_mutex_unlock(&request->mutex);
+    while (submitted < request->num_groups && !rc)
+        submitted += (rc = submit_group(request, &request->groups[submitted], &err)) == 0;
+    if (rc == 0) {
+        pthread_mutex_lock(&request->mutex);
+        end_work(request, PHASE_RUNNING);
+        return 0;
+    }
+    pthread_mutex_lock(&request->mutex);
+    request->cancelled = true;
+    for (int i = 0; i < submitted; i++)
+        for (int s = request->groups[i].first; s < request->groups[i].first + request->groups[i].count; s++)
+            cancel_sequence(request, &request->sequences[s]);
+    pthread_mutex_unlock(&request->mutex);
+    api_error_from(error, &err, request->params.chat ? "messages" : "prompt");
+    if (error->status == 400)
+        error->code = "context_length_exceeded";
+    if (error->status == 429) {
+        request->api->options.engine.read_stats(request->api->options.engine.arg, &stats);
+        error->retry_after_s = stats.retry_after_s > 1 && stats.retry_after_s < 3600 ? (int64_t)stats.retry_after_s : 1;
+    }
+    return -1;
+}
