@@ -104,10 +104,10 @@ static void measure(struct bench *b, const char *name)
     struct step_runner runner = {b, run};
     b->options.context = CONTEXT;
     b->options.max_sequences = SEQUENCES;
-    b->options.vocab_size = VOCAB;
     b->options.prefill_chunk = 512;
     b->options.decode_rows = 256;
     b->options.max_rows = 768;
+    b->options.balance_rows = 128;
     b->options.share_prefixes = true;
     b->area = (struct step_area){
         .context = CONTEXT, .max_sequences = SEQUENCES, .vocab_size = VOCAB, .num_pages = b->options.num_pages};
@@ -139,12 +139,12 @@ static void measure(struct bench *b, const char *name)
             step_ns[step] = clock_now_ns() - start_ns - b->runner_ns;
     }
     qsort(step_ns, STEPS, sizeof *step_ns, by_value);
+    int64_t median_ns = step_ns[STEPS / 2], slow_ns = step_ns[STEPS * 99 / 100];
     struct scheduler_stats stats;
     scheduler_read_stats(b->scheduler, &stats);
     printf("scheduler %s sequences=%d us=%.1f p99_us=%.0f tokens_per_step=%.1f cached=%.2f accepted=%.2f "
            "preemptions=%lld\n",
-           name, SEQUENCES, (double)step_ns[STEPS / 2] / 1e3, (double)step_ns[STEPS * 99 / 100] / 1e3,
-           (double)b->tokens / STEPS,
+           name, SEQUENCES, 1e-3 * (double)median_ns, 1e-3 * (double)slow_ns, (double)b->tokens / STEPS,
            stats.prefix_queries_tokens ? (double)stats.cached_tokens / (double)stats.prefix_queries_tokens : 0,
            stats.drafted_tokens ? (double)stats.accepted_tokens / (double)stats.drafted_tokens : 0,
            (long long)stats.preemptions);

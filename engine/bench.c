@@ -72,8 +72,7 @@ static int measure(struct session *session, struct result *out, double opened_s,
     struct shared_area *shared = session_shared(session);
     out->load_s = 1e-9 * (double)(atomic_load(&shared->loaded_ns) - atomic_load(&shared->started_ns));
     out->first_token_s = figures.first_s - opened_s;
-    out->prefill_tokens_per_s =
-        (double)(options.prompt_tokens * options.batch) / (figures.first_s - figures.begin_s);
+    out->prefill_tokens_per_s = (double)(options.prompt_tokens * options.batch) / (figures.first_s - figures.begin_s);
     out->decode_tokens_per_s = (double)decoded / (figures.end_s - figures.first_s);
     if (figures.decode_rows > 0)
         out->sent_bytes_per_token = (double)figures.sent_bytes / (double)figures.decode_rows;

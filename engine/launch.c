@@ -76,6 +76,7 @@ struct launch {
     struct sigaction before_int, before_term;
     int64_t looked_ns;
     struct error error; // code 0: nothing has failed
+    int lost_rank;      // where it came from
     struct rank_handle ranks[COMM_MAX_RANKS];
 };
 
@@ -360,6 +361,8 @@ int64_t launch_pid(const struct launch *launch, int rank)
     return launch->options.threads ? getpid() : launch->ranks[rank].pid;
 }
 
+int launch_lost_rank(const struct launch *launch) { return launch->error.code ? launch->lost_rank : -1; }
+
 // ---- watching ------------------------------------------------------------------------------------------------------
 
 static void post_number(struct launch *launch, int command)
@@ -501,6 +504,7 @@ static int fail(struct launch *launch, int rank, const struct error *found, stru
     comm_region_abort(launch->region, rank, found);
     if (!comm_region_error(launch->region, &rank, &launch->error))
         launch->error = *found;
+    launch->lost_rank = rank;
     struct error ignored = {.code = ERR_RANK};
     end_ranks(launch, FAIL_GRACE_MS, &ignored);
     launch->command_running = false;

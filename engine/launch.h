@@ -27,8 +27,8 @@ struct launch_options {
     bool threads;         // ranks as threads instead of processes
     int start_timeout_ms; // longest time of a starting rank without progress (comm_at, collectives); 0: 120000
     int wait_timeout_ms;  // longest wait in a collective; a busy rank may be silent for a quarter more; 0: 10000
-    bool
-        leave_signals; // SIGINT and SIGTERM are the caller's: launch_wait reports none (rank processes still ignore them)
+    // SIGINT and SIGTERM are the caller's: launch_wait reports none (rank processes still ignore them).
+    bool leave_signals;
     uint64_t comm_max_elems; // largest all-reduce message in floats
     size_t shared_bytes;     // the caller's own shared area, zeroed
 };
@@ -55,6 +55,8 @@ void *launch_shared(struct launch *launch);
 // Where a rank is and in which process; this one's where ranks are threads.
 struct comm_position launch_position(const struct launch *launch, int rank);
 int64_t launch_pid(const struct launch *launch, int rank);
+// The rank whose failure has ended all of them; -1: none has failed.
+int launch_lost_rank(const struct launch *launch);
 
 // ---- commands: the parent posts one, all ranks take it, run it and report done ----------------------------------
 // Rank side. Blocks (spins a bounded time, then sleeps) until the parent posts a command; *command receives it. Returns

@@ -16,7 +16,7 @@ enum { NOT_COUNTED = -1 };
 
 // What a slot's penalties have counted, apart from the prompt.
 struct slot_counts {
-    struct token_counts host; // allocated when first needed
+    struct token_counts host;             // allocated when first needed
     int64_t host_outputs, device_outputs; // tokens of the output; NOT_COUNTED
 };
 
@@ -311,8 +311,8 @@ int rank_step_forward(struct rank_step *s, const struct step_area *area, int64_t
     for (int64_t done = 0; done < count; done += most) {
         int64_t rows = count - done < most ? count - done : most;
         for (int64_t i = 0; i < rows; i++)
-            s->rows[i] =
-                (struct token_row){.token = area->tokens[start + done + i], .sequence = 0, .position = start + done + i};
+            s->rows[i] = (struct token_row){
+                .token = area->tokens[start + done + i], .sequence = 0, .position = start + done + i};
         if ((rc = decoder_forward(s->decoder, s->rows, rows, PHASE_PREFILL, &pages, err)) ||
             (rc = decoder_logits(s->decoder, NULL, rows, logits + done * stride, stride, err)))
             return rc;

@@ -41,7 +41,7 @@ struct sampler {
         struct candidate *candidates;
         struct distribution *distributions; // [SAMPLER_MAX_ROWS], as candidates
     } own, gathered;                        // gathered: [tp_size] times as much
-    float *shaped;                          // [vocab_local] a row's logits, changed, where the raw ones are needed again
+    float *shaped; // [vocab_local] a row's logits, changed, where the raw ones are needed again
 };
 
 int sampler_create(struct sampler **out, int tp_size, int64_t vocab_begin, int64_t vocab_local, struct error *err)
@@ -132,8 +132,8 @@ static int join_candidates(struct sampler *s, struct comm *comm, int64_t count, 
             if (other.has_nan)
                 return error_set(err, ERR_OTHER,
                                  "rank %d: the logits hold NaN; the weights or the activations are damaged", rank);
-            if (!other.empty && (best.empty || other.score > best.score ||
-                                 (other.score == best.score && other.token < best.token)))
+            if (!other.empty &&
+                (best.empty || other.score > best.score || (other.score == best.score && other.token < best.token)))
                 best = other;
         }
         own[i] = best;

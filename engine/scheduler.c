@@ -1,23 +1,19 @@
 // The lives of sequences: added, given their tokens, ended. See scheduler.h; what a step computes is scheduler_plan.c's.
 #include "engine/scheduler_internal.h"
 
+#include "kernels/futex.h"
+
 #include <assert.h>
 #include <math.h>
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 _Static_assert(offsetof(struct sequence, item) == 0, "the queue's items are sequences");
 
 enum { OUTPUT_WEIGHT = 2 }; // of a produced token against one of a prompt, in what a tenant was served
 
-static double now_s(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
-}
+static double now_s(void) { return 1e-9 * (double)clock_now_ns(); }
 
 // ---- Making and unmaking -------------------------------------------------------------------------------------------
 
@@ -210,14 +206,6 @@ static int64_t output_limit(const struct scheduler *s, int64_t prompt_count)
     return (s->options.context < cache ? s->options.context : cache) + 1 - prompt_count;
 }
 
-static int check_sampling(const struct sampling *how, struct error *err)
-{
-    bool good = isfinite(how->temperature) && how->temperature >= 0 && how->top_p >= 0 && how->top_p <= 1 &&
-                how->min_p >= 0 && how->min_p <= 1 && how->top_k >= 0 && isfinite(how->repetition_penalty) &&
-                how->repetition_penalty > 0 && isfinite(how->frequency_penalty) && isfinite(how->presence_penalty);
-    return good ? 0 : error_set(err, ERR_USAGE, "a sampling parameter is out of its range");
-}
-
 static int check_edits(const struct scheduler *s, const struct sequence_spec *spec, struct error *err)
 {
     int64_t edits = spec->num_edits;
@@ -235,7 +223,6 @@ static int check_edits(const struct scheduler *s, const struct sequence_spec *sp
 
 static int check_spec(const struct scheduler *s, const struct sequence_spec *spec, struct error *err)
 {
-    int rc;
     if (spec->prompt_count < 1 || spec->prompt_count > s->options.context)
         return error_set(err, ERR_USAGE, "the prompt has %lld tokens; from 1 to %lld fit the context",
                          (long long)spec->prompt_count, (long long)s->options.context);
@@ -252,8 +239,8 @@ static int check_spec(const struct scheduler *s, const struct sequence_spec *spe
         if (spec->prompt[i] >= s->area.vocab_size)
             return error_set(err, ERR_USAGE, "token %u of the prompt: the model has %lld tokens", spec->prompt[i],
                              (long long)s->area.vocab_size);
-    if ((rc = check_sampling(&spec->sampling, err)))
-        return rc;
+    if (!sampling_is_sound(&spec->sampling))
+        return error_set(err, ERR_USAGE, "a sampling parameter is out of its range");
     return check_edits(s, spec, err);
 }
 
@@ -344,6 +331,7 @@ static enum finish_reason take_token(struct scheduler *s, struct sequence *q, ui
         q->tokens[q->length] = token;
     q->length++;
     q->produced++;
+    q->mask_filled = false;
     if (q->spec.filter)
         q->spec.filter->advance(q->spec.filter->state, token);
     if (!q->stops_allowed && q->produced >= q->spec.min_tokens) {

@@ -63,18 +63,16 @@ struct sequence_spec {
 
 struct scheduler_options {
     int64_t num_pages, context, max_sequences; // slots: at most MAX_SEQUENCES
-    int64_t vocab_size;
     int64_t max_rows;      // of a step, all phases together; at least decode_rows, and prefill_chunk where chunks_fixed
     int64_t decode_rows;   // of a step, drafts included; at least max_sequences
     int64_t prefill_chunk; // rows of one prompt in one step
     // Arithmetic depends on the chunk: chunks begin at multiples of prefill_chunk and are as long, but for a prompt's last, and only whole
     // chunks of prompts are shared. Otherwise every full page is.
     bool chunks_fixed;
-    bool mixes_phases; // prefill and decode rows of a step run together (else one after the other; both are allowed)
     bool share_prefixes;
     int64_t draft_tokens; // longest draft by prompt lookup; 0: none
     // So many decode rows cost as much time as reading the weights: from there on a draft takes from other sequences, and must be likelier
-    // to be right. 0: rows cost nothing.
+    // to be right; and eight times as many rows of prompts are enough beside running streams, where chunks may be cut. 0: rows cost nothing.
     int64_t balance_rows;
     uint64_t hash_seed; // secret, against chosen collisions
 };
@@ -98,8 +96,8 @@ struct sequence; // one added sequence, valid until its on_end returns
 
 int scheduler_create(struct scheduler **out, const struct scheduler_options *options, const struct step_area *area,
                      const struct step_runner *runner, struct error *err);
-void scheduler_free(
-    struct scheduler *scheduler); // accepts NULL; ends what is left with FINISH_CANCELLED, callbacks add nothing then
+// Accepts NULL; ends what is left with FINISH_CANCELLED, callbacks add nothing then.
+void scheduler_free(struct scheduler *scheduler);
 
 // count sequences that begin with the same prompt (n of a request): the others wait until the first has computed it. Success: out [count].
 // ERR_USAGE for a prompt that does not fit the context and for settings out of their ranges, ERR_MEMORY when it can never fit the cache.

@@ -29,6 +29,7 @@ struct sequence {
     // in the prompt and after a preemption.
     int32_t slot;
     bool begun;          // the ranks know the slot
+    bool mask_filled;    // for the next choice
     uint32_t *tokens;    // the slot's part of the area
     int32_t *pages;      // likewise
     struct draft *draft; // likewise; NULL: none
@@ -61,6 +62,7 @@ struct scheduler {
     int64_t num_admitted;
     bool admission_blocked; // until pages come back
     bool prefill_waited;    // the last step had no room for a chunk
+    int64_t mask_turn;      // which of the admitted has its mask filled first
     int busy;               // depth of steps and callbacks: what ends now ends later
     int64_t num_cancelled;  // sequences that are marked
 

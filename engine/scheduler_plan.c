@@ -2,9 +2,12 @@
 #include "engine/scheduler_internal.h"
 
 #include "formats/checked.h"
+#include "kernels/futex.h"
 
 #include <math.h>
 #include <string.h>
+
+enum { MASKS_NS = 5000000 }; // what the masks of one step may take, but for the last of them
 
 static int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t pages_of(int64_t tokens) { return (int64_t)div_up((uint64_t)tokens, KV_PAGE_TOKENS); }
@@ -49,6 +52,8 @@ void scheduler_publish(struct scheduler *s, struct sequence *q)
 static int64_t match(struct scheduler *s, struct sequence *q, const uint32_t *tokens)
 {
     int64_t had = q->num_published, most = (q->length - 1) / KV_PAGE_TOKENS, pages = had;
+    if (s->options.chunks_fixed) // where another's prompt goes on like this one's output its arithmetic was another
+        most = min_of(most, q->spec.prompt_count / KV_PAGE_TOKENS);
     if (!s->options.share_prefixes || q->num_pages > had + 1)
         return 0;
     int32_t begun = q->num_pages > had ? q->pages[had] : NO_PAGE;
@@ -257,13 +262,33 @@ static void match_prompts(struct scheduler *s)
     }
 }
 
+// Filters may be costly (a client writes their grammars), and every stream waits for them: once they have taken their time the others'
+// turn comes in the next step. Masks stay until their choice is made.
+static void fill_masks(struct scheduler *s)
+{
+    int64_t until_ns = clock_now_ns() + MASKS_NS, count = s->num_admitted, begin = s->mask_turn;
+    for (int64_t i = 0; i < count; i++) {
+        struct sequence *q = s->admitted[(begin + i) % count];
+        if (q->state != SEQUENCE_RUNNING || !q->spec.filter || q->mask_filled)
+            continue;
+        s->mask_turn = begin + i;
+        if (clock_now_ns() >= until_ns)
+            return;
+        uint32_t *mask = s->area.masks + q->slot * s->area.mask_words;
+        q->spec.filter->fill(q->spec.filter->state, mask, s->area.mask_words);
+        q->mask_filled = true;
+    }
+}
+
+static bool waits_for_mask(const struct sequence *q) { return q->spec.filter && !q->mask_filled; }
+
 // One row for every sequence that decodes: no stream waits for another's prompt or draft.
 static int64_t plan_decode(struct scheduler *s)
 {
     int64_t streams = 0;
     for (int64_t i = 0; i < s->num_admitted; i++) {
         struct sequence *q = s->admitted[i];
-        if (q->state == SEQUENCE_RUNNING && !in_prompt(q) && reserve(s, q, q->computed + 1)) {
+        if (q->state == SEQUENCE_RUNNING && !in_prompt(q) && !waits_for_mask(q) && reserve(s, q, q->computed + 1)) {
             give(s, q, 1, q->computed + 1 == q->length);
             streams++;
         }
@@ -339,7 +364,7 @@ static void plan_prefill(struct scheduler *s)
     bool planned = false;
     for (int64_t i = 0; i < s->num_admitted && s->rows_left > 0; i++) {
         struct sequence *q = s->admitted[i];
-        if (q->state != SEQUENCE_RUNNING || !in_prompt(q) || is_being_computed(s, q))
+        if (q->state != SEQUENCE_RUNNING || !in_prompt(q) || waits_for_mask(q) || is_being_computed(s, q))
             continue;
         int64_t rows = chunk_of(s, q);
         if (rows > s->rows_left && s->options.chunks_fixed) {
@@ -354,11 +379,19 @@ static void plan_prefill(struct scheduler *s)
     }
 }
 
+// Prompts' rows of a step in which streams wait for their next token: so many that little time goes into reading the weights again for the
+// rest, and no more, so that the step is short.
+static int64_t prefill_beside_decode(const struct scheduler *s)
+{
+    bool cuts = !s->options.chunks_fixed && s->options.balance_rows > 0;
+    return cuts ? 8 * s->options.balance_rows : s->options.max_rows;
+}
+
 // The first chunk that waits; 0: none does.
 static int64_t next_chunk(const struct scheduler *s)
 {
     for (int64_t i = 0; i < s->num_admitted; i++)
-        if (s->admitted[i]->state == SEQUENCE_RUNNING && in_prompt(s->admitted[i]))
+        if (s->admitted[i]->state == SEQUENCE_RUNNING && in_prompt(s->admitted[i]) && !waits_for_mask(s->admitted[i]))
             return chunk_of(s, s->admitted[i]);
     return 0;
 }
@@ -368,10 +401,6 @@ static int64_t next_chunk(const struct scheduler *s)
 static void write_segment(struct scheduler *s, struct sequence *q)
 {
     struct step *step = s->area.step;
-    if (q->choices > 0 && q->spec.filter) {
-        uint32_t *mask = s->area.masks + q->slot * s->area.mask_words;
-        q->spec.filter->fill(q->spec.filter->state, mask, s->area.mask_words);
-    }
     step->segments[step->num_segments++] = (struct step_segment){
         .sequence = q->slot,
         .phase = in_prompt(q) ? PHASE_PREFILL : PHASE_DECODE,
@@ -398,11 +427,16 @@ void scheduler_plan(struct scheduler *s)
         s->admitted[i]->rows = s->admitted[i]->choices = 0;
 
     match_prompts(s);
+    fill_masks(s);
     int64_t chunk = next_chunk(s);
     // Where a chunk cannot be cut and does not fit beside the others, they take turns.
     if (chunk == 0 || !s->prefill_waited) {
         int64_t streams = plan_decode(s);
+        if (streams > 0)
+            chunk = min_of(chunk, prefill_beside_decode(s));
         plan_more_decode(s, streams, min_of(chunk, s->rows_left));
+        if (streams > 0)
+            s->rows_left = min_of(s->rows_left, prefill_beside_decode(s));
     }
     s->prefill_waited = false;
     plan_prefill(s);

@@ -295,9 +295,10 @@ static void plan_steps(struct session *s, const struct session_options *options)
     int64_t wanted = sequences > 1 && usual < LEAST_DECODE_ROWS ? LEAST_DECODE_ROWS : usual;
     struct step_limits *limits = &s->worker.limits;
     limits->decode_rows = backend->mixes_phases || wanted > backend->decode_rows ? backend->decode_rows : wanted;
-    limits->prefill_rows = backend->prefill_rows;
-    limits->max_rows = backend->prefill_rows + (backend->mixes_phases ? 0 : limits->decode_rows);
-    limits->chunk = backend->chunks_fixed ? backend->prefill_rows : 1;
+    bool shorter = options->prefill_rows > 0 && options->prefill_rows < backend->prefill_rows;
+    limits->prefill_rows = shorter ? options->prefill_rows : backend->prefill_rows;
+    limits->max_rows = backend->mixes_phases ? backend->prefill_rows : limits->prefill_rows + limits->decode_rows;
+    limits->chunk = backend->chunks_fixed ? limits->prefill_rows : 1;
     s->worker.usual_choices = usual;
 }
 
@@ -402,6 +403,7 @@ void session_rank_report(const struct session *s, int rank, struct rank_report *
         .file_bytes = file_bytes,
         .exchange_s = 1e-9 * (double)atomic_load_explicit(&s->shared->rank_exchange_ns[rank], memory_order_relaxed),
         .device = s->ready ? s->shared->device[rank] : "",
+        .lost = launch_lost_rank(s->launch) == rank,
     };
     char path[64];
     snprintf(path, sizeof path, "/proc/%lld/status", (long long)out->pid);
@@ -420,12 +422,10 @@ void session_scheduler_options(const struct session *s, struct scheduler_options
         .num_pages = s->ready ? s->area.num_pages : s->wanted_pages,
         .context = w->context,
         .max_sequences = w->max_sequences,
-        .vocab_size = s->manifest->model.vocab_size,
         .max_rows = w->limits.max_rows,
         .decode_rows = w->limits.decode_rows,
         .prefill_chunk = w->limits.prefill_rows,
         .chunks_fixed = w->backend->chunks_fixed,
-        .mixes_phases = w->backend->mixes_phases,
         .balance_rows = w->backend->balance_rows,
     };
 }
@@ -440,7 +440,8 @@ static int run_command(struct session *s, enum worker_command command, struct er
 
 int session_run_step(struct session *s, struct error *err)
 {
-    return s->ready ? run_command(s, COMMAND_STEP, err) : error_set(err, ERR_OTHER, "%s: the ranks are not ready", s->dir);
+    return s->ready ? run_command(s, COMMAND_STEP, err)
+                    : error_set(err, ERR_OTHER, "%s: the ranks are not ready", s->dir);
 }
 
 static int run_step(void *session, struct error *err) { return session_run_step(session, err); }
@@ -493,7 +494,7 @@ static double now_s(void) { return 1e-9 * (double)clock_now_ns(); }
 struct run {
     struct generate_figures figures;
     int64_t running, waiting; // sequences; of these, before their first token
-    struct error error; // of a sequence
+    struct error error;       // of a sequence
 };
 
 struct run_sequence {
@@ -606,8 +607,8 @@ static int run_all(struct session *s, struct run *run, struct run_sequence *sequ
     return rc;
 }
 
-int session_generate(struct session *s, struct generation *generations, int64_t count,
-                     struct generate_figures *figures, struct error *err)
+int session_generate(struct session *s, struct generation *generations, int64_t count, struct generate_figures *figures,
+                     struct error *err)
 {
     struct run_sequence sequences[MAX_SEQUENCES];
     struct run run = {.waiting = count};

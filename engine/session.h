@@ -27,8 +27,11 @@ struct session_options {
     int64_t kv_tokens;    // room of the KV cache; 0: context for each sequence
     bool kv_fits;         // with kv_tokens 0: no more than there is memory for, but one context at least
     int64_t draft_tokens; // longest draft of a sequence by prompt lookup; 0: none
-    bool recomputes;      // session_generate shares no prefix of earlier or other prompts, for measuring
-    bool leave_signals;   // SIGINT and SIGTERM are the caller's (see launch.h)
+    // Most rows of a piece of a prompt, where that is less than the backend's own; 0: that. Others wait less while a prompt is computed; where
+    // the cuts matter, prefixes are shared at its multiples.
+    int64_t prefill_rows;
+    bool recomputes;    // session_generate shares no prefix of earlier or other prompts, for measuring
+    bool leave_signals; // SIGINT and SIGTERM are the caller's (see launch.h)
 };
 extern const struct session_options session_defaults;
 
@@ -84,6 +87,7 @@ struct rank_report {
     int64_t rss_bytes;  // 0: not known
     double exchange_s;  // in exchanges with other ranks, waiting included
     const char *device; // "" while it loads
+    bool lost;          // its failure has ended all of them
 };
 void session_rank_report(const struct session *session, int rank, struct rank_report *out);
 

@@ -55,7 +55,7 @@ static int refuse(int64_t segment, const char *what, struct error *err)
     return error_set(err, ERR_OTHER, "segment %lld of a step: %s", (long long)segment, what);
 }
 
-static bool is_sound(const struct sampling *how)
+bool sampling_is_sound(const struct sampling *how)
 {
     return isfinite(how->temperature) && how->temperature >= 0 && how->top_p >= 0 && how->top_p <= 1 &&
            how->min_p >= 0 && how->min_p <= 1 && how->top_k >= 0 && isfinite(how->repetition_penalty) &&
@@ -64,7 +64,7 @@ static bool is_sound(const struct sampling *how)
 
 static const char *slot_problem(const struct step_slot *slot, const struct step_segment *s)
 {
-    if (!is_sound(&slot->sampling))
+    if (!sampling_is_sound(&slot->sampling))
         return "settings of sampling out of their ranges";
     if (s->choices > 1 && sampling_has_penalties(&slot->sampling))
         return "several choices with penalties";
@@ -129,9 +129,10 @@ int step_check(const struct step_area *a, const struct step *step, const struct 
     }
     if (rows > limits->max_rows || decode_rows > limits->decode_rows || choices != step->num_choices ||
         choices > STEP_MAX_CHOICES)
-        return error_set(err, ERR_OTHER,
-                         "a step of %lld rows, %lld of them in decode, and %lld choices of %lld: at most %lld, %lld, %d",
-                         (long long)rows, (long long)decode_rows, (long long)choices, (long long)step->num_choices,
-                         (long long)limits->max_rows, (long long)limits->decode_rows, STEP_MAX_CHOICES);
+        return error_set(
+            err, ERR_OTHER,
+            "a step of %lld rows, %lld of them in decode, and %lld choices of %lld: at most %lld, %lld, %d",
+            (long long)rows, (long long)decode_rows, (long long)choices, (long long)step->num_choices,
+            (long long)limits->max_rows, (long long)limits->decode_rows, STEP_MAX_CHOICES);
     return 0;
 }

@@ -29,9 +29,9 @@ struct step_segment {
     enum phase phase;
     int64_t start, count;
     int64_t choices; // 0 .. count
-    uint64_t
-        first_step; // how many tokens the sequence has produced before the first choice; the next one has one more:
-                    // start + count - choices + 1 == prompt_count + first_step
+    // How many tokens the sequence has produced before the first choice; the next one has one more: start + count - choices + 1 ==
+    // prompt_count + first_step.
+    uint64_t first_step;
     bool begins_sequence; // the slot is new: forget counts, count the first prompt_count tokens of its table
 };
 
@@ -97,6 +97,9 @@ struct step_limits {
 // pages are shared or owned as they should be is the scheduler's matter.
 int step_check(const struct step_area *area, const struct step *step, const struct step_limits *limits,
                struct error *err);
+
+// Whether all settings are in their ranges.
+bool sampling_is_sound(const struct sampling *how);
 
 static inline bool sampling_has_penalties(const struct sampling *how)
 {

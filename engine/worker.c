@@ -160,7 +160,8 @@ static int settle_memory(struct worker *w, struct device_shape *shape, struct er
         return refuse_memory(w, &sum, sharing, err);
     for (int r = 0; r < w->env->tp_size; r++)
         pages = pages_of_all[r] < pages ? pages_of_all[r] : pages;
-    if (pages < (double)o->least_pages && (rc = comm_barrier(w->env->comm, err))) // the other rank says it, with its figures
+    if (pages < (double)o->least_pages &&
+        (rc = comm_barrier(w->env->comm, err))) // the other rank says it, with its figures
         return rc;
     shape->num_pages = (int64_t)pages;
     return 0;

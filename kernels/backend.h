@@ -146,8 +146,9 @@ struct backend {
     int64_t prefill_rows; // good size of a prefill step
     int64_t decode_rows;  // most rows of a decode step
     int64_t balance_rows; // so many rows of a decode step take about as long as reading the weights
-    bool mixes_phases;    // one arithmetic: a step may hold rows of both phases and of any sequences, and says PHASE_DECODE
-    bool chunks_fixed;    // results of prefill depend on where its steps are cut: at multiples of prefill_rows
+    bool
+        mixes_phases; // one arithmetic: a step may hold rows of both phases and of any sequences, and says PHASE_DECODE
+    bool chunks_fixed; // results of prefill depend on where its steps are cut
     // Host memory that a rank's device takes beside the KV cache, for a parent that plans before its ranks run.
     uint64_t (*host_bytes)(const struct device_shape *shape, int threads);
 

@@ -47,6 +47,7 @@ struct fake_engine {
     int submit_error;          // of every submit
     int64_t submit_limit;      // submits that are taken before submit_error; -1: all
     bool hold_submit;          // submit waits
+    int64_t pages;             // of the KV cache, in stats
     struct sequence_spec seen; // the last spec; prompt copied
     uint32_t seen_prompt[4096];
     int64_t submitted, ended, cancelled; // sequences
@@ -205,6 +206,7 @@ static inline void fake_stats(void *arg, struct engine_stats *out)
     *out = (struct engine_stats){.retry_after_s = 3, .num_ranks = 1};
     pthread_mutex_lock(&fake->mutex);
     out->scheduler.running = fake->submitted - fake->ended;
+    out->scheduler.pages = fake->pages;
     pthread_mutex_unlock(&fake->mutex);
 }
 

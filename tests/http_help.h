@@ -41,6 +41,7 @@ static const struct http_limits limits = {
     .write_stall_s = 0.8,
     .linger_s = 0.5,
     .output_bytes = 16384,
+    .all_output_bytes = 6 << 20,
     .connections = 40,
 };
 
@@ -55,7 +56,7 @@ static inline void sleep_s(double seconds) { usleep((useconds_t)(1e6 * seconds))
 
 // ---- the server under test -----------------------------------------------------------------------------------------
 
-enum { FLOOD_BYTES = 4 << 20, FLOOD_PIECE = 1000 };
+enum { FLOOD_BYTES = 4 << 20, FLOOD_PIECE = 1000, LARGE_BYTES = 4 << 20 };
 
 static struct {
     struct http_server *server;
@@ -135,6 +136,9 @@ static inline void on_request(void *arg, struct http_exchange *exchange)
         http_stream_end(exchange);
     } else if (strcmp(path, "/flood") == 0) {
         begin_flood(exchange);
+    } else if (strcmp(path, "/large") == 0) {
+        static const char large[LARGE_BYTES];
+        http_respond(exchange, 200, "text/plain", large, sizeof large);
     } else if (strcmp(path, "/abort") == 0) {
         http_stream_begin(exchange, 200, "text/plain");
         http_stream_write(exchange, "begin", 5);

@@ -6,13 +6,15 @@
 
 #include <cmocka.h>
 
-#include "scheduler_help.h"
+#include "tests/scheduler_help.h"
 
 #include "engine/scheduler_internal.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+
+int64_t fake_vocab_size = 50;
 
 static uint64_t mixed(uint64_t a, uint64_t b)
 {
@@ -143,7 +145,7 @@ void fake_model_output(const struct scheduler_options *o, const struct sequence_
 {
     static uint64_t entries[2 * FAKE_MAX_CONTEXT];
     static uint32_t tokens[2 * FAKE_MAX_CONTEXT];
-    uint32_t vocab = (uint32_t)o->vocab_size, mask[FAKE_MAX_VOCAB / 32];
+    uint32_t vocab = (uint32_t)fake_vocab_size, mask[FAKE_MAX_VOCAB / 32];
     struct logit_edit edits[2 * FAKE_MAX_VOCAB];
     int64_t room = o->num_pages * KV_PAGE_TOKENS < o->context ? o->num_pages * KV_PAGE_TOKENS : o->context;
     memcpy(tokens, spec->prompt, (size_t)spec->prompt_count * sizeof *tokens);
@@ -276,7 +278,7 @@ void fake_model_open(struct fake_model *m, const struct scheduler_options *optio
     *m = (struct fake_model){.options = *options};
     m->area = (struct step_area){.context = options->context,
                                  .max_sequences = options->max_sequences,
-                                 .vocab_size = options->vocab_size,
+                                 .vocab_size = fake_vocab_size,
                                  .num_pages = options->num_pages};
     size_t bytes = step_area_bytes(&m->area);
     m->memory = aligned_alloc(64, bytes);

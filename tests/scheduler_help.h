@@ -11,6 +11,7 @@
 #include <stdint.h>
 
 enum { FAKE_MAX_CONTEXT = 1024, FAKE_MAX_VOCAB = 64 };
+extern int64_t fake_vocab_size; // tokens of the model: 50, or what a test sets, at most FAKE_MAX_VOCAB
 
 // A filter whose allowed tokens depend on those before; after `complete_after` of them only the end is allowed.
 struct fake_filter {
@@ -30,14 +31,14 @@ struct fake_model {
     void *memory;
     uint64_t *entries; // of the KV cache [num_pages * KV_PAGE_TOKENS]
     int64_t *written;  // [num_pages] the last step and slot that wrote it
-    uint64_t begun[MAX_SEQUENCES],
-        counted[MAX_SEQUENCES]; // what ranks remember of a slot: the prompt, the tokens chosen
-    int64_t steps, fails_at;    // the step that fails; 0: none does
+    // What ranks remember of a slot: the prompt, the tokens chosen.
+    uint64_t begun[MAX_SEQUENCES], counted[MAX_SEQUENCES];
+    int64_t steps, fails_at; // the step that fails; 0: none does
     int64_t last_rows;
     bool last_decoded[MAX_SEQUENCES]; // slots that were given a token in the last step
 };
 
-// Makes area and scheduler for the options; vocab_size <= FAKE_MAX_VOCAB.
+// Makes area and scheduler for the options.
 void fake_model_open(struct fake_model *model, const struct scheduler_options *options);
 void fake_model_close(struct fake_model *model);
 // Runs a step and checks the books behind it: no page lost, none used twice, none used by nobody.

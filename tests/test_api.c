@@ -72,6 +72,8 @@ static const struct {
     {"OPTIONS", CHAT, "Origin: https://a\r\nAccess-Control-Request-Method: POST\r\n", "", 405, "method_not_allowed"},
     {"POST", CHAT, "Content-Type: multipart/form-data; boundary=x\r\n", "{}", 415, "application/json"},
     {"POST", CHAT, "Content-Type: application/x-www-form-urlencoded\r\n", "{" HELLO "}", 200, "chat.completion"},
+    {"POST", CHAT, "Content-Encoding: gzip\r\n", "{" HELLO "}", 415, "Content-Encoding"},
+    {"POST", CHAT, "Content-Encoding: identity\r\n", "{" HELLO "}", 200, "chat.completion"},
     {"POST", CHAT, "", "{" HELLO "}", 200, "chat.completion"},
     {"POST", CHAT, "", "", 400, "the body is empty"},
     {"POST", CHAT, "", "{}", 400, "messages is missing"},
@@ -354,6 +356,13 @@ static void test_submit_errors(void **state)
                                        : !answer_header(&answer, "Retry-After"));
             answer_free(&answer);
         }
+    // Not every refusal is about the prompt's length.
+    FAKE_SET(server, submit_error, ERR_USAGE);
+    FAKE_SET(server, submit_limit, 0);
+    FAKE_SET(server, pages, 1000);
+    struct answer many = post(server, CHAT, "{" HELLO ",\"n\":2}");
+    assert_true(many.status == 400 && strstr(many.body, "\"param\":\"n\",\"code\":null"));
+    answer_free(&many);
     // Some prompts are taken, then one is not: those that run are ended.
     FAKE_SET(server, submit_error, ERR_BUSY);
     FAKE_SET(server, submit_limit, 2);
@@ -379,6 +388,9 @@ static void test_context(void **state)
     struct answer answer = post(&server, "/v1/completions", "{\"prompt\":[1,2,3,4,5,6,7,8]}");
     assert_true(answer.status == 400 && strstr(answer.body, "context_length_exceeded") &&
                 strstr(answer.body, "\"prompt\""));
+    answer_free(&answer);
+    answer = post(&server, "/v1/completions", "{\"prompt\":[1],\"min_tokens\":5,\"max_tokens\":6}");
+    assert_int_equal(server.fake.seen.max_tokens, 6);
     answer_free(&answer);
     answer = post(&server, "/v1/completions", "{\"prompt\":[1,2,3,4,5,6],\"max_tokens\":100}");
     json_t *json = answer_json(&answer);
@@ -526,6 +538,88 @@ static void test_engine_error(void **state)
     assert_null(strstr(event + 6, "data: ")); // the last one
     answer_free(&answer);
     FAKE_SET(server, error_after, -1);
+    answer = post(server, "/v1/completions", "{\"prompt\":\"a\",\"min_tokens\":40}"); // above the default
+    assert_int_equal(server->fake.seen.max_tokens, 40);
+    answer_free(&answer);
+}
+
+static void nap(void *arg)
+{
+    usleep(200000);
+    *(atomic_bool *)arg = true;
+}
+
+// Text that had come goes out before the error, also where both are seen at once.
+static void test_text_before_error(void **state)
+{
+    struct test_server *server = *state;
+    atomic_bool napped = false;
+    struct http_post post = {.fn = nap, .arg = &napped};
+    FAKE_SET(server, error_after, 2);
+    FAKE_SET(server, hold_submit, true);
+    int fd = client_connect(server->port);
+    client_request(fd, "POST", CHAT, "", "{" HELLO ",\"n\":3,\"stream\":true}");
+    usleep(200000); // the worker stands in submit
+    http_server_post(server->http, &post);
+    FAKE_SET(server, hold_submit, false);
+    struct answer answer = client_read(fd);
+    close(fd);
+    assert_true(napped && answer.status == 200);
+    const char *error = strstr(answer.body, "data: {\"error\""), *text = answer.body;
+    assert_non_null(error);
+    for (int i = 0; i < 3; i++) {
+        text = strstr(text, "\"content\":\"The\"");
+        assert_true(text && text++ < error);
+    }
+    answer_free(&answer);
+    FAKE_SET(server, error_after, -1);
+}
+
+// Whole answers have a limit.
+static void test_large_answers(void **state)
+{
+    (void)state;
+    static const struct {
+        int bytes, status;
+    } cases[] = {{300000, 200}, {1000000, 400}};
+    struct test_server server;
+    test_server_init(&server);
+    chat_close(server.chat);
+    server.chat = open_test_chat("{% if tools %}{{ tools[0].a.b.c }}{% endif %}"
+                                 "{% for i in range(10) %}{{ messages[0].content }}{% endfor %}");
+    server.model.chat = server.chat;
+    test_server_start(&server);
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        char *body, *content = malloc((size_t)cases[i].bytes + 1);
+        memset(content, 0x7f, (size_t)cases[i].bytes); // six bytes in JSON
+        content[cases[i].bytes] = 0;
+        assert_true(asprintf(&body, "{\"messages\":[{\"role\":\"user\",\"content\":\"%s\"}]}", content) > 0);
+        struct answer answer = post(&server, "/apply-template", body);
+        assert_int_equal(answer.status, cases[i].status);
+        assert_true(answer.complete);
+        assert_true(answer.status == 200 ? answer.bytes > 18000000 : strstr(answer.body, "answer_too_large") != NULL);
+        answer_free(&answer);
+        free(content);
+        free(body);
+    }
+    struct answer refusal =
+        post(&server, CHAT, "{" HELLO ",\"tools\":[{\"type\":\"function\",\"function\":{\"name\":\"f\"}}]}");
+    assert_int_equal(refusal.status, 400); // a template's words, without the place of its file
+    assert_true(strstr(refusal.body, "\"message\":\"chat_template.jinja, line 1: ") &&
+                strstr(refusal.body, "no tools"));
+    answer_free(&refusal);
+    // Logprobs: 16 choices with 3000 tokens and 20 alternatives of each.
+    static uint32_t tokens[3000];
+    for (size_t i = 0; i < COUNT(tokens); i++)
+        tokens[i] = 5;
+    FAKE_SET(&server, batch, 64);
+    FAKE_SET(&server, tokens, tokens);
+    FAKE_SET(&server, count, (int64_t)COUNT(tokens));
+    struct answer answer = post(&server, CHAT, "{" HELLO ",\"n\":16,\"logprobs\":true,\"top_logprobs\":20}");
+    assert_true(answer.status == 400 && strstr(answer.body, "answer_too_large"));
+    answer_free(&answer);
+    wait_for_quiet(&server);
+    test_server_stop(&server);
 }
 
 // ---- streams -----------------------------------------------------------------------------------------------------
@@ -561,7 +655,7 @@ static void test_keep_alive(void **state)
 static void test_slow_reader(void **state)
 {
     struct test_server *server = *state;
-    enum { WORDS = 30000 };
+    enum { WORDS = 20000 };
     int done = 0;
     char *text = malloc(WORDS * 6 + 1);
     size_t bytes = 0;
@@ -570,7 +664,7 @@ static void test_slow_reader(void **state)
     play(server, text);
     FAKE_SET(server, batch, 64);
     FAKE_SET(server, pause_us, 1);
-    int fd = client_connect(server->port), small = 4096;
+    int fd = client_connect(server->port), small = 16384;
     setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &small, sizeof small);
     client_request(fd, "POST", CHAT, "", "{" HELLO ",\"stream\":true}");
     for (int i = 0; i < 5000 && (i == 0 || fake_live(server) > 0); i++)
@@ -712,17 +806,78 @@ static void test_stop_amid(void **state)
     }
 }
 
+static void *let_go(void *arg)
+{
+    usleep(300000);
+    FAKE_SET((struct test_server *)arg, hold_submit, false);
+    return NULL;
+}
+
+// Stopping does not do the work that waits for a worker.
+static void test_stop_with_queue(void **state)
+{
+    (void)state;
+    enum { WAITING = 40, BYTES = 2 << 20 };
+    struct test_server server;
+    pthread_t thread;
+    int held, fds[WAITING];
+    test_server_init(&server);
+    server.options.worker_threads = 1;
+    test_server_start(&server);
+    FAKE_SET(&server, hold_submit, true);
+    held = client_connect(server.port);
+    client_request(held, "POST", CHAT, "", "{" HELLO "}");
+    usleep(200000);
+    char *body = malloc(BYTES + 1);
+    memset(body, 'a', BYTES);
+    memcpy(body, "{\"prompt\":\"", 11);
+    for (int i = 16; i < BYTES; i += 7)
+        body[i] = ' ';
+    memcpy(body + BYTES - 2, "\"}", 3);
+    for (int i = 0; i < WAITING; i++) {
+        fds[i] = client_connect(server.port);
+        client_request(fds[i], "POST", "/tokenize", "", body);
+    }
+    usleep(500000); // they wait for the worker
+    assert_int_equal(pthread_create(&thread, NULL, let_go, &server), 0);
+    double began_s = api_now();
+    test_server_stop(&server);
+    double took_s = api_now() - began_s;
+    pthread_join(thread, NULL);
+    for (int i = 0; i < WAITING; i++)
+        close(fds[i]);
+    close(held);
+    free(body);
+    if (took_s > 3)
+        fail_msg("stopping took %.1f s", took_s);
+}
+
 int main(void)
 {
 #define WITH_SERVER(test) cmocka_unit_test_setup_teardown(test, setup, teardown)
     const struct CMUnitTest tests[] = {
-        WITH_SERVER(test_routes),         WITH_SERVER(test_round_trip),    WITH_SERVER(test_request_ids),
-        cmocka_unit_test(test_keys),      cmocka_unit_test(test_origins),  WITH_SERVER(test_states),
-        cmocka_unit_test(test_loading),   WITH_SERVER(test_submit_errors), cmocka_unit_test(test_context),
-        WITH_SERVER(test_chat),           WITH_SERVER(test_completions),   WITH_SERVER(test_logprobs),
-        WITH_SERVER(test_special_tokens), WITH_SERVER(test_engine_error),  cmocka_unit_test(test_keep_alive),
-        WITH_SERVER(test_slow_reader),    WITH_SERVER(test_disconnects),   WITH_SERVER(test_disconnect_storm),
+        WITH_SERVER(test_routes),
+        WITH_SERVER(test_round_trip),
+        WITH_SERVER(test_request_ids),
+        cmocka_unit_test(test_keys),
+        cmocka_unit_test(test_origins),
+        WITH_SERVER(test_states),
+        cmocka_unit_test(test_loading),
+        WITH_SERVER(test_submit_errors),
+        cmocka_unit_test(test_context),
+        WITH_SERVER(test_chat),
+        WITH_SERVER(test_completions),
+        WITH_SERVER(test_logprobs),
+        WITH_SERVER(test_special_tokens),
+        WITH_SERVER(test_engine_error),
+        cmocka_unit_test(test_keep_alive),
+        WITH_SERVER(test_slow_reader),
+        WITH_SERVER(test_disconnects),
+        WITH_SERVER(test_disconnect_storm),
         cmocka_unit_test(test_stop_amid),
+        WITH_SERVER(test_text_before_error),
+        cmocka_unit_test(test_large_answers),
+        cmocka_unit_test(test_stop_with_queue),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

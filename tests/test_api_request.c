@@ -31,7 +31,7 @@ static const char *const names[] = {"served", "other"};
 static int read_body(struct api_params *params, const char *body, size_t bytes, bool chat, const struct model_desc *of,
                      struct api_error *error)
 {
-    const struct api_model model = {.desc = of, .context = 100};
+    const struct api_model model = {.desc = of, .context = 100, .num_eos = 2};
     *params = (struct api_params){0};
     *error = (struct api_error){0};
     return api_params_read(params, body, bytes, chat, &model, names, COUNT(names), error);
@@ -373,6 +373,13 @@ static void test_sizes(void **state)
     check_repeated("{'prompt':[", "%d", 5000, "]}", "", NULL); // ids: looked at later
     check_repeated("{'prompt':'a','logit_bias':{", "'%d':1", 512, "}}", "", NULL);
     check_repeated("{'prompt':'a','logit_bias':{", "'%d':1", 513, "}}", "logit_bias", "at most 512");
+    // What may not end the text yet takes places too: 2 end-of-sequence tokens, and 3 of the request.
+    check_repeated("{'prompt':'a','min_tokens':1,'logit_bias':{", "'%d':1", 510, "}}", "", NULL);
+    check_repeated("{'prompt':'a','min_tokens':1,'logit_bias':{", "'%d':1", 511, "}}", "logit_bias", "it may have 510");
+    check_repeated("{'prompt':'a','min_tokens':1,'ignore_eos':true,'logit_bias':{", "'%d':1", 511, "}}", "", NULL);
+    check_repeated("{'prompt':'a','min_tokens':1,'stop_token_ids':[1,2,3],'logit_bias':{", "'%d':1", 508, "}}",
+                   "logit_bias", "it may have 507");
+    check_repeated("{'prompt':'a','stop_token_ids':[1,2,3],'logit_bias':{", "'%d':1", 512, "}}", "", NULL);
     check_repeated("{'prompt':'a','stop_token_ids':[", "%d", 257, "]}", "stop_token_ids", "at most 256");
     check_repeated("{'messages':[{'role':'user','content':''}],'tools':[",
                    "{'type':'function','function':{'name':'f%d'}}", 257, "]}", "tools", "at most 256");
@@ -451,6 +458,12 @@ static void test_meanings(void **state)
     assert_int_equal(json_integer_value(json_object_get(params.options, "k")), 1);
     assert_string_equal(params.cache_salt, "s");
     assert_string_equal(params.model_name, "other");
+    api_params_clear(&params);
+    params = accepted("'tools':[{'type':'function','function':{'name':'f'}}]", true, &desc);
+    char *tools = json_dumps(params.tools, JSON_COMPACT | JSON_SORT_KEYS);
+    assert_string_equal(tools, "[{\"function\":{\"description\":\"\",\"name\":\"f\",\"parameters\":{\"properties\":{},"
+                               "\"type\":\"object\"}},\"type\":\"function\"}]");
+    free(tools);
     api_params_clear(&params);
     params = accepted("'tools':[" TOOL "],'tool_choice':'none'", true, &desc);
     assert_null(params.tools);

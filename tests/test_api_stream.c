@@ -120,6 +120,8 @@ struct seen {
     int64_t prompt_tokens, completion_tokens, done, usages;
 };
 
+static bool aligned; // no stop strings: every token comes with its text
+
 static void add_logprobs(struct seen *seen, int64_t index, const json_t *content)
 {
     char *to = seen->token_text[index] + strlen(seen->token_text[index]);
@@ -144,6 +146,9 @@ static void add_choice(struct seen *seen, const json_t *choice, bool chat)
     strcat(seen->text[index], whole ? whole : text ? text : "");
     strcat(seen->finish[index], finish ? finish : "");
     add_logprobs(seen, index, at(choice, "logprobs.content"));
+    // What a chunk says comes with its tokens; stop strings may hold back the last one, which has said something already.
+    if (aligned && json_is_array(at(choice, "logprobs.content")))
+        assert_true(strlen(seen->token_text[index]) >= strlen(seen->text[index]));
 }
 
 static void add_event(struct seen *seen, const json_t *json, bool chat)
@@ -221,6 +226,7 @@ static void make_case(struct case_of *of, const struct tokenizer *tok)
     of->logprobs = of->chat && below(2);
     for (int i = 0; i < of->num_stops; i++)
         random_stop(of->text, of->bytes, of->stops[i]);
+    aligned = of->num_stops == 0 && !of->include;
     of->cut = cut_text(of->text, of->bytes, of->stops, of->num_stops, of->include);
 }
 

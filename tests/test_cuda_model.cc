@@ -7,7 +7,14 @@ extern "C" const struct backend *tpengine_cuda_backend(void);
 namespace
 {
 
-enum { CONTEXT = 320, SEQUENCES = 3, PAGES = SEQUENCES * CONTEXT / KV_PAGE_TOKENS, MOST_ROWS = 80, DECODE_ROWS = 5, MOST_VOCAB = 64 };
+enum {
+    CONTEXT = 320,
+    SEQUENCES = 3,
+    PAGES = SEQUENCES * CONTEXT / KV_PAGE_TOKENS,
+    MOST_ROWS = 80,
+    DECODE_ROWS = 5,
+    MOST_VOCAB = 64
+};
 
 struct model_case {
     const char *name;
@@ -130,7 +137,11 @@ void check_model(const struct model_case *c, struct thread_pool *pool)
     }
     // Several rows of one sequence among those of others; and each of them alone: the same bits.
     for (int64_t i = 0; i < DECODE_ROWS; i++)
-        rows[i] = {(uint32_t)(9 * i + 4), i == 0 ? 2 : i < 4 ? 1 : 0, i > 0 && i < 4 ? next[1]++ : next[i == 0 ? 2 : 0]};
+        rows[i] = {(uint32_t)(9 * i + 4),
+                   i == 0  ? 2
+                   : i < 4 ? 1
+                           : 0,
+                   i > 0 && i < 4 ? next[1]++ : next[i == 0 ? 2 : 0]};
     for (int r = 0; r < 2; r++)
         step(&runs[r], c->name, rows, DECODE_ROWS, PHASE_DECODE, &pages, logits[r]);
     compare(c, "several rows of a sequence", logits[1], logits[0], DECODE_ROWS, vocab);

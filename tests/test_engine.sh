@@ -31,6 +31,24 @@ generate "$work/int4-2" --prompt "${prompts[2]}" --prompt "${prompts[0]}" --max-
     sed -n 's/^\[1\] //p' >"$work/pair"
 check "greedy tokens equal in another batch, with threads" same "$work/pair" "$work/alone-0"
 
+# ---- drafts: the same tokens, whatever is guessed -------------------------------------------------------------------
+for tp in 1 2; do
+    for how in "--temperature 0" "--temperature 0.8 --seed 3 --top-p 0.9"; do
+        # shellcheck disable=SC2086
+        generate "$work/int4-$tp" --prompt "${prompts[1]}" --max-tokens 150 --ignore-eos --ids $how >"$work/undrafted"
+        # shellcheck disable=SC2086
+        "$tpengine" generate "$work/int4-$tp" --prompt "${prompts[1]}" --max-tokens 150 --ignore-eos --ids $how --draft-tokens 6 \
+            >"$work/drafted" 2>"$work/err"
+        check "tokens equal with drafts, tp $tp, $how" same "$work/drafted" "$work/undrafted"
+    done
+done
+generate "$work/int4-2" --prompt "${prompts[0]}" --prompt "${prompts[1]}" --prompt "${prompts[2]}" --prompt "${prompts[3]}" \
+    --max-tokens 40 --ignore-eos --ids --draft-tokens 5 --context 100 >"$work/batch-drafted"
+check "greedy tokens of a batch equal with drafts" same "$work/batch-drafted" "$work/batch"
+"$tpengine" generate "$work/int4-1" --prompt "a b c a b c a b c a b c a b c a b c" --max-tokens 60 --temperature 0 --ignore-eos --ids \
+    --draft-tokens 6 >/dev/null 2>"$work/err"
+check "some drafts are accepted" grep -q "^[1-9][0-9]* of [0-9]* drafted tokens accepted" "$work/err"
+
 # ---- sampling ---------------------------------------------------------------------------------------------------
 sampled() { generate "$work/int4-2" --prompt "And it came to pass" --max-tokens 30 --temperature 0.9 --top-p 0.95 --top-k 50 --ids "$@"; }
 sampled --seed 1 >"$work/seed-1"

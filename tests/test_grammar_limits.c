@@ -181,6 +181,12 @@ static void test_hostile(void **unused)
         {"{\"pattern\":\"^(?:(?:(?:[a-z]{1,100}){1,100}){1,100}){1,100}$\"", "", 0, "}", true},
         {"{\"pattern\":\"^(?:.*a){30}$\"", "", 0, "}", false},
         {"{\"pattern\":\"^(?:a*)*(?:(?:b|)+c?)*$\"", "", 0, "}", false},
+        // Nothing, very often: no node would ever be the last one.
+        {"{\"pattern\":\"(((){10000}){10000}){10000}\"", "", 0, "}", false},
+        {"{\"pattern\":\"^(((([]){0,10000}|){0,10000}){5,10000}){9,}a$\"", "", 0, "}", false},
+        {"{\"pattern\":\"^(?:a(?:", "(?:b{0}|(?:){9})|%d{0}", 100, "){10000}){100}$\"}", true},
+        {"{\"type\":\"object\",\"properties\":{",
+         "\"p%d\":{\"pattern\":\"^(?:a(?:(|||||||||||||||||||||||||||||||){4}){9}){999}$\"}", 999, "}}", true},
         {"{\"type\":\"array\",\"minItems\":1000000,\"items\":{\"type\":\"array\",\"minItems\":999999}", "", 0, "}",
          false},
     };
@@ -212,10 +218,43 @@ static void test_hostile(void **unused)
     assert_true(slowest < 2); // sanitizers take their time
 }
 
+// No token goes on, and the text is not whole: nothing is allowed, so that it does not end as if it were. A token that was not allowed
+// leaves the end.
+static void test_dead_end(void **unused)
+{
+    (void)unused;
+    static const struct vocabulary_token tokens[] = {
+        {"n", 1, false}, {"l", 1, false}, {"nul", 3, false}, {"</s>", 4, true}};
+    const uint32_t eos = 3;
+    static const struct {
+        uint32_t taken[2];
+        int count;
+        uint32_t mask;
+    } cases[] = {{{0}, 0, 1 | 4}, {{0}, 1, 0}, {{2}, 1, 2}, {{2, 1}, 2, 8}, {{1}, 1, 8}, {{0, 1}, 2, 8}};
+    struct vocabulary *few = NULL;
+    struct grammar *grammar = NULL;
+    struct error err = {0};
+    if (vocabulary_create_from(&few, tokens, COUNT(tokens), &eos, 1, &err) ||
+        test_schema_grammar(&grammar, few, "{\"type\":\"null\"}", &err))
+        fail_msg("%s", err.msg);
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct grammar_state *state = test_state(grammar);
+        uint32_t mask = UINT32_MAX;
+        for (int k = 0; k < cases[i].count; k++)
+            grammar_state_advance(state, cases[i].taken[k]);
+        grammar_state_fill(state, &mask, 1);
+        assert_int_equal(mask, cases[i].mask);
+        grammar_state_free(state);
+    }
+    grammar_free(grammar);
+    vocabulary_free(few);
+}
+
 int main(void)
 {
     test_vocabulary_open(&vocabulary, 600);
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_dead_end),
         cmocka_unit_test(test_depth),
         cmocka_unit_test(test_long),
         cmocka_unit_test(test_hostile),

@@ -7,9 +7,11 @@
 
 #include <cmocka.h>
 
+#include "engine/serve/grammar_cache.h"
 #include "tests/grammar_help.h"
 
 #include <pthread.h>
+#include <unistd.h>
 
 enum { THREADS = 4, ROUNDS = 60, STEPS = 12 };
 
@@ -63,10 +65,37 @@ static void test_threads(void **unused)
     }
 }
 
+// Giving a grammar back waits for nobody who holds the lock, as a thread does that makes a mask.
+static void test_release(void **unused)
+{
+    (void)unused;
+    struct grammar *grammar = NULL;
+    struct error err = {0};
+    if (test_schema_grammar(&grammar, vocabulary.vocabulary, "{\"type\":\"null\"}", &err))
+        fail_msg("%s", err.msg);
+    pthread_mutex_lock(&vocabulary.vocabulary->lock);
+    alarm(10);
+    grammar_free(grammar);
+    alarm(0);
+    pthread_mutex_unlock(&vocabulary.vocabulary->lock);
+    // What nobody uses any more goes with the next compilations.
+    for (int i = 0; i < 3 * GRAMMAR_CACHE_LANGUAGES; i++) {
+        char schema[64];
+        snprintf(schema, sizeof schema, "{\"const\":%d}", i);
+        if (test_schema_grammar(&grammar, vocabulary.vocabulary, schema, &err))
+            fail_msg("%s", err.msg);
+        grammar_free(grammar);
+    }
+    int kept = 0;
+    for (struct grammar_language *each = vocabulary.vocabulary->cache->languages; each; each = each->next)
+        kept++;
+    assert_true(kept > 1 && kept <= GRAMMAR_CACHE_LANGUAGES + 1);
+}
+
 int main(void)
 {
     test_vocabulary_open(&vocabulary, 100);
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_threads)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_threads), cmocka_unit_test(test_release)};
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     test_vocabulary_close(&vocabulary);
     return failed;

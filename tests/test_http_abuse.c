@@ -160,16 +160,22 @@ static void test_deadlines(void **state)
     assert_int_equal(stats.timeouts_total, 8);
 }
 
+static int connect_small(void)
+{
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), small = 4096;
+    struct sockaddr_in address = {
+        .sin_family = AF_INET, .sin_port = htons((uint16_t)here.port), .sin_addr = {htonl(INADDR_LOOPBACK)}};
+    setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &small, sizeof small);
+    assert_int_equal(connect(fd, (struct sockaddr *)&address, sizeof address), 0);
+    return fd;
+}
+
 // A client that reads nothing, or nearly nothing, is cut; what was made for it stays within the bound.
 static void test_stalled_reader(void **state)
 {
     (void)state;
     for (int trickle = 0; trickle < 2; trickle++) {
-        int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), small = 4096, incomplete = here.incomplete;
-        struct sockaddr_in address = {
-            .sin_family = AF_INET, .sin_port = htons((uint16_t)here.port), .sin_addr = {htonl(INADDR_LOOPBACK)}};
-        setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &small, sizeof small);
-        assert_int_equal(connect(fd, (struct sockaddr *)&address, sizeof address), 0);
+        int fd = connect_small(), incomplete = here.incomplete;
         double began_s = now_s();
         atomic_store(&here.flooded, 0);
         send_text(fd, "GET /flood HTTP/1.1\r\n" HOST "\r\n");
@@ -185,6 +191,49 @@ static void test_stalled_reader(void **state)
             fail_msg("cut after %.3f s", took_s);
         assert_true(atomic_load(&here.flooded) < 600000);
         close(fd);
+    }
+}
+
+// A whole answer lies in memory until it is taken: one that trickles for hours, though never slower than a stream may, is cut.
+static void test_trickling_reader(void **state)
+{
+    (void)state;
+    int fd = connect_small();
+    double began_s = now_s();
+    send_text(fd, "GET /large HTTP/1.1\r\n" HOST "\r\n");
+    while (atomic_load(&here.incomplete) == 0 && now_s() < began_s + 4) {
+        char little[400];
+        sleep_s(0.01);
+        (void)!recv(fd, little, sizeof little, MSG_DONTWAIT);
+    }
+    double took_s = now_s() - began_s;
+    assert_int_equal(here.incomplete, 1);
+    if (took_s < 0.75 || took_s > 1.5)
+        fail_msg("cut after %.3f s", took_s);
+    close(fd);
+}
+
+// What waits for all clients has a limit: large answers are refused above it, small ones are not.
+static void test_output_budget(void **state)
+{
+    (void)state;
+    int fd = connect_small();
+    send_text(fd, "GET /large HTTP/1.1\r\n" HOST "\r\n");
+    wait_for(&here.requests, 1);
+    sleep_s(0.05);
+    ask("GET /large HTTP/1.1\r\n" CLOSE "\r\n");
+    assert_int_equal(status_of(got.bytes), 503);
+    assert_int_equal(here.last_status, 503);
+    assert_non_null(strstr(got.bytes, "\r\nRetry-After: 1\r\n"));
+    assert_non_null(strstr(got.bytes, "{\"error\":{\"message\":\""));
+    ask("GET /a HTTP/1.1\r\n" CLOSE "\r\n");
+    assert_int_equal(status_of(got.bytes), 200);
+    reset(fd);
+    wait_for(&here.incomplete, 1);
+    for (int i = 0; i < 3; i++) { // what was taken counts no more
+        ask("GET /large HTTP/1.1\r\n" CLOSE "\r\n");
+        assert_int_equal(status_of(got.bytes), 200);
+        assert_int_equal(got.count - (size_t)(body_of(got.bytes) - got.bytes), LARGE_BYTES);
     }
 }
 
@@ -400,9 +449,10 @@ int main(void)
 {
 #define SERVED(test) cmocka_unit_test_setup_teardown(test, start, stop)
     const struct CMUnitTest tests[] = {
-        SERVED(test_refusals),       SERVED(test_linger),           SERVED(test_deadlines),
-        SERVED(test_stalled_reader), SERVED(test_slow_reader),      SERVED(test_disconnects),
-        SERVED(test_half_close),     SERVED(test_connection_limit), SERVED(test_no_descriptors),
+        SERVED(test_refusals),         SERVED(test_linger),           SERVED(test_deadlines),
+        SERVED(test_stalled_reader),   SERVED(test_slow_reader),      SERVED(test_disconnects),
+        SERVED(test_half_close),       SERVED(test_connection_limit), SERVED(test_no_descriptors),
+        SERVED(test_trickling_reader), SERVED(test_output_budget),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -9,7 +9,7 @@
 #include "engine/draft.h"
 #include "engine/fair_queue.h"
 #include "engine/page_cache.h"
-#include "random_help.h"
+#include "tests/random_help.h"
 
 #include <stdlib.h>
 #include <string.h>

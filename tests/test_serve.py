@@ -342,7 +342,7 @@ def test_metrics(server):
     wanted = {"tpengine_" + name for name in (
         "num_requests_running num_requests_waiting kv_cache_usage_perc prefix_cache_queries_total prefix_cache_hits_total prompt_tokens_total "
         "inter_token_latency_seconds_bucket request_queue_time_seconds_sum request_prefill_time_seconds_sum request_decode_time_seconds_sum "
-        "rank_up collective_seconds load_bytes_total cold_start_seconds rank_restarts_total http_responses_total").split()}
+        "rank_up rank_losses_total rank_step_seconds collective_seconds load_bytes_total cold_start_seconds rank_restarts_total http_responses_total").split()}
     report("every metric that is promised is there", wanted - names)
     ranks = {labels: value for (name, labels), value in after.items() if name == "tpengine_rank_up"}
     report("both ranks are up", None if list(ranks.values()) == [1, 1] else ranks)
@@ -423,6 +423,20 @@ def test_drain():
         wait_until(lambda: any(line["message"] == "draining" for line in server.lines()), 10)
         expect("a second signal ends at once: exit 130", server.end(signal.SIGINT, 5), 130)
         join(streams)
+    with Server(MODEL) as server:
+        # Everything has ended but an answer that nobody reads: the server waits a while for that.
+        body = json.dumps({"prompt": PROMPTS[1] * 60000}).encode()
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", server.port))
+            client.sendall(b"POST /tokenize HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            report("a long answer begins", None if client.recv(15) == b"HTTP/1.1 200 OK" else "no")
+            server.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: any(line["message"] == "draining" for line in server.lines()), 10)
+            time.sleep(0.3)
+            begin = time.monotonic()
+            expect("a second signal while the server closes: exit 143", server.end(signal.SIGTERM, 10), 143)
+            report("at once", None if time.monotonic() - begin < (10 if SLOW else 1.5) else time.monotonic() - begin)
 
 
 def kill_rank(server, streams, rank):
@@ -476,6 +490,7 @@ def test_restart(alone):
             expect(f"restart {turn + 1}: the same answer",
                    server.complete(PROMPTS[turn], max_tokens=60, ignore_eos=True)["choices"][0]["text"], alone[turn])
             expect(f"restart {turn + 1}: counted", server.metric("tpengine_rank_restarts_total"), turn + 1)
+        expect("which ranks were lost", [value for (name, _), value in sorted(server.metrics().items()) if name == "tpengine_rank_losses_total"], [2, 1])
         said = [line for line in server.lines() if line["level"] == "error"]
         report("the log tells why", None if len(said) == 3 and all("signal 9" in line["error"] for line in said) else said)
         report("the ranks are new", None if not set(ranks) & set(server.ranks()) else ranks)
@@ -509,7 +524,7 @@ def test_restart(alone):
 
 def test_sockets():
     path = str(WORK / "socket")
-    with Server(MODEL, "--unix", path, ready=False, port=None) as server:
+    with Server(MODEL, "--unix", path, environment={"PORT": str(free_port())}, ready=False, port=None) as server:
         def status():
             try:
                 return server.ask("GET", "/ping", connection=UnixConnection(path, 5))[0]
@@ -517,7 +532,7 @@ def test_sockets():
                 return None
         expect("a Unix socket", wait_until(lambda: status() == 200), True)
         expect("is its owner's alone", os.stat(path).st_mode & 0o777, 0o600)
-        report("and no TCP", [line for line in server.lines() if line["message"] == "listening" and "port" in line])
+        report("and no TCP, whatever PORT is", [line for line in server.lines() if line["message"] == "listening" and "port" in line])
         with Server(MODEL, "--unix", path, ready=False, port=None) as second:
             expect("a Unix socket that is in use: exit 2", second.process.wait(20), 2)
         server.process.kill()
@@ -535,6 +550,9 @@ def test_sockets():
         expect("TPENGINE_PORT goes before PORT", server.status("/ping"), 200)
     with Server(MODEL, environment={"PORT": "x"}, ready=False, port=None) as server:
         expect("a PORT that is none: exit 2", server.process.wait(20), 2)
+    with Server(MODEL, "--port", 0, "--health-port", 0, port=None, ready=False) as server:
+        ports = wait_until(lambda: {line["port"] for line in server.lines() if "port" in line} if "loading" in server.text() else None)
+        report("two free ports", None if ports and len(ports) == 2 else server.text())
     with Server(MODEL, "--host", "0.0.0.0", "--port", 0, "--metrics-names", "vllm", "--served-model-name", "a/b", port=None, ready=False) as server:
         lines = wait_until(lambda: [line for line in server.lines() if "port" in line])
         server.port = lines[0]["port"]

@@ -29,7 +29,7 @@ struct session {
     struct step_area area;
     struct shared_area *shared;
     void *memory;
-    bool launched, announced;
+    bool launched, announced, has_lost;
     int event_fd;         // something changed for session_wait
     atomic_int lose;      // the next step or wait loses a rank
     atomic_int hold_load; // ranks do not get ready
@@ -61,11 +61,9 @@ void session_scheduler_options(const struct session *s, struct scheduler_options
     out->num_pages = PAGES;
     out->context = CONTEXT;
     out->max_sequences = SLOTS;
-    out->vocab_size = VOCAB;
     out->max_rows = 64;
     out->decode_rows = 32;
     out->prefill_chunk = 16;
-    out->mixes_phases = true;
 }
 
 int session_launch(struct session *s, struct error *err)
@@ -81,7 +79,7 @@ int session_launch(struct session *s, struct error *err)
     memset(s->memory, 0, bytes);
     step_area_place(&s->area, s->memory);
     s->launched = true;
-    s->announced = false;
+    s->announced = s->has_lost = false;
     atomic_fetch_add(&s->launches, 1);
     return 0;
 }
@@ -100,6 +98,7 @@ static int lose_rank(struct session *s, struct error *err)
     if (!atomic_exchange(&s->lose, 0))
         return 0;
     atomic_fetch_add(&s->lost, 1);
+    s->has_lost = true;
     return error_set(err, ERR_RANK, "rank 1 was ended by signal 9");
 }
 
@@ -160,6 +159,7 @@ void session_rank_report(const struct session *s, int rank, struct rank_report *
 {
     assert_true(s->launched);
     *out = (struct rank_report){.pid = 100 + rank, .operation = "idle", .device = "played", .loaded_bytes = 1000};
+    out->lost = s->has_lost && rank == 1;
 }
 
 // ---- requests ----------------------------------------------------------------------------------------------------
@@ -168,6 +168,9 @@ void session_rank_report(const struct session *s, int rank, struct rank_report *
 struct request {
     uint32_t prompt[MAX_PROMPT];
     int64_t prompt_count, max_tokens;
+    uint64_t tenant;
+    struct engine *engine; // once submitted
+    enum engine_state state_at_end;
     pthread_mutex_t mutex;
     pthread_cond_t changed;
     uint32_t tokens[CONTEXT];
@@ -196,6 +199,8 @@ static void take_end(void *arg, enum finish_reason reason, const struct sequence
     (void)stop_token;
     pthread_mutex_lock(&request->mutex);
     request->ends++;
+    if (request->engine)
+        request->state_at_end = engine_state(request->engine);
     request->reason = reason;
     request->code = err ? err->code : 0;
     pthread_cond_broadcast(&request->changed);
@@ -226,6 +231,7 @@ static struct sequence_spec spec_of(struct request *request)
         .ignore_eos = true,
         .sampling = {.top_p = 1, .repetition_penalty = 1},
         .num_logprobs = -1,
+        .tenant = request->tenant,
         .arg = request,
         .on_tokens = take_tokens,
         .on_end = take_end,
@@ -236,6 +242,7 @@ static int submit(struct engine *engine, struct request *request, struct engine_
 {
     struct sequence_spec spec = spec_of(request);
     struct error err;
+    request->engine = engine;
     return engine_submit(engine, &spec, 1, job, &err);
 }
 
@@ -351,8 +358,16 @@ static void test_requests(void **state)
         assert_true(tokens_are_right(&requests[i]));
         request_clear(&requests[i]);
     }
-    specs[0].prompt_count = CONTEXT;
+    static const uint32_t longest[CONTEXT];
+    specs[0].prompt = longest;
+    specs[0].prompt_count = CONTEXT + 1;
     assert_int_equal(engine_submit(run.engine, specs, 1, &job, &err), ERR_USAGE);
+    request_init(&requests[0], 5, 10);
+    specs[0].prompt_count = CONTEXT; // and one token behind it
+    assert_int_equal(engine_submit(run.engine, specs, 1, &job, &err), 0);
+    wait_for(&requests[0], -1);
+    assert_true(requests[0].reason == FINISH_LENGTH && requests[0].count == 1);
+    request_clear(&requests[0]);
     specs[0].prompt_count = 0;
     assert_int_equal(engine_submit(run.engine, specs, 1, &job, &err), ERR_USAGE);
     engine_read_stats(run.engine, &stats);
@@ -429,6 +444,52 @@ static void test_full_queue(void **state)
         if (i != SLOTS + QUEUE - 1)
             assert_int_equal(requests[i].count, 60);
         assert_true(tokens_are_right(&requests[i]));
+        request_clear(&requests[i]);
+    }
+}
+
+// Submits one more of a tenant; the code.
+static int submit_of(struct run *run, struct request *request, uint64_t tenant, struct engine_job **job)
+{
+    request->tenant = tenant;
+    return submit(run->engine, request, job);
+}
+
+// Who is alone may hold every place; from when another one has asked, and while it is there, half of them.
+static void test_one_tenant_leaves_places(void **state)
+{
+    (void)state;
+    enum { QUEUE = 4, PLACES = SLOTS + QUEUE, COUNT = PLACES + 4 };
+    struct run run = new_run();
+    struct request requests[COUNT];
+    struct engine_job *jobs[COUNT];
+    run.options.max_queue = QUEUE;
+    begin(&run);
+    wait_for_state(&run, ENGINE_READY);
+    atomic_store(&the_session.step_us, 20000);
+    for (uint32_t i = 0; i < COUNT; i++)
+        request_init(&requests[i], i, 100);
+    for (int i = 0; i < PLACES; i++)
+        assert_int_equal(submit_of(&run, &requests[i], 1, &jobs[i]), 0);
+    assert_int_equal(submit_of(&run, &requests[PLACES], 2, &jobs[PLACES]), ERR_BUSY);
+    // A place is free: not for the first one again.
+    engine_cancel(run.engine, jobs[0], -1);
+    wait_for(&requests[0], -1);
+    assert_int_equal(submit_of(&run, &requests[PLACES + 1], 1, &jobs[PLACES + 1]), ERR_BUSY);
+    assert_int_equal(submit_of(&run, &requests[PLACES], 2, &jobs[PLACES]), 0);
+    // Down to its half it gets no more, then one for one.
+    for (int i = 1; i <= PLACES / 2; i++) {
+        assert_int_equal(submit_of(&run, &requests[PLACES + 1], 1, &jobs[PLACES + 1]), ERR_BUSY);
+        engine_cancel(run.engine, jobs[i], -1);
+        wait_for(&requests[i], -1);
+    }
+    assert_int_equal(submit_of(&run, &requests[PLACES + 1], 1, &jobs[PLACES + 1]), 0);
+    assert_int_equal(submit_of(&run, &requests[PLACES + 2], 1, &jobs[PLACES + 2]), ERR_BUSY);
+    assert_int_equal(submit_of(&run, &requests[PLACES + 2], 2, &jobs[PLACES + 2]), 0);
+    engine_drain(run.engine);
+    assert_int_equal(drain_and_end(&run), ERR_SIGTERM);
+    for (int i = 0; i < COUNT; i++) {
+        assert_int_equal(requests[i].ends, i < COUNT - 1);
         request_clear(&requests[i]);
     }
 }
@@ -529,6 +590,7 @@ static void test_lost_ranks(void **state)
         assert_int_equal(requests[i].reason, FINISH_ERROR);
         assert_int_equal(requests[i].code, ERR_RANK);
         assert_int_equal(requests[i].ends, 1);
+        assert_int_equal(requests[i].state_at_end, ENGINE_FAILED); // whoever tries again at once is told
         request_clear(&requests[i]);
     }
     assert_int_equal(end(&run), ERR_RANK);
@@ -597,6 +659,8 @@ static void test_restarts(void **state)
     assert_int_equal(open_descriptors(), descriptors);
     engine_read_stats(run.engine, &stats);
     assert_int_equal(stats.restarts, CRASHES);
+    assert_int_equal(stats.ranks[0].losses, 0);
+    assert_int_equal(stats.ranks[1].losses, CRASHES);
     assert_int_equal(stats.loaded_bytes, (CRASHES + 1) * 1000 * TP);
     assert_non_null(strstr(stats.error, "signal 9"));
     // One more is too many.
@@ -721,6 +785,7 @@ int main(void)
         cmocka_unit_test(test_not_ready),
         cmocka_unit_test(test_drain_while_loading),
         cmocka_unit_test(test_full_queue),
+        cmocka_unit_test(test_one_tenant_leaves_places),
         cmocka_unit_test(test_cancel_within_a_step),
         cmocka_unit_test(test_drain),
         cmocka_unit_test(test_signal),

@@ -17,7 +17,14 @@
 
 #include <cmocka.h>
 
-enum { SLOTS = 5, CONTEXT = 256, PROMPT = 150, DEVICE_PROMPT = 20, OUTPUT = 9, TOTAL = PROMPT + OUTPUT };
+enum {
+    SLOTS = 5,
+    CONTEXT = 256,
+    PROMPT = 150,
+    DEVICE_PROMPT = KV_PAGE_TOKENS + 6,
+    OUTPUT = 9,
+    TOTAL = PROMPT + OUTPUT
+};
 #define TINY_MODEL "tests/golden/families/llama3" // an emulated device is slow
 
 static char work[] = "/tmp/test_session_XXXXXX";
@@ -30,14 +37,19 @@ static const struct backend_case {
 } backends[] = {{"cpu", NULL, "tests/model", 1},
                 {"cpu", NULL, "tests/model", 2},
                 {"cuda", "tests/libtpengine_cuda_emulated.so", TINY_MODEL, 1}};
-enum { NUM_BACKENDS = sizeof backends / sizeof *backends, CPU_BACKENDS = 2 };
+// Sanitizers make everything slow.
+#ifdef KERNELS_SANITIZED
+enum { CPU_BACKENDS = 2, NUM_BACKENDS = CPU_BACKENDS, RESTARTS = 2, PENALTIES = 1 };
+#else
+enum { CPU_BACKENDS = 2, NUM_BACKENDS = sizeof backends / sizeof *backends, RESTARTS = 3, PENALTIES = 3 };
+#endif
 
 // One session and what the test knows of its sequence: prompt and greedy output, with the choice behind each of the last OUTPUT + 1 tokens.
 struct fixture {
     struct session *session;
     const struct step_area *area;
     bool chunks_fixed;
-    int64_t prompt; // tokens
+    int64_t prompt, last_piece; // tokens; where the last piece of a prompt begins, when they are few
     uint32_t tokens[TOTAL];
     struct step_choice choices[OUTPUT];
 };
@@ -93,6 +105,16 @@ static void use_slot(struct fixture *f, int32_t slot, int64_t first, int64_t str
     ++*a->pages_version;
 }
 
+// The prompt of a slot; its last piece is added to the next step.
+static void add_prompt(struct fixture *f, int32_t slot, int64_t choices)
+{
+    if (f->last_piece > 0) {
+        add(f, slot, PHASE_PREFILL, 0, f->last_piece, 0);
+        run(f);
+    }
+    add(f, slot, PHASE_PREFILL, f->last_piece, f->prompt - f->last_piece, choices);
+}
+
 static void expect_choices(const struct fixture *f, const char *what, int64_t at, int64_t first, int64_t count)
 {
     const struct step_choice *got = f->area->step->choices + at;
@@ -109,7 +131,7 @@ static void make_reference(struct fixture *f)
     for (int64_t i = 0; i < f->prompt; i++)
         f->tokens[i] = (uint32_t)((i * i * 31 + 7 * i + 11) % vocab);
     use_slot(f, 0, 0, 1);
-    add(f, 0, PHASE_PREFILL, 0, f->prompt, 1);
+    add_prompt(f, 0, 1);
     for (int64_t i = 0; i < OUTPUT; i++) {
         run(f);
         f->choices[i] = f->area->step->choices[0];
@@ -128,13 +150,14 @@ static void open_fixture(struct fixture *f, const struct backend_case *b)
     struct session_options options = session_defaults;
     struct scheduler_options sizes;
     struct error err;
-    *f = (struct fixture){.prompt = b->library ? DEVICE_PROMPT : PROMPT};
+    *f = (struct fixture){.prompt = b->library ? DEVICE_PROMPT : PROMPT, .last_piece = b->library ? KV_PAGE_TOKENS : 0};
     snprintf(dir, sizeof dir, "%s/%d", work, (int)(b - backends));
     options.context = CONTEXT;
     options.backend = b->name;
     options.threads = 1;
     options.timeout_s = 60;
     options.draft_tokens = 3;
+    options.prefill_rows = b->library ? KV_PAGE_TOKENS : 0;
     if (b->library) {
         snprintf(library, sizeof library, "%s/%s", build(), b->library);
         options.cuda_library = library;
@@ -174,27 +197,28 @@ static void on_backends(void (*test)(struct fixture *f), int count)
 // Pages in another order, the prompt in pieces between others' rows, the output as drafts.
 static void check_company(struct fixture *f)
 {
-    static const int64_t pieces[] = {1, 62, 2, 63, 22};
+    static const int64_t of_host[] = {1, 62, 2, 63, 22}, of_device[] = {DEVICE_PROMPT - 6, 6, 0, 0, 0};
+    const int64_t *pieces = f->chunks_fixed ? of_device : of_host;
     int64_t at = 0;
     use_slot(f, 0, 0, 1);
     use_slot(f, 1, 7, 1);
     use_slot(f, 3, 15, 19); // of 20: backwards
-    for (size_t i = 0; i < sizeof pieces / sizeof *pieces; i++) {
-        int64_t rows = f->chunks_fixed ? f->prompt : pieces[i];
+    for (int64_t i = 0; i < 5; i++) {
+        int64_t rows = pieces[i];
         if (i == 0) {
-            add(f, 0, PHASE_PREFILL, 0, f->prompt, 1);
+            add_prompt(f, 0, 1);
             add(f, 3, PHASE_PREFILL, at, rows, at + rows == f->prompt);
         } else {
             if (at < f->prompt)
                 add(f, 3, PHASE_PREFILL, at, rows, at + rows == f->prompt);
-            add(f, 0, PHASE_DECODE, f->prompt + (int64_t)i - 1, 1, 1);
+            add(f, 0, PHASE_DECODE, f->prompt + i - 1, 1, 1);
             if (i == 2 && !f->chunks_fixed)
                 add(f, 1, PHASE_PREFILL, 0, 100, 0);
         }
         run(f);
         bool ends = at < f->prompt && at + rows == f->prompt;
         // Behind this slot's choice, or before it.
-        expect_choices(f, "in company", i == 0 ? 0 : ends, (int64_t)i, 1);
+        expect_choices(f, "in company", i == 0 ? 0 : ends, i, 1);
         if (ends)
             expect_choices(f, "a prompt in pieces", i == 0, 0, 1);
         at += at < f->prompt ? rows : 0;
@@ -221,20 +245,18 @@ static void check_company(struct fixture *f)
 static void check_pages_again(struct fixture *f)
 {
     use_slot(f, 0, 0, 1);
-    add(f, 0, PHASE_PREFILL, 0, f->prompt, 1);
+    add_prompt(f, 0, 1);
     run(f);
-    if (!f->chunks_fixed) {
-        int64_t shared = f->prompt / KV_PAGE_TOKENS;
-        use_slot(f, 2, 8, 1);
-        for (int64_t i = 0; i < shared; i++)
-            f->area->pages[2 * f->area->pages_per_sequence + i] = f->area->pages[i];
-        ++*f->area->pages_version;
-        add(f, 2, PHASE_PREFILL, shared * KV_PAGE_TOKENS, f->prompt - shared * KV_PAGE_TOKENS, 1);
-        run(f);
-        expect_choices(f, "a shared prefix", 0, 0, 1);
-    }
+    int64_t shared = f->prompt / KV_PAGE_TOKENS;
+    use_slot(f, 2, 8, 1);
+    for (int64_t i = 0; i < shared; i++)
+        f->area->pages[2 * f->area->pages_per_sequence + i] = f->area->pages[i];
+    ++*f->area->pages_version;
+    add(f, 2, PHASE_PREFILL, shared * KV_PAGE_TOKENS, f->prompt - shared * KV_PAGE_TOKENS, 1);
+    run(f);
+    expect_choices(f, "a shared prefix", 0, 0, 1);
     use_slot(f, 4, 15, 1);
-    add(f, 4, PHASE_PREFILL, 0, f->prompt, 0);
+    add_prompt(f, 4, 0);
     add(f, 4, PHASE_DECODE, f->prompt, 6, 1);
     add(f, 0, PHASE_DECODE, f->prompt, 1, 1);
     run(f);
@@ -247,12 +269,9 @@ static void check_many_choices(struct fixture *f)
 {
     for (int32_t slot = 0; slot < SLOTS; slot++) {
         use_slot(f, slot, slot * CONTEXT / KV_PAGE_TOKENS, 1);
-        add(f, slot, PHASE_PREFILL, 0, f->prompt, 0);
-        if (!f->chunks_fixed)
-            run(f);
-    }
-    if (f->chunks_fixed) // together they are more than a piece of a prompt may be
+        add_prompt(f, slot, 0);
         run(f);
+    }
     for (int32_t slot = 0; slot < SLOTS; slot++)
         add(f, slot, PHASE_DECODE, f->prompt, 4, 4);
     run(f);
@@ -268,7 +287,7 @@ static void produce(struct fixture *f, const struct sampling *how, bool forget, 
 {
     use_slot(f, 0, 0, 1);
     f->area->slots[0].sampling = *how;
-    add(f, 0, PHASE_PREFILL, 0, f->prompt, 1);
+    add_prompt(f, 0, 1);
     for (int64_t i = 0; i < OUTPUT; i++) {
         f->area->slots[0].num_logprobs = plain || i % 3 == 1 ? -1 : 2;
         f->area->step->segments[0].begins_sequence |= forget && i == 4;
@@ -281,13 +300,13 @@ static void produce(struct fixture *f, const struct sampling *how, bool forget, 
 
 static void check_penalties(struct fixture *f)
 {
-    static const struct sampling cases[] = {
+    static const struct sampling cases[3] = {
         {.top_p = 1, .repetition_penalty = 1.9},
         {.top_p = 1, .repetition_penalty = 1, .frequency_penalty = 1.5, .presence_penalty = 0.5},
         {.temperature = 1.5, .top_p = 0.95, .top_k = 40, .repetition_penalty = 1.1, .frequency_penalty = 2, .seed = 9},
     };
     int other = 0;
-    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
+    for (size_t c = 0; c < PENALTIES; c++) {
         uint32_t plain[OUTPUT], mixed[OUTPUT], forgetful[OUTPUT];
         produce(f, &cases[c], false, true, plain);
         produce(f, &cases[c], false, false, mixed);
@@ -296,8 +315,8 @@ static void check_penalties(struct fixture *f)
         assert_memory_equal(plain, forgetful, sizeof plain);
         other += memcmp(plain, f->tokens + f->prompt, sizeof plain) != 0;
     }
-    assert_true(other >= 2);
-    add(f, 0, PHASE_PREFILL, 0, f->prompt, 0); // nothing has been counted for the others
+    assert_true(other >= (PENALTIES + 1) / 2);
+    add_prompt(f, 0, 0); // nothing has been counted for the others
     run(f);
 }
 
@@ -307,7 +326,7 @@ static void check_masks_and_edits(struct fixture *f)
     use_slot(f, 1, 7, 1);
     uint32_t *mask = f->area->masks, best = f->choices[0].token, second = f->choices[0].top[1].token;
     struct step_slot *slot = f->area->slots;
-    add(f, 0, PHASE_PREFILL, 0, f->prompt, 1);
+    add_prompt(f, 1, 0);
     run(f);
     for (int i = 0; i < 4; i++) {
         memset(mask, i == 0 ? 0xff : 0, (size_t)f->area->mask_words * sizeof *mask);
@@ -319,14 +338,13 @@ static void check_masks_and_edits(struct fixture *f)
         if (i == 2)
             mask[second / 32] = 1u << second % 32;
         slot->num_logprobs = i % 2 ? 5 : -1;
-        add(f, 0, PHASE_PREFILL, 0, f->prompt, 1);
-        add(f, 1, PHASE_PREFILL, 0, f->chunks_fixed ? f->prompt : 100, f->chunks_fixed);
+        add_prompt(f, 0, 1);
+        add(f, 1, PHASE_DECODE, f->prompt, 1, 1);
         run(f);
         assert_int_equal(f->area->step->choices[0].token, i == 2 ? STEP_NO_TOKEN : second);
         if (i % 2) // of the model's own distribution
             assert_memory_equal(f->area->step->choices[0].top, f->choices[0].top, 5 * sizeof f->choices[0].top[0]);
-        if (f->chunks_fixed)
-            expect_choices(f, "beside a mask", 1, 0, 1);
+        expect_choices(f, "beside a mask", 1, 1, 1);
     }
 }
 
@@ -359,11 +377,11 @@ static void check_lost_ranks(struct fixture *f)
     struct error err;
     int fds[2], descriptors = 0;
     assert_int_equal(pipe(fds), 0);
-    for (int cycle = 0; cycle < 4; cycle++) {
+    for (int cycle = 0; cycle < RESTARTS; cycle++) {
         if (cycle == 1)
             descriptors = count_descriptors();
         use_slot(f, 0, 0, 1);
-        add(f, 0, PHASE_PREFILL, 0, f->prompt, 1);
+        add_prompt(f, 0, 1);
         f->area->pages[1] = (int32_t)f->area->num_pages; // damaged
         assert_int_equal(try_run(f, &err), ERR_OTHER);
         assert_non_null(strstr(err.msg, "page"));
@@ -377,6 +395,49 @@ static void check_lost_ranks(struct fixture *f)
     }
     assert_int_equal(count_descriptors(), descriptors);
     close(fds[0]), close(fds[1]);
+}
+
+// ---- memory ------------------------------------------------------------------------------------------------------
+
+// The KV cache shrinks to what a device's memory allows, to one context at least.
+static void test_memory(void **state)
+{
+    const struct backend_case *b = &backends[NUM_BACKENDS - 1];
+    struct session_options options = session_defaults;
+    struct scheduler_options sizes;
+    struct session *session;
+    struct error err;
+    char dir[256], library[256], memory[32];
+    int64_t wanted = MAX_SEQUENCES * CONTEXT / KV_PAGE_TOKENS, least = CONTEXT / KV_PAGE_TOKENS;
+    (void)state;
+    if (!b->library || !is_there(b))
+        skip();
+    snprintf(dir, sizeof dir, "%s/%d", work, NUM_BACKENDS - 1);
+    snprintf(library, sizeof library, "%s/%s", build(), b->library);
+    options.context = CONTEXT;
+    options.backend = b->name;
+    options.cuda_library = library;
+    options.kv_fits = true;
+    int refused = 0, cut = 0, rc;
+    for (int64_t bytes = 0; bytes < 2ll << 30; bytes += refused && !cut ? 1 << 20 : 64 << 20) {
+        snprintf(memory, sizeof memory, "%lld", (long long)bytes);
+        setenv("EMULATED_MEMORY", memory, 1);
+        check(session_open(&session, dir, &options, MAX_SEQUENCES, 0, &err), &err);
+        rc = session_start(session, &err);
+        if (rc)
+            assert_int_equal(rc, ERR_MEMORY);
+        session_scheduler_options(session, &sizes);
+        session_close(session);
+        refused += rc != 0;
+        if (rc)
+            continue;
+        assert_true(sizes.num_pages >= least && sizes.num_pages <= wanted);
+        cut += sizes.num_pages < wanted;
+        if (sizes.num_pages == wanted)
+            break;
+    }
+    unsetenv("EMULATED_MEMORY");
+    assert_true(refused > 0 && cut > 0 && sizes.num_pages == wanted);
 }
 
 // ---- the tests --------------------------------------------------------------------------------------------------
@@ -416,6 +477,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_company),   cmocka_unit_test(test_pages_again),     cmocka_unit_test(test_many_choices),
         cmocka_unit_test(test_penalties), cmocka_unit_test(test_masks_and_edits), cmocka_unit_test(test_lost_ranks),
+        cmocka_unit_test(test_memory),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }

@@ -46,7 +46,7 @@ struct api_model {
     struct output_format format;   // output_format_find of the template's text
     bool knows_developer;          // the template does; else such messages become the system's
     const struct model_desc *desc; // vocabulary, end-of-sequence tokens, sampling defaults
-    struct vocabulary *vocabulary; // NULL: no response_format
+    struct vocabulary *vocabulary; // NULL: no response_format, no forced tool calls
     const uint32_t *eos_ids;       // [num_eos]
     int64_t num_eos;
     const uint32_t *kept; // special tokens that mark tool calls and reasoning [num_kept]: the parser sees them

@@ -119,6 +119,9 @@ static void answer_whole(struct api_request *request, const struct sequence_usag
         api_respond_error(request, &error);
     } else
         api_respond_json(request, 200, out->data, out->bytes);
+    api_text_clear(out);
+    for (int i = 0; i < request->num_sequences; i++) // the client may take long to read its copy
+        api_choice_free(&request->sequences[i].choice);
 }
 
 // ---- a stream ----------------------------------------------------------------------------------------------------
@@ -239,7 +242,7 @@ struct progress {
 static void find_reason(const struct api_sequence *sequence, struct error *err)
 {
     const struct error *engine = &sequence->request->engine_error;
-    if (sequence->queue.failed)
+    if (sequence->out_of_memory)
         error_set(err, ERR_MEMORY, "no memory for the output");
     else if (engine->code)
         *err = *engine;
@@ -322,9 +325,31 @@ static int advance_choice(struct api_request *request, struct api_sequence *sequ
     *ended = progress.ended && (choice->over || choice->at == choice->input.bytes);
     if (!rc && *ended && !choice->over)
         rc = end_choice(choice, &progress, out, err);
-    if (!rc && !choice->over && request->params.stream)
+    if (!choice->over && request->params.stream) // before an error too
         api_choice_flush(choice, out);
     return rc;
+}
+
+// All choices, also behind one that fails: what they have comes before the error. The first error is *err.
+static bool advance_choices(struct api_request *request, int *budget, struct api_text *out, struct error *err)
+{
+    bool all_ended = true;
+    for (int i = 0; i < request->num_sequences; i++) {
+        struct error now = {0};
+        bool ended = false;
+        if (advance_choice(request, &request->sequences[i], budget, &ended, out, &now) && !err->code)
+            *err = now;
+        all_ended = all_ended && ended;
+    }
+    return all_ended;
+}
+
+static bool is_too_large(const struct api_request *request)
+{
+    size_t bytes = 0;
+    for (int i = 0; i < request->num_sequences; i++)
+        bytes += api_choice_bytes(&request->sequences[i].choice);
+    return bytes > API_ANSWER_BYTES;
 }
 
 static void advance_running(struct api_request *request)
@@ -332,22 +357,23 @@ static void advance_running(struct api_request *request)
     struct api_text *out = &request->api->scratch;
     struct sequence_usage usage;
     struct error err = {0};
-    bool all_ended = true;
-    int budget = TOKENS_AT_ONCE, rc = 0;
+    struct api_error large = {0};
+    int budget = TOKENS_AT_ONCE;
     api_text_clear(out);
-    for (int i = 0; i < request->num_sequences && !rc; i++) {
-        bool ended = false;
-        rc = advance_choice(request, &request->sequences[i], &budget, &ended, out, &err);
-        all_ended = all_ended && ended;
-    }
-    if (!rc && out->failed)
-        rc = error_set(&err, ERR_MEMORY, "no memory for the answer");
-    if (!rc && out->bytes)
+    bool all_ended = advance_choices(request, &budget, out, &err);
+    if (out->failed)
+        error_set(&err, ERR_MEMORY, "no memory for the answer");
+    else if (out->bytes)
         write_stream(request, out->data, out->bytes);
     if (!request->exchange)
         return;
-    if (rc) {
+    if (err.code) {
         fail_with(request, &err);
+        return;
+    }
+    if (!request->params.stream && is_too_large(request)) {
+        api_error_large(&large, "ask for a stream, for less tokens or for less logprobs");
+        fail(request, &large);
         return;
     }
     if (!all_ended) {
@@ -376,6 +402,7 @@ void api_request_advance(struct api_request *request)
             api_respond_error(request, &request->error);
         else
             api_respond_json(request, 200, request->answer.data, request->answer.bytes);
+        api_text_free(&request->answer); // the client may take long to read its copy
     } else if (phase == PHASE_RUNNING) {
         if (request->params.stream && !request->listed && request->api->options.keep_alive_s > 0)
             list_stream(request);

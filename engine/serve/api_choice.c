@@ -328,6 +328,12 @@ int api_choice_finish(struct api_choice *choice, const char *reason, struct api_
     return 0;
 }
 
+size_t api_choice_bytes(const struct api_choice *choice)
+{
+    return choice->content.bytes + choice->reasoning.bytes + choice->calls.bytes + choice->logprobs.bytes +
+           choice->tokens_text.bytes + choice->offsets.bytes + choice->tops.bytes;
+}
+
 void api_choice_free(struct api_choice *choice)
 {
     text_stream_free(choice->text);
@@ -344,4 +350,10 @@ void api_choice_free(struct api_choice *choice)
     api_text_free(&choice->offsets);
     api_text_free(&choice->tops);
     free(choice->pending);
+    choice->text = NULL;
+    choice->parser = NULL;
+    choice->token_bytes = NULL;
+    choice->pending = NULL;
+    choice->num_pending = choice->pending_capacity = 0;
+    choice->at = 0;
 }

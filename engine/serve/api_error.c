@@ -37,6 +37,12 @@ int api_error_memory(struct api_error *error)
     return -1;
 }
 
+int api_error_large(struct api_error *error, const char *advice)
+{
+    return api_error_set(error, 400, "answer_too_large", NULL, "the answer has more than %d MiB; %s",
+                         API_ANSWER_BYTES >> 20, advice);
+}
+
 int api_error_from(struct api_error *error, const struct error *err, const char *param)
 {
     switch (err->code) {

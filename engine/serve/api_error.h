@@ -18,6 +18,9 @@ struct api_error {
 // Each fills error and returns -1. param may be NULL.
 int api_error_set(struct api_error *error, int status, const char *code, const char *param, const char *format, ...)
     __attribute__((format(printf, 5, 6)));
+// An answer of more than API_ANSWER_BYTES, which is not made; advice: half a sentence.
+enum { API_ANSWER_BYTES = 32 << 20 };
+int api_error_large(struct api_error *error, const char *advice);
 int api_error_memory(struct api_error *error); // 503
 // What one of the libraries said about a request: ERR_USAGE is the client's fault, ERR_MEMORY and ERR_RANK will pass.
 int api_error_from(struct api_error *error, const struct error *err, const char *param);

@@ -114,6 +114,7 @@ struct api_sequence {
     // mutex
     struct api_text queue; // struct step_choice, cut behind their last alternative
     bool cancelled, ended;
+    bool out_of_memory; // the queue had no room for tokens
     enum finish_reason reason;
     uint32_t stop_token;
     struct sequence_usage usage;
@@ -213,7 +214,9 @@ void api_request_unlist(struct api_request *request);              // of the str
 void api_request_summary(struct api_request *request, bool complete, struct request_record *record);
 
 // api_choice.c, I/O thread
-void api_choice_free(struct api_choice *choice);
+void api_choice_free(struct api_choice *choice); // what it has counted stays; may be called again
+// Of a whole answer, so far.
+size_t api_choice_bytes(const struct api_choice *choice);
 // The next token of a choice; or the end of its tokens. What it adds to the answer goes to choice; a stream's chunks are appended to out.
 int api_choice_push(struct api_choice *choice, const struct step_choice *token, struct api_text *out,
                     struct error *err);

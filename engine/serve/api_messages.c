@@ -145,10 +145,22 @@ static int read_messages(struct api_params *params, const struct api_model *mode
 
 // ---- tools -------------------------------------------------------------------------------------------------------
 
+// Templates of many models read both without looking whether they are there.
+static int fill_in(json_t *function, struct api_error *error)
+{
+    int rc = 0;
+    if (!member(function, "description"))
+        rc |= json_object_set_new(function, "description", json_string(""));
+    if (!member(function, "parameters")) // no arguments, as OpenAI's API defines it
+        rc |= json_object_set_new(function, "parameters", json_pack("{s:s,s:{}}", "type", "object", "properties"));
+    return rc ? api_error_memory(error) : 0;
+}
+
 static int check_tool(const json_t *tool, size_t index, struct api_error *error)
 {
     char param[64];
-    const json_t *function = json_object_get(tool, "function"), *name = json_object_get(function, "name");
+    json_t *function = json_object_get(tool, "function");
+    const json_t *name = json_object_get(function, "name");
     const char *type = json_string_value(json_object_get(tool, "type"));
     const json_t *parameters = member(function, "parameters"), *description = member(function, "description");
     snprintf(param, sizeof param, "tools[%zu]", index);
@@ -164,7 +176,7 @@ static int check_tool(const json_t *tool, size_t index, struct api_error *error)
     snprintf(param, sizeof param, "tools[%zu].function.parameters", index);
     if (parameters && !json_is_object(parameters))
         return wrong(error, param, "a JSON schema", parameters);
-    return 0;
+    return fill_in(function, error);
 }
 
 static bool tool_exists(const json_t *tools, const char *name)

@@ -71,6 +71,20 @@ static int open_chat(struct api *api, struct api_model *model, const struct mani
     return rc ? rc : read_template(model, manifest, dir, err);
 }
 
+// Without one there are no answers in a given form.
+static int open_vocabulary(struct api *api, struct api_model *model, struct error *err)
+{
+    int rc = vocabulary_create(&api->vocabulary, model->tokenizer, model->eos_ids, model->num_eos, err);
+    if (rc == ERR_MODEL) { // its tokens have no text each for itself
+        const struct log_field fields[] = {{.key = "reason", .type = LOG_TEXT, .text = err->msg}, {.key = NULL}};
+        log_line(LOG_WARNING, "no response_format", fields);
+        *err = (struct error){0};
+        return 0;
+    }
+    model->vocabulary = api->vocabulary;
+    return rc;
+}
+
 int api_load(struct api *api, struct session *session, const char *dir, struct error *err)
 {
     const struct manifest *manifest = session_manifest(session);
@@ -82,10 +96,8 @@ int api_load(struct api *api, struct session *session, const char *dir, struct e
         if (manifest->model.eos_token_ids[i] >= 0)
             api->eos_ids[model.num_eos++] = (uint32_t)manifest->model.eos_token_ids[i];
     find_marks(api, &model);
-    if ((rc = open_chat(api, &model, manifest, dir, err)) ||
-        (rc = vocabulary_create(&api->vocabulary, model.tokenizer, model.eos_ids, model.num_eos, err)))
+    if ((rc = open_chat(api, &model, manifest, dir, err)) || (rc = open_vocabulary(api, &model, err)))
         return rc;
-    model.vocabulary = api->vocabulary;
     api_set_model(api, &model);
     return 0;
 }

@@ -217,6 +217,18 @@ static int read_bias(struct api_params *params, int64_t vocab_size, struct api_e
     return 0;
 }
 
+// While the text may not end, tokens that would end it take places of biases.
+static int check_edits(const struct api_params *params, const struct api_model *model, struct api_error *error)
+{
+    int64_t ends = params->min_tokens > 0 ? params->num_stop_ids + (params->ignore_eos ? 0 : model->num_eos) : 0;
+    if (params->num_edits + ends <= STEP_MAX_EDITS)
+        return 0;
+    return api_error_set(
+        error, 400, NULL, "logit_bias",
+        "logit_bias has %lld tokens; with min_tokens and %lld tokens that end the text it may have %lld",
+        (long long)params->num_edits, (long long)ends, (long long)(STEP_MAX_EDITS - ends));
+}
+
 // ---- what comes back ---------------------------------------------------------------------------------------------
 
 static int read_logprobs(struct api_params *params, struct api_error *error)
@@ -430,6 +442,7 @@ int api_params_read(struct api_params *params, const char *body, size_t bytes, b
         read_counts(params, error) || read_sampling(params, desc, error) || read_stops(params, error) ||
         read_stop_ids(params, desc->vocab_size, error) || read_bias(params, desc->vocab_size, error) ||
         api_params_get_bool(params->body, "ignore_eos", &params->ignore_eos, error) ||
+        check_edits(params, model, error) ||
         api_params_get_bool(params->body, "include_stop_str_in_output", &params->rules.include_stop, error) ||
         api_params_get_bool(params->body, "skip_special_tokens", &params->rules.skip_special, error) ||
         read_logprobs(params, error) || read_stream(params, error) || read_salt(params, error) ||

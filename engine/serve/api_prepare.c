@@ -20,6 +20,17 @@ static bool ends_in_thinking(const struct template_output *text)
     return end >= sizeof mark - 1 && memcmp(text->text + end - (sizeof mark - 1), mark, sizeof mark - 1) == 0;
 }
 
+// What a template says of a chat. Where its file lies is not the client's business.
+static int template_error(struct error *err, struct api_error *error)
+{
+    const char *place = strstr(err->msg, ", line "), *name = place;
+    while (name && name > err->msg && name[-1] != '/')
+        name--;
+    if (name)
+        memmove(err->msg, name, strlen(name) + 1);
+    return api_error_from(error, err, "messages");
+}
+
 int api_render_chat(const struct api_model *model, const struct api_params *params, struct template_output *out,
                     struct api_error *error)
 {
@@ -34,7 +45,7 @@ int api_render_chat(const struct api_model *model, const struct api_params *para
     if (!model->chat)
         return api_error_set(error, 400, "no_chat_template", "messages",
                              "the model has no chat template; use /v1/completions");
-    return chat_render(out, model->chat, &chat, &err) ? api_error_from(error, &err, "messages") : 0;
+    return chat_render(out, model->chat, &chat, &err) ? template_error(&err, error) : 0;
 }
 
 int api_encode_chat(const struct api_model *model, const struct api_params *params, struct token_list *out,
@@ -124,6 +135,8 @@ static void fill_spec(struct api_request *request, int index, const struct api_g
     struct sequence_spec *spec = &request->specs[index];
     int64_t room = model->context - (int64_t)group->prompt.count;
     int64_t max_tokens = params->max_tokens ? params->max_tokens : default_max_tokens(request);
+    if (max_tokens < params->min_tokens) // the default is
+        max_tokens = params->min_tokens;
     *spec = (struct sequence_spec){
         .prompt = group->prompt.ids,
         .prompt_count = (int64_t)group->prompt.count,
@@ -175,6 +188,19 @@ static int create_sequence(struct api_request *request, int index, int group, st
     return tokenizer_stream_new(&choice->token_bytes, request->model->tokenizer, false, err);
 }
 
+// Tokens must have a text of their own, each for itself.
+static int check_logprobs(const struct api_request *request, struct api_error *error)
+{
+    struct tokenizer_stream *stream = request->sequences[0].choice.token_bytes;
+    const char *bytes;
+    size_t count;
+    struct error err = {0};
+    if (!stream || tokenizer_stream_token_bytes(stream, 0, &bytes, &count, &err) != ERR_MODEL)
+        return 0;
+    return api_error_set(error, 400, "unsupported_parameter", "logprobs",
+                         "logprobs are not supported for this model: %s", err.msg);
+}
+
 static int create_sequences(struct api_request *request, struct api_error *error)
 {
     int n = request->params.n, count = request->num_groups * n;
@@ -193,7 +219,7 @@ static int create_sequences(struct api_request *request, struct api_error *error
         if (create_sequence(request, i, i / n, &err))
             return api_error_from(error, &err, NULL);
     }
-    return 0;
+    return check_logprobs(request, error);
 }
 
 // ---- the whole ---------------------------------------------------------------------------------------------------
@@ -234,8 +260,10 @@ static void generate(struct api_request *request, bool chat)
 {
     struct api_error error = {0};
     if (api_request_cancelled(request) || prepare(request, chat, &error) || api_request_cancelled(request) ||
-        api_request_submit(request, &error))
+        api_request_submit(request, &error)) {
+        drop_json(request); // here: a large tree takes long, and the last owner may be the I/O thread
         api_request_fail(request, &error);
+    }
 }
 
 void api_chat_completions(struct api_request *request) { generate(request, true); }

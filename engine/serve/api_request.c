@@ -128,8 +128,12 @@ void api_request_answer(struct api_request *request, struct api_text *json)
     pthread_mutex_lock(&request->mutex);
     if (json->failed)
         api_error_memory(&request->error);
-    request->answer = *json;
-    *json = (struct api_text){0};
+    else if (json->bytes > API_ANSWER_BYTES)
+        api_error_large(&request->error, "send less at once");
+    else {
+        request->answer = *json;
+        *json = (struct api_text){0};
+    }
     end_work(request, PHASE_ANSWERED);
 }
 
@@ -205,7 +209,8 @@ static bool on_tokens(void *arg, const struct step_choice *choices, int64_t coun
     for (int64_t i = 0; i < count; i++)
         api_text_append(&sequence->queue, &choices[i],
                         offsetof(struct step_choice, top) + (size_t)choices[i].num_top * sizeof choices[i].top[0]);
-    bool wanted = !sequence->cancelled && !request->cancelled && !sequence->queue.failed;
+    sequence->out_of_memory |= sequence->queue.failed;
+    bool wanted = !sequence->cancelled && !request->cancelled && !sequence->out_of_memory;
     pthread_mutex_unlock(&request->mutex);
     api_request_wake(request);
     return wanted;
@@ -264,10 +269,36 @@ static int submit_group(struct api_request *request, struct api_group *group, st
     return rc;
 }
 
+// What an engine refuses that takes only so many sequences of a request is no matter of length.
+static bool is_too_long(const struct api_request *request, const struct engine_stats *stats)
+{
+    for (int i = 0; i < request->num_groups; i++)
+        if ((int64_t)request->groups[i].prompt.count >= stats->scheduler.pages * KV_PAGE_TOKENS)
+            return true;
+    return false;
+}
+
+// An error of submit.
+static int refuse(const struct api_request *request, const struct error *err, struct api_error *error)
+{
+    const struct api_engine *engine = &request->api->options.engine;
+    struct engine_stats stats = {0};
+    engine->read_stats(engine->arg, &stats);
+    bool too_long = err->code == ERR_USAGE && is_too_long(request, &stats);
+    api_error_from(error, err,
+                   err->code == ERR_USAGE && !too_long ? "n"
+                   : request->params.chat              ? "messages"
+                                                       : "prompt");
+    if (too_long)
+        error->code = "context_length_exceeded";
+    if (error->status == 429)
+        error->retry_after_s = stats.retry_after_s > 1 && stats.retry_after_s < 3600 ? (int64_t)stats.retry_after_s : 1;
+    return -1;
+}
+
 int api_request_submit(struct api_request *request, struct api_error *error)
 {
     struct error err = {0};
-    struct engine_stats stats;
     int rc = 0, submitted = 0;
     pthread_mutex_lock(&request->mutex);
     request->phase = PHASE_SUBMITTING;
@@ -285,12 +316,5 @@ int api_request_submit(struct api_request *request, struct api_error *error)
         for (int s = request->groups[i].first; s < request->groups[i].first + request->groups[i].count; s++)
             cancel_sequence(request, &request->sequences[s]);
     pthread_mutex_unlock(&request->mutex);
-    api_error_from(error, &err, request->params.chat ? "messages" : "prompt");
-    if (error->status == 400)
-        error->code = "context_length_exceeded";
-    if (error->status == 429) {
-        request->api->options.engine.read_stats(request->api->options.engine.arg, &stats);
-        error->retry_after_s = stats.retry_after_s > 1 && stats.retry_after_s < 3600 ? (int64_t)stats.retry_after_s : 1;
-    }
-    return -1;
+    return refuse(request, &err, error);
 }

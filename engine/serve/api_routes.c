@@ -35,10 +35,9 @@ void api_add_headers(struct api_request *request)
 
 void api_respond(struct api_request *request, int status, const char *type, const void *body, size_t bytes)
 {
-    request->status = status;
     request->finished = true;
     api_add_headers(request);
-    http_respond(request->exchange, status, type, body, bytes);
+    request->status = http_respond(request->exchange, status, type, body, bytes);
 }
 
 void api_respond_json(struct api_request *request, int status, const char *json, size_t bytes)
@@ -118,6 +117,8 @@ static bool clearly_not_json(const char *type)
     return false;
 }
 
+static bool is_encoded(const char *encoding) { return encoding && strcasecmp(encoding, "identity") != 0; }
+
 static int check_state(struct api_request *request, struct api_error *error)
 {
     const struct api_engine *engine = &request->api->options.engine;
@@ -152,6 +153,9 @@ static int check_request(struct api_request *request, const struct http_request 
         return 0;
     if (clearly_not_json(http_request_header(request->exchange, "Content-Type")))
         return api_error_set(error, 415, "unsupported_media_type", NULL, "the body must be application/json");
+    if (is_encoded(http_request_header(request->exchange, "Content-Encoding")))
+        return api_error_set(error, 415, "unsupported_media_type", NULL,
+                             "the body must be sent without Content-Encoding");
     return check_state(request, error);
 }
 
@@ -190,7 +194,10 @@ static void choose_id(struct api_request *request)
 static void run_work(void *arg)
 {
     struct api_request *request = arg;
-    request->route->work(request);
+    if (!api_request_cancelled(request)) // nobody waits for it, as when the server stops
+        request->route->work(request);
+    free(request->body);
+    request->body = NULL;
     api_request_drop(request);
 }
 

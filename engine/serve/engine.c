@@ -5,6 +5,9 @@
 // the figures.
 #include "engine/serve/engine.h"
 
+#include "engine/serve/places.h"
+#include "kernels/futex.h"
+
 #include <errno.h>
 #include <poll.h>
 #include <pthread.h>
@@ -44,6 +47,7 @@ struct entry {
 
 struct engine_job {
     struct engine *engine;
+    uint64_t tenant;
     struct engine_job *next;            // not yet taken
     struct engine_job *before, *behind; // taken: the engine thread's list
     struct sequence_spec *specs;        // as the scheduler sees them
@@ -59,18 +63,19 @@ struct engine {
     int64_t max_live; // sequences
     atomic_int drains, signal;
     atomic_bool woken, cancels; // the eventfd is set; some entry's cancelled is
-    atomic_llong live;          // accepted sequences that have not ended
     atomic_llong room_tokens;   // of one sequence: what the context and the KV cache hold
 
     pthread_mutex_t mutex; // for these:
     atomic_int state;      // changed under it, read anywhere
     struct engine_job *submitted, **submitted_end;
     int64_t num_submitted; // sequences
+    struct places places;  // those of accepted sequences that have not ended are taken
     struct engine_stats stats;
 
     // The engine thread's own.
     struct scheduler *scheduler;
-    struct engine_job *taken; // newest first
+    struct step_runner runner; // the session's
+    struct engine_job *taken;  // newest first
     struct engine_stats now;
     struct scheduler_stats past;            // of earlier starts
     double past_exchange_s[COMM_MAX_RANKS]; // the same
@@ -78,20 +83,16 @@ struct engine {
     void (*on_state)(void *arg, enum engine_state state);
     void *on_state_arg;
     bool was_ready, cut_short;
-    double drain_end_s; // 0: no drain yet
-    double ready_s;     // when the ranks were last ready
-    double sequence_s;  // running mean of a sequence's time in its slot
+    bool launched, lost, restarts; // this start: has ranks to ask, has ended in an error, is followed by another one
+    double drain_end_s;            // 0: no drain yet
+    double ready_s;                // when the ranks were last ready
+    double sequence_s;             // running mean of a sequence's time in its slot
     double restarts_s[RESTART_MAX_LIMIT];
     int64_t num_restarts; // in the window
     double delay_s;       // before the next one
 };
 
-static double clock_s(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
+static double clock_s(void) { return 1e-9 * (double)clock_now_ns(); }
 
 const char *engine_state_name(enum engine_state state)
 {
@@ -138,7 +139,8 @@ int engine_create(struct engine **out, struct session *session, const struct eng
     engine->max_live = sizes.max_sequences + options->max_queue;
     engine->submitted_end = &engine->submitted;
     engine->stats.num_ranks = engine->now.num_ranks = (int)session_manifest(session)->tp_size; // of one stage
-    if ((rc = open_descriptors(engine, err)))
+    engine->wake_fd = engine->timer_fd = engine->wait_fd = -1;
+    if ((rc = places_init(&engine->places, engine->max_live, err)) || (rc = open_descriptors(engine, err)))
         goto fail;
     if (getrandom(&engine->hash_seed, sizeof engine->hash_seed, 0) != sizeof engine->hash_seed) {
         rc = error_set_errno(err, "cannot get random bytes");
@@ -149,6 +151,7 @@ int engine_create(struct engine **out, struct session *session, const struct eng
     return 0;
 fail:
     close_descriptors(engine);
+    places_clear(&engine->places);
     free(engine);
     return rc;
 }
@@ -159,6 +162,7 @@ void engine_free(struct engine *engine)
         return;
     close_descriptors(engine);
     pthread_mutex_destroy(&engine->mutex);
+    places_clear(&engine->places);
     free(engine);
 }
 
@@ -179,7 +183,7 @@ static void take_wake(struct engine *engine)
     ssize_t bytes = read(engine->timer_fd, &count, sizeof count);
     bytes = read(engine->wake_fd, &count, sizeof count);
     (void)bytes; // nothing to read is as well
-    // In this order: who finds the flag set has left his work where the caller looks next.
+    // In this order: work of whoever finds the flag still set, and so does not write, lies where the caller looks next.
     atomic_store(&engine->woken, false);
 }
 
@@ -240,7 +244,9 @@ static void on_end(void *arg, enum finish_reason reason, const struct sequence_u
     if (reason == FINISH_EOS || reason == FINISH_LENGTH)
         engine->sequence_s = engine->sequence_s > 0 ? 0.9 * engine->sequence_s + 0.1 * seconds : seconds;
     entry->ended = true;
-    atomic_fetch_sub(&engine->live, 1);
+    pthread_mutex_lock(&engine->mutex);
+    places_leave(&engine->places, entry->job->tenant);
+    pthread_mutex_unlock(&engine->mutex);
     entry->spec.on_end(entry->spec.arg, reason, usage, stop_token, err);
     release(entry->job);
 }
@@ -261,8 +267,8 @@ int engine_submit(struct engine *engine, const struct sequence_spec *specs, int6
         return error_set(err, ERR_USAGE, "%lld sequences in one request: from 1 to %lld are taken", (long long)count,
                          (long long)engine->max_live);
     for (int64_t i = 0; i < count; i++)
-        if (specs[i].prompt_count < 1 || specs[i].prompt_count >= room)
-            return error_set(err, ERR_USAGE, "the prompt has %lld tokens; there is room for %lld, output included",
+        if (specs[i].prompt_count < 1 || specs[i].prompt_count > room)
+            return error_set(err, ERR_USAGE, "the prompt has %lld tokens; from 1 to %lld fit",
                              (long long)specs[i].prompt_count, (long long)room);
     struct engine_job *job = calloc(1, sizeof *job + (size_t)count * sizeof job->entries[0]);
     if (!job || !(job->specs = malloc((size_t)count * sizeof *specs))) {
@@ -270,6 +276,7 @@ int engine_submit(struct engine *engine, const struct sequence_spec *specs, int6
         return error_set(err, ERR_MEMORY, "no memory for a request");
     }
     job->engine = engine;
+    job->tenant = specs[0].tenant;
     job->count = job->left = count;
     for (int64_t i = 0; i < count; i++) {
         struct entry *entry = &job->entries[i];
@@ -282,14 +289,15 @@ int engine_submit(struct engine *engine, const struct sequence_spec *specs, int6
     pthread_mutex_lock(&engine->mutex);
     if (engine_state(engine) != ENGINE_READY) {
         rc = error_set(err, ERR_RANK, "the engine is %s", engine_state_name(engine_state(engine)));
-    } else if (atomic_load(&engine->live) + count > engine->max_live) {
-        rc = error_set(err, ERR_BUSY, "the queue is full: %lld sequences run or wait", (long long)engine->max_live);
+    } else if (!places_take(&engine->places, job->tenant, count, clock_s())) {
+        rc = error_set(err, ERR_BUSY,
+                       "the queue is full: %lld of %lld places are taken, and beside others a client has half",
+                       (long long)engine->places.taken, (long long)engine->max_live);
     } else {
         *out = job;
         *engine->submitted_end = job;
         engine->submitted_end = &job->next;
         engine->num_submitted += count;
-        atomic_fetch_add(&engine->live, count);
     }
     pthread_mutex_unlock(&engine->mutex);
     if (rc)
@@ -434,6 +442,8 @@ static void look_at_ranks(struct engine *engine, bool at_once)
         rank->file_bytes = report.file_bytes;
         rank->rss_bytes = report.rss_bytes;
         rank->exchange_s_total = engine->past_exchange_s[i] + report.exchange_s;
+        double step_s = engine->now.step_s_total - rank->exchange_s_total;
+        rank->step_s_total = step_s > rank->step_s_total ? step_s : rank->step_s_total; // never back
         snprintf(rank->operation, sizeof rank->operation, "%s", report.operation);
         snprintf(rank->device, sizeof rank->device, "%s", report.device);
     }
@@ -480,12 +490,59 @@ static bool drained(struct engine *engine)
 
 // ---- the engine's thread: ranks ----------------------------------------------------------------------------------
 
+// Whether the ranks may be started once more.
+static bool may_restart(struct engine *engine, int rc)
+{
+    double now = clock_s();
+    int64_t kept = 0;
+    // What fails before it ever worked fails again; but for ranks that vanish.
+    if (!engine->options.restart || (!engine->was_ready && rc != ERR_RANK))
+        return false;
+    for (int64_t i = 0; i < engine->num_restarts; i++)
+        if (now - engine->restarts_s[i] < RESTART_WINDOW_S)
+            engine->restarts_s[kept++] = engine->restarts_s[i];
+    engine->num_restarts = kept;
+    if (kept >= engine->options.restart_limit)
+        return false;
+    engine->restarts_s[engine->num_restarts++] = now;
+    return true;
+}
+
+// Decides what follows on an error of the ranks and says so, once for each start: before the sequences hear of it, so that who tries again at
+// once is not taken by the engine that has just been lost.
+static void ranks_lost(struct engine *engine, int rc, const struct error *why)
+{
+    if (engine->lost)
+        return;
+    engine->lost = true;
+    engine->restarts = !atomic_load(&engine->drains) && may_restart(engine, rc);
+    for (int i = 0; engine->launched && i < engine->now.num_ranks; i++) {
+        struct rank_report report;
+        session_rank_report(engine->session, i, &report);
+        engine->now.ranks[i].losses += report.lost;
+    }
+    snprintf(engine->now.error, sizeof engine->now.error, "%.255s", why->msg);
+    publish(engine);
+    set_state(engine, engine->restarts ? ENGINE_RESTARTING : ENGINE_FAILED);
+}
+
+// The session's step, for the scheduler.
+static int run_step(void *arg, struct error *err)
+{
+    struct engine *engine = arg;
+    int rc = engine->runner.run(engine->runner.arg, err);
+    if (rc)
+        ranks_lost(engine, rc, err);
+    return rc;
+}
+
 // 0 when the ranks are ready, or when a drain has begun before.
 static int start_ranks(struct engine *engine, struct error *err)
 {
     struct scheduler_options options = {0};
     double begin_s = clock_s();
     int rc = atomic_load(&engine->drains) ? 0 : session_launch(engine->session, err);
+    engine->launched = !rc;
     set_timer(engine, LOOK_MS);
     while (!rc && !atomic_load(&engine->drains)) {
         rc = session_wait(engine->session, engine->wait_fd, err);
@@ -499,7 +556,8 @@ static int start_ranks(struct engine *engine, struct error *err)
     set_timer(engine, 0);
     if (rc || atomic_load(&engine->drains))
         return rc;
-    const struct step_runner runner = session_runner(engine->session);
+    engine->runner = session_runner(engine->session);
+    const struct step_runner runner = {.arg = engine, .run = run_step};
     session_scheduler_options(engine->session, &options);
     options.share_prefixes = engine->options.share_prefixes;
     options.draft_tokens = engine->options.draft_tokens;
@@ -574,24 +632,6 @@ static void stop_ranks(struct engine *engine, const struct error *why)
 
 // ---- the engine's thread: restarts -------------------------------------------------------------------------------
 
-// Whether the ranks may be started once more.
-static bool may_restart(struct engine *engine, int rc)
-{
-    double now = clock_s();
-    int64_t kept = 0;
-    // What fails before it ever worked fails again; but for ranks that vanish.
-    if (!engine->options.restart || (!engine->was_ready && rc != ERR_RANK))
-        return false;
-    for (int64_t i = 0; i < engine->num_restarts; i++)
-        if (now - engine->restarts_s[i] < RESTART_WINDOW_S)
-            engine->restarts_s[kept++] = engine->restarts_s[i];
-    engine->num_restarts = kept;
-    if (kept >= engine->options.restart_limit)
-        return false;
-    engine->restarts_s[engine->num_restarts++] = now;
-    return true;
-}
-
 // Waits before the next start; false when a drain has begun meanwhile.
 static bool back_off(struct engine *engine)
 {
@@ -642,6 +682,7 @@ int engine_run(struct engine *engine, void (*on_state)(void *arg, enum engine_st
         on_state(arg, ENGINE_LOADING);
     for (;;) {
         struct error why = {0};
+        engine->lost = false;
         if ((rc = start_ranks(engine, &why)) == 0 && engine->scheduler)
             rc = run_steps(engine, &why);
         if (rc == 0) {
@@ -650,14 +691,11 @@ int engine_run(struct engine *engine, void (*on_state)(void *arg, enum engine_st
             stop_ranks(engine, &why);
             break;
         }
-        bool again = !atomic_load(&engine->drains) && may_restart(engine, rc);
-        snprintf(engine->now.error, sizeof engine->now.error, "%.255s", why.msg);
-        publish(engine);
-        set_state(engine, again ? ENGINE_RESTARTING : ENGINE_FAILED);
+        ranks_lost(engine, rc, &why);
         stop_ranks(engine, &why);
-        if (!again) {
+        if (!engine->restarts) {
             if (engine->num_restarts > 0)
-                error_set(&why, rc, "after %lld restarts: %.600s", (long long)engine->num_restarts, engine->now.error);
+                error_set(&why, rc, "after %lld restarts: %s", (long long)engine->num_restarts, engine->now.error);
             if (err)
                 *err = why;
             break;

@@ -34,14 +34,16 @@ struct engine_job; // the sequences of one request
 int engine_create(struct engine **out, struct session *session, const struct engine_options *options,
                   struct error *err);
 // Runs on the calling thread until a drain is complete (0), or the ranks are lost for good. That thread forks the ranks and handles SIGINT and
-// SIGTERM, so all others should block them: the first one drains, the second ends the process at once. Where a drain had to cut sequences short:
-// ERR_SIGINT, ERR_SIGTERM. on_state is called here at every change, before sequences that the change ends hear of it.
+// SIGTERM, so all others should block them: the first one drains, the second ends the process at once. Then mask and handlers are as before. Where
+// a drain had to cut sequences short: ERR_SIGINT, ERR_SIGTERM. on_state is called here at every change, before sequences that the change ends
+// hear of it.
 int engine_run(struct engine *engine, void (*on_state)(void *arg, enum engine_state state), void *arg,
                struct error *err);
 // After engine_run, and with no other thread in here. Accepts NULL.
 void engine_free(struct engine *engine);
 
-// ERR_BUSY: the queue is full (429). ERR_RANK: not ready, draining or failed (503). ERR_USAGE: what can never run. ERR_MEMORY. The specs are
+// The sequences of one request: of one tenant. ERR_BUSY: the queue is full, or half of its places are this tenant's while others are there
+// (429). ERR_RANK: not ready, draining or failed (503). ERR_USAGE: what can never run. ERR_MEMORY. The specs are
 // copied, what they point to is borrowed until on_end. A callback may come before this returns. *out is valid until the last on_end of its
 // sequences has returned. No lock of the engine is held while a callback runs.
 enum { ERR_BUSY = -64 };
@@ -56,7 +58,9 @@ enum engine_state engine_state(const struct engine *engine);
 // A rank, as it was seen a moment ago.
 struct engine_rank {
     int64_t pid, loaded_bytes, file_bytes, rss_bytes;
+    int64_t losses;          // how often its failure has ended all ranks
     double exchange_s_total; // in exchanges with other ranks, waiting included; of all starts
+    double step_s_total;     // in steps outside of exchanges; likewise
     char operation[24];      // "load", "attention" ...
     char device[128];
 };

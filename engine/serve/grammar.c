@@ -1,3 +1,4 @@
+// Pieces of a grammar, put together and compiled to a language of the cache. See grammar.h.
 #include "engine/serve/grammar_internal.h"
 
 #include "engine/serve/grammar_regex.h"
@@ -36,6 +37,7 @@ struct grammar {
     size_t count, capacity;
     struct grammar_language *language; // once compiled
     bool no_memory;
+    bool refused; // compiling has failed
 };
 
 // ---- pieces --------------------------------------------------------------------------------------------------------
@@ -67,7 +69,7 @@ void grammar_free(struct grammar *grammar)
     if (!grammar)
         return;
     if (grammar->language)
-        grammar_cache_release(grammar->vocabulary, grammar->language);
+        grammar_cache_release(grammar->language);
     clear_pieces(grammar);
     free(grammar);
 }
@@ -333,12 +335,10 @@ static char *make_key(const struct grammar *grammar, size_t *bytes)
     return key;
 }
 
-int grammar_compile(struct grammar *grammar, struct error *err)
+static int find_or_build(struct grammar *grammar, struct error *err)
 {
     size_t key_bytes = 0;
     int rc;
-    if (grammar->language)
-        return 0;
     char *key = grammar->no_memory ? NULL : make_key(grammar, &key_bytes);
     if (!key)
         return error_set(err, ERR_MEMORY, "out of memory for a grammar");
@@ -365,8 +365,19 @@ int grammar_compile(struct grammar *grammar, struct error *err)
     }
     grammar_cache_add(grammar->vocabulary, language);
     grammar->language = language;
-    clear_pieces(grammar);
     return 0;
+}
+
+int grammar_compile(struct grammar *grammar, struct error *err)
+{
+    if (grammar->language)
+        return 0;
+    if (grammar->refused)
+        return error_set(err, ERR_USAGE, "the grammar was refused before");
+    int rc = find_or_build(grammar, err);
+    grammar->refused = rc != 0;
+    clear_pieces(grammar); // here, not in grammar_free: a large schema takes its time, and this thread has it
+    return rc;
 }
 
 struct grammar_language *grammar_language(struct grammar *grammar) { return grammar->language; }

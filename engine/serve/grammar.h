@@ -29,7 +29,8 @@
 struct grammar;
 // The vocabulary is borrowed. Success: the caller owns *out, a grammar of the empty text.
 int grammar_create(struct grammar **out, struct vocabulary *vocabulary, struct error *err);
-void grammar_free(struct grammar *grammar); // accepts NULL
+// Accepts NULL. Quick after grammar_compile, and waits for no other thread.
+void grammar_free(struct grammar *grammar);
 
 // Pieces follow each other in the order of the calls. Texts are copied, schemas referenced. A piece that is refused is reported by
 // grammar_compile (the first one counts). path names the schema or expression in messages, as the client knows it:
@@ -50,22 +51,23 @@ void grammar_or(struct grammar *grammar);
 void grammar_end(struct grammar *grammar, int64_t min, int64_t max, const char *separator);
 
 // ERR_USAGE: "response_format.json_schema.schema.properties.a: \"patternProperties\" is not supported" and the like; too large; no text
-// satisfies it. ERR_MEMORY. Quick for what was compiled lately: the vocabulary keeps it.
+// satisfies it. ERR_MEMORY. Quick for what was compiled lately: the vocabulary keeps it. The pieces are gone afterwards.
 int grammar_compile(struct grammar *grammar, struct error *err);
 
-// One thread at a time; borrows the grammar. A token that is not allowed leaves a dead state, where only the end is allowed.
+// One thread at a time; borrows the grammar. A token that is not allowed leaves a dead state.
 struct grammar_state;
 int grammar_state_create(struct grammar_state **out, struct grammar *grammar, struct error *err);
 void grammar_state_free(struct grammar_state *state); // accepts NULL
-// As struct token_filter wants them: state is a struct grammar_state *. Once the text is complete and can not go on, and in a dead state,
-// end-of-sequence tokens alone are allowed.
+// As struct token_filter wants them: state is a struct grammar_state *. End-of-sequence tokens are allowed where the text is complete, and are
+// all that is in the dead state behind a token that was not allowed. The mask is empty where the text is incomplete and nothing goes on: the
+// vocabulary lacks a byte, or the work or memory for the state ran out. An incomplete text never ends as if it were whole.
 void grammar_state_fill(void *state, uint32_t *mask, int64_t words);
 void grammar_state_advance(void *state, uint32_t token);
 bool grammar_state_complete(const struct grammar_state *state); // the text so far is a whole sentence
 bool grammar_state_dead(const struct grammar_state *state);
 // Whether these bytes may follow; they are taken if so (for texts that a template has begun, and for tests).
 bool grammar_state_take(struct grammar_state *state, const char *bytes, size_t count);
-bool grammar_state_admits(struct grammar_state *state, const char *bytes,
-                          size_t count); // the same, but nothing is taken
+// The same, but nothing is taken.
+bool grammar_state_admits(struct grammar_state *state, const char *bytes, size_t count);
 
 #endif

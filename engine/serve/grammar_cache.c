@@ -1,3 +1,4 @@
+// Compiled languages and the tokens that their places allow; the walk of the trie. See grammar_cache.h.
 #include "engine/serve/grammar_cache.h"
 
 #include <stdlib.h>
@@ -211,6 +212,15 @@ void grammar_language_free(struct grammar_language *language)
     free(language);
 }
 
+static void free_languages(struct grammar_language *first)
+{
+    while (first) {
+        struct grammar_language *next = first->next;
+        grammar_language_free(first);
+        first = next;
+    }
+}
+
 int grammar_cache_create(struct grammar_cache **out, struct error *err)
 {
     *out = calloc(1, sizeof **out);
@@ -221,11 +231,7 @@ void grammar_cache_free(struct grammar_cache *cache)
 {
     if (!cache)
         return;
-    while (cache->languages) {
-        struct grammar_language *next = cache->languages->next;
-        grammar_language_free(cache->languages);
-        cache->languages = next;
-    }
+    free_languages(cache->languages);
     table_clear(&cache->base);
     free(cache);
 }
@@ -237,29 +243,32 @@ static uint64_t language_bytes(const struct grammar_language *language)
            machine_bytes(&language->machine);
 }
 
-// Drops those that were not used for longest until the rest is small enough. Languages in use do not count.
-static void trim(struct grammar_cache *cache)
+// Takes out those that were not used for longest until the rest is small enough; returns them. Languages in use do not count.
+static struct grammar_language *trim(struct grammar_cache *cache)
 {
+    struct grammar_language *dropped = NULL;
     uint64_t bytes = 0;
     int64_t count = 0;
     for (struct grammar_language **at = &cache->languages; *at;) {
         struct grammar_language *language = *at;
-        if (!language->users) {
+        if (!atomic_load(&language->users)) {
             bytes += language_bytes(language);
             if (++count > GRAMMAR_CACHE_LANGUAGES || bytes > GRAMMAR_CACHE_NET_BYTES) {
                 *at = language->next;
-                grammar_language_free(language);
+                language->next = dropped;
+                dropped = language;
                 continue;
             }
         }
         at = &language->next;
     }
+    return dropped;
 }
 
 struct grammar_language *grammar_cache_find(struct vocabulary *vocabulary, const char *key, size_t key_bytes)
 {
     struct grammar_cache *cache = vocabulary->cache;
-    struct grammar_language *found = NULL;
+    struct grammar_language *found = NULL, *dropped;
     pthread_mutex_lock(&vocabulary->lock);
     for (struct grammar_language **at = &cache->languages; *at && !found; at = &(*at)->next) {
         if ((*at)->key_bytes == key_bytes && !memcmp((*at)->key, key, key_bytes)) {
@@ -267,11 +276,13 @@ struct grammar_language *grammar_cache_find(struct vocabulary *vocabulary, const
             *at = found->next;
             found->next = cache->languages;
             cache->languages = found;
-            found->users++;
+            atomic_fetch_add(&found->users, 1);
             break;
         }
     }
+    dropped = trim(cache);
     pthread_mutex_unlock(&vocabulary->lock);
+    free_languages(dropped);
     return found;
 }
 
@@ -280,14 +291,7 @@ void grammar_cache_add(struct vocabulary *vocabulary, struct grammar_language *l
     pthread_mutex_lock(&vocabulary->lock);
     language->next = vocabulary->cache->languages;
     vocabulary->cache->languages = language;
-    trim(vocabulary->cache);
     pthread_mutex_unlock(&vocabulary->lock);
 }
 
-void grammar_cache_release(struct vocabulary *vocabulary, struct grammar_language *language)
-{
-    pthread_mutex_lock(&vocabulary->lock);
-    language->users--;
-    trim(vocabulary->cache);
-    pthread_mutex_unlock(&vocabulary->lock);
-}
+void grammar_cache_release(struct grammar_language *language) { atomic_fetch_sub(&language->users, 1); }

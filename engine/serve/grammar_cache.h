@@ -7,6 +7,8 @@
 #include "engine/serve/grammar_machine.h"
 #include "engine/serve/vocabulary_internal.h"
 
+#include <stdatomic.h>
+
 enum {
     GRAMMAR_CACHE_LANGUAGES = 64,         // kept though nobody uses them
     GRAMMAR_CACHE_ENTRY_BYTES = 96 << 20, // of all entries together; above it all are forgotten
@@ -20,7 +22,8 @@ struct grammar_language { // immutable but for entries and what belongs to the c
     uint32_t base_nodes; // the first nodes are the same in all languages, and so are their entries
     char *key;           // what it was compiled from [key_bytes]
     size_t key_bytes;
-    int64_t users;
+    // Rises under the lock alone, so that one without users stays so while the lock is held; falls without it.
+    atomic_int_least64_t users;
     struct grammar_language *next; // used latest first
     struct machine machine;        // for entries; net NULL: none yet
     struct entry_table {
@@ -51,12 +54,12 @@ struct grammar_cache {
 int grammar_cache_create(struct grammar_cache **out, struct error *err);
 void grammar_cache_free(struct grammar_cache *cache); // accepts NULL
 
-// The language with this key, with one more user; NULL when there is none. Takes the lock.
+// The language with this key, with one more user; NULL when there is none. Frees languages that nobody has used for long. Takes the lock.
 struct grammar_language *grammar_cache_find(struct vocabulary *vocabulary, const char *key, size_t key_bytes);
 // Takes over a language that has one user. Takes the lock.
 void grammar_cache_add(struct vocabulary *vocabulary, struct grammar_language *language);
-void grammar_cache_release(struct vocabulary *vocabulary,
-                           struct grammar_language *language); // one user less; takes the lock
+// One user less. Takes no lock and frees nothing, so that no thread waits in it: the next grammar_cache_find does that.
+void grammar_cache_release(struct grammar_language *language);
 void grammar_language_free(struct grammar_language *language);
 
 // The entry of a place; the lock is held, also while the entry is used. NULL: memory or the work for this mask is out.

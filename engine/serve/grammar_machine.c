@@ -1,3 +1,4 @@
+// Configurations of a net, their stacks and transitions, each found once. See grammar_machine.h.
 #include "engine/serve/grammar_machine.h"
 
 #define XXH_INLINE_ALL
@@ -30,7 +31,7 @@ static bool reserve(struct machine *m, void *items, uint32_t count, uint32_t mor
     void **array = items;
     if (count + more <= *capacity)
         return true;
-    uint32_t wanted = 2 * (count + more) + 64;
+    uint32_t wanted = (count + more) / 2 * 3 + 64;
     void *grown =
         machine_bytes(m) + more * item_bytes > MACHINE_MAX_BYTES ? NULL : realloc(*array, wanted * item_bytes);
     if (!grown) {
@@ -267,7 +268,7 @@ static uint32_t closure_end(struct machine *m, bool cut)
         else
             c->cut = true;
     }
-    m->work -= c->count + 1;
+    m->work -= c->count + count + 1; // found, and put in order
     if (m->exhausted)
         return MACHINE_DEAD;
     return intern(m, c->places, count, c->ends, cut || c->cut);
@@ -309,6 +310,7 @@ uint32_t machine_compute(struct machine *m, uint32_t from, uint8_t byte)
         m->num_transitions += classes;
     }
     closure_begin(m);
+    m->work -= m->configs[from].count / 8; // looking at one is cheap beside finding one
     for (uint32_t i = 0; i < m->configs[from].count; i++) {
         struct machine_place place = m->places[m->configs[from].first + i];
         const struct net_node *node = &m->net->nodes[place.node];

@@ -13,8 +13,8 @@
 enum {
     MACHINE_MAX_PLACES = 512,        // of one configuration
     MACHINE_MAX_VISITS = 4096,       // nodes on the way to them
-    MACHINE_MAX_BYTES = 16 << 20,    // of everything remembered
-    MACHINE_COMPACT_BYTES = 2 << 20, // above it machine_compact forgets
+    MACHINE_MAX_BYTES = 4 << 20,     // of everything remembered; half as much again may be reserved
+    MACHINE_COMPACT_BYTES = 1 << 20, // above it machine_compact forgets
     MACHINE_DEAD = 0,                // the configuration without places
     MACHINE_NO_STACK = 0,            // the bottom
 };

@@ -1,3 +1,4 @@
+// Nodes, edges and loops of an automaton; sets of texts as tries; heights and classes. See grammar_net.h.
 #include "engine/serve/grammar_net.h"
 
 #include <stdlib.h>
@@ -18,6 +19,12 @@ void grammar_net_clear(struct net *net)
     *net = (struct net){0};
 }
 
+void grammar_net_fail(struct net *net, int code)
+{
+    if (!net->failed)
+        net->failed = code;
+}
+
 // Room for one more item. Sets net->failed.
 static bool reserve(struct net *net, void *items, uint32_t count, uint32_t *capacity, size_t item_bytes, uint32_t most)
 {
@@ -29,7 +36,7 @@ static bool reserve(struct net *net, void *items, uint32_t count, uint32_t *capa
     uint32_t wanted = *capacity ? *capacity * 2 : 256;
     void *more = count >= most ? NULL : realloc(*array, wanted * item_bytes);
     if (!more) {
-        net->failed = count >= most ? ERR_USAGE : ERR_MEMORY;
+        grammar_net_fail(net, count >= most ? ERR_USAGE : ERR_MEMORY);
         return false;
     }
     *array = more;
@@ -179,8 +186,12 @@ uint32_t grammar_net_texts(struct net *net, struct net_text *texts, size_t count
         return NET_NOTHING;
     qsort(texts, count, sizeof *texts, compare_texts);
     for (size_t i = 0; i < count; i++)
-        if (!different || compare_texts(&texts[different - 1], &texts[i]))
+        if (!different || compare_texts(&texts[different - 1], &texts[i])) {
+            // Exchanged, so that the caller still holds each text once.
+            struct net_text kept = texts[different];
             texts[different++] = texts[i];
+            texts[i] = kept;
+        }
     return texts_from(net, texts, different, 0, next);
 }
 

@@ -14,7 +14,8 @@
 enum {
     NET_MAX_NODES = 200000,
     NET_MAX_EDGES = 400000,
-    NET_MAX_DEPTH = 200, // rules within rules
+    NET_MAX_DEPTH = 200,           // rules within rules
+    NET_MAX_REGEX_STEPS = 2000000, // parts of regular expressions built, those that make no node too
     NET_NO_HEIGHT = 0xFFFF,
 };
 static const uint32_t NET_NO_LIMIT = UINT32_MAX;
@@ -31,9 +32,9 @@ enum net_kind {
 
 struct net_node {
     uint8_t kind;
-    uint16_t
-        height;    // how many rules within rules the shortest way to the rule's end needs; NET_NO_HEIGHT: there is none
-    uint32_t loop; // in the body of this loop; 0: none
+    // How many rules within rules the shortest way to the rule's end needs; NET_NO_HEIGHT: there is none.
+    uint16_t height;
+    uint32_t loop;         // in the body of this loop; 0: none
     uint32_t first, count; // by kind
 };
 struct net_edge {
@@ -52,6 +53,7 @@ struct net {
     struct net_loop *loops; // [0] is unused
     uint32_t num_nodes, num_edges, num_loops;
     uint32_t node_capacity, edge_capacity, loop_capacity;
+    uint32_t regex_steps;
     uint32_t in_loop; // nodes that are being built belong to this loop
     uint32_t start;
     uint8_t class_of[256]; // bytes that no edge tells apart
@@ -62,6 +64,7 @@ struct net {
 
 int grammar_net_init(struct net *net); // 0 or ERR_MEMORY
 void grammar_net_clear(struct net *net);
+void grammar_net_fail(struct net *net, int code); // the first code counts
 
 // A node whose edges are set one after the other before the next node is made.
 uint32_t grammar_net_node(struct net *net, enum net_kind kind, uint32_t first, uint32_t count);
@@ -77,7 +80,7 @@ void grammar_net_set(struct net *net, uint32_t later, uint32_t target);
 // A counted loop: begin, build the body so that it ends in *again, end. Returns where the loop begins.
 uint32_t grammar_net_loop_begin(struct net *net, uint32_t min, uint32_t max, uint32_t next, uint32_t *again);
 uint32_t grammar_net_loop_end(struct net *net, uint32_t again, uint32_t body);
-// Any of these texts. Sorts the array.
+// Any of these texts. Reorders the array, which holds the same texts afterwards.
 struct net_text {
     const char *text;
     size_t bytes;

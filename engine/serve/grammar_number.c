@@ -1,3 +1,4 @@
+// Bounds to digits, and digits to nodes. See grammar_number.h.
 #include "engine/serve/grammar_number.h"
 
 #include <math.h>

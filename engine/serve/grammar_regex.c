@@ -1,3 +1,4 @@
+// Regular expressions: sets of characters to bytes, the parser, and its tree to nodes. See grammar_regex.h.
 #include "engine/serve/grammar_regex.h"
 
 #include <stdlib.h>
@@ -56,10 +57,13 @@ struct byte_edges { // of one node
     uint32_t next, tails[4]; // tails[n]: n continuation bytes, then next; n from 1
 };
 
-static void add_edge(struct byte_edges *to, uint32_t low, uint32_t high, uint32_t target)
+static void add_edge(struct net *net, struct byte_edges *to, uint32_t low, uint32_t high, uint32_t target)
 {
-    if (to->count < (int)(sizeof to->edges / sizeof *to->edges))
-        to->edges[to->count++] = (struct net_edge){(uint8_t)low, (uint8_t)high, target};
+    if (to->count == (int)(sizeof to->edges / sizeof *to->edges)) {
+        grammar_net_fail(net, ERR_USAGE);
+        return;
+    }
+    to->edges[to->count++] = (struct net_edge){(uint8_t)low, (uint8_t)high, target};
 }
 
 static int encode(uint32_t c, uint8_t *out)
@@ -98,13 +102,13 @@ static void add_sequence(struct net *net, struct byte_edges *to, uint32_t low, u
         grammar_net_edge(net, before, first[at], last[at], node);
         node = before;
     }
-    add_edge(to, first[0], last[0], node);
+    add_edge(net, to, first[0], last[0], node);
 }
 
 static void add_range(struct net *net, struct byte_edges *to, uint32_t low, uint32_t high)
 {
-    static const uint32_t ends[] = {0x7F, 0x7FF, 0xD7FF, 0xDFFF,
-                                    0xFFFF}; // of a length; before and behind the surrogates
+    // The last characters of a length, and those before and behind the surrogates.
+    static const uint32_t ends[] = {0x7F, 0x7FF, 0xD7FF, 0xDFFF, 0xFFFF};
     if (low > high || (low >= 0xD800 && high <= 0xDFFF))
         return;
     for (int i = 0; i < 5; i++) {
@@ -168,7 +172,7 @@ static void add_escapes(struct net *net, struct byte_edges *to, const struct reg
         grammar_net_edge(net, node, letter, letter, last ? code : to->next);
     }
     if (node != NET_NOTHING)
-        add_edge(to, '\\', '\\', node);
+        add_edge(net, to, '\\', '\\', node);
 }
 
 uint32_t grammar_regex_build_set(struct net *net, const struct regex_set *set, enum regex_form form, uint32_t next)
@@ -559,12 +563,28 @@ static int parse_either(struct parser *p)
 
 // ---- building ------------------------------------------------------------------------------------------------------
 
+static uint32_t build(struct net *net, const struct parser *p, int index, enum regex_form form, uint32_t next);
+
+// The body of a repeat once more, in front of `after`; with `next`, if it is a node, the body may also be left out. false: it made no
+// difference, and no further time would. Empty bodies are repeated but once so, however deep they are nested.
+static bool build_once_more(struct net *net, const struct parser *p, int body, enum regex_form form, uint32_t next,
+                            uint32_t *after)
+{
+    uint32_t before = *after;
+    *after = grammar_net_either(net, build(net, p, body, form, before), next);
+    return *after != before && !net->failed;
+}
+
 static uint32_t build(struct net *net, const struct parser *p, int index, enum regex_form form, uint32_t next)
 {
     const struct item *item = &p->items[index];
     uint32_t result = NET_NOTHING, after = next;
     if (net->failed || next == NET_NOTHING)
         return next;
+    if (++net->regex_steps > NET_MAX_REGEX_STEPS) {
+        grammar_net_fail(net, ERR_USAGE);
+        return next;
+    }
     switch (item->kind) {
     case ITEM_SET:
         return grammar_regex_build_set(net, item->set, form, next);
@@ -582,10 +602,12 @@ static uint32_t build(struct net *net, const struct parser *p, int index, enum r
             uint32_t body = build(net, p, item->last, form, after);
             grammar_net_set(net, after, grammar_net_either(net, body, next));
         }
-        for (int i = item->min; i < item->max && !net->failed; i++)
-            after = grammar_net_either(net, build(net, p, item->last, form, after), next);
-        for (int i = 0; i < item->min && !net->failed; i++)
-            after = build(net, p, item->last, form, after);
+        for (int i = item->min; i < item->max; i++)
+            if (!build_once_more(net, p, item->last, form, next, &after))
+                break;
+        for (int i = 0; i < item->min; i++)
+            if (!build_once_more(net, p, item->last, form, NET_NOTHING, &after))
+                break;
         return after;
     }
 }

@@ -1,3 +1,4 @@
+// The rules of JSON at large; alternatives and references of a schema, and its rules. See grammar_schema.h.
 #include "engine/serve/grammar_schema_internal.h"
 
 #include "engine/serve/grammar_regex.h"
@@ -15,7 +16,7 @@ static uint32_t of_regex(struct net *net, const char *expression)
     struct error err;
     if (grammar_regex_build(net, expression, strlen(expression), REGEX_PLAIN, REGEX_WHOLE, NET_ACCEPT_NODE, &node,
                             &err))
-        net->failed = net->failed ? net->failed : err.code;
+        grammar_net_fail(net, err.code);
     return node;
 }
 

@@ -1,4 +1,5 @@
-// What grammar_schema.c (alternatives, references), grammar_schema_types.c (one alternative) and grammar_schema_words.c (keywords) share.
+// What grammar_schema.c (alternatives, references), grammar_schema_types.c (one alternative), grammar_schema_object.c (objects, arrays) and
+// grammar_schema_words.c (keywords) share.
 #ifndef TPSHARD_ENGINE_SERVE_GRAMMAR_SCHEMA_INTERNAL_H
 #define TPSHARD_ENGINE_SERVE_GRAMMAR_SCHEMA_INTERNAL_H
 
@@ -85,8 +86,10 @@ uint32_t schema_build_value(struct schema_builder *b, const struct schema_source
 // The largest min and the smallest max that these set; 0 and NET_NO_LIMIT where none does.
 void schema_counts(struct schema_builder *b, const struct schema_source *sources, int count, const char *min_name,
                    const char *max_name, uint32_t *min, uint32_t *max);
-uint32_t schema_object(struct schema_builder *b, const struct schema_source *sources,
-                       int count); // grammar_schema_object.c
+
+// ---- grammar_schema_object.c
+
+uint32_t schema_object(struct schema_builder *b, const struct schema_source *sources, int count);
 uint32_t schema_array(struct schema_builder *b, const struct schema_source *sources, int count);
 
 #endif

@@ -52,6 +52,8 @@ static uint32_t build_enumeration(struct schema_builder *b, const struct schema_
         "maxLength",  "pattern",  "format", "minimum",     "maximum",  "exclusiveMinimum", "exclusiveMaximum"};
     const json_t *list = json_object_get(sources[first].json, "enum");
     size_t most = list ? json_array_size(list) : 1, num_texts = 0;
+    bool both =
+        list && json_object_get(sources[first].json, "const"); // else the first one names all values that come from it
     for (int s = 0; s < count; s++) {
         for (size_t i = 0; i < sizeof others / sizeof *others; i++) {
             if (json_object_get(sources[s].json, others[i])) {
@@ -66,7 +68,7 @@ static uint32_t build_enumeration(struct schema_builder *b, const struct schema_
         const json_t *value = list ? json_array_get(list, i) : json_object_get(sources[first].json, "const");
         bool wanted = type_of_value(value) & types;
         for (int s = 0; s < count && wanted; s++)
-            wanted = (s == first && !json_object_get(sources[s].json, "const")) || names_value(b, sources[s], value);
+            wanted = (s == first && !both) || names_value(b, sources[s], value);
         char *text = wanted ? json_dumps(value, JSON_ENCODE_ANY) : NULL;
         if (text)
             texts[num_texts++] = (struct net_text){text, strlen(text)};

@@ -5,7 +5,11 @@
 #include <string.h>
 
 enum {
-    MAX_ENTRY_PLACES = 64,                  // with more places the trie is walked for all of them at once
+    MAX_ENTRY_PLACES = 64, // with more places the trie is walked for all of them at once
+    // Such walks are for texts that are in very many places at once. One sequence may need some; one that needs them for each token gets less
+    // for each, so that a schema that was made for it cannot take the time of all other sequences.
+    WALK_CREDIT = 8 * GRAMMAR_CACHE_WORK,
+    WALK_CREDIT_PER_TOKEN = GRAMMAR_CACHE_WORK / 8,
     ADVANCE_WORK = 64 * GRAMMAR_CACHE_WORK, // a token that was allowed is never refused for want of it
 };
 
@@ -14,6 +18,8 @@ struct grammar_state {
     struct grammar_language *language;
     struct machine machine;
     uint32_t config;
+    bool lost;      // dead for want of work or memory
+    int64_t credit; // work that walks of the whole trie may still take
 };
 
 int grammar_state_create(struct grammar_state **out, struct grammar *grammar, struct error *err)
@@ -27,6 +33,7 @@ int grammar_state_create(struct grammar_state **out, struct grammar *grammar, st
     state->vocabulary = grammar_vocabulary(grammar);
     state->language = language;
     state->machine.work = ADVANCE_WORK;
+    state->credit = WALK_CREDIT;
     state->config = machine_start(&state->machine, language->net.start, 0);
     *out = state;
     return 0;
@@ -52,19 +59,22 @@ static uint32_t follow(struct machine *machine, uint32_t config, const uint8_t *
     return config;
 }
 
-// Where these bytes lead; MACHINE_DEAD if they may not follow.
+// Where these bytes lead; MACHINE_DEAD if they may not follow, or, with machine.exhausted, if that could not be found out.
 static uint32_t after(struct grammar_state *state, const uint8_t *bytes, size_t count)
 {
     struct machine *machine = &state->machine;
     state->config = machine_compact(machine, state->config);
     machine->work = ADVANCE_WORK;
     uint32_t to = follow(machine, state->config, bytes, count);
+    bool exhausted = machine->exhausted;
     // Places left out on the way may have been those that count: then each place goes its own way.
     for (uint32_t i = 0; to == MACHINE_DEAD && i < machine->configs[state->config].count; i++) {
         struct machine_place place = machine->places[machine->configs[state->config].first + i];
         machine->exhausted = false;
         to = follow(machine, machine_single(machine, place), bytes, count);
+        exhausted |= machine->exhausted;
     }
+    machine->exhausted = exhausted;
     return to;
 }
 
@@ -90,7 +100,10 @@ void grammar_state_advance(void *arg, uint32_t token)
         begin = v->offsets[token];
         end = v->offsets[token + 1];
     }
+    bool was_dead = grammar_state_dead(state);
     state->config = begin == end ? MACHINE_DEAD : after(state, v->bytes + begin, end - begin);
+    if (!was_dead)
+        state->lost = grammar_state_dead(state) && begin < end && state->machine.exhausted;
 }
 
 // ---- the mask ------------------------------------------------------------------------------------------------------
@@ -125,17 +138,11 @@ static void fill(struct grammar_state *state, uint32_t *mask, int64_t words)
     if (!by_entries) {
         memset(mask, 0, (size_t)words * sizeof *mask);
         machine->exhausted = false;
-        machine->work = GRAMMAR_CACHE_WORK;
+        int64_t work = state->credit < GRAMMAR_CACHE_WORK ? state->credit : GRAMMAR_CACHE_WORK;
+        machine->work = work;
         grammar_walk(state->vocabulary, machine, state->config, 0, mask, words, NULL, NULL);
+        state->credit -= machine->work > 0 ? work - machine->work : work;
     }
-}
-
-static bool is_empty(const uint32_t *mask, int64_t words)
-{
-    for (int64_t i = 0; i < words; i++)
-        if (mask[i])
-            return false;
-    return true;
 }
 
 void grammar_state_fill(void *arg, uint32_t *mask, int64_t words)
@@ -145,13 +152,16 @@ void grammar_state_fill(void *arg, uint32_t *mask, int64_t words)
     memset(mask, 0, (size_t)words * sizeof *mask);
     state->config = machine_compact(&state->machine, state->config);
     state->machine.work = GRAMMAR_CACHE_WORK;
+    state->credit += WALK_CREDIT_PER_TOKEN;
+    if (state->credit > WALK_CREDIT)
+        state->credit = WALK_CREDIT;
     if (state->machine.configs[state->config].count) {
         pthread_mutex_lock(&v->lock);
         v->cache->work = GRAMMAR_CACHE_WORK;
         fill(state, mask, words);
         pthread_mutex_unlock(&v->lock);
     }
-    if (grammar_state_complete(state) || is_empty(mask, words))
+    if (grammar_state_complete(state) || (grammar_state_dead(state) && !state->lost))
         for (int64_t i = 0; i < v->num_eos; i++)
             if (v->eos[i] / 32 < words)
                 mask[v->eos[i] / 32] |= 1u << v->eos[i] % 32;

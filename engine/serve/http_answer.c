@@ -59,11 +59,19 @@ static const char *date_now(struct http_server *server)
     return server->date;
 }
 
+void http_answer_count(struct http_connection *connection)
+{
+    uint64_t bytes = evbuffer_get_length(connection->output);
+    connection->server->waiting_bytes += bytes - connection->counted_bytes; // modulo 2^64: it may fall
+    connection->counted_bytes = bytes;
+}
+
 // Without memory for the output the client cannot get what follows rightly: the connection ends.
 static void put(struct http_connection *connection, const void *data, size_t bytes)
 {
     if (bytes && evbuffer_add(connection->output, data, bytes))
         connection->broken = true;
+    http_answer_count(connection);
 }
 
 static void put_text(struct http_connection *connection, const char *text) { put(connection, text, strlen(text)); }
@@ -89,14 +97,22 @@ static void put_head(struct http_connection *connection, int status, const char 
     put_text(connection, "\r\n");
 }
 
+enum { REFUSAL_BYTES = 320 };
+static const char later[] = "Retry-After: 1\r\n"; // of a 503
+
+// The body of a refusal; its bytes.
+static int write_refusal(char body[REFUSAL_BYTES], int status, const char *reason)
+{
+    return snprintf(body, REFUSAL_BYTES,
+                    "{\"error\":{\"message\":\"%c%s.\",\"type\":\"%s\",\"param\":null,\"code\":null}}\n",
+                    reason[0] >= 'a' && reason[0] <= 'z' ? reason[0] - 'a' + 'A' : reason[0], reason + 1,
+                    status < 500 ? "invalid_request_error" : "server_error");
+}
+
 void http_answer_refuse(struct http_connection *connection, int status, const char *reason)
 {
-    char body[320], framing[64];
-    int bytes = snprintf(body, sizeof body,
-                         "{\"error\":{\"message\":\"%c%s.\",\"type\":\"%s\",\"param\":null,\"code\":null}}\n",
-                         reason[0] >= 'a' && reason[0] <= 'z' ? reason[0] - 'a' + 'A' : reason[0], reason + 1,
-                         status < 500 ? "invalid_request_error" : "server_error");
-    static const char later[] = "Retry-After: 1\r\n";
+    char body[REFUSAL_BYTES], framing[64];
+    int bytes = write_refusal(body, status, reason);
     connection->keep_alive = false;
     snprintf(framing, sizeof framing, "Content-Length: %d\r\n", bytes);
     put_head(connection, status, "application/json", framing, later, status == 503 ? sizeof later - 1 : 0);
@@ -154,19 +170,36 @@ static void begin(struct http_exchange *exchange, int status, const char *conten
     http_server_mark(connection);
 }
 
-void http_respond(struct http_exchange *exchange, int status, const char *content_type, const void *body, size_t bytes)
+// Small answers always find room: they say how the server is, and why others get nothing.
+static bool has_room(const struct http_server *server, size_t bytes)
 {
+    const struct http_limits *limits = &server->limits;
+    return bytes <= limits->output_bytes || (server->waiting_bytes <= limits->all_output_bytes &&
+                                             bytes <= limits->all_output_bytes - server->waiting_bytes);
+}
+
+int http_respond(struct http_exchange *exchange, int status, const char *content_type, const void *body, size_t bytes)
+{
+    char framing[64] = "", refusal[REFUSAL_BYTES];
     if (exchange->status || exchange->ended)
-        return;
-    char framing[64] = "";
+        return exchange->status;
+    if (!has_room(exchange->connection->server, bytes)) {
+        status = 503;
+        content_type = "application/json";
+        bytes =
+            (size_t)write_refusal(refusal, status, "too many bytes of answers wait for slow clients; try again soon");
+        body = refusal;
+        http_add_header(exchange, "Retry-After", "1");
+    }
     if (status != 204 && status != 304)
         snprintf(framing, sizeof framing, "Content-Length: %zu\r\n", bytes);
     begin(exchange, status, content_type, framing);
     exchange->complete = true;
     if (exchange->bodiless)
-        return;
+        return status;
     put(exchange->connection, body, bytes);
     exchange->body_bytes = bytes;
+    return status;
 }
 
 void http_stream_begin(struct http_exchange *exchange, int status, const char *content_type)

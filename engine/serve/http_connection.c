@@ -16,7 +16,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-enum { TURNS = 32, STALL_BYTES = 1024, STALL_LOOKS = 20, SEND_PIECES = 16 };
+enum { TURNS = 32, STALL_BYTES = 1024, STALL_LOOKS = 20, BACKLOG_BYTES = 16384, BACKLOG_SHARES = 60, SEND_PIECES = 16 };
 
 static void count(_Atomic int64_t *counter, int64_t by)
 {
@@ -167,6 +167,7 @@ static void destroy(struct http_connection *connection, bool reset)
     server->num_open[connection->health_only]--;
     count(&server->open_total, -1);
     http_parser_reset(&connection->parser);
+    server->waiting_bytes -= connection->counted_bytes;
     evbuffer_free(connection->output);
     free(connection->input);
     free(connection);
@@ -201,8 +202,9 @@ static void flush(struct http_connection *connection)
             connection->broken = true;
         }
     }
+    http_answer_count(connection);
     if (evbuffer_get_length(output) == 0) {
-        connection->stall_s = 0;
+        connection->stall_s = connection->backlog_s = 0;
     } else if (connection->stall_s == 0) {
         connection->taken_s = connection->server->now_s;
         connection->taken_bytes = taken_by_client(connection);
@@ -299,7 +301,7 @@ static ssize_t receive(struct http_connection *connection, uint64_t wanted)
     return 0;
 }
 
-// ---- what each phase does; false: nothing more for now, or the connection is gone ----------------------------------
+// ---- what each phase does; false: nothing more at present, or the connection is gone ----------------------------------
 
 static bool read_request(struct http_connection *connection)
 {
@@ -372,6 +374,25 @@ static bool close_softly(struct http_connection *connection)
     return true;
 }
 
+// Of a client that has more to take than a stream would have let wait: such memory is not lent for as long as a trickle lasts.
+static bool too_slow(struct http_connection *connection, uint64_t taken)
+{
+    const struct http_limits *limits = &connection->server->limits;
+    uint64_t waiting = evbuffer_get_length(connection->output);
+    if (waiting <= limits->output_bytes) {
+        connection->backlog_s = 0;
+        return false;
+    }
+    if (connection->backlog_s == 0) {
+        connection->backlog_s = connection->server->now_s;
+        connection->backlog_bytes = waiting;
+        connection->backlog_taken_bytes = taken;
+    }
+    double times = (connection->server->now_s - connection->backlog_s) / limits->write_stall_s;
+    double wanted = fmax(BACKLOG_BYTES, (double)connection->backlog_bytes / BACKLOG_SHARES);
+    return times >= 1 && (double)(taken - connection->backlog_taken_bytes) < times * wanted;
+}
+
 // Looks several times during the time that a client may take nothing, because for a moment after the kernel's buffer is full it still fills the
 // client's. What was taken since the last look counts for that look's time.
 static bool stalled(struct http_connection *connection)
@@ -388,7 +409,7 @@ static bool stalled(struct http_connection *connection)
         return true;
     }
     connection->stall_s = fmin(now_s + step_s, connection->taken_s + most_s);
-    return false;
+    return too_slow(connection, taken);
 }
 
 // The time is over for what the phase waits for.

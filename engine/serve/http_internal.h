@@ -52,6 +52,10 @@ struct http_connection {
     double started_s; // READING: the request's first byte, or when the connection became idle; LINGERING: its beginning
     double stall_s;   // while output waits: the next look at what the client takes; 0 else
     double taken_s;   // when it had last taken something
+    // While more than output_bytes wait: since when, how many there were, and what had been taken then. backlog_s is 0 else.
+    double backlog_s;
+    uint64_t backlog_bytes, backlog_taken_bytes;
+    uint64_t counted_bytes;           // of output, in the server's waiting_bytes
     uint64_t sent_bytes, taken_bytes; // handed to the kernel; taken by the client at taken_s
     struct evbuffer *output;
     struct http_parser parser;
@@ -61,7 +65,7 @@ struct http_connection {
     int64_t num_requests;
     bool health_only;
     bool readable;   // there may be something to read
-    bool blocked;    // the kernel takes no more for now
+    bool blocked;    // the kernel takes no more at present
     bool stirred;    // an event came that may be the client's end
     bool timed_out;  // the timer came
     bool broken;     // nothing can be written or read
@@ -94,7 +98,8 @@ struct http_server {
     struct http_connection *first_dirty, **last_dirty;
     int num_open[2]; // connections; [1]: of listeners for health checks
     uint64_t body_budget;
-    double now_s; // of the present callback
+    uint64_t waiting_bytes; // in the outputs of all connections
+    double now_s;           // of the present callback
     time_t date_time;
     char date[40];
     bool drained;                      // the drain has been seen
@@ -126,6 +131,8 @@ void http_connection_close(struct http_connection *connection);
 
 // http_answer.c
 void http_answer_refuse(struct http_connection *connection, int status, const char *reason);
+// To be called when the output has grown or shrunk.
+void http_answer_count(struct http_connection *connection);
 const char *http_status_text(int status);
 
 #endif

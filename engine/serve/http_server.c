@@ -22,6 +22,7 @@ const struct http_limits http_limits_default = {
     .write_stall_s = 10,
     .linger_s = 2,
     .output_bytes = 65536,
+    .all_output_bytes = 512 << 20,
     .connections = 4096,
 };
 

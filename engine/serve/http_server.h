@@ -27,10 +27,14 @@ struct http_limits {           // defaults: http_limits_default
     double header_s;           // 10: the head, from its first byte (the first request's: from the connection)
     double body_s;             // 15: the whole request, from the same moment
     double idle_s;             // 75: between requests of a connection
-    double write_stall_s;      // 10: a client that takes less than 1 KiB in this time while more waits
-    double linger_s;           // 2: what a client still sends behind the last answer is read and dropped for so long
-    uint64_t output_bytes;     // 64 KiB waiting for one client; a stream's writer is told to wait above
-    int connections;           // 4096; above: 503 and the end. Listeners for health checks have 256 of their own
+    double
+        write_stall_s; // 10: a client is cut that takes less than 1 KiB in this time while more waits; or, while more than output_bytes
+        // wait, less than 16 KiB or a sixtieth of them in each such time on average
+    double linger_s;       // 2: what a client still sends behind the last answer is read and dropped for so long
+    uint64_t output_bytes; // 64 KiB waiting for one client; a stream's writer is told to wait above
+    uint64_t
+        all_output_bytes; // 512 MiB waiting for all clients; a whole answer above output_bytes that does not fit is a 503
+    int connections;      // 4096; above: 503 and the end. Listeners for health checks have 256 of their own
 };
 extern const struct http_limits http_limits_default;
 
@@ -115,8 +119,9 @@ void http_server_read_stats(const struct http_server *server, struct http_server
 // Headers beyond those that the server writes itself (Content-Type, Content-Length, Transfer-Encoding, Connection, Date). Before the answer
 // begins; name and value are copied. What could not be a header (a name that is no token, a value with control characters) is dropped.
 void http_add_header(struct http_exchange *exchange, const char *name, const char *value);
-// A whole answer. body is copied; content_type may be NULL. A body is not sent with 204 and 304, and not to HEAD. Once per exchange.
-void http_respond(struct http_exchange *exchange, int status, const char *content_type, const void *body, size_t bytes);
+// A whole answer. body is copied; content_type may be NULL. A body is not sent with 204 and 304, and not to HEAD. Once per exchange. The status
+// that the client gets: 503 where all_output_bytes has no room for the body.
+int http_respond(struct http_exchange *exchange, int status, const char *content_type, const void *body, size_t bytes);
 // A stream (chunked; for HTTP/1.0 until the connection closes).
 void http_stream_begin(struct http_exchange *exchange, int status, const char *content_type);
 // false: more than output_bytes wait; write no more until on_writable. What was given is taken either way.

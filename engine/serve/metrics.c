@@ -53,8 +53,8 @@ static const struct {
 };
 
 struct histogram {
-    atomic_ullong
-        buckets[MAX_BUCKETS + 1]; // values up to each bound, not counting those below; the last one: above all
+    // Values up to each bound, not counting those below; the last one: above all.
+    atomic_ullong buckets[MAX_BUCKETS + 1];
     atomic_ullong sum_millionths;
 };
 
@@ -227,7 +227,7 @@ static void write_scheduler(struct page *page, const struct engine_stats *stats)
 static void write_ranks(struct page *page, const struct engine_stats *stats)
 {
     char number[24];
-    head(page, "rank_up", "gauge", "Whether a rank has its weights and takes work.");
+    head(page, "rank_up", "gauge", "Whether a rank has its weights and takes work; a loss of one takes down all.");
     for (int rank = 0; rank < stats->num_ranks; rank++) {
         snprintf(number, sizeof number, "%d", rank);
         labelled(page, "rank_up", "rank", number, stats->ready ? 1 : 0);
@@ -237,10 +237,20 @@ static void write_ranks(struct page *page, const struct engine_stats *stats)
         snprintf(number, sizeof number, "%d", rank);
         labelled(page, "collective_seconds", "rank", number, stats->ranks[rank].exchange_s_total);
     }
+    head(page, "rank_step_seconds", "counter", "Time of a rank in steps outside of exchanges; a slow one has more.");
+    for (int rank = 0; rank < stats->num_ranks; rank++) {
+        snprintf(number, sizeof number, "%d", rank);
+        labelled(page, "rank_step_seconds", "rank", number, stats->ranks[rank].step_s_total);
+    }
     head(page, "rank_resident_memory_bytes", "gauge", "Resident memory of a rank.");
     for (int rank = 0; rank < stats->num_ranks; rank++) {
         snprintf(number, sizeof number, "%d", rank);
         labelled(page, "rank_resident_memory_bytes", "rank", number, (double)stats->ranks[rank].rss_bytes);
+    }
+    head(page, "rank_losses_total", "counter", "How often a rank's failure has ended all of them.");
+    for (int rank = 0; rank < stats->num_ranks; rank++) {
+        snprintf(number, sizeof number, "%d", rank);
+        labelled(page, "rank_losses_total", "rank", number, (double)stats->ranks[rank].losses);
     }
     single(page, "rank_restarts_total", "counter", "Starts of the ranks after a loss.", (double)stats->restarts);
     single(page, "load_bytes_total", "counter", "Bytes of weights that the ranks have loaded.",

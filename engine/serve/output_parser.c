@@ -68,7 +68,7 @@ struct output_format output_format_find(const char *text)
 
 // ---- out ---------------------------------------------------------------------------------------------------------
 
-static void emit(struct output_parser *parser, int type, const char *text, size_t bytes)
+static void give(struct output_parser *parser, int type, const char *text, size_t bytes)
 {
     struct output_delta delta = {.text = text, .bytes = bytes, .tool = parser->calls ? parser->calls - 1 : 0};
     delta.type = (unsigned)type;
@@ -78,7 +78,7 @@ static void emit(struct output_parser *parser, int type, const char *text, size_
 static void flush(struct output_parser *parser)
 {
     if (parser->out_bytes)
-        emit(parser, parser->out_type, parser->out, parser->out_bytes);
+        give(parser, parser->out_type, parser->out, parser->out_bytes);
     parser->out_bytes = 0;
 }
 
@@ -129,7 +129,7 @@ static void call_begins(void *arg, const char *name, size_t bytes)
     drop_held(parser);
     flush(parser);
     parser->calls++;
-    emit(parser, DELTA_TOOL_BEGIN, name, bytes);
+    give(parser, DELTA_TOOL_BEGIN, name, bytes);
 }
 
 static void call_continues(void *arg, const char *text, size_t bytes) { put(arg, DELTA_TOOL_ARGUMENTS, text, bytes); }
@@ -142,7 +142,7 @@ static struct output_call_sink sink_of(struct output_parser *parser)
 static void end_call(struct output_parser *parser)
 {
     flush(parser);
-    emit(parser, DELTA_TOOL_END, "", 0);
+    give(parser, DELTA_TOOL_END, "", 0);
 }
 
 static void begin_call(struct output_parser *parser)

@@ -1,5 +1,9 @@
 // A model's text taken apart as it comes: what it thinks, what it says, which tools it calls. One format per family of models, found in the chat
 // template. Deltas put together equal what the whole text would give, wherever it is cut.
+//
+// Marks are taken out, and blanks next to them: behind <think>, around </think>, between a text and a call, between calls. What looks like a call but
+// is none comes as content, marks included. Once a call's arguments have begun they can not be taken back: where they break off, the call ends
+// there and the rest is content. Arguments come as the model writes them: they may be no JSON, and end early.
 #ifndef TPSHARD_ENGINE_SERVE_OUTPUT_PARSER_H
 #define TPSHARD_ENGINE_SERVE_OUTPUT_PARSER_H
 
@@ -22,7 +26,7 @@ struct output_format {
     enum tool_format tools;
     bool reasoning; // <think> ... </think>
 };
-// By what the template's text says; {0} where calls are written in none of these ways.
+// By what the template's text says; TOOLS_NONE where calls are written in none of these ways.
 struct output_format output_format_find(const char *template_text);
 
 struct output_delta {
@@ -38,7 +42,8 @@ struct output_parser;
 int output_parser_create(struct output_parser **out, struct output_format format, bool tools, bool starts_in_reasoning,
                          output_delta_fn *on_delta, void *arg, struct error *err);
 void output_parser_free(struct output_parser *parser);
-// Text of the output, control tokens of the tool formats included (decoded with skip_special false; others are left out by the caller).
+// Text of the output in whole characters, with the control tokens <tool_call> </tool_call> <|python_tag|> [TOOL_CALLS] [ARGS] [CALL_ID] <think> </think>;
+// others are left out by the caller. A delta's text is whole characters, some KiB at most.
 int output_parser_push(struct output_parser *parser, const char *text, size_t bytes, struct error *err);
 // The end: text that was held back comes as content.
 int output_parser_finish(struct output_parser *parser, struct error *err);

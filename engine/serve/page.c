@@ -59,7 +59,8 @@ static void hash_block(uint32_t state[8], const uint8_t *block)
 
 static void hash_text(uint8_t out[HASH_BYTES], const char *text, size_t bytes)
 {
-    uint32_t state[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+    uint32_t state[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                         0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
     uint8_t last[2 * BLOCK_BYTES] = {0};
     size_t whole = bytes / BLOCK_BYTES * BLOCK_BYTES, rest = bytes - whole;
     size_t end = rest < BLOCK_BYTES - 8 ? BLOCK_BYTES : 2 * BLOCK_BYTES;

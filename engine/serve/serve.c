@@ -1,7 +1,7 @@
 // tpengine serve: the OpenAI-compatible server. Options, and the order in which its parts come up and go down.
 //
 // The sockets are open before anything of the model is touched, so that health checks are answered from the first moment. Threads: this one forks
-// and steps the ranks (engine.h); one serves the sockets (http_server.h); a few parse and tokenize (api.h). Only this one takes signals.
+// and steps the ranks (engine.h); one serves the sockets (http_server.h); a few parse and tokenize (api.h). Only this one takes SIGINT and SIGTERM.
 #include "engine/commands.h"
 #include "engine/serve/api.h"
 #include "engine/serve/engine.h"
@@ -203,7 +203,9 @@ static int choose_name(struct server *server, const char *dir, struct error *err
 static int check_options(struct error *err)
 {
     int rc;
-    if ((rc = port_from_environment("PORT", &options.port, err)) ||
+    // Beside --unix TCP must be asked for by an option; PORT only says where.
+    bool tcp = !options.unix_path || options.host || options.sagemaker;
+    if ((tcp && (rc = port_from_environment("PORT", &options.port, err))) ||
         (rc = port_from_environment("PORT_HEALTH", &options.health_port, err)))
         return rc;
     if (options.header_bytes < 256 || options.body_bytes < 1 || options.output_bytes < 1024)
@@ -279,7 +281,7 @@ static int open_sockets(struct server *server, struct error *err)
         if (!is_loopback(host) && server->num_keys == 0)
             log_line(LOG_WARNING, "anyone who reaches this address may use the model: there is no --api-key", NULL);
     }
-    if (options.health_port >= 0 && !(tcp && options.health_port == port)) {
+    if (options.health_port >= 0 && !(tcp && port > 0 && options.health_port == port)) {
         if ((rc = http_server_listen(server->http, host, (int)options.health_port, true, &bound, err)))
             return rc;
         log_listening(host, bound, "listening for health checks");
@@ -400,6 +402,8 @@ static int open_all(struct server *server, const char *dir, struct error *err)
     struct session_options session = session_options;
     session.kv_tokens = options.kv_tokens;
     session.kv_fits = true;
+    // Where chunks are fixed (devices): how finely prompts are shared, and how long a stream waits for another's prompt.
+    session.prefill_rows = 512;
     session.leave_signals = true; // to engine_run
     session.draft_tokens = options.draft_tokens;
     const struct engine_options engine = {
@@ -480,17 +484,23 @@ static void configure_log(void)
     log_configure(level, strcmp(options.log_format, "json") == 0);
 }
 
+static void end_at_once(int number) { _exit(128 + number); }
+
 int serve_run(int argc, char **argv, struct error *err)
 {
     (void)argc;
     struct server *server = &the_server;
-    sigset_t all;
+    sigset_t ends;
     server->begin_s = now_s();
     configure_log();
     signal(SIGPIPE, SIG_IGN);
-    // The threads that start here inherit this; engine_run lets this thread alone have SIGINT and SIGTERM.
-    sigfillset(&all);
-    pthread_sigmask(SIG_BLOCK, &all, NULL);
+    // The threads that start here inherit this mask; engine_run lets this thread alone have both signals.
+    signal(SIGINT, end_at_once);
+    signal(SIGTERM, end_at_once);
+    sigemptyset(&ends);
+    sigaddset(&ends, SIGINT);
+    sigaddset(&ends, SIGTERM);
+    pthread_sigmask(SIG_BLOCK, &ends, NULL);
     int rc = open_all(server, argv[0], err);
     if (!rc) {
         double begin_s = now_s();
@@ -499,6 +509,8 @@ int serve_run(int argc, char **argv, struct error *err)
             rc = engine_run(server->engine, on_state, server, err);
         }
     }
+    // What follows may wait for the last answers and jobs; whoever does not want to, ends it with one more signal.
+    pthread_sigmask(SIG_UNBLOCK, &ends, NULL);
     close_all(server);
     if (!rc && server->http_error.code) {
         *err = server->http_error;

@@ -1,3 +1,4 @@
+// The bytes of every token, and the trie of them. See vocabulary.h.
 #include "engine/serve/vocabulary_internal.h"
 
 #include "engine/serve/grammar_cache.h"
