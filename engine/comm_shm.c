@@ -281,7 +281,8 @@ static int report_missing(struct comm *comm, const struct call *call, int missin
     error_set(&found, ERR_RANK, "rank %d did not %s %s within %.1f s; rank %d waited; rank %d was last seen in %s",
               missing, call->collective == ALL_REDUCE_END ? "finish" : "reach", what, timeout_ms / 1000.0, comm->rank,
               missing, place);
-    return raise_error(comm, err, &found);
+    comm_region_abort(comm->region, missing, &found); // it is that one's error
+    return check_abort(comm, err);
 }
 
 // Sleeps until `rank` has posted the token, with a deadline. Each sleep counts for at most twice its planned length, so

@@ -605,8 +605,7 @@ static void test_large_answers(void **state)
     struct answer refusal =
         post(&server, CHAT, "{" HELLO ",\"tools\":[{\"type\":\"function\",\"function\":{\"name\":\"f\"}}]}");
     assert_int_equal(refusal.status, 400); // a template's words, without the place of its file
-    assert_true(strstr(refusal.body, "\"message\":\"chat_template.jinja, line 1: ") &&
-                strstr(refusal.body, "no tools"));
+    assert_non_null(strstr(refusal.body, "\"message\":\"chat_template.jinja, line 1: "));
     answer_free(&refusal);
     // Logprobs: 16 choices with 3000 tokens and 20 alternatives of each.
     static uint32_t tokens[3000];

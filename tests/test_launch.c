@@ -390,6 +390,9 @@ static void run_fault(const struct fault_case *fault, int mode)
         if (!(took_s < fault->limit_s))
             fail_msg("%s, %s: took %.3f s, at most %.3f", mode_names[mode], stage_names[fault->plan.stage], took_s,
                      fault->limit_s);
+        int named;
+        if (sscanf(err.msg, "rank %d", &named) == 1)
+            assert_int_equal(launch_lost_rank(launch), named);
         // The ranks are gone when launch_wait returns, and every later call says the same.
         expect_all_gone(pids, fault->tp_size, 0);
         struct error again = {0};

@@ -448,13 +448,6 @@ static void test_full_queue(void **state)
     }
 }
 
-// Submits one more of a tenant; the code.
-static int submit_of(struct run *run, struct request *request, uint64_t tenant, struct engine_job **job)
-{
-    request->tenant = tenant;
-    return submit(run->engine, request, job);
-}
-
 // Who is alone may hold every place; from when another one has asked, and while it is there, half of them.
 static void test_one_tenant_leaves_places(void **state)
 {
@@ -466,30 +459,32 @@ static void test_one_tenant_leaves_places(void **state)
     run.options.max_queue = QUEUE;
     begin(&run);
     wait_for_state(&run, ENGINE_READY);
-    atomic_store(&the_session.step_us, 20000);
-    for (uint32_t i = 0; i < COUNT; i++)
+    atomic_store(&the_session.step_us, 50000);
+    for (uint32_t i = 0; i < COUNT; i++) {
         request_init(&requests[i], i, 100);
+        requests[i].tenant = i == PLACES || i == PLACES + 3 ? 2 : 1;
+    }
     for (int i = 0; i < PLACES; i++)
-        assert_int_equal(submit_of(&run, &requests[i], 1, &jobs[i]), 0);
-    assert_int_equal(submit_of(&run, &requests[PLACES], 2, &jobs[PLACES]), ERR_BUSY);
+        assert_int_equal(submit(run.engine, &requests[i], &jobs[i]), 0);
+    assert_int_equal(submit(run.engine, &requests[PLACES], &jobs[PLACES]), ERR_BUSY);
     // A place is free: not for the first one again.
     engine_cancel(run.engine, jobs[0], -1);
     wait_for(&requests[0], -1);
-    assert_int_equal(submit_of(&run, &requests[PLACES + 1], 1, &jobs[PLACES + 1]), ERR_BUSY);
-    assert_int_equal(submit_of(&run, &requests[PLACES], 2, &jobs[PLACES]), 0);
+    assert_int_equal(submit(run.engine, &requests[PLACES + 1], &jobs[PLACES + 1]), ERR_BUSY);
+    assert_int_equal(submit(run.engine, &requests[PLACES], &jobs[PLACES]), 0);
     // Down to its half it gets no more, then one for one.
     for (int i = 1; i <= PLACES / 2; i++) {
-        assert_int_equal(submit_of(&run, &requests[PLACES + 1], 1, &jobs[PLACES + 1]), ERR_BUSY);
+        assert_int_equal(submit(run.engine, &requests[PLACES + 1], &jobs[PLACES + 1]), ERR_BUSY);
         engine_cancel(run.engine, jobs[i], -1);
         wait_for(&requests[i], -1);
     }
-    assert_int_equal(submit_of(&run, &requests[PLACES + 1], 1, &jobs[PLACES + 1]), 0);
-    assert_int_equal(submit_of(&run, &requests[PLACES + 2], 1, &jobs[PLACES + 2]), ERR_BUSY);
-    assert_int_equal(submit_of(&run, &requests[PLACES + 2], 2, &jobs[PLACES + 2]), 0);
+    assert_int_equal(submit(run.engine, &requests[PLACES + 1], &jobs[PLACES + 1]), 0);
+    assert_int_equal(submit(run.engine, &requests[PLACES + 2], &jobs[PLACES + 2]), ERR_BUSY);
+    assert_int_equal(submit(run.engine, &requests[PLACES + 3], &jobs[PLACES + 3]), 0);
     engine_drain(run.engine);
     assert_int_equal(drain_and_end(&run), ERR_SIGTERM);
     for (int i = 0; i < COUNT; i++) {
-        assert_int_equal(requests[i].ends, i < COUNT - 1);
+        assert_int_equal(requests[i].ends, i != PLACES + 2);
         request_clear(&requests[i]);
     }
 }

@@ -298,6 +298,53 @@ static void produce(struct fixture *f, const struct sampling *how, bool forget, 
     f->area->step->num_segments = f->area->step->num_choices = 0;
 }
 
+// The token behind a slot's prompt, chosen twice: by a device where there is one, then on the host.
+static uint32_t first_token(struct fixture *f, int32_t slot)
+{
+    for (int round = 0; round < 2; round++) {
+        f->area->slots[slot].num_logprobs = round - 1;
+        add_prompt(f, slot, 1);
+        f->area->step->segments[0].begins_sequence = true;
+        run(f);
+    }
+    return f->area->step->choices[0].token;
+}
+
+// Another prompt, the same token all over, in a slot that was used and in a new one: what was counted before is gone.
+static void check_new_prompt(struct fixture *f, const struct sampling *how)
+{
+    uint32_t tokens[2];
+    use_slot(f, 0, 0, 1);
+    f->area->slots[0].sampling = *how;
+    first_token(f, 0);
+    for (int32_t slot = 0; slot < 2; slot++) {
+        use_slot(f, slot, 0, 1);
+        f->area->slots[slot].sampling = *how;
+        for (int64_t i = 0; i < f->prompt; i++)
+            f->area->tokens[slot * f->area->context + i] = 3;
+        tokens[slot] = first_token(f, slot);
+    }
+    assert_int_equal(tokens[0], tokens[1]);
+}
+
+// Drafts of a sampled sequence: each choice has the random numbers of its own place.
+static void check_sampled_drafts(struct fixture *f)
+{
+    static const struct sampling how = {.temperature = 1.5, .top_p = 1, .repetition_penalty = 1, .seed = 5};
+    uint32_t output[OUTPUT];
+    for (int plain = 0; plain < 2; plain++) {
+        produce(f, &how, false, plain, output);
+        assert_memory_not_equal(output, f->tokens + f->prompt, sizeof output);
+        for (int64_t at = 0; at + 4 < OUTPUT; at += 4) {
+            f->area->slots[0].num_logprobs = plain - 1;
+            add(f, 0, PHASE_DECODE, f->prompt + at, 4, 4);
+            run(f);
+            for (int64_t i = 0; i < 4; i++)
+                assert_int_equal(f->area->step->choices[i].token, output[at + i + 1]);
+        }
+    }
+}
+
 static void check_penalties(struct fixture *f)
 {
     static const struct sampling cases[3] = {
@@ -316,6 +363,7 @@ static void check_penalties(struct fixture *f)
         other += memcmp(plain, f->tokens + f->prompt, sizeof plain) != 0;
     }
     assert_true(other >= (PENALTIES + 1) / 2);
+    check_new_prompt(f, &cases[0]);
     add_prompt(f, 0, 0); // nothing has been counted for the others
     run(f);
 }
@@ -446,6 +494,7 @@ static void test_company(void **state) { (void)state, on_backends(check_company,
 static void test_pages_again(void **state) { (void)state, on_backends(check_pages_again, NUM_BACKENDS); }
 static void test_many_choices(void **state) { (void)state, on_backends(check_many_choices, NUM_BACKENDS); }
 static void test_penalties(void **state) { (void)state, on_backends(check_penalties, NUM_BACKENDS); }
+static void test_sampled_drafts(void **state) { (void)state, on_backends(check_sampled_drafts, NUM_BACKENDS); }
 static void test_masks_and_edits(void **state) { (void)state, on_backends(check_masks_and_edits, NUM_BACKENDS); }
 static void test_lost_ranks(void **state) { (void)state, on_backends(check_lost_ranks, CPU_BACKENDS); }
 
@@ -477,7 +526,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_company),   cmocka_unit_test(test_pages_again),     cmocka_unit_test(test_many_choices),
         cmocka_unit_test(test_penalties), cmocka_unit_test(test_masks_and_edits), cmocka_unit_test(test_lost_ranks),
-        cmocka_unit_test(test_memory),
+        cmocka_unit_test(test_memory),    cmocka_unit_test(test_sampled_drafts),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }

@@ -27,14 +27,14 @@ struct http_limits {           // defaults: http_limits_default
     double header_s;           // 10: the head, from its first byte (the first request's: from the connection)
     double body_s;             // 15: the whole request, from the same moment
     double idle_s;             // 75: between requests of a connection
-    double
-        write_stall_s; // 10: a client is cut that takes less than 1 KiB in this time while more waits; or, while more than output_bytes
-        // wait, less than 16 KiB or a sixtieth of them in each such time on average
+    // 10: a client is cut that takes less than 1 KiB in this time while more waits; or, while more than output_bytes wait, less than 16 KiB or a
+    // sixtieth of them in each such time on average.
+    double write_stall_s;
     double linger_s;       // 2: what a client still sends behind the last answer is read and dropped for so long
     uint64_t output_bytes; // 64 KiB waiting for one client; a stream's writer is told to wait above
-    uint64_t
-        all_output_bytes; // 512 MiB waiting for all clients; a whole answer above output_bytes that does not fit is a 503
-    int connections;      // 4096; above: 503 and the end. Listeners for health checks have 256 of their own
+    // 512 MiB waiting for all clients; a whole answer above output_bytes that does not fit is a 503.
+    uint64_t all_output_bytes;
+    int connections; // 4096; above: 503 and the end. Listeners for health checks have 256 of their own
 };
 extern const struct http_limits http_limits_default;
 
