@@ -372,7 +372,7 @@ static void look_at(const struct sampler *s, const struct sampler_row *row, stru
 static void fill_logprobs(const struct sampler *s, const struct distribution *all, int64_t stride,
                           const struct sampler_row *row)
 {
-    struct token_score top[STEP_MAX_LOGPROBS];
+    struct token_score top[STEP_MAX_LOGPROBS] = {{0}};
     struct step_choice *out = row->out;
     double maximum = -INFINITY, sum = 0;
     float chosen = -INFINITY;

@@ -115,11 +115,19 @@ static void add_prompt(struct fixture *f, int32_t slot, int64_t choices)
     add(f, slot, PHASE_PREFILL, f->last_piece, f->prompt - f->last_piece, choices);
 }
 
+static bool is_same(const struct step_choice *a, const struct step_choice *b)
+{
+    bool same = a->token == b->token && a->logprob == b->logprob && a->num_top == b->num_top;
+    for (int32_t i = 0; same && i < a->num_top; i++)
+        same = a->top[i].token == b->top[i].token && a->top[i].logprob == b->top[i].logprob;
+    return same;
+}
+
 static void expect_choices(const struct fixture *f, const char *what, int64_t at, int64_t first, int64_t count)
 {
     const struct step_choice *got = f->area->step->choices + at;
     for (int64_t i = 0; i < count; i++)
-        if (memcmp(&got[i], &f->choices[first + i], sizeof *got) != 0)
+        if (!is_same(&got[i], &f->choices[first + i]))
             fail_msg("%s: choice %lld is token %u (%.9g), not %u (%.9g)", what, (long long)(first + i), got[i].token,
                      (double)got[i].logprob, f->choices[first + i].token, (double)f->choices[first + i].logprob);
 }
@@ -234,7 +242,7 @@ static void check_company(struct fixture *f)
     add(f, 3, PHASE_DECODE, f->prompt + 4, 4, 4);
     run(f);
     expect_choices(f, "before a wrong draft", 0, 5, 1);
-    assert_memory_not_equal(&f->area->step->choices[1], &f->choices[6], sizeof *f->choices);
+    assert_false(is_same(&f->area->step->choices[1], &f->choices[6]));
     tokens[f->prompt + 5] = f->tokens[f->prompt + 5];
     add(f, 3, PHASE_DECODE, f->prompt + 5, 3, 3);
     run(f);
