@@ -173,7 +173,7 @@ print("RESULT " + json.dumps(asyncio.run(all_of_them())))
 
 
 def test_runpod():
-    python, why = venv_help.python_with(["runpod", "aiohttp"], ["runpod", "aiohttp"])
+    python, why = venv_help.python_with(["runpod", "aiohttp"], ["runpod", "aiohttp"], large=True)
     if not python:
         skip("RunPod's SDK", why)
         return
@@ -215,7 +215,7 @@ def test_runpod():
 
 
 def test_modal():
-    python, why = venv_help.python_with(["modal"], ["modal"])
+    python, why = venv_help.python_with(["modal"], ["modal"], large=True)
     if not python:
         skip("Modal's SDK", why)
         return
@@ -241,7 +241,7 @@ print("fine")
 
 
 def test_sagemaker():
-    python, why = venv_help.python_with(["boto3"], ["boto3"])
+    python, why = venv_help.python_with(["boto3"], ["boto3"], large=True)
     if not python:
         skip("boto3", why)
         return
@@ -295,7 +295,7 @@ print(json.dumps([wrong[:seen], kinds, len(wrong) - seen, version]))
 
 
 def test_kubernetes():
-    python, why = venv_help.python_with(["kubernetes-validate", "pyyaml", "jsonschema"], ["kubernetes_validate", "yaml", "jsonschema"])
+    python, why = venv_help.python_with(["kubernetes-validate", "pyyaml", "jsonschema"], ["kubernetes_validate", "yaml", "jsonschema"], large=True)
     if not python:
         skip("Kubernetes' schemas", why)
         return

@@ -209,7 +209,7 @@ def test_openai(server):
 def test_locust(server):
     import venv_help
 
-    python, why = venv_help.python_with(["locust"], ["locust"])
+    python, why = venv_help.python_with(["locust"], ["locust"], large=True)
     if not python:
         print(f"ok locust # SKIP {why}")
         return
