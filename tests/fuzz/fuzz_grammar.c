@@ -7,15 +7,9 @@
 #include <string.h>
 #include <time.h>
 
-enum { EOS = 256, TOKENS = 300, WORDS = (TOKENS + 31) / 32, MAX_STEPS = 60, MAX_BYTES = 4096 };
+#include "tests/fuzz/fuzz.h"
 
-#define CHECK(condition)                                                                                               \
-    do {                                                                                                               \
-        if (!(condition)) {                                                                                            \
-            fprintf(stderr, "line %d: %s\n", __LINE__, #condition);                                                    \
-            abort();                                                                                                   \
-        }                                                                                                              \
-    } while (0)
+enum { EOS = 256, TOKENS = 300, WORDS = (TOKENS + 31) / 32, MAX_STEPS = 60, MAX_BYTES = 4096 };
 
 static struct vocabulary_token tokens[TOKENS];
 

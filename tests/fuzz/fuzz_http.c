@@ -7,16 +7,7 @@
 #include <strings.h>
 
 #include "engine/serve/http_parser.h"
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
-
-#define CHECK(condition)                                                                                               \
-    do {                                                                                                               \
-        if (!(condition)) {                                                                                            \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);                                            \
-            abort();                                                                                                   \
-        }                                                                                                              \
-    } while (0)
+#include "tests/fuzz/fuzz.h"
 
 // Small limits, so that inputs of some hundred bytes reach them.
 static const struct http_parser_limits limits = {

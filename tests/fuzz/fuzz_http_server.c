@@ -13,16 +13,7 @@
 
 #include "engine/serve/http_parser.h"
 #include "engine/serve/http_server.h"
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
-
-#define CHECK(condition)                                                                                               \
-    do {                                                                                                               \
-        if (!(condition)) {                                                                                            \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);                                            \
-            abort();                                                                                                   \
-        }                                                                                                              \
-    } while (0)
+#include "tests/fuzz/fuzz.h"
 
 static const struct http_parser_limits parser_limits = {600, 8, 100, 300};
 static struct http_server *server;

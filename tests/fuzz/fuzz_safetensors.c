@@ -4,11 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define CHECK(condition)                                                                                               \
-    do {                                                                                                               \
-        if (!(condition))                                                                                              \
-            abort();                                                                                                   \
-    } while (0)
+#include "tests/fuzz/fuzz.h"
 
 static void check(const struct safetensors_header *header, uint64_t file_bytes, uint64_t data_bytes)
 {
@@ -29,7 +25,6 @@ static void check(const struct safetensors_header *header, uint64_t file_bytes, 
     CHECK(total_bytes == data_bytes);
 }
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     struct error err;

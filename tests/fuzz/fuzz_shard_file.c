@@ -9,16 +9,7 @@
 #include "formats/checked.h"
 #include "formats/checksum.h"
 #include "formats/shard_file.h"
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
-
-#define CHECK(condition)                                                                                               \
-    do {                                                                                                               \
-        if (!(condition)) {                                                                                            \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);                                            \
-            abort();                                                                                                   \
-        }                                                                                                              \
-    } while (0)
+#include "tests/fuzz/fuzz.h"
 
 enum {
     HEADER_BYTES = 320,
