@@ -10,7 +10,6 @@ Needs the standard library only. Ends with status 1 and says why when something 
 import argparse
 import asyncio
 import collections
-import json
 import os
 import random
 import signal
@@ -19,7 +18,7 @@ import struct
 import sys
 import time
 
-from serve_client import Answer, Broken, Server, ask, exchange, metric_of, percentile, request_bytes, settled, status_of
+from serve_client import Answer, Broken, Server, ask, exchange, finish, metric_of, percentile, request_bytes, settled, status_of
 
 WORDS = ("In the beginning", "And the LORD said unto Moses,", "Blessed are", "Now there was a man of the tribe of Benjamin, and he went up", "The king",
          "Thou shalt not", "Behold, I", "And it came to pass in those days", "And Jesus answered and said unto them,", "Praise ye the LORD.")
@@ -79,7 +78,6 @@ class Chaos:
         self.counts["wrong"] += 1
         if len(self.wrong) < 20:
             self.wrong.append(what)
-            print("wrong: " + what, flush=True)
 
     async def learn(self):
         """What each request gets when it is alone."""
@@ -270,11 +268,7 @@ def main():
           f"ranks_broken={result['ranks_broken']} rss_kib={result['rss_kib']['early']}->{result['rss_kib']['late']} "
           f"descriptors={result['descriptors']['at_rest']}->{result['descriptors']['after']} health_p99_ms={1e3 * result['health_s']['p99']:.1f} "
           f"wrong={len(result['wrong'])}")
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
-            file.write("\n")
-    return 1 if result["wrong"] else 0
+    return finish(result, args.json)
 
 
 if __name__ == "__main__":

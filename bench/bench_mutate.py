@@ -22,7 +22,7 @@ import struct
 import sys
 import time
 
-from serve_client import Answer, Broken, Server, ask, settled
+from serve_client import Answer, Broken, Server, ask, finish, settled
 
 TOOL = {"type": "function", "function": {"name": "look_up", "description": "finds", "strict": True, "parameters": {
     "type": "object", "properties": {"what": {"type": "string"}, "count": {"type": "integer", "minimum": 1}}, "required": ["what"],
@@ -348,13 +348,7 @@ def main():
               "descriptors": [at_rest[1], after[1]], "wrong": wrong[:20]}
     print(f"mutate requests={made} seconds={seconds:.1f} answers={json.dumps(result['answers'])} rss_kib={at_rest[0]}->{after[0]} "
           f"descriptors={at_rest[1]}->{after[1]} wrong={len(wrong)}")
-    for what in result["wrong"]:
-        print("wrong: " + what)
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
-            file.write("\n")
-    return 1 if wrong else 0
+    return finish(result, args.json)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 
-from serve_client import Answer, Broken, Server, ask, percentile, request_bytes, settled
+from serve_client import Answer, Broken, Server, ask, finish, percentile, request_bytes, settled
 
 WORDS = ("In the beginning", "And the LORD said unto Moses,", "Blessed are", "The king", "Thou shalt not", "Behold, I", "And it came to pass")
 PROMPTS = [f"{first} {second}" for first in WORDS for second in WORDS]
@@ -158,13 +158,7 @@ def main():
     print(f"streams open={args.streams} tokens={result['tokens']} events={result['events']} different={result['different']} refused_at_first={result['refused_at_first']} seconds={result['seconds']:.1f} "
           f"tokens_per_s={result['tokens_per_s']:.0f} first_token_s={result['first_token_s']['min']:.3f}..{result['first_token_s']['max']:.1f} "
           f"rss_kib={result['rss_kib']['at_rest']}->{result['rss_kib']['most']} health_p99_ms={1e3 * result['health_s']['p99']:.1f} wrong={len(result['wrong'])}")
-    for what in result["wrong"]:
-        print("wrong: " + what)
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
-            file.write("\n")
-    return 1 if result["wrong"] else 0
+    return finish(result, args.json)
 
 
 if __name__ == "__main__":

@@ -193,3 +193,14 @@ async def settled(port, seconds=30):
 def percentile(values, part):
     values = sorted(values)
     return values[min(len(values) - 1, int(len(values) * part))] if values else float("nan")
+
+
+def finish(result, path):
+    """Says what was wrong, writes the report where one is wanted; the exit status."""
+    for what in result["wrong"]:
+        print("wrong: " + what)
+    if path:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(result, file, indent=1)
+            file.write("\n")
+    return 1 if result["wrong"] else 0

@@ -320,11 +320,23 @@ static bool ends_text(const struct sequence_spec *spec, uint32_t token)
            contains(spec->stop_ids, spec->num_stop_ids, token);
 }
 
+// No token was allowed while the ends were still forbidden (min_tokens): the text is over where its filter would have it end.
+static bool is_over(const struct scheduler *s, const struct sequence *q)
+{
+    const uint32_t *mask = s->area.masks + q->slot * s->area.mask_words;
+    if (q->stops_allowed)
+        return false;
+    for (int64_t i = 0; q->spec.filter && i < q->spec.num_eos; i++)
+        if (mask[q->spec.eos_ids[i] / 32] >> q->spec.eos_ids[i] % 32 & 1)
+            return true;
+    return !q->spec.filter;
+}
+
 // One chosen token becomes part of the output; FINISH_NONE: and more may come.
 static enum finish_reason take_token(struct scheduler *s, struct sequence *q, uint32_t token)
 {
     if (token == STEP_NO_TOKEN)
-        return q->stops_allowed ? FINISH_ERROR : FINISH_EOS;
+        return is_over(s, q) ? FINISH_EOS : FINISH_ERROR;
     if (ends_text(&q->spec, token))
         return FINISH_EOS;
     if (q->length < s->area.context)

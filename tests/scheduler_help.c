@@ -15,6 +15,16 @@
 #include <string.h>
 
 int64_t fake_vocab_size = 50;
+const struct scheduler_options fake_options = {
+    .num_pages = 64,
+    .context = 512,
+    .max_sequences = 8,
+    .max_rows = 160,
+    .decode_rows = 32,
+    .prefill_chunk = 128,
+    .share_prefixes = true,
+    .hash_seed = 7,
+};
 
 static uint64_t mixed(uint64_t a, uint64_t b)
 {
@@ -141,6 +151,14 @@ static bool is_one_of(const uint32_t *ids, int64_t count, uint32_t token)
     return false;
 }
 
+static bool end_is_allowed(const struct sequence_spec *spec, const uint32_t *mask)
+{
+    bool allows = !spec->filter;
+    for (int64_t i = 0; i < spec->num_eos; i++)
+        allows |= spec->filter && (mask[spec->eos_ids[i] / 32] >> spec->eos_ids[i] % 32 & 1);
+    return allows;
+}
+
 void fake_model_output(const struct scheduler_options *o, const struct sequence_spec *spec, struct fake_output *out)
 {
     static uint64_t entries[2 * FAKE_MAX_CONTEXT];
@@ -177,7 +195,7 @@ void fake_model_output(const struct scheduler_options *o, const struct sequence_
         how.counts = mixed(how.counts, token);
         out->reason = FINISH_EOS;
         if (token == STEP_NO_TOKEN) {
-            out->reason = early ? FINISH_EOS : FINISH_ERROR;
+            out->reason = early && end_is_allowed(spec, mask) ? FINISH_EOS : FINISH_ERROR;
             return;
         }
         if ((!spec->ignore_eos && is_one_of(spec->eos_ids, spec->num_eos, token)) ||

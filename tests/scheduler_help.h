@@ -11,6 +11,7 @@
 #include <stdint.h>
 
 enum { FAKE_MAX_CONTEXT = 1024, FAKE_MAX_VOCAB = 64 };
+extern const struct scheduler_options fake_options; // of a model whose options do not matter
 extern int64_t fake_vocab_size; // tokens of the model: 50, or what a test sets, at most FAKE_MAX_VOCAB
 
 // A filter whose allowed tokens depend on those before; after `complete_after` of them only the end is allowed.

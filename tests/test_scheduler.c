@@ -12,17 +12,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const struct scheduler_options plain = {
-    .num_pages = 64,
-    .context = 512,
-    .max_sequences = 8,
-    .max_rows = 160,
-    .decode_rows = 32,
-    .prefill_chunk = 128,
-    .share_prefixes = true,
-    .hash_seed = 7,
-};
-
 struct watched {
     struct fake_model *model;
     struct sequence *handle;
@@ -156,7 +145,7 @@ static void test_shares_prefixes(void **state)
     static struct watched first, second;
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct fake_model model;
-        struct scheduler_options options = plain;
+        struct scheduler_options options = fake_options;
         options.share_prefixes = cases[i].shares;
         options.chunks_fixed = cases[i].fixed;
         options.prefill_chunk = cases[i].chunk;
@@ -187,7 +176,7 @@ static void test_output_is_not_anothers_prompt(void **state)
     struct fake_model model;
     static struct watched first, second;
     static struct fake_output alone;
-    struct scheduler_options options = plain;
+    struct scheduler_options options = fake_options;
     options.num_pages = 8;
     options.chunks_fixed = true;
     options.prefill_chunk = KV_PAGE_TOKENS;
@@ -212,7 +201,7 @@ static void test_computes_a_prompt_once(void **state)
     for (int fixed = 0; fixed < 2; fixed++)
         for (int one_request = 0; one_request < 2; one_request++) {
             struct fake_model model;
-            struct scheduler_options options = plain;
+            struct scheduler_options options = fake_options;
             static struct watched w[4];
             options.chunks_fixed = fixed;
             fake_model_open(&model, &options);
@@ -240,7 +229,7 @@ static void test_salts_do_not_wait(void **state)
     for (uint64_t salt = 0; salt < 2; salt++) {
         struct fake_model model;
         static struct watched w[2];
-        fake_model_open(&model, &plain);
+        fake_model_open(&model, &fake_options);
         for (int i = 0; i < 2; i++) {
             make(&w[i], 5, 70, 5);
             w[i].spec.salt = (uint64_t)i * salt;
@@ -262,7 +251,7 @@ static void test_leaves_a_page_that_was_begun(void **state)
     (void)state;
     struct fake_model model;
     static struct watched w[2];
-    struct scheduler_options options = plain;
+    struct scheduler_options options = fake_options;
     options.prefill_chunk = 40;
     options.max_rows = 60;
     fake_model_open(&model, &options);
@@ -281,7 +270,7 @@ static void test_group_keeps_its_turn(void **state)
     (void)state;
     struct fake_model model;
     static struct watched w[4];
-    struct scheduler_options options = plain;
+    struct scheduler_options options = fake_options;
     options.max_sequences = 1;
     fake_model_open(&model, &options);
     for (int i = 0; i < 4; i++)
@@ -301,7 +290,7 @@ static void test_group_without_its_first(void **state)
     for (int64_t steps = 0; steps < 4; steps++) {
         struct fake_model model;
         static struct watched w[4];
-        fake_model_open(&model, &plain);
+        fake_model_open(&model, &fake_options);
         for (int i = 0; i < 4; i++)
             make(&w[i], 5, 400, 20);
         add(&model, w, 4);
@@ -324,7 +313,7 @@ static void test_preempts_the_last(void **state)
     (void)state;
     struct fake_model model;
     static struct watched w[4];
-    struct scheduler_options options = plain;
+    struct scheduler_options options = fake_options;
     options.num_pages = 8;
     fake_model_open(&model, &options);
     for (int i = 0; i < 4; i++) {
@@ -349,7 +338,7 @@ static void test_prompts_have_room(void **state)
     (void)state;
     struct fake_model model;
     static struct watched w[3];
-    struct scheduler_options options = plain;
+    struct scheduler_options options = fake_options;
     options.num_pages = 13;
     options.prefill_chunk = 20;
     fake_model_open(&model, &options);
@@ -369,7 +358,7 @@ static void test_a_prompt_preempts(void **state)
     struct fake_model model;
     static struct watched w[3];
     static struct fake_output alone;
-    struct scheduler_options options = plain;
+    struct scheduler_options options = fake_options;
     options.num_pages = 17; // all are taken when the prompt needs its sixth
     options.prefill_chunk = 1;
     fake_model_open(&model, &options);
@@ -396,7 +385,7 @@ static void test_drafts_do_not_preempt(void **state)
     for (uint64_t family = 0; family < 60; family++) {
         struct fake_model model;
         static struct watched w[2];
-        struct scheduler_options options = plain;
+        struct scheduler_options options = fake_options;
         options.num_pages = 3; // the younger one takes the third first
         options.draft_tokens = 12;
         fake_model_open(&model, &options);
@@ -427,7 +416,7 @@ static void test_cancels_in_every_phase(void **state)
     for (int64_t steps = 0; steps < 40; steps++) {
         struct fake_model model;
         static struct watched w[3];
-        struct scheduler_options options = plain;
+        struct scheduler_options options = fake_options;
         options.num_pages = 6;
         options.max_sequences = 2;
         options.prefill_chunk = 40;
@@ -454,7 +443,7 @@ static void test_callbacks_cancel_and_add(void **state)
     (void)state;
     struct fake_model model;
     static struct watched w[6];
-    fake_model_open(&model, &plain);
+    fake_model_open(&model, &fake_options);
     for (int i = 0; i < 6; i++)
         make(&w[i], (uint64_t)i, 20, 10 + i);
     w[0].cancels_on_tokens = &w[2]; // whose turn comes later in the same step
@@ -480,7 +469,7 @@ static void test_a_lost_rank_ends_all(void **state)
     struct fake_model model;
     struct error err;
     static struct watched w[13];
-    fake_model_open(&model, &plain);
+    fake_model_open(&model, &fake_options);
     for (int i = 0; i < 12; i++) {
         make(&w[i], 5, 100, 50);
         add(&model, &w[i], 1);
@@ -496,10 +485,10 @@ static void test_a_lost_rank_ends_all(void **state)
     for (int i = 0; i < 12; i++)
         assert_true(w[i].ends == 1 && w[i].reason == FINISH_ERROR && w[i].error_code == ERR_RANK);
     // The ranks begin anew, with other bytes in their pages.
-    memset(model.entries, 0x5a, (size_t)(plain.num_pages * KV_PAGE_TOKENS) * sizeof *model.entries);
+    memset(model.entries, 0x5a, (size_t)(fake_options.num_pages * KV_PAGE_TOKENS) * sizeof *model.entries);
     run_out(&model);
     static struct fake_output alone;
-    fake_model_output(&plain, &w[12].spec, &alone);
+    fake_model_output(&fake_options, &w[12].spec, &alone);
     assert_true(w[12].produced == 50 && w[12].usage.cached_tokens == 0);
     assert_memory_equal(w[12].output, alone.tokens, 50 * sizeof *alone.tokens);
     fake_model_close(&model);
@@ -510,7 +499,7 @@ static void test_free_ends_all(void **state)
     (void)state;
     struct fake_model model;
     static struct watched w[12];
-    fake_model_open(&model, &plain);
+    fake_model_open(&model, &fake_options);
     for (int i = 0; i < 12; i += 2) {
         make(&w[i], (uint64_t)i, 100, 50);
         make(&w[i + 1], (uint64_t)i, 100, 50);
@@ -532,7 +521,7 @@ static void test_is_fair(void **state)
     (void)state;
     struct fake_model model;
     static struct watched greedy[60], modest[6];
-    struct scheduler_options options = plain;
+    struct scheduler_options options = fake_options;
     options.max_sequences = 4;
     fake_model_open(&model, &options);
     for (int i = 0; i < 60; i++) {
@@ -565,7 +554,7 @@ static void test_long_prompts_count(void **state)
     (void)state;
     struct fake_model model;
     static struct watched longer[20], shorter[20];
-    struct scheduler_options options = plain;
+    struct scheduler_options options = fake_options;
     options.max_sequences = 1;
     fake_model_open(&model, &options);
     for (int i = 0; i < 20; i++) {
@@ -597,7 +586,7 @@ static void test_nobody_starves(void **state)
     for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
         struct fake_model model;
         static struct watched streams[4], prompts[12];
-        struct scheduler_options options = plain;
+        struct scheduler_options options = fake_options;
         options.max_rows = cases[c].max_rows;
         options.decode_rows = cases[c].decode_rows;
         options.draft_tokens = cases[c].draft_tokens;
@@ -634,7 +623,7 @@ static void test_drafts(void **state)
     (void)state;
     struct fake_model model;
     static struct watched w[3];
-    struct scheduler_options options = plain;
+    struct scheduler_options options = fake_options;
     options.draft_tokens = 8;
     fake_model_open(&model, &options);
     make(&w[0], 2, 60, 400); // repeats itself
@@ -664,7 +653,7 @@ static void test_soak(void **state)
     static struct watched w[LIVES];
     static struct fake_output alone;
     struct fake_model model;
-    struct scheduler_options options = plain;
+    struct scheduler_options options = fake_options;
     options.num_pages = 14;
     options.draft_tokens = 6;
     fake_model_open(&model, &options);

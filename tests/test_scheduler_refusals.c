@@ -10,17 +10,6 @@
 
 #include <math.h>
 
-static const struct scheduler_options plain = {
-    .num_pages = 64,
-    .context = 512,
-    .max_sequences = 8,
-    .max_rows = 160,
-    .decode_rows = 32,
-    .prefill_chunk = 128,
-    .share_prefixes = true,
-    .hash_seed = 7,
-};
-
 static void on_end(void *arg, enum finish_reason reason, const struct sequence_usage *usage, uint32_t stop_token,
                    const struct error *err)
 {
@@ -60,7 +49,7 @@ static void test_refuses(void **state)
          1,
          ERR_USAGE},
     };
-    struct scheduler_options options = plain;
+    struct scheduler_options options = fake_options;
     options.num_pages = 4;
     struct fake_model model;
     fake_model_open(&model, &options);
@@ -120,8 +109,8 @@ static void test_refuses_options(void **state)
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct fake_model model;
-        struct scheduler_options options = plain;
-        fake_model_open(&model, &plain);
+        struct scheduler_options options = fake_options;
+        fake_model_open(&model, &fake_options);
         options.max_sequences = cases[i].max_sequences;
         options.max_rows = cases[i].max_rows;
         options.decode_rows = cases[i].decode_rows;

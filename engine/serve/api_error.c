@@ -2,6 +2,7 @@
 #include "engine/serve/api_error.h"
 
 #include "engine/serve/engine.h"
+#include "formats/json_file.h"
 #include "formats/tokenizer_text.h"
 
 #include <stdarg.h>
@@ -28,6 +29,11 @@ int api_error_set(struct api_error *error, int status, const char *code, const c
     keep_valid(error->param);
     keep_valid(error->message);
     return -1;
+}
+
+int api_error_wrong(struct api_error *error, const char *key, const char *wanted, const json_t *found)
+{
+    return api_error_set(error, 400, NULL, key, "%s must be %s, found %s", key, wanted, json_file_type_name(found));
 }
 
 int api_error_memory(struct api_error *error)

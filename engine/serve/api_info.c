@@ -3,15 +3,7 @@
 
 #include <string.h>
 
-const char *api_state_word(enum engine_state state)
-{
-    static const char *const words[] = {[ENGINE_LOADING] = "loading",
-                                        [ENGINE_READY] = "ok",
-                                        [ENGINE_RESTARTING] = "restarting",
-                                        [ENGINE_DRAINING] = "draining",
-                                        [ENGINE_FAILED] = "failed"};
-    return words[state];
-}
+const char *api_state_word(enum engine_state state) { return state == ENGINE_READY ? "ok" : engine_state_name(state); }
 
 // As a client sees it: ready needs the tokenizer too.
 static enum engine_state state_of(const struct api_request *request)

@@ -8,17 +8,6 @@
 #include <stdio.h>
 #include <string.h>
 
-static const json_t *member(const json_t *object, const char *key)
-{
-    const json_t *value = json_object_get(object, key);
-    return json_is_null(value) ? NULL : value;
-}
-
-static int wrong(struct api_error *error, const char *param, const char *wanted, const json_t *found)
-{
-    return api_error_set(error, 400, NULL, param, "%s must be %s, found %s", param, wanted, json_file_type_name(found));
-}
-
 // ---- messages ----------------------------------------------------------------------------------------------------
 
 // Texts of a list of parts, one to a line.
@@ -55,14 +44,14 @@ static int join_parts(json_t *message, const json_t *parts, const char *param, s
 static int read_content(json_t *message, const char *role, size_t index, struct api_error *error)
 {
     char param[64];
-    const json_t *content = member(message, "content");
+    const json_t *content = api_member(message, "content");
     snprintf(param, sizeof param, "messages[%zu].content", index);
     if (json_is_string(content))
         return 0;
     if (json_is_array(content))
         return join_parts(message, content, param, error);
     if (content)
-        return wrong(error, param, "a string or a list of parts", content);
+        return api_error_wrong(error, param, "a string or a list of parts", content);
     if (strcmp(role, "assistant") == 0)
         return 0;
     return api_error_set(error, 400, NULL, param, "%s is missing", param);
@@ -72,9 +61,9 @@ static int read_content(json_t *message, const char *role, size_t index, struct 
 static int read_call(json_t *call, const char *param, struct api_error *error)
 {
     json_t *function = json_object_get(call, "function");
-    const json_t *arguments = member(function, "arguments");
+    const json_t *arguments = api_member(function, "arguments");
     if (!json_is_object(function))
-        return wrong(error, param, "a list of objects with a function", call);
+        return api_error_wrong(error, param, "a list of objects with a function", call);
     if (!json_is_string(json_object_get(function, "name")))
         return api_error_set(error, 400, NULL, param, "%s: a function must have a name", param);
     if (arguments && !json_is_string(arguments) && !json_is_object(arguments))
@@ -95,12 +84,12 @@ static int read_call(json_t *call, const char *param, struct api_error *error)
 static int read_calls(json_t *message, size_t index, struct api_error *error)
 {
     char param[64];
-    const json_t *calls = member(message, "tool_calls");
+    const json_t *calls = api_member(message, "tool_calls");
     snprintf(param, sizeof param, "messages[%zu].tool_calls", index);
     if (!calls)
         return 0;
     if (!json_is_array(calls))
-        return wrong(error, param, "a list", calls);
+        return api_error_wrong(error, param, "a list", calls);
     for (size_t i = 0; i < json_array_size(calls); i++)
         if (read_call(json_array_get(calls, i), param, error))
             return -1;
@@ -109,12 +98,12 @@ static int read_calls(json_t *message, size_t index, struct api_error *error)
 
 static int read_messages(struct api_params *params, const struct api_model *model, struct api_error *error)
 {
-    const json_t *messages = member(params->body, "messages");
+    const json_t *messages = api_member(params->body, "messages");
     char param[64];
     if (!messages)
         return api_error_set(error, 400, NULL, "messages", "messages is missing");
     if (!json_is_array(messages))
-        return wrong(error, "messages", "a list", messages);
+        return api_error_wrong(error, "messages", "a list", messages);
     size_t count = json_array_size(messages);
     if (count == 0 || count > API_MAX_MESSAGES)
         return api_error_set(error, 400, NULL, "messages", "messages must have from 1 to %d messages, found %zu",
@@ -124,10 +113,10 @@ static int read_messages(struct api_params *params, const struct api_model *mode
         const json_t *role = json_object_get(message, "role");
         snprintf(param, sizeof param, "messages[%zu]", i);
         if (!json_is_object(message))
-            return wrong(error, param, "an object", message);
+            return api_error_wrong(error, param, "an object", message);
         snprintf(param, sizeof param, "messages[%zu].role", i);
         if (!json_is_string(role))
-            return wrong(error, param, "a string", role);
+            return api_error_wrong(error, param, "a string", role);
         if (json_string_length(role) == 0)
             return api_error_set(error, 400, NULL, param, "%s must not be empty", param);
         if (read_content(message, json_string_value(role), i, error) || read_calls(message, i, error))
@@ -149,9 +138,9 @@ static int read_messages(struct api_params *params, const struct api_model *mode
 static int fill_in(json_t *function, struct api_error *error)
 {
     int rc = 0;
-    if (!member(function, "description"))
+    if (!api_member(function, "description"))
         rc |= json_object_set_new(function, "description", json_string(""));
-    if (!member(function, "parameters")) // no arguments, as OpenAI's API defines it
+    if (!api_member(function, "parameters")) // no arguments, as OpenAI's API defines it
         rc |= json_object_set_new(function, "parameters", json_pack("{s:s,s:{}}", "type", "object", "properties"));
     return rc ? api_error_memory(error) : 0;
 }
@@ -162,7 +151,7 @@ static int check_tool(const json_t *tool, size_t index, struct api_error *error)
     json_t *function = json_object_get(tool, "function");
     const json_t *name = json_object_get(function, "name");
     const char *type = json_string_value(json_object_get(tool, "type"));
-    const json_t *parameters = member(function, "parameters"), *description = member(function, "description");
+    const json_t *parameters = api_member(function, "parameters"), *description = api_member(function, "description");
     snprintf(param, sizeof param, "tools[%zu]", index);
     if (!type || strcmp(type, "function") != 0 || !json_is_object(function))
         return api_error_set(error, 400, NULL, param, "%s must be {\"type\": \"function\", \"function\": {...}}",
@@ -172,10 +161,10 @@ static int check_tool(const json_t *tool, size_t index, struct api_error *error)
         return api_error_set(error, 400, NULL, param, "%s must be a string of 1 to 256 bytes", param);
     snprintf(param, sizeof param, "tools[%zu].function.description", index);
     if (description && !json_is_string(description))
-        return wrong(error, param, "a string", description);
+        return api_error_wrong(error, param, "a string", description);
     snprintf(param, sizeof param, "tools[%zu].function.parameters", index);
     if (parameters && !json_is_object(parameters))
-        return wrong(error, param, "a JSON schema", parameters);
+        return api_error_wrong(error, param, "a JSON schema", parameters);
     return fill_in(function, error);
 }
 
@@ -190,7 +179,7 @@ static bool tool_exists(const json_t *tools, const char *name)
 
 static int read_tool_choice(struct api_params *params, struct api_error *error)
 {
-    const json_t *choice = member(params->body, "tool_choice");
+    const json_t *choice = api_member(params->body, "tool_choice");
     const char *word = json_string_value(choice),
                *name = json_string_value(json_object_get(json_object_get(choice, "function"), "name"));
     if (!choice || (word && strcmp(word, "auto") == 0))
@@ -216,10 +205,10 @@ static int read_tool_choice(struct api_params *params, struct api_error *error)
 
 static int read_tools(struct api_params *params, struct api_error *error)
 {
-    const json_t *tools = member(params->body, "tools");
+    const json_t *tools = api_member(params->body, "tools");
     params->parallel_tool_calls = true;
     if (tools && !json_is_array(tools))
-        return wrong(error, "tools", "a list", tools);
+        return api_error_wrong(error, "tools", "a list", tools);
     if (json_array_size(tools) > API_MAX_TOOLS)
         return api_error_set(error, 400, NULL, "tools", "tools may have at most %d tools, found %zu", API_MAX_TOOLS,
                              json_array_size(tools));
@@ -242,11 +231,11 @@ static int read_tools(struct api_params *params, struct api_error *error)
 
 static int read_effort(struct api_params *params, struct api_error *error)
 {
-    const json_t *effort = member(params->body, "reasoning_effort");
+    const json_t *effort = api_member(params->body, "reasoning_effort");
     if (!effort)
         return 0;
     if (!json_is_string(effort) || json_string_length(effort) == 0 || json_string_length(effort) > 32)
-        return wrong(error, "reasoning_effort", "a word such as \"low\", \"medium\" or \"high\"", effort);
+        return api_error_wrong(error, "reasoning_effort", "a word such as \"low\", \"medium\" or \"high\"", effort);
     bool none = strcmp(json_string_value(effort), "none") == 0;
     if (json_object_set(params->options, "reasoning_effort", (json_t *)effort) ||
         (none && json_object_set_new(params->options, "enable_thinking", json_false())))
@@ -256,24 +245,24 @@ static int read_effort(struct api_params *params, struct api_error *error)
 
 static int read_options(struct api_params *params, struct api_error *error)
 {
-    const json_t *further = member(params->body, "chat_template_kwargs"),
-                 *thinking = member(params->body, "enable_thinking");
+    const json_t *further = api_member(params->body, "chat_template_kwargs"),
+                 *thinking = api_member(params->body, "enable_thinking");
     bool checked = true;
     params->add_generation_prompt = true;
     params->options = json_object();
     if (!params->options)
         return api_error_memory(error);
     if (further && !json_is_object(further))
-        return wrong(error, "chat_template_kwargs", "an object", further);
+        return api_error_wrong(error, "chat_template_kwargs", "an object", further);
     if (read_effort(params, error) || api_params_get_bool(params->body, "enable_thinking", &checked, error) ||
         api_params_get_bool(params->body, "add_generation_prompt", &params->add_generation_prompt, error))
         return -1;
     if ((thinking && json_object_set(params->options, "enable_thinking", (json_t *)thinking)) ||
         (further && json_object_update(params->options, (json_t *)further)))
         return api_error_memory(error);
-    params->documents = member(params->body, "documents");
+    params->documents = api_member(params->body, "documents");
     if (params->documents && !json_is_array(params->documents))
-        return wrong(error, "documents", "a list", params->documents);
+        return api_error_wrong(error, "documents", "a list", params->documents);
     return 0;
 }
 

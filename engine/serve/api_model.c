@@ -25,16 +25,13 @@ struct api_engine api_engine_of(struct engine *engine)
 
 // ---- the model ---------------------------------------------------------------------------------------------------
 
-// Special tokens by which the formats of output_parser.h mark calls and reasoning.
-static const char *const marks[] = {"<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]",
-                                    "[ARGS]",      "[CALL_ID]",    "<think>",        "</think>"};
-_Static_assert(sizeof marks / sizeof *marks <= API_MAX_KEPT, "room for every mark");
+_Static_assert(OUTPUT_MARKS <= (int)API_MAX_KEPT, "room for every mark");
 
 static void find_marks(struct api *api, struct api_model *model)
 {
     model->kept = api->kept;
-    for (size_t i = 0; i < sizeof marks / sizeof *marks; i++)
-        model->num_kept += tokenizer_token_id(model->tokenizer, marks[i], &api->kept[model->num_kept]);
+    for (int i = 0; i < OUTPUT_MARKS; i++)
+        model->num_kept += tokenizer_token_id(model->tokenizer, output_marks[i], &api->kept[model->num_kept]);
 }
 
 // What the template's text tells about the model's output.

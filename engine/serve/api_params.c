@@ -10,24 +10,13 @@
 #include <sys/random.h>
 
 // A member that is there and not null.
-static const json_t *member(const json_t *body, const char *key)
-{
-    const json_t *value = json_object_get(body, key);
-    return json_is_null(value) ? NULL : value;
-}
-
-static int wrong(struct api_error *error, const char *key, const char *wanted, const json_t *found)
-{
-    return api_error_set(error, 400, NULL, key, "%s must be %s, found %s", key, wanted, json_file_type_name(found));
-}
-
 int api_params_get_bool(const json_t *body, const char *key, bool *value, struct api_error *error)
 {
-    const json_t *found = member(body, key);
+    const json_t *found = api_member(body, key);
     if (!found)
         return 0;
     if (!json_is_boolean(found))
-        return wrong(error, key, "true or false", found);
+        return api_error_wrong(error, key, "true or false", found);
     *value = json_is_true(found);
     return 0;
 }
@@ -35,11 +24,11 @@ int api_params_get_bool(const json_t *body, const char *key, bool *value, struct
 static int get_int(const json_t *body, const char *key, int64_t min, int64_t max, int64_t *value,
                    struct api_error *error)
 {
-    const json_t *found = member(body, key);
+    const json_t *found = api_member(body, key);
     if (!found)
         return 0;
     if (!json_is_integer(found))
-        return wrong(error, key, "an integer", found);
+        return api_error_wrong(error, key, "an integer", found);
     if (json_integer_value(found) < min || json_integer_value(found) > max)
         return api_error_set(error, 400, NULL, key, "%s must be from %lld to %lld, found %lld", key, (long long)min,
                              (long long)max, (long long)json_integer_value(found));
@@ -50,11 +39,11 @@ static int get_int(const json_t *body, const char *key, int64_t min, int64_t max
 static int get_number(const json_t *body, const char *key, double min, double max, double *value,
                       struct api_error *error)
 {
-    const json_t *found = member(body, key);
+    const json_t *found = api_member(body, key);
     if (!found)
         return 0;
     if (!json_is_number(found))
-        return wrong(error, key, "a number", found);
+        return api_error_wrong(error, key, "a number", found);
     double number = json_number_value(found);
     if (!(number >= min && number <= max))
         return api_error_set(error, 400, NULL, key, "%s must be from %g to %g, found %g", key, min, max, number);
@@ -109,7 +98,7 @@ static int add_stop(struct api_params *params, const json_t *text, struct api_er
 {
     size_t bytes = json_string_length(text);
     if (!json_is_string(text))
-        return wrong(error, "stop", "a string or a list of strings", text);
+        return api_error_wrong(error, "stop", "a string or a list of strings", text);
     if (bytes == 0 || bytes > STOP_STRING_BYTES)
         return api_error_set(error, 400, NULL, "stop", "a stop string must have from 1 to %d bytes, found %zu",
                              STOP_STRING_BYTES, bytes);
@@ -118,7 +107,7 @@ static int add_stop(struct api_params *params, const json_t *text, struct api_er
 
 static int read_stops(struct api_params *params, struct api_error *error)
 {
-    const json_t *stop = member(params->body, "stop");
+    const json_t *stop = api_member(params->body, "stop");
     if (!stop)
         return 0;
     if (!json_is_array(stop))
@@ -146,7 +135,7 @@ int api_params_read_ids(const json_t *list, const char *param, int64_t vocab_siz
     for (size_t i = 0; i < count; i++) {
         const json_t *id = json_array_get(list, i);
         if (!json_is_integer(id))
-            return wrong(error, param, "a list of token ids", id);
+            return api_error_wrong(error, param, "a list of token ids", id);
         if (json_integer_value(id) < 0 || json_integer_value(id) >= vocab_size)
             return api_error_set(error, 400, NULL, param, "%s: token id %lld is not from 0 to %lld", param,
                                  (long long)json_integer_value(id), (long long)vocab_size - 1);
@@ -158,11 +147,11 @@ int api_params_read_ids(const json_t *list, const char *param, int64_t vocab_siz
 static int read_stop_ids(struct api_params *params, int64_t vocab_size, struct api_error *error)
 {
     struct token_list ids = {0};
-    const json_t *list = member(params->body, "stop_token_ids");
+    const json_t *list = api_member(params->body, "stop_token_ids");
     if (!list)
         return 0;
     if (!json_is_array(list))
-        return wrong(error, "stop_token_ids", "a list of token ids", list);
+        return api_error_wrong(error, "stop_token_ids", "a list of token ids", list);
     if (json_array_size(list) > API_MAX_STOP_IDS)
         return api_error_set(error, 400, NULL, "stop_token_ids", "stop_token_ids may have at most %d ids, found %zu",
                              API_MAX_STOP_IDS, json_array_size(list));
@@ -188,12 +177,12 @@ static bool read_id(const char *text, int64_t vocab_size, uint32_t *id)
 
 static int read_bias(struct api_params *params, int64_t vocab_size, struct api_error *error)
 {
-    json_t *bias = (json_t *)member(params->body, "logit_bias"), *value;
+    json_t *bias = (json_t *)api_member(params->body, "logit_bias"), *value;
     const char *key;
     if (!bias)
         return 0;
     if (!json_is_object(bias))
-        return wrong(error, "logit_bias", "an object of token ids and numbers", bias);
+        return api_error_wrong(error, "logit_bias", "an object of token ids and numbers", bias);
     size_t count = json_object_size(bias);
     if (count > STEP_MAX_EDITS)
         return api_error_set(error, 400, NULL, "logit_bias", "logit_bias may have at most %d tokens, found %zu",
@@ -253,13 +242,13 @@ static int read_logprobs(struct api_params *params, struct api_error *error)
 
 static int read_stream(struct api_params *params, struct api_error *error)
 {
-    const json_t *options = member(params->body, "stream_options");
+    const json_t *options = api_member(params->body, "stream_options");
     if (api_params_get_bool(params->body, "stream", &params->stream, error))
         return -1;
     if (!options)
         return 0;
     if (!json_is_object(options))
-        return wrong(error, "stream_options", "an object", options);
+        return api_error_wrong(error, "stream_options", "an object", options);
     if (!params->stream)
         return api_error_set(error, 400, NULL, "stream_options", "stream_options needs \"stream\": true");
     return api_params_get_bool(options, "include_usage", &params->include_usage, error) ||
@@ -270,15 +259,15 @@ static int read_stream(struct api_params *params, struct api_error *error)
 
 static int read_format(struct api_params *params, struct api_error *error)
 {
-    const json_t *format = member(params->body, "response_format");
+    const json_t *format = api_member(params->body, "response_format");
     const char *param = "response_format", *type;
     if (!format)
         return 0;
     if (!json_is_object(format))
-        return wrong(error, param, "an object", format);
+        return api_error_wrong(error, param, "an object", format);
     type = json_string_value(json_object_get(format, "type"));
     if (!type)
-        return wrong(error, "response_format.type", "a string", json_object_get(format, "type"));
+        return api_error_wrong(error, "response_format.type", "a string", json_object_get(format, "type"));
     if (strcmp(type, "text") == 0)
         return 0;
     if (strcmp(type, "json_object") == 0) {
@@ -292,10 +281,10 @@ static int read_format(struct api_params *params, struct api_error *error)
     params->format = FORMAT_JSON_SCHEMA;
     format = json_object_get(format, "json_schema");
     if (!json_is_object(format))
-        return wrong(error, "response_format.json_schema", "an object with a schema", format);
+        return api_error_wrong(error, "response_format.json_schema", "an object with a schema", format);
     params->schema = json_object_get(format, "schema");
     if (!json_is_object(params->schema) && !json_is_boolean(params->schema))
-        return wrong(error, "response_format.json_schema.schema", "a JSON schema", params->schema);
+        return api_error_wrong(error, "response_format.json_schema.schema", "a JSON schema", params->schema);
     return 0;
 }
 
@@ -329,12 +318,12 @@ static int refuse_unsupported(const struct api_params *params, struct api_error 
         {"audio", "this model writes text"},
     };
     for (size_t i = 0; i < sizeof refused / sizeof *refused; i++) {
-        const json_t *value = member(params->body, refused[i].key);
+        const json_t *value = api_member(params->body, refused[i].key);
         if (value && !says_nothing(value))
             return api_error_set(error, 400, "unsupported_parameter", refused[i].key, "%s is not supported: %s",
                                  refused[i].key, refused[i].instead);
     }
-    const json_t *best_of = member(params->body, "best_of");
+    const json_t *best_of = api_member(params->body, "best_of");
     if (best_of && (!json_is_integer(best_of) || json_integer_value(best_of) > params->n))
         return api_error_set(error, 400, "unsupported_parameter", "best_of",
                              "best_of above n is not supported: ask for n choices");
@@ -362,12 +351,12 @@ int api_params_parse(json_t **out, const char *body, size_t bytes, struct api_er
 
 static int read_model(struct api_params *params, const char *const *names, int num_names, struct api_error *error)
 {
-    const json_t *name = member(params->body, "model");
+    const json_t *name = api_member(params->body, "model");
     params->model_name = num_names ? names[0] : "";
     if (!name)
         return 0;
     if (!json_is_string(name))
-        return wrong(error, "model", "a string", name);
+        return api_error_wrong(error, "model", "a string", name);
     for (int i = 0; i < num_names; i++)
         if (strcmp(json_string_value(name), names[i]) == 0) {
             params->model_name = names[i];
@@ -396,12 +385,12 @@ static int read_counts(struct api_params *params, struct api_error *error)
 
 static int read_salt(struct api_params *params, struct api_error *error)
 {
-    const json_t *salt = member(params->body, "cache_salt");
+    const json_t *salt = api_member(params->body, "cache_salt");
     params->cache_salt = "";
     if (!salt)
         return 0;
     if (!json_is_string(salt))
-        return wrong(error, "cache_salt", "a string", salt);
+        return api_error_wrong(error, "cache_salt", "a string", salt);
     if (json_string_length(salt) == 0 || json_string_length(salt) > API_SALT_BYTES)
         return api_error_set(error, 400, NULL, "cache_salt", "cache_salt must have from 1 to %d bytes, found %zu",
                              API_SALT_BYTES, json_string_length(salt));
@@ -412,12 +401,12 @@ static int read_salt(struct api_params *params, struct api_error *error)
 // A text, token ids, or a list of either.
 static int read_prompt(struct api_params *params, struct api_error *error)
 {
-    const json_t *prompt = member(params->body, "prompt");
+    const json_t *prompt = api_member(params->body, "prompt");
     params->add_special_tokens = true;
     if (!prompt)
         return api_error_set(error, 400, NULL, "prompt", "prompt is missing");
     if (!json_is_string(prompt) && !json_is_array(prompt))
-        return wrong(error, "prompt", "a string, a list of token ids, or a list of either", prompt);
+        return api_error_wrong(error, "prompt", "a string, a list of token ids, or a list of either", prompt);
     if (json_is_array(prompt) && json_array_size(prompt) == 0)
         return api_error_set(error, 400, NULL, "prompt", "prompt must not be an empty list");
     bool one = json_is_string(prompt) || json_is_integer(json_array_get(prompt, 0));

@@ -44,7 +44,7 @@ static size_t write_utf8(char *out, uint32_t code)
     return count;
 }
 
-// The code of one \uXXXX is complete. A surrogate without its other half reads as U+FFFD.
+// The code of one escape (\u and four digits) is complete. A surrogate without its other half reads as U+FFFD.
 static size_t take_code(struct output_call *call, char *out)
 {
     uint32_t code = call->code, high = call->high;

@@ -9,9 +9,9 @@
 
 enum { HELD_BYTES = 64 << 10, HELD_BLANK_BYTES = 256, OUT_BYTES = 1024 };
 
-enum mark { MARK_THINK, MARK_THINK_END, MARK_CALL, MARK_CALL_END, MARK_CALLS, MARK_PYTHON, MARK_ARGS, MARK_ID, MARKS };
+enum mark { MARK_THINK, MARK_THINK_END, MARK_CALL, MARK_CALL_END, MARK_CALLS, MARK_PYTHON, MARK_ARGS, MARK_ID };
 // The first byte of a mark occurs in it nowhere else: where a mark breaks off, another one can begin only with the byte that broke it.
-static const char *const marks[MARKS] = {
+const char *const output_marks[OUTPUT_MARKS] = {
     [MARK_THINK] = "<think>",         [MARK_THINK_END] = "</think>", [MARK_CALL] = "<tool_call>",
     [MARK_CALL_END] = "</tool_call>", [MARK_CALLS] = "[TOOL_CALLS]", [MARK_PYTHON] = "<|python_tag|>",
     [MARK_ARGS] = "[ARGS]",           [MARK_ID] = "[CALL_ID]",
@@ -253,8 +253,8 @@ enum { NO_MARK = -1, PART_OF_MARK = -2 };
 static int match(const struct output_parser *parser, char byte)
 {
     const char *begun = parser->held_bytes ? parser->held + parser->held_bytes - parser->mark_bytes : "";
-    for (int i = 0; i < MARKS; i++) {
-        const char *mark = marks[i];
+    for (int i = 0; i < OUTPUT_MARKS; i++) {
+        const char *mark = output_marks[i];
         if (byte && strncmp(mark, begun, parser->mark_bytes) == 0 && mark[parser->mark_bytes] == byte &&
             expected(parser, (enum mark)i))
             return mark[parser->mark_bytes + 1] ? PART_OF_MARK : i;

@@ -27,6 +27,10 @@ struct output_format {
     bool reasoning; // <think> ... </think>
 };
 // By what the template's text says; TOOLS_NONE where calls are written in none of these ways.
+// The texts that mark calls and reasoning, in all formats; where a tokenizer has them as special tokens the parser must see them.
+enum { OUTPUT_MARKS = 8 };
+extern const char *const output_marks[OUTPUT_MARKS];
+// By what the template's text says.
 struct output_format output_format_find(const char *template_text);
 
 struct output_delta {

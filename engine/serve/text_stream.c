@@ -127,13 +127,13 @@ static bool shown(const struct text_rules *rules, uint32_t token)
     return false;
 }
 
-static int take_in(struct text_stream *stream, const char *piece, size_t bytes, bool watched, struct error *err)
+static int take_in(struct text_stream *stream, const char *piece, size_t bytes, struct error *err)
 {
     size_t from = stream->text.bytes;
     api_text_append(&stream->text, piece, bytes);
     if (stream->text.failed)
         return error_set(err, ERR_MEMORY, "no memory for the output");
-    release(stream, from, watched);
+    release(stream, from, stream->tokens > stream->rules->min_tokens);
     return 0;
 }
 
@@ -141,28 +141,25 @@ int text_stream_push(struct text_stream *stream, uint32_t token, struct error *e
 {
     const char *piece;
     size_t bytes;
-    int rc;
     drop_given(stream);
     if (stream->stopped)
         return 0;
     stream->tokens++;
     if (!shown(stream->rules, token))
         return 0;
-    if ((rc = tokenizer_stream_push(stream->decoder, token, &piece, &bytes, err)))
-        return rc;
-    return take_in(stream, piece, bytes, stream->tokens > stream->rules->min_tokens, err);
+    int rc = tokenizer_stream_push(stream->decoder, token, &piece, &bytes, err);
+    return rc ? rc : take_in(stream, piece, bytes, err);
 }
 
 int text_stream_finish(struct text_stream *stream, struct error *err)
 {
     const char *piece;
     size_t bytes;
-    int rc;
     drop_given(stream);
     if (stream->stopped)
         return 0;
-    if ((rc = tokenizer_stream_flush(stream->decoder, &piece, &bytes, err)) ||
-        (rc = take_in(stream, piece, bytes, stream->tokens > stream->rules->min_tokens, err)))
+    int rc = tokenizer_stream_flush(stream->decoder, &piece, &bytes, err);
+    if (rc || (rc = take_in(stream, piece, bytes, err)))
         return rc;
     stream->ready = stream->text.bytes;
     memset(stream->state, 0, sizeof stream->state);
