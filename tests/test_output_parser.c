@@ -272,10 +272,11 @@ static void test_cuts(void **state)
 
 // ---- garbage -------------------------------------------------------------------------------------------------------
 
+static const char list_of_calls[] = "[TOOL_CALLS] [" F, tagged_call[] = "<tool_call>" F;
 static const char *const pieces[] = {F,
-                                     "[TOOL_CALLS] [" F,
+                                     list_of_calls,
                                      "[TOOL_CALLS]f[ARGS]{",
-                                     "<tool_call>" F,
+                                     tagged_call,
                                      "{\"name\": \"f\", \"parameters\": {\"a\": ",
                                      "<tool_call>",
                                      "</tool_call>",
