@@ -288,13 +288,15 @@ static double gumbel(uint64_t seed, uint64_t step, uint32_t token)
 {
     uint64_t bits = mix(mix(mix(seed) ^ step) ^ token);
     double uniform = ((double)(bits >> 11) + 0.5) * 0x1p-53;
-    return -log(-log(uniform));
+    // 53 ones round up to 1, whose noise would be infinite.
+    return -log(-log(uniform < 1 ? uniform : 1 - 0x1p-53));
 }
 
 static struct candidate draw_local(const struct sampler *s, const float *x, float threshold, float maximum,
                                    const struct sampling *how, uint64_t step)
 {
-    // 53-bit uniforms bound the noise to [-3.7, 36.8]: a token further than this below the maximum cannot win.
+    // 53-bit uniforms bound the noise to [-3.63, 36.74] (36.05 but for 53 ones): a token further than their distance, 40.37, below the maximum
+    // cannot win.
     float hopeless = maximum - 41.0f;
     struct candidate best = {.score = -INFINITY, .empty = 1};
     for (int64_t i = 0; i < s->vocab_local; i++) {

@@ -4,21 +4,15 @@
 #ifndef TPSHARD_KERNELS_FUTEX_H
 #define TPSHARD_KERNELS_FUTEX_H
 
+#include "kernels/clock.h"
+
 #include <limits.h>
 #include <linux/futex.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
-
-static inline int64_t clock_now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
-}
 
 // Sleeps while *word == value, at most timeout_ns (< 0: without limit).
 static inline void futex_wait(_Atomic uint32_t *word, uint32_t value, int64_t timeout_ns)

@@ -1,21 +1,21 @@
-// What the tests of the API share: an API on a real server, with an engine in which a thread plays back given tokens, and a client.
+// What the tests of the API share: an API on a real server, with an engine in which a thread plays back given tokens.
 // Include behind cmocka.h.
 #ifndef TPSHARD_TESTS_API_HELP_H
 #define TPSHARD_TESTS_API_HELP_H
 
-#include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
-#include <sys/socket.h>
 
 #include "engine/serve/api_internal.h"
 #include "formats/checksum.h"
+#include "tests/client_help.h"
 #include "tests/tokenizer_help.h"
+
+#define CHAT "/v1/chat/completions"
+#define HELLO "\"messages\":[{\"role\":\"user\",\"content\":\"hello\"}]"
 
 // ---- an engine that plays back -----------------------------------------------------------------------------------
 
@@ -45,10 +45,10 @@ struct fake_engine {
     int64_t error_after;       // FINISH_ERROR after so many tokens; -1: never
     int64_t pause_us;          // between rounds
     int submit_error;          // of every submit
-    int64_t submit_limit;      // submits that are taken before submit_error; -1: all
     bool hold_submit;          // submit waits
     int64_t pages;             // of the KV cache, in stats
-    struct sequence_spec seen; // the last spec; prompt copied
+    struct sequence_spec seen; // the first spec of the last submit; prompt copied
+    int64_t seen_count;        // its sequences
     uint32_t seen_prompt[4096];
     int64_t submitted, ended, cancelled; // sequences
 };
@@ -159,7 +159,7 @@ static inline int fake_submit(void *arg, const struct sequence_spec *specs, int6
     pthread_mutex_lock(&fake->mutex);
     while (fake->hold_submit)
         fake_wait(fake, 1000);
-    if (fake->submit_error && fake->submit_limit-- <= 0) {
+    if (fake->submit_error) {
         int code = fake->submit_error;
         pthread_mutex_unlock(&fake->mutex);
         return error_set(err, code, "the fake engine takes nothing");
@@ -168,6 +168,7 @@ static inline int fake_submit(void *arg, const struct sequence_spec *specs, int6
     for (int64_t i = 0; i < count; i++)
         job->sequences[i].spec = specs[i];
     fake->seen = specs[0];
+    fake->seen_count = count;
     memcpy(fake->seen_prompt, specs[0].prompt,
            (size_t)(specs[0].prompt_count < 4096 ? specs[0].prompt_count : 4096) * sizeof(uint32_t));
     job->count = job->live = count;
@@ -225,10 +226,12 @@ static inline char *fake_metrics(void *arg)
 struct test_server {
     struct fake_engine fake;
     struct opened tokenizer;
+    struct token_list script; // what the engine plays
     struct chat *chat;
     struct model_desc desc;
     struct api_model model;
     struct api_options options;
+    struct http_limits limits;
     struct api *api;
     struct http_server *http;
     pthread_t thread;
@@ -237,21 +240,11 @@ struct test_server {
 
 static inline struct chat *open_test_chat(const char *text)
 {
-    char dir[] = "/tmp/test_api_XXXXXX", path[128];
-    struct manifest_file file = {(char *)CHAT_TEMPLATE_FILE, strlen(text), checksum_whole(text, strlen(text))};
-    struct manifest manifest = {.extras = &file, .num_extras = 1};
+    const struct chat_files files = {.place = "test", .usual = {text, strlen(text)}};
     struct chat *chat = NULL;
     struct error err = {0};
-    assert_non_null(mkdtemp(dir));
-    snprintf(path, sizeof path, "%s/%s", dir, CHAT_TEMPLATE_FILE);
-    FILE *out = fopen(path, "w");
-    assert_non_null(out);
-    fputs(text, out);
-    fclose(out);
-    if (chat_open(&chat, dir, &manifest, &err))
+    if (chat_open(&chat, &files, &err))
         fail_msg("%s", err.msg);
-    unlink(path);
-    rmdir(dir);
     return chat;
 }
 
@@ -283,6 +276,7 @@ static inline void test_server_init(struct test_server *server)
                                        .eos_ids = test_eos,
                                        .num_eos = 1,
                                        .context = 1 << 20};
+    server->limits = http_limits_default;
     server->options = api_options_default;
     server->options.model_names = test_names;
     server->options.num_model_names = 2;
@@ -307,12 +301,11 @@ static inline void *test_server_run(void *arg)
 static inline void test_server_start(struct test_server *server)
 {
     struct error err = {0};
-    struct http_limits limits = http_limits_default;
     struct http_handlers handlers;
     if (api_create(&server->api, &server->options, &err))
         fail_msg("%s", err.msg);
     handlers = api_handlers(server->api);
-    if (http_server_create(&server->http, &limits, &handlers, &err) ||
+    if (http_server_create(&server->http, &server->limits, &handlers, &err) ||
         http_server_listen(server->http, "127.0.0.1", 0, false, &server->port, &err) ||
         http_server_listen(server->http, "127.0.0.1", 0, true, &server->health_port, &err) ||
         api_start(server->api, server->http, &err))
@@ -337,6 +330,7 @@ static inline void test_server_stop(struct test_server *server)
     api_free(server->api);
     chat_close(server->chat);
     close_opened(&server->tokenizer);
+    free(server->script.ids);
     pthread_cond_destroy(&server->fake.changed);
     pthread_mutex_destroy(&server->fake.mutex);
 }
@@ -349,6 +343,15 @@ static inline void test_server_stop(struct test_server *server)
         pthread_cond_broadcast(&(server)->fake.changed);                                                               \
         pthread_mutex_unlock(&(server)->fake.mutex);                                                                   \
     } while (0)
+
+// The engine plays this text.
+static inline void play(struct test_server *server, const char *text)
+{
+    free(server->script.ids);
+    server->script = encode(server->tokenizer.tok, text, strlen(text), 0);
+    FAKE_SET(server, tokens, server->script.ids);
+    FAKE_SET(server, count, (int64_t)server->script.count);
+}
 
 static inline int64_t fake_live(struct test_server *server)
 {
@@ -372,168 +375,31 @@ static inline void wait_for_quiet(struct test_server *server)
     fail_msg("requests are left: %lld sequences", (long long)fake_live(server));
 }
 
-// ---- a client ----------------------------------------------------------------------------------------------------
-
-static inline int client_connect(int port)
-{
-    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((uint16_t)port)};
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), on = 1;
-    struct timeval limit = {.tv_sec = 30};
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    assert_true(fd >= 0);
-    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
-    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-    if (connect(fd, (struct sockaddr *)&address, sizeof address))
-        fail_msg("connect: %s", strerror(errno));
-    return fd;
-}
-
-static inline void client_send(int fd, const char *data, size_t bytes)
-{
-    while (bytes > 0) {
-        ssize_t sent = send(fd, data, bytes, MSG_NOSIGNAL);
-        if (sent <= 0)
-            return; // the server may have answered already
-        data += sent;
-        bytes -= (size_t)sent;
-    }
-}
-
-struct answer {
-    int status;
-    char *head, *body; // owned; NUL-terminated; chunks put together
-    size_t bytes;
-    bool complete; // all that the head promises was there
-};
-
-static inline void answer_free(struct answer *answer)
-{
-    free(answer->head);
-    free(answer->body);
-}
-
-// The value of a header, or NULL; points into head, up to the line's end.
-static inline const char *answer_header(const struct answer *answer, const char *name)
-{
-    const char *line = strcasestr(answer->head, name);
-    while (line && (line[-1] != '\n' || line[strlen(name)] != ':'))
-        line = strcasestr(line + 1, name);
-    return line ? line + strlen(name) + 2 : NULL;
-}
-
-static inline bool header_is(const struct answer *answer, const char *name, const char *value)
-{
-    const char *found = answer_header(answer, name);
-    return found && strncmp(found, value, strlen(value)) == 0 && found[strlen(value)] == '\r';
-}
-
-static inline bool dechunk(char *body, size_t *bytes)
-{
-    char *from = body, *to = body, *end = body + *bytes;
-    while (from < end) {
-        char *line;
-        size_t size = strtoul(from, &line, 16);
-        if (line == from || line + 2 > end)
-            break;
-        from = line + 2;
-        if (size == 0) {
-            *bytes = (size_t)(to - body);
-            *to = 0;
-            return true;
-        }
-        if (size + 2 > (size_t)(end - from))
-            break;
-        memmove(to, from, size);
-        to += size;
-        from += size + 2;
-    }
-    *bytes = (size_t)(to - body);
-    *to = 0;
-    return false;
-}
-
-// Reads until the server closes. Only for requests with "Connection: close".
-static inline struct answer client_read(int fd)
-{
-    struct api_text all = {0};
-    char part[65536];
-    ssize_t got;
-    while ((got = recv(fd, part, sizeof part, 0)) > 0)
-        api_text_append(&all, part, (size_t)got);
-    struct answer answer = {0};
-    char *end = all.data ? strstr(all.data, "\r\n\r\n") : NULL;
-    if (!end) {
-        api_text_free(&all);
-        answer.head = strdup("");
-        answer.body = strdup("");
-        return answer;
-    }
-    answer.head = strndup(all.data, (size_t)(end - all.data) + 2);
-    answer.bytes = all.bytes - (size_t)(end + 4 - all.data);
-    answer.body = malloc(answer.bytes + 1);
-    memcpy(answer.body, end + 4, answer.bytes);
-    answer.body[answer.bytes] = 0;
-    answer.status = atoi(all.data + 9);
-    const char *length = answer_header(&answer, "Content-Length");
-    answer.complete = length ? strtoul(length, NULL, 10) == answer.bytes : true;
-    if (answer_header(&answer, "Transfer-Encoding"))
-        answer.complete = dechunk(answer.body, &answer.bytes);
-    api_text_free(&all);
-    return answer;
-}
-
-static inline void client_request(int fd, const char *method, const char *path, const char *headers, const char *body)
-{
-    char *text = NULL;
-    int bytes = asprintf(&text, "%s %s HTTP/1.1\r\nHost: t\r\nConnection: close\r\n%sContent-Length: %zu\r\n\r\n%s",
-                         method, path, headers, strlen(body), body);
-    assert_true(bytes > 0);
-    client_send(fd, text, (size_t)bytes);
-    free(text);
-}
-
-static inline struct answer call(int port, const char *method, const char *path, const char *headers, const char *body)
-{
-    int fd = client_connect(port);
-    client_request(fd, method, path, headers, body);
-    struct answer answer = client_read(fd);
-    close(fd);
-    return answer;
-}
-
 static inline struct answer post(const struct test_server *server, const char *path, const char *body)
 {
     return call(server->port, "POST", path, "Content-Type: application/json\r\n", body);
 }
 
-static inline json_t *answer_json(const struct answer *answer)
+// Around a test: a server that answers.
+static inline int setup(void **state)
 {
-    json_error_t error;
-    json_t *json = json_loadb(answer->body, answer->bytes, JSON_REJECT_DUPLICATES, &error);
-    if (!json)
-        fail_msg("%d: not JSON: %s: %.300s", answer->status, error.text, answer->body);
-    return json;
+    struct test_server *server = malloc(sizeof *server);
+    test_server_init(server);
+    test_server_start(server);
+    play(server, "The answer is 42.");
+    *state = server;
+    return 0;
 }
 
-// A member far inside: "choices.0.message.content".
-static inline const json_t *at(const json_t *json, const char *path)
+static inline int teardown(void **state)
 {
-    char step[64];
-    while (json && *path) {
-        size_t bytes = strcspn(path, ".");
-        snprintf(step, sizeof step, "%.*s", (int)bytes, path);
-        json = json_is_array(json) ? json_array_get(json, (size_t)atoi(step)) : json_object_get(json, step);
-        path += bytes + (path[bytes] == '.');
-    }
-    return json;
+    struct test_server *server = *state;
+    wait_for_quiet(server);
+    test_server_stop(server);
+    free(server);
+    return 0;
 }
 
-static inline const char *text_at(const json_t *json, const char *path)
-{
-    const char *text = json_string_value(at(json, path));
-    return text ? text : "(nothing)";
-}
-
-static inline int64_t number_at(const json_t *json, const char *path) { return json_integer_value(at(json, path)); }
+#define WITH_SERVER(test) cmocka_unit_test_setup_teardown(test, setup, teardown)
 
 #endif

@@ -3,6 +3,7 @@
 #define TPSHARD_TESTS_HTTP_HELP_H
 
 #include "engine/serve/http_server.h"
+#include "kernels/clock.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
@@ -22,7 +23,6 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <cmocka.h>
@@ -44,13 +44,6 @@ static const struct http_limits limits = {
     .all_output_bytes = 6 << 20,
     .connections = 40,
 };
-
-static inline double now_s(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
 
 static inline void sleep_s(double seconds) { usleep((useconds_t)(1e6 * seconds)); }
 
@@ -236,7 +229,7 @@ static inline int stop(void **state)
 // Waits up to two seconds for a counter.
 static inline void wait_for(atomic_int *counter, int wanted)
 {
-    for (double until_s = now_s() + 2; atomic_load(counter) != wanted && now_s() < until_s;)
+    for (double until_s = clock_now_s() + 2; atomic_load(counter) != wanted && clock_now_s() < until_s;)
         sleep_s(0.002);
     assert_int_equal(atomic_load(counter), wanted);
 }
@@ -275,12 +268,12 @@ static struct {
 // Reads until the server closes, or until the end of the text is there, or for so long.
 static inline void receive_until(int fd, const char *end, double seconds)
 {
-    double until_s = now_s() + seconds;
+    double until_s = clock_now_s() + seconds;
     got.count = 0;
     got.closed = got.reset = false;
     got.bytes[0] = 0;
     while (!(end && got.count >= strlen(end) && strcmp(got.bytes + got.count - strlen(end), end) == 0)) {
-        double left_s = until_s - now_s();
+        double left_s = until_s - clock_now_s();
         struct pollfd state = {.fd = fd, .events = POLLIN};
         if (left_s <= 0 || poll(&state, 1, (int)(1000 * left_s) + 1) == 0)
             return;

@@ -9,28 +9,14 @@
 
 #include "tests/api_help.h"
 
-#define CHAT "/v1/chat/completions"
-#define HELLO "\"messages\":[{\"role\":\"user\",\"content\":\"hello\"}]"
 #define TOOL                                                                                                           \
     "{\"type\":\"function\",\"function\":{\"name\":\"f\",\"parameters\":{\"type\":\"object\",\"properties\":{\"a\":{"  \
     "\"type\":\"integer\"}}}}}"
-
-static struct token_list script;
-
-static void play(struct test_server *server, const char *text)
-{
-    free(script.ids);
-    script = encode(server->tokenizer.tok, text, strlen(text), 0);
-    FAKE_SET(server, tokens, script.ids);
-    FAKE_SET(server, count, (int64_t)script.count);
-}
 
 static void stop(struct test_server *server)
 {
     wait_for_quiet(server);
     test_server_stop(server);
-    free(script.ids);
-    script = (struct token_list){0};
 }
 
 // ---- calls and reasoning -----------------------------------------------------------------------------------------
@@ -217,6 +203,52 @@ static void test_restricted(void **state)
     vocabulary_free(vocabulary);
 }
 
+// A model that writes into channels: what it thinks, a call, an answer; calls cannot be forced, the answer's format can.
+static void test_channels(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *text, *content, *reasoning, *arguments, *finish;
+    } answers[] = {
+        {"<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary to=functions.f "
+         "<|constrain|>json<|message|>{\"a\": 1}<|call|>",
+         "", "Hm.", "{\"a\": 1}", "tool_calls"},
+        {"<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Four.<|return|>",
+         "Four.", "Hm.", "", "stop"},
+    };
+    struct test_server server;
+    struct vocabulary *vocabulary;
+    struct joined joined;
+    struct error err;
+    test_server_init(&server);
+    if (vocabulary_create(&vocabulary, server.tokenizer.tok, test_eos, COUNT(test_eos), &err))
+        fail_msg("%s", err.msg);
+    server.model.vocabulary = vocabulary;
+    server.model.format = (struct output_format){.tools = TOOLS_HARMONY, .reasoning = true};
+    test_server_start(&server);
+    for (size_t i = 0; i < COUNT(answers); i++) {
+        play(&server, answers[i].text);
+        struct answer answer = post(&server, CHAT, "{" HELLO ",\"tools\":[" TOOL "],\"stream\":true}");
+        assert_int_equal(answer.status, 200);
+        join_stream(&joined, answer.body);
+        answer_free(&answer);
+        assert_string_equal(joined.content, answers[i].content);
+        assert_string_equal(joined.reasoning, answers[i].reasoning);
+        assert_string_equal(joined.finish, answers[i].finish);
+        assert_int_equal(joined.num_calls, *answers[i].arguments != 0);
+        assert_string_equal(joined.num_calls ? joined.arguments[0] : "", answers[i].arguments);
+    }
+    struct answer answer = post(&server, CHAT, "{" HELLO ",\"tools\":[" TOOL "],\"tool_choice\":\"required\"}");
+    assert_true(answer.status == 400 && strstr(answer.body, "no form of calls that can be forced"));
+    answer_free(&answer);
+    FAKE_SET(&server, seen.filter, NULL);
+    answer = post(&server, CHAT, "{" HELLO ",\"tools\":[" TOOL "],\"response_format\":{\"type\":\"json_object\"}}");
+    assert_true(answer.status == 200 && server.fake.seen.filter);
+    answer_free(&answer);
+    stop(&server);
+    vocabulary_free(vocabulary);
+}
+
 // ---- the page ----------------------------------------------------------------------------------------------------
 
 static void test_page(void **state)
@@ -285,6 +317,7 @@ static void test_overload(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_outputs), cmocka_unit_test(test_restricted),
-                                       cmocka_unit_test(test_page), cmocka_unit_test(test_overload)};
+                                       cmocka_unit_test(test_channels), cmocka_unit_test(test_page),
+                                       cmocka_unit_test(test_overload)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -6,26 +6,10 @@
 
 #include <cmocka.h>
 
+#include "tests/device/quick.h"
 #include "tests/grammar_help.h"
 
 static struct test_vocabulary bytes_only, vocabulary; // the second has pieces
-
-static const char *accept_problem(const char *schema, const char *text, bool accepted)
-{
-    static char problem[1024];
-    struct grammar *grammar = NULL;
-    struct error err = {0};
-    if (test_schema_grammar(&grammar, bytes_only.vocabulary, schema, &err)) {
-        snprintf(problem, sizeof problem, "%.300s", err.msg);
-        return problem;
-    }
-    struct grammar_state *state = test_state(grammar);
-    bool got = grammar_state_take(state, text, strlen(text)) && grammar_state_complete(state);
-    grammar_state_free(state);
-    grammar_free(grammar);
-    snprintf(problem, sizeof problem, "%.300s: %.300s was %s", schema, text, got ? "accepted" : "refused");
-    return got == accepted ? NULL : problem;
-}
 
 #define OBJECT(properties, more) "{\"type\":\"object\",\"properties\":{" properties "}" more "}"
 
@@ -179,9 +163,9 @@ static void test_texts(void **unused)
     for (size_t i = 0; i < COUNT(texts); i++) {
         const char *problem = NULL;
         for (int k = 0; k < 8 && texts[i].accepted[k] && !problem; k++)
-            problem = accept_problem(texts[i].schema, texts[i].accepted[k], true);
+            problem = test_accept_problem(bytes_only.vocabulary, texts[i].schema, texts[i].accepted[k], true);
         for (int k = 0; k < 12 && texts[i].refused[k] && !problem; k++)
-            problem = accept_problem(texts[i].schema, texts[i].refused[k], false);
+            problem = test_accept_problem(bytes_only.vocabulary, texts[i].schema, texts[i].refused[k], false);
         if (problem)
             fail_msg("%s", problem);
     }
@@ -282,7 +266,7 @@ static void test_masks(void **unused)
         struct error err = {0};
         if (test_schema_grammar(&grammar, vocabulary.vocabulary, texts[i].schema, &err))
             fail_msg("%s", err.msg);
-        check_walks(grammar, i < 4 ? 40 : 8, true);
+        check_walks(grammar, (i < 4 ? 40 : 8) / (quick() ? 4 : 1), true);
         grammar_free(grammar);
     }
     print_message("# %lld positions\n", (long long)test_positions);
@@ -294,7 +278,7 @@ static void test_masks(void **unused)
 static void test_bounds(void **unused)
 {
     (void)unused;
-    for (int i = 0; i < 300; i++) {
+    for (int i = 0; i < (quick() ? 80 : 300); i++) {
         static const int scales[] = {10, 100, 1000, 20000};
         int scale = scales[random_bits() % 4], tenths = i % 2; // the second kind has one decimal
         int64_t low = (int64_t)(random_bits() % (2u * (unsigned)scale)) - scale,

@@ -220,6 +220,39 @@ static const struct {
     {TOOLS_MISTRAL_V11, 0, "[TOOL_CALLS]f[A[TOOL_CALLS]f[ARGS]{\"a\": 1}", "C([TOOL_CALLS]f[A)" DONE},
     {TOOLS_MISTRAL_V11, 0, "[TOOL_CALLS]f[ARGS]\"x\"", "C([TOOL_CALLS]f[ARGS]\"x\")"},
     {TOOLS_MISTRAL_V11, 0, "[TOOL_CALLS]f[ARGS]{\"a\": \"[TOOL_CALLS]", "B0(f)A0({\"a\": \"[TOOL_CALLS])E0"},
+    {TOOLS_HARMONY, 0,
+     "<|channel|>analysis<|message|>Simple.<|end|><|start|>assistant<|channel|>final<|message|>It is 4.<|return|>",
+     "R(Simple.)C(It is 4.)"},
+    {TOOLS_HARMONY, 0,
+     "<|channel|>analysis<|message|>Need it.<|end|><|start|>assistant<|channel|>commentary to=functions.f "
+     "<|constrain|>json<|message|>{\"a\": 1}<|call|>",
+     "R(Need it.)" DONE},
+    {TOOLS_HARMONY, 0, " to=functions.f<|channel|>commentary json<|message|>{\"a\": 1}<|call|>", DONE},
+    {TOOLS_HARMONY, 0,
+     "<|channel|>commentary<|message|>I look. <|end|><|start|>assistant "
+     "to=functions.ns.g-2<|channel|>commentary<|message|><|call|>",
+     "C(I look. )B0(ns.g-2)A0({})E0"},
+    {TOOLS_HARMONY, 0,
+     "<|channel|>commentary to=functions.f<|message|>{\"a\": 1}<|call|><|start|>assistant<|channel|>commentary "
+     "to=functions.g<|message|>{}",
+     DONE "B1(g)A1({})E1"},
+    {TOOLS_HARMONY, NO_TOOLS, "<|channel|>commentary to=functions.f<|message|>{}<|call|>", "C({})"},
+    {TOOLS_HARMONY, 0, "<|channel|>commentary to=functions.f<|message|>{\"a\": \"<|b <\"}<|call|>",
+     "B0(f)A0({\"a\": \"<|b <\"})E0"},
+    {TOOLS_HARMONY, 0, "<|channel|>commentary to=browser.search<|message|>x", "C(x)"},
+    {TOOLS_HARMONY, 0, "<|channel|>final <|constrain|>to=functions.f<|message|>x", "C(x)"},
+    {TOOLS_HARMONY, 0, "<|channel|>final<|message|>\n a <|channel <think>b</think>\n",
+     "C(\n a <|channel <think>b</think>\n)"},
+    {TOOLS_HARMONY, 0,
+     "<|channel|>analysis<|message|>a<|channel|>final<|message|>b<|start|>assistant<|message|>c<|end|>\n", "R(a)C(bc)"},
+    {TOOLS_HARMONY, 0, "<|channel|>analysis<|message|>cut <|e", "R(cut <|e)"},
+    {TOOLS_HARMONY, 0, "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|chann",
+     "R(a)C(<|start|>assistant<|chann)"},
+    {TOOLS_HARMONY, 0, "<|channel|>final", ""},
+    {TOOLS_HARMONY, 0, "Hello.", "C(Hello.)"},
+    {TOOLS_HARMONY, 0, "{\"a\": 1}", "C({\"a\": 1})"},
+    {TOOLS_HARMONY, 0, " to day", "C( to day)"},
+    {TOOLS_HARMONY, 0, "<|channel|>final<|message|>a<|return|>b", "C(ab)"},
 };
 
 static struct output_format format_of(size_t i)
@@ -273,7 +306,19 @@ static void test_cuts(void **state)
 // ---- garbage -------------------------------------------------------------------------------------------------------
 
 static const char list_of_calls[] = "[TOOL_CALLS] [" F, tagged_call[] = "<tool_call>" F;
-static const char *const pieces[] = {F,
+static const char *const pieces[] = {"<|start|>assistant",
+                                     "<|channel|>",
+                                     "<|message|>",
+                                     "<|message|>",
+                                     "<|end|>",
+                                     "<|call|>",
+                                     "<|constrain|>",
+                                     "analysis",
+                                     "commentary",
+                                     " to=functions.f",
+                                     "<|channel|>commentary to=functions.g<|message|>",
+                                     "<|",
+                                     F,
                                      list_of_calls,
                                      "[TOOL_CALLS]f[ARGS]{",
                                      tagged_call,
@@ -339,7 +384,7 @@ static void test_garbage(void **state)
     int calls = 0, plain = 0;
     (void)state;
     for (int round = 0; round < 20000; round++) {
-        struct output_format format = {(enum tool_format)(random_bits() % 5), random_bits() % 3 == 0};
+        struct output_format format = {(enum tool_format)(random_bits() % 6), random_bits() % 3 == 0};
         bool tools = random_bits() % 8 != 0, thinking = random_bits() % 4 == 0;
         size_t bytes = garbage(text, sizeof text), cuts[1024], count = 0;
         for (size_t a = 0; a < bytes; a++)
@@ -350,7 +395,7 @@ static void test_garbage(void **state)
         if (strcmp(whole.text, parts.text) != 0)
             fail_msg("%s\n  gave      %s\n  in pieces %s", text, whole.text, parts.text);
         calls += whole.calls;
-        if (whole.calls || format.reasoning || !bytes)
+        if (whole.calls || format.reasoning || !bytes || format.tools == TOOLS_HARMONY)
             continue;
         snprintf(content, sizeof content, "C(%s)", text);
         assert_string_equal(whole.text, content);
@@ -396,6 +441,11 @@ static void test_size(void **state)
         {TOOLS_MISTRAL, "[TOOL_CALLS] [" F, "        "},
         {TOOLS_MISTRAL_V11, "[TOOL_CALLS]", "ffffffff"},
         {TOOLS_MISTRAL_V11, "[TOOL_CALLS]f[CALL_ID]", "11111111"},
+        {TOOLS_HARMONY, "<|channel|>", "aaaaaaaa"},
+        {TOOLS_HARMONY, "<|channel|>final<|constrain|>", "aaaaaaaa"},
+        {TOOLS_HARMONY, "<|channel|>final<|message|>", "<|channel"},
+        {TOOLS_HARMONY, "<|channel|>final<|message|>x<|end|>", "        "},
+        {TOOLS_HARMONY, "<|channel|>commentary to=functions.f<|message|>", "<<<<<<<<"},
     };
     (void)state;
     for (size_t i = 0; i < COUNT(texts); i++) {
@@ -433,6 +483,7 @@ static void test_templates(void **state)
         {"llama3_tools", {TOOLS_LLAMA3, false}}, {"mistral", {TOOLS_MISTRAL, false}},
         {"qwen25_tools", {TOOLS_HERMES, false}}, {"qwen3_thinking", {TOOLS_HERMES, true}},
         {"hermes_tools", {TOOLS_HERMES, false}}, {"deepseek", {TOOLS_NONE, true}},
+        {"gpt_oss", {TOOLS_HARMONY, true}},
     };
     size_t found = 0;
     const char *name;
@@ -459,6 +510,7 @@ static void test_templates(void **state)
         {"{{- '[TOOL_CALLS]' + name + '[ARGS]' + arguments }}", TOOLS_MISTRAL_V11},
         {"<tool_call>\n<function=example>\n<parameter=a> arguments", TOOLS_NONE},
         {"<tool_call>{name}\n<arg_key>k</arg_key> arguments", TOOLS_NONE},
+        {"<|start|>assistant<|channel|>final<|message|>", TOOLS_HARMONY},
         {"<|tool_call|>[{\"name\": \"f\", \"arguments\": {}}]<|/tool_call|>", TOOLS_NONE},
         {"", TOOLS_NONE},
     };

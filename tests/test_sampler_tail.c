@@ -9,49 +9,13 @@
 
 #include "engine/comm.h"
 #include "engine/sampler.h"
+#include "tests/noise_help.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum { VOCAB = 50000 };
-
-// ---- the noise: Gumbel numbers of splitmix64, and the way back ----------------------------------------------------
-
-static uint64_t mix(uint64_t z)
-{
-    z += 0x9e3779b97f4a7c15u;
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
-    return z ^ z >> 31;
-}
-
-static uint64_t unshift(uint64_t z, int bits) // x with x ^ x >> bits == z
-{
-    uint64_t x = z;
-    for (int known = bits; known < 64; known += bits)
-        x = z ^ x >> bits;
-    return x;
-}
-
-static uint64_t unmix(uint64_t z)
-{
-    z = unshift(z, 31) * 0x319642b2d24d8ec3u; // the inverses of the factors, modulo 2^64
-    z = unshift(z, 27) * 0x96de1b173f119089u;
-    return unshift(z, 30) - 0x9e3779b97f4a7c15u;
-}
-
-static double noise(uint64_t seed, uint64_t step, uint32_t token)
-{
-    uint64_t bits = mix(mix(mix(seed) ^ step) ^ token);
-    return -log(-log(((double)(bits >> 11) + 0.5) * 0x1p-53));
-}
-
-// A seed that gives this token, at this step, random bits of this value.
-static uint64_t seed_for(uint64_t bits, uint64_t step, uint32_t token)
-{
-    return unmix(unmix(unmix(bits) ^ token) ^ step);
-}
 
 // ---- draws by one rank --------------------------------------------------------------------------------------------
 
@@ -156,6 +120,37 @@ static void test_deep_winners(void **state)
     close_rank(&rank);
 }
 
+// Random bits that are all ones, one draw of 2^53: the largest noise, and a number like others.
+static void test_largest_noise(void **state)
+{
+    (void)state;
+    static const struct {
+        double depth, most; // the noise of the likely one decides: above this it wins
+    } cases[] = {{36.2, 36.7368005696771 - 36.2}, {40, 36.7368005696771 - 40}};
+    static float logits[VOCAB];
+    struct rank rank = open_rank();
+    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
+        const uint32_t likely = 31, unlikely = VOCAB - 3;
+        struct sampling how = {.temperature = 1, .top_p = 1, .repetition_penalty = 1};
+        int wins = 0;
+        for (int i = 0; i < VOCAB; i++)
+            logits[i] = -100;
+        logits[likely] = 0;
+        logits[unlikely] = (float)-cases[c].depth;
+        for (uint64_t step = 0; step < 40; step++) {
+            how.seed = seed_for(~(uint64_t)0 - (step & 2047), step, unlikely);
+            double against = noise(how.seed, step, likely);
+            if (fabs(against - cases[c].most) < 1e-4)
+                continue; // rounding may decide
+            bool wins_now = against < cases[c].most;
+            assert_int_equal(draw(&rank, logits, &how, step), wins_now ? unlikely : likely);
+            wins += wins_now;
+        }
+        assert_true(c == 0 ? wins > 5 && wins < 35 : wins == 0);
+    }
+    close_rank(&rank);
+}
+
 // What top-k leaves out stays out, whatever its noise.
 static void test_cut_tokens_never_win(void **state)
 {
@@ -187,6 +182,7 @@ int main(void)
         cmocka_unit_test(test_way_back),
         cmocka_unit_test(test_all_tokens_compete),
         cmocka_unit_test(test_deep_winners),
+        cmocka_unit_test(test_largest_noise),
         cmocka_unit_test(test_cut_tokens_never_win),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -23,14 +23,12 @@ const struct api_options api_options_default = {
 
 static void on_request(void *arg, struct http_exchange *exchange)
 {
-    static const char no_memory[] = "{\"error\":{\"message\":\"out of memory\",\"type\":\"service_unavailable_error\","
-                                    "\"param\":null,\"code\":\"out_of_memory\"}}";
     struct api_request *request = api_request_create(arg, exchange);
     http_exchange_set_data(exchange, request);
     if (request)
         api_route_request(request);
     else
-        http_respond(exchange, 503, "application/json", no_memory, sizeof no_memory - 1);
+        http_respond(exchange, 503, "application/json", api_error_no_memory, strlen(api_error_no_memory));
 }
 
 static void log_request(const struct api_request *request, const struct request_record *record)
@@ -65,7 +63,6 @@ static void on_ended(void *arg, struct http_exchange *exchange, bool complete)
     if (!request)
         return;
     api_request_cancel(request);
-    api_request_unlist(request);
     api_request_summary(request, complete, &record);
     if (api->options.metrics && request->route && request->route->generates)
         metrics_request(api->options.metrics, &record);
@@ -130,27 +127,32 @@ static void note_rate(struct api *api, double now)
 double api_rate(const struct api *api, int64_t produced)
 {
     int oldest = api->rate.next < API_RATE_SECONDS ? 0 : api->rate.next % API_RATE_SECONDS;
-    double seconds = api_now() - api->rate.at_s[oldest];
+    double seconds = clock_now_s() - api->rate.at_s[oldest];
     return api->rate.next > 0 && seconds > 0 ? (double)(produced - api->rate.produced[oldest]) / seconds : 0;
 }
 
 static void on_tick(void *arg)
 {
     struct api *api = arg;
-    double now = api_now();
+    double now = clock_now_s();
     atomic_store(&api->tick_posted, false);
     note_rate(api, now);
-    for (struct api_request *request = api->streams, *next; request; request = next) {
-        next = request->next_stream;
+    pthread_mutex_lock(&api->mutex); // of none of them another thread touches what this looks at
+    for (struct api_request *request = api->all; request; request = request->next) {
         api_request_comment(request, now);
+        api_request_expire(request, now);
     }
+    pthread_mutex_unlock(&api->mutex);
 }
 
-// Comments come when they are due to within this time.
+// Comments and ends come when they are due to within this time.
 static double tick_s(const struct api *api)
 {
-    double wanted = api->options.keep_alive_s / 5;
-    return wanted > 1 || wanted == 0 ? 1 : wanted < 0.01 ? 0.01 : wanted;
+    double step_s = 1, wanted_s[] = {api->options.keep_alive_s / 5, api->options.request_timeout_s / 5};
+    for (int i = 0; i < 2; i++)
+        if (wanted_s[i] > 0 && wanted_s[i] < step_s)
+            step_s = wanted_s[i];
+    return step_s < 0.01 ? 0.01 : step_s;
 }
 
 static void *run_ticker(void *arg)
@@ -160,7 +162,7 @@ static void *run_ticker(void *arg)
     double step = tick_s(api);
     pthread_mutex_lock(&api->ticker_mutex);
     while (!api->ending) {
-        double at = api_now() + step;
+        double at = clock_now_s() + step;
         until.tv_sec = (time_t)at;
         until.tv_nsec = (long)(1e9 * (at - (double)until.tv_sec));
         pthread_cond_timedwait(&api->ticker_changed, &api->ticker_mutex, &until);
@@ -218,7 +220,7 @@ int api_create(struct api **out, const struct api_options *options, struct error
     init_locks(api);
     api->options = *options;
     api->created = (int64_t)time(NULL);
-    api->created_s = api_now();
+    api->created_s = clock_now_s();
     api->tick_post = (struct http_post){.fn = on_tick, .arg = api};
     snprintf(api->fingerprint, sizeof api->fingerprint, "tpengine-%s", options->version);
     if (getrandom(&api->secret, sizeof api->secret, 0) != (ssize_t)sizeof api->secret)

@@ -64,10 +64,12 @@ struct api_options {                // borrowed until api_free; start from api_o
     const char *version;        // of /version
     int64_t default_max_tokens; // of a chat without one; 0: what the context leaves
     double keep_alive_s;        // silence of a stream before a comment; 0: no comments
-    int worker_threads;         // that parse, render and tokenize
-    int64_t max_jobs;           // waiting for them; above: 503
-    uint64_t max_job_bytes;     // their bodies together
-    const char *page;           // HTML of GET /; NULL: none
+    double
+        request_timeout_s; // from a request's last byte to its answer's last; above: 504, or an error that ends its stream; 0: no limit
+    int worker_threads;     // that parse, render and tokenize
+    int64_t max_jobs;       // waiting for them; above: 503
+    uint64_t max_job_bytes; // their bodies together
+    const char *page;       // HTML of GET /; NULL: none
     size_t page_bytes;
     const char *page_policy; // its Content-Security-Policy
     struct api_engine engine;
@@ -85,7 +87,7 @@ struct http_handlers api_handlers(struct api *api); // all five; on_answered and
 int api_start(struct api *api, struct http_server *server, struct error *err);
 // Once, from any thread, before the engine is ready: tokenizer, chat template and vocabulary of a shard directory, which the API owns from then
 // on, the tokenizer apart.
-int api_load(struct api *api, struct session *session, const char *dir, struct error *err);
+int api_load(struct api *api, struct session *session, struct error *err);
 // The same with what the caller has (tests).
 void api_set_model(struct api *api, const struct api_model *model);
 // After http_server_run has returned: nothing is submitted after this. Accepts NULL.

@@ -114,6 +114,7 @@ static void answer_whole(struct api_request *request, const struct sequence_usag
     api_text_puts(out, ",");
     write_timings(usage, out);
     api_text_puts(out, "}");
+    http_exchange_hold(request->exchange, 0); // the answer itself counts from here on
     if (out->failed) {
         api_error_memory(&error);
         api_respond_error(request, &error);
@@ -126,30 +127,6 @@ static void answer_whole(struct api_request *request, const struct sequence_usag
 
 // ---- a stream ----------------------------------------------------------------------------------------------------
 
-static void list_stream(struct api_request *request)
-{
-    struct api *api = request->api;
-    request->listed = true;
-    request->next_stream = api->streams;
-    request->previous_stream = NULL;
-    if (api->streams)
-        api->streams->previous_stream = request;
-    api->streams = request;
-}
-
-void api_request_unlist(struct api_request *request)
-{
-    if (!request->listed)
-        return;
-    request->listed = false;
-    if (request->next_stream)
-        request->next_stream->previous_stream = request->previous_stream;
-    if (request->previous_stream)
-        request->previous_stream->next_stream = request->next_stream;
-    else
-        request->api->streams = request->next_stream;
-}
-
 static void write_stream(struct api_request *request, const void *data, size_t bytes)
 {
     if (!request->streaming) {
@@ -160,7 +137,7 @@ static void write_stream(struct api_request *request, const void *data, size_t b
         http_add_header(request->exchange, "X-Accel-Buffering", "no");
         http_stream_begin(request->exchange, 200, "text/event-stream; charset=utf-8");
     }
-    request->last_write_s = api_now();
+    request->last_write_s = clock_now_s();
     if (request->exchange && bytes)
         request->writable = http_stream_write(request->exchange, data, bytes);
 }
@@ -168,13 +145,14 @@ static void write_stream(struct api_request *request, const void *data, size_t b
 void api_request_comment(struct api_request *request, double now)
 {
     static const char comment[] = ": keep-alive\n\n";
-    if (request->writable && now - request->last_write_s >= request->api->options.keep_alive_s)
+    double silence_s = request->api->options.keep_alive_s;
+    if (silence_s > 0 && request->commented && request->exchange && !request->finished && request->writable &&
+        now - request->last_write_s >= silence_s)
         write_stream(request, comment, sizeof comment - 1);
 }
 
 static void end_stream(struct api_request *request)
 {
-    api_request_unlist(request);
     request->finished = true;
     if (request->exchange)
         http_stream_end(request->exchange);
@@ -206,7 +184,6 @@ static void fail(struct api_request *request, const struct api_error *error)
     api_request_cancel(request);
     request->failed = true;
     if (!request->streaming) {
-        api_request_unlist(request);
         request->finished = true;
         api_respond_error(request, error);
         return;
@@ -227,6 +204,41 @@ static void fail_with(struct api_request *request, const struct error *err)
         api_error_set(&error, 500, NULL, NULL, "%s", err->msg);
     else
         api_error_from(&error, err, NULL);
+    fail(request, &error);
+}
+
+void api_request_expire(struct api_request *request, double now)
+{
+    double limit_s = request->api->options.request_timeout_s;
+    struct api_error error = {0};
+    if (limit_s <= 0 || !request->exchange || request->finished || now - request->received_s < limit_s)
+        return;
+    api_error_set(&error, 504, "request_timeout", NULL,
+                  "the answer was not complete within %g s, the limit of this server (--request-timeout)", limit_s);
+    // Else clients ask for the same again at once.
+    if (!request->streaming)
+        http_add_header(request->exchange, "X-Should-Retry", "false");
+    fail(request, &error);
+}
+
+// Memory that the answer takes before it is the connection's. Tells the server of it; false: others need the room.
+static bool hold(struct api_request *request)
+{
+    uint64_t bytes = 0;
+    pthread_mutex_lock(&request->mutex);
+    for (int i = 0; i < request->num_sequences; i++)
+        bytes += request->sequences[i].queue.capacity;
+    pthread_mutex_unlock(&request->mutex);
+    for (int i = 0; i < request->num_sequences; i++)
+        bytes += api_choice_held_bytes(&request->sequences[i].choice);
+    return http_exchange_hold(request->exchange, bytes);
+}
+
+static void fail_for_room(struct api_request *request)
+{
+    struct api_error error = {0};
+    api_error_set(&error, 503, "overloaded", NULL, "%s", HTTP_NO_ROOM);
+    error.retry_after_s = 1;
     fail(request, &error);
 }
 
@@ -391,7 +403,7 @@ static void advance_running(struct api_request *request)
 
 void api_request_advance(struct api_request *request)
 {
-    if (!request->exchange || request->finished || !request->writable)
+    if (!request->exchange || request->finished)
         return;
     pthread_mutex_lock(&request->mutex);
     enum api_phase phase = request->phase;
@@ -404,9 +416,14 @@ void api_request_advance(struct api_request *request)
             api_respond_json(request, 200, request->answer.data, request->answer.bytes);
         api_text_free(&request->answer); // the client may take long to read its copy
     } else if (phase == PHASE_RUNNING) {
-        if (request->params.stream && !request->listed && request->api->options.keep_alive_s > 0)
-            list_stream(request);
-        advance_running(request);
+        request->commented = request->params.stream;
+        if (!hold(request)) { // looked at also while the client takes nothing: tokens still come
+            fail_for_room(request);
+        } else if (request->writable) {
+            advance_running(request);
+            if (request->exchange)
+                hold(request);
+        }
     }
 }
 
@@ -415,7 +432,7 @@ void api_request_summary(struct api_request *request, bool complete, struct requ
 {
     const char *finish = NULL;
     record->status = request->status ? request->status : 499; // as nginx names a client that did not wait
-    record->end_s = api_now() - request->received_s;
+    record->end_s = clock_now_s() - request->received_s;
     record->first_token_s = -1;
     pthread_mutex_lock(&request->mutex);
     enum api_phase phase = request->phase;

@@ -22,6 +22,8 @@ void api_chunk_begin(const struct api_request *request, struct api_text *out)
 // Logprobs that wait, as the value of "logprobs".
 void api_choice_write_logprobs(struct api_choice *choice, struct api_text *out)
 {
+    out->failed |=
+        choice->logprobs.failed || choice->tokens_text.failed || choice->offsets.failed || choice->tops.failed;
     if (!choice->logprobs.bytes) {
         api_text_puts(out, "null");
         return;
@@ -37,8 +39,6 @@ void api_choice_write_logprobs(struct api_choice *choice, struct api_text *out)
         api_text_append(out, choice->tops.data, choice->tops.bytes);
     }
     api_text_puts(out, "]}");
-    out->failed |=
-        choice->logprobs.failed || choice->tokens_text.failed || choice->offsets.failed || choice->tops.failed;
     api_text_clear(&choice->logprobs);
     api_text_clear(&choice->tokens_text);
     api_text_clear(&choice->offsets);
@@ -231,6 +231,7 @@ static void write_completion_logprob(struct api_choice *choice, const struct api
         write_token(choice, token->top[i].token, &names[i]);
         for (int32_t j = 0; j < i; j++)
             seen |= names[i].bytes == names[j].bytes && memcmp(names[i].data, names[j].data, names[i].bytes) == 0;
+        choice->tops.failed |= names[i].failed;
         if (seen || names[i].failed)
             continue;
         api_text_puts(&choice->tops, any ? "," : "");
@@ -332,6 +333,17 @@ size_t api_choice_bytes(const struct api_choice *choice)
 {
     return choice->content.bytes + choice->reasoning.bytes + choice->calls.bytes + choice->logprobs.bytes +
            choice->tokens_text.bytes + choice->offsets.bytes + choice->tops.bytes;
+}
+
+size_t api_choice_held_bytes(const struct api_choice *choice)
+{
+    const struct api_text *const texts[] = {&choice->input,     &choice->delta, &choice->chunk,    &choice->content,
+                                            &choice->reasoning, &choice->calls, &choice->logprobs, &choice->tokens_text,
+                                            &choice->offsets,   &choice->tops};
+    size_t bytes = choice->pending_capacity * sizeof *choice->pending;
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++)
+        bytes += texts[i]->capacity;
+    return bytes;
 }
 
 void api_choice_free(struct api_choice *choice)

@@ -12,10 +12,30 @@ static void add_format(struct grammar *grammar, const struct api_params *params)
         grammar_schema(grammar, params->schema, "response_format.json_schema.schema");
 }
 
+// Up to where the answer's message begins in its channel.
+static void add_channels(struct grammar *grammar)
+{
+    grammar_begin(grammar);
+    grammar_marker(grammar, "<|channel|>");
+    grammar_text(grammar, "analysis");
+    grammar_marker(grammar, "<|message|>");
+    grammar_until(grammar, "<|end|>");
+    grammar_marker(grammar, "<|start|>");
+    grammar_text(grammar, "assistant");
+    grammar_end(grammar, 0, 1, "");
+    grammar_marker(grammar, "<|channel|>");
+    grammar_text(grammar, "final");
+    grammar_marker(grammar, "<|message|>");
+}
+
 // The model may think first.
 static void add_reasoning(struct grammar *grammar, const struct api_request *request)
 {
     bool begun = request->starts_in_reasoning;
+    if (request->params.chat && request->model->format.tools == TOOLS_HARMONY) {
+        add_channels(grammar);
+        return;
+    }
     if (!begun && !(request->params.chat && request->model->format.reasoning))
         return;
     grammar_begin(grammar);
@@ -34,7 +54,7 @@ static int add_pieces(struct grammar *grammar, const struct api_request *request
     add_reasoning(grammar, request);
     if (params->format == FORMAT_TEXT)
         return chat_tools_add(grammar, tools, err);
-    if (!tools->tools || tools->format == TOOLS_NONE) {
+    if (!tools->tools || !chat_tools_can_force(tools->format)) {
         add_format(grammar, params);
         return 0;
     }
@@ -62,10 +82,10 @@ int api_constrain(struct api_request *request, struct api_error *error)
     const char *param = formatted ? "response_format" : "tools";
     struct error err = {0};
     int rc;
-    if (asked && tools.format == TOOLS_NONE)
+    if (asked && !chat_tools_can_force(tools.format))
         return api_error_set(
             error, 400, "unsupported_parameter", "tool_choice",
-            "tool_choice is not supported for this model: its chat template has no known form of calls");
+            "tool_choice is not supported for this model: its chat template has no form of calls that can be forced");
     if (!formatted && !(tools.tools && chat_tools_restrict(&tools)))
         return 0;
     if (!request->model->vocabulary)

@@ -9,6 +9,10 @@
 #include <stdio.h>
 #include <string.h>
 
+const char api_error_no_memory[] =
+    "{\"error\":{\"message\":\"out of memory\",\"type\":\"service_unavailable_error\",\"param\":null,"
+    "\"code\":\"out_of_memory\"}}";
+
 // Texts of requests find their way into messages: cut short between characters.
 static void keep_valid(char *text)
 {
@@ -73,6 +77,7 @@ static const char *type_of(int status)
 {
     return status == 429   ? "rate_limit_error"
            : status == 503 ? "service_unavailable_error"
+           : status == 504 ? "timeout_error"
            : status >= 500 ? "server_error"
                            : "invalid_request_error";
 }

@@ -35,6 +35,8 @@ static inline const json_t *api_member(const json_t *object, const char *key)
     return json_is_null(value) ? NULL : value;
 }
 
+// The body of a 503 where even that of an error cannot be had.
+extern const char api_error_no_memory[];
 // {"error":{...}}
 void api_error_write(struct api_text *to, const struct api_error *error);
 

@@ -124,11 +124,9 @@ void api_info_props(struct api_request *request, const char *rest)
 {
     const struct api *api = request->api;
     const struct api_model *model = atomic_load_explicit(&api->model, memory_order_acquire);
-    static const char *const formats[] = {[TOOLS_NONE] = "none",
-                                          [TOOLS_HERMES] = "hermes",
-                                          [TOOLS_LLAMA3] = "llama3",
-                                          [TOOLS_MISTRAL] = "mistral",
-                                          [TOOLS_MISTRAL_V11] = "mistral_v11"};
+    static const char *const formats[] = {
+        [TOOLS_NONE] = "none",       [TOOLS_HERMES] = "hermes",           [TOOLS_LLAMA3] = "llama3",
+        [TOOLS_MISTRAL] = "mistral", [TOOLS_MISTRAL_V11] = "mistral_v11", [TOOLS_HARMONY] = "harmony"};
     json_t *object = json_pack(
         "{s:s, s:s, s:s, s:i}", "model", api->options.num_model_names ? api->options.model_names[0] : "", "version",
         api->options.version, "state", api_state_word(state_of(request)), "max_choices", API_MAX_CHOICES);
@@ -214,7 +212,7 @@ void api_info_stats(struct api_request *request, const char *rest)
     json_t *object = json_pack(
         "{s:s, s:s, s:b, s:f, s:f, s:f, s:f, s:f, s:I, s:I, s:I, s:I, s:o, s:o, s:s}", "model",
         api->options.num_model_names ? api->options.model_names[0] : "", "state", api_state_word(state_of(request)),
-        "chat_template", model && model->chat, "uptime_s", api_now() - api->created_s, "tokens_per_second",
+        "chat_template", model && model->chat, "uptime_s", clock_now_s() - api->created_s, "tokens_per_second",
         api_rate(api, stats.scheduler.produced_tokens), "load_s", stats.load_s, "start_s", stats.start_s,
         "step_s_total", stats.step_s_total, "queued", (json_int_t)stats.queued, "restarts", (json_int_t)stats.restarts,
         "connections", (json_int_t)http.connections, "exchanges", (json_int_t)http.exchanges, "scheduler",

@@ -7,8 +7,8 @@
 //     engine thread   on_tokens, on_end: tokens into the sequence's queue                                               api_request.c
 //     I/O thread      api_request_advance: text, events, the answer                                                     api_answer.c
 //
-// Lifetime: struct api_request counts its owners. The exchange is one (from on_request to on_ended), the job another (until run returns), every
-// group of sequences that the engine has accepted another (until its last on_end), every post on its way to the I/O thread another. Whoever is
+// Lifetime: struct api_request counts its owners. The exchange is one (from on_request to on_ended), the job another (until run returns), the
+// sequences together another, once the engine has accepted them (until the last on_end), every post on its way to the I/O thread another. Whoever is
 // last frees it. What is left when the process ends (posts that never ran) api_free frees.
 //
 // Who may touch what: exchange, stream and choices belong to the I/O thread; params, prompts and specs to the worker until phase says RUNNING, then
@@ -22,6 +22,7 @@
 #include "engine/serve/api_error.h"
 #include "engine/serve/api_params.h"
 #include "engine/serve/job_pool.h"
+#include "kernels/clock.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -58,8 +59,7 @@ struct api {
     uint32_t kept[API_MAX_KEPT], eos_ids[MODEL_MAX_EOS]; // of loaded
     pthread_mutex_t mutex;                               // of all
     struct api_request *all;
-    struct api_request *streams; // I/O thread: requests whose streams may need a comment
-    struct api_text scratch;     // I/O thread: what is about to be written
+    struct api_text scratch; // I/O thread: what is about to be written
 
     // The ticker: posts itself to the I/O thread once a second.
     pthread_t ticker;
@@ -130,13 +130,10 @@ struct api_sequence {
 struct api_group {
     struct token_list prompt;
     int first, count;
-    // mutex
-    struct engine_job *job; // while it may be cancelled
-    int ended;
 };
 
-// With the worker; jobs are being given to the engine; with the engine; an answer or error is there.
-enum api_phase { PHASE_WORKER, PHASE_SUBMITTING, PHASE_RUNNING, PHASE_ANSWERED };
+// With the worker; with the engine; an answer or error is there.
+enum api_phase { PHASE_WORKER, PHASE_RUNNING, PHASE_ANSWERED };
 
 struct api_request {
     struct api *api;
@@ -155,8 +152,8 @@ struct api_request {
     // I/O thread
     struct http_exchange *exchange; // NULL: over
     bool streaming;                 // http_stream_begin was called
-    bool writable, listed, finished, failed;
-    struct api_request *next_stream, *previous_stream;
+    bool writable, finished, failed;
+    bool commented; // a stream that gets comments while it is silent
     double last_write_s;
     int status; // of the answer; 0: none yet
 
@@ -174,18 +171,19 @@ struct api_request {
     int64_t created;
 
     pthread_mutex_t mutex;
-    enum api_phase phase;      // mutex
-    bool cancelled;            // mutex: nobody waits for the answer
-    struct api_error error;    // mutex; status 0: none
-    struct api_text answer;    // mutex: JSON with status 200
-    struct error engine_error; // mutex
-    double first_token_s;      // mutex; 0: none yet
+    enum api_phase phase;       // mutex
+    bool cancelled;             // mutex: nobody waits for the answer
+    struct engine_job *running; // mutex: of all sequences, while it may be cancelled
+    int num_ended;              // mutex: sequences
+    struct api_error error;     // mutex; status 0: none
+    struct api_text answer;     // mutex: JSON with status 200
+    struct error engine_error;  // mutex
+    double first_token_s;       // mutex; 0: none yet
 
     atomic_bool posted;
     struct http_post post;
 };
 
-double api_now(void); // CLOCK_MONOTONIC
 double api_rate(const struct api *api,
                 int64_t produced);          // tokens per second over the last seconds, up to a total of now
 void api_random_hex(char *out, int digits); // and a NUL
@@ -204,19 +202,21 @@ bool api_request_cancelled(struct api_request *request);
 // Worker: the end of its work.
 void api_request_answer(struct api_request *request, struct api_text *json); // takes the text
 void api_request_fail(struct api_request *request, const struct api_error *error);
-// Worker: hands all groups to the engine.
+// Worker: hands all sequences to the engine.
 int api_request_submit(struct api_request *request, struct api_error *error);
 
 // api_answer.c, I/O thread
 void api_request_advance(struct api_request *request);
 void api_request_comment(struct api_request *request, double now); // if its stream has been silent for too long
-void api_request_unlist(struct api_request *request);              // of the streams that get comments
+void api_request_expire(struct api_request *request, double now);  // if it takes too long
 void api_request_summary(struct api_request *request, bool complete, struct request_record *record);
 
 // api_choice.c, I/O thread
 void api_choice_free(struct api_choice *choice); // what it has counted stays; may be called again
 // Of a whole answer, so far.
 size_t api_choice_bytes(const struct api_choice *choice);
+size_t
+api_choice_held_bytes(const struct api_choice *choice); // memory of the same, and of what comes before and behind it
 // The next token of a choice; or the end of its tokens. What it adds to the answer goes to choice; a stream's chunks are appended to out.
 int api_choice_push(struct api_choice *choice, const struct step_choice *token, struct api_text *out,
                     struct error *err);

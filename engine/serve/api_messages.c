@@ -71,10 +71,14 @@ static int read_call(json_t *call, const char *param, struct api_error *error)
                              json_file_type_name(arguments));
     if (json_is_object(arguments))
         return 0;
-    json_t *object =
-        arguments && json_string_length(arguments)
-            ? json_loadb(json_string_value(arguments), json_string_length(arguments), JSON_REJECT_DUPLICATES, NULL)
-            : json_object();
+    json_error_t ignored;
+    bool no_memory = false;
+    json_t *object = arguments && json_string_length(arguments)
+                         ? json_file_load(json_string_value(arguments), json_string_length(arguments),
+                                          JSON_REJECT_DUPLICATES, &ignored, &no_memory)
+                         : json_object();
+    if (no_memory || (!object && !json_is_string(arguments)))
+        return api_error_memory(error);
     if (json_is_object(object))
         return json_object_set_new(function, "arguments", object) ? api_error_memory(error) : 0;
     json_decref(object);

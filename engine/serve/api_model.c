@@ -3,7 +3,6 @@
 
 #include "engine/serve/log.h"
 #include "engine/session.h"
-#include "formats/extra_file.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -31,17 +30,19 @@ static void find_marks(struct api *api, struct api_model *model)
 {
     model->kept = api->kept;
     for (int i = 0; i < OUTPUT_MARKS; i++)
-        model->num_kept += tokenizer_token_id(model->tokenizer, output_marks[i], &api->kept[model->num_kept]);
+        if (output_format_has(model->format, i))
+            model->num_kept += tokenizer_token_id(model->tokenizer, output_marks[i], &api->kept[model->num_kept]);
 }
 
 // What the template's text tells about the model's output.
-static int read_template(struct api_model *model, const struct manifest *manifest, const char *dir, struct error *err)
+static int read_template(struct api_model *model, struct session *session, struct error *err)
 {
     static const char *const names[] = {CHAT_TOOL_TEMPLATE_FILE, CHAT_TEMPLATE_FILE};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         uint8_t *text = NULL;
         uint64_t bytes;
-        int rc = extra_file_read(&text, &bytes, manifest, dir, names[i], 1 << 20, err);
+        int rc = store_extra(&text, &bytes, session_store(session), session_manifest(session), names[i],
+                             CHAT_TEMPLATE_CAP_BYTES, err);
         if (rc)
             return rc;
         if (!text)
@@ -54,10 +55,9 @@ static int read_template(struct api_model *model, const struct manifest *manifes
     return 0;
 }
 
-static int open_chat(struct api *api, struct api_model *model, const struct manifest *manifest, const char *dir,
-                     struct error *err)
+static int open_chat(struct api *api, struct api_model *model, struct session *session, struct error *err)
 {
-    int rc = chat_open(&api->chat, dir, manifest, err);
+    int rc = store_chat(&api->chat, session_store(session), session_manifest(session), err);
     if (rc == ERR_MODEL) { // without one, or with one that cannot be used, completions remain
         const struct log_field fields[] = {{.key = "reason", .type = LOG_TEXT, .text = err->msg}, {.key = NULL}};
         log_line(LOG_WARNING, "no chat", fields);
@@ -65,7 +65,7 @@ static int open_chat(struct api *api, struct api_model *model, const struct mani
         return 0;
     }
     model->chat = api->chat;
-    return rc ? rc : read_template(model, manifest, dir, err);
+    return rc ? rc : read_template(model, session, err);
 }
 
 // Without one there are no answers in a given form.
@@ -82,7 +82,7 @@ static int open_vocabulary(struct api *api, struct api_model *model, struct erro
     return rc;
 }
 
-int api_load(struct api *api, struct session *session, const char *dir, struct error *err)
+int api_load(struct api *api, struct session *session, struct error *err)
 {
     const struct manifest *manifest = session_manifest(session);
     struct api_model model = {.desc = &manifest->model, .context = session_context(session), .eos_ids = api->eos_ids};
@@ -93,7 +93,7 @@ int api_load(struct api *api, struct session *session, const char *dir, struct e
         if (manifest->model.eos_token_ids[i] >= 0)
             api->eos_ids[model.num_eos++] = (uint32_t)manifest->model.eos_token_ids[i];
     find_marks(api, &model);
-    if ((rc = open_chat(api, &model, manifest, dir, err)) || (rc = open_vocabulary(api, &model, err)))
+    if ((rc = open_chat(api, &model, session, err)) || (rc = open_vocabulary(api, &model, err)))
         return rc;
     api_set_model(api, &model);
     return 0;

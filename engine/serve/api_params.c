@@ -335,10 +335,11 @@ static int refuse_unsupported(const struct api_params *params, struct api_error 
 int api_params_parse(json_t **out, const char *body, size_t bytes, struct api_error *error)
 {
     json_error_t reason;
+    bool no_memory;
     if (bytes == 0)
         return api_error_set(error, 400, NULL, NULL, "the body is empty; send a JSON object");
-    *out = json_loadb(body, bytes, JSON_REJECT_DUPLICATES, &reason);
-    if (!*out && json_error_code(&reason) == json_error_out_of_memory)
+    *out = json_file_load(body, bytes, JSON_REJECT_DUPLICATES, &reason, &no_memory);
+    if (no_memory)
         return api_error_memory(error);
     if (!*out)
         return api_error_set(error, 400, "invalid_json", NULL, "the body is not valid JSON: line %d, column %d: %s",

@@ -5,21 +5,13 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
-#include <time.h>
-
-double api_now(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
 
 void api_random_hex(char *out, int digits)
 {
     uint8_t random[32] = {0};
     size_t bytes = (size_t)digits / 2;
     if (getrandom(random, bytes, GRND_NONBLOCK) != (ssize_t)bytes) { // ids must differ; they are no secrets
-        double now = api_now();
+        double now = clock_now_s();
         memcpy(random, &now, sizeof now < bytes ? sizeof now : bytes);
     }
     for (size_t i = 0; i < bytes; i++)
@@ -146,33 +138,29 @@ void api_request_fail(struct api_request *request, const struct api_error *error
 
 // ---- cancelling --------------------------------------------------------------------------------------------------
 
-// Under the mutex.
-static void cancel_sequence(struct api_request *request, struct api_sequence *sequence)
+// Under the mutex. index: of a sequence; -1: all.
+static void cancel(struct api_request *request, int64_t index)
 {
-    struct api_group *group = &request->groups[sequence->group];
-    sequence->cancelled = true;
-    if (group->job && !sequence->ended)
-        request->api->options.engine.cancel(request->api->options.engine.arg, group->job,
-                                            sequence->index - group->first);
+    const struct api_engine *engine = &request->api->options.engine;
+    if (request->running)
+        engine->cancel(engine->arg, request->running, index);
 }
 
 void api_request_cancel_one(struct api_request *request, struct api_sequence *sequence)
 {
     pthread_mutex_lock(&request->mutex);
-    if (!sequence->cancelled)
-        cancel_sequence(request, sequence);
+    if (!sequence->cancelled && !sequence->ended)
+        cancel(request, sequence->index);
+    sequence->cancelled = true;
     pthread_mutex_unlock(&request->mutex);
 }
 
-// Jobs that the worker has not entered yet are cancelled when it does (remember_job).
+// A job that the worker has not entered yet is cancelled when it does (remember_job).
 void api_request_cancel(struct api_request *request)
 {
-    const struct api_engine *engine = &request->api->options.engine;
     pthread_mutex_lock(&request->mutex);
-    bool submitted = request->phase == PHASE_SUBMITTING || request->phase == PHASE_RUNNING;
-    for (int i = 0; submitted && !request->cancelled && i < request->num_groups; i++)
-        if (request->groups[i].job)
-            engine->cancel(engine->arg, request->groups[i].job, -1);
+    if (!request->cancelled)
+        cancel(request, -1);
     request->cancelled = true;
     pthread_mutex_unlock(&request->mutex);
 }
@@ -192,7 +180,7 @@ static void note_time(struct api_sequence *sequence, int64_t count)
 {
     struct api_request *request = sequence->request;
     struct metrics *metrics = request->api->options.metrics;
-    double now = api_now();
+    double now = clock_now_s();
     if (request->first_token_s == 0)
         request->first_token_s = now;
     for (int64_t i = 0; metrics && sequence->last_token_s > 0 && i < count; i++)
@@ -221,7 +209,6 @@ static void on_end(void *arg, enum finish_reason reason, const struct sequence_u
 {
     struct api_sequence *sequence = arg;
     struct api_request *request = sequence->request;
-    struct api_group *group = &request->groups[sequence->group];
     pthread_mutex_lock(&request->mutex);
     sequence->ended = true;
     sequence->reason = reason;
@@ -229,9 +216,9 @@ static void on_end(void *arg, enum finish_reason reason, const struct sequence_u
     sequence->usage = *usage;
     if (reason == FINISH_ERROR && err && !request->engine_error.code)
         request->engine_error = *err;
-    bool last = ++group->ended == group->count;
+    bool last = ++request->num_ended == request->num_sequences;
     if (last)
-        group->job = NULL;
+        request->running = NULL;
     pthread_mutex_unlock(&request->mutex);
     api_request_wake(request);
     if (last)
@@ -240,32 +227,34 @@ static void on_end(void *arg, enum finish_reason reason, const struct sequence_u
 
 // ---- submitting --------------------------------------------------------------------------------------------------
 
-static void remember_job(struct api_request *request, struct api_group *group, struct engine_job *job)
+static void remember_job(struct api_request *request, struct engine_job *job)
 {
     pthread_mutex_lock(&request->mutex);
-    if (group->ended < group->count)
-        group->job = job;
-    for (int i = group->first; i < group->first + group->count; i++)
-        if (request->cancelled || request->sequences[i].cancelled)
-            cancel_sequence(request, &request->sequences[i]);
+    if (request->num_ended < request->num_sequences)
+        request->running = job;
+    if (request->cancelled)
+        cancel(request, -1);
+    for (int i = 0; i < request->num_sequences; i++)
+        if (request->sequences[i].cancelled)
+            cancel(request, i);
     pthread_mutex_unlock(&request->mutex);
 }
 
-static int submit_group(struct api_request *request, struct api_group *group, struct error *err)
+static int submit(struct api_request *request, struct error *err)
 {
     const struct api_engine *engine = &request->api->options.engine;
     struct engine_job *job = NULL;
-    for (int i = group->first; i < group->first + group->count; i++) {
+    for (int i = 0; i < request->num_sequences; i++) {
         request->specs[i].arg = &request->sequences[i];
         request->specs[i].on_tokens = on_tokens;
         request->specs[i].on_end = on_end;
     }
-    api_request_hold(request); // until the group's last on_end
-    int rc = engine->submit(engine->arg, &request->specs[group->first], group->count, &job, err);
+    api_request_hold(request); // until the last on_end
+    int rc = engine->submit(engine->arg, request->specs, request->num_sequences, &job, err);
     if (rc)
         api_request_drop(request); // the worker holds it as well
     else
-        remember_job(request, group, job);
+        remember_job(request, job);
     return rc;
 }
 
@@ -285,10 +274,8 @@ static int refuse(const struct api_request *request, const struct error *err, st
     struct engine_stats stats = {0};
     engine->read_stats(engine->arg, &stats);
     bool too_long = err->code == ERR_USAGE && is_too_long(request, &stats);
-    api_error_from(error, err,
-                   err->code == ERR_USAGE && !too_long ? "n"
-                   : request->params.chat              ? "messages"
-                                                       : "prompt");
+    bool choices = err->code == ERR_USAGE && !too_long && request->num_groups == 1;
+    api_error_from(error, err, choices ? "n" : request->params.chat ? "messages" : "prompt");
     if (too_long)
         error->code = "context_length_exceeded";
     if (error->status == 429)
@@ -299,22 +286,9 @@ static int refuse(const struct api_request *request, const struct error *err, st
 int api_request_submit(struct api_request *request, struct api_error *error)
 {
     struct error err = {0};
-    int rc = 0, submitted = 0;
+    if (submit(request, &err))
+        return refuse(request, &err, error);
     pthread_mutex_lock(&request->mutex);
-    request->phase = PHASE_SUBMITTING;
-    pthread_mutex_unlock(&request->mutex);
-    while (submitted < request->num_groups && !rc)
-        submitted += (rc = submit_group(request, &request->groups[submitted], &err)) == 0;
-    if (rc == 0) {
-        pthread_mutex_lock(&request->mutex);
-        end_work(request, PHASE_RUNNING);
-        return 0;
-    }
-    pthread_mutex_lock(&request->mutex);
-    request->cancelled = true;
-    for (int i = 0; i < submitted; i++)
-        for (int s = request->groups[i].first; s < request->groups[i].first + request->groups[i].count; s++)
-            cancel_sequence(request, &request->sequences[s]);
-    pthread_mutex_unlock(&request->mutex);
-    return refuse(request, &err, error);
+    end_work(request, PHASE_RUNNING);
+    return 0;
 }

@@ -47,8 +47,6 @@ void api_respond_json(struct api_request *request, int status, const char *json,
 
 void api_respond_error(struct api_request *request, const struct api_error *error)
 {
-    static const char no_memory[] = "{\"error\":{\"message\":\"out of memory\",\"type\":\"service_unavailable_error\","
-                                    "\"param\":null,\"code\":\"out_of_memory\"}}";
     struct api_text json = {0};
     char number[32];
     api_error_write(&json, error);
@@ -59,7 +57,7 @@ void api_respond_error(struct api_request *request, const struct api_error *erro
     if (error->status == 401)
         http_add_header(request->exchange, "WWW-Authenticate", "Bearer");
     if (json.failed)
-        api_respond_json(request, 503, no_memory, sizeof no_memory - 1);
+        api_respond_json(request, 503, api_error_no_memory, strlen(api_error_no_memory));
     else
         api_respond_json(request, error->status, json.data, json.bytes);
     api_text_free(&json);

@@ -50,12 +50,14 @@ static bool is_strict(const json_t *function) { return json_is_true(json_object_
 
 static bool asked_for(const struct chat_tools *tools) { return tools->required || tools->only; }
 
+bool chat_tools_can_force(enum tool_format format) { return format != TOOLS_NONE && format != TOOLS_HARMONY; }
+
 bool chat_tools_restrict(const struct chat_tools *tools)
 {
     bool strict = false;
     for (size_t i = 0; i < json_array_size(tools->tools); i++)
         strict |= is_strict(function_at(tools, i));
-    return tools->format != TOOLS_NONE && (asked_for(tools) || strict || !tools->parallel);
+    return chat_tools_can_force(tools->format) && (asked_for(tools) || strict || !tools->parallel);
 }
 
 // Arguments are an object even where the schema leaves the type open.

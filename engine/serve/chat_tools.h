@@ -17,6 +17,8 @@ struct chat_tools {
     bool parallel;           // more than one call
 };
 
+// Whether calls in this form can be asked for: as a grammar.
+bool chat_tools_can_force(enum tool_format format);
 // Whether output must be restricted: calls are asked for, only one is allowed, or a function is strict. Without, calls are as the model makes them.
 bool chat_tools_restrict(const struct chat_tools *tools);
 

@@ -24,6 +24,9 @@ struct engine_options {
     bool restart;
     double restart_delay_s;
     int64_t restart_limit;
+    // Called in engine_run about every alive_s (0: never) as long as that thread goes on: between steps, or idle, loading, waiting. Not during a step.
+    double alive_s;
+    void (*on_alive)(void);
 };
 extern const struct engine_options engine_options_default;
 
@@ -42,10 +45,11 @@ int engine_run(struct engine *engine, void (*on_state)(void *arg, enum engine_st
 // After engine_run, and with no other thread in here. Accepts NULL.
 void engine_free(struct engine *engine);
 
-// The sequences of one request: of one tenant. ERR_BUSY: the queue is full, or half of its places are this tenant's while others are there
-// (429). ERR_RANK: not ready, draining or failed (503). ERR_USAGE: what can never run. ERR_MEMORY. The specs are
-// copied, what they point to is borrowed until on_end. A callback may come before this returns. *out is valid until the last on_end of its
-// sequences has returned. No lock of the engine is held while a callback runs.
+// The sequences of one request: of one tenant, taken whole or not at all. Neighbours with the same prompt (the same pointer) compute it once.
+// ERR_BUSY: the queue is full, or half of its places are this tenant's while others are there (429). ERR_RANK: not ready, draining or failed
+// (503). ERR_USAGE: what can never run, such as more sequences than there are places. ERR_MEMORY. The specs are copied, what they point to is
+// borrowed until on_end. A callback may come before this returns. *out is valid until the last on_end of its sequences has returned. No lock of
+// the engine is held while a callback runs.
 enum { ERR_BUSY = -64 };
 int engine_submit(struct engine *engine, const struct sequence_spec *specs, int64_t count, struct engine_job **out,
                   struct error *err);
@@ -58,10 +62,12 @@ enum engine_state engine_state(const struct engine *engine);
 // A rank, as it was seen a moment ago.
 struct engine_rank {
     int64_t pid, loaded_bytes, file_bytes, rss_bytes;
-    int64_t losses;          // how often its failure has ended all ranks
-    double exchange_s_total; // in exchanges with other ranks, waiting included; of all starts
-    double step_s_total;     // in steps outside of exchanges; likewise
-    char operation[24];      // "load", "attention" ...
+    int64_t losses;            // how often its failure has ended all ranks
+    double exchange_s_total;   // in exchanges with other ranks, waiting included; of all starts
+    double step_s_total;       // in steps outside of exchanges; likewise
+    double load_s, load_cpu_s; // of the last start: until all of its weights were in place, and its CPU time until then
+    struct load_figures load;  // the same
+    char operation[24];        // "load", "attention" ...
     char device[128];
 };
 struct engine_stats {
@@ -69,11 +75,12 @@ struct engine_stats {
     bool ready;                       // the ranks take work (READY, DRAINING)
     int64_t queued;                   // accepted and not yet seen by the scheduler, and waiting there
     int64_t restarts;
-    int64_t loaded_bytes;   // weights of all starts
-    double load_s, start_s; // of the last start: weights; everything until ready
-    double step_s_total;    // time in steps, of all starts
-    double retry_after_s;   // estimate for a 429's Retry-After
-    char error[256];        // why the ranks were lost last; ""
+    int64_t loaded_bytes; // weights of all starts
+    double load_s,
+        start_s;          // of the last start: weights; everything until ready, which is not before they are all there
+    double step_s_total;  // time in steps, of all starts
+    double retry_after_s; // estimate for a 429's Retry-After
+    char error[256];      // why the ranks were lost last; ""
     int num_ranks;
     struct engine_rank ranks[COMM_MAX_RANKS];
 };

@@ -3,6 +3,7 @@
 
 #include "engine/serve/grammar_regex.h"
 #include "engine/serve/grammar_schema.h"
+#include "formats/memory_stream.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -316,19 +317,19 @@ static int build_language(const struct grammar *grammar, struct grammar_language
 // All that the language depends on. NULL: out of memory.
 static char *make_key(const struct grammar *grammar, size_t *bytes)
 {
-    char *key = NULL;
-    FILE *out = open_memstream(&key, bytes);
+    struct memory_stream memory;
     bool failed = false;
-    if (!out)
+    if (!memory_stream_open(&memory))
         return NULL;
+    FILE *out = memory.out;
     for (size_t i = 0; i < grammar->count; i++) {
         const struct piece *piece = &grammar->pieces[i];
         fprintf(out, "%c%lld,%lld,%zu:%s", piece->kind, (long long)piece->min, (long long)piece->max,
                 piece->text ? strlen(piece->text) : 0, piece->text ? piece->text : "");
         failed |= piece->schema && json_dumpf(piece->schema, out, JSON_COMPACT | JSON_ENCODE_ANY);
     }
-    failed |= ferror(out) != 0;
-    if (fclose(out) || failed) {
+    char *key = memory_stream_close(&memory, bytes);
+    if (failed) {
         free(key);
         return NULL;
     }

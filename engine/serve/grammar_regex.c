@@ -1,6 +1,8 @@
 // Regular expressions: sets of characters to bytes, the parser, and its tree to nodes. See grammar_regex.h.
 #include "engine/serve/grammar_regex.h"
 
+#include "formats/utf8.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -66,16 +68,6 @@ static void add_edge(struct net *net, struct byte_edges *to, uint32_t low, uint3
     to->edges[to->count++] = (struct net_edge){(uint8_t)low, (uint8_t)high, target};
 }
 
-static int encode(uint32_t c, uint8_t *out)
-{
-    int bytes = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
-    static const uint8_t lead[] = {0, 0, 0xC0, 0xE0, 0xF0};
-    for (int i = bytes - 1; i > 0; i--, c >>= 6)
-        out[i] = (uint8_t)(0x80 | (c & 0x3F));
-    out[0] = (uint8_t)(lead[bytes] | c);
-    return bytes;
-}
-
 static uint32_t tail(struct net *net, struct byte_edges *to, int bytes)
 {
     if (bytes == 0)
@@ -91,9 +83,9 @@ static uint32_t tail(struct net *net, struct byte_edges *to, int bytes)
 // Characters of the same length whose encodings are all combinations of byte ranges.
 static void add_sequence(struct net *net, struct byte_edges *to, uint32_t low, uint32_t high)
 {
-    uint8_t first[4], last[4];
-    int bytes = encode(low, first), at = bytes;
-    encode(high, last);
+    uint8_t first[UTF8_MAX_BYTES], last[UTF8_MAX_BYTES];
+    int bytes = (int)utf8_put((char *)first, low), at = bytes;
+    utf8_put((char *)last, high);
     while (at > 1 && first[at - 1] == 0x80 && last[at - 1] == 0xBF)
         at--;
     uint32_t node = tail(net, to, bytes - at);

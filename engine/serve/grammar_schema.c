@@ -229,7 +229,7 @@ static const char *pointer_segment(const char *at, char *out, size_t capacity)
     return at;
 }
 
-static int find_reference(struct schema_builder *b, struct schema_source from, const char *pointer,
+int schema_find_reference(struct schema_builder *b, struct schema_source from, const char *pointer,
                           struct schema_source *out)
 {
     struct schema_source found = b->root;
@@ -254,10 +254,11 @@ static int find_reference(struct schema_builder *b, struct schema_source from, c
 
 // ---- alternatives --------------------------------------------------------------------------------------------------
 
-// Schemas that hold together and are still to be looked at. A choice stands for one of the members of its array.
+// Schemas that hold together and are still to be looked at. A choice stands for one of the members of its array, or for exactly one of them.
+enum choice { NO_CHOICE, ANY_OF, ONE_OF };
 struct pending {
     struct schema_source source;
-    bool choice;
+    enum choice choice;
     const struct pending *from; // what it was found in, for references in a circle
 };
 
@@ -296,10 +297,12 @@ static void add_pending(struct schema_builder *b, struct together *t, struct pen
 static void expand(struct expansion *e, struct together *t);
 
 // Each member of a choice in turn, together with all else.
-static void expand_choice(struct expansion *e, const struct together *t, struct schema_source choice,
-                          const struct pending *from)
+static void expand_choice(struct expansion *e, const struct together *t, const struct pending *from)
 {
+    struct schema_source choice = from->source;
     size_t count = json_array_size(choice.json);
+    if (from->choice == ONE_OF)
+        schema_check_one_of(e->b, choice, t->simple, t->num_simple, t->num_pending == 0);
     if (++e->depth > 64) {
         schema_refuse(e->b, choice.path, "alternatives are nested too deeply");
         return;
@@ -312,7 +315,7 @@ static void expand_choice(struct expansion *e, const struct together *t, struct 
     for (size_t i = 0; i < count && !e->b->rc; i++) {
         *copy = *t;
         const char *path = schema_path(e->b, choice.path, "", (int64_t)i);
-        add_pending(e->b, copy, (struct pending){{json_array_get(choice.json, i), path}, false, from});
+        add_pending(e->b, copy, (struct pending){{json_array_get(choice.json, i), path}, NO_CHOICE, from});
         expand(e, copy);
     }
     free(copy);
@@ -335,19 +338,21 @@ static bool expand_one(struct expansion *e, struct together *t, const struct pen
         return false;
     const char *pointer = json_string_value(json_object_get(source.json, "$ref"));
     if (pointer) {
-        if (find_reference(b, source, pointer, &target) || found_in(one, target.json))
+        if (schema_find_reference(b, source, pointer, &target) || found_in(one, target.json))
             return false;
-        add_pending(b, t, (struct pending){target, false, one});
+        add_pending(b, t, (struct pending){target, NO_CHOICE, one});
     }
     const json_t *all = json_object_get(source.json, "allOf");
     for (size_t i = 0; i < json_array_size(all); i++)
-        add_pending(
-            b, t,
-            (struct pending){{json_array_get(all, i), schema_path(b, source.path, "allOf", (int64_t)i)}, false, one});
+        add_pending(b, t,
+                    (struct pending){
+                        {json_array_get(all, i), schema_path(b, source.path, "allOf", (int64_t)i)}, NO_CHOICE, one});
     for (int i = 0; i < 2; i++) {
         const json_t *choice = json_object_get(source.json, choices[i]);
         if (choice)
-            add_pending(b, t, (struct pending){{choice, schema_path(b, source.path, choices[i], -1)}, true, one});
+            add_pending(
+                b, t,
+                (struct pending){{choice, schema_path(b, source.path, choices[i], -1)}, i ? ONE_OF : ANY_OF, one});
     }
     for (int i = 0; i < t->num_simple; i++)
         own &= t->simple[i].json != source.json;
@@ -376,7 +381,7 @@ static void expand(struct expansion *e, struct together *t)
         *one = t->pending[next];
         memmove(t->pending + next, t->pending + next + 1, (size_t)(--t->num_pending - next) * sizeof *t->pending);
         if (one->choice) {
-            expand_choice(e, t, one->source, one);
+            expand_choice(e, t, one);
             return;
         }
         if (!expand_one(e, t, one))
@@ -396,7 +401,7 @@ static void build_rule(struct schema_builder *b, uint32_t index)
         return;
     }
     for (int i = 0; i < rule.count; i++)
-        add_pending(b, t, (struct pending){rule.sources[i], false, NULL});
+        add_pending(b, t, (struct pending){rule.sources[i], NO_CHOICE, NULL});
     expand(&e, t);
     free(t);
     grammar_net_set(b->net, rule.node, e.result);

@@ -1,4 +1,4 @@
-// What grammar_schema.c (alternatives, references), grammar_schema_types.c (one alternative), grammar_schema_object.c (objects, arrays) and
+// What grammar_schema.c (alternatives, references), grammar_schema_one_of.c (whether they exclude each other), grammar_schema_types.c (one alternative), grammar_schema_object.c (objects, arrays) and
 // grammar_schema_words.c (keywords) share.
 #ifndef TPSHARD_ENGINE_SERVE_GRAMMAR_SCHEMA_INTERNAL_H
 #define TPSHARD_ENGINE_SERVE_GRAMMAR_SCHEMA_INTERNAL_H
@@ -71,6 +71,15 @@ const char *schema_path(struct schema_builder *b, const char *path, const char *
 bool schema_step(struct schema_builder *b, const char *path);
 // The rule of values that all these schemas admit. The array is copied.
 uint32_t schema_rule(struct schema_builder *b, const struct schema_source *sources, int count);
+// What a "$ref" of `from` refers to.
+int schema_find_reference(struct schema_builder *b, struct schema_source from, const char *pointer,
+                          struct schema_source *out);
+
+// ---- grammar_schema_one_of.c
+
+// Refuses a list of alternatives of which two may hold for one value that is let through beside all these. complete: nothing else holds there.
+void schema_check_one_of(struct schema_builder *b, struct schema_source list, const struct schema_source *beside,
+                         int count, bool complete);
 
 // ---- grammar_schema_words.c
 
@@ -81,6 +90,7 @@ const char *schema_format(const char *name); // a regular expression; NULL: not 
 
 // ---- grammar_schema_types.c
 
+int schema_type_of_value(const json_t *value); // one bit
 // Where a value begins that all of these admit, up to the rule's end. References and alternatives in them are somebody else's.
 uint32_t schema_build_value(struct schema_builder *b, const struct schema_source *sources, int count);
 // The largest min and the smallest max that these set; 0 and NET_NO_LIMIT where none does.

@@ -9,7 +9,7 @@
 
 // ---- enumerations --------------------------------------------------------------------------------------------------
 
-static int type_of_value(const json_t *value)
+int schema_type_of_value(const json_t *value)
 {
     switch (json_typeof(value)) {
     case JSON_OBJECT:
@@ -66,7 +66,7 @@ static uint32_t build_enumeration(struct schema_builder *b, const struct schema_
     struct net_text *texts = calloc(most, sizeof *texts);
     for (size_t i = 0; texts && i < most && schema_step(b, sources[first].path); i++) {
         const json_t *value = list ? json_array_get(list, i) : json_object_get(sources[first].json, "const");
-        bool wanted = type_of_value(value) & types;
+        bool wanted = schema_type_of_value(value) & types;
         for (int s = 0; s < count && wanted; s++)
             wanted = (s == first && !both) || names_value(b, sources[s], value);
         char *text = wanted ? json_dumps(value, JSON_ENCODE_ANY) : NULL;

@@ -35,6 +35,10 @@ int grammar_state_create(struct grammar_state **out, struct grammar *grammar, st
     state->machine.work = ADVANCE_WORK;
     state->credit = WALK_CREDIT;
     state->config = machine_start(&state->machine, language->net.start, 0);
+    if (state->config == MACHINE_DEAD && state->machine.exhausted) { // not that nothing is allowed
+        grammar_state_free(state);
+        return error_set(err, ERR_MEMORY, "out of memory for the state of a grammar");
+    }
     *out = state;
     return 0;
 }

@@ -171,11 +171,19 @@ static void begin(struct http_exchange *exchange, int status, const char *conten
 }
 
 // Small answers always find room: they say how the server is, and why others get nothing.
-static bool has_room(const struct http_server *server, size_t bytes)
+static bool has_room(const struct http_server *server, uint64_t bytes, uint64_t more_bytes)
 {
     const struct http_limits *limits = &server->limits;
     return bytes <= limits->output_bytes || (server->waiting_bytes <= limits->all_output_bytes &&
-                                             bytes <= limits->all_output_bytes - server->waiting_bytes);
+                                             more_bytes <= limits->all_output_bytes - server->waiting_bytes);
+}
+
+bool http_exchange_hold(struct http_exchange *exchange, uint64_t bytes)
+{
+    struct http_server *server = exchange->connection->server;
+    server->waiting_bytes += bytes - exchange->held_bytes; // modulo 2^64: it may fall
+    exchange->held_bytes = bytes;
+    return has_room(server, bytes + evbuffer_get_length(exchange->connection->output), 0);
 }
 
 int http_respond(struct http_exchange *exchange, int status, const char *content_type, const void *body, size_t bytes)
@@ -183,11 +191,10 @@ int http_respond(struct http_exchange *exchange, int status, const char *content
     char framing[64] = "", refusal[REFUSAL_BYTES];
     if (exchange->status || exchange->ended)
         return exchange->status;
-    if (!has_room(exchange->connection->server, bytes)) {
+    if (!has_room(exchange->connection->server, bytes, bytes)) {
         status = 503;
         content_type = "application/json";
-        bytes =
-            (size_t)write_refusal(refusal, status, "too many bytes of answers wait for slow clients; try again soon");
+        bytes = (size_t)write_refusal(refusal, status, HTTP_NO_ROOM);
         body = refusal;
         http_add_header(exchange, "Retry-After", "1");
     }

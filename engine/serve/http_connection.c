@@ -133,6 +133,7 @@ static void end_exchange(struct http_connection *connection)
     struct http_exchange *exchange = connection->exchange;
     bool complete = exchange->complete && evbuffer_get_length(connection->output) == 0;
     exchange->ended = true;
+    http_exchange_hold(exchange, 0);
     if (server->handlers.on_answered)
         server->handlers.on_answered(server->handlers.arg, exchange, exchange->status ? exchange->status : 499,
                                      exchange->body_bytes);
@@ -233,7 +234,7 @@ static void begin_exchange(struct http_connection *connection)
         .peer = connection->peer,
         .peer_hash = connection->peer_hash,
         .health_port = connection->health_only,
-        .received_s = http_now_s(),
+        .received_s = clock_now_s(),
     };
     connection->exchange = exchange;
     connection->phase = HTTP_ANSWERING;
@@ -465,7 +466,7 @@ static void set_timer(struct http_connection *connection)
         event_del(&connection->timer);
         return;
     }
-    double wait_s = wanted_s - http_now_s();
+    double wait_s = wanted_s - clock_now_s();
     if (wait_s < 0)
         wait_s = 0;
     struct timeval wait = {.tv_sec = (time_t)wait_s, .tv_usec = (suseconds_t)((wait_s - (double)(time_t)wait_s) * 1e6)};

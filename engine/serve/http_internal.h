@@ -5,6 +5,7 @@
 
 #include "engine/serve/http_parser.h"
 #include "engine/serve/http_server.h"
+#include "kernels/clock.h"
 
 #include <event2/buffer.h>
 #include <event2/event.h>
@@ -34,6 +35,7 @@ struct http_exchange {
     size_t headers_bytes;
     int status;          // 0: no answer has begun
     uint64_t body_bytes; // written
+    uint64_t held_bytes; // by the handler, in the server's waiting_bytes
     bool complete;       // the whole answer is in the output
     bool streams, chunked, bodiless;
     bool writer_waits; // http_stream_write returned false
@@ -98,7 +100,7 @@ struct http_server {
     struct http_connection *first_dirty, **last_dirty;
     int num_open[2]; // connections; [1]: of listeners for health checks
     uint64_t body_budget;
-    uint64_t waiting_bytes; // in the outputs of all connections
+    uint64_t waiting_bytes; // in the outputs of all connections, and held by handlers
     double now_s;           // of the present callback
     time_t date_time;
     char date[40];
@@ -111,7 +113,6 @@ struct http_server {
 };
 
 // http_server.c
-double http_now_s(void);
 // The connection is looked after when the present callback ends.
 void http_server_mark(struct http_connection *connection);
 // Looks after the marked connections; the end of every callback of the loop.

@@ -23,7 +23,7 @@ static void on_accept(evutil_socket_t fd, short events, void *arg)
     struct http_server *server = listener->server;
     bool health = listener->health_only;
     int limit = health ? HTTP_HEALTH_CONNECTIONS : server->limits.connections;
-    server->now_s = http_now_s();
+    server->now_s = clock_now_s();
     for (int i = 0; i < ACCEPTS_AT_ONCE; i++) {
         struct sockaddr_storage address;
         socklen_t bytes = sizeof address;

@@ -7,7 +7,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <time.h>
 #include <unistd.h>
 
 const struct http_limits http_limits_default = {
@@ -25,13 +24,6 @@ const struct http_limits http_limits_default = {
     .all_output_bytes = 512 << 20,
     .connections = 4096,
 };
-
-double http_now_s(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
 
 // ---- marked connections --------------------------------------------------------------------------------------------
 
@@ -58,7 +50,7 @@ void http_server_settle(struct http_server *server)
     struct http_connection *connection = server->first_dirty;
     server->first_dirty = NULL;
     server->last_dirty = &server->first_dirty;
-    server->now_s = http_now_s();
+    server->now_s = clock_now_s();
     while (connection) {
         struct http_connection *next = connection->next_dirty;
         http_connection_advance(connection);

@@ -32,7 +32,7 @@ struct http_limits {           // defaults: http_limits_default
     double write_stall_s;
     double linger_s;       // 2: what a client still sends behind the last answer is read and dropped for so long
     uint64_t output_bytes; // 64 KiB waiting for one client; a stream's writer is told to wait above
-    // 512 MiB waiting for all clients; a whole answer above output_bytes that does not fit is a 503.
+    // 512 MiB waiting for all clients, and held by handlers (http_exchange_hold). A whole answer above output_bytes that does not fit is a 503.
     uint64_t all_output_bytes;
     int connections; // 4096; above: 503 and the end. Listeners for health checks have 256 of their own
 };
@@ -122,6 +122,11 @@ void http_add_header(struct http_exchange *exchange, const char *name, const cha
 // A whole answer. body is copied; content_type may be NULL. A body is not sent with 204 and 304, and not to HEAD. Once per exchange. The status
 // that the client gets: 503 where all_output_bytes has no room for the body.
 int http_respond(struct http_exchange *exchange, int status, const char *content_type, const void *body, size_t bytes);
+// The handler holds so many bytes of an answer that is being made, or waits for a slow client: from now on they count toward all_output_bytes,
+// until the exchange ends or this is called again. false: there is no room, and what it holds and what waits for this client is more than
+// output_bytes; the answer had better end, HTTP_NO_ROOM says why.
+bool http_exchange_hold(struct http_exchange *exchange, uint64_t bytes);
+#define HTTP_NO_ROOM "too many bytes of answers wait for slow clients; try again soon"
 // A stream (chunked; for HTTP/1.0 until the connection closes).
 void http_stream_begin(struct http_exchange *exchange, int status, const char *content_type);
 // false: more than output_bytes wait; write no more until on_writable. What was given is taken either way.

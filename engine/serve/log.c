@@ -1,6 +1,9 @@
 // Log lines on standard error. See log.h.
 #include "engine/serve/log.h"
 
+#include "formats/tokenizer_text.h"
+#include "formats/utf8.h"
+
 #include <errno.h>
 #include <poll.h>
 #include <stdatomic.h>
@@ -38,54 +41,32 @@ static void add(struct line *line, const char *text, size_t bytes)
 
 static void add_text(struct line *line, const char *text) { add(line, text, strlen(text)); }
 
-// Length of the well-formed UTF-8 sequence at text, 0 when there is none.
-static size_t utf8_length(const unsigned char *text)
-{
-    static const struct {
-        unsigned char first, last, second_first, second_last;
-        size_t length;
-    } forms[] = {
-        {0xc2, 0xdf, 0x80, 0xbf, 2}, {0xe0, 0xe0, 0xa0, 0xbf, 3}, {0xe1, 0xec, 0x80, 0xbf, 3},
-        {0xed, 0xed, 0x80, 0x9f, 3}, {0xee, 0xef, 0x80, 0xbf, 3}, {0xf0, 0xf0, 0x90, 0xbf, 4},
-        {0xf1, 0xf3, 0x80, 0xbf, 4}, {0xf4, 0xf4, 0x80, 0x8f, 4},
-    };
-    if (text[0] < 0x80)
-        return 1;
-    for (size_t i = 0; i < sizeof forms / sizeof forms[0]; i++) {
-        if (text[0] < forms[i].first || text[0] > forms[i].last)
-            continue;
-        if (text[1] < forms[i].second_first || text[1] > forms[i].second_last)
-            return 0;
-        for (size_t at = 2; at < forms[i].length; at++)
-            if ((text[at] & 0xc0) != 0x80)
-                return 0;
-        return forms[i].length;
-    }
-    return 0;
-}
-
 // Text inside double quotes, in both forms of line: what could end the line or move a terminal's cursor is escaped.
 static void add_quoted(struct line *line, const char *text)
 {
-    static const char replacement[] = "\xef\xbf\xbd";
-    size_t room = LINE_BYTES - RESERVED_BYTES;
+    size_t room = LINE_BYTES - RESERVED_BYTES, left = strlen(text), valid = 0;
     add(line, "\"", 1);
-    for (const unsigned char *at = (const unsigned char *)text; *at && line->bytes + 8 < room;) {
-        size_t length = utf8_length(at);
+    while (left > 0 && line->bytes + 8 < room) {
         char escaped[8];
-        if (length == 0) {
-            add_text(line, replacement);
-            length = 1;
-        } else if (*at == '"' || *at == '\\') {
-            snprintf(escaped, sizeof escaped, "\\%c", *at);
+        uint32_t c = 0;
+        size_t length = 1;
+        if (valid == 0)
+            valid = tokenizer_text_valid_prefix(text, left);
+        if (valid == 0) { // a byte that is no text
+            add(line, escaped, utf8_put(escaped, UTF8_REPLACEMENT));
+            valid = 1;
+        } else if ((length = tokenizer_text_next(text, valid, &c)) == 1 && (c == '"' || c == '\\')) {
+            snprintf(escaped, sizeof escaped, "\\%c", (int)c);
             add_text(line, escaped);
-        } else if (*at < 0x20 || *at == 0x7f) {
-            snprintf(escaped, sizeof escaped, "\\u%04x", *at);
+        } else if (c < 0x20 || c == 0x7f) {
+            snprintf(escaped, sizeof escaped, "\\u%04x", (unsigned)c);
             add_text(line, escaped);
         } else {
-            add(line, (const char *)at, length);
+            add(line, text, length);
         }
-        at += length;
+        text += length;
+        left -= length;
+        valid -= length;
     }
     add(line, "\"", 1);
 }

@@ -1,6 +1,8 @@
 // What the server counts, and Prometheus' page of it. See metrics.h.
 #include "engine/serve/metrics.h"
 
+#include "formats/memory_stream.h"
+
 #include <dirent.h>
 #include <math.h>
 #include <stdatomic.h>
@@ -224,6 +226,34 @@ static void write_scheduler(struct page *page, const struct engine_stats *stats)
            (double)s->accepted_tokens);
 }
 
+static void of_rank(struct page *page, const char *name, int rank, const char *label, const char *label_value,
+                    double value)
+{
+    fprintf(page->out, "%s%s{model_name=\"%s\",rank=\"%d\",%s=\"%s\"} %.15g\n", page->prefix, name,
+            page->metrics->model_name, rank, label, label_value, value);
+}
+
+// How the weights of the last start came.
+static void write_loads(struct page *page, const struct engine_stats *stats)
+{
+    head(page, "rank_load_seconds", "gauge",
+         "Time of a rank's loading threads together, by what they did; wall: from its start until all was in place.");
+    for (int rank = 0; rank < stats->num_ranks; rank++) {
+        const struct engine_rank *r = &stats->ranks[rank];
+        of_rank(page, "rank_load_seconds", rank, "phase", "wall", r->load_s);
+        of_rank(page, "rank_load_seconds", rank, "phase", "cpu", r->load.cpu_s);
+        of_rank(page, "rank_load_seconds", rank, "phase", "read", r->load.read_s);
+        of_rank(page, "rank_load_seconds", rank, "phase", "verify", r->load.verify_s);
+        of_rank(page, "rank_load_seconds", rank, "phase", "decode", r->load.decode_s);
+        of_rank(page, "rank_load_seconds", rank, "phase", "copy", r->load.copy_s);
+    }
+    head(page, "rank_load_read_bytes", "gauge", "Bytes that a rank has read of its file, by the way they came.");
+    for (int rank = 0; rank < stats->num_ranks; rank++) {
+        const struct load_figures *load = &stats->ranks[rank].load;
+        of_rank(page, "rank_load_read_bytes", rank, "path", load_path_name(load->path), (double)load->read_bytes);
+    }
+}
+
 static void write_ranks(struct page *page, const struct engine_stats *stats)
 {
     char number[24];
@@ -253,6 +283,7 @@ static void write_ranks(struct page *page, const struct engine_stats *stats)
         labelled(page, "rank_losses_total", "rank", number, (double)stats->ranks[rank].losses);
     }
     single(page, "rank_restarts_total", "counter", "Starts of the ranks after a loss.", (double)stats->restarts);
+    write_loads(page, stats);
     single(page, "load_bytes_total", "counter", "Bytes of weights that the ranks have loaded.",
            (double)stats->loaded_bytes);
     single(page, "steps_total", "counter", "Steps of the ranks.", (double)stats->scheduler.steps);
@@ -313,12 +344,11 @@ static void write_process(struct page *page)
 
 char *metrics_text(struct metrics *metrics, struct engine *engine, const struct http_server *server)
 {
-    char *text = NULL;
-    size_t bytes;
+    struct memory_stream memory;
     struct engine_stats stats = {0};
-    struct page page = {.out = open_memstream(&text, &bytes), .metrics = metrics, .prefix = metrics->prefix};
-    if (!page.out)
+    if (!memory_stream_open(&memory))
         return NULL;
+    struct page page = {.out = memory.out, .metrics = metrics, .prefix = metrics->prefix};
     if (engine)
         engine_read_stats(engine, &stats);
     write_scheduler(&page, &stats);
@@ -340,10 +370,5 @@ char *metrics_text(struct metrics *metrics, struct engine *engine, const struct 
     }
     write_http(&page, server);
     write_process(&page);
-    bool failed = ferror(page.out) != 0;
-    if (fclose(page.out) != 0 || failed) {
-        free(text);
-        return NULL;
-    }
-    return text;
+    return memory_stream_close(&memory, NULL);
 }

@@ -1,4 +1,4 @@
-// One datagram to the socket that systemd names. See notify.h.
+// Datagrams to the socket that systemd names. See notify.h.
 #include "engine/serve/notify.h"
 
 #include <stddef.h>
@@ -25,4 +25,14 @@ void notify(const char *state)
     (void)!sendto(fd, state, strlen(state), MSG_NOSIGNAL | MSG_DONTWAIT, (struct sockaddr *)&address,
                   (socklen_t)(offsetof(struct sockaddr_un, sun_path) + length));
     close(fd);
+}
+
+double notify_watchdog_s(void)
+{
+    const char *text = getenv("WATCHDOG_USEC"), *pid = getenv("WATCHDOG_PID");
+    char *end;
+    if (!text || !getenv("NOTIFY_SOCKET") || (pid && strtoll(pid, NULL, 10) != (long long)getpid()))
+        return 0;
+    double interval_us = (double)strtoull(text, &end, 10);
+    return *text >= '0' && *text <= '9' && !*end ? 0.5e-6 * interval_us : 0;
 }

@@ -1,5 +1,7 @@
 #include "engine/serve/output_call.h"
 
+#include "formats/utf8.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -31,19 +33,6 @@ static bool is_blank(char byte) { return byte == ' ' || byte == '\n' || byte == 
 
 // ---- strings -----------------------------------------------------------------------------------------------------
 
-static size_t write_utf8(char *out, uint32_t code)
-{
-    if (code < 0x80) {
-        out[0] = (char)code;
-        return 1;
-    }
-    size_t count = code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
-    for (size_t i = count; i-- > 1; code >>= 6)
-        out[i] = (char)(0x80 | (code & 0x3F));
-    out[0] = (char)((0xF00 >> count) | code);
-    return count;
-}
-
 // The code of one escape (\u and four digits) is complete. A surrogate without its other half reads as U+FFFD.
 static size_t take_code(struct output_call *call, char *out)
 {
@@ -51,13 +40,13 @@ static size_t take_code(struct output_call *call, char *out)
     size_t count = 0;
     call->high = 0;
     if (high && code >= 0xDC00 && code < 0xE000)
-        return write_utf8(out, 0x10000 + ((high - 0xD800) << 10) + (code - 0xDC00));
+        return utf8_put(out, 0x10000 + ((high - 0xD800) << 10) + (code - 0xDC00));
     if (high)
-        count = write_utf8(out, 0xFFFD);
+        count = utf8_put(out, UTF8_REPLACEMENT);
     if (code >= 0xD800 && code < 0xDC00)
         call->high = code;
     else
-        count += write_utf8(out + count, code >= 0xDC00 && code < 0xE000 ? 0xFFFD : code);
+        count += utf8_put(out + count, code >= 0xDC00 && code < 0xE000 ? UTF8_REPLACEMENT : code);
     return count;
 }
 
@@ -90,7 +79,7 @@ static int take_string(struct output_call *call, char byte, char *out, size_t *c
         return STRING_MORE;
     }
     if (call->high)
-        *count = write_utf8(out, 0xFFFD);
+        *count = utf8_put(out, UTF8_REPLACEMENT);
     call->high = 0;
     if (call->escape == 0 && byte == '"')
         return STRING_END;

@@ -3,18 +3,48 @@
 #include "engine/serve/output_parser.h"
 
 #include "engine/serve/output_call.h"
+#include "engine/serve/output_channels.h"
 
 #include <stdlib.h>
 #include <string.h>
 
 enum { HELD_BYTES = 64 << 10, HELD_BLANK_BYTES = 256, OUT_BYTES = 1024 };
 
-enum mark { MARK_THINK, MARK_THINK_END, MARK_CALL, MARK_CALL_END, MARK_CALLS, MARK_PYTHON, MARK_ARGS, MARK_ID };
+enum mark {
+    MARK_THINK,
+    MARK_THINK_END,
+    MARK_CALL,
+    MARK_CALL_END,
+    MARK_CALLS,
+    MARK_PYTHON,
+    MARK_ARGS,
+    MARK_ID,
+    // Harmony's:
+    MARK_START,
+    MARK_CHANNEL,
+    MARK_CONSTRAIN,
+    MARK_MESSAGE,
+    MARK_ENDS,
+    MARK_ENDS_CALL,
+    MARK_RETURNS
+};
 // The first byte of a mark occurs in it nowhere else: where a mark breaks off, another one can begin only with the byte that broke it.
 const char *const output_marks[OUTPUT_MARKS] = {
-    [MARK_THINK] = "<think>",         [MARK_THINK_END] = "</think>", [MARK_CALL] = "<tool_call>",
-    [MARK_CALL_END] = "</tool_call>", [MARK_CALLS] = "[TOOL_CALLS]", [MARK_PYTHON] = "<|python_tag|>",
-    [MARK_ARGS] = "[ARGS]",           [MARK_ID] = "[CALL_ID]",
+    [MARK_THINK] = "<think>",
+    [MARK_THINK_END] = "</think>",
+    [MARK_CALL] = "<tool_call>",
+    [MARK_CALL_END] = "</tool_call>",
+    [MARK_CALLS] = "[TOOL_CALLS]",
+    [MARK_PYTHON] = "<|python_tag|>",
+    [MARK_ARGS] = "[ARGS]",
+    [MARK_ID] = "[CALL_ID]",
+    [MARK_START] = "<|start|>",
+    [MARK_CHANNEL] = "<|channel|>",
+    [MARK_CONSTRAIN] = "<|constrain|>",
+    [MARK_MESSAGE] = "<|message|>",
+    [MARK_ENDS] = "<|end|>",
+    [MARK_ENDS_CALL] = "<|call|>",
+    [MARK_RETURNS] = "<|return|>",
 };
 
 enum state {
@@ -25,6 +55,10 @@ enum state {
     IN_ID,    // behind [CALL_ID]
     IN_CALL,  // an object
     IN_LIST,  // behind a call of a list
+    // Harmony: the head of a message, behind a message, arguments of a call; else what a message says or thinks.
+    IN_HEAD,
+    IN_BETWEEN,
+    IN_ARGUMENTS,
 };
 
 struct output_parser {
@@ -43,6 +77,9 @@ struct output_parser {
     char name[OUTPUT_CALL_NAME_BYTES];
     size_t name_bytes;
     struct output_call call;
+    struct output_head head;
+    bool head_begun; // by a mark: else it may be text without any
+    bool has_arguments;
     int calls;
     char out[OUT_BYTES + 8]; // of one delta that is being put together
     size_t out_bytes;
@@ -57,13 +94,20 @@ struct output_format output_format_find(const char *text)
     struct output_format format = {TOOLS_NONE, strstr(text, "</think>") != NULL};
     // Qwen3-Coder and GLM have the same tags around calls that are no JSON.
     bool tagged = strstr(text, "<function=") || strstr(text, "<arg_key>");
-    if (strstr(text, "[TOOL_CALLS]"))
+    if (strstr(text, "<|channel|>") && strstr(text, "<|message|>"))
+        format = (struct output_format){TOOLS_HARMONY, true};
+    else if (strstr(text, "[TOOL_CALLS]"))
         format.tools = strstr(text, "[ARGS]") ? TOOLS_MISTRAL_V11 : TOOLS_MISTRAL;
     else if (strstr(text, "<tool_call>") && strstr(text, "arguments") && !tagged)
         format.tools = TOOLS_HERMES;
     else if (strstr(text, "\"parameters\"") && strstr(text, "ipython"))
         format.tools = TOOLS_LLAMA3;
     return format;
+}
+
+bool output_format_has(struct output_format format, int mark)
+{
+    return (format.tools == TOOLS_HARMONY) == (mark >= MARK_START);
 }
 
 // ---- out ---------------------------------------------------------------------------------------------------------
@@ -115,7 +159,10 @@ static void drop_held(struct output_parser *parser) { parser->held_bytes = parse
 
 static void release_held(struct output_parser *parser)
 {
-    put(parser, parser->state == IN_REASONING ? DELTA_REASONING : DELTA_CONTENT, parser->held, parser->held_bytes);
+    int type = parser->state == IN_REASONING   ? DELTA_REASONING
+               : parser->state == IN_ARGUMENTS ? DELTA_TOOL_ARGUMENTS
+                                               : DELTA_CONTENT;
+    put(parser, type, parser->held, parser->held_bytes);
     drop_held(parser);
 }
 
@@ -226,6 +273,8 @@ static void take_list(struct output_parser *parser, char byte)
 static bool expected(const struct output_parser *parser, enum mark mark)
 {
     enum tool_format tools = parser->tools ? parser->format.tools : TOOLS_NONE;
+    if (!output_format_has(parser->format, mark))
+        return false;
     bool text = parser->state == IN_TEXT, mistral = tools == TOOLS_MISTRAL || tools == TOOLS_MISTRAL_V11;
     switch (mark) {
     case MARK_THINK:
@@ -242,6 +291,16 @@ static bool expected(const struct output_parser *parser, enum mark mark)
         return text && tools == TOOLS_LLAMA3;
     case MARK_ID:
         return parser->state == IN_NAME;
+    case MARK_START:
+    case MARK_CHANNEL:
+        return true;
+    case MARK_CONSTRAIN:
+    case MARK_MESSAGE:
+        return parser->state == IN_HEAD;
+    case MARK_ENDS:
+    case MARK_ENDS_CALL:
+    case MARK_RETURNS:
+        return parser->state != IN_BETWEEN;
     default:
         return parser->state == IN_NAME || parser->state == IN_ID;
     }
@@ -338,9 +397,118 @@ static void take_text(struct output_parser *parser, char byte)
     }
 }
 
+// ---- channels ----------------------------------------------------------------------------------------------------
+
+// What was held is content after all.
+static void no_message(struct output_parser *parser)
+{
+    parser->state = IN_TEXT;
+    release_held(parser);
+}
+
+static void end_message(struct output_parser *parser)
+{
+    if (parser->state == IN_ARGUMENTS) {
+        if (!parser->has_arguments)
+            put(parser, DELTA_TOOL_ARGUMENTS, "{}", 2);
+        end_call(parser);
+    }
+    parser->state = IN_BETWEEN;
+}
+
+static void begin_head(struct output_parser *parser)
+{
+    if (parser->state != IN_BETWEEN)
+        end_message(parser);
+    parser->head = (struct output_head){0};
+    parser->head_begun = true;
+    parser->state = IN_HEAD;
+}
+
+static void begin_message(struct output_parser *parser)
+{
+    const char *name;
+    size_t bytes;
+    enum output_message message = output_head_message(&parser->head, &name, &bytes);
+    drop_held(parser);
+    parser->state = message == MESSAGE_REASONING ? IN_REASONING : IN_TEXT;
+    if (message != MESSAGE_CALL || !parser->tools)
+        return;
+    parser->state = IN_ARGUMENTS;
+    parser->has_arguments = false;
+    call_begins(parser, name, bytes);
+}
+
+static void reach_channel_mark(struct output_parser *parser, enum mark mark)
+{
+    parser->mark_bytes = 0;
+    switch (mark) {
+    case MARK_START:
+        begin_head(parser);
+        break;
+    case MARK_CHANNEL:
+        if (parser->state != IN_HEAD)
+            begin_head(parser);
+        parser->head_begun = true;
+        output_head_channel(&parser->head);
+        break;
+    case MARK_CONSTRAIN:
+        parser->head.bounded = true;
+        break;
+    case MARK_MESSAGE:
+        begin_message(parser);
+        break;
+    default:
+        end_message(parser);
+        drop_held(parser);
+        break;
+    }
+}
+
+// Text that no mark announced as a head: only a recipient may stand there.
+static bool may_be_head(const struct output_parser *parser)
+{
+    static const char recipient[] = "to=";
+    const struct output_head *head = &parser->head;
+    size_t blanks = 0, most = sizeof recipient - 1;
+    while (blanks < head->bytes && is_blank(head->text[blanks]))
+        blanks++;
+    if (most > head->bytes - blanks)
+        most = head->bytes - blanks;
+    return parser->head_begun || memcmp(head->text + blanks, recipient, most) == 0;
+}
+
+static void take_channels(struct output_parser *parser, char byte)
+{
+    int mark = match(parser, byte);
+    if (mark == NO_MARK && parser->mark_bytes) { // what was begun is none
+        bool outside = parser->state == IN_HEAD || parser->state == IN_BETWEEN;
+        parser->has_arguments = true;
+        (outside ? no_message : release_held)(parser);
+        mark = match(parser, byte);
+    }
+    hold(parser, byte);
+    if (mark != NO_MARK) {
+        parser->mark_bytes++;
+        if (mark != PART_OF_MARK)
+            reach_channel_mark(parser, (enum mark)mark);
+    } else if (parser->state == IN_HEAD) {
+        if (!output_head_take(&parser->head, byte) || !may_be_head(parser))
+            no_message(parser);
+    } else if (parser->state == IN_BETWEEN) {
+        if (!is_blank(byte) || parser->held_bytes >= HELD_BLANK_BYTES)
+            no_message(parser);
+    } else {
+        parser->has_arguments |= !is_blank(byte);
+        release_held(parser);
+    }
+}
+
 static void take(struct output_parser *parser, char byte)
 {
-    if (parser->state == IN_CALL) {
+    if (parser->format.tools == TOOLS_HARMONY) {
+        take_channels(parser, byte);
+    } else if (parser->state == IN_CALL) {
         take_call(parser, byte);
     } else if (parser->state == IN_CALLS) {
         take_calls(parser, byte);
@@ -380,6 +548,8 @@ int output_parser_create(struct output_parser **out, struct output_format format
     parser->arg = arg;
     parser->state = format.reasoning && starts_in_reasoning ? IN_REASONING : IN_TEXT;
     parser->fresh = true;
+    if (format.tools == TOOLS_HARMONY)
+        parser->state = IN_HEAD; // the prompt has begun it
     *out = parser;
     return 0;
 }
@@ -410,12 +580,17 @@ int output_parser_finish(struct output_parser *parser, struct error *err)
 {
     bool between =
         parser->state == IN_TEXT || parser->state == IN_LIST || (parser->state == IN_CALLS && parser->in_list);
+    bool unsaid = (parser->state == IN_HEAD && parser->head_begun) || parser->state == IN_BETWEEN;
     if (parser->state == IN_CALL && parser->call.begun)
         end_call(parser);
+    else if (unsaid && !parser->mark_bytes)
+        drop_held(parser); // of a message that never began
     else if (parser->after_call && between && !parser->mark_bytes)
         drop_held(parser); // blanks and separators behind a call
     else
         release_held(parser);
+    if (parser->state == IN_ARGUMENTS)
+        end_message(parser);
     return finish(parser, err);
 }
 

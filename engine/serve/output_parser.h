@@ -19,18 +19,19 @@ enum tool_format {
     TOOLS_LLAMA3, // {"name": "f", "parameters": {...}} as the whole text, several separated by ";"; <|python_tag|> may stand before
     TOOLS_MISTRAL,     // [TOOL_CALLS] [{"name": "f", "arguments": {...}}, ...]
     TOOLS_MISTRAL_V11, // [TOOL_CALLS]f[ARGS]{...}, any number
+    TOOLS_HARMONY, // <|channel|>commentary to=functions.f<|message|>{...}<|call|>; all text stands in channels (output_channels.h)
 };
 // What names of functions consist of where they stand bare.
 #define OUTPUT_NAME_BYTES "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-./:"
 struct output_format {
     enum tool_format tools;
-    bool reasoning; // <think> ... </think>
+    bool reasoning; // <think> ... </think>, or a channel
 };
-// By what the template's text says; TOOLS_NONE where calls are written in none of these ways.
 // The texts that mark calls and reasoning, in all formats; where a tokenizer has them as special tokens the parser must see them.
-enum { OUTPUT_MARKS = 8 };
+enum { OUTPUT_MARKS = 15 };
 extern const char *const output_marks[OUTPUT_MARKS];
-// By what the template's text says.
+bool output_format_has(struct output_format format, int mark); // this format's
+// By what the template's text says; TOOLS_NONE where calls are written in none of these ways.
 struct output_format output_format_find(const char *template_text);
 
 struct output_delta {
@@ -46,8 +47,7 @@ struct output_parser;
 int output_parser_create(struct output_parser **out, struct output_format format, bool tools, bool starts_in_reasoning,
                          output_delta_fn *on_delta, void *arg, struct error *err);
 void output_parser_free(struct output_parser *parser);
-// Text of the output in whole characters, with the control tokens <tool_call> </tool_call> <|python_tag|> [TOOL_CALLS] [ARGS] [CALL_ID] <think> </think>;
-// others are left out by the caller. A delta's text is whole characters, some KiB at most.
+// Text of the output in whole characters, with the control tokens that are the format's marks; others are left out by the caller. A delta's text is whole characters, some KiB at most.
 int output_parser_push(struct output_parser *parser, const char *text, size_t bytes, struct error *err);
 // The end: text that was held back comes as content.
 int output_parser_finish(struct output_parser *parser, struct error *err);

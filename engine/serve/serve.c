@@ -10,6 +10,7 @@
 #include "engine/serve/metrics.h"
 #include "engine/serve/notify.h"
 #include "engine/serve/page.h"
+#include "kernels/clock.h"
 #include "version.h"
 
 #include <errno.h>
@@ -29,7 +30,7 @@ static struct {
     int64_t port, health_port, max_batch, max_queue, connections, kv_tokens, draft_tokens, headers, max_tokens, workers;
     int64_t restart_limit;
     uint64_t header_bytes, body_bytes, output_bytes;
-    double header_s, body_s, idle_s, write_s, drain_s, keep_alive_s, restart_delay_s;
+    double header_s, body_s, idle_s, write_s, drain_s, keep_alive_s, request_s, restart_delay_s;
     struct option_list keys, origins, names;
     bool restart, no_page, no_request_log, sagemaker;
 } options = {
@@ -61,6 +62,7 @@ void serve_set_defaults(void)
     options.idle_s = limits->idle_s;
     options.write_s = limits->write_stall_s;
     options.keep_alive_s = api_options_default.keep_alive_s;
+    options.request_s = api_options_default.request_timeout_s;
     options.workers = api_options_default.worker_threads;
     options.max_tokens = api_options_default.default_max_tokens;
 }
@@ -113,6 +115,8 @@ const struct option_spec serve_options[] = {
     {"body-timeout", OPTION_NUMBER, &options.body_s, "SECONDS", 0.1, 3600, "for the whole body of a request"},
     {"idle-timeout", OPTION_NUMBER, &options.idle_s, "SECONDS", 0.1, 86400, "between two requests of a connection"},
     {"write-timeout", OPTION_NUMBER, &options.write_s, "SECONDS", 0.1, 3600, "for a client that takes nothing"},
+    {"request-timeout", OPTION_NUMBER, &options.request_s, "SECONDS", 0, 86400,
+     "from a request to the end of its answer; above: status 504, or an error that ends its stream; 0: no limit"},
     {"keep-alive", OPTION_NUMBER, &options.keep_alive_s, "SECONDS", 0, 3600,
      "silence of a stream before a comment is sent; 0: none"},
     {"worker-threads", OPTION_INT, &options.workers, "N", 1, 64, "threads that parse requests and tokenize"},
@@ -190,12 +194,15 @@ static int read_keys(struct server *server, struct error *err)
     return rc;
 }
 
-static int choose_name(struct server *server, const char *dir, struct error *err)
+// The directory's name, or the last part of the URL.
+static int choose_name(struct server *server, const char *place, struct error *err)
 {
-    char *path = realpath(dir, NULL);
+    struct store *store = session_store(server->session);
+    char *path = store_is_remote(store) ? strdup(store_place(store)) : realpath(place, NULL);
     if (!path)
-        return error_set_errno(err, "%s", dir);
-    snprintf(server->name, sizeof server->name, "%s", strrchr(path, '/')[1] ? strrchr(path, '/') + 1 : "model");
+        return error_set_errno(err, "%s", store_place(store));
+    const char *slash = strrchr(path, '/');
+    snprintf(server->name, sizeof server->name, "%s", slash && slash[1] ? slash + 1 : "model");
     free(path);
     return 0;
 }
@@ -315,9 +322,9 @@ static void stop_http(struct server *server)
     if (!server->http_running)
         return;
     struct http_server_stats stats;
-    double end_s = now_s() + flush_s;
+    double end_s = clock_now_s() + flush_s;
     http_server_drain(server->http);
-    for (http_server_read_stats(server->http, &stats); stats.exchanges > 0 && now_s() < end_s;
+    for (http_server_read_stats(server->http, &stats); stats.exchanges > 0 && clock_now_s() < end_s;
          http_server_read_stats(server->http, &stats))
         usleep(2000);
     http_server_stop(server->http);
@@ -338,6 +345,8 @@ static json_t *describe(void *arg)
                      (json_int_t)session_context(server->session));
 }
 
+static void tell_watchdog(void) { notify("WATCHDOG=1"); }
+
 static void log_devices(const struct engine_stats *stats)
 {
     for (int i = 0; i < stats->num_ranks; i++)
@@ -346,6 +355,30 @@ static void log_devices(const struct engine_stats *stats)
                      (struct log_field[]){{.key = "rank", .type = LOG_INTEGER, .integer = i},
                                           {.key = "device", .type = LOG_TEXT, .text = stats->ranks[i].device},
                                           {0}});
+}
+
+static void log_loads(struct session *session, const struct engine_stats *stats)
+{
+    const struct start_figures *start = session_start_figures(session);
+    for (int i = 0; i < stats->num_ranks; i++) {
+        const struct engine_rank *rank = &stats->ranks[i];
+        const struct load_figures *load = &rank->load;
+        log_line(LOG_INFO, "loaded",
+                 (struct log_field[]){{.key = "rank", .type = LOG_INTEGER, .integer = i},
+                                      {.key = "path", .type = LOG_TEXT, .text = load_path_name(load->path)},
+                                      {.key = "why", .type = LOG_TEXT, .text = load->why},
+                                      {.key = "threads", .type = LOG_INTEGER, .integer = load->threads},
+                                      {.key = "read_bytes", .type = LOG_INTEGER, .integer = load->read_bytes},
+                                      {.key = "file_bytes", .type = LOG_INTEGER, .integer = rank->file_bytes},
+                                      {.key = "load_s", .type = LOG_SECONDS, .seconds = rank->load_s},
+                                      {.key = "cpu_s", .type = LOG_SECONDS, .seconds = rank->load_cpu_s},
+                                      {0}});
+        if (start->ranks[i].note[0])
+            log_line(LOG_WARNING, "not kept",
+                     (struct log_field[]){{.key = "rank", .type = LOG_INTEGER, .integer = i},
+                                          {.key = "reason", .type = LOG_TEXT, .text = start->ranks[i].note},
+                                          {0}});
+    }
 }
 
 static void on_state(void *arg, enum engine_state state)
@@ -362,13 +395,14 @@ static void on_state(void *arg, enum engine_state state)
         metrics_cold_start(server->metrics, "load", stats.load_s);
         metrics_cold_start(server->metrics, "start", stats.start_s);
         if (stats.restarts == 0)
-            metrics_cold_start(server->metrics, "ready", now_s() - server->begin_s);
+            metrics_cold_start(server->metrics, "ready", clock_now_s() - server->begin_s);
         notify("READY=1\nSTATUS=ready");
         log_devices(&stats);
+        log_loads(server->session, &stats);
         log_line(LOG_INFO, "ready",
                  (struct log_field[]){
                      {.key = "load_s", .type = LOG_SECONDS, .seconds = stats.load_s},
-                     {.key = "since_start_s", .type = LOG_SECONDS, .seconds = now_s() - server->begin_s},
+                     {.key = "since_start_s", .type = LOG_SECONDS, .seconds = clock_now_s() - server->begin_s},
                      {.key = "ranks", .type = LOG_INTEGER, .integer = stats.num_ranks},
                      {.key = "backend", .type = LOG_TEXT, .text = session_backend(server->session)},
                      {.key = "context", .type = LOG_INTEGER, .integer = session_context(server->session)},
@@ -396,7 +430,7 @@ static void on_state(void *arg, enum engine_state state)
 
 // ---- up and down -------------------------------------------------------------------------------------------------
 
-static int open_all(struct server *server, const char *dir, struct error *err)
+static int open_all(struct server *server, const char *place, struct error *err)
 {
     int rc;
     struct session_options session = session_options;
@@ -406,6 +440,8 @@ static int open_all(struct server *server, const char *dir, struct error *err)
     session.prefill_rows = 512;
     session.leave_signals = true; // to engine_run
     session.draft_tokens = options.draft_tokens;
+    session.load_first = true; // "ready" means it
+    session.store = chosen_store_options();
     const struct engine_options engine = {
         .max_queue = options.max_queue,
         .draft_tokens = options.draft_tokens,
@@ -414,10 +450,12 @@ static int open_all(struct server *server, const char *dir, struct error *err)
         .restart = options.restart,
         .restart_delay_s = options.restart_delay_s,
         .restart_limit = options.restart_limit,
+        .alive_s = notify_watchdog_s(),
+        .on_alive = tell_watchdog,
     };
-    if ((rc = check_options(err)) || (rc = read_keys(server, err)) || (rc = choose_name(server, dir, err)) ||
-        (rc = session_open(&server->session, dir, &session, options.max_batch, 0, err)) ||
-        (rc = engine_create(&server->engine, server->session, &engine, err)))
+    if ((rc = check_options(err)) || (rc = read_keys(server, err)) ||
+        (rc = session_open(&server->session, place, &session, options.max_batch, 0, err)) ||
+        (rc = choose_name(server, place, err)) || (rc = engine_create(&server->engine, server->session, &engine, err)))
         return rc;
 
     struct api_options api = api_options_default;
@@ -431,6 +469,7 @@ static int open_all(struct server *server, const char *dir, struct error *err)
     api.version = TPSHARD_VERSION " (" TPSHARD_COMMIT ")";
     api.default_max_tokens = options.max_tokens;
     api.keep_alive_s = options.keep_alive_s;
+    api.request_timeout_s = options.request_s;
     api.worker_threads = (int)options.workers;
     api.log_requests = !options.no_request_log;
     if (!options.no_page) {
@@ -453,7 +492,7 @@ static int open_all(struct server *server, const char *dir, struct error *err)
         (rc = api_start(server->api, server->http, err)) || (rc = open_sockets(server, err)) ||
         (rc = start_http(server, err)))
         return rc;
-    metrics_cold_start(server->metrics, "listen", now_s() - server->begin_s);
+    metrics_cold_start(server->metrics, "listen", clock_now_s() - server->begin_s);
     return 0;
 }
 
@@ -491,7 +530,7 @@ int serve_run(int argc, char **argv, struct error *err)
     (void)argc;
     struct server *server = &the_server;
     sigset_t ends;
-    server->begin_s = now_s();
+    server->begin_s = clock_now_s();
     configure_log();
     signal(SIGPIPE, SIG_IGN);
     // The threads that start here inherit this mask; engine_run lets this thread alone have both signals.
@@ -503,14 +542,18 @@ int serve_run(int argc, char **argv, struct error *err)
     pthread_sigmask(SIG_BLOCK, &ends, NULL);
     int rc = open_all(server, argv[0], err);
     if (!rc) {
-        double begin_s = now_s();
-        if ((rc = api_load(server->api, server->session, argv[0], err)) == 0) {
-            metrics_cold_start(server->metrics, "prepare", now_s() - begin_s);
+        double begin_s = clock_now_s();
+        // They load meanwhile. If they cannot start, engine_run tries again and says why.
+        session_launch(server->session, NULL);
+        if ((rc = api_load(server->api, server->session, err)) == 0) {
+            metrics_cold_start(server->metrics, "prepare", clock_now_s() - begin_s);
             rc = engine_run(server->engine, on_state, server, err);
         }
     }
     // What follows may wait for the last answers and jobs; whoever does not want to, ends it with one more signal.
     pthread_sigmask(SIG_UNBLOCK, &ends, NULL);
+    if (!rc)
+        rc = print_timings(server->session, err);
     close_all(server);
     if (!rc && server->http_error.code) {
         *err = server->http_error;

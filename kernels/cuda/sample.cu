@@ -392,7 +392,7 @@ __device__ inline uint64_t mix(uint64_t z)
 __device__ inline double gumbel(uint64_t bits)
 {
     double uniform = ((double)(bits >> 11) + 0.5) * 0x1p-53;
-    return -log(-log(uniform));
+    return -log(-log(uniform < 1 ? uniform : 1 - 0x1p-53)); // 53 ones round up to 1
 }
 
 // The same to within 1e-4, without double precision, which many devices have little of. Near 1 the uniform is as gumbel()
@@ -404,7 +404,7 @@ __device__ inline float gumbel_estimate(uint64_t bits)
     if (n < 1ull << 52)
         minus_log = -logf(((float)n + 0.5f) * 0x1p-53f);
     else
-        minus_log = -log1pf(-(float)((1ull << 53) - n - (n & 1)) * 0x1p-53f);
+        minus_log = -log1pf(-fmaxf((float)((1ull << 53) - n - (n & 1)), 1) * 0x1p-53f);
     return -logf(minus_log);
 }
 
@@ -422,7 +422,7 @@ __global__ void __launch_bounds__(THREADS) draw_kernel(struct arguments a)
     uint64_t key = mix(mix(how.seed) ^ how.step);
     float x[ITEMS], estimate[ITEMS];
     load_part(x, a);
-    // 53-bit uniforms bound the noise to [-3.7, 36.8]: a token further than 41 below the maximum, which is 0, cannot win.
+    // 53-bit uniforms bound the noise to [-3.63, 36.74]: a token further than 41 below the maximum, which is 0, cannot win.
     uint64_t best = BEST_NONE;
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {

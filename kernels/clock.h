@@ -1,0 +1,17 @@
+// The monotonic clock: for what is measured and for deadlines.
+#ifndef TPSHARD_KERNELS_CLOCK_H
+#define TPSHARD_KERNELS_CLOCK_H
+
+#include <stdint.h>
+#include <time.h>
+
+static inline int64_t clock_now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+static inline double clock_now_s(void) { return 1e-9 * (double)clock_now_ns(); }
+
+#endif
