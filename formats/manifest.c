@@ -5,6 +5,7 @@
 
 #include "formats/checked.h"
 #include "formats/json_file.h"
+#include "formats/memory_stream.h"
 #include "formats/model_json.h"
 #include "formats/shard_file.h"
 
@@ -78,12 +79,11 @@ static void emit_quant(struct json_emit *to, const struct manifest_quant *quant)
 // The whole manifest (contract given), or its core (contract NULL).
 static int emit(char **out, const struct manifest *manifest, const struct checksum128 *contract, struct error *err)
 {
-    char *text = NULL;
-    size_t bytes = 0;
-    struct json_emit emitter = {.out = open_memstream(&text, &bytes), .pretty = contract != NULL, .first = true};
+    struct memory_stream memory;
+    if (!memory_stream_open(&memory))
+        return error_set(err, ERR_MEMORY, MANIFEST_FILE_NAME ": out of memory");
+    struct json_emit emitter = {.out = memory.out, .pretty = contract != NULL, .first = true};
     struct json_emit *to = &emitter;
-    if (!to->out)
-        goto no_memory;
     json_emit_open(to, NULL, '{');
     if (contract)
         emit_checksum(to, "contract", *contract);
@@ -108,15 +108,8 @@ static int emit(char **out, const struct manifest *manifest, const struct checks
     json_emit_close(to, '}');
     if (to->pretty)
         fputc('\n', to->out);
-    bool failed = ferror(to->out);
-    if (fclose(to->out) || failed)
-        goto no_memory;
-    *out = text;
-    return 0;
-no_memory:
-    free(text);
-    error_set(err, ERR_MEMORY, MANIFEST_FILE_NAME ": out of memory");
-    return ERR_MEMORY;
+    *out = memory_stream_close(&memory, NULL);
+    return *out ? 0 : error_set(err, ERR_MEMORY, MANIFEST_FILE_NAME ": out of memory");
 }
 
 int manifest_core(const struct manifest *manifest, char **out, struct error *err)

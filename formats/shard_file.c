@@ -86,20 +86,41 @@ struct shard_file {
     uint64_t tensor_count;
     const struct shard_tensor **sorted; // by role, layer and expert
     uint8_t *payload;                   // mapped, or NULL
+    struct shard_leaf *leaves; // [leaf_count] and where they begin, of a compressed file; NULL: they lie as they are
+    uint64_t *leaf_offsets;
 };
 
-#define REPAIR "repair: run tpshard convert --force again or restore the file from its source"
+enum { REPAIR_BYTES = 512 };
+
+// The command that mends the file, with its directory as a shell takes it; of a file behind a URL its publisher has to.
+static const char *how_to_repair(char out[REPAIR_BYTES], const char *name)
+{
+    static const char plain[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_./-";
+    const char *slash = strrchr(name, '/'), *dir = slash ? name : ".", *quote = "", *where = "";
+    int length = slash ? (int)(slash - name) + (slash == name) : 1;
+    if (strstr(name, "://"))
+        where = " where it was published";
+    if (*where || memchr(dir, '\'', (size_t)length)) {
+        dir = "DIR";
+        length = 3;
+    } else if (strspn(dir, plain) < (size_t)length) {
+        quote = "'";
+    }
+    snprintf(out, REPAIR_BYTES, "repair it%s: tpshard repair %s%.*s%s --from SOURCE, the checkpoint or another copy",
+             where, quote, length, dir, quote);
+    return out;
+}
 
 static int refuse(const struct shard_file *file, struct error *err, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
 static int refuse(const struct shard_file *file, struct error *err, const char *fmt, ...)
 {
-    char what[512];
+    char what[512], repair[REPAIR_BYTES];
     va_list args;
     va_start(args, fmt);
     vsnprintf(what, sizeof what, fmt, args);
     va_end(args);
-    return error_set(err, ERR_CORRUPT, "%s: %s; " REPAIR, file->name, what);
+    return error_set(err, ERR_CORRUPT, "%s: %s; %s", file->name, what, how_to_repair(repair, file->name));
 }
 
 static bool all_zero(const uint8_t *bytes, uint64_t begin, uint64_t end)
@@ -180,7 +201,7 @@ static int read_header(struct shard_file *file, const struct disk_header *header
     if (header->tensor_count == 0)
         return refuse(file, err, "it holds no tensor");
     if (!shard_layout_file(&layout, header->tensor_count, header->part_count, header->strings_bytes,
-                           header->payload_bytes))
+                           header->payload_bytes, header->required_features & FEATURE_COMPRESSED))
         return refuse(file, err,
                       "impossible counts: %" PRIu32 " tensors, %" PRIu32 " parts, %" PRIu64 " bytes of names",
                       header->tensor_count, header->part_count, header->strings_bytes);
@@ -195,17 +216,37 @@ static int read_header(struct shard_file *file, const struct disk_header *header
         {"count of leaves", header->leaf_count, layout.leaf_count},
         {"offset of the payload", header->payload_offset, layout.payload_offset},
         {"size of the payload", header->payload_bytes, layout.payload_bytes},
-        {"size of the file", header->file_bytes, layout.file_bytes},
+        {"size of the file", header->file_bytes, layout.table_bytes ? header->file_bytes : layout.file_bytes},
     };
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
         if (fields[i].found != fields[i].wanted)
             return refuse(file, err, "%s is %" PRIu64 " instead of %" PRIu64, fields[i].what, fields[i].found,
                           fields[i].wanted);
     if (!all_zero(bytes, layout.strings_offset + layout.strings_bytes, layout.leaves_offset) ||
-        !all_zero(bytes, layout.leaves_offset + layout.leaf_count * sizeof(uint64_t), layout.payload_offset))
+        !all_zero(bytes, layout.table_offset + layout.table_bytes, layout.payload_offset))
         return refuse(file, err, "the padding of its head is not zero");
     file->layout = layout;
     file->tensor_count = header->tensor_count;
+    return 0;
+}
+
+// How the leaves of a compressed file lie in it.
+static int read_table(struct shard_file *file, const struct disk_header *header, struct error *err)
+{
+    if (!(header->required_features & FEATURE_COMPRESSED))
+        return 0;
+    file->leaves = malloc(file->layout.table_bytes + 1);
+    file->leaf_offsets = malloc(file->layout.leaf_count * sizeof *file->leaf_offsets + 1);
+    if (!file->leaves || !file->leaf_offsets)
+        return error_set(err, ERR_MEMORY, "%s: out of memory for %" PRIu64 " leaves", file->name,
+                         file->layout.leaf_count);
+    memcpy(file->leaves, file->index + file->layout.table_offset, file->layout.table_bytes);
+    const char *wrong = shard_layout_stored(&file->layout, file->leaves, file->leaf_offsets);
+    if (wrong)
+        return refuse(file, err, "its table of leaves: %s", wrong);
+    if (file->layout.file_bytes != header->file_bytes)
+        return refuse(file, err, "its leaves end at %" PRIu64 ", the file at %" PRIu64, file->layout.file_bytes,
+                      header->file_bytes);
     return 0;
 }
 
@@ -353,7 +394,7 @@ int shard_file_parse(struct shard_file **out, const uint8_t *bytes, uint64_t ava
         (rc = check_head_hash(file, &header, bytes, err)) || (rc = read_header(file, &header, bytes, err)))
         goto fail;
 
-    uint64_t index_bytes = file->layout.leaves_offset + file->layout.leaf_count * sizeof(uint64_t);
+    uint64_t index_bytes = file->layout.table_offset + file->layout.table_bytes;
     file->index = malloc(index_bytes);
     file->tensors = calloc(file->tensor_count, sizeof *file->tensors);
     file->sorted = calloc(file->tensor_count, sizeof *file->sorted);
@@ -363,7 +404,7 @@ int shard_file_parse(struct shard_file **out, const uint8_t *bytes, uint64_t ava
         goto fail;
     }
     memcpy(file->index, bytes, index_bytes);
-    if ((rc = read_tensors(file, err)))
+    if ((rc = read_tensors(file, err)) || (rc = read_table(file, &header, err)))
         goto fail;
     file->root = checksum_whole(bytes, file->layout.payload_offset);
     *out = file;
@@ -399,7 +440,7 @@ int shard_file_open(struct shard_file **out, const char *path, struct error *err
     if ((rc = file_pread_full(fd, head, head_bytes, 0, path, err)) ||
         (rc = shard_file_parse(&file, head, head_bytes, file_bytes, path, err)))
         goto fail;
-    if (file->layout.payload_bytes) {
+    if (file->layout.payload_bytes && !file->leaves) {
         void *payload =
             mmap(NULL, file->layout.payload_bytes, PROT_READ, MAP_PRIVATE, fd, (off_t)file->layout.payload_offset);
         if (payload == MAP_FAILED) {
@@ -425,6 +466,8 @@ void shard_file_close(struct shard_file *file)
         return;
     if (file->payload)
         munmap(file->payload, file->layout.payload_bytes);
+    free(file->leaf_offsets);
+    free(file->leaves);
     free(file->sorted);
     free(file->tensors);
     free(file->index);
@@ -457,15 +500,14 @@ const struct shard_tensor *shard_file_find(const struct shard_file *file, enum t
 
 uint64_t shard_file_leaf_bytes(const struct shard_file *file, uint64_t index)
 {
-    assert(index < file->layout.leaf_count);
-    uint64_t left = file->layout.payload_bytes - index * SHARD_LEAF_BYTES;
-    return left < SHARD_LEAF_BYTES ? left : SHARD_LEAF_BYTES;
+    return shard_layout_leaf_bytes(&file->layout, index);
 }
 
-static int report_leaf(const struct shard_file *file, uint64_t begin, uint64_t end, struct error *err)
+// Leaf `index` as it lies in the file does not hold: what stands in it is named by its payload bytes.
+static int report_leaf(const struct shard_file *file, uint64_t index, const char *wrong, struct error *err)
 {
-    char label[256] = "padding";
-    uint64_t broken = 0;
+    char label[256] = "padding", repair[REPAIR_BYTES];
+    uint64_t begin = index * SHARD_LEAF_BYTES, end = begin + shard_file_leaf_bytes(file, index), broken = 0;
     for (uint64_t i = 0; i < file->tensor_count; i++) {
         const struct shard_tensor *tensor = &file->tensors[i];
         const struct weight_shape *shape = &tensor->shape;
@@ -478,19 +520,55 @@ static int report_leaf(const struct shard_file *file, uint64_t begin, uint64_t e
     char more[48] = "";
     if (broken > 1)
         snprintf(more, sizeof more, " or one of the %" PRIu64 " behind it", broken - 1);
-    return error_set(err, ERR_CORRUPT,
-                     "%s: rank %" PRIu32 ": %s%s%s, file bytes %" PRIu64 " to %" PRIu64 ": checksum mismatch; " REPAIR,
-                     file->name, file->identity.rank, broken ? "tensor " : "", label, more,
-                     file->layout.payload_offset + begin, file->layout.payload_offset + end - 1);
+    struct shard_stored stored = shard_file_stored_leaf(file, index);
+    uint64_t offset = file->layout.payload_offset + stored.offset;
+    return error_set(err, ERR_CORRUPT, "%s: rank %" PRIu32 ": %s%s%s, file bytes %" PRIu64 " to %" PRIu64 ": %s; %s",
+                     file->name, file->identity.rank, broken ? "tensor " : "", label, more, offset,
+                     offset + stored.bytes - 1, wrong, how_to_repair(repair, file->name));
 }
 
-int shard_file_verify_leaf(const struct shard_file *file, uint64_t index, const uint8_t *bytes, struct error *err)
+// ---- stored leaves --------------------------------------------------------------------------------------------------
+
+_Static_assert((int)LEAF_MAX_BYTES == (int)SHARD_LEAF_BYTES, "a leaf is what is encoded");
+
+bool shard_file_is_compressed(const struct shard_file *file) { return file->leaves != NULL; }
+
+uint64_t shard_file_stored_bytes(const struct shard_file *file)
+{
+    return file->layout.file_bytes - file->layout.payload_offset;
+}
+
+enum leaf_code shard_file_leaf_code(const struct shard_file *file, uint64_t index)
+{
+    assert(index < file->layout.leaf_count);
+    return file->leaves ? (enum leaf_code)file->leaves[index].code : LEAF_RAW;
+}
+
+struct shard_stored shard_file_stored_leaf(const struct shard_file *file, uint64_t index)
 {
     uint64_t leaf_bytes = shard_file_leaf_bytes(file, index);
-    uint64_t wanted;
+    if (!file->leaves)
+        return (struct shard_stored){index * SHARD_LEAF_BYTES, leaf_bytes};
+    bool last = index + 1 == file->layout.leaf_count;
+    uint64_t offset = file->leaf_offsets[index];
+    uint64_t end = last ? shard_file_stored_bytes(file) : offset + file->leaves[index].bytes;
+    return (struct shard_stored){offset, end - offset};
+}
+
+int shard_file_verify_leaf(const struct shard_file *file, uint64_t index, const uint8_t *stored, struct error *err)
+{
+    uint64_t wanted, stored_bytes = shard_file_stored_leaf(file, index).bytes;
     memcpy(&wanted, file->index + file->layout.leaves_offset + index * sizeof wanted, sizeof wanted);
-    if (checksum_leaf(bytes, leaf_bytes) == wanted)
-        return 0;
-    uint64_t begin = index * SHARD_LEAF_BYTES;
-    return report_leaf(file, begin, begin + leaf_bytes, err);
+    return checksum_leaf(stored, stored_bytes) == wanted ? 0 : report_leaf(file, index, "checksum mismatch", err);
+}
+
+int shard_file_decode_leaf(const struct shard_file *file, uint64_t index, const uint8_t *stored, uint8_t *out,
+                           struct leaf_scratch *scratch, struct error *err)
+{
+    uint64_t leaf_bytes = shard_file_leaf_bytes(file, index);
+    struct shard_leaf raw = {(uint32_t)leaf_bytes, LEAF_RAW}, leaf = file->leaves ? file->leaves[index] : raw;
+    const char *wrong = leaf_decode(out, leaf_bytes, leaf.code, stored, leaf.bytes, scratch);
+    if (!wrong && !all_zero(stored, leaf.bytes, shard_file_stored_leaf(file, index).bytes))
+        wrong = "it is not followed by zeros";
+    return wrong ? report_leaf(file, index, wrong, err) : 0;
 }

@@ -7,9 +7,11 @@
 
 #include "formats/checksum.h"
 #include "formats/error.h"
+#include "formats/leaf_code.h"
 #include "formats/model_desc.h"
 #include "formats/weight.h"
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -19,8 +21,10 @@ enum {
     SHARD_PAYLOAD_ALIGN = 2 << 20, // payload starts at a multiple of this
     SHARD_TENSOR_ALIGN = 256,      // every tensor's data and scales start at a multiple of this
     SHARD_FILE_ALIGN = 4096,       // the file's length is a multiple of this
-    SHARD_MAX_PARTS = 4,           // source tensors fused into one stored tensor
-    SHARD_MAX_RANKS = 1024,        // tp_size, and pp_size
+    SHARD_STORED_MAX_BYTES =
+        SHARD_LEAF_BYTES + SHARD_FILE_ALIGN - 1, // a leaf as it lies in the file; more than a leaf: the last one
+    SHARD_MAX_PARTS = 4,                         // source tensors fused into one stored tensor
+    SHARD_MAX_RANKS = 1024,                      // tp_size, and pp_size
 };
 
 // What a tensor is for. Numbers are on disk. layer is -1 for those outside the layers.
@@ -121,11 +125,26 @@ struct checksum128
 shard_file_root(const struct shard_file *file); // XXH3-128 of everything before the payload; stands in the manifest
 uint64_t shard_file_payload_bytes(const struct shard_file *file);
 uint64_t shard_file_payload_offset(const struct shard_file *file); // from the file's start
-const uint8_t *shard_file_payload(const struct shard_file *file);  // mapped; NULL after shard_file_parse
+const uint8_t *
+shard_file_payload(const struct shard_file *file); // mapped; NULL after shard_file_parse, and in compressed files
 uint64_t shard_file_leaf_count(const struct shard_file *file);
-// Checks leaf `index` against `bytes` (leaf length). ERR_CORRUPT names rank, tensor and byte range of the file.
-int shard_file_verify_leaf(const struct shard_file *file, uint64_t index, const uint8_t *bytes, struct error *err);
-uint64_t shard_file_leaf_bytes(const struct shard_file *file, uint64_t index); // length of that leaf
+uint64_t shard_file_leaf_bytes(const struct shard_file *file, uint64_t index); // payload bytes of that leaf
+
+// A compressed file holds leaves in fewer bytes, one behind the other, at any offset; each still has one checksum, of the bytes as they lie in
+// the file. In other files a leaf lies there as it is. The last leaf's bytes go on to the end of the file, with zeros.
+struct shard_stored {
+    uint64_t offset, bytes; // offset from the payload's start; bytes <= SHARD_STORED_MAX_BYTES
+};
+bool shard_file_is_compressed(const struct shard_file *file);
+struct shard_stored shard_file_stored_leaf(const struct shard_file *file, uint64_t index);
+uint64_t shard_file_stored_bytes(const struct shard_file *file); // from the payload's start to the end of the file
+enum leaf_code shard_file_leaf_code(const struct shard_file *file, uint64_t index);
+// Checks leaf `index` against its bytes as they are stored. ERR_CORRUPT names rank, tensor and byte range of the file, and the command that
+// repairs it.
+int shard_file_verify_leaf(const struct shard_file *file, uint64_t index, const uint8_t *stored, struct error *err);
+// Makes shard_file_leaf_bytes() bytes of payload from stored bytes that were verified. scratch (leaf_scratch_new): one for each thread.
+int shard_file_decode_leaf(const struct shard_file *file, uint64_t index, const uint8_t *stored, uint8_t *out,
+                           struct leaf_scratch *scratch, struct error *err);
 
 // ---- writing ---------------------------------------------------------------------------------------------------
 // The writer lays out tensors in the order given, so the layout is known before any weight is read.
@@ -137,5 +156,21 @@ int shard_layout(struct shard_tensor *tensors, uint64_t count, uint64_t *payload
 // Refuses whatever shard_file_parse would refuse.
 int shard_head_serialise(uint8_t **out, const struct shard_identity *identity, const struct shard_tensor *tensors,
                          uint64_t count, const uint64_t *leaves, struct checksum128 *root, struct error *err);
+
+// The same for a compressed file. How each leaf lies in it, [leaf_count]; not all of them raw. The last leaf's checksum is that of its bytes and
+// of the zeros behind it up to the next multiple of SHARD_FILE_ALIGN. The head's length is known before anything is compressed.
+struct shard_leaf {
+    uint32_t bytes; // without those zeros
+    uint32_t code;  // enum leaf_code
+};
+struct shard_compressed_layout {
+    uint64_t leaves_offset, table_offset; // where the head holds checksums, and how leaves lie
+    uint64_t payload_offset;
+};
+int shard_compressed_layout(struct shard_compressed_layout *out, const struct shard_tensor *tensors, uint64_t count,
+                            struct error *err);
+int shard_compressed_head_serialise(uint8_t **out, const struct shard_identity *identity,
+                                    const struct shard_tensor *tensors, uint64_t count, const uint64_t *leaves,
+                                    const struct shard_leaf *stored, struct checksum128 *root, struct error *err);
 
 #endif

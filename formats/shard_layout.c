@@ -43,7 +43,7 @@ bool shard_layout_tensor(struct shard_tensor *tensor, uint64_t *end)
 
 // Counts are bounded before they are multiplied: a hostile header may say anything.
 bool shard_layout_file(struct shard_disk_layout *out, uint64_t tensor_count, uint64_t part_count,
-                       uint64_t strings_bytes, uint64_t payload_end)
+                       uint64_t strings_bytes, uint64_t payload_end, bool compressed)
 {
     if (tensor_count > HEAD_MAX_BYTES || part_count > HEAD_MAX_BYTES || strings_bytes > HEAD_MAX_BYTES)
         return false;
@@ -56,7 +56,9 @@ bool shard_layout_file(struct shard_disk_layout *out, uint64_t tensor_count, uin
     layout.parts_offset = HEADER_BYTES + tensor_count * sizeof(struct disk_tensor);
     layout.strings_offset = layout.parts_offset + part_count * sizeof(struct disk_part);
     layout.leaves_offset = round_up(layout.strings_offset + strings_bytes, LEAVES_ALIGN);
-    layout.payload_offset = round_up(layout.leaves_offset + layout.leaf_count * sizeof(uint64_t), SHARD_PAYLOAD_ALIGN);
+    layout.table_offset = layout.leaves_offset + layout.leaf_count * sizeof(uint64_t);
+    layout.table_bytes = compressed ? layout.leaf_count * sizeof(struct shard_leaf) : 0;
+    layout.payload_offset = round_up(layout.table_offset + layout.table_bytes, SHARD_PAYLOAD_ALIGN);
     layout.file_bytes = layout.payload_offset + layout.payload_bytes;
     if (layout.payload_offset > HEAD_MAX_BYTES)
         return false;
@@ -64,8 +66,32 @@ bool shard_layout_file(struct shard_disk_layout *out, uint64_t tensor_count, uin
     return true;
 }
 
-static int layout_tensors(struct shard_disk_layout *out, struct shard_tensor *tensors, uint64_t count,
-                          struct error *err)
+uint64_t shard_layout_leaf_bytes(const struct shard_disk_layout *layout, uint64_t index)
+{
+    assert(index < layout->leaf_count);
+    uint64_t left = layout->payload_bytes - index * SHARD_LEAF_BYTES;
+    return left < SHARD_LEAF_BYTES ? left : SHARD_LEAF_BYTES;
+}
+
+const char *shard_layout_stored(struct shard_disk_layout *layout, const struct shard_leaf *table, uint64_t *offsets)
+{
+    uint64_t end = 0;
+    bool all_raw = true;
+    for (uint64_t i = 0; i < layout->leaf_count; i++) {
+        if (!leaf_code_fits(table[i].code, shard_layout_leaf_bytes(layout, i), table[i].bytes))
+            return "a leaf has an impossible code or length";
+        all_raw = all_raw && table[i].code == LEAF_RAW;
+        offsets[i] = end;
+        end += table[i].bytes; // below 2^43: leaves are bounded by the head's size
+    }
+    if (all_raw)
+        return "no leaf is compressed";
+    layout->file_bytes = layout->payload_offset + round_up(end, SHARD_FILE_ALIGN);
+    return NULL;
+}
+
+int shard_layout_all(struct shard_disk_layout *out, struct shard_tensor *tensors, uint64_t count, bool compressed,
+                     struct error *err)
 {
     uint64_t end = 0, part_count = 0, strings_bytes = 0;
     char label[192];
@@ -79,7 +105,7 @@ static int layout_tensors(struct shard_disk_layout *out, struct shard_tensor *te
         for (int p = 0; p < tensor->num_parts; p++)
             strings_bytes += strlen(tensor->parts[p].source) + 1;
     }
-    if (!shard_layout_file(out, count, part_count, strings_bytes, end))
+    if (!shard_layout_file(out, count, part_count, strings_bytes, end, compressed))
         return error_set(err, ERR_MODEL,
                          "the index of the rank file would exceed %d MiB (%" PRIu64 " tensors, %" PRIu64
                          " bytes of weights); split the model over more ranks",
@@ -91,13 +117,37 @@ int shard_layout(struct shard_tensor *tensors, uint64_t count, uint64_t *payload
                  uint64_t *file_bytes, struct error *err)
 {
     struct shard_disk_layout layout;
-    int rc = layout_tensors(&layout, tensors, count, err);
+    int rc = shard_layout_all(&layout, tensors, count, false, err);
     if (rc)
         return rc;
     *payload_offset = layout.payload_offset;
     *payload_bytes = layout.payload_bytes;
     *file_bytes = layout.file_bytes;
     return 0;
+}
+
+static int copy_tensors(struct shard_tensor **out, const struct shard_tensor *tensors, uint64_t count,
+                        struct error *err)
+{
+    *out = malloc(count * sizeof **out + 1);
+    if (!*out)
+        return error_set(err, ERR_MEMORY, "out of memory for the index of %" PRIu64 " tensors", count);
+    memcpy(*out, tensors, count * sizeof **out);
+    return 0;
+}
+
+int shard_compressed_layout(struct shard_compressed_layout *out, const struct shard_tensor *tensors, uint64_t count,
+                            struct error *err)
+{
+    struct shard_disk_layout layout;
+    struct shard_tensor *placed;
+    int rc = copy_tensors(&placed, tensors, count, err);
+    if (rc)
+        return rc;
+    if (!(rc = shard_layout_all(&layout, placed, count, true, err)))
+        *out = (struct shard_compressed_layout){layout.leaves_offset, layout.table_offset, layout.payload_offset};
+    free(placed);
+    return rc;
 }
 
 // ---- writing --------------------------------------------------------------------------------------------------------
@@ -108,6 +158,7 @@ static struct disk_header make_header(const struct shard_disk_layout *layout, co
     struct disk_header header = {
         .version = SHARD_VERSION,
         .header_bytes = HEADER_BYTES,
+        .required_features = layout->table_bytes ? FEATURE_COMPRESSED : 0,
         .rank = identity->rank,
         .tp_size = identity->tp_size,
         .pp_rank = identity->pp_rank,
@@ -174,18 +225,33 @@ static void write_index(uint8_t *head, const struct shard_disk_layout *layout, c
     }
 }
 
-int shard_head_serialise(uint8_t **out, const struct shard_identity *identity, const struct shard_tensor *tensors,
-                         uint64_t count, const uint64_t *leaves, struct checksum128 *root, struct error *err)
+// Tells the layout how leaves are stored, where they are compressed.
+static int layout_leaves(struct shard_disk_layout *layout, const struct shard_leaf *stored, struct error *err)
+{
+    uint64_t *offsets = stored ? malloc(layout->leaf_count * sizeof *offsets + 1) : NULL;
+    if (!stored)
+        return 0;
+    if (!offsets)
+        return error_set(err, ERR_MEMORY, "out of memory for %" PRIu64 " leaves", layout->leaf_count);
+    const char *wrong = shard_layout_stored(layout, stored, offsets);
+    free(offsets);
+    return wrong ? error_set(err, ERR_CORRUPT, "new rank file: %s", wrong) : 0;
+}
+
+// stored: NULL, or how the leaves of a compressed file lie in it.
+static int serialise(uint8_t **out, const struct shard_identity *identity, const struct shard_tensor *tensors,
+                     uint64_t count, const uint64_t *leaves, const struct shard_leaf *stored, struct checksum128 *root,
+                     struct error *err)
 {
     int rc;
     struct shard_disk_layout layout;
     uint8_t *head = NULL;
     struct shard_file *check = NULL;
-    struct shard_tensor *placed = malloc(count * sizeof *placed + 1);
-    if (!placed)
-        return error_set(err, ERR_MEMORY, "out of memory for the index of %" PRIu64 " tensors", count);
-    memcpy(placed, tensors, count * sizeof *placed);
-    if ((rc = layout_tensors(&layout, placed, count, err)))
+    struct shard_tensor *placed;
+    if ((rc = copy_tensors(&placed, tensors, count, err)))
+        return rc;
+    if ((rc = shard_layout_all(&layout, placed, count, stored != NULL, err)) ||
+        (rc = layout_leaves(&layout, stored, err)))
         goto fail;
     head = calloc(1, layout.payload_offset);
     if (!head) {
@@ -198,6 +264,8 @@ int shard_head_serialise(uint8_t **out, const struct shard_identity *identity, c
     write_index(head, &layout, placed, count);
     if (layout.leaf_count)
         memcpy(head + layout.leaves_offset, leaves, layout.leaf_count * sizeof *leaves);
+    if (layout.table_bytes)
+        memcpy(head + layout.table_offset, stored, layout.table_bytes);
     checksum128_to_bytes(checksum_whole(head, layout.payload_offset), header.head_hash);
     memcpy(head, &header, sizeof header);
 
@@ -214,4 +282,17 @@ fail:
     free(placed);
     free(head);
     return rc;
+}
+
+int shard_head_serialise(uint8_t **out, const struct shard_identity *identity, const struct shard_tensor *tensors,
+                         uint64_t count, const uint64_t *leaves, struct checksum128 *root, struct error *err)
+{
+    return serialise(out, identity, tensors, count, leaves, NULL, root, err);
+}
+
+int shard_compressed_head_serialise(uint8_t **out, const struct shard_identity *identity,
+                                    const struct shard_tensor *tensors, uint64_t count, const uint64_t *leaves,
+                                    const struct shard_leaf *stored, struct checksum128 *root, struct error *err)
+{
+    return serialise(out, identity, tensors, count, leaves, stored, root, err);
 }

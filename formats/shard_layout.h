@@ -15,7 +15,8 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the records are copie
 #define SHARD_MAGIC "TPSHARD\n" // 8 bytes, without the NUL
 
 enum {
-    REQUIRED_FEATURES_KNOWN = 0, // none yet
+    FEATURE_COMPRESSED = 1, // leaves lie in the file as a table of the head says
+    REQUIRED_FEATURES_KNOWN = FEATURE_COMPRESSED,
     HEADER_BYTES = 320,
     HEAD_MAX_BYTES = 64 << 20,
     LEAVES_ALIGN = 16,
@@ -43,9 +44,9 @@ struct disk_header {
     uint64_t strings_bytes;     //  72
     uint64_t leaves_offset;     //  80  end of the strings, rounded up to 16
     uint64_t leaf_count;        //  88  payload_bytes / 1 MiB, rounded up
-    uint64_t payload_offset;    //  96  end of the leaves, rounded up to 2 MiB
-    uint64_t payload_bytes;     // 104  up to the end of the file, multiple of 4096
-    uint64_t file_bytes;        // 112  payload_offset + payload_bytes
+    uint64_t payload_offset;    //  96  end of the leaves, compressed: of the table behind them, rounded up to 2 MiB
+    uint64_t payload_bytes;     // 104  multiple of 4096; not compressed: up to the end of the file
+    uint64_t file_bytes;        // 112  payload_offset + what lies there
     uint64_t reserved;          // 120  0
     uint8_t contract[16];       // 128
     uint64_t share[14];         // 144  struct rank_share, in its order
@@ -86,18 +87,31 @@ struct disk_part {
 };
 _Static_assert(sizeof(struct disk_part) == 64, "on-disk layout");
 
+// In a compressed file: one for each leaf, directly behind the leaves.
+_Static_assert(sizeof(struct shard_leaf) == 8, "on-disk layout");
+
 // Where everything lies; see struct disk_header.
 struct shard_disk_layout {
     uint64_t part_count, parts_offset, strings_offset, strings_bytes, leaves_offset, leaf_count;
-    uint64_t payload_offset, payload_bytes, file_bytes;
+    uint64_t table_offset, table_bytes; // of struct shard_leaf; 0 bytes: not compressed
+    uint64_t payload_offset, payload_bytes;
+    uint64_t file_bytes; // compressed: known when the table is, see shard_layout_stored
 };
 
 // Gives a tensor the places behind *end, which is moved to its end. False on overflow.
 bool shard_layout_tensor(struct shard_tensor *tensor, uint64_t *end);
+// Places all tensors, and everything else behind each other; of a compressed file all but its length.
+int shard_layout_all(struct shard_disk_layout *out, struct shard_tensor *tensors, uint64_t count, bool compressed,
+                     struct error *err);
 // The rest of the layout, from the counts and the end of the last tensor. False when something overflows or the head
 // would be larger than HEAD_MAX_BYTES.
 bool shard_layout_file(struct shard_disk_layout *out, uint64_t tensor_count, uint64_t part_count,
-                       uint64_t strings_bytes, uint64_t payload_end);
+                       uint64_t strings_bytes, uint64_t payload_end, bool compressed);
+// Payload bytes of a leaf.
+uint64_t shard_layout_leaf_bytes(const struct shard_disk_layout *layout, uint64_t index);
+// The length of a compressed file, and where its leaves begin: offsets [leaf_count], from the payload's start. What is wrong with the table,
+// in words; NULL: nothing.
+const char *shard_layout_stored(struct shard_disk_layout *layout, const struct shard_leaf *table, uint64_t *offsets);
 // "layers.3.down (model.layers.3.mlp.down_proj.weight)", "layers.3.expert_down 7 (...)", for messages.
 const char *shard_layout_label(char *buffer, size_t bytes, const struct shard_tensor *tensor);
 

@@ -11,11 +11,12 @@
 static struct model_options model_options = MODEL_OPTIONS_DEFAULT;
 static struct {
     int64_t threads;
-    bool resume, force, dry_run;
+    bool zstd, resume, force, dry_run;
 } options = {.threads = -1};
 
 const struct option_spec convert_options[] = {
     MODEL_OPTION_SPECS(model_options),
+    ZSTD_OPTION_SPEC(&options.zstd),
     THREADS_OPTION_SPEC(&options.threads),
     {"resume", OPTION_FLAG, &options.resume, NULL, 0, 0, "go on with a run that was interrupted"},
     {"force", OPTION_FLAG, &options.force, NULL, 0, 0, "replace the model that is in out_dir"},
@@ -132,9 +133,9 @@ static int convert(struct conversion *c, const char *out_dir, struct error *err)
 {
     char key[512];
     const struct manifest_quant *quant = &c->plan->quant;
-    snprintf(key, sizeof key, "%s convert tp %u experts %s linear %d embedding %d head %d group %u keep %d",
+    snprintf(key, sizeof key, "%s convert tp %u experts %s linear %d embedding %d head %d group %u keep %d%s",
              build_tool_name(), c->plan->tp_size, experts_mode_name(c->plan->experts), quant->linear, quant->embedding,
-             quant->head, quant->group_size, c->keep);
+             quant->head, quant->group_size, c->keep, options.zstd ? " zstd" : "");
     struct build_input input = {
         .plan = c->plan,
         .source = c->rows.source,
@@ -152,6 +153,7 @@ static int convert(struct conversion *c, const char *out_dir, struct error *err)
         .force = options.force,
         .resume = options.resume,
         .quiet = common.quiet,
+        .compress = options.zstd,
         .threads = options.threads > 0 ? (int)options.threads : thread_pool_default_threads(),
     };
     struct build_result result;

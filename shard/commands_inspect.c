@@ -1,4 +1,5 @@
 // tpshard inspect: what is in a shard directory. Reads the manifest and the heads of the rank files, no weights.
+#include "formats/json_file.h"
 #include "shard/commands.h"
 #include "shard/plan.h"
 #include "shard/progress.h"
@@ -40,6 +41,27 @@ static json_t *tensor_json(const struct shard_tensor *tensor)
                      (json_int_t)tensor->shape.scale_bytes, "parts", parts);
 }
 
+// Leaves of each code.
+static void count_codes(uint64_t codes[LEAF_CODE_COUNT], const struct shard_file *file)
+{
+    memset(codes, 0, LEAF_CODE_COUNT * sizeof *codes);
+    for (uint64_t leaf = 0; leaf < shard_file_leaf_count(file); leaf++)
+        codes[shard_file_leaf_code(file, leaf)]++;
+}
+
+static json_t *stored_json(const struct shard_file *file)
+{
+    uint64_t codes[LEAF_CODE_COUNT], payload_bytes = shard_file_payload_bytes(file);
+    json_t *leaves = json_object();
+    count_codes(codes, file);
+    for (int code = 0; code < LEAF_CODE_COUNT; code++)
+        json_object_set_new(leaves, leaf_code_name((enum leaf_code)code), json_integer((json_int_t)codes[code]));
+    return json_pack("{s:b, s:I, s:f, s:o}", "compressed", (int)shard_file_is_compressed(file), "bytes",
+                     (json_int_t)shard_file_stored_bytes(file), "ratio",
+                     payload_bytes ? (double)shard_file_stored_bytes(file) / (double)payload_bytes : 1.0, "leaves",
+                     leaves);
+}
+
 static json_t *rank_json(const struct shard_dir *dir, uint32_t rank)
 {
     const struct shard_file *file = dir->files[rank];
@@ -48,10 +70,10 @@ static json_t *rank_json(const struct shard_dir *dir, uint32_t rank)
     for (uint64_t i = 0; rank == (uint32_t)options.rank && i < shard_file_tensor_count(file); i++)
         json_array_append_new(tensors, tensor_json(shard_file_tensor(file, i)));
     return json_pack(
-        "{s:i, s:s, s:I, s:I, s:I, s:[I,I], s:[I,I], s:[I,I], s:[I,I], s:[I,I], s:[I,I], s:[I,I], s:I, s:o}", "rank",
-        (int)rank, "file", dir->manifest->ranks[rank].name, "bytes", (json_int_t)dir->manifest->ranks[rank].bytes,
-        "payload_offset", (json_int_t)shard_file_payload_offset(file), "payload_bytes",
-        (json_int_t)shard_file_payload_bytes(file), "heads", (json_int_t)share->head_begin,
+        "{s:i, s:s, s:I, s:I, s:I, s:[I,I], s:[I,I], s:[I,I], s:[I,I], s:[I,I], s:[I,I], s:[I,I], s:I, s:o, s:o}",
+        "rank", (int)rank, "file", dir->manifest->ranks[rank].name, "bytes",
+        (json_int_t)dir->manifest->ranks[rank].bytes, "payload_offset", (json_int_t)shard_file_payload_offset(file),
+        "payload_bytes", (json_int_t)shard_file_payload_bytes(file), "heads", (json_int_t)share->head_begin,
         (json_int_t)(share->head_begin + share->num_heads_local), "kv_heads", (json_int_t)share->kv_head_begin,
         (json_int_t)(share->kv_head_begin + share->num_kv_heads_local), "intermediate", (json_int_t)share->mlp_begin,
         (json_int_t)(share->mlp_begin + share->intermediate_local), "vocab", (json_int_t)share->vocab_begin,
@@ -60,7 +82,7 @@ static json_t *rank_json(const struct shard_dir *dir, uint32_t rank)
         (json_int_t)share->expert_mlp_begin, (json_int_t)(share->expert_mlp_begin + share->expert_size_local),
         "shared_intermediate", (json_int_t)share->shared_begin,
         (json_int_t)(share->shared_begin + share->shared_size_local), "tensor_count",
-        (json_int_t)shard_file_tensor_count(file), "tensors", tensors);
+        (json_int_t)shard_file_tensor_count(file), "stored", stored_json(file), "tensors", tensors);
 }
 
 static int print_json(const struct shard_dir *dir, struct error *err)
@@ -69,7 +91,9 @@ static int print_json(const struct shard_dir *dir, struct error *err)
     int rc = manifest_to_json(dir->manifest, &text, err);
     if (rc)
         return rc;
-    json_t *manifest = json_loads(text, 0, NULL), *ranks = json_array();
+    json_error_t ignored;
+    bool no_memory; // asked again of the whole
+    json_t *manifest = json_file_load(text, strlen(text), 0, &ignored, &no_memory), *ranks = json_array();
     free(text);
     for (uint32_t rank = 0; rank < dir->manifest->num_ranks; rank++)
         json_array_append_new(ranks, rank_json(dir, rank));
@@ -100,6 +124,23 @@ static void print_kinds(const struct shard_dir *dir)
     printf("\n");
 }
 
+// Behind the length of a rank file.
+static void print_stored(const struct shard_file *file)
+{
+    uint64_t codes[LEAF_CODE_COUNT], payload_bytes = shard_file_payload_bytes(file);
+    char bytes[32];
+    if (!shard_file_is_compressed(file)) {
+        printf("\n");
+        return;
+    }
+    count_codes(codes, file);
+    printf(", compressed: %s of weights to %.3f of that (leaves:", progress_bytes_text(bytes, payload_bytes),
+           (double)shard_file_stored_bytes(file) / (double)payload_bytes);
+    for (int code = 0; code < LEAF_CODE_COUNT; code++)
+        printf(" %llu %s%s", (unsigned long long)codes[code], leaf_code_name((enum leaf_code)code),
+               code + 1 < LEAF_CODE_COUNT ? "," : ")\n");
+}
+
 static void print_manifest(const char *path, const struct shard_dir *dir)
 {
     const struct manifest *manifest = dir->manifest;
@@ -123,8 +164,10 @@ static void print_manifest(const char *path, const struct shard_dir *dir)
            weight_kind_name(manifest->quant.head));
     print_kinds(dir);
     printf("  tp %u, contract %s\n", manifest->tp_size, contract);
-    for (size_t i = 0; i < manifest->num_ranks; i++)
-        printf("  %-28s %s\n", manifest->ranks[i].name, progress_bytes_text(bytes, manifest->ranks[i].bytes));
+    for (size_t i = 0; i < manifest->num_ranks; i++) {
+        printf("  %-28s %s", manifest->ranks[i].name, progress_bytes_text(bytes, manifest->ranks[i].bytes));
+        print_stored(dir->files[i]);
+    }
     for (size_t i = 0; i < manifest->num_extras; i++)
         printf("  %-28s %s\n", manifest->extras[i].name, progress_bytes_text(bytes, manifest->extras[i].bytes));
     for (size_t i = 0; i < manifest->num_sources; i++)

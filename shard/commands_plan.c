@@ -19,7 +19,10 @@ static struct {
     int64_t context; // -1: not said
     const char *kv_cache;
     uint64_t gpu_memory_bytes;
-} options = {.context = -1, .gpu_memory_bytes = UINT64_MAX};
+    bool zstd;
+    double link_gb_s; // -1: not said
+    int64_t cores;    // -1: not said
+} options = {.context = -1, .gpu_memory_bytes = UINT64_MAX, .link_gb_s = -1, .cores = -1};
 
 const struct option_spec plan_options[] = {
     MODEL_OPTION_SPECS(model_options),
@@ -31,6 +34,12 @@ const struct option_spec plan_options[] = {
      "memory of one rank's card, such as 24GiB: say whether it fits, and propose what --tp, --quant and --kv-cache "
      "leave open: weights as little changed as possible (as they are, int8, fp8, int4), then a KV cache in bf16, then "
      "the fewest ranks"},
+    {"zstd", OPTION_FLAG, &options.zstd, NULL, 0, 0,
+     "say how long compressed rank files would be (convert --zstd), and with --link whether a start becomes quicker"},
+    {"link", OPTION_NUMBER, &options.link_gb_s, "GB/S", 0.001, 10000,
+     "with --zstd: 10^9 bytes a second at which the disk or the network gives all rank files together"},
+    {"cores", OPTION_INT, &options.cores, "N", 1, 4096,
+     "with --zstd: cores that decode during the start (default: this machine's)"},
     {0},
 };
 
@@ -150,6 +159,8 @@ static int check_question(const struct subject *subject, struct error *err)
     if (options.context > subject->config.model.context)
         return error_set(err, ERR_USAGE, "--context %lld: the model was made for at most %lld tokens",
                          (long long)options.context, (long long)subject->config.model.context);
+    if (!options.zstd && (options.link_gb_s > 0 || options.cores > 0))
+        return error_set(err, ERR_USAGE, "--link and --cores say something of compressed rank files: add --zstd");
     if (options.gpu_memory_bytes != NOT_SAID && memory_plan_available(options.gpu_memory_bytes) == 0)
         return error_set(err, ERR_USAGE,
                          "--gpu-memory %llu bytes: driver and context alone take %d MiB; sizes are written like 24GiB",
@@ -240,6 +251,10 @@ static int find_answer(struct plan_answer *answer, struct subject *subject, stru
     for (uint32_t rank = 0; rank < answer->plan->tp_size; rank++)
         memory_plan_rank(&answer->ranks[rank], answer->plan, rank, answer->context_tokens, answer->way.kv_format);
     answer->largest_bytes = memory_plan_largest(answer->plan, answer->context_tokens, answer->way.kv_format);
+    answer->compress = options.zstd;
+    answer->link_gb_s = options.link_gb_s > 0 ? options.link_gb_s : 0;
+    answer->cores = options.cores > 0 ? options.cores : thread_pool_default_threads();
+    compress_plan_make(&answer->compressed, answer->ranks, answer->plan);
     return count_other_experts(answer, subject, err);
 }
 
@@ -295,6 +310,26 @@ static json_t *other_experts_json(const struct plan_answer *answer)
                      (json_int_t)answer->other_read_bytes);
 }
 
+static json_t *compressed_json(const struct plan_answer *answer)
+{
+    const struct compress_plan *plan = &answer->compressed;
+    if (!answer->compress)
+        return json_null();
+    json_t *object = json_pack("{s:I, s:I, s:f, s:f, s:I}", "bytes", (json_int_t)plan->stored_bytes, "plain_bytes",
+                               (json_int_t)plan->plain_bytes, "ratio", plan->ratio, "core_gb_s", plan->core_gb_s,
+                               "cores", (json_int_t)answer->cores);
+    bool link = answer->link_gb_s > 0;
+    struct compress_advice advice = {0};
+    if (link)
+        advice = compress_plan_advise(plan, answer->link_gb_s, answer->cores);
+    json_object_set_new(object, "link_gb_s", link ? json_real(answer->link_gb_s) : json_null());
+    json_object_set_new(object, "rate_gb_s", link ? json_real(advice.rate_gb_s) : json_null());
+    json_object_set_new(object, "plain_seconds", link ? json_real(advice.plain_s) : json_null());
+    json_object_set_new(object, "seconds", link ? json_real(advice.compressed_s) : json_null());
+    json_object_set_new(object, "helps", link ? json_boolean(advice.helps) : json_null());
+    return object;
+}
+
 static int print_json(const struct plan_answer *answer, struct error *err)
 {
     const struct plan *plan = answer->plan;
@@ -334,6 +369,7 @@ static int print_json(const struct plan_answer *answer, struct error *err)
     json_object_set_new(object, "max_context", cards ? json_integer(answer->max_context) : json_null());
     json_object_set_new(object, "others", advice);
     json_object_set_new(object, "other_experts", other_experts_json(answer));
+    json_object_set_new(object, "compressed", compressed_json(answer));
     json_object_set_new(object, "empty_shares", json_boolean(plan_empty_shares(plan, line, sizeof line)));
     json_object_set_new(object, "ranks", ranks);
     return commands_print_json(object, err);

@@ -12,13 +12,14 @@
 static struct {
     int64_t tp, threads;
     const char *experts; // NULL: as they are
-    bool resume, force;
+    bool zstd, resume, force;
 } options = {.tp = -1, .threads = -1};
 
 const struct option_spec reshard_options[] = {
     {"tp", OPTION_INT, &options.tp, "N", 1, PLAN_MAX_TP, "ranks to cut the model for"},
     {"experts", OPTION_CHOICE, &options.experts, "tp|ep", 0, 0,
      "tp: every rank holds a slice of each expert; ep: some of them, whole (default: as in out_dir)"},
+    ZSTD_OPTION_SPEC(&options.zstd),
     THREADS_OPTION_SPEC(&options.threads),
     {"resume", OPTION_FLAG, &options.resume, NULL, 0, 0, "go on with a run that was interrupted"},
     {"force", OPTION_FLAG, &options.force, NULL, 0, 0, "replace the model that is in new_dir"},
@@ -116,8 +117,8 @@ static int reshard(struct resharding *r, const char *to, struct error *err)
 {
     char key[512], contract[CHECKSUM128_HEX_DIGITS + 1];
     checksum128_to_hex(r->dir.manifest->contract, contract);
-    snprintf(key, sizeof key, "%s reshard tp %u experts %s from %s", build_tool_name(), r->to->tp_size,
-             experts_mode_name(r->to->experts), contract);
+    snprintf(key, sizeof key, "%s reshard tp %u experts %s from %s%s", build_tool_name(), r->to->tp_size,
+             experts_mode_name(r->to->experts), contract, options.zstd ? " zstd" : "");
     struct build_input input = {
         .plan = r->to,
         .source = &r->source.source,
@@ -133,6 +134,7 @@ static int reshard(struct resharding *r, const char *to, struct error *err)
         .force = options.force,
         .resume = options.resume,
         .quiet = common.quiet,
+        .compress = options.zstd,
         .threads = threads(),
     };
     struct build_result result;

@@ -2,6 +2,7 @@
 #ifndef TPSHARD_SHARD_PLAN_ANSWER_H
 #define TPSHARD_SHARD_PLAN_ANSWER_H
 
+#include "shard/compress_plan.h"
 #include "shard/fit.h"
 #include "shard/memory_plan.h"
 
@@ -18,6 +19,12 @@ struct plan_answer {
     // With experts: the other way to deal them out.
     enum experts_mode other_experts;
     uint64_t other_largest_bytes, other_read_bytes;
+
+    // With --zstd.
+    bool compress;
+    struct compress_plan compressed;
+    double link_gb_s; // 0: not said
+    int64_t cores;
 
     // With --gpu-memory.
     uint64_t card_bytes, available_bytes; // card_bytes 0: not asked

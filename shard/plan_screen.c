@@ -263,6 +263,30 @@ static void print_fit(const struct plan_answer *answer)
                   answer->plan->tp_size, answer->plan->tp_size == 1 ? "" : "s", card, answer->min_ranks);
 }
 
+static void print_compressed(const struct plan_answer *answer)
+{
+    const struct compress_plan *plan = &answer->compressed;
+    char plain[TEXT_BYTES], stored[TEXT_BYTES];
+    if (!answer->compress)
+        return;
+    size_text(plain, plan->plain_bytes);
+    size_text(stored, plan->stored_bytes);
+    if (answer->link_gb_s <= 0) {
+        paragraph("zstd",
+                  "files %s instead of %s; a start becomes quicker where the link gives less than %.1f GB/s for "
+                  "each core that decodes (say --link GB/S)",
+                  stored, plain, plan->core_gb_s);
+        return;
+    }
+    struct compress_advice advice = compress_plan_advise(plan, answer->link_gb_s, answer->cores);
+    paragraph("zstd",
+              "%s: files %s instead of %s; at %g GB/s they arrive in %.3g s as they are, compressed in %.3g s, "
+              "with %lld core%s that decode %.1f GB/s",
+              advice.helps ? "it helps" : "it does not help", stored, plain, answer->link_gb_s, advice.plain_s,
+              advice.compressed_s, (long long)answer->cores, answer->cores == 1 ? "" : "s",
+              (double)answer->cores * plan->core_gb_s);
+}
+
 int plan_screen_print(const struct plan_answer *answer, struct error *err)
 {
     char line[256], cpu[TEXT_BYTES];
@@ -271,6 +295,7 @@ int plan_screen_print(const struct plan_answer *answer, struct error *err)
     print_ranks(answer, MAX_ROWS - (empty ? 2 : 0) - (answer->num_advice > 1 ? answer->num_advice - 1 : 0));
     printf("\n");
     print_stored(answer);
+    print_compressed(answer);
     print_cache(answer);
     paragraph("buffers", "of a step of 2048 rows and the backend's reserve, on a GPU; on CPUs %s",
               size_text(cpu, answer->ranks[0].cpu_scratch_bytes));

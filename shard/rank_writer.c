@@ -5,6 +5,7 @@
 #include "formats/checksum.h"
 #include "formats/file_io.h"
 #include "shard/pool_error.h"
+#include "shard/rank_compress.h"
 #include "shard/stop.h"
 
 #include <errno.h>
@@ -13,10 +14,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 struct rank_writer {
     const struct plan *plan;
+    const char *dir;
+    bool compress, keep;
+    bool *stays_raw; // of those that were to be compressed
     int *fds;
     char (*paths)[PATH_MAX];
 };
@@ -35,33 +40,61 @@ static int take_space(int fd, uint64_t bytes, const char *path, struct error *er
     return failed ? error_set_errno(err, "%s: cannot take %llu bytes of disk", path, (unsigned long long)bytes) : 0;
 }
 
-static int open_rank(struct rank_writer *writer, const char *dir, uint32_t rank, bool keep, struct error *err)
+// The file's name in the finished directory.
+static void final_path(char path[PATH_MAX], const struct rank_writer *writer, uint32_t rank)
 {
     char name[64];
-    const char *path = writer->paths[rank];
     manifest_rank_file_name(name, sizeof name, rank, writer->plan->tp_size);
-    snprintf(writer->paths[rank], PATH_MAX, "%s/%s", dir, name);
-    writer->fds[rank] = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | (keep ? 0 : O_TRUNC), 0666);
+    snprintf(path, PATH_MAX, "%s/%s", writer->dir, name);
+}
+
+// An earlier run that ended at the very last may have given a raw file, in which nothing became shorter, its final name.
+static void find_raw(const struct rank_writer *writer, uint32_t rank)
+{
+    char path[PATH_MAX];
+    struct stat status;
+    final_path(path, writer, rank);
+    if (access(writer->paths[rank], F_OK) && errno == ENOENT && stat(path, &status) == 0 &&
+        (uint64_t)status.st_size == writer->plan->ranks[rank].file_bytes)
+        rename(path, writer->paths[rank]); // or else it is made once more
+}
+
+static int open_rank(struct rank_writer *writer, uint32_t rank, struct error *err)
+{
+    const char *path = writer->paths[rank];
+    if (!writer->compress) {
+        final_path(writer->paths[rank], writer, rank);
+    } else {
+        snprintf(writer->paths[rank], PATH_MAX, "%s/rank-%02u.raw", writer->dir, rank);
+        if (writer->keep)
+            find_raw(writer, rank);
+    }
+    writer->fds[rank] = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | (writer->keep ? 0 : O_TRUNC), 0666);
     if (writer->fds[rank] < 0)
         return error_set_errno(err, "%s: cannot create", path);
     return take_space(writer->fds[rank], writer->plan->ranks[rank].file_bytes, path, err);
 }
 
-int rank_writer_open(struct rank_writer **out, const char *dir, const struct plan *plan, bool keep, struct error *err)
+int rank_writer_open(struct rank_writer **out, const char *dir, const struct plan *plan, bool compress, bool keep,
+                     struct error *err)
 {
     int rc = 0;
     struct rank_writer *writer = calloc(1, sizeof *writer);
     if (!writer)
         return error_set(err, ERR_MEMORY, "out of memory for the rank files");
     writer->plan = plan;
+    writer->dir = dir;
+    writer->compress = compress;
+    writer->keep = keep;
     writer->fds = malloc(plan->tp_size * sizeof *writer->fds);
     writer->paths = calloc(plan->tp_size, sizeof *writer->paths);
+    writer->stays_raw = calloc(plan->tp_size, sizeof *writer->stays_raw);
     for (uint32_t rank = 0; writer->fds && rank < plan->tp_size; rank++)
         writer->fds[rank] = -1;
-    if (!writer->fds || !writer->paths)
+    if (!writer->fds || !writer->paths || !writer->stays_raw)
         rc = error_set(err, ERR_MEMORY, "out of memory for %u rank files", plan->tp_size);
     for (uint32_t rank = 0; !rc && rank < plan->tp_size; rank++)
-        rc = open_rank(writer, dir, rank, keep, err);
+        rc = open_rank(writer, rank, err);
     if (rc)
         rank_writer_free(writer);
     else
@@ -78,6 +111,7 @@ void rank_writer_free(struct rank_writer *writer)
             close(writer->fds[rank]);
     free(writer->fds);
     free(writer->paths);
+    free(writer->stays_raw);
     free(writer);
 }
 
@@ -136,8 +170,9 @@ static void hash_leaf(void *arg, int64_t task, int thread)
         job->leaves[task] = checksum_leaf(leaf, bytes);
 }
 
-static int finish_rank(struct rank_writer *writer, uint32_t rank, struct checksum128 contract, struct thread_pool *pool,
-                       struct manifest_file *file, struct error *err)
+// Checksums and head of a file that stays as it is.
+static int finish_raw(struct rank_writer *writer, uint32_t rank, const struct shard_identity *identity,
+                      struct thread_pool *pool, struct manifest_file *file, struct error *err)
 {
     const struct plan_rank *planned = &writer->plan->ranks[rank];
     const char *path = writer->paths[rank];
@@ -152,23 +187,14 @@ static int finish_rank(struct rank_writer *writer, uint32_t rank, struct checksu
         goto done;
     }
     thread_pool_run(pool, hash_leaf, &job, (int64_t)num_leaves);
-    if ((rc = pool_error_take(&job.failure, err)))
-        goto done;
-    struct shard_identity identity = {
-        .rank = rank, .tp_size = writer->plan->tp_size, .pp_rank = 0, .pp_size = 1, .share = planned->share};
-    checksum128_to_bytes(contract, identity.contract);
-    if ((rc = shard_head_serialise(&head, &identity, planned->tensors, writer->plan->tensor_count, job.leaves,
+    file->bytes = planned->file_bytes;
+    if ((rc = pool_error_take(&job.failure, err)) ||
+        (rc = shard_head_serialise(&head, identity, planned->tensors, writer->plan->tensor_count, job.leaves,
                                    &file->hash, err)) ||
         (rc = file_pwrite_full(writer->fds[rank], head, planned->payload_offset, 0, path, err)))
         goto done;
-    if (fdatasync(writer->fds[rank])) {
+    if (fdatasync(writer->fds[rank]))
         rc = error_set_errno(err, "%s: cannot sync", path);
-        goto done;
-    }
-    int fd = writer->fds[rank];
-    writer->fds[rank] = -1;
-    if (close(fd))
-        rc = error_set_errno(err, "%s: cannot close", path);
 done:
     free(head);
     free(job.leaves);
@@ -176,16 +202,69 @@ done:
     return rc;
 }
 
-int rank_writer_finish(struct rank_writer *writer, struct checksum128 contract, struct thread_pool *pool,
-                       struct manifest_file *files, struct error *err)
+static int close_rank(struct rank_writer *writer, uint32_t rank, struct error *err)
 {
+    int fd = writer->fds[rank];
+    writer->fds[rank] = -1;
+    return close(fd) ? error_set_errno(err, "%s: cannot close", writer->paths[rank]) : 0;
+}
+
+static int finish_compressed(bool *worth, struct rank_writer *writer, uint32_t rank,
+                             const struct shard_identity *identity, struct thread_pool *pool, struct progress *progress,
+                             struct manifest_file *file, struct error *err)
+{
+    char path[PATH_MAX];
+    final_path(path, writer, rank);
+    const struct rank_compress_input input = {
+        .planned = &writer->plan->ranks[rank],
+        .tensor_count = writer->plan->tensor_count,
+        .identity = identity,
+        .raw_fd = writer->fds[rank],
+        .raw_path = writer->paths[rank],
+        .path = path,
+        .progress = progress,
+        .keep = writer->keep,
+    };
+    return rank_compress(worth, file, &input, pool, err);
+}
+
+static int finish_rank(struct rank_writer *writer, uint32_t rank, struct checksum128 contract, struct thread_pool *pool,
+                       struct progress *progress, struct manifest_file *file, struct error *err)
+{
+    bool shorter = false;
+    int rc = 0;
+    struct shard_identity identity = {.rank = rank,
+                                      .tp_size = writer->plan->tp_size,
+                                      .pp_rank = 0,
+                                      .pp_size = 1,
+                                      .share = writer->plan->ranks[rank].share};
+    checksum128_to_bytes(contract, identity.contract);
+    if (writer->compress)
+        rc = finish_compressed(&shorter, writer, rank, &identity, pool, progress, file, err);
+    if (!rc && !shorter)
+        rc = finish_raw(writer, rank, &identity, pool, file, err);
+    writer->stays_raw[rank] = writer->compress && !shorter;
+    return rc ? rc : close_rank(writer, rank, err);
+}
+
+int rank_writer_finish(struct rank_writer *writer, struct checksum128 contract, struct thread_pool *pool,
+                       struct progress *progress, struct manifest_file *files, struct error *err)
+{
+    char path[PATH_MAX];
     int rc;
     for (uint32_t rank = 0; rank < writer->plan->tp_size; rank++) {
-        if (!files[rank].name && !(files[rank].name = strdup(strrchr(writer->paths[rank], '/') + 1)))
+        final_path(path, writer, rank);
+        if (!files[rank].name && !(files[rank].name = strdup(strrchr(path, '/') + 1)))
             return error_set(err, ERR_MEMORY, "out of memory for a file name");
-        files[rank].bytes = writer->plan->ranks[rank].file_bytes;
-        if ((rc = finish_rank(writer, rank, contract, pool, &files[rank], err)))
+        snprintf(progress->label, sizeof progress->label, "%s", files[rank].name);
+        if ((rc = finish_rank(writer, rank, contract, pool, progress, &files[rank], err)))
             return rc;
+    }
+    // Last of all: until here a run that resumes finds its payloads.
+    for (uint32_t rank = 0; rank < writer->plan->tp_size; rank++) {
+        final_path(path, writer, rank);
+        if (writer->stays_raw[rank] && rename(writer->paths[rank], path))
+            return error_set_errno(err, "%s: cannot rename", writer->paths[rank]);
     }
     return 0;
 }

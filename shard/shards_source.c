@@ -3,13 +3,11 @@
 #include "shard/shards_source.h"
 
 #include "formats/checked.h"
-#include "formats/file_io.h"
 
 #include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 // The stored rows of one rank that a request touches.
 struct slice {
@@ -56,7 +54,7 @@ static uint64_t vector_slice(const struct shards_source *source, const struct ro
     for (int p = 0; p < request->part; p++)
         begin += tensor->parts[p].cols;
     *part = &tensor->parts[request->part];
-    return source->plan->ranks[rank].payload_offset + tensor->data_offset + begin * sizeof(float);
+    return tensor->data_offset + begin * sizeof(float);
 }
 
 static int read_vector(const struct shards_source *source, struct row_window *window, const struct row_request *request,
@@ -66,8 +64,8 @@ static int read_vector(const struct shards_source *source, struct row_window *wi
     for (uint32_t rank = 0; !rc && rank < source->plan->tp_size; rank++) {
         const struct shard_part *part;
         uint64_t offset = vector_slice(source, request, rank, &part);
-        rc = file_pread_full(source->fds[rank], window->values + part->col_begin, part->cols * sizeof(float), offset,
-                             source->paths[rank], err);
+        rc = payload_reader_read(source->ranks[rank].reader, window->values + part->col_begin,
+                                 part->cols * sizeof(float), offset, err);
     }
     return rc;
 }
@@ -90,15 +88,11 @@ static int source_read(const struct row_source *base, struct row_window *window,
     for (uint32_t rank = 0; rank < source->plan->tp_size; rank++) {
         if (!slice_of(&slice, source, request, rank))
             continue;
-        uint64_t payload = source->plan->ranks[rank].payload_offset;
-        uint64_t data =
-            payload + slice.tensor->data_offset + slice.block_begin * pack_block_data_bytes(&slice.tensor->shape);
-        uint64_t scale =
-            payload + slice.tensor->scale_offset + slice.block_begin * pack_block_scale_bytes(&slice.tensor->shape);
-        if ((rc = file_pread_full(source->fds[rank], window->raw + at, slice.data_bytes, data, source->paths[rank],
-                                  err)) ||
-            (rc = file_pread_full(source->fds[rank], window->raw + at + slice.data_bytes, slice.scale_bytes, scale,
-                                  source->paths[rank], err)))
+        struct payload_reader *reader = source->ranks[rank].reader;
+        uint64_t data = slice.tensor->data_offset + slice.block_begin * pack_block_data_bytes(&slice.tensor->shape);
+        uint64_t scale = slice.tensor->scale_offset + slice.block_begin * pack_block_scale_bytes(&slice.tensor->shape);
+        if ((rc = payload_reader_read(reader, window->raw + at, slice.data_bytes, data, err)) ||
+            (rc = payload_reader_read(reader, window->raw + at + slice.data_bytes, slice.scale_bytes, scale, err)))
             return rc;
         at += slice.data_bytes + slice.scale_bytes;
     }
@@ -141,37 +135,31 @@ static int source_computed(const struct row_source *base, uint64_t tensor, float
                            struct error *err)
 {
     const struct shards_source *source = (const struct shards_source *)base;
-    const struct plan_rank *rank = &source->plan->ranks[0];
-    return file_pread_full(source->fds[0], out, values * sizeof *out,
-                           rank->payload_offset + rank->tensors[tensor].data_offset, source->paths[0], err);
+    return payload_reader_read(source->ranks[0].reader, out, values * sizeof *out,
+                               source->plan->ranks[0].tensors[tensor].data_offset, err);
 }
 
 static int open_rank(struct shards_source *source, const char *dir, uint32_t rank, struct error *err)
 {
     char name[64], path[PATH_MAX];
-    struct shard_file *file;
+    struct shards_source_rank *opened = &source->ranks[rank];
     int rc;
     manifest_rank_file_name(name, sizeof name, rank, source->plan->tp_size);
     snprintf(path, sizeof path, "%s/%s", dir, name);
-    if (!(source->paths[rank] = strdup(path)))
+    if (!(opened->path = strdup(path)))
         return error_set(err, ERR_MEMORY, "out of memory for a path");
-    if ((rc = shard_file_open(&file, path, err)))
+    if ((rc = shard_file_open(&opened->file, path, err)) ||
+        (rc = plan_compare(source->plan, rank, opened->file, path, err)))
         return rc;
-    rc = plan_compare(source->plan, rank, file, path, err);
-    shard_file_close(file);
-    return rc ? rc : file_open_read(&source->fds[rank], NULL, path, err);
+    return payload_reader_open(&opened->reader, opened->file, opened->path, err);
 }
 
 int shards_source_init(struct shards_source *out, const char *dir, const struct plan *plan, struct error *err)
 {
     int rc = 0;
     struct shards_source source = {.source = {source_read, source_computed, source_row}, .plan = plan};
-    source.fds = malloc(plan->tp_size * sizeof *source.fds);
-    source.paths = calloc(plan->tp_size, sizeof *source.paths);
-    for (uint32_t rank = 0; source.fds && rank < plan->tp_size; rank++)
-        source.fds[rank] = -1;
-    if (!source.fds || !source.paths)
-        rc = error_set(err, ERR_MEMORY, "out of memory for %u rank files", plan->tp_size);
+    if (!(source.ranks = calloc(plan->tp_size, sizeof *source.ranks)))
+        return error_set(err, ERR_MEMORY, "out of memory for %u rank files", plan->tp_size);
     for (uint32_t rank = 0; !rc && rank < plan->tp_size; rank++)
         rc = open_rank(&source, dir, rank, err);
     if (rc)
@@ -183,13 +171,11 @@ int shards_source_init(struct shards_source *out, const char *dir, const struct 
 
 void shards_source_clear(struct shards_source *source)
 {
-    for (uint32_t rank = 0; source->plan && rank < source->plan->tp_size; rank++) {
-        if (source->fds && source->fds[rank] >= 0)
-            close(source->fds[rank]);
-        if (source->paths)
-            free(source->paths[rank]);
+    for (uint32_t rank = 0; source->ranks && rank < source->plan->tp_size; rank++) {
+        payload_reader_close(source->ranks[rank].reader);
+        shard_file_close(source->ranks[rank].file);
+        free(source->ranks[rank].path);
     }
-    free(source->fds);
-    free(source->paths);
+    free(source->ranks);
     *source = (struct shards_source){0};
 }

@@ -2,14 +2,20 @@
 #ifndef TPSHARD_SHARD_SHARDS_SOURCE_H
 #define TPSHARD_SHARD_SHARDS_SOURCE_H
 
+#include "shard/payload_reader.h"
 #include "shard/plan.h"
 #include "shard/row_source.h"
 
+struct shards_source_rank {
+    char *path;
+    struct shard_file *file;
+    struct payload_reader *reader;
+};
+
 struct shards_source {
-    struct row_source source; // must be first
-    const struct plan *plan;  // of the files that are read
-    int *fds;                 // [plan->tp_size]
-    char **paths;
+    struct row_source source;         // must be first
+    const struct plan *plan;          // of the files that are read
+    struct shards_source_rank *ranks; // [plan->tp_size]
 };
 
 // Opens the rank files of dir and checks that each is laid out as the plan says; contents are not verified here.

@@ -3,8 +3,9 @@
 
     python3 tests/shard_reader.py DIR     checks every rule and every checksum: exit 0 and a summary, or 1 and a message
 
-Needs the Python module xxhash (Debian: python3-xxhash).
+Needs the Python module xxhash (Debian: python3-xxhash), and for compressed rank files the library libzstd.so.1.
 """
+import ctypes
 import json
 import os
 import struct
@@ -13,7 +14,10 @@ import sys
 import xxhash
 
 MIB = 1 << 20
+FRAME = 128 << 10
 MAX_DIM = 2**31 - 1
+COMPRESSED = 1  # required feature
+RAW, ZSTD, PLANES = 0, 1, 2
 HEADER = struct.Struct("<8s10I10Q16s14Q16s48s")
 TENSOR = struct.Struct("<IiII6QIIiI")
 PART = struct.Struct("<II7Q")
@@ -84,6 +88,45 @@ E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
 E4M3 = [e4m3_value(code) if code & 0x7F != 0x7F else float("nan") for code in range(256)]
 
 
+try:
+    LIBZSTD = ctypes.CDLL("libzstd.so.1")
+    LIBZSTD.ZSTD_decompress.restype = LIBZSTD.ZSTD_findFrameCompressedSize.restype = ctypes.c_size_t
+    LIBZSTD.ZSTD_getFrameContentSize.restype = ctypes.c_ulonglong
+except OSError:
+    LIBZSTD = None
+
+
+def unpack_frame(frame, size):
+    """One zstd frame for exactly so many bytes."""
+    length = ctypes.c_size_t(len(frame))
+    check(frame[:4] == b"\x28\xb5\x2f\xfd" and LIBZSTD.ZSTD_findFrameCompressedSize(frame, length) == len(frame),
+          "not one zstd frame")
+    check(LIBZSTD.ZSTD_getFrameContentSize(frame, length) == size, "content size of a frame")
+    out = ctypes.create_string_buffer(size)
+    check(LIBZSTD.ZSTD_decompress(out, ctypes.c_size_t(size), frame, length) == size, "a frame cannot be decoded")
+    return out.raw
+
+
+def decode_leaf(code, stored, size):
+    """A leaf's payload of `size` bytes."""
+    if code == RAW:
+        return stored
+    frames = -(-size // FRAME)
+    low_bytes = size // 2 if code == PLANES else 0
+    check(4 * frames + low_bytes <= len(stored), "a leaf is too short for its frames")
+    end, out = 4 * frames, b""
+    for frame, length in enumerate(struct.unpack_from(f"<{frames}I", stored)):
+        check(end + length <= len(stored) - low_bytes, "a frame is out of place")
+        frame_size = min(FRAME, size - frame * FRAME)
+        out += unpack_frame(stored[end:end + length], frame_size // 2 if code == PLANES else frame_size)
+        end += length
+    check(end + low_bytes == len(stored), "a leaf is longer than its frames")
+    if code == ZSTD:
+        return out
+    words = ((high << 8 | low) for high, low in zip(out, stored[end:], strict=True))
+    return struct.pack(f"<{size // 2}H", *(word >> 1 | (word & 1) << 15 for word in words))
+
+
 class RankFile:
     def __init__(self, path):
         self.path = path
@@ -93,6 +136,7 @@ class RankFile:
             self.read_header()
             self.read_index()
             self.check_leaves()
+            self.unpack_leaves()
             self.check_padding()
         except Refused as why:
             raise Refused(f"{path}: {why}") from None
@@ -107,7 +151,7 @@ class RankFile:
         share, head_hash, reserved_end = rest[:14], rest[14], rest[15]
         check(magic == b"TPSHARD\n", "not a rank file")
         check(version == 2, f"version {version}")
-        check(required == 0, f"unknown required features {required:#x}")
+        check(required & ~COMPRESSED == 0, f"unknown required features {required:#x}")
         check(header_bytes == 320, f"header_bytes {header_bytes}")
         check(file_bytes == len(data), f"{len(data)} bytes long, the header says {file_bytes}")
         check(self.payload_offset <= min(64 * MIB, len(data)), f"payload_offset {self.payload_offset}")
@@ -126,11 +170,28 @@ class RankFile:
         strings_end = self.strings_offset + self.strings_bytes
         check(self.leaves_offset == round_up(strings_end, 16), "leaves_offset")
         check(self.leaf_count == -(-self.payload_bytes // MIB), "leaf_count")
-        leaves_end = self.leaves_offset + 8 * self.leaf_count
+        leaves_end = self.leaves_offset + 8 * self.leaf_count * (2 if required else 1)
         check(self.payload_offset == round_up(leaves_end, 2 * MIB), "payload_offset")
-        check(self.payload_offset + self.payload_bytes == file_bytes, "payload_bytes")
+        check(leaves_end <= len(head), "leaves")
+        self.read_table(required & COMPRESSED)
+        check(self.payload_offset + self.leaves[-1][1] == file_bytes, "size of the file")
         check(not any(head[strings_end:self.leaves_offset]) and not any(head[leaves_end:]), "padding of the head")
-        self.payload = data[self.payload_offset:]
+
+    def read_table(self, compressed):
+        """Code, end (padding included), length, size of each leaf."""
+        self.leaves, end = [], 0
+        for index in range(self.leaf_count):
+            size = min(MIB, self.payload_bytes - index * MIB)
+            length, code = size, RAW
+            if compressed:
+                length, code = struct.unpack_from("<II", self.bytes, self.leaves_offset + 8 * (self.leaf_count + index))
+                check(length == size if code == RAW else code in (ZSTD, PLANES) and 0 < 100 * length <= 97 * size,
+                      f"leaf {index}: length {length}, code {code}")
+            end += length
+            last = index + 1 == self.leaf_count
+            self.leaves.append((code, round_up(end, 4096) if last else end, length, size))
+        check(not compressed or any(leaf[0] != RAW for leaf in self.leaves), "no leaf is compressed")
+        self.leaves = self.leaves or [(RAW, 0, 0, 0)]
 
     def read_part(self, index, name_end):
         (name_offset, name_bytes, source_rows, source_cols, row_begin, rows, col_begin, cols,
@@ -194,10 +255,28 @@ class RankFile:
         check(len(keys) == len(self.tensors), "two tensors of the same role, layer and expert")
 
     def check_leaves(self):
+        begin = self.payload_offset
         for index in range(self.leaf_count):
+            end = self.payload_offset + self.leaves[index][1]
             (wanted,) = struct.unpack_from("<Q", self.bytes, self.leaves_offset + 8 * index)
-            found = xxhash.xxh3_64_intdigest(self.payload[index * MIB:(index + 1) * MIB])
-            check(found == wanted, f"leaf {index} (payload bytes from {index * MIB}): checksum mismatch")
+            found = xxhash.xxh3_64_intdigest(self.bytes[begin:end])
+            check(found == wanted, f"leaf {index} (file bytes from {begin}): checksum mismatch")
+            begin = end
+
+    def unpack_leaves(self):
+        """Only what the checksums hold for."""
+        codes = {leaf[0] for leaf in self.leaves}
+        self.codes = sorted(codes)
+        if codes == {RAW}:
+            self.payload = self.bytes[self.payload_offset:]
+            return
+        check(LIBZSTD, "it is compressed, and there is no libzstd.so.1 here")
+        begin, out = self.payload_offset, []
+        for code, end, length, size in self.leaves:
+            out.append(decode_leaf(code, bytes(self.bytes[begin:begin + length]), size))
+            check(not any(self.bytes[begin + length:self.payload_offset + end]), "padding behind the last leaf")
+            begin = self.payload_offset + end
+        self.payload = memoryview(b"".join(out))
 
     def check_padding(self):
         """Between tensors; inside them, see dequantize."""
@@ -489,7 +568,7 @@ def main():
           f"linear {quant['linear']}, embedding {quant['embedding']}, head {quant['head']}, by {manifest['tool']}")
     for file in files:
         print(f"  {os.path.basename(file.path)}: {len(file.tensors)} tensors, {file.payload_bytes} bytes of payload, "
-              f"{file.leaf_count} leaves, root {file.root}")
+              f"{file.leaf_count} leaves, {len(file.bytes)} bytes long, root {file.root}")
     print(f"every checksum holds; {len(manifest['extras'])} extras, {len(manifest['sources'])} sources")
     return 0
 

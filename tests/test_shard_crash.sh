@@ -2,24 +2,31 @@
 # tpshard killed at random moments: nothing that verify or inspect accepts is left unless it is the whole model, --resume
 # comes to the same bytes, a replaced model is the old one, the new one or none. Signals, a full disk, a changed source.
 #
-#   CRASHES   kills of each kind (default 100)
+#   CRASHES   kills of each kind (default 100; in slow builds, TEST_QUICK=1, 24)
 cd "$(dirname "$0")/.." || exit 1
 . tests/shard_helpers.sh
 
-crashes=${CRASHES:-100}
+crashes=${CRASHES:-$([ -n "${TEST_QUICK:-}" ] && echo 24 || echo 100)}
 RANDOM=11
 source=$work/source
 out=$work/shards
 options=(--tp 3 --quant int4 --group-size 32)
 
 python3 scripts/make_synthetic_checkpoint.py --family llama-biases "$source" >"$work/out" || { echo "SKIP no python3"; exit 77; }
-started=$(date +%s%N)
-convert "${options[@]}" "$source" "$work/whole" || { not_ok "convert: $(cat "$work/err")"; finish; }
-run_us=$((($(date +%s%N) - started) / 1000))
+# One whole run with these options: what all others have to come to, and how long they may take.
+measure() {
+    local started
+    options=("$@")
+    rm -rf "$work/whole"
+    started=$(date +%s%N)
+    convert "${options[@]}" "$source" "$work/whole" || { not_ok "convert ${options[*]}: $(cat "$work/err")"; finish; }
+    run_us=$((($(date +%s%N) - started) / 1000))
+    window_us=$((run_us * 5 / 4))
+}
+measure "${options[@]}"
 convert --tp 2 --quant int8 "$source" "$work/other"
 
 # Starts tpshard with these arguments and kills it within window_us, which follows the machine's speed while the tests run.
-window_us=$((run_us * 5 / 4))
 too_late() { window_us=$((window_us * 9 / 10)); }
 too_early() { window_us=$((window_us * 31 / 30)); }
 start_and_kill() {
@@ -55,9 +62,9 @@ kill_and_resume() {
         fi
     done
     if [ $torn -eq 0 ] && [ $differs -eq 0 ]; then
-        ok "$crashes kills: $unfinished unfinished, none accepted, all resumed to the same bytes; $whole whole"
+        ok "$crashes kills of ${options[*]}: $unfinished unfinished, none accepted, all resumed to the same bytes; $whole whole"
     else
-        not_ok "$crashes kills: $torn torn, $differs other after --resume (of $unfinished)"
+        not_ok "$crashes kills of ${options[*]}: $torn torn, $differs other after --resume (of $unfinished)"
     fi
     [ "$unfinished" -ge $((crashes / 4)) ] || not_ok "kills came too late to test anything: $unfinished of $crashes"
 }
@@ -156,6 +163,44 @@ other_resumes() {
     if same "$out" "$work/whole"; then ok "a torn line of the journal"; else not_ok "torn line: $(cat "$work/diff" "$work/err")"; fi
 }
 
+# Disks that hold the raw files, but not the compressed ones beside them: on a larger one --resume goes on with what was compressed, whatever
+# has become of it.
+full_disk_compressed() {
+    local disk=$work/disk kib got refused=0 begun=0 bad=0 file
+    mkdir "$disk"
+    mount -t tmpfs none "$disk" || { echo "ok # SKIP full disk: no right to mount a small one"; return; }
+    for ((kib = 0; kib <= 20000; kib += 1000)); do
+        mount -o "remount,size=$((kib + 4))k" "$disk"
+        got=0
+        convert "${options[@]}" "$source" "$disk/shards" || got=$?
+        if [ $got -eq 5 ]; then
+            refused=$((refused + 1))
+            ! accepted "$disk/shards" || bad=$((bad + 1))
+            mount -o "remount,size=30000k" "$disk"
+            for file in "$disk"/shards/.tmp-tpshard/rank-*.tpshard; do
+                [ -e "$file" ] || continue
+                begun=$((begun + 1))
+                [ $((begun % 3)) -ne 0 ] || flip "$file" 2097252 1 2>/dev/null
+                [ $((begun % 3)) -ne 1 ] || # lengths and codes beyond all bounds
+                    head -c 65536 /dev/zero | tr '\0' '\377' | dd of="$file" conv=notrunc status=none
+            done
+            convert "${options[@]}" --resume "$source" "$disk/shards" || { bad=$((bad + 1)); cat "$work/err"; }
+        elif [ $got -ne 0 ]; then
+            bad=$((bad + 1))
+            cat "$work/err"
+        fi
+        same "$disk/shards" "$work/whole" || bad=$((bad + 1))
+        rm -rf "$disk/shards"
+    done
+    umount "$disk"
+    rmdir "$disk"
+    if [ $bad -eq 0 ] && [ $refused -gt 0 ] && [ $begun -gt 0 ]; then
+        ok "full disk with --zstd: $refused times refused, all resumed, $begun of the files begun"
+    else
+        not_ok "full disk with --zstd: $bad bad, $refused refused, $begun begun"
+    fi
+}
+
 # Small disks of every size, in a mount namespace of its own: they go with it.
 full_disk() {
     local disk=$work/disk kib got refused=0 whole=0 bad=0
@@ -176,6 +221,7 @@ full_disk() {
         rm -rf "$disk/shards"
     done
     umount "$disk"
+    rmdir "$disk"
     if [ $bad -eq 0 ] && [ $refused -gt 0 ] && [ $whole -gt 0 ]; then
         ok "full disk: $refused times refused, $whole times enough"
     else
@@ -185,9 +231,15 @@ full_disk() {
 
 if [ "${1:-}" = --full-disk ]; then
     full_disk
+    measure "${options[@]}" --zstd
+    full_disk_compressed
     finish
 fi
+plain=("${options[@]}")
 kill_and_resume
+measure "${plain[@]}" --zstd
+kill_and_resume
+measure "${plain[@]}"
 kill_while_replacing
 signals
 other_resumes

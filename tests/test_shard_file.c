@@ -241,13 +241,33 @@ static void a_broken_leaf_is_named(void **state)
     assert_int_equal(shard_file_verify_leaf(file, 1, zeros, &err), ERR_CORRUPT);
     assert_string_equal(err.msg,
                         "rank-01-of-02.tpshard: rank 1: tensor embedding (embed), file bytes 3145728 to 4194303: "
-                        "checksum mismatch; repair: run tpshard convert --force again or restore the file from "
-                        "its source");
+                        "checksum mismatch; repair it: tpshard repair . --from SOURCE, the checkpoint or another copy");
     assert_int_equal(shard_file_verify_leaf(file, 2, zeros, &err), ERR_CORRUPT);
     assert_non_null(strstr(err.msg, "tensor embedding (embed) or one of the 12 behind it, file bytes 4194304 to "));
     free(zeros);
     shard_file_close(file);
     free(written.bytes);
+}
+
+// The command can be typed as it stands.
+static void the_repair_is_named(void **state)
+{
+    (void)state;
+    static const char *const cases[][2] = {
+        {"rank", "repair it: tpshard repair . --from SOURCE, the checkpoint or another copy"},
+        {"/rank", "repair it: tpshard repair / --from SOURCE, "},
+        {"a/b-2.0/rank", "repair it: tpshard repair a/b-2.0 --from SOURCE, "},
+        {"my models/x/rank", "repair it: tpshard repair 'my models/x' --from SOURCE, "},
+        {"it's/rank", "repair it: tpshard repair DIR --from SOURCE, "},
+        {"https://host/x/rank", "repair it where it was published: tpshard repair DIR --from SOURCE, "},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct error err = {0};
+        struct shard_file *file = NULL;
+        assert_int_equal(shard_file_parse(&file, some_contract, 16, 16, cases[i][0], &err), ERR_CORRUPT);
+        if (!strstr(err.msg, cases[i][1]))
+            fail_msg("'%s' instead of '%s'", err.msg, cases[i][1]);
+    }
 }
 
 // ---- fields ---------------------------------------------------------------------------------------------------------
@@ -275,7 +295,8 @@ static void every_field(void **state)
         {"version 0", 8, 4, 0, "version 0, this program reads version 2"},
         {"version 1", 8, 4, 1, "version 1, this program reads version 2"},
         {"header bytes", 12, 4, 512, "reserved field"},
-        {"required feature", 16, 4, 1, "needs features 0x1 "},
+        {"required feature", 16, 4, 2, "needs features 0x2 "},
+        {"compressed, but it is not", 16, 4, 1, "its table of leaves: a leaf has an impossible code or length"},
         {"last required feature", 16, 4, 0x80000000u, "needs features 0x80000000 "},
         {"optional features", 20, 4, 0xffffffffu, NULL},
         {"rank", 24, 4, 2, "impossible rank 2 of 2"},
@@ -527,6 +548,19 @@ static void opens_and_maps(void **state)
     assert_int_equal(shard_file_identity(file)->rank, 0);
     shard_file_close(file);
 
+    // A compressed one is not mapped.
+    struct shard_fixture compressed;
+    shard_fixture_make(&compressed, 0, some_contract, 5000);
+    shard_fixture_compress(&compressed);
+    assert_int_equal(file_write_atomic(dir, "rank", compressed.bytes, compressed.file_bytes, &err), 0);
+    assert_int_equal(shard_file_open(&file, path, &err), 0);
+    assert_null(shard_file_payload(file));
+    shard_file_close(file);
+    assert_int_equal(truncate(path, (off_t)compressed.file_bytes - 4096), 0);
+    assert_int_equal(shard_file_open(&file, path, &err), ERR_CORRUPT);
+    free(compressed.bytes);
+    assert_int_equal(file_write_atomic(dir, "rank", written.bytes, written.file_bytes, &err), 0);
+
     // Cut anywhere, or with bytes behind it.
     const uint64_t lengths[] = {written.file_bytes + 1,
                                 written.file_bytes - 1,
@@ -576,7 +610,7 @@ static void golden(void **state)
     (void)state;
     static const char golden_dir[] = "tests/golden/shard_file";
     static const char *const names[] = {"model.json", "note.txt", "rank-00-of-02.tpshard", "rank-01-of-02.tpshard"};
-    shard_fixture_write(dir);
+    shard_fixture_write(dir, false);
     struct manifest *manifest = NULL;
     struct error err = {0};
     if (manifest_read(&manifest, dir, &err))
@@ -619,7 +653,11 @@ static void golden(void **state)
 int main(int argc, char **argv)
 {
     if (argc == 3 && strcmp(argv[1], "--write") == 0) {
-        shard_fixture_write(argv[2]);
+        shard_fixture_write(argv[2], false);
+        return 0;
+    }
+    if (argc == 3 && strcmp(argv[1], "--write-compressed") == 0) {
+        shard_fixture_write(argv[2], true);
         return 0;
     }
     const struct CMUnitTest tests[] = {
@@ -630,6 +668,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(every_flipped_bit_of_the_head),
         cmocka_unit_test(flipped_bits_of_the_payload),
         cmocka_unit_test(a_broken_leaf_is_named),
+        cmocka_unit_test(the_repair_is_named),
         cmocka_unit_test(every_field),
         cmocka_unit_test(consistent_lies),
         cmocka_unit_test(writer_refuses),

@@ -2,10 +2,11 @@
 # Memory of tpshard does not grow with the model: at most twice the largest tensor and 256 MiB, for a checkpoint that
 # is much larger; and every byte of it is right.
 #
-#   LAYERS    size of the checkpoint: about 67 MB each (default 10; 30 make 2 GB)
+#   LAYERS    size of the checkpoint: about 67 MB each (default 10; 30 make 2 GB; in slow builds, TEST_QUICK=1, 2)
 cd "$(dirname "$0")/.." || exit 1
 . tests/shard_helpers.sh
 
+[ -z "${TEST_QUICK:-}" ] || LAYERS=${LAYERS:-2}
 layers=${LAYERS:-10}
 hidden=2048 intermediate=4096 vocab=8192
 largest=$((vocab * hidden * 2))

@@ -16,7 +16,9 @@ enum {
     HEAD_BYTES = SHARD_PAYLOAD_ALIGN
 }; // heads of one step of 2 MiB; longer ones are refused as truncated
 
-static uint8_t head[HEAD_BYTES], leaf[SHARD_LEAF_BYTES];
+static _Alignas(8) uint8_t head[HEAD_BYTES];
+static uint8_t leaf[SHARD_STORED_MAX_BYTES], payload[SHARD_LEAF_BYTES];
+static struct leaf_scratch *scratch;
 static size_t dirty_bytes; // of head, left by the input before
 
 static uint64_t field(uint64_t offset)
@@ -36,7 +38,8 @@ static void put_head_hash(void)
 static void check_ranges(const struct shard_file *file)
 {
     uint64_t end = 0, payload_bytes = shard_file_payload_bytes(file);
-    CHECK(shard_file_payload_offset(file) + payload_bytes == field(112));
+    CHECK(shard_file_payload_offset(file) + shard_file_stored_bytes(file) == field(112));
+    CHECK(shard_file_is_compressed(file) || shard_file_stored_bytes(file) == payload_bytes);
     for (uint64_t i = 0; i < shard_file_tensor_count(file); i++) {
         const struct shard_tensor *tensor = shard_file_tensor(file, i);
         const struct weight_shape *shape = &tensor->shape;
@@ -59,6 +62,20 @@ static void check_ranges(const struct shard_file *file)
     }
 }
 
+// Behind each other, up to the end of the file.
+static void check_leaves(const struct shard_file *file)
+{
+    uint64_t end = 0, count = shard_file_leaf_count(file);
+    for (uint64_t i = 0; i < count; i++) {
+        struct shard_stored stored = shard_file_stored_leaf(file, i);
+        CHECK(shard_file_leaf_bytes(file, i) <= SHARD_LEAF_BYTES && stored.bytes <= SHARD_STORED_MAX_BYTES);
+        CHECK(stored.offset == end && stored.bytes > 0);
+        CHECK(shard_file_is_compressed(file) || shard_file_leaf_code(file, i) == LEAF_RAW);
+        end += stored.bytes;
+    }
+    CHECK(end == shard_file_stored_bytes(file) && end % SHARD_FILE_ALIGN == 0);
+}
+
 // There is one spelling: what was read, written again, is the same bytes (optional features aside).
 static void check_spelling(const struct shard_file *file)
 {
@@ -71,7 +88,15 @@ static void check_spelling(const struct shard_file *file)
     for (uint64_t i = 0; i < count; i++)
         tensors[i] = *shard_file_tensor(file, i);
     memcpy(leaves, head + field(80), shard_file_leaf_count(file) * sizeof *leaves);
-    CHECK(shard_head_serialise(&again, shard_file_identity(file), tensors, count, leaves, NULL, &err) == 0);
+    const struct shard_identity *identity = shard_file_identity(file);
+    if (shard_file_is_compressed(file)) {
+        uint64_t table = field(80) + shard_file_leaf_count(file) * sizeof *leaves;
+        CHECK(shard_compressed_head_serialise(&again, identity, tensors, count, leaves,
+                                              (const struct shard_leaf *)(const void *)(head + table), NULL,
+                                              &err) == 0);
+    } else {
+        CHECK(shard_head_serialise(&again, identity, tensors, count, leaves, NULL, &err) == 0);
+    }
     memset(head + 20, 0, 4); // optional features
     put_head_hash();
     CHECK(memcmp(again, head, HEAD_BYTES) == 0);
@@ -98,10 +123,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         CHECK(err.code == ERR_CORRUPT && err.msg[0]);
         return 0;
     }
+    if (!scratch)
+        CHECK((scratch = leaf_scratch_new()) != NULL);
     check_ranges(file);
+    check_leaves(file);
     for (uint64_t i = 0; i < shard_file_leaf_count(file); i += 1 + shard_file_leaf_count(file) / 2) {
-        CHECK(shard_file_leaf_bytes(file, i) <= sizeof leaf);
         if (shard_file_verify_leaf(file, i, leaf, &err))
+            CHECK(err.code == ERR_CORRUPT && err.msg[0]);
+        if (shard_file_decode_leaf(file, i, leaf, payload, scratch, &err))
             CHECK(err.code == ERR_CORRUPT && err.msg[0]);
     }
     check_spelling(file);
