@@ -17,6 +17,7 @@ const struct option_spec tokenize_options[] = {
     {"no-special", OPTION_FLAG, &options.no_special, NULL, 0, 0,
      "add no special tokens; with --decode, leave them out"},
     {"chat", OPTION_FLAG, &options.chat, NULL, 0, 0, "TEXT is a message to the model's chat template"},
+    PLACE_OPTION_LINES,
     {NULL, OPTION_FLAG, NULL, NULL, 0, 0, NULL},
 };
 
@@ -88,12 +89,12 @@ static int decode(const struct tokenizer *tokenizer, const char *text, struct er
     return rc;
 }
 
-static int encode_chat(const char *dir, const struct manifest *manifest, const struct tokenizer *tokenizer,
+static int encode_chat(struct store *store, const struct manifest *manifest, const struct tokenizer *tokenizer,
                        const char *text, size_t bytes, struct error *err)
 {
     struct token_list ids = {0};
     struct chat *chat;
-    int rc = chat_open(&chat, dir, manifest, err);
+    int rc = store_chat(&chat, store, manifest, err);
     if (rc)
         return rc;
     rc = generate_chat_prompt(chat, tokenizer, NULL, text, bytes, &ids, err);
@@ -107,12 +108,15 @@ static int encode_chat(const char *dir, const struct manifest *manifest, const s
 int tokenize_run(int argc, char **argv, struct error *err)
 {
     (void)argc;
+    struct store *store = NULL;
+    const struct store_options place = chosen_store_options();
     struct manifest *manifest = NULL;
     struct tokenizer_file file = {0};
     char *text = NULL;
     size_t bytes = strlen(argv[1]);
     int rc;
-    if ((rc = manifest_read(&manifest, argv[0], err)) || (rc = tokenizer_file_open(&file, argv[0], manifest, err)))
+    if ((rc = store_open(&store, argv[0], &place, err)) || (rc = store_manifest(&manifest, store, err)) ||
+        (rc = tokenizer_file_open(&file, store, manifest, err)))
         goto done;
     if (strcmp(argv[1], "-") == 0 && (rc = read_text("-", &text, &bytes, err)))
         goto done;
@@ -120,12 +124,13 @@ int tokenize_run(int argc, char **argv, struct error *err)
     if (options.chat && (options.decode || options.no_special))
         rc = error_set(err, ERR_USAGE, "--chat goes with neither --decode nor --no-special");
     else if (options.chat)
-        rc = encode_chat(argv[0], manifest, file.tokenizer, input, bytes, err);
+        rc = encode_chat(store, manifest, file.tokenizer, input, bytes, err);
     else
         rc = options.decode ? decode(file.tokenizer, input, err) : encode(file.tokenizer, input, bytes, err);
 done:
     free(text);
     tokenizer_file_close(&file);
     manifest_free(manifest);
+    store_close(store);
     return rc;
 }

@@ -7,57 +7,40 @@
 #include <string.h>
 #include <time.h>
 
-#include "formats/extra_file.h"
 #include "formats/json_file.h"
 
-enum { MAX_TEMPLATE_BYTES = 4 << 20, MAX_VARIABLES = 64 };
+enum { MAX_VARIABLES = 64 };
 
 struct chat {
     struct template *usual, *with_tools; // with_tools: NULL when there is no own one
     struct json_object special_tokens;   // json NULL: none known
 };
 
-static int read_template(struct template **out, const char *dir, const struct manifest *manifest, const char *name,
-                         struct error *err)
+static int compile(struct template **out, const struct chat_text *text, const char *place, const char *name,
+                   struct error *err)
 {
     char path[PATH_MAX];
-    uint8_t *text;
-    uint64_t bytes;
-    int rc = extra_file_read(&text, &bytes, manifest, dir, name, MAX_TEMPLATE_BYTES, err);
-    snprintf(path, sizeof path, "%s/%s", dir, name);
-    if (!rc && text)
-        rc = template_compile(out, (const char *)text, bytes, path, err);
-    free(text);
-    return rc;
+    snprintf(path, sizeof path, "%s/%s", place, name);
+    return text->text ? template_compile(out, text->text, text->bytes, path, err) : 0;
 }
 
-static int read_special_tokens(struct json_object *out, const char *dir, const struct manifest *manifest,
-                               struct error *err)
-{
-    uint8_t *text;
-    uint64_t bytes;
-    int rc = extra_file_read(&text, &bytes, manifest, dir, CHAT_SPECIAL_TOKENS_FILE, JSON_FILE_CAP_BYTES, err);
-    if (!rc && text)
-        rc = json_file_parse(out, (const char *)text, bytes, CHAT_SPECIAL_TOKENS_FILE, ERR_MODEL, err);
-    free(text);
-    return rc;
-}
-
-int chat_open(struct chat **out, const char *dir, const struct manifest *manifest, struct error *err)
+int chat_open(struct chat **out, const struct chat_files *files, struct error *err)
 {
     struct chat *chat = calloc(1, sizeof *chat);
+    const struct chat_text *tokens = &files->special_tokens;
     int rc;
     if (!chat)
-        return error_set(err, ERR_MEMORY, "%s: out of memory for the chat template", dir);
-    if ((rc = read_template(&chat->usual, dir, manifest, CHAT_TEMPLATE_FILE, err)) ||
-        (rc = read_template(&chat->with_tools, dir, manifest, CHAT_TOOL_TEMPLATE_FILE, err)))
+        return error_set(err, ERR_MEMORY, "%s: out of memory for the chat template", files->place);
+    if ((rc = compile(&chat->usual, &files->usual, files->place, CHAT_TEMPLATE_FILE, err)) ||
+        (rc = compile(&chat->with_tools, &files->with_tools, files->place, CHAT_TOOL_TEMPLATE_FILE, err)))
         goto fail;
     if (!chat->usual) {
-        rc = error_set(err, ERR_MODEL, "%s has no chat template (%s): the model takes plain text only", dir,
+        rc = error_set(err, ERR_MODEL, "%s has no chat template (%s): the model takes plain text only", files->place,
                        CHAT_TEMPLATE_FILE);
         goto fail;
     }
-    if ((rc = read_special_tokens(&chat->special_tokens, dir, manifest, err)))
+    if (tokens->text && (rc = json_file_parse(&chat->special_tokens, tokens->text, tokens->bytes,
+                                              CHAT_SPECIAL_TOKENS_FILE, ERR_MODEL, err)))
         goto fail;
     *out = chat;
     return 0;

@@ -1,6 +1,7 @@
 // Conversations as the text and the tokens that a model was trained on: its chat template, applied.
-// Owns: the template of a shard directory, what a template is given, marked tokenizing of the result.
-// Leaves to others: the template language (template.h), HTTP, what to do with the tokens.
+// Owns: the templates of a shard directory, what a template is given, marked tokenizing of the result.
+// Leaves to others: where the files lie and whether they are what the manifest names, the template language (template.h), HTTP, what to do
+// with the tokens.
 //
 // A shard directory has chat_template.jinja, perhaps chat_template.tool_use.jinja for conversations with tools, and
 // special_tokens_map.json with the texts of bos_token, eos_token and so on.
@@ -13,7 +14,6 @@
 #include <jansson.h>
 
 #include "formats/error.h"
-#include "formats/manifest.h"
 #include "formats/template.h"
 #include "formats/tokenizer.h"
 
@@ -21,11 +21,22 @@
 #define CHAT_TOOL_TEMPLATE_FILE "chat_template.tool_use.jinja"
 #define CHAT_SPECIAL_TOKENS_FILE "special_tokens_map.json"
 
+enum { CHAT_TEMPLATE_CAP_BYTES = 4 << 20 }; // enough for every template
+
+// Contents of the three files; text NULL: there is none.
+struct chat_text {
+    const char *text;
+    uint64_t bytes;
+};
+struct chat_files {
+    const char *place; // for messages
+    struct chat_text usual, with_tools, special_tokens;
+};
+
 struct chat; // immutable once opened: any number of threads may use it at the same time
 
-// The files of dir that its manifest names; others count as not there, and ERR_CORRUPT is one that is not what the manifest says.
-// ERR_MODEL when there is no template, or one that cannot be used. Success: the caller owns *out.
-int chat_open(struct chat **out, const char *dir, const struct manifest *manifest, struct error *err);
+// Copies what it needs. ERR_MODEL when there is no template, or one that cannot be used. Success: the caller owns *out.
+int chat_open(struct chat **out, const struct chat_files *files, struct error *err);
 void chat_close(struct chat *chat); // accepts NULL
 
 // All JSON is borrowed, and untrusted: no text of it becomes a control token.
