@@ -69,8 +69,7 @@ static int measure(struct session *session, struct result *out, double opened_s,
     if (decoded < 1)
         return error_set(err, ERR_USAGE, "the context of %lld tokens leaves no token to decode after the prompt",
                          (long long)session_context(session));
-    struct shared_area *shared = session_shared(session);
-    out->load_s = 1e-9 * (double)(atomic_load(&shared->loaded_ns) - atomic_load(&shared->started_ns));
+    out->load_s = session_load_s(session);
     out->first_token_s = figures.first_s - opened_s;
     out->prefill_tokens_per_s = (double)(options.prompt_tokens * options.batch) / (figures.first_s - figures.begin_s);
     out->decode_tokens_per_s = (double)decoded / (figures.end_s - figures.first_s);
@@ -135,12 +134,16 @@ int bench_run(int argc, char **argv, struct error *err)
     double opened = now_s();
     wanted.default_context = options.prompt_tokens + options.gen_tokens;
     wanted.recomputes = true; // the prompts are equal
+    wanted.load_first = true; // prefill and decode are measured, not the disk
+    wanted.store = chosen_store_options();
     int rc = session_open(&session, argv[0], &wanted, options.batch, 0, err);
     if (rc == 0 && (rc = measure(session, &result, opened, err)) == 0) {
         if (!common_options.quiet)
             session_print_devices(session, stderr);
         rc = report(session, &result, err);
     }
+    if (rc == 0)
+        rc = print_timings(session, err);
     session_close(session);
     return rc;
 }

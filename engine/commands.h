@@ -17,9 +17,33 @@ struct common_options {
 };
 extern struct common_options common_options;
 
+// Options of every command that takes a shard directory, which may be a URL.
+extern struct place_options {
+    const char *cache_dir;
+    uint64_t cache_limit_bytes;
+} place_options;
+#define PLACE_OPTION_LINES                                                                                             \
+    {"cache", OPTION_TEXT, &place_options.cache_dir, "DIR", 0, 0, "keep rank files that come from a URL here"},        \
+    {                                                                                                                  \
+        "cache-limit", OPTION_BYTES, &place_options.cache_limit_bytes, "SIZE", 0, 0,                                   \
+            "of all files in --cache; the longest unused go first; 0: no limit"                                        \
+    }
+// What they say, and TPENGINE_TOKEN of the environment: a command line is no place for a secret.
+struct store_options chosen_store_options(void);
+
 // Options of every command that starts ranks.
 extern struct session_options session_options;
-// The lines of the option table for session_options; each such command's table begins with them.
+// How the command was started, for print_timings.
+struct program_start {
+    int64_t main_ns; // main began; CLOCK_MONOTONIC
+    double exec_s;   // CPU time that the process had used until then: for loading the program and its libraries
+    bool timings;    // --timings
+};
+extern struct program_start program_start;
+// With --timings: one JSON object on standard error, of the ranks' last start. Before session_close.
+int print_timings(struct session *session, struct error *err);
+
+// The lines of the option table for session_options; each such command's table ends with them.
 #define SESSION_OPTION_LINES                                                                                           \
     {"backend",                                                                                                        \
      OPTION_CHOICE,                                                                                                    \
@@ -43,7 +67,29 @@ extern struct session_options session_options;
          "full|sample|off",                                                                                            \
          0,                                                                                                            \
          0,                                                                                                            \
-         "how much of the weights is checked before the first use"},                                                   \
+         "how much of the weights is compared with its checksums before the first result"},                            \
+        {"load",                                                                                                       \
+         OPTION_CHOICE,                                                                                                \
+         &session_options.load,                                                                                        \
+         "auto|map|read|direct|uring",                                                                                 \
+         0,                                                                                                            \
+         0,                                                                                                            \
+         "how weights come from disk; auto: by where the file lies and what works here"},                              \
+        {"load-threads",                                                                                               \
+         OPTION_INT,                                                                                                   \
+         &session_options.load_threads,                                                                                \
+         "N",                                                                                                          \
+         0,                                                                                                            \
+         64,                                                                                                           \
+         "threads of each rank that load; 0: as many as keep the store busy"},                                         \
+        PLACE_OPTION_LINES,                                                                                            \
+        {"timings",                                                                                                    \
+         OPTION_FLAG,                                                                                                  \
+         &program_start.timings,                                                                                       \
+         NULL,                                                                                                         \
+         0,                                                                                                            \
+         0,                                                                                                            \
+         "at the end, how long each part of the start took: JSON on standard error"},                                  \
         {"ranks", OPTION_CHOICE, &session_options.ranks, "process|thread", 0, 0, "run ranks as processes or threads"}, \
         {"threads",                                                                                                    \
          OPTION_INT,                                                                                                   \

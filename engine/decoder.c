@@ -1,5 +1,8 @@
 // The decoder, phase by phase: embed, then per layer attention and mlp, then the head. See decoder.h.
 //
+// While the model is being loaded, each phase first waits for the weights that it reads; to the other ranks and to the watchdog this rank is then
+// at its start (OP_LOAD). The operation and layer that exchanges compare are said after that.
+//
 // The residual stream is the same on every rank. Each block ends in a partial sum that the ranks exchange; the next norm adds it to the
 // residual.
 #include "engine/decoder.h"
@@ -64,6 +67,36 @@ static int project_latent(struct decoder *d, int64_t i, struct error *err)
     return b->linear(d->device, BUFFER_QKV, &layer->q_b, err);
 }
 
+static int need_layer(struct decoder *d, int64_t i, struct error *err)
+{
+    if (d->model->loaded)
+        return 0;
+    comm_at(d->comm, OP_LOAD, -1);
+    return model_need_layer(d->model, i, err);
+}
+
+// What the rows read before the first layer.
+static int need_inputs(struct decoder *d, const struct token_row *rows, int64_t count, struct error *err)
+{
+    int rc;
+    if (d->model->loaded)
+        return 0;
+    comm_at(d->comm, OP_LOAD, -1);
+    return (rc = model_need_rows(d->model, rows, count, err)) ? rc : model_need(d->model, PART_TABLES, err);
+}
+
+static int begin_head(struct decoder *d, struct error *err)
+{
+    int rc = 0;
+    if (!d->model->loaded) {
+        comm_at(d->comm, OP_LOAD, -1);
+        if ((rc = model_need(d->model, PART_FINAL_NORM, err)) == 0)
+            rc = model_need(d->model, PART_HEAD, err);
+    }
+    comm_at(d->comm, OP_HEAD, -1);
+    return rc;
+}
+
 static int attention_block(struct decoder *d, int64_t i, struct error *err)
 {
     const struct backend *b = d->backend;
@@ -121,7 +154,7 @@ static int run_layers(struct decoder *d, struct error *err)
              desc->embedding_scale != 1 ? d->backend->scale_residual(d->device, (float)desc->embedding_scale, err) : 0))
         return rc;
     for (int64_t i = 0; i < desc->num_layers; i++)
-        if ((rc = attention_block(d, i, err)) || (rc = mlp_block(d, i, err)))
+        if ((rc = need_layer(d, i, err)) || (rc = attention_block(d, i, err)) || (rc = mlp_block(d, i, err)))
             return rc;
     return 0;
 }
@@ -134,15 +167,19 @@ static const struct join *last_join(const struct decoder *d)
 int decoder_forward(struct decoder *d, const struct token_row *rows, int64_t count, enum phase phase,
                     const struct kv_pages *pages, struct error *err)
 {
-    int rc = d->backend->begin(d->device, rows, count, phase, pages, err);
+    int rc;
     d->count = count;
-    return rc ? rc : run_layers(d, err);
+    if ((rc = need_inputs(d, rows, count, err)) || (rc = d->backend->begin(d->device, rows, count, phase, pages, err)))
+        return rc;
+    return run_layers(d, err);
 }
 
 int decoder_logits(struct decoder *d, const int64_t *row_index, int64_t count, float *logits, int64_t stride,
                    struct error *err)
 {
-    comm_at(d->comm, OP_HEAD, -1);
+    int rc = begin_head(d, err);
+    if (rc)
+        return rc;
     for (int64_t i = 0; i < count; i++) {
         int64_t row = row_index ? row_index[i] : i;
         if (row < 0 || row >= d->count)
@@ -159,16 +196,16 @@ int decoder_sample(struct decoder *d, const struct token_row *rows, int64_t num_
                    const uint64_t *steps, int64_t count, uint32_t *tokens, struct error *err)
 {
     const struct backend *b = d->backend;
-    bool kept = phase == PHASE_DECODE && !row_index, replayed = false;
+    bool kept = phase == PHASE_DECODE && !row_index && d->model->loaded, replayed = false;
     int rc;
     d->count = num_rows;
-    if ((rc = b->begin(d->device, rows, num_rows, phase, pages, err)) ||
+    if ((rc = need_inputs(d, rows, num_rows, err)) || (rc = b->begin(d->device, rows, num_rows, phase, pages, err)) ||
         (rc = b->sampling(d->device, sampling, steps, row_index, count, err)) ||
         (kept && (rc = b->record(d->device, &replayed, err))))
         return rc;
-    if (!replayed &&
-        ((rc = run_layers(d, err)) || (rc = b->logits(d->device, last_join(d), row_index, count, NULL, 0, err)) ||
-         (rc = b->sample(d->device, err)) || (rc = b->finish(d->device, err))))
+    if (!replayed && ((rc = run_layers(d, err)) || (rc = begin_head(d, err)) ||
+                      (rc = b->logits(d->device, last_join(d), row_index, count, NULL, 0, err)) ||
+                      (rc = b->sample(d->device, err)) || (rc = b->finish(d->device, err))))
         return rc;
     comm_at(d->comm, OP_SAMPLE, -1); // a replayed step has said nothing of itself so far
     return b->tokens(d->device, tokens, count, err);

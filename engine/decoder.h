@@ -10,9 +10,9 @@
 
 #include <stdint.h>
 
-// Everything is borrowed. The device is prepared for the model.
+// Everything is borrowed. The device is prepared for the model, whose weights may still be on their way.
 struct decoder {
-    const struct model *model;
+    struct model *model;
     const struct backend *backend;
     struct device *device;
     struct comm *comm;

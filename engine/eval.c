@@ -136,6 +136,7 @@ static int open_both(struct session **session, struct session **reference, const
     int rc;
     struct session_options window = session_options;
     window.default_context = 512;
+    window.store = chosen_store_options();
     if ((rc = session_open(session, dir, &window, 1, CHUNK, err)))
         return rc;
     if (!options.against)
@@ -163,6 +164,7 @@ int eval_run(int argc, char **argv, struct error *err)
     if (!options.text)
         return error_set(err, ERR_USAGE, "eval needs --text FILE");
     if ((rc = read_text(options.text, &text, &bytes, err)) || (rc = open_both(&session, &reference, argv[0], err)) ||
+        (rc = session_launch(session, err)) || (reference && (rc = session_launch(reference, err))) ||
         (rc = session_tokenizer(session, &tokenizer, err)) ||
         (rc = tokenizer_encode(tokenizer, text, bytes, 0, &ids, err)))
         goto done;
@@ -170,6 +172,8 @@ int eval_run(int argc, char **argv, struct error *err)
         ids.count = (size_t)options.max_tokens;
     if ((rc = score_text(session, reference, &ids, &score, err)) == 0)
         rc = report(&score, session_context(session), reference != NULL, err);
+    if (!rc)
+        rc = print_timings(session, err);
 done:
     session_close(reference);
     session_close(session);

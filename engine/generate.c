@@ -235,15 +235,30 @@ static void print_batch(const struct output *outputs, int count)
 static void print_start(struct session *session)
 {
     const struct manifest *m = session_manifest(session);
-    struct shared_area *shared = session_shared(session);
     if (!common_options.quiet)
-        fprintf(stderr, "%u rank%s (%s), %d thread%s each, %s kernels, %s wire, context %lld, loaded in %.3f s\n",
-                m->tp_size, m->tp_size == 1 ? "" : "s", session_options.ranks, session_threads(session),
+        fprintf(stderr, "%u rank%s (%s), %d thread%s each, %s kernels, %s wire, context %lld\n", m->tp_size,
+                m->tp_size == 1 ? "" : "s", session_options.ranks, session_threads(session),
                 session_threads(session) == 1 ? "" : "s", session_backend(session), session_wire(session),
-                (long long)session_context(session),
-                1e-9 * (double)(atomic_load(&shared->loaded_ns) - atomic_load(&shared->started_ns)));
+                (long long)session_context(session));
     if (!common_options.quiet)
         session_print_devices(session, stderr);
+}
+
+// Once everything has arrived, which may be after the first token.
+static void print_load(struct session *session)
+{
+    const struct manifest *m = session_manifest(session);
+    const struct start_figures *start = session_start_figures(session);
+    double load_s = session_load_s(session);
+    uint64_t bytes = 0;
+    for (uint32_t r = 0; r < m->tp_size; r++)
+        bytes += m->ranks[r].bytes;
+    if (load_s > 0 && !common_options.quiet)
+        fprintf(stderr, "loaded %.1f MiB in %.3f s (%s: %s)\n", (double)bytes / 0x1p20, load_s,
+                load_path_name(start->ranks[0].load.path), start->ranks[0].load.why);
+    for (uint32_t r = 0; r < m->tp_size && load_s > 0; r++)
+        if (start->ranks[r].note[0])
+            fprintf(stderr, "rank %u: %s\n", r, start->ranks[r].note);
 }
 
 static void print_rates(const struct generate_figures *figures, const struct generation *generations, int count)
@@ -282,13 +297,15 @@ static int run_prompts(struct session *session, const struct chat *chat, const j
                                              .on_tokens = on_tokens,
                                              .arg = outputs};
     }
-    bool started = session_shared(session) != NULL; // in an earlier turn
+    bool started = session_start_figures(session)->first_token_ns > 0; // in an earlier turn
     if ((rc = session_check_prompts(session, generations, count, err)) || (rc = session_start(session, err)))
         return rc;
     if (!started)
         print_start(session);
     struct generate_figures figures = {0};
     rc = session_generate(session, generations, count, &figures, err);
+    if (!rc && !started)
+        print_load(session);
     for (int i = 0; i < count; i++) {
         const char *text;
         size_t bytes;
@@ -357,6 +374,15 @@ static int check_options(struct error *err)
     return 0;
 }
 
+// Whether someone may still be typing: no rank runs then, so that a signal ends the program at once.
+static bool waits_for_input(void)
+{
+    bool waits = options.prompts.count == 0 && !options.messages;
+    for (int i = 0; i < options.prompts.count; i++)
+        waits |= strcmp(options.prompts.items[i], "-") == 0;
+    return waits;
+}
+
 int generate_run(int argc, char **argv, struct error *err)
 {
     (void)argc;
@@ -369,14 +395,19 @@ int generate_run(int argc, char **argv, struct error *err)
     struct output *outputs = calloc((size_t)count, sizeof *outputs);
     if (!outputs)
         return error_set(err, ERR_MEMORY, "no memory for %d prompts", count);
+    session_options.store = chosen_store_options();
     if ((rc = session_open(&session, argv[0], &session_options, count, 0, err)) ||
-        ((options.chat || options.messages) && (rc = chat_open(&chat, argv[0], session_manifest(session), err))) ||
-        (options.messages && (rc = generate_chat_read(&messages, options.messages, err))))
+        (options.messages && (rc = generate_chat_read(&messages, options.messages, err))) ||
+        (!waits_for_input() && (rc = session_launch(session, err))) || // they load while the prompts are made
+        ((options.chat || options.messages) &&
+         (rc = store_chat(&chat, session_store(session), session_manifest(session), err))))
         goto done;
     if (messages || options.prompts.count)
         rc = run_prompts(session, chat, messages, outputs, count, err);
     else
         rc = run_conversation(session, chat, err);
+    if (!rc)
+        rc = print_timings(session, err);
 done:
     for (int i = 0; i < count; i++)
         clear_output(&outputs[i]);

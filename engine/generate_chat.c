@@ -41,8 +41,11 @@ int generate_chat_read(json_t **out, const char *path, struct error *err)
     int rc = read_text(path, &text, &bytes, err);
     if (rc)
         return rc;
-    json_t *messages = json_loadb(text, bytes, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, &reason);
+    bool no_memory;
+    json_t *messages = json_file_load(text, bytes, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, &reason, &no_memory);
     free(text);
+    if (no_memory)
+        return error_set(err, ERR_MEMORY, "%s: out of memory", path);
     if (!messages)
         return error_set(err, ERR_USAGE, "%s: invalid JSON in line %d: %s", path, reason.line, reason.text);
     if (!json_is_array(messages)) {

@@ -185,6 +185,15 @@ void rank_notify(struct rank_env *env)
         wake_parent(env->launch->event_fd);
 }
 
+void rank_ends(struct rank_env *env, const struct error *why)
+{
+    comm_region_abort(env->launch->region, env->rank, why);
+    // What cannot be written is lost: nothing more can be done here.
+    if (env->launch->options.threads &&
+        (write(STDERR_FILENO, why->msg, strlen(why->msg)) < 0 || write(STDERR_FILENO, "\n", 1) < 0))
+        return;
+}
+
 // Runs rank_main and leaves its result in the shared area; its error becomes the launch's unless one came before.
 static int run_rank(struct rank_handle *handle)
 {
@@ -276,9 +285,10 @@ static int map_shared(struct launch *launch, struct error *err)
 
 static int start_thread(struct rank_handle *handle, struct error *err)
 {
-    // Signals are for the parent's thread.
+    // Signals are for the parent's thread, but for the one that a mapped file raises where it is read.
     sigset_t all, before;
     sigfillset(&all);
+    sigdelset(&all, SIGBUS);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     int failed = pthread_create(&handle->thread, NULL, rank_thread, handle);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
@@ -513,8 +523,11 @@ static int fail(struct launch *launch, int rank, const struct error *found, stru
     return launch->error.code;
 }
 
+// Whether a rank is at its start, or waits for weights in the middle of a step.
+static bool is_starting(const struct comm_position *at) { return at->op <= OP_HANDSHAKE; }
+
 // A rank that has work, waits for no other rank and does not move is stuck. So is, later, one that waits beyond every
-// deadline.
+// deadline; but not one that waits for a rank which still loads: that one is watched itself.
 static int watch(struct launch *launch, int *stuck, struct error *err)
 {
     int64_t now_ns = clock_now_ns(), passed_ns = now_ns - launch->looked_ns;
@@ -525,11 +538,14 @@ static int watch(struct launch *launch, int *stuck, struct error *err)
     for (int rank = 0; rank < launch->options.tp_size; rank++) {
         struct rank_handle *handle = &launch->ranks[rank];
         struct rank_state *state = state_of(launch, rank);
-        bool starting = !atomic_load(&state->started);
+        struct comm_position at = comm_region_position(launch->region, rank), other = {.op = OP_COUNT, .waits_for = -1};
+        bool starting = !atomic_load(&state->started) || is_starting(&at);
         bool busy = starting || (launch->command_running &&
                                  atomic_load(&state->done) != atomic_load(&launch->area->command_number));
-        struct comm_position at = comm_region_position(launch->region, rank);
-        if (!busy || at.progress != handle->progress)
+        if (at.waits_for >= 0)
+            other = comm_region_position(launch->region, at.waits_for);
+        bool waits_for_load = is_starting(&other) && other.waits_for < 0;
+        if (!busy || at.progress != handle->progress || waits_for_load)
             handle->silent_ns = 0;
         else
             handle->silent_ns += passed_ns;

@@ -25,7 +25,7 @@
 struct launch_options {
     int tp_size;          // 1 to COMM_MAX_RANKS
     bool threads;         // ranks as threads instead of processes
-    int start_timeout_ms; // longest time of a starting rank without progress (comm_at, collectives); 0: 120000
+    int start_timeout_ms; // longest time without progress of a rank that starts or waits for weights; 0: 120000
     int wait_timeout_ms;  // longest wait in a collective; a busy rank may be silent for a quarter more; 0: 10000
     // SIGINT and SIGTERM are the caller's: launch_wait reports none (rank processes still ignore them).
     bool leave_signals;
@@ -57,6 +57,10 @@ struct comm_position launch_position(const struct launch *launch, int rank);
 int64_t launch_pid(const struct launch *launch, int rank);
 // The rank whose failure has ended all of them; -1: none has failed.
 int launch_lost_rank(const struct launch *launch);
+
+// Rank side, from a signal handler too: why this rank is about to end its process. The parent says so; where ranks are threads, there is no parent,
+// and it is written to standard error here.
+void rank_ends(struct rank_env *env, const struct error *why);
 
 // ---- commands: the parent posts one, all ranks take it, run it and report done ----------------------------------
 // Rank side. Blocks (spins a bounded time, then sleeps) until the parent posts a command; *command receives it. Returns

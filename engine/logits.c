@@ -54,6 +54,7 @@ int logits_run(int argc, char **argv, struct error *err)
         rc = error_set(err, ERR_USAGE, "--token-ids holds no token");
         goto done;
     }
+    session_options.store = chosen_store_options();
     if ((rc = session_open(&session, argv[0], &session_options, 1, (int64_t)ids.count, err)) ||
         (rc = session_forward(session, ids.ids, (int64_t)ids.count, 0, &logits, err)))
         goto done;
@@ -61,6 +62,8 @@ int logits_run(int argc, char **argv, struct error *err)
     rc = write_npy(options.output, logits, (int64_t)ids.count, vocab_size, err);
     if (!rc && common_options.json)
         printf("{\"schema_version\": 1, \"tokens\": %zu, \"vocab_size\": %lld}\n", ids.count, (long long)vocab_size);
+    if (!rc)
+        rc = print_timings(session, err);
 done:
     free(ids.ids);
     session_close(session);

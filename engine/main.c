@@ -1,6 +1,8 @@
 // tpengine: the table of commands. Each command lives in a file of its own.
 #include "engine/commands.h"
 
+#include "formats/json_file.h"
+#include "kernels/futex.h"
 #include "version.h"
 
 #include <stdlib.h>
@@ -9,6 +11,8 @@
 
 struct common_options common_options;
 struct session_options session_options;
+struct place_options place_options;
+struct program_start program_start;
 
 static const struct option_spec common[] = {
     {"json", OPTION_FLAG, &common_options.json, NULL, 0, 0, "report as one JSON object on standard output"},
@@ -48,6 +52,17 @@ static const struct program_spec program = {
                    "memory\n130  interrupted\n143  terminated",
 };
 
+struct store_options chosen_store_options(void)
+{
+    const char *token = getenv("TPENGINE_TOKEN");
+    uint64_t limit = place_options.cache_limit_bytes;
+    return (struct store_options){
+        .cache_dir = place_options.cache_dir && place_options.cache_dir[0] ? place_options.cache_dir : NULL,
+        .cache_limit_bytes = limit > INT64_MAX ? INT64_MAX : (int64_t)limit,
+        .bearer_token = token && token[0] ? token : NULL,
+    };
+}
+
 double now_s(void)
 {
     struct timespec t;
@@ -57,7 +72,7 @@ double now_s(void)
 
 int print_report(json_t *report, struct error *err)
 {
-    char *text = report ? json_dumps(report, JSON_INDENT(2) | JSON_REAL_PRECISION(17)) : NULL;
+    char *text = report && !json_file_no_memory() ? json_dumps(report, JSON_INDENT(2) | JSON_REAL_PRECISION(17)) : NULL;
     json_decref(report);
     if (!text)
         return error_set(err, ERR_MEMORY, "no memory for the report");
@@ -103,8 +118,16 @@ int read_text(const char *path, char **out, size_t *bytes, struct error *err)
     return 0;
 }
 
+static double process_cpu_s(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
 int main(int argc, char **argv)
 {
+    program_start = (struct program_start){.main_ns = clock_now_ns(), .exec_s = process_cpu_s()};
     session_options = session_defaults;
     serve_set_defaults();
     return options_main(&program, argc, argv);

@@ -1,14 +1,15 @@
-// One rank's model: map, verify, view. See model.h.
+// One rank's model: open, check, view, wait. See model.h.
 #include "engine/model.h"
 
 #include "formats/checked.h"
 #include "kernels/buffers.h"
 
 #include <assert.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 // ---- identity --------------------------------------------------------------------------------------------------
 
@@ -45,59 +46,14 @@ static int check_identity(const struct shard_file *file, const struct manifest *
                          "%s: contract %s differs from the manifest's %s: the file comes from another run of tpshard",
                          path, found_hex, want_hex);
     }
+    uint64_t file_bytes = shard_file_payload_offset(file) + shard_file_stored_bytes(file);
+    if (file_bytes != manifest->ranks[rank].bytes)
+        return error_set(err, ERR_CORRUPT, "%s: the file has %llu bytes, the manifest says %llu", path,
+                         (unsigned long long)file_bytes, (unsigned long long)manifest->ranks[rank].bytes);
     if (!checksum128_equal(shard_file_root(file), manifest->ranks[rank].hash))
         return error_set(err, ERR_CORRUPT,
                          "%s: the header's checksum differs from the manifest's; shard the model again", path);
     return 0;
-}
-
-// ---- verification ----------------------------------------------------------------------------------------------
-
-struct verify_job {
-    const struct shard_file *file;
-    struct thread_pool *pool;
-    struct comm *comm;
-    enum verify_mode mode;
-    atomic_llong *loaded_bytes; // NULL: nobody wants to know
-    // of the piece under way
-    const uint8_t *data;
-    uint64_t first_leaf;
-    atomic_int failed;
-    struct error *err; // written by the first that fails
-};
-
-enum { SAMPLE_STRIDE = 64 }; // VERIFY_SAMPLE checks every so manyth leaf
-
-static void verify_leaf(void *arg, int64_t task, int thread)
-{
-    struct verify_job *job = arg;
-    uint64_t leaf = job->first_leaf + (uint64_t)task;
-    if (job->loaded_bytes)
-        atomic_fetch_add_explicit(job->loaded_bytes, SHARD_LEAF_BYTES, memory_order_relaxed);
-    if (atomic_load_explicit(&job->failed, memory_order_relaxed) ||
-        (job->mode == VERIFY_SAMPLE && leaf % SAMPLE_STRIDE != 0))
-        return;
-    if (thread == 0 && job->comm)
-        comm_at(job->comm, OP_LOAD, -1);
-    struct error err;
-    if (shard_file_verify_leaf(job->file, leaf, job->data + (uint64_t)task * SHARD_LEAF_BYTES, &err) == 0)
-        return;
-    if (atomic_exchange(&job->failed, 1) == 0)
-        *job->err = err;
-}
-
-static int verify_piece(void *arg, const uint8_t *data, uint64_t offset, uint64_t bytes, struct error *err)
-{
-    struct verify_job *job = arg;
-    if (job->comm)
-        comm_at(job->comm, OP_LOAD, -1);
-    if (job->mode == VERIFY_OFF)
-        return 0;
-    job->data = data;
-    job->first_leaf = offset / SHARD_LEAF_BYTES;
-    job->err = err;
-    thread_pool_run(job->pool, verify_leaf, job, (int64_t)div_up(bytes, SHARD_LEAF_BYTES));
-    return atomic_load(&job->failed) ? err->code : 0;
 }
 
 // ---- views -----------------------------------------------------------------------------------------------------
@@ -105,10 +61,10 @@ static int verify_piece(void *arg, const uint8_t *data, uint64_t offset, uint64_
 // Where views come from, and of which layer and expert they are just now (-1: outside of them).
 struct binder {
     const struct shard_file *file;
-    const uint8_t *base; // where the payload lies, for the backend
-    const char *path;
-    bool loaded; // the payload is there to be read: orders are checked
+    const uint8_t *base; // where the payload will lie, for the backend; NULL: shapes and places are checked alone
+    const char *name;
     int32_t layer, expert;
+    struct payload_range *part; // grows by every tensor that is found
     struct error *err;
 };
 
@@ -123,6 +79,16 @@ static const char *label(char out[96], const struct binder *b, enum tensor_role 
     return out;
 }
 
+static void widen(struct payload_range *range, uint64_t offset, uint64_t bytes)
+{
+    uint64_t end = offset + bytes;
+    if (bytes == 0)
+        return;
+    if (range->end == 0 || offset < range->begin)
+        range->begin = offset;
+    range->end = end > range->end ? end : range->end;
+}
+
 // The tensor of a role, with the shape that the description calls for. Absent optional tensors leave *out NULL.
 static int find(const struct binder *b, enum tensor_role role, int64_t rows, int64_t cols, bool wanted,
                 const struct shard_tensor **out)
@@ -133,15 +99,19 @@ static int find(const struct binder *b, enum tensor_role role, int64_t rows, int
     if (!tensor && !wanted)
         return 0;
     if (!tensor || !wanted)
-        return error_set(b->err, ERR_CORRUPT, "%s: tensor %s is %s, against the model description", b->path,
+        return error_set(b->err, ERR_CORRUPT, "%s: tensor %s is %s, against the model description", b->name,
                          label(name, b, role), tensor ? "there" : "missing");
     if (tensor->shape.rows != (uint64_t)rows || tensor->shape.cols != (uint64_t)cols)
-        return error_set(b->err, ERR_CORRUPT, "%s: tensor %s is %llu x %llu, wanted %lld x %lld", b->path,
+        return error_set(b->err, ERR_CORRUPT, "%s: tensor %s is %llu x %llu, wanted %lld x %lld", b->name,
                          label(name, b, role), (unsigned long long)tensor->shape.rows,
                          (unsigned long long)tensor->shape.cols, (long long)rows, (long long)cols);
+    widen(b->part, tensor->data_offset, tensor->shape.data_bytes);
+    widen(b->part, tensor->scale_offset, tensor->shape.scale_bytes);
     *out = tensor;
     return 0;
 }
+
+static const void *at(const struct binder *b, uint64_t offset) { return b->base ? b->base + offset : NULL; }
 
 static int bind_matrix(const struct binder *b, struct matrix *out, enum tensor_role role, int64_t rows, int64_t cols)
 {
@@ -152,10 +122,10 @@ static int bind_matrix(const struct binder *b, struct matrix *out, enum tensor_r
         return rc;
     assert(tensor); // wanted, so it is there
     if (tensor->shape.kind == WEIGHT_F32)
-        return error_set(b->err, ERR_CORRUPT, "%s: matrix %s is stored as f32", b->path, label(name, b, role));
+        return error_set(b->err, ERR_CORRUPT, "%s: matrix %s is stored as f32", b->name, label(name, b, role));
     out->shape = tensor->shape;
-    out->data = b->base + tensor->data_offset;
-    out->scale = tensor->shape.scale_bytes == 0 ? NULL : b->base + tensor->scale_offset;
+    out->data = at(b, tensor->data_offset);
+    out->scale = tensor->shape.scale_bytes == 0 ? NULL : at(b, tensor->scale_offset);
     return 0;
 }
 
@@ -165,7 +135,7 @@ static int bind_bf16(const struct binder *b, struct matrix *out, enum tensor_rol
     char name[96];
     int rc = bind_matrix(b, out, role, rows, cols);
     if (!rc && out->shape.kind != WEIGHT_BF16)
-        return error_set(b->err, ERR_CORRUPT, "%s: matrix %s is stored as %s, wanted bf16", b->path,
+        return error_set(b->err, ERR_CORRUPT, "%s: matrix %s is stored as %s, wanted bf16", b->name,
                          label(name, b, role), weight_kind_name(out->shape.kind));
     return rc;
 }
@@ -179,25 +149,15 @@ static int bind_vector(const struct binder *b, const float **out, enum tensor_ro
     if (rc || !tensor)
         return rc;
     if (tensor->shape.kind != WEIGHT_F32)
-        return error_set(b->err, ERR_CORRUPT, "%s: vector %s is not stored as f32", b->path, label(name, b, role));
-    *out = (const float *)(const void *)(b->base + tensor->data_offset);
+        return error_set(b->err, ERR_CORRUPT, "%s: vector %s is not stored as f32", b->name, label(name, b, role));
+    *out = at(b, tensor->data_offset);
     return 0;
 }
 
-// The order of an input's columns, where the file has one: column numbers.
+// The order of an input's columns, where the file has one. What it says is checked when it has arrived.
 static int bind_order(const struct binder *b, const float **out, enum tensor_role role, int64_t cols)
 {
-    const struct shard_tensor *tensor = shard_file_find(b->file, role, b->layer, b->expert);
-    char name[96];
-    int rc = bind_vector(b, out, role, cols, tensor != NULL);
-    if (rc || !tensor || !b->loaded)
-        return rc;
-    const float *order = (const float *)(const void *)(shard_file_payload(b->file) + tensor->data_offset);
-    for (int64_t i = 0; i < cols; i++)
-        if (!(order[i] >= 0 && order[i] < (float)cols && order[i] == (float)(int64_t)order[i]))
-            return error_set(b->err, ERR_CORRUPT, "%s: %s names column %g of %lld", b->path, label(name, b, role),
-                             (double)order[i], (long long)cols);
-    return 0;
+    return bind_vector(b, out, role, cols, shard_file_find(b->file, role, b->layer, b->expert) != NULL);
 }
 
 static int bind_plain_attention(const struct binder *b, const struct model *m, struct layer *layer)
@@ -267,7 +227,7 @@ static int bind_experts(struct binder *b, struct model *m, struct layer *layer)
             !(rc = bind_matrix(b, &mlp->down, ROLE_EXPERT_DOWN, hidden, size)) &&
             !(rc = bind_vector(b, &mlp->down_bias, ROLE_EXPERT_DOWN_BIAS, hidden, e->bias)) &&
             mlp->gate_up.shape.kind != layer->experts[0].gate_up.shape.kind)
-            rc = error_set(b->err, ERR_CORRUPT, "%s: the experts of layer %d are stored in different kinds", b->path,
+            rc = error_set(b->err, ERR_CORRUPT, "%s: the experts of layer %d are stored in different kinds", b->name,
                            b->layer);
     }
     b->expert = -1;
@@ -329,25 +289,38 @@ static bool any_layer(const struct model_desc *d, unsigned flag)
     return false;
 }
 
-static int bind_model(struct model *m, const uint8_t *base, bool loaded, struct error *err)
+// base NULL: shapes are checked, and places noted.
+static int bind_model(struct model *m, const uint8_t *base, struct error *err)
 {
-    struct binder b = {m->file, base, m->path, loaded, -1, -1, err};
+    struct binder b = {.file = m->file, .base = base, .name = m->name, .layer = -1, .expert = -1, .err = err};
     const struct model_desc *d = &m->desc;
     struct weights *w = &m->weights;
     int64_t half = d->rotary_dim / 2;
     int rc;
-    if ((rc = bind_matrix(&b, &w->embedding, ROLE_EMBEDDING, m->share.vocab_local, d->hidden_size)) ||
-        (rc = bind_vector(&b, &w->rope, ROLE_ROPE_INV_FREQ, half, true)) ||
+    b.part = &m->parts[PART_EMBEDDING];
+    if ((rc = bind_matrix(&b, &w->embedding, ROLE_EMBEDDING, m->share.vocab_local, d->hidden_size)))
+        return rc;
+    b.part = &m->parts[PART_TABLES];
+    if ((rc = bind_vector(&b, &w->rope, ROLE_ROPE_INV_FREQ, half, true)) ||
         (rc = bind_vector(&b, &w->rope_long, ROLE_ROPE_LONG, half, d->rope_original_context > 0)) ||
-        (rc = bind_vector(&b, &w->rope_local, ROLE_ROPE_LOCAL, half, any_layer(d, LAYER_LOCAL_ROPE))) ||
-        (rc = bind_vector(&b, &w->final_norm, ROLE_FINAL_NORM, d->hidden_size, true)))
+        (rc = bind_vector(&b, &w->rope_local, ROLE_ROPE_LOCAL, half, any_layer(d, LAYER_LOCAL_ROPE))))
+        return rc;
+    b.part = &m->parts[PART_FINAL_NORM];
+    if ((rc = bind_vector(&b, &w->final_norm, ROLE_FINAL_NORM, d->hidden_size, true)))
         return rc;
     w->head = w->embedding;
-    if (!d->tied_embeddings && (rc = bind_matrix(&b, &w->head, ROLE_HEAD, m->share.vocab_local, d->hidden_size)))
-        return rc;
-    for (b.layer = 0; b.layer < d->num_layers; b.layer++)
+    m->parts[PART_HEAD] = m->parts[PART_EMBEDDING];
+    if (!d->tied_embeddings) {
+        m->parts[PART_HEAD] = (struct payload_range){0};
+        b.part = &m->parts[PART_HEAD];
+        if ((rc = bind_matrix(&b, &w->head, ROLE_HEAD, m->share.vocab_local, d->hidden_size)))
+            return rc;
+    }
+    for (b.layer = 0; b.layer < d->num_layers; b.layer++) {
+        b.part = &m->layers[b.layer];
         if ((rc = bind_layer(&b, m, &w->layers[b.layer])))
             return rc;
+    }
     return 0;
 }
 
@@ -359,8 +332,9 @@ static int alloc_layers(struct model *m, struct error *err)
         with_experts += (m->desc.layer_flags[i] & LAYER_EXPERTS) != 0;
     m->weights.layers = calloc(layers, sizeof *m->weights.layers);
     m->experts = calloc(with_experts * experts + 1, sizeof *m->experts);
-    if (!m->weights.layers || !m->experts)
-        return error_set(err, ERR_MEMORY, "%s: no memory for %zu layers", m->path, layers);
+    m->layers = calloc(layers, sizeof *m->layers);
+    if (!m->weights.layers || !m->experts || !m->layers)
+        return error_set(err, ERR_MEMORY, "%s: no memory for %zu layers", m->name, layers);
     struct mlp *next = m->experts;
     for (size_t i = 0; i < layers; i++)
         if (m->desc.layer_flags[i] & LAYER_EXPERTS) {
@@ -372,29 +346,38 @@ static int alloc_layers(struct model *m, struct error *err)
 
 // ---- opening ---------------------------------------------------------------------------------------------------
 
-int model_open(struct model *out, const char *dir, const struct manifest *manifest, int rank, struct comm *comm,
-               struct error *err)
+static int read_head(struct model *m, const struct manifest *manifest, int rank, struct error *err)
+{
+    uint8_t *head = NULL;
+    uint64_t head_bytes;
+    int rc = store_file_head(&head, &head_bytes, m->source, err);
+    if (!rc)
+        rc = shard_file_parse(&m->file, head, head_bytes, store_file_bytes(m->source), m->name, err);
+    free(head);
+    return rc ? rc : check_identity(m->file, manifest, rank, m->name, err);
+}
+
+int model_open(struct model *out, const char *place, const struct store_options *store, const struct manifest *manifest,
+               int rank, struct comm *comm, struct error *err)
 {
     int rc;
     struct model model = {.desc = manifest->model};
     if (comm)
         comm_at(comm, OP_LOAD, -1);
-    if (asprintf(&model.path, "%s/%s", dir, manifest->ranks[rank].name) < 0)
-        return error_set(err, ERR_MEMORY, "%s: no memory for the name of a file", dir);
-    if ((rc = shard_file_open(&model.file, model.path, err)))
+    if ((rc = store_open(&model.store, place, store, err)) ||
+        (rc = store_file_open(&model.source, model.store, manifest, (uint32_t)rank, err)))
         goto fail;
-    if ((rc = check_identity(model.file, manifest, rank, model.path, err)))
+    model.name = store_file_name(model.source);
+    if ((rc = read_head(&model, manifest, rank, err)))
         goto fail;
     model.share = shard_file_identity(model.file)->share;
     if (!share_fits(&model.share, &model.desc)) {
         rc = error_set(err, ERR_CORRUPT,
                        "%s: the rank's share of heads, mlp or vocabulary does not fit the model description",
-                       model.path);
+                       model.name);
         goto fail;
     }
-    if ((rc = alloc_layers(&model, err)))
-        goto fail;
-    if ((rc = bind_model(&model, shard_file_payload(model.file), false, err)))
+    if ((rc = alloc_layers(&model, err)) || (rc = bind_model(&model, NULL, err)))
         goto fail;
     *out = model;
     return 0;
@@ -403,22 +386,113 @@ fail:
     return rc;
 }
 
-int model_load(struct model *model, const struct backend *backend, struct device *device, enum verify_mode verify,
-               struct thread_pool *pool, struct comm *comm, atomic_llong *loaded_bytes, struct error *err)
-{
-    struct verify_job job = {
-        .file = model->file, .pool = pool, .comm = comm, .mode = verify, .loaded_bytes = loaded_bytes};
-    const uint8_t *base;
-    int rc = backend->load(device, &base, shard_file_payload(model->file), shard_file_payload_bytes(model->file),
-                           verify_piece, &job, err);
-    return rc ? rc : bind_model(model, base, true, err);
-}
-
 void model_close(struct model *model)
 {
+    loader_free(model->loader);
     free(model->weights.layers);
     free(model->experts);
-    free(model->path);
+    free(model->layers);
     shard_file_close(model->file);
+    store_file_close(model->source);
+    store_close(model->store);
     *model = (struct model){0};
+}
+
+// ---- arrival ---------------------------------------------------------------------------------------------------
+
+int model_load(struct model *model, const struct loader_options *options, struct error *err)
+{
+    struct loader_options mine = *options;
+    mine.file = model->file;
+    mine.source = model->source;
+    model->backend = options->backend;
+    model->device = options->device;
+    int rc = loader_start(&model->loader, &mine, &model->base, err);
+    return rc ? rc : bind_model(model, model->base, err);
+}
+
+static int need(struct model *m, const struct payload_range *range, struct error *err)
+{
+    return m->loaded ? 0 : loader_need(m->loader, range->begin, range->end - range->begin, err);
+}
+
+int model_need(struct model *model, enum model_part part, struct error *err)
+{
+    return need(model, &model->parts[part], err);
+}
+
+// Kernels take the numbers of columns for granted.
+static int check_order(const struct model *m, int64_t layer, enum tensor_role role, struct error *err)
+{
+    enum { PIECE = 1024 };
+    float piece[PIECE];
+    const struct shard_tensor *tensor = shard_file_find(m->file, role, (int32_t)layer, -1);
+    int64_t cols = m->desc.hidden_size;
+    int rc;
+    for (int64_t done = 0; tensor && done < cols; done += PIECE) {
+        int64_t count = cols - done < PIECE ? cols - done : PIECE;
+        uint64_t offset = tensor->data_offset + (uint64_t)done * sizeof *piece, bytes = (uint64_t)count * sizeof *piece;
+        if (!m->backend->load_read)
+            memcpy(piece, m->base + offset, bytes);
+        else if ((rc = m->backend->load_read(m->device, offset, piece, bytes, err)))
+            return rc;
+        for (int64_t i = 0; i < count; i++)
+            if (!(piece[i] >= 0 && piece[i] < (float)cols && piece[i] == (float)(int64_t)piece[i]))
+                return error_set(err, ERR_CORRUPT, "%s: %s of layer %lld names column %g of %lld", m->name,
+                                 tensor_role_name(role), (long long)layer, (double)piece[i], (long long)cols);
+    }
+    return 0;
+}
+
+int model_need_layer(struct model *model, int64_t layer, struct error *err)
+{
+    int rc;
+    if (layer < model->next_layer)
+        return 0;
+    if ((rc = need(model, &model->layers[layer], err)) || (rc = check_order(model, layer, ROLE_QKV_ORDER, err)) ||
+        (rc = check_order(model, layer, ROLE_GATE_UP_ORDER, err)))
+        return rc;
+    model->next_layer = layer + 1;
+    return 0;
+}
+
+// Has the part of a matrix read that holds a row, where `unit` rows lie together. A page fault would bring megabytes around it.
+static void want_row(const void *matrix, uint64_t bytes, const struct weight_shape *shape, uint64_t row, uint64_t unit)
+{
+    static const uintptr_t page_bytes = 4096;
+    uint64_t unit_bytes = bytes / (shape->rows_padded / unit);
+    uintptr_t begin = (uintptr_t)matrix + row / unit * unit_bytes, first_page = begin / page_bytes * page_bytes;
+    if (unit_bytes > 0)
+        madvise((void *)first_page, begin + unit_bytes - first_page, MADV_WILLNEED); // if it fails, the fault comes
+}
+
+int model_need_rows(struct model *model, const struct token_row *rows, int64_t count, struct error *err)
+{
+    const struct matrix *m = &model->weights.embedding;
+    if (model->loaded)
+        return 0;
+    if (!loader_is_mapped(model->loader))
+        return need(model, &model->parts[PART_EMBEDDING], err);
+    for (int64_t i = 0; i < count; i++) {
+        int64_t row = (int64_t)rows[i].token - model->share.vocab_begin;
+        if (row < 0 || row >= model->share.vocab_local)
+            continue;
+        want_row(m->data, m->shape.data_bytes, &m->shape, (uint64_t)row,
+                 weight_is_tiled(m->shape.kind) ? WEIGHT_ROW_UNIT : 1);
+        want_row(m->scale, m->shape.scale_bytes, &m->shape, (uint64_t)row, WEIGHT_ROW_UNIT);
+    }
+    return 0;
+}
+
+void model_stop(struct model *model)
+{
+    if (model->loader)
+        loader_stop(model->loader);
+}
+
+int model_finish(struct model *model, struct error *err)
+{
+    int rc = model->loaded ? 0 : loader_finish(model->loader, err);
+    model->loaded |= !rc;
+    return rc;
 }

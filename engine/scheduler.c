@@ -1,7 +1,7 @@
 // The lives of sequences: added, given their tokens, ended. See scheduler.h; what a step computes is scheduler_plan.c's.
 #include "engine/scheduler_internal.h"
 
-#include "kernels/futex.h"
+#include "kernels/clock.h"
 
 #include <assert.h>
 #include <math.h>
@@ -12,8 +12,6 @@
 _Static_assert(offsetof(struct sequence, item) == 0, "the queue's items are sequences");
 
 enum { OUTPUT_WEIGHT = 2 }; // of a produced token against one of a prompt, in what a tenant was served
-
-static double now_s(void) { return 1e-9 * (double)clock_now_ns(); }
 
 // ---- Making and unmaking -------------------------------------------------------------------------------------------
 
@@ -150,7 +148,7 @@ static void end(struct scheduler *s, struct sequence *q, enum finish_reason reas
     *(q->previous ? &q->previous->next : &s->first) = q->next;
     *(q->next ? &q->next->previous : &s->last) = q->previous;
 
-    double now = now_s(), started = q->started_s > 0 ? q->started_s : now;
+    double now = clock_now_s(), started = q->started_s > 0 ? q->started_s : now;
     double first_token = q->first_token_s > 0 ? q->first_token_s : now;
     q->usage.queued_s = started - q->added_s;
     q->usage.prefill_s = first_token - started;
@@ -260,7 +258,7 @@ static struct sequence *new_sequence(struct scheduler *s, const struct sequence_
     q->limit = spec->max_tokens < limit ? spec->max_tokens : limit;
     q->stops_allowed = spec->min_tokens <= 0;
     q->group = s->next_group;
-    q->added_s = now_s();
+    q->added_s = clock_now_s();
     q->usage.prompt_tokens = spec->prompt_count;
     q->slot = -1;
     return q;
@@ -395,7 +393,7 @@ static void take_choices(struct scheduler *s, struct sequence *q, double now)
 
 static void take_results(struct scheduler *s)
 {
-    double now = now_s();
+    double now = clock_now_s();
     for (int64_t i = 0; i < s->num_planned; i++) {
         struct sequence *q = s->planned[i];
         if (q->choices > 0 && !q->cancelled) {
@@ -415,7 +413,7 @@ int scheduler_step(struct scheduler *s, struct error *err)
     s->busy++;
     scheduler_admit(s);
     scheduler_plan(s);
-    double now = now_s();
+    double now = clock_now_s();
     for (int64_t i = 0; i < s->num_planned; i++)
         if (s->planned[i]->started_s == 0)
             s->planned[i]->started_s = now;

@@ -2,9 +2,9 @@
 #include "engine/session.h"
 
 #include "engine/backends.h"
+#include "engine/host_memory.h"
 #include "engine/rank_step.h"
 #include "formats/checked.h"
-#include "formats/extra_file.h"
 #include "kernels/futex.h"
 #include "kernels/kv.h"
 
@@ -23,13 +23,16 @@ const struct session_options session_defaults = {
     .kv_cache = "bf16",
     .wire = "auto",
     .verify = "full",
+    .load = "auto",
     .ranks = "process",
     .timeout_s = 10,
     .default_context = 4096,
 };
 
 struct session {
-    char *dir;
+    struct store *store;
+    char *raw_place; // as it was given: a URL's may hold what is secret
+    const char *dir; // for messages
     struct manifest *manifest;
     struct worker_options worker;
     const char *backend_note; // for the user; NULL: none
@@ -44,24 +47,27 @@ struct session {
     float *logits;
     bool ready;
     struct scheduler *scheduler; // session_generate's
+    struct start_figures start;  // of the last start
     struct tokenizer_file tokenizer;
 };
 
 // ---- tokenizer -------------------------------------------------------------------------------------------------
 
-int tokenizer_file_open(struct tokenizer_file *out, const char *dir, const struct manifest *manifest, struct error *err)
+int tokenizer_file_open(struct tokenizer_file *out, struct store *store, const struct manifest *manifest,
+                        struct error *err)
 {
     struct tokenizer_file file = {0};
     char path[4096];
     uint64_t byte_count;
-    int rc = extra_file_read(&file.bytes, &byte_count, manifest, dir, TOKENIZER_FILE_NAME, TOKENIZER_CAP_BYTES, err);
+    int rc = store_extra(&file.bytes, &byte_count, store, manifest, TOKENIZER_FILE_NAME, TOKENIZER_CAP_BYTES, err);
     if (!rc && !file.bytes)
         rc = error_set(
             err, ERR_MODEL,
-            "%s: the shards were made without a tokenizer.json; put one beside the checkpoint and shard again", dir);
+            "%s: the shards were made without a tokenizer.json; put one beside the checkpoint and shard again",
+            store_place(store));
     if (rc)
         return rc;
-    snprintf(path, sizeof path, "%s/%s", dir, TOKENIZER_FILE_NAME);
+    snprintf(path, sizeof path, "%s/%s", store_place(store), TOKENIZER_FILE_NAME);
     if ((rc = tokenizer_open(&file.tokenizer, file.bytes, byte_count, path, err)))
         goto fail;
     *out = file;
@@ -82,44 +88,12 @@ int session_tokenizer(struct session *s, const struct tokenizer **out, struct er
 {
     int rc = 0;
     if (!s->tokenizer.tokenizer)
-        rc = tokenizer_file_open(&s->tokenizer, s->dir, s->manifest, err);
+        rc = tokenizer_file_open(&s->tokenizer, s->store, s->manifest, err);
     *out = s->tokenizer.tokenizer;
     return rc;
 }
 
 // ---- memory plan -----------------------------------------------------------------------------------------------
-
-// The first number behind `key` in a /proc or cgroup file, times `unit`; -1 when there is none ("max" too).
-static double read_figure(const char *path, const char *key, double unit)
-{
-    char line[256];
-    double value = -1;
-    FILE *f = fopen(path, "re");
-    if (!f)
-        return -1;
-    while (value < 0 && fgets(line, sizeof line, f))
-        if (strncmp(line, key, strlen(key)) == 0 && sscanf(line + strlen(key), "%lf", &value) != 1)
-            value = -1;
-    fclose(f);
-    return value < 0 ? -1 : value * unit;
-}
-
-// Memory that may still be taken: what the kernel calls available, or what the cgroup leaves, whichever is less.
-static double available_bytes(void)
-{
-    double available = read_figure("/proc/meminfo", "MemAvailable:", 1024);
-    double limit = read_figure("/sys/fs/cgroup/memory.max", "", 1),
-           used = read_figure("/sys/fs/cgroup/memory.current", "", 1);
-    double inactive = read_figure("/sys/fs/cgroup/memory.stat", "inactive_file ", 1);
-    double active =
-        read_figure("/sys/fs/cgroup/memory.stat", "active_file ", 1); // page cache as well, given back as readily
-    if (limit >= 0 && used >= 0) {
-        double left = limit - used + (inactive > 0 ? inactive : 0) + (active > 0 ? active : 0);
-        if (available < 0 || left < available)
-            available = left;
-    }
-    return available;
-}
 
 // Largest share any rank can have, for an upper bound before the rank files are read.
 static struct rank_share upper_share(const struct model_desc *d, int64_t tp)
@@ -143,8 +117,9 @@ static uint64_t shared_bytes(const struct session *s)
     return shared_area_place(NULL, &area, NULL, s->worker.logits_rows);
 }
 
-// The host's memory. Weights are mapped from the page cache, so they need not fit at once, but the engine is useless when they do
-// not. The KV cache is made smaller, as far as it may. What a device must hold, its ranks check.
+// The host's memory. Weights that are used where the file is mapped need not fit at once, but the engine is useless when they do not; all others are
+// memory of the rank's own, as much of it. The KV cache is made smaller, as far as it may. What a device must hold, and what compressed files
+// become, the ranks check.
 static int settle_memory(struct session *s, struct error *err)
 {
     int64_t context = s->worker.context;
@@ -158,7 +133,7 @@ static int settle_memory(struct session *s, struct error *err)
                                  .decode_rows = s->worker.limits.decode_rows,
                                  .context = s->worker.context,
                                  .samples = tp == 1};
-    double weights = 0, cache = 0, available = available_bytes();
+    double weights = 0, cache = 0, available = host_memory_available();
     double buffers =
         (double)shared_bytes(s) + (double)tp * (double)s->worker.backend->host_bytes(&shape, s->worker.threads);
     if (s->worker.backend == &backend_cpu) {
@@ -229,6 +204,7 @@ int session_launch(struct session *s, struct error *err)
     if (s->launch)
         return 0;
     s->worker.num_pages = s->wanted_pages;
+    s->start = (struct start_figures){.open_ns = s->start.open_ns, .launch_ns = clock_now_ns()};
     int rc = settle_memory(s, err);
     if (rc || (rc = launch_start(&s->launch, &launch, worker_main, &s->worker, err)))
         return rc;
@@ -257,8 +233,46 @@ int session_start(struct session *s, struct error *err)
     return rc;
 }
 
+// The parts that are there to be read.
+static void take_start(const struct rank_start *from, struct rank_start *to)
+{
+    to->begin_ns = from->begin_ns;
+    to->opened_ns = from->opened_ns;
+    to->load_ns = from->load_ns;
+    to->prepared_ns = from->prepared_ns;
+    long long loaded_ns = atomic_load(&from->loaded_ns);
+    if (!loaded_ns)
+        return;
+    to->cpu_s = from->cpu_s;
+    to->load = from->load;
+    memcpy(to->note, from->note, sizeof to->note);
+    atomic_store(&to->loaded_ns, loaded_ns);
+}
+
+const struct start_figures *session_start_figures(struct session *s)
+{
+    for (uint32_t r = 0; s->ready && r < s->manifest->tp_size; r++)
+        take_start(&s->shared->starts[r], &s->start.ranks[r]);
+    return &s->start;
+}
+
+double session_load_s(const struct session *s)
+{
+    int64_t begin_ns = INT64_MAX, loaded_ns = 0;
+    for (uint32_t r = 0; s->ready && r < s->manifest->tp_size; r++) {
+        const struct rank_start *start = &s->shared->starts[r];
+        int64_t end_ns = atomic_load(&start->loaded_ns);
+        if (end_ns == 0)
+            return 0;
+        begin_ns = start->begin_ns < begin_ns ? start->begin_ns : begin_ns;
+        loaded_ns = end_ns > loaded_ns ? end_ns : loaded_ns;
+    }
+    return loaded_ns ? 1e-9 * (double)(loaded_ns - begin_ns) : 0;
+}
+
 void session_stop(struct session *s)
 {
+    session_start_figures(s);
     scheduler_free(s->scheduler);
     launch_stop(s->launch, NULL);
     s->scheduler = NULL;
@@ -314,18 +328,22 @@ static int plan_pages(struct session *s, const struct session_options *options, 
     return 0;
 }
 
-int session_open(struct session **out, const char *dir, const struct session_options *options, int64_t max_sequences,
+int session_open(struct session **out, const char *place, const struct session_options *options, int64_t max_sequences,
                  int64_t logits_rows, struct error *err)
 {
     int rc;
     int64_t context;
     struct backend_choice choice;
     struct session *s = calloc(1, sizeof *s);
-    if (!s || !(s->dir = strdup(dir))) {
+    if (!s || !(s->raw_place = strdup(place))) {
         free(s);
         return error_set(err, ERR_MEMORY, "no memory for a session");
     }
-    if ((rc = manifest_read(&s->manifest, dir, err)) || (rc = check_supported(s->manifest, dir, err)) ||
+    s->start.open_ns = clock_now_ns();
+    if ((rc = store_open(&s->store, place, &options->store, err)))
+        goto fail;
+    s->dir = store_place(s->store);
+    if ((rc = store_manifest(&s->manifest, s->store, err)) || (rc = check_supported(s->manifest, s->dir, err)) ||
         (rc = choose_context(s->manifest, options, &context, err)) ||
         (rc = choose_wire(s->manifest, options->wire, &s->worker.wire, err)) ||
         (rc = backends_select(&choice, options->backend, options->cuda_library, err)))
@@ -333,10 +351,14 @@ int session_open(struct session **out, const char *dir, const struct session_opt
     s->worker.backend = choice.backend;
     s->worker.kernels = choice.kernels;
     s->backend_note = choice.note;
-    s->worker.dir = s->dir;
+    s->worker.place = s->raw_place;
+    s->worker.store = options->store;
     s->worker.manifest = s->manifest;
     s->worker.threads = options->threads > 0 ? (int)options->threads : default_threads(s->manifest->tp_size);
     s->worker.verify = verify_mode_of(options->verify);
+    load_path_from_name(options->load, &s->worker.load_path);
+    s->worker.load_threads = (int)options->load_threads;
+    s->worker.load_first = options->load_first;
     s->worker.kv_format = strcmp(options->kv_cache, "fp8") == 0 ? KV_E4M3 : KV_BF16;
     s->worker.context = context;
     s->worker.max_sequences = max_sequences;
@@ -367,11 +389,13 @@ void session_close(struct session *s)
     session_stop(s);
     tokenizer_file_close(&s->tokenizer);
     manifest_free(s->manifest);
-    free(s->dir);
+    store_close(s->store);
+    free(s->raw_place);
     free(s);
 }
 
 const struct manifest *session_manifest(const struct session *s) { return s->manifest; }
+struct store *session_store(struct session *s) { return s->store; }
 struct shared_area *session_shared(struct session *s) { return s->shared; }
 int64_t session_context(const struct session *s) { return s->worker.context; }
 const char *session_backend(const struct session *s)
@@ -390,24 +414,39 @@ void session_print_devices(struct session *s, FILE *out)
 int session_threads(const struct session *s) { return s->worker.threads; }
 const char *session_wire(const struct session *s) { return wire_name(s->worker.wire); }
 
+// How much of a rank's file is in place, by its payload: that of a compressed file is longer.
+static int64_t loaded_bytes(const struct session *s, int rank, int64_t file_bytes)
+{
+    long long loaded = atomic_load_explicit(&s->shared->rank_loaded_bytes[rank], memory_order_relaxed),
+              payload = atomic_load_explicit(&s->shared->rank_payload_bytes[rank], memory_order_relaxed);
+    if (payload <= 0)
+        return 0;
+    return loaded >= payload ? file_bytes : (int64_t)((double)file_bytes * ((double)loaded / (double)payload));
+}
+
 void session_rank_report(const struct session *s, int rank, struct rank_report *out)
 {
-    int64_t file_bytes = (int64_t)s->manifest->ranks[rank].bytes;
-    int64_t loaded = atomic_load_explicit(&s->shared->rank_loaded_bytes[rank], memory_order_relaxed);
+    const struct rank_start *start = &s->shared->starts[rank];
+    int64_t loaded_ns = atomic_load(&start->loaded_ns), file_bytes = (int64_t)s->manifest->ranks[rank].bytes;
     struct comm_position at = launch_position(s->launch, rank);
     *out = (struct rank_report){
         .pid = launch_pid(s->launch, rank),
         .operation = comm_operation_name(at.op),
         .layer = at.layer,
-        .loaded_bytes = s->ready || loaded > file_bytes ? file_bytes : loaded,
+        .loaded_bytes = loaded_ns ? file_bytes : loaded_bytes(s, rank, file_bytes),
         .file_bytes = file_bytes,
         .exchange_s = 1e-9 * (double)atomic_load_explicit(&s->shared->rank_exchange_ns[rank], memory_order_relaxed),
         .device = s->ready ? s->shared->device[rank] : "",
         .lost = launch_lost_rank(s->launch) == rank,
     };
+    if (loaded_ns) {
+        out->load_s = 1e-9 * (double)(loaded_ns - start->begin_ns);
+        out->load_cpu_s = start->cpu_s;
+        out->load = start->load;
+    }
     char path[64];
     snprintf(path, sizeof path, "/proc/%lld/status", (long long)out->pid);
-    double rss = read_figure(path, "VmRSS:", 1024);
+    double rss = host_memory_figure(path, "VmRSS:", 1024);
     out->rss_bytes = rss > 0 ? (int64_t)rss : 0;
 }
 
@@ -438,10 +477,19 @@ static int run_command(struct session *s, enum worker_command command, struct er
     return rc;
 }
 
+static void have_result(struct session *s)
+{
+    if (!s->start.first_token_ns)
+        s->start.first_token_ns = clock_now_ns();
+}
+
 int session_run_step(struct session *s, struct error *err)
 {
-    return s->ready ? run_command(s, COMMAND_STEP, err)
-                    : error_set(err, ERR_OTHER, "%s: the ranks are not ready", s->dir);
+    int rc =
+        s->ready ? run_command(s, COMMAND_STEP, err) : error_set(err, ERR_OTHER, "%s: the ranks are not ready", s->dir);
+    if (!rc && s->area.step->num_choices > 0)
+        have_result(s);
+    return rc;
 }
 
 static int run_step(void *session, struct error *err) { return session_run_step(session, err); }
@@ -482,6 +530,7 @@ int session_forward(struct session *s, const uint32_t *tokens, int64_t count, in
     s->shared->forward.count = count;
     if ((rc = run_command(s, COMMAND_FORWARD, err)))
         return rc;
+    have_result(s);
     *logits = s->logits;
     return 0;
 }

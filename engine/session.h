@@ -1,9 +1,10 @@
-// The parent's end of a running model: opens a shard directory, plans memory, starts the ranks and gives them work. Every command of
+// The parent's end of a running model: opens a shard directory, here or behind a URL, plans memory, starts the ranks and gives them work. Every command of
 // tpengine goes through it. It never touches a weight. It belongs to one thread, the one that starts the ranks: they die with it.
 #ifndef TPSHARD_ENGINE_SESSION_H
 #define TPSHARD_ENGINE_SESSION_H
 
 #include "engine/scheduler.h"
+#include "engine/store.h"
 #include "engine/worker.h"
 #include "formats/error.h"
 #include "formats/manifest.h"
@@ -19,9 +20,13 @@ struct session_options {
     const char *kv_cache;     // "bf16", "fp8"
     const char *wire;         // "auto", "bf16", "fp8", "s8x"
     const char *verify;       // "full", "sample", "off"
-    const char *ranks;        // "process", "thread"
-    int64_t threads;          // worker threads of each rank; 0: cores / ranks
-    int64_t context;          // longest sequence; 0: default_context, or the model's own if that is less
+    const char *load;         // "auto", "map", "read", "direct", "uring"
+    int64_t load_threads;     // of each rank; 0: as many as keep the store busy
+    bool load_first;          // the ranks are ready when all weights are in place, not before
+    struct store_options store;
+    const char *ranks; // "process", "thread"
+    int64_t threads;   // worker threads of each rank; 0: cores / ranks
+    int64_t context;   // longest sequence; 0: default_context, or the model's own if that is less
     int64_t default_context;
     double timeout_s;     // longest silence of a busy rank
     int64_t kv_tokens;    // room of the KV cache; 0: context for each sequence
@@ -40,10 +45,10 @@ struct session;
 // Reads the manifest and plans; no rank runs yet, so that whatever is wrong with options, prompts or tokens is said before any weight is
 // touched. max_sequences: how many sequences generate may run together. logits_rows: most tokens of one session_forward (0: none).
 // Success: caller owns *out.
-int session_open(struct session **out, const char *dir, const struct session_options *options, int64_t max_sequences,
+int session_open(struct session **out, const char *place, const struct session_options *options, int64_t max_sequences,
                  int64_t logits_rows, struct error *err);
-// Starts the ranks and waits until their weights are ready; the first work does it as well. ERR_MEMORY with both figures when it
-// cannot fit. Also starts again after session_stop.
+// Starts the ranks and waits until they take work; the first work does it as well. Their weights may still be on their way (worker.h says what
+// that means for results). ERR_MEMORY with both figures when it cannot fit. Also starts again after session_stop.
 int session_start(struct session *session, struct error *err);
 // Starts the ranks and returns at once.
 int session_launch(struct session *session, struct error *err);
@@ -57,6 +62,7 @@ void session_stop(struct session *session);
 void session_close(struct session *session);
 
 const struct manifest *session_manifest(const struct session *session);
+struct store *session_store(struct session *session);
 struct shared_area *session_shared(struct session *session); // NULL before the start
 int64_t session_context(const struct session *session);
 const char *session_backend(const struct session *session); // "cuda", or the name of the host's kernel table
@@ -86,10 +92,24 @@ struct rank_report {
     int64_t loaded_bytes, file_bytes;
     int64_t rss_bytes;  // 0: not known
     double exchange_s;  // in exchanges with other ranks, waiting included
-    const char *device; // "" while it loads
-    bool lost;          // its failure has ended all of them
+    const char *device; // "" while it starts
+    double load_s,
+        load_cpu_s; // from the rank's start until all was in place, and its process' CPU time until then; 0: not yet
+    struct load_figures load; // the same
+    bool lost;                // its failure has ended all of them
 };
 void session_rank_report(const struct session *session, int rank, struct rank_report *out);
+// From the first rank's start until the last one had everything in place; 0: not yet.
+double session_load_s(const struct session *session);
+
+// The last start, kept over session_stop. Times are nanoseconds of CLOCK_MONOTONIC, 0: did not happen.
+struct start_figures {
+    int64_t open_ns;        // session_open was called
+    int64_t launch_ns;      // the ranks were started
+    int64_t first_token_ns; // the first result was there
+    struct rank_start ranks[COMM_MAX_RANKS];
+};
+const struct start_figures *session_start_figures(struct session *session);
 
 // ---- work without one --------------------------------------------------------------------------------------------
 
@@ -129,7 +149,7 @@ struct tokenizer_file {
     struct tokenizer *tokenizer;
     uint8_t *bytes;
 };
-int tokenizer_file_open(struct tokenizer_file *out, const char *dir, const struct manifest *manifest,
+int tokenizer_file_open(struct tokenizer_file *out, struct store *store, const struct manifest *manifest,
                         struct error *err);
 void tokenizer_file_close(struct tokenizer_file *file);
 

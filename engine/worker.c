@@ -2,6 +2,7 @@
 #include "engine/worker.h"
 
 #include "engine/decoder.h"
+#include "engine/host_memory.h"
 #include "engine/rank_step.h"
 #include "formats/checked.h"
 #include "kernels/futex.h"
@@ -10,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 
 // ---- the shared area -------------------------------------------------------------------------------------------
 
@@ -41,10 +43,13 @@ struct worker {
 static void worker_close(struct worker *w)
 {
     rank_step_free(w->step);
+    model_stop(&w->model);
     w->options->backend->close(w->device);
     model_close(&w->model);
     thread_pool_free(w->pool);
 }
+
+static struct rank_start *start_of(const struct worker *w) { return &w->shared->starts[w->env->rank]; }
 
 // What all ranks must agree on before they touch a weight.
 struct agreement {
@@ -88,8 +93,8 @@ static int check_shares(struct worker *w, struct error *err)
             all[r].expert_mlp_begin != (whole_experts ? 0 : expert_mlp) ||
             (whole_experts ? all[r].expert_size_local != desc->experts.expert_size
                            : all[r].num_experts_local != desc->experts.num_experts))
-            rc = error_set(err, ERR_CORRUPT, "%s: rank %d's share does not begin where rank %d's ends", w->options->dir,
-                           r, r - 1);
+            rc = error_set(err, ERR_CORRUPT, "%s: rank %d's share does not begin where rank %d's ends",
+                           store_place(w->model.store), r, r - 1);
         vocab += all[r].vocab_local;
         mlp += all[r].intermediate_local;
         heads += all[r].num_heads_local;
@@ -100,7 +105,8 @@ static int check_shares(struct worker *w, struct error *err)
     if (!rc && (vocab != desc->vocab_size || mlp != desc->intermediate_size || heads != desc->num_heads ||
                 shared != desc->experts.shared_size ||
                 (whole_experts ? experts != desc->experts.num_experts : expert_mlp != desc->experts.expert_size)))
-        rc = error_set(err, ERR_CORRUPT, "%s: the ranks' shares do not add up to the model", w->options->dir);
+        rc = error_set(err, ERR_CORRUPT, "%s: the ranks' shares do not add up to the model",
+                       store_place(w->model.store));
     return rc;
 }
 
@@ -117,7 +123,7 @@ static int refuse_memory(const struct worker *w, const struct memory_need *sum, 
         err, ERR_MEMORY,
         "%s: device %lld (%d rank%s) needs %.2f GiB (weights %.2f, KV cache %.2f at context %lld, buffers "
         "%.2f) and has %.2f GiB free; use a smaller --context, --kv-cache fp8, stronger quantization or more ranks",
-        w->options->dir, (long long)sum->device, sharing, sharing == 1 ? "" : "s", needed / 0x1p30,
+        store_place(w->model.store), (long long)sum->device, sharing, sharing == 1 ? "" : "s", needed / 0x1p30,
         sum->weights / 0x1p30, sum->kv / 0x1p30, (long long)w->options->context, sum->scratch / 0x1p30,
         sum->available / 0x1p30);
 }
@@ -138,6 +144,10 @@ static int settle_memory(struct worker *w, struct device_shape *shape, struct er
     mine.kv = (double)plan.kv_bytes;
     mine.scratch = (double)plan.scratch_bytes;
     mine.available = (double)plan.available_bytes;
+    // The parent knows the host's memory, but of a compressed file only how long it is.
+    bool unpacked = plan.available_bytes == UINT64_MAX && shard_file_is_compressed(w->model.file);
+    if (unpacked)
+        mine.available = host_memory_available() >= 0 ? host_memory_available() : INFINITY;
     if ((rc = comm_all_gather(w->env->comm, all, &mine, sizeof mine, err)))
         return rc;
     sum = (struct memory_need){.available = mine.available, .device = mine.device};
@@ -150,7 +160,8 @@ static int settle_memory(struct worker *w, struct device_shape *shape, struct er
         sum.scratch += all[r].scratch;
         sum.available = all[r].available < sum.available ? all[r].available : sum.available;
     }
-    double left = plan.available_bytes == UINT64_MAX ? INFINITY : sum.available - sum.weights - sum.scratch;
+    double left =
+        plan.available_bytes == UINT64_MAX && !unpacked ? INFINITY : sum.available - sum.weights - sum.scratch;
     double pages = (double)shape->num_pages, pages_of_all[COMM_MAX_RANKS];
     if (sum.kv > left)
         pages = left > 0 ? floor(pages * left / sum.kv) : 0;
@@ -167,7 +178,39 @@ static int settle_memory(struct worker *w, struct device_shape *shape, struct er
     return 0;
 }
 
-// The weights on the device, verified, and everything that computes with them.
+// ---- start -----------------------------------------------------------------------------------------------------
+
+// A thread of the rank waits for bytes, and some have come.
+static void on_progress(void *arg)
+{
+    struct worker *w = arg;
+    comm_at(w->env->comm, OP_LOAD, -1);
+}
+
+static void on_lost(void *arg, const struct error *why)
+{
+    const struct worker *w = arg;
+    rank_ends(w->env, why);
+}
+
+static int begin_load(struct worker *w, struct error *err)
+{
+    const struct worker_options *o = w->options;
+    const struct loader_options options = {.backend = o->backend,
+                                           .device = w->device,
+                                           .verify = o->verify,
+                                           .path = o->load_path,
+                                           .threads = o->load_threads,
+                                           .loaded_bytes = &w->shared->rank_loaded_bytes[w->env->rank],
+                                           .on_progress = on_progress,
+                                           .on_lost = on_lost,
+                                           .arg = w};
+    comm_at(w->env->comm, OP_LOAD, -1);
+    start_of(w)->load_ns = clock_now_ns();
+    return model_load(&w->model, &options, err);
+}
+
+// Everything that computes, with weights that are on their way.
 static int open_device(struct worker *w, struct error *err)
 {
     const struct worker_options *o = w->options;
@@ -184,9 +227,7 @@ static int open_device(struct worker *w, struct error *err)
                                  .samples = decoder_samples(&w->decoder)};
     int rc;
     if ((rc = o->backend->open(&w->device, &options, err)) || (rc = settle_memory(w, &shape, err)) ||
-        (rc = model_load(&w->model, o->backend, w->device, o->verify, w->pool, w->env->comm,
-                         &w->shared->rank_loaded_bytes[w->env->rank], err)) ||
-        (rc = o->backend->prepare(w->device, &shape, &w->model.weights, err)))
+        (rc = begin_load(w, err)) || (rc = o->backend->prepare(w->device, &shape, &w->model.weights, err)))
         return rc;
     o->backend->describe(w->device, w->shared->device[w->env->rank]);
     w->area.num_pages = shape.num_pages;
@@ -195,23 +236,50 @@ static int open_device(struct worker *w, struct error *err)
     return 0;
 }
 
+// Waits until all is there and says how that went.
+static int finish_load(struct worker *w, struct error *err)
+{
+    struct rank_start *start = start_of(w);
+    struct rusage used;
+    comm_at(w->env->comm, OP_LOAD, -1);
+    int rc = model_finish(&w->model, err);
+    if (rc)
+        return rc;
+    loader_figures(w->model.loader, &start->load);
+    const char *note = store_file_note(w->model.source);
+    snprintf(start->note, sizeof start->note, "%s", note ? note : "");
+    getrusage(RUSAGE_SELF, &used); // of a rank that has computed meanwhile, too
+    start->cpu_s = (double)(used.ru_utime.tv_sec + used.ru_stime.tv_sec) +
+                   1e-6 * (double)(used.ru_utime.tv_usec + used.ru_stime.tv_usec);
+    atomic_store(&start->loaded_ns, start->load_ns + (int64_t)(1e9 * start->load.wall_s));
+    return 0;
+}
+
 static int worker_open(struct worker *w, struct error *err)
 {
     const struct worker_options *o = w->options;
+    struct rank_start *start = start_of(w);
     int rc;
+    start->begin_ns = clock_now_ns();
     w->area = (struct step_area){
         .context = o->context, .max_sequences = o->max_sequences, .vocab_size = o->manifest->model.vocab_size};
     shared_area_place(w->shared, &w->area, &w->logits, o->logits_rows);
-    if ((rc = thread_pool_create(&w->pool, o->threads, err)) || (rc = agree(w, err)) ||
-        (rc = model_open(&w->model, o->dir, o->manifest, w->env->rank, w->env->comm, err)) ||
-        (rc = check_shares(w, err)))
+    if ((rc = agree(w, err)) ||
+        (rc = model_open(&w->model, o->place, &o->store, o->manifest, w->env->rank, w->env->comm, err)))
+        return rc;
+    atomic_store(&w->shared->rank_payload_bytes[w->env->rank], (long long)shard_file_payload_bytes(w->model.file));
+    start->opened_ns = clock_now_ns();
+    if ((rc = check_shares(w, err)) || (rc = thread_pool_create(&w->pool, o->threads, err)))
         return rc;
     w->decoder = (struct decoder){
         .model = &w->model, .backend = o->backend, .comm = w->env->comm, .wire = o->wire, .pool = w->pool};
     if ((rc = open_device(w, err)))
         return rc;
     w->decoder.device = w->device;
-    return rank_step_create(&w->step, &w->decoder, &o->limits, o->usual_choices, err);
+    if ((rc = rank_step_create(&w->step, &w->decoder, &o->limits, o->usual_choices, err)))
+        return rc;
+    start->prepared_ns = clock_now_ns();
+    return o->load_first ? finish_load(w, err) : 0;
 }
 
 // ---- commands --------------------------------------------------------------------------------------------------
@@ -240,13 +308,21 @@ static int run_step(struct worker *w, struct error *err)
     return 0;
 }
 
+// Before a result leaves: see worker.h.
+static int settle_load(struct worker *w, struct error *err)
+{
+    if (w->model.loaded || (w->options->verify == VERIFY_OFF && !loader_is_done(w->model.loader)))
+        return 0;
+    return finish_load(w, err);
+}
+
 static int run_command(struct worker *w, int command, struct error *err)
 {
     int rc = command == COMMAND_FORWARD ? run_forward(w, err)
              : command == COMMAND_STEP  ? run_step(w, err)
                                         : error_set(err, ERR_OTHER, "rank %d: command %d", w->env->rank, command);
     atomic_store_explicit(&w->shared->rank_exchange_ns[w->env->rank], w->decoder.exchange_ns, memory_order_relaxed);
-    return rc;
+    return rc ? rc : settle_load(w, err);
 }
 
 int worker_main(struct rank_env *env, void *arg, struct error *err)
@@ -257,11 +333,7 @@ int worker_main(struct rank_env *env, void *arg, struct error *err)
     w->env = env;
     w->options = arg;
     w->shared = env->shared;
-    if (env->rank == 0)
-        atomic_store(&w->shared->started_ns, clock_now_ns());
     int rc = worker_open(w, err);
-    if (rc == 0 && env->rank == 0)
-        atomic_store(&w->shared->loaded_ns, clock_now_ns());
     while (rc == 0) {
         int command;
         if ((rc = rank_next_command(env, &command, err)) || command == 0)

@@ -1,5 +1,10 @@
-// What one rank does between start and end: load its file, then run the commands that the parent posts. Parent and ranks share
-// one area of memory (struct shared_area and a struct step_area); tokens, page tables, logits and counters pass through it.
+// What one rank does between start and end: begin to load its file, then run the commands that the parent posts, the first ones while the file
+// still arrives. Parent and ranks share one area of memory (struct shared_area and a struct step_area); tokens, page tables, logits and counters
+// pass through it.
+//
+// Law: no result leaves a rank before all that was to be compared with its checksums has been: with VERIFY_FULL and VERIFY_SAMPLE the first
+// command is not done before the whole load is. With VERIFY_OFF nothing is to be compared, and results leave as soon as what they were computed
+// from has arrived; what goes wrong with the rest ends the ranks at their next command.
 #ifndef TPSHARD_ENGINE_WORKER_H
 #define TPSHARD_ENGINE_WORKER_H
 
@@ -18,19 +23,34 @@ enum worker_command {
     COMMAND_STEP,        // the step area: run the step, choose tokens
 };
 
+// How one rank started. Times are nanoseconds of CLOCK_MONOTONIC. Written by the rank before it takes commands; what follows loaded_ns before that
+// is set.
+struct rank_start {
+    int64_t begin_ns;       // it runs
+    int64_t opened_ns;      // its file's head has been read
+    int64_t load_ns;        // the load has begun
+    int64_t prepared_ns;    // the device is ready for a step
+    atomic_llong loaded_ns; // all is in place; 0: not yet
+    double cpu_s; // user and system time of its process until it saw that; of all ranks together where they are threads
+    struct load_figures load;
+    char note[256]; // of the store, for the user; "": none
+};
+
 struct shared_area {
     // COMMAND_FORWARD: `count` <= logits_rows tokens of slot 0 at positions start .. start + count - 1
     struct {
         int64_t start, count;
     } forward;
-    // By rank 0: CLOCK_MONOTONIC nanoseconds when the rank started and when its weights were ready; pages of the KV cache that it has made.
-    atomic_llong started_ns, loaded_ns, num_pages;
+    // By rank 0: pages of the KV cache that it has made.
+    atomic_llong num_pages;
     // Totals since the start, by rank 0, of steps without prefill rows: steps, rows, bytes sent to the other ranks.
     atomic_llong decode_steps, decode_rows, decode_sent_bytes;
-    // Each rank's own: bytes of its file that are checked and in place, nanoseconds in exchanges with other ranks (waiting included), device
-    // (once its weights are ready).
-    atomic_llong rank_loaded_bytes[COMM_MAX_RANKS], rank_exchange_ns[COMM_MAX_RANKS];
+    // Each rank's own: payload bytes that are in place, those there are (0: not known yet), nanoseconds in exchanges with other ranks (waiting
+    // included), device (once it is prepared).
+    atomic_llong rank_loaded_bytes[COMM_MAX_RANKS], rank_payload_bytes[COMM_MAX_RANKS],
+        rank_exchange_ns[COMM_MAX_RANKS];
     char device[COMM_MAX_RANKS][DEVICE_TEXT_BYTES];
+    struct rank_start starts[COMM_MAX_RANKS];
 };
 
 // Behind struct shared_area, at multiples of 64 bytes: the step area, then logits f32 [logits_rows][vocab_size]. area: its four sizes are set,
@@ -39,7 +59,8 @@ uint64_t shared_area_place(struct shared_area *memory, struct step_area *area, f
 
 // Decided by the parent, read by every rank.
 struct worker_options {
-    const char *dir;
+    const char *place; // of the shard directory, as store_open takes it
+    struct store_options store;
     const struct manifest *manifest;
     const struct backend *backend;
     const struct kernels *kernels; // of the host
@@ -47,6 +68,9 @@ struct worker_options {
     enum kv_format kv_format;
     enum wire wire;
     enum verify_mode verify;
+    enum load_path load_path;
+    int load_threads; // 0: the loader's choice
+    bool load_first;  // no command is taken before everything is in place
     int64_t context, max_sequences, logits_rows;
     int64_t num_pages,
         least_pages; // of the KV cache: wanted, and below what number, for want of memory, a rank refuses

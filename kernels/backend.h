@@ -134,10 +134,18 @@ struct device_options {
 
 struct device; // one rank's end of a backend; belongs to one thread
 
-// Compares [offset, offset + bytes) of the payload, which lie at `data`, with its checksums; may use the pool.
-typedef int payload_check_fn(void *arg, const uint8_t *data, uint64_t offset, uint64_t bytes, struct error *err);
+// Where a payload will lie.
+struct load_target {
+    const uint8_t *base; // payload byte `offset` at base + offset, as the kernels see it
+    uint8_t *place;      // the same memory where the host may write it; NULL: it is the map itself, or on a device
+};
 
-enum { BACKEND_ABI = 3, DEVICE_TEXT_BYTES = 512 };
+enum {
+    BACKEND_ABI = 4,
+    DEVICE_TEXT_BYTES = 512,
+    LOAD_LANES = 16,             // threads that copy to a device at a time
+    LOAD_BUFFER_BYTES = 8 << 20, // of one lane, at most
+};
 
 // All functions but close return 0 or an error; `device` is filled by open and owned by the caller.
 struct backend {
@@ -149,6 +157,7 @@ struct backend {
     bool
         mixes_phases; // one arithmetic: a step may hold rows of both phases and of any sequences, and says PHASE_DECODE
     bool chunks_fixed; // results of prefill depend on where its steps are cut
+    bool reads_map;    // computes on a mapped file where it lies
     // Host memory that a rank's device takes beside the KV cache, for a parent that plans before its ranks run.
     uint64_t (*host_bytes)(const struct device_shape *shape, int threads);
 
@@ -159,11 +168,21 @@ struct backend {
 
     // Memory that prepare will take; nothing is allocated yet.
     int (*plan)(struct device *device, const struct device_shape *shape, struct memory_plan *plan, struct error *err);
-    // Brings the rank file's payload to where the kernels read it: *base + offset holds payload byte `offset`. `mapped` outlives the
-    // device. check runs over every byte once, in ascending pieces of whole MiB, on the bytes that will be used.
-    int (*load)(struct device *device, const uint8_t **base, const uint8_t *mapped, uint64_t bytes,
-                payload_check_fn *check, void *arg, struct error *err);
-    // Allocates buffers and KV cache. weights point into the loaded payload and outlive the device.
+    // The payload's way to where the kernels read it: begin, copies from any threads, end. begin takes room for it, on lasting until
+    // close. mapped (NULL: there is no map; only where reads_map): it is used where it lies, and outlives the device.
+    int (*load_begin)(struct device *device, const uint8_t *mapped, uint64_t bytes, struct load_target *target,
+                      struct error *err);
+    // NULL where there is no device to copy to. A lane is one thread's, 0 .. LOAD_LANES - 1: a buffer that the device copies from, aligned
+    // to pages, the same whenever it is asked for; and a copy from it, complete on return.
+    int (*load_buffer)(struct device *device, int lane, uint64_t bytes, uint8_t **buffer, struct error *err);
+    int (*load_copy)(struct device *device, int lane, uint64_t offset, const uint8_t *from, uint64_t bytes,
+                     struct error *err);
+    // Payload bytes that are there, to the host; NULL where base is the host's memory.
+    int (*load_read)(struct device *device, uint64_t offset, void *to, uint64_t bytes, struct error *err);
+    // Gives back what the lanes had; their threads have ended. Also after a load that failed.
+    void (*load_end)(struct device *device);
+    // Allocates buffers and KV cache. weights point into the payload, which may still be on its way: they are not read. They outlive the
+    // device.
     int (*prepare)(struct device *device, const struct device_shape *shape, const struct weights *weights,
                    struct error *err);
 

@@ -56,6 +56,8 @@ static void free_buffers(struct device *d)
     cpu_experts_free(d);
     if (d->kv)
         munmap(d->kv, d->kv_bytes ? d->kv_bytes : 1);
+    if (d->payload)
+        munmap(d->payload, d->payload_bytes);
 }
 
 static void cpu_close(struct device *d)
@@ -88,14 +90,23 @@ static int cpu_plan(struct device *d, const struct device_shape *s, struct memor
     return 0;
 }
 
-// The file is mapped and read where it lies.
-static int cpu_load(struct device *d, const uint8_t **base, const uint8_t *mapped, uint64_t bytes,
-                    payload_check_fn *check, void *arg, struct error *err)
+static int cpu_load_begin(struct device *d, const uint8_t *mapped, uint64_t bytes, struct load_target *target,
+                          struct error *err)
 {
-    (void)d;
-    *base = mapped;
-    return check(arg, mapped, 0, bytes, err);
+    *target = (struct load_target){.base = mapped};
+    if (mapped)
+        return 0;
+    d->payload_bytes = bytes > 0 ? bytes : 1;
+    void *payload = mmap(NULL, d->payload_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (payload == MAP_FAILED)
+        return error_set(err, ERR_MEMORY, "no memory for %llu bytes of weights", (unsigned long long)bytes);
+    madvise(payload, d->payload_bytes, MADV_HUGEPAGE); // where it is to be had
+    d->payload = payload;
+    *target = (struct load_target){.base = payload, .place = payload};
+    return 0;
 }
+
+static void cpu_load_end(struct device *d) { (void)d; }
 
 static float *floats(int64_t count) { return calloc((size_t)(count > 0 ? count : 1), sizeof(float)); }
 
@@ -449,12 +460,14 @@ const struct backend backend_cpu = {
     .decode_rows = CPU_STEP_ROWS,
     .balance_rows = 8, // measured, int4 and int8
     .mixes_phases = true,
+    .reads_map = true,
     .host_bytes = cpu_host_bytes,
     .open = cpu_open,
     .close = cpu_close,
     .describe = cpu_describe,
     .plan = cpu_plan,
-    .load = cpu_load,
+    .load_begin = cpu_load_begin,
+    .load_end = cpu_load_end,
     .prepare = cpu_prepare,
     .begin = cpu_begin,
     .embed = cpu_embed,

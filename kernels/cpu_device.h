@@ -27,6 +27,8 @@ struct device {
     struct thread_pool *pool;
     struct device_shape shape;
     const struct weights *weights;
+    uint8_t *payload; // weights that do not lie in a mapped file; NULL: they do
+    uint64_t payload_bytes;
     struct kv_shape kv_shape;
     int64_t q_size, kv_size; // floats of a row of BUFFER_QKV: queries, then keys, then values
 

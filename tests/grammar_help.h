@@ -117,6 +117,25 @@ static inline struct grammar_state *test_state(struct grammar *grammar)
     return state;
 }
 
+// What is wrong with how a schema takes a text; NULL: nothing.
+static inline const char *test_accept_problem(struct vocabulary *vocabulary, const char *schema, const char *text,
+                                              bool accepted)
+{
+    static char problem[1024];
+    struct grammar *grammar = NULL;
+    struct error err = {0};
+    if (test_schema_grammar(&grammar, vocabulary, schema, &err)) {
+        snprintf(problem, sizeof problem, "%.300s", err.msg);
+        return problem;
+    }
+    struct grammar_state *state = test_state(grammar);
+    bool got = grammar_state_take(state, text, strlen(text)) && grammar_state_complete(state);
+    grammar_state_free(state);
+    grammar_free(grammar);
+    snprintf(problem, sizeof problem, "%.300s: %.300s was %s", schema, text, got ? "accepted" : "refused");
+    return got == accepted ? NULL : problem;
+}
+
 static inline bool test_bit(const uint32_t *mask, int64_t token) { return mask[token / 32] >> token % 32 & 1; }
 
 // A random sentence of the grammar: allowed tokens are chosen until the end, such as close something more often. Appends to text [capacity];

@@ -6,6 +6,7 @@
 #include "formats/checksum.h"
 #include "formats/shard_file.h"
 
+#include <stdbool.h>
 #include <stdint.h>
 
 enum { SHARD_FIXTURE_TENSORS = 16 };
@@ -20,8 +21,10 @@ struct shard_fixture {
 
 // One rank's file in memory. extra_vocab makes it longer: rows of zeros of a larger vocabulary.
 void shard_fixture_make(struct shard_fixture *file, uint32_t rank, const uint8_t contract[16], uint64_t extra_vocab);
+// The same file compressed: file->bytes and what follows from them are replaced.
+void shard_fixture_compress(struct shard_fixture *file);
 // The whole directory: both ranks, note.txt and model.json.
-void shard_fixture_write(const char *out_dir);
+void shard_fixture_write(const char *out_dir, bool compressed);
 
 // A tensor of a legal shape, without parts.
 void shard_fixture_set_tensor(struct shard_tensor *tensor, enum tensor_role role, int32_t layer, enum weight_kind kind,

@@ -3,6 +3,7 @@
 
 The backend's shared object is the real one's sources, compiled against tests/emulator instead of a driver and nvcc; cuBLASLt is
 replaced by a plain product that checks what it is asked for. CUDA_LIBRARY names another library to test: the real one, on a device.
+An emulated token takes a tenth of a second, so greedy texts are short there; CUDA_ENGINE_FULL=1 makes every one of them as long as it can be.
 
 Bounds, in rms of the logits. A device's prefill multiplies bf16 weights with bf16 inputs (rounding by up to 2^-9 in each of eight
 products), takes scores and probabilities in bf16, and e4m3 inputs (2.6 % rms) for fp8 weights where the chip has them. Random weights
@@ -23,6 +24,7 @@ from test_families import BUILD, GOLDEN, read_npy, relative_error, run  # noqa: 
 
 REAL = os.environ.get("CUDA_LIBRARY")
 QUICK = os.environ.get("CUDA_ENGINE_QUICK")  # for slow builds: one family
+FULL = os.environ.get("CUDA_ENGINE_FULL") or REAL
 LIBRARY = Path(REAL or BUILD / "tests" / "libtpengine_cuda_emulated.so")
 DEVICE = ["--backend", "cuda", "--cuda-library", LIBRARY]
 MODEL = Path("tests/model")
@@ -176,29 +178,30 @@ def check_greedy(name, shards, prompt, count, tie, tmp, **environment):
 # Greedy tokens are the CPU's, unless two are so close that the rounding of scores decides: a gap of 0.1 in logits of rms 3, and of 0.5
 # where prefill has e4m3 inputs: they move a logit by some 3 % of the rms, so the gap of two by 0.13, and four times that is the bound.
 def test_greedy(tmp):
-    count = 64 if REAL else 2 if QUICK else 8
+    count = 64 if REAL else 2 if QUICK else 8 if FULL else 5
     for quant in ("int8", "int4", "none"):
-        for tp in (1,) if QUICK else (1, 2, 4):
+        for tp in (1,) if QUICK else (1, 2, 4) if FULL or quant == "int4" else (1, 2):
             shards = tmp / f"model-{quant}-{tp}"
             run(BUILD / "tpshard", "--tp", tp, "--quant", quant, MODEL, shards, "--quiet")
-            for prompt in PROMPTS if tp == 1 and quant != "none" else PROMPTS[:1]:
+            for prompt in PROMPTS if tp == 1 and (FULL and quant != "none" or quant == "int4") else PROMPTS[:1]:
                 check_greedy(f"{quant} tp {tp}", shards, prompt, count, 0.5 if REAL and quant == "int4" else 0.1, tmp)
     if not REAL:
-        for prompt in PROMPTS:
+        for prompt in PROMPTS if FULL else PROMPTS[1:2]:
             check_greedy("int4 tp 1 on sm_90", tmp / "model-int4-1", prompt, count, 0.5, tmp, EMULATED_SM="90")
 
 
 # Law 9: alone and in company, recorded steps and new ones, threads and processes.
 def test_company(tmp):
     shards = tmp / "model-int4-1"
-    alone = [greedy(shards, [prompt], 6, *DEVICE, "--context", 256)[0] for prompt in PROMPTS]
-    together = greedy(shards, PROMPTS, 6, *DEVICE, "--context", 256)
+    count = 6 if FULL else 4
+    alone = [greedy(shards, [prompt], count, *DEVICE, "--context", 256)[0] for prompt in PROMPTS]
+    together = greedy(shards, PROMPTS, count, *DEVICE, "--context", 256)
     check("greedy tokens equal alone and in a batch", alone == together, f"{alone} {together}")
     penalty = ["--context", 256, "--repetition-penalty", 1.5, "--frequency-penalty", 0.5]
-    apart = [greedy(shards, [prompt], 6, *DEVICE, *penalty)[0] for prompt in PROMPTS]
-    together = greedy(shards, PROMPTS, 6, *DEVICE, *penalty)
+    apart = [greedy(shards, [prompt], count, *DEVICE, *penalty)[0] for prompt in PROMPTS]
+    together = greedy(shards, PROMPTS, count, *DEVICE, *penalty)
     check("penalties count each sequence's own tokens", apart == together and apart != alone, f"{apart} {together}")
-    threads = greedy(shards, [PROMPTS[0]], 6, *DEVICE, "--context", 256, "--ranks", "thread")
+    threads = greedy(shards, [PROMPTS[0]], count, *DEVICE, "--context", 256, "--ranks", "thread")
     check("greedy tokens equal with ranks as threads", threads == alone[:1], f"{threads}")
 
 

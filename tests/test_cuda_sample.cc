@@ -8,6 +8,7 @@ extern "C" {
 #include "engine/comm.h"
 #include "engine/sampler.h"
 }
+#include "tests/noise_help.h"
 
 static const double BOUNDARY = 1e-9; // of the whole mass
 
@@ -383,6 +384,35 @@ static void test_corners(void **)
     free_batch(&b);
 }
 
+// Random bits that are all ones give the largest noise, which is finite: a token 36.2 below the likeliest wins by it sometimes, one 40 below never.
+static void test_largest_noise(void **)
+{
+    enum { VOCAB = 40, LIKELY = 7, UNLIKELY = 30, STEPS = 20 };
+    struct batch b = make_batch(VOCAB, VOCAB, 2, 2, false);
+    struct device_sampling how = {};
+    int wins = 0;
+    how.top_p = 1, how.repetition_penalty = 1, how.temperature = 1;
+    for (uint64_t step = 0; step < STEPS; step++) {
+        uint32_t want[2];
+        how.step = step, how.seed = seed_for(~(uint64_t)0 - step, step, UNLIKELY); // the same 53 bits
+        for (int r = 0; r < 2; r++) {
+            float *logits = b.logits + r * VOCAB;
+            for (int i = 0; i < VOCAB; i++)
+                logits[i] = -100;
+            logits[LIKELY] = 0, logits[UNLIKELY] = r ? -40 : -36.2f;
+            b.how[r] = how;
+            struct cpu_row cpu = cpu_row_of(&b, r, NULL, NULL);
+            assert_int_equal(cpu_choose(&cpu, VOCAB, &want[r], NULL), 0);
+        }
+        launch(&b, 0, 2);
+        assert_memory_equal(b.tokens, want, sizeof want);
+        assert_int_equal(want[1], LIKELY);
+        wins += want[0] == UNLIKELY;
+    }
+    assert_true(wins > 2 && wins < STEPS - 2);
+    free_batch(&b);
+}
+
 // A captured launch obeys settings and logits that change in device memory.
 static void test_capture(void **)
 {
@@ -421,8 +451,9 @@ static void test_capture(void **)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_random_rows), cmocka_unit_test(test_each_step), cmocka_unit_test(test_large_vocabulary),
-        cmocka_unit_test(test_corners),     cmocka_unit_test(test_capture),
+        cmocka_unit_test(test_random_rows),      cmocka_unit_test(test_each_step),
+        cmocka_unit_test(test_large_vocabulary), cmocka_unit_test(test_corners),
+        cmocka_unit_test(test_largest_noise),    cmocka_unit_test(test_capture),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

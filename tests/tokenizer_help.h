@@ -6,22 +6,15 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "formats/tokenizer.h"
 #include "formats/tokenizer_text.h"
+#include "kernels/clock.h"
 
 #define GOLDEN "tests/golden/tokenizer/"
 
 #define COUNT(array) (sizeof(array) / sizeof *(array))
-
-static inline double now(void)
-{
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
-}
 
 static inline json_t *load_json(const char *name)
 {

@@ -22,8 +22,6 @@ enum {
     EXPERTS_ROWS = 1024,  // rows whose chosen experts are computed together
     LOGITS_ROWS = 64,     // rows whose logits are on the device together
     GEMM_ROWS_STEP = 128, // products by cuBLASLt run at multiples of so many rows
-    LOAD_PIECE_BYTES = 16 << 20,
-    LOAD_PIECES = 4,
 };
 // Beside what is allocated here: the code of kernels, which is loaded when it is first run, graphs, and what the driver rounds up.
 #define RESERVE_BYTES (192ull << 20)
@@ -64,6 +62,13 @@ struct step_graph {
     cudaGraphExec_t exec;
 };
 
+// What one thread copies weights with.
+struct load_lane {
+    cudaStream_t stream;
+    cudaEvent_t copied;
+    uint8_t *pinned;
+};
+
 struct device {
     int index, sm; // sm: 10 * major + minor of the compute capability
     char name[64];
@@ -77,7 +82,8 @@ struct device {
 
     // Device memory: two allocations, the second cut up by memory.c; cuBLASLt's workspace is a third.
     uint8_t *payload, *arena;
-    float *buffer[BUFFER_COUNT]; // [rows_capacity][buffer_width]
+    struct load_lane lanes[LOAD_LANES]; // while the weights come
+    float *buffer[BUFFER_COUNT];        // [rows_capacity][buffer_width]
     float *attended, *logits;
     float *query, *mixed;      // [LATENT_ROWS][heads][k_dim], [..][kv_rank]; only with latent attention
     bool keeps_rows;           // a norm's rows are multiplied by matrices of several kinds
@@ -124,8 +130,13 @@ int device_status(const struct device *d, cudaError_t status, const char *what, 
 // ---- memory.c
 uint64_t device_host_bytes(const struct device_shape *shape, int threads);
 int device_plan(struct device *d, const struct device_shape *shape, struct memory_plan *plan, struct error *err);
-int device_load(struct device *d, const uint8_t **base, const uint8_t *mapped, uint64_t bytes, payload_check_fn *check,
-                void *arg, struct error *err);
+int device_load_begin(struct device *d, const uint8_t *mapped, uint64_t bytes, struct load_target *target,
+                      struct error *err);
+int device_load_buffer(struct device *d, int lane, uint64_t bytes, uint8_t **buffer, struct error *err);
+int device_load_copy(struct device *d, int lane, uint64_t offset, const uint8_t *from, uint64_t bytes,
+                     struct error *err);
+int device_load_read(struct device *d, uint64_t offset, void *to, uint64_t bytes, struct error *err);
+void device_load_end(struct device *d);
 int device_prepare(struct device *d, const struct device_shape *shape, const struct weights *weights,
                    struct error *err);
 void device_settle(struct device *d); // before anything is freed: nothing runs any more

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { ALIGNMENT = 256 };
+enum { ALIGNMENT = 256, PAGE_BYTES = 4096 };
 
 // ---- the plan --------------------------------------------------------------------------------------------------
 
@@ -123,14 +123,14 @@ static void cut_scratch(struct device *d, const struct device_shape *s, struct c
     }
 }
 
-// Pinned memory: while the weights come, the ring; later, what the steps copy through.
+// Pinned memory: while the weights come, the lanes' buffers; later, what the steps copy through.
 uint64_t device_host_bytes(const struct device_shape *s, int threads)
 {
-    uint64_t ring = (uint64_t)LOAD_PIECES * LOAD_PIECE_BYTES;
+    uint64_t lanes = (uint64_t)LOAD_LANES * (LOAD_BUFFER_BYTES + PAGE_BYTES);
     uint64_t lent = s->samples ? 0 : (uint64_t)(s->max_rows * s->desc->hidden_size) * sizeof(float);
     uint64_t logits = (uint64_t)(LOGITS_ROWS * s->desc->vocab_size) * sizeof(float);
     (void)threads;
-    return ring + lent + logits + step_bytes(s) +
+    return lanes + lent + logits + step_bytes(s) +
            (uint64_t)(s->max_sequences * pages_per_sequence(s)) * sizeof(int32_t);
 }
 
@@ -171,79 +171,64 @@ int device_plan(struct device *d, const struct device_shape *shape, struct memor
 
 // ---- the weights -----------------------------------------------------------------------------------------------
 
-// Pinned pieces through which the file goes to the device: while one is on its way, the next is filled and checked.
-struct ring {
-    uint8_t *piece[LOAD_PIECES];
-    cudaEvent_t sent[LOAD_PIECES];
-};
-
-static void ring_free(struct ring *ring)
+int device_load_begin(struct device *d, const uint8_t *mapped, uint64_t bytes, struct load_target *target,
+                      struct error *err)
 {
-    for (int i = 0; i < LOAD_PIECES; i++) {
-        if (ring->piece[i])
-            cudaFreeHost(ring->piece[i]);
-        if (ring->sent[i])
-            cudaEventDestroy(ring->sent[i]);
-    }
-}
-
-static int ring_make(const struct device *d, struct ring *ring, uint64_t bytes, struct error *err)
-{
-    int rc = 0;
-    for (int i = 0; i < LOAD_PIECES && !rc && (uint64_t)i * LOAD_PIECE_BYTES < bytes; i++)
-        if ((rc = device_status(d, cudaMallocHost((void **)&ring->piece[i], LOAD_PIECE_BYTES),
-                                "pinning memory to load through", err)) == 0)
-            rc = device_status(d, cudaEventCreateWithFlags(&ring->sent[i], cudaEventDisableTiming), "making an event",
-                               err);
+    (void)mapped;
+    int rc = CHECK(cudaMalloc((void **)&d->payload, bytes > 0 ? bytes : 1), "taking memory for the weights");
+    *target = (struct load_target){.base = d->payload};
     return rc;
 }
 
-struct copy_job {
-    uint8_t *to;
-    const uint8_t *from;
-    uint64_t bytes;
-};
-
-enum { COPY_BYTES = 1 << 20 };
-
-static void copy_part(void *arg, int64_t task, int thread)
+// The first call of each lane makes what it needs; the calling thread may be new to the device.
+int device_load_buffer(struct device *d, int lane, uint64_t bytes, uint8_t **buffer, struct error *err)
 {
-    (void)thread;
-    const struct copy_job *job = arg;
-    uint64_t at = (uint64_t)task * COPY_BYTES, left = job->bytes - at;
-    memcpy(job->to + at, job->from + at, left < COPY_BYTES ? left : COPY_BYTES);
-}
-
-int device_load(struct device *d, const uint8_t **base, const uint8_t *mapped, uint64_t bytes, payload_check_fn *check,
-                void *arg, struct error *err)
-{
-    struct ring ring = {0};
+    struct load_lane *l = &d->lanes[lane];
     int rc;
-    if ((rc = device_status(d, cudaMalloc((void **)&d->payload, bytes > 0 ? bytes : 1), "taking memory for the weights",
-                            err)) ||
-        (rc = ring_make(d, &ring, bytes, err)))
-        goto done;
-    int slot = 0;
-    for (uint64_t at = 0; at < bytes; at += LOAD_PIECE_BYTES, slot = (slot + 1) % LOAD_PIECES) {
-        uint64_t count = bytes - at < LOAD_PIECE_BYTES ? bytes - at : LOAD_PIECE_BYTES;
-        uint8_t *piece = ring.piece[slot];
-        struct copy_job job = {piece, mapped + at, count};
-        if ((rc = device_status(d, cudaEventSynchronize(ring.sent[slot]), "copying the weights", err)))
-            goto done;
-        thread_pool_run(d->pool, copy_part, &job, (int64_t)div_up(count, COPY_BYTES));
-        if ((rc = check(arg, piece, at, count, err)) ||
-            (rc = device_status(d, cudaMemcpyAsync(d->payload + at, piece, count, cudaMemcpyHostToDevice, d->stream),
-                                "copying the weights", err)) ||
-            (rc = device_status(d, cudaEventRecord(ring.sent[slot], d->stream), "copying the weights", err)))
-            goto done;
-    }
-    rc = device_status(d, cudaStreamSynchronize(d->stream), "copying the weights", err);
-    *base = d->payload;
-done:
-    if (rc)
-        cudaStreamSynchronize(d->stream); // nothing may still read a piece that is given back
-    ring_free(&ring);
+    if (!l->stream && ((rc = CHECK(cudaSetDevice(d->index), "choosing it")) ||
+                       (rc = CHECK(cudaStreamCreateWithFlags(&l->stream, cudaStreamNonBlocking), "making a stream"))))
+        return rc;
+    // A thread that waits must leave its core to those that read and check.
+    if (!l->copied && (rc = CHECK(cudaEventCreateWithFlags(&l->copied, cudaEventDisableTiming | cudaEventBlockingSync),
+                                  "making an event")))
+        return rc;
+    if (!l->pinned &&
+        (rc = CHECK(cudaMallocHost((void **)&l->pinned, bytes + PAGE_BYTES), "pinning memory to load through")))
+        return rc;
+    *buffer = l->pinned + (PAGE_BYTES - (uintptr_t)l->pinned % PAGE_BYTES) % PAGE_BYTES;
+    return 0;
+}
+
+int device_load_copy(struct device *d, int lane, uint64_t offset, const uint8_t *from, uint64_t bytes,
+                     struct error *err)
+{
+    struct load_lane *l = &d->lanes[lane];
+    static const char what[] = "copying the weights";
+    int rc;
+    if ((rc = CHECK(cudaMemcpyAsync(d->payload + offset, from, bytes, cudaMemcpyHostToDevice, l->stream), what)) ||
+        (rc = CHECK(cudaEventRecord(l->copied, l->stream), what)) ||
+        (rc = CHECK(cudaEventSynchronize(l->copied), what)))
+        cudaStreamSynchronize(l->stream); // nothing may still read a buffer that is filled anew
     return rc;
+}
+
+int device_load_read(struct device *d, uint64_t offset, void *to, uint64_t bytes, struct error *err)
+{
+    return CHECK(cudaMemcpy(to, d->payload + offset, bytes, cudaMemcpyDeviceToHost), "reading weights back");
+}
+
+void device_load_end(struct device *d)
+{
+    for (int i = 0; i < LOAD_LANES; i++) {
+        struct load_lane *l = &d->lanes[i];
+        if (l->pinned)
+            cudaFreeHost(l->pinned);
+        if (l->copied)
+            cudaEventDestroy(l->copied);
+        if (l->stream)
+            cudaStreamDestroy(l->stream);
+        *l = (struct load_lane){0};
+    }
 }
 
 // ---- everything else -------------------------------------------------------------------------------------------
@@ -344,6 +329,7 @@ void device_free_memory(struct device *d)
     free_pinned(d->any_host);
     free_pinned(d->lent);
     free_pinned(d->logits_host);
+    device_load_end(d);
     if (d->payload)
         cudaFree(d->payload);
     if (d->arena)

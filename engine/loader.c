@@ -1,0 +1,346 @@
+// The loader's threads, the order in which they take pieces, and those who wait for them. See loader.h.
+#include "engine/loader_internal.h"
+
+#include "formats/checked.h"
+#include "kernels/futex.h"
+#include "kernels/thread_pool.h"
+
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+enum {
+    LOOK_MS = 50, // between two looks of one who waits
+    LEAST_READERS = 4,
+    MOST_READERS = 8,
+};
+
+// ---- pieces --------------------------------------------------------------------------------------------------------
+
+// Takes the next piece that nobody has. False: there is none, or no reason to go on.
+static bool take_piece(struct loader *l, uint64_t *piece)
+{
+    pthread_mutex_lock(&l->lock);
+    bool found = l->taken < l->piece_count && !atomic_load(&l->stop);
+    if (found) {
+        while (l->state[l->next] != PIECE_WAITS)
+            l->next = (l->next + 1) % l->piece_count;
+        *piece = l->next;
+        l->state[l->next] = PIECE_IS_TAKEN;
+        l->taken++;
+    }
+    pthread_mutex_unlock(&l->lock);
+    return found;
+}
+
+static void piece_is_there(struct loader *l, uint64_t piece)
+{
+    uint64_t begin = piece * l->piece_leaves, count = shard_file_leaf_count(l->options.file);
+    for (uint64_t leaf = begin; l->options.loaded_bytes && leaf < begin + l->piece_leaves && leaf < count; leaf++)
+        atomic_fetch_add_explicit(l->options.loaded_bytes, (long long)shard_file_leaf_bytes(l->options.file, leaf),
+                                  memory_order_relaxed);
+    pthread_mutex_lock(&l->lock);
+    atomic_store_explicit(&l->state[piece], PIECE_IS_THERE, memory_order_release);
+    if (atomic_fetch_add(&l->there, 1) + 1 == l->piece_count)
+        atomic_store(&l->ended_ns, clock_now_ns());
+    pthread_cond_broadcast(&l->changed);
+    pthread_mutex_unlock(&l->lock);
+}
+
+// The threads end soon. Nothing is read after that.
+static void stop(struct loader *l)
+{
+    if (!atomic_exchange(&l->stop, true))
+        store_file_cancel(l->options.source);
+}
+
+// The first error is the load's.
+static void fail(struct loader *l, const struct error *error)
+{
+    pthread_mutex_lock(&l->lock);
+    if (!atomic_load(&l->failed))
+        l->error = *error;
+    atomic_store(&l->failed, true);
+    pthread_cond_broadcast(&l->changed);
+    pthread_mutex_unlock(&l->lock);
+    stop(l);
+}
+
+static void *lane_main(void *arg)
+{
+    struct lane *lane = arg;
+    struct loader *l = lane->loader;
+    struct error err;
+    struct timespec cpu;
+    uint64_t piece;
+    int rc = lane_open(lane, &err);
+    while (!rc && take_piece(l, &piece))
+        if ((rc = lane_bring(lane, piece, &err)) == 0 && !atomic_load(&l->stop))
+            piece_is_there(l, piece);
+    lane_close(lane);
+    if (rc)
+        fail(l, &err);
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &cpu);
+    atomic_store(&lane->cpu_ns, (long long)cpu.tv_sec * 1000000000 + cpu.tv_nsec);
+    pthread_mutex_lock(&l->lock);
+    atomic_fetch_sub(&l->running, 1);
+    pthread_cond_broadcast(&l->changed);
+    pthread_mutex_unlock(&l->lock);
+    return NULL;
+}
+
+// ---- starting ------------------------------------------------------------------------------------------------------
+
+// Threads that read wait more than they compute; those of a ring or a map do not. A request over a network waits longest. More than a few have
+// nothing to win on this machine, and each may hold a buffer of page-locked memory.
+static int choose_threads(const struct loader *l)
+{
+    int cores = thread_pool_default_threads(), threads = cores;
+    if (l->options.threads > 0)
+        return l->options.threads < LOAD_LANES ? l->options.threads : LOAD_LANES;
+    if (l->fd < 0)
+        return LOAD_LANES;
+    if (l->path == LOAD_READ || l->path == LOAD_DIRECT)
+        threads = 2 * cores > LEAST_READERS ? 2 * cores : LEAST_READERS;
+    return threads < MOST_READERS ? threads : MOST_READERS;
+}
+
+// Small files are cut into more pieces than there are threads, so that all have something to do.
+static int cut_pieces(struct loader *l, int threads, struct error *err)
+{
+    uint64_t leaves = shard_file_leaf_count(l->options.file);
+    l->piece_leaves = leaves / (4 * (uint64_t)threads);
+    l->piece_leaves = l->piece_leaves < 1 ? 1 : l->piece_leaves > PIECE_LEAVES ? PIECE_LEAVES : l->piece_leaves;
+    l->piece_count = div_up(leaves, l->piece_leaves);
+    l->state = calloc(l->piece_count + 1, sizeof *l->state);
+    l->lanes = calloc((size_t)threads, sizeof *l->lanes);
+    if (!l->state || !l->lanes)
+        return error_set(err, ERR_MEMORY, "%s: no memory to load it", store_file_name(l->options.source));
+    return 0;
+}
+
+// As many as can be had; one is enough.
+static int start_threads(struct loader *l, int threads, struct error *err)
+{
+    // Signals are for the thread that started the program; but where SIGBUS is blocked, the guard is not asked.
+    sigset_t all, before;
+    sigfillset(&all);
+    sigdelset(&all, SIGBUS);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int failed = 0;
+    while (l->threads < threads && !failed) {
+        struct lane *lane = &l->lanes[l->threads];
+        lane->loader = l;
+        lane->index = l->threads;
+        atomic_fetch_add(&l->running, 1);
+        failed = pthread_create(&lane->thread, NULL, lane_main, lane);
+        if (failed)
+            atomic_fetch_sub(&l->running, 1);
+        else
+            l->threads++;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (l->threads == 0 && threads > 0)
+        return error_set(err, ERR_MEMORY, "%s: cannot start a thread to load it: %s",
+                         store_file_name(l->options.source), strerror(failed));
+    return 0;
+}
+
+static void init_waiting(struct loader *l)
+{
+    pthread_condattr_t monotonic;
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_cond_init(&l->changed, &monotonic);
+    pthread_condattr_destroy(&monotonic);
+    pthread_mutex_init(&l->lock, NULL);
+}
+
+static int map_payload(struct loader *l, struct error *err)
+{
+    const struct loader_options *o = &l->options;
+    const char *name = store_file_name(o->source);
+    uint64_t bytes = shard_file_payload_bytes(o->file);
+    void *map = mmap(NULL, bytes, PROT_READ, MAP_PRIVATE, l->fd, (off_t)l->payload_offset);
+    if (map == MAP_FAILED)
+        return error_set_errno(err, "%s: cannot map %llu bytes", name, (unsigned long long)bytes);
+    l->map = map;
+    return loader_guard_new(&l->guard, map, bytes, name, o->on_lost, o->arg, err);
+}
+
+int loader_start(struct loader **out, const struct loader_options *options, const uint8_t **base, struct error *err)
+{
+    int rc;
+    struct loader *l = calloc(1, sizeof *l);
+    if (!l)
+        return error_set(err, ERR_MEMORY, "%s: no memory to load it", store_file_name(options->source));
+    l->options = *options;
+    l->started_ns = clock_now_ns();
+    l->fd = store_file_fd(options->source);
+    l->direct_fd = -1;
+    l->compressed = shard_file_is_compressed(options->file);
+    l->payload_offset = shard_file_payload_offset(options->file);
+    init_waiting(l);
+    bool may_map = options->backend->reads_map && !l->compressed && shard_file_payload_bytes(options->file) > 0;
+    if (loader_choose_path(l, may_map) && (rc = map_payload(l, err)))
+        goto fail;
+    int threads = choose_threads(l);
+    if ((rc = cut_pieces(l, threads, err)))
+        goto fail;
+    l->begun = true; // a begin that failed has an end as well
+    if ((rc = options->backend->load_begin(options->device, l->map, shard_file_payload_bytes(options->file), &l->target,
+                                           err)))
+        goto fail;
+    if ((uint64_t)threads > l->piece_count)
+        threads = (int)l->piece_count;
+    if ((rc = start_threads(l, threads, err)))
+        goto fail;
+    *base = l->target.base;
+    *out = l;
+    return 0;
+fail:
+    loader_free(l);
+    return rc;
+}
+
+// ---- waiting -------------------------------------------------------------------------------------------------------
+
+static bool are_there(const struct loader *l, uint64_t first, uint64_t end)
+{
+    while (first < end && atomic_load_explicit(&l->state[first], memory_order_acquire) == PIECE_IS_THERE)
+        first++;
+    return first == end;
+}
+
+static int failure(const struct loader *l, struct error *err)
+{
+    if (!atomic_load(&l->failed))
+        return 0;
+    if (err)
+        *err = l->error;
+    return l->error.code;
+}
+
+// Until something changes, or for a while. Holds the lock.
+static void wait_a_while(struct loader *l)
+{
+    struct timespec end;
+    clock_gettime(CLOCK_MONOTONIC, &end);
+    end.tv_nsec += LOOK_MS * 1000000;
+    end.tv_sec += end.tv_nsec / 1000000000;
+    end.tv_nsec %= 1000000000;
+    pthread_cond_timedwait(&l->changed, &l->lock, &end);
+}
+
+// A source behind a network ends its attempts by itself, so it may be silent for a while; a disk that is silent hangs.
+static void tell_progress(const struct loader *l, long long *seen)
+{
+    long long moved = atomic_load_explicit(&l->moved, memory_order_relaxed);
+    if (l->options.on_progress && (moved != *seen || l->fd < 0))
+        l->options.on_progress(l->options.arg);
+    *seen = moved;
+}
+
+static int wait_for(struct loader *l, uint64_t first, uint64_t end, struct error *err)
+{
+    long long seen = 0;
+    pthread_mutex_lock(&l->lock);
+    while (!atomic_load(&l->failed) && !are_there(l, first, end) && atomic_load(&l->running) > 0) {
+        wait_a_while(l);
+        pthread_mutex_unlock(&l->lock);
+        tell_progress(l, &seen);
+        pthread_mutex_lock(&l->lock);
+    }
+    int rc = failure(l, err);
+    if (!rc && !are_there(l, first, end))
+        rc = error_set(err, ERR_OTHER, "%s: its load was ended before all of it was there",
+                       store_file_name(l->options.source));
+    pthread_mutex_unlock(&l->lock);
+    return rc;
+}
+
+int loader_need(struct loader *l, uint64_t offset, uint64_t bytes, struct error *err)
+{
+    uint64_t piece_bytes = l->piece_leaves * SHARD_LEAF_BYTES;
+    uint64_t first = offset / piece_bytes, end = div_up(offset + bytes, piece_bytes);
+    end = end < l->piece_count ? end : l->piece_count;
+    first = first < end ? first : end;
+    if (!atomic_load_explicit(&l->failed, memory_order_acquire) && (bytes == 0 || are_there(l, first, end)))
+        return 0;
+    pthread_mutex_lock(&l->lock);
+    uint64_t waiting = first;
+    while (waiting < end && l->state[waiting] != PIECE_WAITS)
+        waiting++;
+    if (waiting < end)
+        l->next = waiting;
+    pthread_mutex_unlock(&l->lock);
+    return wait_for(l, first, end, err);
+}
+
+// The threads end by themselves when nothing is left for them, or when they are to stop.
+static void join(struct loader *l)
+{
+    for (int i = 0; i < l->threads && !l->joined; i++)
+        pthread_join(l->lanes[i].thread, NULL);
+    l->joined = true;
+    if (l->begun)
+        l->options.backend->load_end(l->options.device);
+    l->begun = false;
+}
+
+int loader_finish(struct loader *l, struct error *err)
+{
+    int rc = wait_for(l, 0, l->piece_count, err);
+    join(l);
+    return rc;
+}
+
+bool loader_is_done(const struct loader *l) { return atomic_load(&l->running) == 0; }
+
+void loader_figures(const struct loader *l, struct load_figures *out)
+{
+    int64_t ended_ns = atomic_load(&l->ended_ns);
+    *out = (struct load_figures){.path = l->path, .threads = l->threads};
+    memcpy(out->why, l->why, sizeof out->why);
+    for (int i = 0; i < l->threads; i++) {
+        const struct lane *lane = &l->lanes[i];
+        out->read_bytes += atomic_load(&lane->read_bytes);
+        out->fetched_again += atomic_load(&lane->fetched_again);
+        out->read_s += (double)atomic_load(&lane->read_ns) / 1e9;
+        out->verify_s += (double)atomic_load(&lane->verify_ns) / 1e9;
+        out->decode_s += (double)atomic_load(&lane->decode_ns) / 1e9;
+        out->copy_s += (double)atomic_load(&lane->copy_ns) / 1e9;
+        out->cpu_s += (double)atomic_load(&lane->cpu_ns) / 1e9;
+    }
+    out->wall_s = (double)((ended_ns ? ended_ns : clock_now_ns()) - l->started_ns) / 1e9;
+}
+
+bool loader_is_mapped(const struct loader *l) { return l->map != NULL; }
+
+void loader_stop(struct loader *l)
+{
+    if (!l)
+        return;
+    stop(l);
+    join(l);
+}
+
+void loader_free(struct loader *l)
+{
+    if (!l)
+        return;
+    loader_stop(l);
+    loader_guard_free(l->guard);
+    if (l->map)
+        munmap((void *)(uintptr_t)l->map, shard_file_payload_bytes(l->options.file));
+    if (l->direct_fd >= 0)
+        close(l->direct_fd);
+    pthread_cond_destroy(&l->changed);
+    pthread_mutex_destroy(&l->lock);
+    free(l->lanes);
+    free(l->state);
+    free(l);
+}

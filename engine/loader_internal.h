@@ -1,0 +1,83 @@
+// What the loader's files share.
+//
+//   loader.c        threads, order, waiting
+//   loader_piece.c  one piece of the payload: read, verified, decoded, copied
+//   loader_path.c   how the bytes come: what lies in the page cache, what works here
+//   loader_uring.c, loader_guard.c  have headers of their own
+#ifndef TPSHARD_ENGINE_LOADER_INTERNAL_H
+#define TPSHARD_ENGINE_LOADER_INTERNAL_H
+
+#include "engine/loader.h"
+#include "engine/loader_guard.h"
+#include "engine/loader_uring.h"
+
+#include <pthread.h>
+
+enum {
+    PIECE_LEAVES = 8,     // of one piece, at most
+    READ_BYTES = 1 << 20, // of one read: enough for any disk, little enough to be verified out of the cache
+    DIRECT_ALIGN = 4096,  // of offsets, sizes and addresses past the page cache
+};
+_Static_assert(PIECE_LEAVES *SHARD_LEAF_BYTES <= LOAD_BUFFER_BYTES, "a piece is copied to a device in one go");
+
+// A thread and what it brings pieces with.
+struct lane {
+    struct loader *loader;
+    int index;
+    pthread_t thread;
+    uint8_t *
+        stored; // stored_capacity bytes, aligned to pages: bytes as they lie in the file, where they do not land in their place
+    uint64_t stored_capacity;
+    uint8_t *buffer; // the device's
+    struct leaf_scratch *scratch;
+    struct loader_ring *ring;
+    bool goes_by_pages;        // reads through the page cache do; then, of the stored bytes:
+    uint64_t asked, piece_end; // what the kernel was told to read ahead, and where that ends
+    atomic_llong read_bytes, read_ns, verify_ns, decode_ns, copy_ns, cpu_ns, fetched_again;
+};
+
+enum piece_state { PIECE_WAITS, PIECE_IS_TAKEN, PIECE_IS_THERE };
+
+struct loader {
+    struct loader_options options;
+    enum load_path path;
+    char why[160];
+    int fd, direct_fd;  // -1: the source is remote; reads go through the page cache
+    const uint8_t *map; // the payload in the mapped file, where the kernels use it so; NULL: it is copied
+    struct loader_guard *guard;
+    struct load_target target;
+    bool begun; // on the device
+    bool compressed;
+    uint64_t payload_offset, piece_leaves, piece_count;
+
+    int threads; // started
+    bool joined;
+    struct lane *lanes;
+    int64_t started_ns;
+    _Atomic int64_t ended_ns;
+    atomic_bool stop, failed;
+    atomic_int running;
+    atomic_ullong there;    // pieces
+    atomic_llong moved;     // bytes that have arrived: somebody who waits looks whether it grows
+    _Atomic uint8_t *state; // [piece_count], enum piece_state; becomes PIECE_IS_THERE (release) when all can be used
+
+    pthread_mutex_t lock; // of the following
+    pthread_cond_t changed;
+    uint64_t next, taken; // where the next thread looks for a piece; pieces that are no longer waiting
+    struct error error;   // the first
+};
+
+// ---- loader_path.c
+// Sets path, why and direct_fd. may_map: the kernels could use the mapped file. True: they shall.
+bool loader_choose_path(struct loader *loader, bool may_map);
+// Whether all of these bytes of the file are in the page cache; false where that cannot be found out.
+bool loader_is_cached(int fd, uint64_t offset, uint64_t bytes);
+
+// ---- loader_piece.c
+// What a lane needs; on its own thread. lane_close also when that failed.
+int lane_open(struct lane *lane, struct error *err);
+void lane_close(struct lane *lane);
+// 0: the piece is there. Ends early, with 0 as well, when the loader is to stop.
+int lane_bring(struct lane *lane, uint64_t piece, struct error *err);
+
+#endif

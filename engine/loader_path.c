@@ -1,0 +1,201 @@
+// How a file's bytes come: the path that was asked for, or the one that suits what lies in the page cache; and in place of one that does not
+// work here, the next best. Nothing is believed that was not tried: O_DIRECT may be refused on opening or at the first read, io_uring by a
+// filter of system calls.
+#include "engine/loader_internal.h"
+
+#include "formats/checked.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+enum {
+    SAMPLES = 64,
+    SAMPLE_BYTES = 1 << 20,
+    CACHED_PERCENT = 90, // from here on reading past the page cache would cost more than it saves
+};
+
+static const char *const names[] = {
+    [LOAD_AUTO] = "auto", [LOAD_MAP] = "map", [LOAD_READ] = "read", [LOAD_DIRECT] = "direct", [LOAD_URING] = "uring",
+};
+
+const char *load_path_name(enum load_path path)
+{
+    return (unsigned)path < sizeof names / sizeof *names ? names[path] : "unknown";
+}
+
+bool load_path_from_name(const char *name, enum load_path *path)
+{
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (strcmp(name, names[i]) == 0) {
+            *path = (enum load_path)i;
+            return true;
+        }
+    return false;
+}
+
+// ---- what is in the page cache -------------------------------------------------------------------------------------
+
+// cachestat(2), which older C libraries do not know.
+#ifndef SYS_cachestat
+#define SYS_cachestat 451
+#endif
+struct cachestat_range {
+    uint64_t offset, bytes;
+};
+struct cachestat {
+    uint64_t cached, dirty, writeback, evicted, recently_evicted; // pages
+};
+
+// Pages in the page cache; -1: the kernel does not say.
+static int64_t cached_pages(int fd, uint64_t offset, uint64_t bytes)
+{
+    struct cachestat_range range = {offset, bytes};
+    struct cachestat found;
+    return syscall(SYS_cachestat, fd, &range, &found, 0) == 0 ? (int64_t)found.cached : -1;
+}
+
+bool loader_is_cached(int fd, uint64_t offset, uint64_t bytes)
+{
+    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+    return cached_pages(fd, offset, bytes) >= (int64_t)(bytes / page);
+}
+
+// 0 or 100: whether a read of one byte would have to wait. -1: not known.
+static int sample_without_waiting(int fd, uint64_t offset)
+{
+    char byte;
+    struct iovec to = {&byte, 1};
+    ssize_t got = preadv2(fd, &to, 1, (off_t)offset, RWF_NOWAIT);
+    return got > 0 ? 100 : got < 0 && errno == EAGAIN ? 0 : -1;
+}
+
+static int sample(int fd, uint64_t offset, uint64_t bytes)
+{
+    uint64_t pages = div_up(bytes, (uint64_t)sysconf(_SC_PAGESIZE));
+    int64_t cached = cached_pages(fd, offset, bytes);
+    return cached >= 0 ? (int)((uint64_t)cached * 100 / pages) : sample_without_waiting(fd, offset);
+}
+
+// How much of [offset, offset + bytes) lies in the page cache, by samples spread over it; -1: not known.
+static int cached_percent(int fd, uint64_t offset, uint64_t bytes)
+{
+    uint64_t count = bytes / SAMPLE_BYTES, sum = 0;
+    count = count < 1 ? 1 : count > SAMPLES ? SAMPLES : count;
+    for (uint64_t i = 0; i < count; i++) {
+        uint64_t at = bytes / count * i, left = bytes - at;
+        int percent = sample(fd, offset + at, left < SAMPLE_BYTES ? left : SAMPLE_BYTES);
+        if (percent < 0)
+            return -1;
+        sum += (uint64_t)percent;
+    }
+    return (int)(sum / count);
+}
+
+// ---- what works ----------------------------------------------------------------------------------------------------
+
+// A second descriptor of the same file. 0, or what the system says to it: on opening, or to a first read.
+static int open_direct(int *out, int fd, uint64_t offset)
+{
+    char path[32];
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    int direct = open(path, O_RDONLY | O_CLOEXEC | O_DIRECT), failed = 0;
+    if (direct < 0)
+        return errno;
+    void *page = aligned_alloc(DIRECT_ALIGN, DIRECT_ALIGN);
+    if (!page)
+        failed = ENOMEM;
+    else if (pread(direct, page, DIRECT_ALIGN, (off_t)offset) < 0)
+        failed = errno;
+    free(page);
+    if (failed)
+        close(direct);
+    else
+        *out = direct;
+    return failed;
+}
+
+// Makes a ring and reads by it. 0, or what the system says to it.
+static int try_ring(int fd, uint64_t offset)
+{
+    struct loader_ring *ring = NULL;
+    void *page = aligned_alloc(DIRECT_ALIGN, DIRECT_ALIGN);
+    bool whole = false;
+    int failed = 0;
+    if (!page)
+        failed = ENOMEM;
+    else if (loader_ring_open(&ring, NULL) != 0)
+        failed = errno;
+    else {
+        loader_ring_read(ring, 0, fd, page, DIRECT_ALIGN, offset);
+        failed = loader_ring_wait(ring, 0, &whole, NULL) != 0 ? errno : whole ? 0 : EOPNOTSUPP;
+    }
+    loader_ring_close(ring);
+    free(page);
+    return failed;
+}
+
+// ---- the choice ----------------------------------------------------------------------------------------------------
+
+static void because(struct loader *l, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+static void because(struct loader *l, const char *fmt, ...)
+{
+    size_t used = strlen(l->why);
+    if (used > 0)
+        used += (size_t)snprintf(l->why + used, sizeof l->why - used, "; ");
+    va_list args;
+    va_start(args, fmt);
+    if (used < sizeof l->why)
+        vsnprintf(l->why + used, sizeof l->why - used, fmt, args);
+    va_end(args);
+}
+
+static enum load_path suggest(struct loader *l, bool may_map)
+{
+    uint64_t bytes = shard_file_stored_bytes(l->options.file);
+    int percent = bytes == 0 ? 100 : cached_percent(l->fd, l->payload_offset, bytes);
+    if (percent < 0)
+        because(l, "what lies in the page cache is not known");
+    else
+        because(l, "%d %% of the file lies in the page cache", percent);
+    if (percent >= CACHED_PERCENT)
+        return may_map ? LOAD_MAP : LOAD_READ;
+    return may_map ? LOAD_READ : LOAD_URING;
+}
+
+bool loader_choose_path(struct loader *l, bool may_map)
+{
+    int failed;
+    l->path = l->options.path;
+    if (l->fd < 0) {
+        l->path = LOAD_READ;
+        because(l, "the file is fetched");
+        return false;
+    }
+    if (l->path == LOAD_MAP && !may_map) {
+        because(l, l->compressed ? "a compressed file is not used where it lies" : "the weights go to a device");
+        l->path = LOAD_AUTO;
+    }
+    if (l->path == LOAD_AUTO)
+        l->path = suggest(l, may_map);
+    else
+        because(l, "as asked for");
+    if (l->path == LOAD_MAP || l->path == LOAD_READ)
+        return may_map;
+    if ((failed = open_direct(&l->direct_fd, l->fd, l->payload_offset))) {
+        because(l, "without O_DIRECT (%s)", strerror(failed));
+        l->path = LOAD_READ;
+        return may_map;
+    }
+    if (l->path == LOAD_URING && (failed = try_ring(l->direct_fd, l->payload_offset))) {
+        because(l, "without io_uring (%s)", strerror(failed));
+        l->path = LOAD_DIRECT;
+    }
+    return false;
+}
