@@ -2,6 +2,8 @@
 // extras, commit.
 #include "shard/build.h"
 
+#include "formats/checked.h"
+
 #include "shard/band.h"
 #include "shard/journal.h"
 #include "shard/output_dir.h"
@@ -15,15 +17,20 @@
 #include <stdlib.h>
 #include <string.h>
 
+// A run that resumes does at most one piece again: a hundredth and less of the work, and more than a disk needs to be quick.
+enum { PIECES = 128 };
+
 struct build {
     const struct build_input *input;
     const struct plan *plan;
     struct output_dir dir;
     struct journal *journal;
+    uint64_t *first_piece; // [tensor_count + 1]; what the journal counts
     struct rank_writer *writer;
     struct thread_pool *pool;
     struct band_buffer *buffers; // one for each thread
     struct progress progress;
+    uint64_t rank_bytes, largest_rank_bytes;
     bool keep_work;
 };
 
@@ -95,35 +102,68 @@ static uint64_t tensor_stored_bytes(const struct plan *plan, uint64_t tensor)
     return bytes;
 }
 
+// A tensor's pieces follow from the plan alone. One that has more pieces than bands has some without any.
+static int count_pieces(struct build *build, struct error *err)
+{
+    const struct plan *plan = build->plan;
+    uint64_t piece_bytes = plan_stored_bytes(plan) / PIECES + 1;
+    if (!(build->first_piece = calloc(plan->tensor_count + 1, sizeof *build->first_piece)))
+        return error_set(err, ERR_MEMORY, "out of memory for a list of %llu tensors",
+                         (unsigned long long)plan->tensor_count);
+    for (uint64_t tensor = 0; tensor < plan->tensor_count; tensor++)
+        build->first_piece[tensor + 1] =
+            build->first_piece[tensor] + div_up(tensor_stored_bytes(plan, tensor), piece_bytes);
+    return 0;
+}
+
+static uint64_t bands_bytes(const struct build *build, const struct band *bands, uint64_t count)
+{
+    uint64_t bytes = 0;
+    for (uint64_t i = 0; i < count; i++)
+        for (uint32_t rank = bands[i].rank_begin; rank < bands[i].rank_end; rank++) {
+            struct band_place place = band_place(build->plan, &bands[i], rank);
+            bytes += place.data_bytes + place.scale_bytes;
+        }
+    return bytes;
+}
+
+static int build_piece(struct band_job *job, uint64_t piece, uint64_t count, struct error *err)
+{
+    struct build *build = job->build;
+    struct checksum128 hash, wanted;
+    int rc;
+    if (journal_has(build->journal, piece, &wanted)) {
+        job->read_back = true;
+        if ((rc = run_bands(job, count, &hash, err)))
+            return rc;
+        if (checksum128_equal(hash, wanted)) {
+            progress_resumed(&build->progress, bands_bytes(build, job->bands, count));
+            return 0;
+        }
+    }
+    job->read_back = false; // not done, or it did not all reach the disk
+    rc = run_bands(job, count, &hash, err);
+    return rc ? rc : journal_add(build->journal, piece, hash, err);
+}
+
 static int build_tensor(struct build *build, uint64_t tensor, struct error *err)
 {
     int rc;
-    uint64_t count;
+    uint64_t count, first = build->first_piece[tensor], pieces = build->first_piece[tensor + 1] - first;
     struct band *bands = NULL;
-    struct checksum128 hash, wanted;
     struct band_job job = {.build = build};
     if ((rc = band_list(&bands, &count, build->plan, tensor, err)))
         return rc;
-    job.bands = bands;
     job.ranks_per_band = count ? bands[0].rank_end - bands[0].rank_begin : 0;
-    if (!(job.hashes = calloc(count * job.ranks_per_band + 1, sizeof *job.hashes))) {
+    if (!(job.hashes = calloc(count * job.ranks_per_band + 1, sizeof *job.hashes)))
         rc = error_set(err, ERR_MEMORY, "out of memory for the checksums of a tensor");
-        goto done;
-    }
     plan_tensor_label(build->progress.label, sizeof build->progress.label, &build->plan->ranks[0].tensors[tensor]);
-    if (journal_has(build->journal, tensor, &wanted)) {
-        job.read_back = true;
-        if ((rc = run_bands(&job, count, &hash, err)))
-            goto done;
-        if (checksum128_equal(hash, wanted)) {
-            progress_resumed(&build->progress, tensor_stored_bytes(build->plan, tensor));
-            goto done;
-        }
-        job.read_back = false; // it did not all reach the disk: once more
+    for (uint64_t piece = 0; !rc && piece < pieces; piece++) {
+        uint64_t begin = piece * count / pieces, end = (piece + 1) * count / pieces;
+        job.bands = bands + begin;
+        if (end > begin)
+            rc = build_piece(&job, first + piece, end - begin, err);
     }
-    if ((rc = run_bands(&job, count, &hash, err)) || (rc = journal_add(build->journal, tensor, hash, err)))
-        goto done;
-done:
     free(job.hashes);
     free(bands);
     return rc;
@@ -158,18 +198,34 @@ static int describe(const struct build *build, struct manifest *manifest, struct
     return build->input->sources(build->input->arg, manifest, err);
 }
 
+static uint64_t payload_bytes(const struct plan *plan)
+{
+    uint64_t bytes = 0;
+    for (uint32_t rank = 0; rank < plan->tp_size; rank++)
+        bytes += plan->ranks[rank].payload_bytes;
+    return bytes;
+}
+
 static int finish(struct build *build, struct error *err)
 {
     int rc;
+    struct progress compressing;
     struct manifest *manifest = calloc(1, sizeof *manifest);
+    progress_start(&compressing, "compress", payload_bytes(build->plan), build->progress.quiet);
     if (!manifest)
         return error_set(err, ERR_MEMORY, "out of memory for the manifest");
     if ((rc = describe(build, manifest, err)) || (rc = manifest_contract(manifest, &manifest->contract, err)) ||
-        (rc = rank_writer_finish(build->writer, manifest->contract, build->pool, manifest->ranks, err)) ||
+        (rc = rank_writer_finish(build->writer, manifest->contract, build->pool, &compressing, manifest->ranks, err)) ||
         (rc = extras_write(build->input->extras, build->dir.work_path, manifest, err)) || (rc = stop_check(err)))
         goto done;
+    for (size_t i = 0; i < manifest->num_ranks; i++) {
+        build->rank_bytes += manifest->ranks[i].bytes;
+        if (manifest->ranks[i].bytes > build->largest_rank_bytes)
+            build->largest_rank_bytes = manifest->ranks[i].bytes;
+    }
     rc = output_dir_commit(&build->dir, manifest, err);
 done:
+    progress_end(&compressing);
     manifest_free(manifest);
     return rc;
 }
@@ -181,19 +237,21 @@ static int prepare(struct build *build, const struct build_options *options, str
         return rc;
     if (!(build->buffers = calloc((size_t)options->threads, sizeof *build->buffers)))
         return error_set(err, ERR_MEMORY, "out of memory for %d threads", options->threads);
+    if ((rc = count_pieces(build, err)))
+        return rc;
+    uint64_t num_pieces = build->first_piece[build->plan->tensor_count];
     bool resume = options->resume;
-    rc = journal_open(&build->journal, build->dir.work_path, build->input->key, build->plan->tensor_count, resume, err);
+    rc = journal_open(&build->journal, build->dir.work_path, build->input->key, num_pieces, resume, err);
     if (rc == ERR_USAGE && options->force) { // another run's journal, and leave to drop it
         resume = false;
         if (!(rc = output_dir_clean(&build->dir, err)))
-            rc = journal_open(&build->journal, build->dir.work_path, build->input->key, build->plan->tensor_count,
-                              resume, err);
+            rc = journal_open(&build->journal, build->dir.work_path, build->input->key, num_pieces, resume, err);
     }
     if (rc) {
         build->keep_work = resume; // it may be another run's
         return rc;
     }
-    return rank_writer_open(&build->writer, build->dir.work_path, build->plan, resume, err);
+    return rank_writer_open(&build->writer, build->dir.work_path, build->plan, options->compress, resume, err);
 }
 
 static void release(struct build *build, const struct build_options *options)
@@ -201,6 +259,7 @@ static void release(struct build *build, const struct build_options *options)
     for (int thread = 0; build->buffers && thread < options->threads; thread++)
         band_buffer_free(&build->buffers[thread]);
     free(build->buffers);
+    free(build->first_piece);
     rank_writer_free(build->writer);
     journal_close(build->journal);
     thread_pool_free(build->pool);
@@ -215,9 +274,8 @@ static bool worth_keeping(const struct build *build, int rc)
 static void say_how_to_resume(struct error *err, const struct build *build)
 {
     struct error cause = *err;
-    error_set(err, cause.code, "%s (%llu of %llu tensors are done; the same command with --resume goes on from there)",
-              cause.msg, (unsigned long long)journal_count(build->journal),
-              (unsigned long long)build->plan->tensor_count);
+    error_set(err, cause.code, "%s (%llu %% is done; the same command with --resume goes on from there)", cause.msg,
+              (unsigned long long)(100 * atomic_load(&build->progress.done_bytes) / (build->progress.total_bytes + 1)));
 }
 
 int build_directory(struct build_result *result, const struct build_input *input, const struct build_options *options,
@@ -238,6 +296,8 @@ int build_directory(struct build_result *result, const struct build_input *input
     if ((rc = build_weights(&build, err)) || (rc = finish(&build, err)))
         goto done;
     *result = (struct build_result){
+        .rank_bytes = build.rank_bytes,
+        .largest_rank_bytes = build.largest_rank_bytes,
         .written_bytes = build.progress.total_bytes,
         .source_bytes = input->source_bytes,
         .peak_memory_bytes = progress_peak_memory_bytes(),

@@ -16,6 +16,7 @@
 struct build_options {
     const char *out_dir;
     bool force, resume, quiet;
+    bool compress; // leaves that become shorter; needs disk for both forms while it works
     int threads;
 };
 
@@ -35,6 +36,7 @@ struct build_input {
 };
 
 struct build_result {
+    uint64_t rank_bytes, largest_rank_bytes; // of the rank files as they stand in the directory: all, and the largest
     uint64_t written_bytes, source_bytes, peak_memory_bytes;
     double seconds;
 };

@@ -97,8 +97,11 @@ struct plan_wish commands_wish(const struct model_options *options, enum experts
 
 int commands_print_json(json_t *object, struct error *err)
 {
-    int failed = !object || json_dumpf(object, stdout, JSON_INDENT(2) | JSON_PRESERVE_ORDER | JSON_REAL_PRECISION(9));
+    bool no_memory = !object || json_file_no_memory();
+    int failed = no_memory || json_dumpf(object, stdout, JSON_INDENT(2) | JSON_PRESERVE_ORDER | JSON_REAL_PRECISION(9));
     json_decref(object);
+    if (no_memory || json_file_no_memory())
+        return error_set(err, ERR_MEMORY, "out of memory for the result");
     if (failed || putchar('\n') == EOF || fflush(stdout))
         return error_set(err, ERR_IO, "cannot write the result to stdout");
     return 0;
@@ -109,20 +112,16 @@ int commands_report_build(const struct build_result *result, const struct plan *
 {
     char written[32], rate[32], memory[32];
     double bytes_per_s = result->seconds > 0 ? (double)result->source_bytes / result->seconds : 0;
-    uint64_t largest_rank_bytes = 0;
-    for (uint32_t rank = 0; rank < plan->tp_size; rank++)
-        if (plan->ranks[rank].file_bytes > largest_rank_bytes)
-            largest_rank_bytes = plan->ranks[rank].file_bytes;
     if (common.json)
         return commands_print_json(
-            json_pack("{s:i, s:s, s:i, s:I, s:I, s:I, s:f, s:f, s:I}", "schema_version", 1, "out_dir", out_dir,
+            json_pack("{s:i, s:s, s:i, s:I, s:I, s:I, s:I, s:f, s:f, s:I}", "schema_version", 1, "out_dir", out_dir,
                       "tp_size", (int)plan->tp_size, "source_bytes", (json_int_t)result->source_bytes, "written_bytes",
-                      (json_int_t)result->written_bytes, "largest_rank_bytes", (json_int_t)largest_rank_bytes,
-                      "seconds", result->seconds, "source_bytes_per_s", bytes_per_s, "peak_memory_bytes",
-                      (json_int_t)result->peak_memory_bytes),
+                      (json_int_t)result->written_bytes, "rank_bytes", (json_int_t)result->rank_bytes,
+                      "largest_rank_bytes", (json_int_t)result->largest_rank_bytes, "seconds", result->seconds,
+                      "source_bytes_per_s", bytes_per_s, "peak_memory_bytes", (json_int_t)result->peak_memory_bytes),
             err);
     commands_note("%s: %u rank file%s, %s, in %.1f s (%s/s of source, peak memory %s)", out_dir, plan->tp_size,
-                  plan->tp_size == 1 ? "" : "s", progress_bytes_text(written, result->written_bytes), result->seconds,
+                  plan->tp_size == 1 ? "" : "s", progress_bytes_text(written, result->rank_bytes), result->seconds,
                   progress_bytes_text(rate, (uint64_t)bytes_per_s),
                   progress_bytes_text(memory, result->peak_memory_bytes));
     return 0;

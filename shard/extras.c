@@ -9,7 +9,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 enum { EXTRA_CAP_BYTES = 256 << 20 };
@@ -31,10 +30,11 @@ int extras_add(struct extras *extras, const char *name, uint8_t *bytes, uint64_t
     return 0;
 }
 
-bool extras_there(char path[PATH_MAX], const char *dir, const char *name)
+int extras_there(bool *there, char path[PATH_MAX], const char *dir, const char *name, struct error *err)
 {
-    struct stat status;
-    return snprintf(path, PATH_MAX, "%s/%s", dir, name) < PATH_MAX && lstat(path, &status) == 0;
+    if (snprintf(path, PATH_MAX, "%s/%s", dir, name) >= PATH_MAX)
+        return error_set(err, ERR_IO, "%.80s...: the path is too long", dir);
+    return file_is_there(there, path, err);
 }
 
 static int copy_if_there(struct extras *extras, const char *dir, const char *name, bool *copied, struct error *err)
@@ -43,10 +43,8 @@ static int copy_if_there(struct extras *extras, const char *dir, const char *nam
     uint8_t *bytes;
     uint64_t num_bytes;
     int rc;
-    *copied = extras_there(path, dir, name);
-    if (!*copied)
-        return 0;
-    if ((rc = file_read_all(&bytes, &num_bytes, path, EXTRA_CAP_BYTES, ERR_MODEL, err)))
+    if ((rc = extras_there(copied, path, dir, name, err)) || !*copied ||
+        (rc = file_read_all(&bytes, &num_bytes, path, EXTRA_CAP_BYTES, ERR_MODEL, err)))
         return rc;
     return extras_add(extras, name, bytes, num_bytes, err);
 }
@@ -57,12 +55,11 @@ static int add_tokenizer(struct extras *extras, bool *has_tokenizer, const char 
     char path[PATH_MAX], config_path[PATH_MAX];
     uint8_t *image;
     size_t image_bytes;
+    bool has_config;
     int rc;
-    *has_tokenizer = extras_there(path, model_dir, "tokenizer.json");
-    if (!*has_tokenizer)
-        return 0;
-    bool has_config = extras_there(config_path, model_dir, "tokenizer_config.json");
-    if ((rc =
+    if ((rc = extras_there(has_tokenizer, path, model_dir, "tokenizer.json", err)) || !*has_tokenizer ||
+        (rc = extras_there(&has_config, config_path, model_dir, "tokenizer_config.json", err)) ||
+        (rc =
              tokenizer_compile(&image, &image_bytes, path, has_config ? config_path : NULL, (uint64_t)vocab_size, err)))
         return rc;
     return extras_add(extras, "tokenizer.bin", image, image_bytes, err);

@@ -31,8 +31,8 @@ int extras_from_model(struct extras *out, bool *has_tokenizer, const char *model
 int extras_from_shards(struct extras *out, const char *dir, const struct manifest *manifest, struct error *err);
 // Takes ownership of bytes (malloc), on failure too.
 int extras_add(struct extras *extras, const char *name, uint8_t *bytes, uint64_t num_bytes, struct error *err);
-// Whether dir holds the name; path becomes dir/name. A link that leads nowhere is there: reading it gives the reason.
-bool extras_there(char path[PATH_MAX], const char *dir, const char *name);
+// Whether dir holds the name; path becomes dir/name.
+int extras_there(bool *there, char path[PATH_MAX], const char *dir, const char *name, struct error *err);
 void extras_clear(struct extras *extras); // accepts a zeroed one
 
 // Writes and syncs the files in dir and lists them in manifest->extras.

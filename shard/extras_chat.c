@@ -31,7 +31,10 @@ static int add_template(struct extras *extras, const char *name, uint8_t *bytes,
     }
     if (template_compile(&tmpl, (const char *)bytes, num_bytes, name, &reason) == 0)
         template_free(tmpl);
-    else if (!extras->warning[0])
+    else if (reason.code == ERR_MEMORY) { // says nothing about the template
+        free(bytes);
+        return error_set(err, ERR_MEMORY, "%s", reason.msg);
+    } else if (!extras->warning[0])
         snprintf(extras->warning, sizeof extras->warning,
                  "the chat template cannot be used, so chatting will not work: %.600s", reason.msg);
     return extras_add(extras, name, bytes, num_bytes, err);
@@ -42,10 +45,10 @@ static int add_file(struct extras *extras, const char *dir, const char *from, co
     char path[PATH_MAX];
     uint8_t *bytes;
     uint64_t num_bytes;
+    bool there;
     int rc;
-    if (!extras_there(path, dir, from))
-        return 0;
-    if ((rc = file_read_all(&bytes, &num_bytes, path, TEMPLATE_CAP_BYTES, ERR_MODEL, err)))
+    if ((rc = extras_there(&there, path, dir, from, err)) || !there ||
+        (rc = file_read_all(&bytes, &num_bytes, path, TEMPLATE_CAP_BYTES, ERR_MODEL, err)))
         return rc;
     return add_template(extras, name, bytes, num_bytes, err);
 }
@@ -116,7 +119,10 @@ int extras_chat_add(struct extras *extras, const char *model_dir, struct error *
         goto done;
     for (int i = 0; i < 2; i++) {
         struct json_object config = {0};
-        if (!extras_there(path, model_dir, configs[i]))
+        bool there;
+        if ((rc = extras_there(&there, path, model_dir, configs[i], err)))
+            goto done;
+        if (!there)
             continue;
         if ((rc = json_file_open(&config, path, CONFIG_CAP_BYTES, ERR_MODEL, err)))
             goto done;

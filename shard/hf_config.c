@@ -12,7 +12,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 // ---- keys with defaults ------------------------------------------------------------------------------------------
 
@@ -333,15 +332,19 @@ int hf_config_read(struct hf_config *out, const char *model_dir, const char *kno
     char config_path[PATH_MAX], generation_path[PATH_MAX];
     uint8_t *config = NULL, *generation = NULL;
     uint64_t config_bytes = 0, generation_bytes = 0;
+    bool has_config, has_generation;
     int rc;
     snprintf(config_path, sizeof config_path, "%s/config.json", model_dir);
     snprintf(generation_path, sizeof generation_path, "%s/generation_config.json", model_dir);
-    if (access(config_path, F_OK))
+    if ((rc = file_is_there(&has_config, config_path, err)) ||
+        (rc = file_is_there(&has_generation, generation_path, err)))
+        return rc;
+    if (!has_config)
         return error_set(err, ERR_MODEL, "%s: no config.json; is this the directory of a Hugging Face model?",
                          model_dir);
     if ((rc = file_read_all(&config, &config_bytes, config_path, JSON_FILE_CAP_BYTES, ERR_MODEL, err)))
         return rc;
-    if (access(generation_path, F_OK) == 0 &&
+    if (has_generation &&
         (rc = file_read_all(&generation, &generation_bytes, generation_path, JSON_FILE_CAP_BYTES, ERR_MODEL, err)))
         goto done;
     rc = hf_config_parse(out, (const char *)config, config_bytes, config_path, (const char *)generation,

@@ -9,7 +9,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include <pcre2.h>
@@ -55,6 +54,8 @@ static int compile_pattern(struct import_pattern *pattern, const struct json_obj
         pcre2_compile((PCRE2_SPTR)pattern->text + 3, PCRE2_ZERO_TERMINATED, PCRE2_ANCHORED, &code, &offset, NULL);
     if (pattern->regex)
         return 0;
+    if (code == PCRE2_ERROR_HEAP_FAILED)
+        return error_set(err, ERR_MEMORY, "%s: out of memory for a pattern", object->file_name);
     pcre2_get_error_message(code, reason, sizeof reason);
     return error_set(err, ERR_MODEL, "%s: %s%s: \"%.80s\" is no regular expression: %s", object->file_name,
                      object->path, key, pattern->text, (const char *)reason);
@@ -608,8 +609,10 @@ int import_config_read(struct import_config *out, const char *model_dir, struct 
     snprintf(hf_quant_path, sizeof hf_quant_path, "%s/hf_quant_config.json", model_dir);
     if ((rc = json_file_open(&root, path, JSON_FILE_CAP_BYTES, ERR_MODEL, err)))
         return rc;
-    bool has_hf_quant = access(hf_quant_path, F_OK) == 0;
-    if (!has_hf_quant || !(rc = json_file_open(&hf_quant, hf_quant_path, JSON_FILE_CAP_BYTES, ERR_MODEL, err)))
+    bool has_hf_quant;
+    if ((rc = file_is_there(&has_hf_quant, hf_quant_path, err)))
+        ;
+    else if (!has_hf_quant || !(rc = json_file_open(&hf_quant, hf_quant_path, JSON_FILE_CAP_BYTES, ERR_MODEL, err)))
         rc = import_config_parse(out, &root, has_hf_quant ? &hf_quant : NULL, err);
     json_file_close(&root);
     json_file_close(&hf_quant);

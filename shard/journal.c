@@ -1,4 +1,4 @@
-// See journal.h. Lines: "tpshard journal 1 KEY", then "TENSOR HASH". A line that a crash cut short is not believed,
+// See journal.h. Lines: "tpshard journal 2 KEY", then "PIECE HASH". A line that a crash cut short is not believed,
 // and written over.
 #include "shard/journal.h"
 
@@ -14,41 +14,41 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { JOURNAL_CAP_BYTES = 64 << 20, LINE_BYTES = 128 };
+enum { JOURNAL_CAP_BYTES = 64 << 20, LINE_BYTES = 128, SECOND_NS = 1000000000 };
 
 struct journal {
     int fd;
     char path[PATH_MAX];
-    uint64_t tensor_count, end, count;
-    time_t synced_s;
-    bool *done;                 // [tensor_count]
-    struct checksum128 *hashes; // [tensor_count]
+    uint64_t num_pieces, end, count;
+    int64_t synced_ns;
+    bool *done;                 // [num_pieces]
+    struct checksum128 *hashes; // [num_pieces]
 };
 
 static int key_line(char line[LINE_BYTES], struct checksum128 key)
 {
     char hex[CHECKSUM128_HEX_DIGITS + 1];
     checksum128_to_hex(key, hex);
-    return snprintf(line, LINE_BYTES, "tpshard journal 1 %s\n", hex);
+    return snprintf(line, LINE_BYTES, "tpshard journal 2 %s\n", hex);
 }
 
-// Takes "TENSOR HASH\n" at text; false when it is no such line.
+// Takes "PIECE HASH\n" at text; false when it is no such line.
 static bool take_line(struct journal *journal, const char *text, const char *line_end)
 {
     char hex[CHECKSUM128_HEX_DIGITS + 1];
     char *after;
-    uint64_t tensor = strtoull(text, &after, 10);
+    uint64_t piece = strtoull(text, &after, 10);
     struct checksum128 hash;
     if (after == text || *after != ' ' || line_end - after != 1 + CHECKSUM128_HEX_DIGITS ||
-        tensor >= journal->tensor_count)
+        piece >= journal->num_pieces)
         return false;
     memcpy(hex, after + 1, CHECKSUM128_HEX_DIGITS);
     hex[CHECKSUM128_HEX_DIGITS] = 0;
     if (!checksum128_from_hex(&hash, hex))
         return false;
-    journal->count += !journal->done[tensor];
-    journal->done[tensor] = true;
-    journal->hashes[tensor] = hash;
+    journal->count += !journal->done[piece];
+    journal->done[piece] = true;
+    journal->hashes[piece] = hash;
     return true;
 }
 
@@ -77,24 +77,25 @@ static int read_entries(struct journal *journal, const char *wanted_key_line, st
     return rc;
 }
 
-// Synced at most once a second: small models have many small tensors, and a lost line costs one of them.
+// Synced at most once a second: small models have many small pieces, and a lost line costs one of them.
 static int append(struct journal *journal, const char *line, int length, struct error *err)
 {
-    struct timespec now;
+    struct timespec clock;
     int rc = file_pwrite_full(journal->fd, line, (uint64_t)length, journal->end, journal->path, err);
     if (rc)
         return rc;
     journal->end += (uint64_t)length;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    if (now.tv_sec != journal->synced_s) {
-        journal->synced_s = now.tv_sec;
+    clock_gettime(CLOCK_MONOTONIC, &clock);
+    int64_t now_ns = (int64_t)clock.tv_sec * SECOND_NS + clock.tv_nsec;
+    if (journal->synced_ns == 0 || now_ns - journal->synced_ns >= SECOND_NS) {
+        journal->synced_ns = now_ns;
         if (fdatasync(journal->fd))
             return error_set_errno(err, "%s: cannot sync", journal->path);
     }
     return 0;
 }
 
-int journal_open(struct journal **out, const char *dir, struct checksum128 key, uint64_t tensor_count, bool resume,
+int journal_open(struct journal **out, const char *dir, struct checksum128 key, uint64_t num_pieces, bool resume,
                  struct error *err)
 {
     char line[LINE_BYTES];
@@ -103,12 +104,12 @@ int journal_open(struct journal **out, const char *dir, struct checksum128 key, 
     if (!journal)
         return error_set(err, ERR_MEMORY, "out of memory for the journal");
     snprintf(journal->path, sizeof journal->path, "%s/journal", dir);
-    journal->tensor_count = tensor_count;
-    journal->done = calloc(tensor_count, sizeof *journal->done);
-    journal->hashes = calloc(tensor_count, sizeof *journal->hashes);
+    journal->num_pieces = num_pieces;
+    journal->done = calloc(num_pieces, sizeof *journal->done);
+    journal->hashes = calloc(num_pieces, sizeof *journal->hashes);
     journal->fd = open(journal->path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | (resume ? 0 : O_TRUNC), 0666);
     if (!journal->done || !journal->hashes)
-        rc = error_set(err, ERR_MEMORY, "out of memory for the journal of %" PRIu64 " tensors", tensor_count);
+        rc = error_set(err, ERR_MEMORY, "out of memory for the journal of %" PRIu64 " pieces", num_pieces);
     else if (journal->fd < 0)
         rc = error_set_errno(err, "%s: cannot open", journal->path);
     if (!rc && resume)
@@ -135,23 +136,23 @@ void journal_close(struct journal *journal)
     free(journal);
 }
 
-bool journal_has(const struct journal *journal, uint64_t tensor, struct checksum128 *hash)
+bool journal_has(const struct journal *journal, uint64_t piece, struct checksum128 *hash)
 {
-    *hash = journal->hashes[tensor];
-    return journal->done[tensor];
+    *hash = journal->hashes[piece];
+    return journal->done[piece];
 }
 
 uint64_t journal_count(const struct journal *journal) { return journal->count; }
 
-int journal_add(struct journal *journal, uint64_t tensor, struct checksum128 hash, struct error *err)
+int journal_add(struct journal *journal, uint64_t piece, struct checksum128 hash, struct error *err)
 {
     char hex[CHECKSUM128_HEX_DIGITS + 1], line[LINE_BYTES];
     checksum128_to_hex(hash, hex);
-    int rc = append(journal, line, snprintf(line, sizeof line, "%" PRIu64 " %s\n", tensor, hex), err);
+    int rc = append(journal, line, snprintf(line, sizeof line, "%" PRIu64 " %s\n", piece, hex), err);
     if (!rc) {
-        journal->count += !journal->done[tensor];
-        journal->done[tensor] = true;
-        journal->hashes[tensor] = hash;
+        journal->count += !journal->done[piece];
+        journal->done[piece] = true;
+        journal->hashes[piece] = hash;
     }
     return rc;
 }

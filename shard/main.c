@@ -12,6 +12,8 @@ static const struct command_spec commands[] = {
      verify_run},
     {"reshard", "out_dir new_dir", 2, 2, "Cuts shards anew for another number of ranks, bit for bit as convert would.",
      reshard_options, reshard_run},
+    {"repair", "out_dir", 1, 1, "Writes again what does not hold, and nothing else.", repair_options, repair_run},
+    {"sums", "out_dir", 1, 1, "Writes SHA256SUMS: what to sign and publish with the files.", sums_options, sums_run},
     {0},
 };
 
@@ -32,7 +34,15 @@ static const struct program_spec program = {
     .examples = "Examples:\n"
                 "  tpshard --tp 2 --quant int4 Llama-3.1-8B llama-8b-tp2\n"
                 "  tpshard plan --tp 4 --quant int4 --context 32768 --gpu-memory 24GiB Llama-3.1-70B\n"
-                "  tpshard verify llama-8b-tp2\n",
+                "  tpshard verify llama-8b-tp2\n"
+                "  tpshard repair llama-8b-tp2 --from Llama-3.1-8B\n"
+                "\n"
+                "Publishing, and checking what was published, with the tools that everyone has:\n"
+                "  tpshard sums llama-8b-tp2\n"
+                "  ssh-keygen -Y sign -f ~/.ssh/id_ed25519 -n file llama-8b-tp2/SHA256SUMS\n"
+                "  ssh-keygen -Y verify -f allowed_signers -I you@example.org -n file \\\n"
+                "      -s llama-8b-tp2/SHA256SUMS.sig < llama-8b-tp2/SHA256SUMS\n"
+                "  tpshard verify --sha256 llama-8b-tp2\n",
     .exit_status = "0    done\n"
                    "1    anything that fits nowhere else\n"
                    "2    wrong command line\n"

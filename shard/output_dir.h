@@ -19,6 +19,12 @@ struct output_dir {
     bool created;             // did not exist before
 };
 
+// Opens the directory and holds it against a second tpshard (ERR_USAGE when another has it) until *fd is closed.
+int output_dir_lock(int *fd, const char *path, struct error *err);
+
+// Is it a name that tpshard gives to a file beside the manifest? Those of the list of SHA-256 checksums and its signatures are among them.
+bool output_dir_is_own_name(const char *name);
+
 // Takes the directory: it must not exist, be empty, hold what an interrupted run left, or, with force, a model made by
 // tpshard. Anything else is refused (ERR_USAGE). keep_work: leave the work folder of an earlier run as it is; else
 // it is removed and made anew. Success: output_dir_release.

@@ -1,19 +1,13 @@
 // See progress.h.
 #include "shard/progress.h"
 
+#include "kernels/clock.h"
+
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
-#include <time.h>
 #include <unistd.h>
-
-static double now_s(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
 
 void progress_start(struct progress *progress, const char *what, uint64_t total_bytes, bool quiet)
 {
@@ -23,7 +17,7 @@ void progress_start(struct progress *progress, const char *what, uint64_t total_
     progress->total_bytes = total_bytes;
     progress->quiet = quiet;
     progress->terminal = isatty(STDERR_FILENO) && terminal && strcmp(terminal, "dumb") != 0;
-    progress->started_s = progress->shown_s = now_s();
+    progress->started_s = progress->shown_s = clock_now_s();
 }
 
 void progress_add(struct progress *progress, uint64_t bytes) { atomic_fetch_add(&progress->done_bytes, bytes); }
@@ -34,13 +28,13 @@ void progress_resumed(struct progress *progress, uint64_t bytes)
     progress_add(progress, bytes);
 }
 
-double progress_seconds(const struct progress *progress) { return now_s() - progress->started_s; }
+double progress_seconds(const struct progress *progress) { return clock_now_s() - progress->started_s; }
 
 void progress_show(struct progress *progress)
 {
     if (progress->quiet || progress->total_bytes == 0)
         return;
-    double now = now_s();
+    double now = clock_now_s();
     uint64_t done = atomic_load(&progress->done_bytes);
     bool tenth = done * 10 / progress->total_bytes != progress->shown_bytes * 10 / progress->total_bytes;
     if (progress->terminal ? now - progress->shown_s < 0.1 : now - progress->shown_s < (tenth ? 1 : 10))

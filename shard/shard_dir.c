@@ -54,7 +54,7 @@ int shard_dir_open_rank(struct shard_dir *dir, uint32_t rank, struct error *err)
     if (rc)
         return rc;
     const struct shard_identity *identity = shard_file_identity(file);
-    uint64_t file_bytes = shard_file_payload_offset(file) + shard_file_payload_bytes(file);
+    uint64_t file_bytes = shard_file_payload_offset(file) + shard_file_stored_bytes(file);
     if (identity->rank != rank || identity->tp_size != manifest->tp_size || identity->pp_size != manifest->pp_size)
         rc = error_set(err, ERR_CORRUPT,
                        "%s: it is the file of rank %u of %u, but rank %u of %u belongs there; files were mixed up",

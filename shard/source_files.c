@@ -70,10 +70,13 @@ int source_files_list(struct source_files *out, const struct checkpoint *checkpo
     for (size_t i = 0; !rc && i < sizeof small_files / sizeof small_files[0]; i++) {
         char path[2 * PATH_MAX];
         snprintf(path, sizeof path, "%s/%s", model_dir, small_files[i]);
-        if (access(path, F_OK) == 0)
+        bool there;
+        if (!(rc = file_is_there(&there, path, err)) && there)
             rc = source_files_add(&files, model_dir, small_files[i], err);
     }
     source_files_sort(&files);
+    if (!rc) // then what is listed is what was opened
+        rc = checkpoint_unchanged(checkpoint, err);
     if (rc)
         source_files_clear(&files);
     else
@@ -109,6 +112,18 @@ struct checksum128 source_files_key(const struct source_files *files, const char
         key = checksum_whole(text, (size_t)length);
     }
     return key;
+}
+
+int source_files_unchanged(const struct source_files *files, struct error *err)
+{
+    int rc = 0;
+    for (size_t i = 0; !rc && i < files->count; i++) {
+        struct source_file now = files->files[i];
+        if (!(rc = look(&now, err)) &&
+            (now.bytes != files->files[i].bytes || now.modified_ns != files->files[i].modified_ns))
+            rc = error_set(err, ERR_MODEL, "%s: the file changed while it was being read", now.path);
+    }
+    return rc;
 }
 
 int source_files_to_manifest(const struct source_files *files, struct manifest *manifest, struct error *err)
@@ -155,7 +170,6 @@ static int hash_file(struct source_hasher *hasher, struct source_file *file, uin
 {
     int fd = -1, rc;
     uint64_t bytes = 0;
-    struct source_file after = *file;
     struct checksum_stream *stream = checksum_stream_new();
     if (!stream)
         return error_set(err, ERR_MEMORY, "%s: out of memory for its checksum", file->path);
@@ -170,10 +184,6 @@ static int hash_file(struct source_hasher *hasher, struct source_file *file, uin
         hasher->hashed_bytes += part;
     }
     file->hash = checksum_stream_final(stream);
-    if ((rc = look(&after, err)))
-        goto done;
-    if (after.bytes != file->bytes || after.modified_ns != file->modified_ns)
-        rc = error_set(err, ERR_MODEL, "%s: the file changed while it was being read", file->path);
 done:
     checksum_stream_free(stream);
     if (fd >= 0)
@@ -218,6 +228,8 @@ int source_hasher_finish(struct source_hasher *hasher, bool cancel, struct error
     int rc = 0;
     if (!cancel && !(rc = stop_check(err)) && (rc = hasher->error.code))
         *err = hasher->error;
+    if (!cancel && !rc) // after the conversion, which may have read what the hasher did not see
+        rc = source_files_unchanged(hasher->files, err);
     free(hasher);
     return rc;
 }

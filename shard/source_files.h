@@ -46,6 +46,8 @@ int source_hasher_start(struct source_hasher **out, struct source_files *files, 
 // has changed since it was listed.
 int source_hasher_finish(struct source_hasher *hasher, bool cancel, struct error *err);
 
+// Whether all are as they were when they were listed; ERR_MODEL when one is not.
+int source_files_unchanged(const struct source_files *files, struct error *err);
 // Copies the list into manifest->sources.
 int source_files_to_manifest(const struct source_files *files, struct manifest *manifest, struct error *err);
 

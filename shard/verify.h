@@ -24,6 +24,8 @@ void verify_note(struct verify_findings *findings, const struct error *error);
 // return value is for what kept the check from being done (ERR_MEMORY, a signal).
 int verify_checksums(struct shard_dir *dir, const char *path, struct thread_pool *pool, struct progress *progress,
                      struct verify_findings *findings, struct error *err);
+// One extra: ERR_CORRUPT says that it is not what the manifest says.
+int verify_extra(const char *dir, const struct manifest_file *file, struct error *err);
 // Bytes that verify_checksums will read, as the manifest says.
 uint64_t verify_bytes(const struct manifest *manifest);
 

@@ -1,21 +1,20 @@
 // Comparing weights with their checkpoint. See verify.h.
 #include "shard/verify.h"
 
-#include "formats/file_io.h"
 #include "shard/band.h"
+#include "shard/payload_reader.h"
 #include "shard/pool_error.h"
 #include "shard/stop.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 struct against_job {
     const struct plan *plan;
     const struct row_source *source;
     const struct shard_dir *dir;
-    int *fds;
+    struct payload_reader **readers; // [plan->tp_size]
     const struct band *bands;
     struct band_buffer *buffers; // one for each thread
     uint8_t *stored;             // stored_bytes for each thread
@@ -28,12 +27,14 @@ struct against_job {
 static int read_stored(const struct against_job *job, const struct band *band, uint32_t rank, uint8_t *out,
                        struct error *err)
 {
-    struct band_place place = band_place(job->plan, band, rank);
-    int rc = file_pread_full(job->fds[rank], out, place.data_bytes, place.data_offset, job->dir->paths[rank], err);
+    struct band_place place =
+        band_place(job->plan, band, rank); // in the file that the plan says, which is not compressed
+    uint64_t payload = job->plan->ranks[rank].payload_offset;
+    int rc = payload_reader_read(job->readers[rank], out, place.data_bytes, place.data_offset - payload, err);
     if (rc || !place.scale_bytes)
         return rc;
-    return file_pread_full(job->fds[rank], out + place.data_bytes, place.scale_bytes, place.scale_offset,
-                           job->dir->paths[rank], err);
+    return payload_reader_read(job->readers[rank], out + place.data_bytes, place.scale_bytes,
+                               place.scale_offset - payload, err);
 }
 
 static uint64_t band_rank_bytes(const struct plan *plan, const struct band *band, uint32_t rank)
@@ -198,24 +199,21 @@ int verify_against(const struct shard_dir *dir, const struct plan *plan, const s
 {
     int threads = thread_pool_size(pool), rc = 0;
     struct against_job job = {.plan = plan, .source = source, .dir = dir, .progress = progress};
-    job.fds = malloc(plan->tp_size * sizeof *job.fds);
+    job.readers = calloc(plan->tp_size, sizeof *job.readers);
     job.buffers = calloc((size_t)threads, sizeof *job.buffers);
-    for (uint32_t rank = 0; job.fds && rank < plan->tp_size; rank++)
-        job.fds[rank] = -1;
-    if (!job.fds || !job.buffers)
+    if (!job.readers || !job.buffers)
         rc = error_set(err, ERR_MEMORY, "out of memory to compare weights");
     for (uint32_t rank = 0; !rc && rank < plan->tp_size; rank++)
-        rc = file_open_read(&job.fds[rank], NULL, dir->paths[rank], err);
+        rc = payload_reader_open(&job.readers[rank], dir->files[rank], dir->paths[rank], err);
     for (uint64_t tensor = 0; !rc && tensor < plan->tensor_count; tensor++) {
         plan_tensor_label(progress->label, sizeof progress->label, &plan->ranks[0].tensors[tensor]);
         rc = compare_tensor(&job, tensor, pool, findings, err);
     }
-    for (uint32_t rank = 0; job.fds && rank < plan->tp_size; rank++)
-        if (job.fds[rank] >= 0)
-            close(job.fds[rank]);
+    for (uint32_t rank = 0; job.readers && rank < plan->tp_size; rank++)
+        payload_reader_close(job.readers[rank]);
     for (int thread = 0; job.buffers && thread < threads; thread++)
         band_buffer_free(&job.buffers[thread]);
-    free(job.fds);
+    free(job.readers);
     free(job.buffers);
     return rc;
 }

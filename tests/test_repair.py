@@ -1,0 +1,367 @@
+#!/usr/bin/env python3
+"""tpshard repair: whatever is broken becomes again, byte for byte, what it was, from the checkpoint or from another copy; what is whole is not
+touched; a repair that is killed leaves nothing that verify takes for whole, and the next one finishes it; what cannot be repaired is said.
+
+Standard library only. Environment: BUILD (default build), TEST_QUICK=1 (fewer kinds of models), KILLS (default 25).
+"""
+import fcntl
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+BUILD = Path(os.environ.get("BUILD", "build"))
+TPSHARD = BUILD / "tpshard"
+QUICK = bool(os.environ.get("TEST_QUICK"))
+KILLS = int(os.environ.get("KILLS", "4" if QUICK else "25"))
+MODEL, FAMILIES, IMPORTS = Path("tests/model"), Path("tests/golden/families"), Path("tests/golden/imports")
+MIB = 1 << 20
+failures = []
+
+
+def report(name, ok, detail=""):
+    print(f"{'ok' if ok else 'not ok'} {name}{': ' + detail if detail and not ok else ''}", flush=True)
+    if not ok:
+        failures.append(name)
+
+
+def run(*words):
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return done.returncode, done.stdout, done.stderr
+
+
+def convert(model, out, *options):
+    status, _, err = run(TPSHARD, "convert", "--quiet", *options, model, out)
+    if status != 0:
+        raise RuntimeError(f"convert {model}: {err}")
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def times(folder):
+    return {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in Path(folder).iterdir()}
+
+
+def ranks(folder):
+    return sorted(Path(folder).glob("rank-*.tpshard"))
+
+
+def payload_offset(path):
+    return int.from_bytes(path.read_bytes()[96:104], "little")
+
+
+def expect(name, status, words, *command):
+    """The exit status, and some words of what is said."""
+    got, out, err = run(*command)
+    report(name, got == status and words in out + err, f"exit status {got}, wanted {status}: {out}{err}")
+
+
+# ---- damage ----------------------------------------------------------------------------------------------------------
+
+
+def flip(path, *offsets):
+    data = bytearray(path.read_bytes())
+    for offset in offsets:
+        data[offset] ^= 1 << offset % 8
+    path.write_bytes(data)
+
+
+def put(path, offset, new):
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(new)
+
+
+def one_bit(folder, _other):
+    flip(ranks(folder)[0], payload_offset(ranks(folder)[0]) + 777)
+
+
+def a_bit_in_every_leaf(folder, _other):
+    for path in ranks(folder):
+        flip(path, *range(payload_offset(path) + 100, path.stat().st_size, MIB))
+
+
+def a_page(folder, _other):
+    path = ranks(folder)[-1]
+    put(path, path.stat().st_size // 4096 * 4096 - 4096 * 5, os.urandom(4096))
+
+
+def a_bit_of_a_head(folder, _other):
+    flip(ranks(folder)[-1], 400)
+
+
+def a_bit_of_every_head(folder, _other):
+    for path in ranks(folder):
+        flip(path, 330)
+
+
+def no_heads(folder, _other):
+    for path in ranks(folder):
+        put(path, 0, bytes(payload_offset(path)))
+
+
+def head_and_leaf(folder, _other):
+    path = ranks(folder)[0]
+    flip(path, 12, payload_offset(path) + 5)
+
+
+def checksums_and_leaf(folder, _other):
+    path = ranks(folder)[0]
+    begin = int.from_bytes(path.read_bytes()[80:88], "little")
+    flip(path, begin + 3, path.stat().st_size - 1)
+
+
+def cut_in_payload(folder, _other):
+    os.truncate(ranks(folder)[0], ranks(folder)[0].stat().st_size - 5000)
+
+
+def cut_in_head(folder, _other):
+    os.truncate(ranks(folder)[-1], 3000)
+
+
+def grown(folder, _other):
+    with open(ranks(folder)[0], "ab") as file:
+        file.write(b"more")
+
+
+def a_missing_file(folder, _other):
+    ranks(folder)[-1].unlink()
+
+
+def all_missing(folder, _other):
+    for path in ranks(folder):
+        path.unlink()
+
+
+def swapped(folder, _other):
+    first, last = ranks(folder)[0], ranks(folder)[-1]
+    kept = first.read_bytes()
+    first.write_bytes(last.read_bytes())
+    last.write_bytes(kept)
+
+
+def of_another_run(folder, other):
+    shutil.copy(ranks(other)[0], ranks(folder)[0])
+
+
+def extras(folder, _other):
+    flip(folder / "config.json", 10)
+    for name in ("tokenizer.bin", "generation_config.json"):
+        if (folder / name).exists():
+            (folder / name).unlink()
+
+
+def everything(folder, other):
+    extras(folder, other)
+    a_bit_in_every_leaf(folder, other)
+    a_bit_of_a_head(folder, other)
+    cut_in_payload(folder, other)
+
+
+DAMAGES = [one_bit, a_bit_in_every_leaf, a_page, a_bit_of_a_head, a_bit_of_every_head, no_heads, head_and_leaf, checksums_and_leaf,
+           cut_in_payload, cut_in_head, grown, a_missing_file, all_missing, swapped, of_another_run, extras, everything]
+
+# ---- mending ---------------------------------------------------------------------------------------------------------
+
+
+def repair_kind(work, name, model, *options, from_copies=True):
+    """Every damage to one kind of directory, mended from the checkpoint and from copies, stored alike and not."""
+    whole, other, again, broken = (work / part for part in ("whole", "other", "again", "broken"))
+    convert(model, whole, *options)
+    convert(model, other, "--tp", "1", "--quant", "int8")
+    plain = [option for option in options if option != "--zstd"]
+    convert(model, again, *(plain if "--zstd" in options else [*options, "--zstd"]))
+    want, wrong = contents(whole), []
+    for damage in DAMAGES:
+        for source in (model, whole, again) if from_copies else (model,):
+            shutil.rmtree(broken, ignore_errors=True)
+            shutil.copytree(whole, broken)
+            damage(broken, other)
+            if contents(broken) == want:
+                continue  # there is but one rank to swap with itself
+            what = f"{damage.__name__} from {'the checkpoint' if source == model else source.name}"
+            before = contents(broken)
+            if run(TPSHARD, "verify", "--quiet", broken)[0] != 4:
+                wrong.append(f"{what}: not seen by verify")
+            untouched = {file: time for file, time in times(broken).items() if before[file] == want.get(file)}
+            status, out, err = run(TPSHARD, "repair", "--json", "--quiet", broken, "--from", source)
+            if status != 0 or contents(broken) != want:
+                wrong.append(f"{what}: exit status {status}: {err.strip()}")
+                continue
+            after = times(broken)
+            if any(after[file] != time for file, time in untouched.items()):
+                wrong.append(f"{what}: a whole file was touched")
+            changed = sum(before.get(file) != data for file, data in want.items())
+            if json.loads(out)["files"] != changed:
+                wrong.append(f"{what}: {out} files said, {changed} changed")
+    report(f"{name}: {len(DAMAGES)} kinds of damage, {'3 sources' if from_copies else 'from the checkpoint'}", not wrong, "; ".join(wrong[:3]))
+    for folder in (whole, other, again, broken):
+        shutil.rmtree(folder)
+
+
+def figures(work, whole):
+    """What is said is what was done, and no more than the broken leaves is written."""
+    broken = work / "broken"
+    shutil.copytree(whole, broken)
+    first = ranks(broken)[0]
+    leaf = payload_offset(first)
+    flip(first, leaf + 9, leaf + 10)
+    flip(ranks(broken)[1], 20)
+    status, out, err = run(TPSHARD, "repair", "--json", "--quiet", broken, "--from", MODEL)
+    said = json.loads(out or "{}")
+    mended = said.get("mended", [{}, {}])
+    report("figures of a repair", status == 0 and (said["ok"], said["files"], said["leaves"], said["heads"], said["extras"], said["bytes"]) ==
+           (True, 2, 1, 1, 0, MIB + payload_offset(ranks(whole)[1])) and "embedding" in mended[0]["tensors"] and mended[0]["leaves"] == 1
+           and mended[1]["head"] and mended[1]["tensors"] == [], out + err)
+    before = times(broken)
+    expect("nothing to repair", 0, "nothing to repair", TPSHARD, "repair", broken, "--from", MODEL)
+    report("and nothing was touched", times(broken) == before)
+    shutil.rmtree(broken)
+
+
+def pasted_command(work, whole):
+    """The command that a failed verification names, with SOURCE filled in."""
+    for name in ("plain", "with blank", "a $HOME; b"):
+        broken = work / name
+        shutil.copytree(whole, broken)
+        for offset in (payload_offset(ranks(broken)[0]) + 3, 50):
+            flip(ranks(broken)[0], offset)
+            _, _, err = run(TPSHARD, "verify", "--quiet", broken)
+            begin = err.find("tpshard repair ")
+            line = err[begin:].split("SOURCE")[0] + "SOURCE" if begin >= 0 else "false"
+            line = f"PATH={shlex.quote(str(BUILD.resolve()))}:$PATH; SOURCE={shlex.quote(str(MODEL.resolve()))}; " + line.replace("SOURCE", '"$SOURCE"')
+            done = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
+            report(f"the command that is named works in \"{name}\"", done.returncode == 0 and contents(broken) == contents(whole),
+                   f"{err} {line} {done.stderr}")
+        shutil.rmtree(broken)
+
+
+# ---- what cannot be repaired -----------------------------------------------------------------------------------------
+
+
+def refusals(work, whole):
+    broken, copy, other, changed = (work / part for part in ("broken", "copy", "other", "changed"))
+    shutil.copytree(whole, broken)
+    damaged = payload_offset(ranks(broken)[0]) + 50
+    flip(ranks(broken)[0], damaged)
+    before = contents(broken)
+    expect("repair without --from", 2, "--from SOURCE", TPSHARD, "repair", broken)
+    expect("repair from itself", 2, "directory itself", TPSHARD, "repair", broken, "--from", f"{broken}/.")
+    expect("no such source", 3, "config.json", TPSHARD, "repair", broken, "--from", work / "nothing")
+    expect("no such directory", 5, "cannot open", TPSHARD, "repair", work / "nothing", "--from", MODEL)
+    expect("another model", 4, "is not the one that", TPSHARD, "repair", broken, "--from", FAMILIES / "qwen3")
+    convert(MODEL, other, "--tp", "2", "--quant", "int8")
+    expect("a copy with other options", 4, "of another model, other options", TPSHARD, "repair", broken, "--from", other)
+    shutil.copytree(MODEL, changed)
+    flip(changed / "model.safetensors", *range(5000, (changed / "model.safetensors").stat().st_size, 3000))
+    expect("a changed checkpoint", 4, "it has another checksum, so it was left as it is", TPSHARD, "repair", broken, "--from", changed)
+    tokenizer = json.loads((changed / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"].reverse()
+    (changed / "tokenizer.json").write_text(json.dumps(tokenizer))
+    flip(broken / "tokenizer.bin", 2000)
+    expect("a changed tokenizer", 4, "tokenizer.bin: what ", TPSHARD, "repair", broken, "--from", changed)
+    flip(broken / "tokenizer.bin", 2000)
+    held = os.open(broken, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    expect("two at once", 2, "another tpshard", TPSHARD, "repair", broken, "--from", MODEL)
+    os.close(held)
+    report("what cannot be repaired is left as it was", contents(broken) == before)
+
+    manifest = (broken / "model.json").read_text()
+    root = json.loads(manifest)["ranks"][0]["xxh3_128"]
+    (broken / "model.json").write_text(manifest.replace(root, root[::-1]))
+    expect("a root of the manifest that is damaged", 4, "model.json itself was damaged", TPSHARD, "repair", broken, "--from", MODEL)
+    (broken / "model.json").write_text(manifest.replace("hidden_size", "hidden_sizE"))
+    expect("a damaged manifest", 4, "repair needs a whole model.json", TPSHARD, "repair", broken, "--from", MODEL)
+    (broken / "model.json").unlink()
+    expect("no manifest", 4, "repair needs a whole model.json", TPSHARD, "repair", broken, "--from", MODEL)
+    (broken / "model.json").write_text(manifest)
+
+    shutil.copytree(whole, copy)
+    flip(ranks(copy)[0], damaged + 1)
+    flip(ranks(broken)[1], damaged)
+    expect("a copy that is broken in the same place", 4, "rank-00-of-02.tpshard", TPSHARD, "repair", broken, "--from", copy)
+    report("what it had was taken", contents(broken) == before)
+    ranks(copy)[0].unlink()
+    ranks(broken)[1].unlink()
+    expect("a copy without the file", 4, "rank-00-of-02.tpshard", TPSHARD, "repair", broken, "--from", copy)
+    report("again, what it had was taken", contents(broken) == before)
+    flip(ranks(broken)[0], 20)
+    flip(ranks(broken)[1], damaged)
+    expect("a copy without the file, for a head", 4, "rank-00-of-02.tpshard", TPSHARD, "repair", broken, "--from", copy)
+    flip(ranks(broken)[0], 20)
+    report("once more, what it had was taken", contents(broken) == before)
+    moved = work / "moved"
+    ranks(broken)[0].rename(moved)
+    ranks(broken)[0].parent.joinpath("rank-00-of-02.tpshard").symlink_to(moved.resolve())
+    expect("a link is not followed", 2, "symbolic link", TPSHARD, "repair", broken, "--from", MODEL)
+    for folder in (broken, copy, other, changed):
+        shutil.rmtree(folder)
+
+
+def kills(work, whole):
+    """Killed at any moment: verify sees that it is broken, or it is whole; the next repair finishes it."""
+    broken, want, chance = work / "broken", contents(whole), random.Random(3)
+    started = time.monotonic()
+    shutil.copytree(whole, broken)
+    everything(broken, whole)
+    run(TPSHARD, "repair", "--quiet", "--threads", 1, broken, "--from", MODEL)
+    window_s, unfinished, wrong = time.monotonic() - started, 0, []
+    for number in range(KILLS):
+        shutil.rmtree(broken)
+        shutil.copytree(whole, broken)
+        everything(broken, whole)
+        for _ in range(2):
+            repair = subprocess.Popen([TPSHARD, "repair", "--quiet", "--threads", "1", broken, "--from", MODEL], stdout=subprocess.DEVNULL)
+            time.sleep(chance.random() * window_s)
+            repair.send_signal(signal.SIGKILL)
+            repair.wait()
+        accepted = run(TPSHARD, "verify", "--quiet", broken)[0] == 0
+        unfinished += not accepted
+        window_s *= 0.9 if accepted else 1.03
+        left = {name: data for name, data in contents(broken).items() if not name.startswith(".")}
+        if accepted and left != want:
+            wrong.append(f"kill {number}: accepted, though not whole")
+        status, _, err = run(TPSHARD, "repair", "--quiet", broken, "--from", MODEL)
+        left = {name: data for name, data in contents(broken).items() if not name.startswith(".")}
+        if status != 0 or left != want:
+            wrong.append(f"kill {number}: not finished afterwards: {err}")
+    report(f"{KILLS} kills, {unfinished} of them before the end", not wrong, "; ".join(wrong[:3]))
+    report("kills come in time", unfinished >= KILLS // 4, f"{unfinished} of {KILLS}")
+    shutil.rmtree(broken)
+
+
+def main():
+    if not TPSHARD.exists():
+        print(f"SKIP no {TPSHARD}: build it first")
+        return 77
+    with tempfile.TemporaryDirectory(dir=BUILD / "tests", prefix="test_repair.") as folder:
+        work = Path(folder)
+        repair_kind(work, "int4, 2 ranks", MODEL, "--tp", "2", "--quant", "int4")
+        repair_kind(work, "compressed bf16 experts, 3 ranks", FAMILIES / "mixtral", "--tp", "3", "--experts", "ep", "--zstd")
+        if not QUICK:
+            repair_kind(work, "compressed bf16, 1 rank", MODEL, "--zstd", from_copies=False)
+            repair_kind(work, "fp8, latent attention, experts", FAMILIES / "deepseek_v3", "--tp", "2", "--quant", "fp8", from_copies=False)
+            repair_kind(work, "GPTQ with act-order, kept", IMPORTS / "gptq_act_order", "--tp", "2", from_copies=False)
+            repair_kind(work, "MXFP4 experts, kept", IMPORTS / "gpt_oss", "--tp", "1", from_copies=False)
+            repair_kind(work, "AWQ, kept, head int8", IMPORTS / "awq", "--tp", "3", "--head", "int8", from_copies=False)
+        whole = work / "whole"
+        convert(MODEL, whole, "--tp", "2", "--quant", "int4")
+        figures(work, whole)
+        pasted_command(work, whole)
+        refusals(work, whole)
+        kills(work, whole)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
