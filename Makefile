@@ -34,12 +34,15 @@ HARDENING_LD = -Wl,-z,relro,-z,now
 else
 HARDENING = -DKERNELS_SANITIZED
 endif
+# What the programs need under clang's AddressSanitizer.
+SANITIZER_OBJ := $(if $(findstring address,$(SANITIZE)),$(if $(findstring clang,$(CC)),$(BUILD)/obj/tests/sanitizer/fork.o))
 
-# One call for all libraries: where pkg-config or one of its files is missing, the plain names are used for all of them.
-LIBRARIES_CFLAGS := $(shell $(PKG_CONFIG) --cflags jansson libpcre2-8 libutf8proc libevent_core 2>/dev/null)
-LIBRARIES := $(shell $(PKG_CONFIG) --libs jansson libpcre2-8 libutf8proc libevent_core 2>/dev/null \
-                     || echo -ljansson -lpcre2-8 -lutf8proc -levent_core)
-TEST_LIBRARIES := $(shell $(PKG_CONFIG) --libs cmocka libzstd 2>/dev/null || echo -lcmocka -lzstd)
+# One call for all libraries: where pkg-config or one of its files is missing, the plain names are used for all of them. libcurl is loaded at
+# run time: only its headers are needed here.
+LIBRARIES_CFLAGS := $(shell $(PKG_CONFIG) --cflags jansson libpcre2-8 libutf8proc libevent_core libzstd libcrypto libcurl 2>/dev/null)
+LIBRARIES := $(shell $(PKG_CONFIG) --libs jansson libpcre2-8 libutf8proc libevent_core libzstd libcrypto 2>/dev/null \
+                     || echo -ljansson -lpcre2-8 -lutf8proc -levent_core -lzstd -lcrypto)
+TEST_LIBRARIES := $(shell $(PKG_CONFIG) --libs cmocka 2>/dev/null || echo -lcmocka)
 
 # Never -ffast-math, never -march=native: results and files must not depend on the machine that compiled.
 HOUSE_CFLAGS = -std=gnu11 -D_GNU_SOURCE -I. -I$(BUILD) $(OPTIMIZE) -ffp-contract=off -fno-math-errno -fPIE \
@@ -62,7 +65,7 @@ ENGINE_SRC := $(filter-out engine/main.c,$(wildcard engine/*.c engine/serve/*.c)
 CUDA_SRC := $(wildcard kernels/cuda/*.cu)
 CUDA_HOST_SRC := $(wildcard kernels/cuda/*.c)
 TEST_SRC := $(wildcard tests/test_*.c)
-TEST_HELPER_SRC := $(filter-out $(TEST_SRC),$(wildcard tests/*.c))
+TEST_HELPER_SRC := $(filter-out $(TEST_SRC) tests/io_shim.c,$(wildcard tests/*.c))
 EMULATED_TEST_SRC := $(wildcard tests/test_*.cc)
 EMULATOR_SRC := $(wildcard tests/emulator/*.cc tests/emulator/*.c)
 FUZZ_SRC := $(wildcard tests/fuzz/fuzz_*.c)
@@ -86,6 +89,7 @@ PROGRAMS := $(if $(wildcard shard/main.c),$(BUILD)/tpshard) $(if $(wildcard engi
 TEST_PROGRAMS := $(TEST_SRC:%.c=$(BUILD)/%)
 EMULATED_TESTS := $(EMULATED_TEST_SRC:%.cc=$(BUILD)/%)
 EMULATED_BACKEND := $(BUILD)/tests/libtpengine_cuda_emulated.so
+IO_SHIM := $(if $(SANITIZE),,$(BUILD)/tests/libio_shim.so) # sanitizers have functions of these names of their own
 TEST_SCRIPTS := $(wildcard tests/test_*.sh tests/test_*.py)
 FUZZ_PROGRAMS := $(FUZZ_SRC:tests/fuzz/%.c=$(BUILD)/tests/%)
 BENCH_PROGRAMS := $(BENCH_SRC:%.c=$(BUILD)/%)
@@ -100,11 +104,12 @@ endif
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: FORCE all programs tests demo test check bench gpu-check install uninstall fuzz check-fresh format clean man help
+.PHONY: FORCE all programs tests host-tests demo test check bench gpu-check install uninstall fuzz check-fresh format clean man help
 
 all: programs ## build the programs, and the CUDA backend where nvcc is there (the default)
 programs: $(PROGRAMS) $(CUDA_BACKEND) $(ALL_OBJ)
-tests: programs $(TEST_PROGRAMS) $(FUZZ_PROGRAMS) $(EMULATED_TESTS) $(EMULATED_BACKEND)
+tests: host-tests $(EMULATED_TESTS) $(EMULATED_BACKEND)
+host-tests: programs $(TEST_PROGRAMS) $(FUZZ_PROGRAMS) $(IO_SHIM)
 
 # ---- Compiling and linking -----------------------------------------------------------------------------------------
 
@@ -133,12 +138,18 @@ link = $(call say,LINK,$@) mkdir -p $(@D) && $(CC) $(HOUSE_LDFLAGS) $(1) $(LDFLA
 $(BUILD)/tpshard: $(BUILD)/obj/shard/main.o $(call objects,$(SHARD_SRC)) $(LIB_OBJ)
 	$(call link)
 # The CUDA backend is loaded at run time and finds error.c and its like in the program: -rdynamic.
-$(BUILD)/tpengine: $(BUILD)/obj/engine/main.o $(call objects,$(ENGINE_SRC)) $(LIB_OBJ)
+$(BUILD)/tpengine: $(BUILD)/obj/engine/main.o $(call objects,$(ENGINE_SRC)) $(LIB_OBJ) $(SANITIZER_OBJ)
 	$(call link,-rdynamic)
 $(ALL_LIB): $(ALL_OBJ) $(BUILD)/sources
 	$(call say,AR,$@) rm -f $@ && $(AR) rcs $@ $(filter %.o,$^)
-$(TEST_PROGRAMS): $(BUILD)/%: $(BUILD)/obj/%.o $(call objects,$(TEST_HELPER_SRC)) $(ALL_LIB)
+# Each test takes the helpers that it uses: one may have functions of its own in place of those that another helper brings in.
+TEST_HELPERS := $(BUILD)/obj/tests/helpers.a
+$(TEST_HELPERS): $(call objects,$(TEST_HELPER_SRC)) $(BUILD)/sources
+	$(call say,AR,$@) rm -f $@ && $(AR) rcs $@ $(filter %.o,$^)
+$(TEST_PROGRAMS): $(BUILD)/%: $(BUILD)/obj/%.o $(TEST_HELPERS) $(ALL_LIB)
 	$(call link,-rdynamic,$(TEST_LIBRARIES))
+$(BUILD)/tests/libio_shim.so: tests/io_shim.c $(BUILD)/flags
+	$(call say,LINK,$@) mkdir -p $(@D) && $(CC) $(filter-out -fPIE,$(HOUSE_CFLAGS)) -fPIC $(CFLAGS) -shared -o $@ $< -ldl -lpthread
 $(FUZZ_PROGRAMS): $(BUILD)/tests/%: $(BUILD)/obj/tests/fuzz/%.o $(BUILD)/obj/tests/fuzz/replay_main.o $(ALL_LIB)
 	$(call link)
 $(BENCH_PROGRAMS): $(BUILD)/%: $(BUILD)/obj/%.o $(call objects,$(BENCH_HELPER_SRC)) $(ALL_LIB)
@@ -155,6 +166,9 @@ $(BUILD)/obj/engine/serve/page.o: engine/serve/page.html
 CUDA_ARCHS ?= $(filter 80 86 89 90 120,$(patsubst compute_%,%,$(shell $(NVCC) --list-gpu-arch 2>/dev/null)))
 # Instructions that one chip alone has are compiled for it by its own name; such code runs beside that of the plain name.
 archs_of = $(if $(filter %/linear_fp4.cu,$(1)),$(or $(patsubst 120,120a,$(filter 120,$(CUDA_ARCHS))),$(lastword $(CUDA_ARCHS))),$(CUDA_ARCHS))
+# What the sources ask of __CUDA_ARCH__ is whether it has e4m3 instructions (89): the compiler's front half, its slower one, runs once for those
+# without and once for those with.
+virtual_arch = $(or $(patsubst 86,80,$(filter 80 86,$(1))),$(patsubst 90,89,$(patsubst 120,89,$(filter 89 90 120,$(1)))),$(1))
 NVCC_FLAGS = -std=c++17 -O3 --fmad=false -I. -I$(BUILD) -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra \
              --Werror all-warnings
 CUDA_HOME = $(abspath $(dir $(realpath $(NVCC)))/..)
@@ -163,7 +177,7 @@ CUDA_HOST_CFLAGS = $(filter-out -fPIE,$(HOUSE_CFLAGS)) -fPIC -fvisibility=hidden
 
 $(BUILD)/obj/%.cu.o: %.cu $(BUILD)/flags | $(BUILD)/version.h
 	$(call say,NVCC,$<) mkdir -p $(@D) && $(NVCC) $(NVCC_FLAGS) \
-	    $(foreach arch,$(call archs_of,$<),-gencode arch=compute_$(arch),code=sm_$(arch)) -MMD -MP -c -o $@ $<
+	    $(foreach arch,$(call archs_of,$<),-gencode arch=compute_$(call virtual_arch,$(arch)),code=sm_$(arch)) -MMD -MP -c -o $@ $<
 $(BUILD)/obj/kernels/cuda/%.o: kernels/cuda/%.c $(BUILD)/flags | $(BUILD)/version.h
 	$(call say,CC,$<) mkdir -p $(@D) && $(CC) $(CUDA_HOST_CFLAGS) $(CFLAGS) -MMD -MP -c -o $@ $<
 CUDA_OBJ := $(CUDA_SRC:%=$(BUILD)/obj/%.o) $(CUDA_HOST_SRC:%.c=$(BUILD)/obj/%.o)
@@ -288,10 +302,10 @@ test: tests ## run every test that this machine can run (ONLY='test_json*' selec
 
 # What ThreadSanitizer runs.
 .PHONY: test-threads benchmarks
-THREAD_TESTS := $(foreach test,$(TEST_PROGRAMS),$(if $(strip $(foreach word,thread comm api http,$(findstring $(word),$(test)))),$(test)))
+THREAD_TESTS := $(foreach test,$(TEST_PROGRAMS),$(if $(strip $(foreach word,thread comm api http loader,$(findstring $(word),$(test)))),$(test)))
 test-threads: $(THREAD_TESTS)
 	@BUILD="$(BUILD)" tests/run_tests --if-any $(THREAD_TESTS)
-benchmarks: programs $(BENCH_PROGRAMS)
+benchmarks: programs $(BENCH_PROGRAMS) $(BUILD)/bench/synthetic_shards
 
 check: ## formatting, include direction, static analysis, clang, sanitizers
 	@MAKE="$(MAKE)" scripts/check

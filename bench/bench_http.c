@@ -2,6 +2,7 @@
 // an engine's thread posts one event of about 190 bytes for each stream every INTERVAL_MS. All events are counted, in their order.
 // cpu_us_per_event is the server's, its kernel's part included; rss_kib_per_connection is what the server's process grew by.
 #include "engine/serve/http_server.h"
+#include "kernels/clock.h"
 #include "version.h"
 
 #include <arpa/inet.h>
@@ -18,19 +19,11 @@
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
 enum { EVENT_BYTES = 190 };
 
 static int num_connections = 4000, num_events = 100, interval_ms = 50;
-
-static double now_s(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
 
 static void die(const char *what)
 {
@@ -54,8 +47,8 @@ static void write_due(void *arg)
     struct stream *stream = arg;
     char event[256];
     for (int due = atomic_exchange(&stream->due, 0); due > 0 && stream->exchange; due--) {
-        int head =
-            snprintf(event, sizeof event, "data: {\"number\":%d,\"time\":%.6f,\"text\":\"", stream->written++, now_s());
+        int head = snprintf(event, sizeof event, "data: {\"number\":%d,\"time\":%.6f,\"text\":\"", stream->written++,
+                            clock_now_s());
         memset(event + head, 'x', EVENT_BYTES - 4 - (size_t)head);
         memcpy(event + EVENT_BYTES - 4, "\"}\n\n", 4);
         http_stream_write(stream->exchange, event, EVENT_BYTES);
@@ -120,9 +113,9 @@ static void *engine(void *arg)
         usleep(1000);
     usleep(200000);
     report.cpu_s = -cpu_s();
-    double begin_s = now_s();
+    double begin_s = clock_now_s();
     for (int event = 0; event < num_events; event++) {
-        double wait_s = begin_s + 1e-3 * interval_ms * event - now_s();
+        double wait_s = begin_s + 1e-3 * interval_ms * event - clock_now_s();
         if (wait_s > 0)
             usleep((useconds_t)(1e6 * wait_s));
         for (int i = 0; i < num_connections; i++)
@@ -186,7 +179,7 @@ static void take_line(struct client *client)
         if (number != client->num_events)
             die("an event is lost or out of order");
         client->num_events++;
-        delays_s[num_delays++] = now_s() - sent_s;
+        delays_s[num_delays++] = clock_now_s() - sent_s;
     }
     client->ended |= strcmp(client->line, "0\r") == 0;
     client->line_bytes = 0;

@@ -24,6 +24,7 @@ struct checkpoint_file {
     int fd;           // -1: not open
     uint64_t bytes;
     struct safetensors_header *header; // its tensor array is handed over to the checkpoint and then null
+    struct stat opened;                // what it was when it was opened
 };
 
 struct checkpoint {
@@ -169,6 +170,8 @@ static int open_file(struct checkpoint_file *file, const char *model_dir, const 
     file->name = file->path + strlen(model_dir) + 1;
     if ((rc = open_model_file(&file->fd, &file->bytes, file->path, named_by, err)))
         return rc;
+    if (fstat(file->fd, &file->opened))
+        return error_set_errno(err, "%s: cannot stat", file->path);
     uint64_t prefix_bytes = file->bytes < sizeof prefix ? file->bytes : sizeof prefix;
     if ((rc = file_pread_full(file->fd, prefix, prefix_bytes, 0, file->path, err)) ||
         (rc = safetensors_header_bytes(prefix, file->bytes, file->path, &header_bytes, err)))
@@ -330,10 +333,13 @@ int checkpoint_open(struct checkpoint **out, const char *model_dir, struct error
         rc = error_set(err, ERR_MEMORY, "%s: out of memory", model_dir);
         goto done;
     }
-    // lstat: a dangling link is an incomplete download, not an absent file.
-    if (lstat(single_path, &status) == 0)
+    // A dangling link is an incomplete download, not an absent file.
+    bool single, indexed;
+    if ((rc = file_is_there(&single, single_path, err)) || (rc = file_is_there(&indexed, index_path, err)))
+        ;
+    else if (single)
         rc = open_single(checkpoint, model_dir, err);
-    else if (lstat(index_path, &status) == 0)
+    else if (indexed)
         rc = open_indexed(checkpoint, model_dir, index_path, err);
     else if (stat(model_dir, &status))
         rc = errno == ENOENT ? error_set(err, ERR_MODEL, "%s: no such model directory", model_dir)
@@ -394,6 +400,21 @@ int checkpoint_read(const struct checkpoint *checkpoint, const struct safetensor
                          file->path, tensor->name, (unsigned long long)tensor->bytes, (unsigned long long)num_bytes,
                          (unsigned long long)byte_offset);
     return file_pread_full(file->fd, destination, num_bytes, tensor->offset + byte_offset, file->path, err);
+}
+
+int checkpoint_unchanged(const struct checkpoint *checkpoint, struct error *err)
+{
+    for (size_t i = 0; i < checkpoint->file_count; i++) {
+        const struct checkpoint_file *file = &checkpoint->files[i];
+        const struct stat *then = &file->opened;
+        struct stat now;
+        if (stat(file->path, &now))
+            return error_set_errno(err, "%s: cannot look at the file", file->path);
+        if (now.st_dev != then->st_dev || now.st_ino != then->st_ino || now.st_size != then->st_size ||
+            now.st_mtim.tv_sec != then->st_mtim.tv_sec || now.st_mtim.tv_nsec != then->st_mtim.tv_nsec)
+            return error_set(err, ERR_MODEL, "%s: the file changed while it was being read", file->path);
+    }
+    return 0;
 }
 
 size_t checkpoint_file_count(const struct checkpoint *checkpoint) { return checkpoint->file_count; }

@@ -38,6 +38,9 @@ const struct safetensors_tensor *checkpoint_find(const struct checkpoint *checkp
 int checkpoint_read(const struct checkpoint *checkpoint, const struct safetensors_tensor *tensor, uint64_t byte_offset,
                     uint64_t num_bytes, void *destination, struct error *err);
 
+// Whether the names still lead to the files that were opened, as they were then; ERR_MODEL when one does not.
+int checkpoint_unchanged(const struct checkpoint *checkpoint, struct error *err);
+
 // Files, sorted by name; safetensors_tensor.file is an index into them. Sizes are those at opening.
 size_t checkpoint_file_count(const struct checkpoint *checkpoint);
 const char *checkpoint_file_name(const struct checkpoint *checkpoint, size_t index); // within model_dir

@@ -51,6 +51,14 @@ fail:
     return rc;
 }
 
+int file_is_there(bool *there, const char *path, struct error *err)
+{
+    struct stat status;
+    *there = lstat(path, &status) == 0;
+    return *there || errno == ENOENT || errno == ENOTDIR ? 0
+                                                         : error_set_errno(err, "%s: cannot look at the file", path);
+}
+
 // The kernel's offsets are signed.
 static int check_extent(uint64_t num_bytes, uint64_t offset, const char *path, struct error *err)
 {

@@ -4,6 +4,7 @@
 #ifndef TPSHARD_FORMATS_FILE_IO_H
 #define TPSHARD_FORMATS_FILE_IO_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -13,6 +14,10 @@
 // directory, socket or device is refused with a sentence and is never waited for.
 // Success: the caller owns *fd (close) and *file_bytes is the size now. file_bytes may be null.
 int file_open_read(int *fd, uint64_t *file_bytes, const char *path, struct error *err);
+
+// Whether the name exists: what cannot be found out is an error, not an absence. A link that leads nowhere is there: reading it
+// gives the reason.
+int file_is_there(bool *there, const char *path, struct error *err);
 
 // Reads exactly num_bytes at offset, through interruptions and short reads. A file that ends before is ERR_IO:
 // it shrank since its size was taken. path is for the message.

@@ -23,20 +23,37 @@ static void *allocate(size_t num_bytes)
 
 static void set_allocator(void) { json_set_alloc_funcs(allocate, free); }
 
-int json_file_parse(struct json_object *out, const char *text, size_t num_bytes, const char *name, int bad_code,
-                    struct error *err)
+json_t *json_file_load(const char *text, size_t num_bytes, size_t flags, json_error_t *why, bool *no_memory)
 {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, set_allocator);
     allocation_failed = false;
+    json_t *root = json_loadb(text, num_bytes, flags, why);
+    *no_memory = allocation_failed;
+    if (!allocation_failed)
+        return root;
+    json_decref(root); // its texts may be cut: the scanner goes on without the memory for them
+    return NULL;
+}
+
+bool json_file_no_memory(void)
+{
+    bool failed = allocation_failed;
+    allocation_failed = false;
+    return failed;
+}
+
+int json_file_parse(struct json_object *out, const char *text, size_t num_bytes, const char *name, int bad_code,
+                    struct error *err)
+{
     json_error_t why;
-    bool ints_are_reals = false;
-    json_t *root = json_loadb(text, num_bytes, JSON_REJECT_DUPLICATES, &why);
+    bool ints_are_reals = false, no_memory;
+    json_t *root = json_file_load(text, num_bytes, JSON_REJECT_DUPLICATES, &why, &no_memory);
     if (!root && json_error_code(&why) == json_error_numeric_overflow) {
         ints_are_reals = true;
-        root = json_loadb(text, num_bytes, JSON_REJECT_DUPLICATES | JSON_DECODE_INT_AS_REAL, &why);
+        root = json_file_load(text, num_bytes, JSON_REJECT_DUPLICATES | JSON_DECODE_INT_AS_REAL, &why, &no_memory);
     }
-    if (!root && allocation_failed)
+    if (no_memory)
         return error_set(err, ERR_MEMORY, "%s: no memory to parse %zu bytes of JSON", name, num_bytes);
     if (!root)
         return error_set(err, bad_code, "%s, line %d, column %d: not valid JSON: %s", name, why.line, why.column,

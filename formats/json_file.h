@@ -23,6 +23,13 @@ struct json_object {
     char path[128];        // where the object stands: "", "rope_scaling.", "ranks[3]."
 };
 
+// Jansson's json_loadb, which often does not say that it is memory that was lacking: *no_memory does.
+json_t *json_file_load(const char *text, size_t num_bytes, size_t flags, json_error_t *why, bool *no_memory);
+
+// Jansson builds values that lack what there was no memory for. True when that has happened on this thread since it was last
+// asked, or since its last json_file_load: such a value is not to be shown.
+bool json_file_no_memory(void);
+
 // Reads a regular file whose root is an object. Refused with bad_code (ERR_MODEL, ERR_CORRUPT): larger than cap_bytes,
 // invalid JSON (line and column are named), duplicate keys, NUL in strings, nesting deeper than 2048, another root.
 // A file with an integer beyond 64 bits (Hugging Face writes model_max_length 10^30) is read with all numbers as

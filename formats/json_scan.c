@@ -1,6 +1,8 @@
 // Strict JSON, token by token. See json_scan.h.
 #include "formats/json_scan.h"
 
+#include "formats/utf8.h"
+
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -118,22 +120,7 @@ static int decode_unicode(struct json_scan *scan)
         scan->at += 6;
         code = 0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00);
     }
-    char *out = scan->strings;
-    if (code < 0x80) {
-        *out++ = (char)code;
-    } else if (code < 0x800) {
-        *out++ = (char)(0xc0 | code >> 6);
-    } else if (code < 0x10000) {
-        *out++ = (char)(0xe0 | code >> 12);
-        *out++ = (char)(0x80 | (code >> 6 & 0x3f));
-    } else {
-        *out++ = (char)(0xf0 | code >> 18);
-        *out++ = (char)(0x80 | (code >> 12 & 0x3f));
-        *out++ = (char)(0x80 | (code >> 6 & 0x3f));
-    }
-    if (code >= 0x80)
-        *out++ = (char)(0x80 | (code & 0x3f));
-    scan->strings = out;
+    scan->strings += utf8_put(scan->strings, (uint32_t)code);
     return 0;
 }
 

@@ -3,6 +3,7 @@
 #include <utf8proc.h>
 
 #include "formats/template_internal.h"
+#include "formats/utf8.h"
 
 #define METHOD(name)                                                                                                   \
     static struct value name(struct run *r, struct value self, const struct value *v, const struct args *args)
@@ -84,7 +85,7 @@ static void add_cased(struct builder *b, const struct string *s, size_t begin, s
         }
     }
     for (int i = 0; i < count; i++)
-        bytes += text_put(text + bytes, (uint32_t)folded[i]);
+        bytes += utf8_put(text + bytes, (uint32_t)folded[i]);
     builder_add(b, text, bytes, string_user_at(s, begin));
 }
 

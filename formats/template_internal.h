@@ -211,7 +211,6 @@ uint32_t text_next(const char *text, size_t *at);                    // code poi
 bool text_is_space(uint32_t code_point);                             // as Python's str.isspace
 size_t text_space_end(const char *text, size_t bytes, size_t at);    // behind the white space at `at`
 size_t text_space_begin(const char *text, size_t begin, size_t end); // where the white space before end begins
-size_t text_put(char *to, uint32_t code_point);                      // at most 4 bytes
 
 // ---- values (template_value.c)
 

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "formats/template_internal.h"
+#include "formats/utf8.h"
 
 struct lexer {
     struct run *run;
@@ -147,7 +148,7 @@ static void unescape(struct lexer *l, struct builder *b, const char *text, size_
         return;
     }
     char out[4];
-    builder_add(b, out, text_put(out, code), false);
+    builder_add(b, out, utf8_put(out, code), false);
 }
 
 static void lex_string(struct lexer *l)

@@ -10,6 +10,7 @@
 
 #include "formats/checked.h"
 #include "formats/tokenizer_internal.h"
+#include "formats/utf8.h"
 
 static int corrupt(const struct tokenizer *tok, struct error *err, const char *what)
 {
@@ -195,9 +196,7 @@ static void fill_letters(struct tokenizer *tok)
         bool printable = (byte >= '!' && byte <= '~') || (byte >= 0xA1 && byte != 0xAD);
         uint32_t code_point = printable ? byte : next++;
         struct tokenizer_letter *letter = &tok->letters[byte];
-        letter->bytes = code_point < 0x80 ? 1 : 2;
-        letter->text[0] = (char)(code_point < 0x80 ? code_point : 0xC0 | code_point >> 6);
-        letter->text[1] = (char)(code_point < 0x80 ? 0 : 0x80 | (code_point & 0x3F));
+        letter->bytes = (uint8_t)utf8_put(letter->text, code_point);
         tok->letter_bytes[code_point] = (int16_t)byte;
     }
 }
@@ -205,8 +204,8 @@ static void fill_letters(struct tokenizer *tok)
 static void fill_letter_ids(struct tokenizer *tok)
 {
     for (uint32_t c = 0; c < 0x800; c++) {
-        char text[2] = {(char)(c < 0x80 ? c : 0xC0 | c >> 6), (char)(0x80 | (c & 0x3F))};
-        tok->letter_ids[c] = tokenizer_find(tok, text, c < 0x80 ? 1 : 2, TOKEN_IN_MODEL);
+        char text[UTF8_MAX_BYTES];
+        tok->letter_ids[c] = tokenizer_find(tok, text, utf8_put(text, c), TOKEN_IN_MODEL);
     }
 }
 

@@ -13,6 +13,7 @@
 #include <sys/stat.h>
 
 #include "formats/file_io.h"
+#include "formats/json_file.h"
 #include "formats/tokenizer_components.h"
 #include "formats/tokenizer_image_write.h"
 #include "formats/tokenizer_internal.h"
@@ -61,26 +62,27 @@ static int read_json(const char *path, const char *file, json_t **out, struct er
     uint8_t *data;
     uint64_t bytes;
     json_error_t error;
+    bool no_memory;
     struct stat status;
     if (stat(path, &status) == 0 && !S_ISREG(status.st_mode))
         return error_set(err, ERR_MODEL, "%s: not a regular file", file);
     int rc = file_read_all(&data, &bytes, path, MAX_JSON_BYTES, ERR_MODEL, err);
     if (rc)
         return rc;
-    *out = json_loadb((const char *)data, bytes, JSON_REJECT_DUPLICATES, &error);
+    *out = json_file_load((const char *)data, bytes, JSON_REJECT_DUPLICATES, &error, &no_memory);
     free(data);
     if (json_is_object(*out)) // not so for NULL
         return 0;
     if (*out)
         return error_set(err, ERR_MODEL, "%s: not a JSON object", file);
+    if (no_memory)
+        return error_set(err, ERR_MEMORY, "%s: out of memory", file);
     switch (json_error_code(&error)) {
     case json_error_null_character:
     case json_error_null_byte_in_key:
         return error_set(err, ERR_MODEL,
                          "%s: line %d: a token or text contains the NUL character (\\u0000), which is not supported",
                          file, error.line);
-    case json_error_out_of_memory:
-        return error_set(err, ERR_MEMORY, "%s: out of memory", file);
     default:
         return error_set(err, ERR_MODEL, "%s: line %d: %s", file, error.line, error.text);
     }

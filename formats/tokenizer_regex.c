@@ -376,6 +376,10 @@ static int compile(struct tokenizer_regex *regex, const struct tokenizer_text *p
     uint32_t options =
         PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NEVER_BACKSLASH_C | PCRE2_NO_AUTO_CAPTURE | PCRE2_NO_UTF_CHECK;
     regex->code = pcre2_compile((PCRE2_SPTR)pattern->data, pattern->bytes, options, &code, &offset, context);
+    if (!regex->code && code == PCRE2_ERROR_HEAP_FAILED) {
+        rc = error_set(err, ERR_MEMORY, "%s: out of memory", regex->where);
+        goto done;
+    }
     if (!regex->code) {
         PCRE2_UCHAR reason[128];
         pcre2_get_error_message(code, reason, sizeof reason);

@@ -200,7 +200,44 @@ void shard_fixture_make(struct shard_fixture *file, uint32_t rank, const uint8_t
     free(head);
 }
 
-void shard_fixture_write(const char *out_dir)
+void shard_fixture_compress(struct shard_fixture *file)
+{
+    struct error err = {0};
+    struct shard_compressed_layout layout;
+    struct shard_leaf leaves[64];
+    uint64_t checksums[64], leaf_count = (file->payload_bytes + SHARD_LEAF_BYTES - 1) / SHARD_LEAF_BYTES, end = 0;
+    struct leaf_encoder *encoder = leaf_encoder_new();
+    assert_true(encoder && leaf_count <= 64);
+    assert_int_equal(shard_compressed_layout(&layout, file->tensors, SHARD_FIXTURE_TENSORS, &err), 0);
+    uint8_t *bytes = calloc(1, layout.payload_offset + file->payload_bytes + SHARD_FILE_ALIGN), *head;
+    assert_non_null(bytes);
+    for (uint64_t i = 0; i < leaf_count; i++) {
+        uint64_t begin = i * SHARD_LEAF_BYTES, left = file->payload_bytes - begin, stored_bytes;
+        const uint8_t *stored;
+        enum leaf_code code;
+        if (leaf_encode(&code, &stored, &stored_bytes, encoder, file->bytes + file->payload_offset + begin,
+                        left < SHARD_LEAF_BYTES ? left : SHARD_LEAF_BYTES, &err))
+            fail_msg("%s", err.msg);
+        leaves[i] = (struct shard_leaf){(uint32_t)stored_bytes, code};
+        memcpy(bytes + layout.payload_offset + end, stored, stored_bytes);
+        if (i + 1 == leaf_count)
+            stored_bytes = (end + stored_bytes + SHARD_FILE_ALIGN - 1) / SHARD_FILE_ALIGN * SHARD_FILE_ALIGN - end;
+        checksums[i] = checksum_leaf(bytes + layout.payload_offset + end, stored_bytes);
+        end += stored_bytes;
+    }
+    if (shard_compressed_head_serialise(&head, &file->identity, file->tensors, SHARD_FIXTURE_TENSORS, checksums, leaves,
+                                        &file->root, &err))
+        fail_msg("%s", err.msg);
+    memcpy(bytes, head, layout.payload_offset);
+    free(head);
+    free(file->bytes);
+    leaf_encoder_free(encoder);
+    file->bytes = bytes;
+    file->payload_offset = layout.payload_offset;
+    file->file_bytes = layout.payload_offset + end;
+}
+
+void shard_fixture_write(const char *out_dir, bool compressed)
 {
     struct error err = {0};
     struct manifest_file ranks[TP] = {0}, extra = {.name = "note.txt", .bytes = 6};
@@ -264,6 +301,8 @@ void shard_fixture_write(const char *out_dir)
     for (uint32_t rank = 0; rank < TP; rank++) {
         struct shard_fixture file;
         shard_fixture_make(&file, rank, contract, 0);
+        if (compressed)
+            shard_fixture_compress(&file);
         manifest_rank_file_name(names[rank], sizeof names[rank], rank, TP);
         ranks[rank] = (struct manifest_file){names[rank], file.file_bytes, file.root};
         if (file_write_atomic(out_dir, names[rank], file.bytes, file.file_bytes, &err))

@@ -13,6 +13,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "engine/store.h"
 #include "formats/chat.h"
 #include "tests/tokenizer_help.h"
 
@@ -64,7 +65,11 @@ static int open_chat(struct chat **chat, const char *const texts[CHAT_FILES], co
                 (struct manifest_file){(char *)chat_files[i], bytes, checksum_whole(in_manifest[i], bytes)};
         }
     }
-    int rc = chat_open(chat, dir, &manifest, err);
+    struct store *store = NULL;
+    int rc = store_open(&store, dir, NULL, err);
+    if (!rc)
+        rc = store_chat(chat, store, &manifest, err);
+    store_close(store);
     for (size_t i = 0; i < CHAT_FILES; i++) {
         snprintf(path, sizeof path, "%s/%s", dir, chat_files[i]);
         unlink(path);

@@ -1,7 +1,7 @@
 // Model directories: which files count, what the index may say, links and odd files, reading, shrinking files.
 #include "formats/checkpoint.h"
+#include "tests/entries_help.h"
 
-#include <dirent.h>
 #include <fcntl.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -370,17 +370,6 @@ static void test_reading(void **state)
     assert_non_null(strstr(err.msg, "shrank"));
     checkpoint_close(checkpoint);
     checkpoint_close(NULL);
-}
-
-static int count_descriptors(void)
-{
-    int count = 0;
-    DIR *dir = opendir("/proc/self/fd");
-    assert_non_null(dir);
-    while (readdir(dir))
-        count++;
-    closedir(dir);
-    return count;
 }
 
 static void test_descriptors_are_closed(void **state)

@@ -1,6 +1,7 @@
 // Collectives over shared memory, between threads and between forked processes: bits equal to a serial reference on
 // every rank and for every batch, pool and mode; errors that name rank, operation and layer; deadlines; the abort word.
 #include "engine/comm.h"
+#include "kernels/clock.h"
 
 #include <math.h>
 #include <pthread.h>
@@ -16,7 +17,6 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <cmocka.h>
@@ -40,13 +40,6 @@ struct rank_result {
     double seconds;
 };
 
-static double now_s(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
-}
-
 static void *map_shared(size_t bytes)
 {
     void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
@@ -59,7 +52,7 @@ static void *run_rank(void *arg)
     struct rank_run *run = arg;
     struct comm *comm = NULL;
     struct error err = {0};
-    double start_s = now_s();
+    double start_s = clock_now_s();
     int code = comm_open(&comm, run->region, run->rank, run->timeout_ms, &err);
     if (!code) {
         code = run->body(comm, run->arg, &err);
@@ -67,7 +60,7 @@ static void *run_rank(void *arg)
     }
     run->result->code = code;
     run->result->error = err;
-    run->result->seconds = now_s() - start_s;
+    run->result->seconds = clock_now_s() - start_s;
     return NULL;
 }
 

@@ -50,16 +50,16 @@ static void test_refusals(void **state)
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         int fd = connect_to(here.port);
-        double began_s = now_s();
+        double began_s = clock_now_s();
         send_text(fd, cases[i].first);
         send_text(fd, cases[i].second);
         send_text(fd, cases[i].third);
         receive(fd);
         close(fd);
         // At once, not at a deadline; and the client reads its answer though it sent more than was wanted.
-        if (status_of(got.bytes) != cases[i].status || !got.closed || got.reset || now_s() - began_s > 0.35)
+        if (status_of(got.bytes) != cases[i].status || !got.closed || got.reset || clock_now_s() - began_s > 0.35)
             fail_msg("%s: closed %d reset %d after %.3f s, answer: %.200s", cases[i].name, got.closed, got.reset,
-                     now_s() - began_s, got.bytes);
+                     clock_now_s() - began_s, got.bytes);
         if (cases[i].status != 200 &&
             (!strstr(got.bytes, "{\"error\":{\"message\":\"") || !strstr(got.bytes, "Connection: close")))
             fail_msg("%s: %s", cases[i].name, got.bytes);
@@ -73,15 +73,15 @@ static void test_linger(void **state)
     (void)state;
     static char more[30000];
     int fd = connect_to(here.port);
-    double began_s = now_s(), ended_s = 0;
+    double began_s = clock_now_s(), ended_s = 0;
     send_text(fd, "POST / HTTP/1.1\r\n" HOST "Content-Length: 1099511627776\r\n\r\n");
     send_bytes(fd, more, sizeof more);
     receive(fd);
     assert_int_equal(status_of(got.bytes), 413);
-    assert_true(got.closed && now_s() - began_s < 0.35);
-    while (!ended_s && now_s() < began_s + 3) {
+    assert_true(got.closed && clock_now_s() - began_s < 0.35);
+    while (!ended_s && clock_now_s() < began_s + 3) {
         if (send(fd, more, sizeof more, MSG_NOSIGNAL) < 0)
-            ended_s = now_s();
+            ended_s = clock_now_s();
         sleep_s(0.02);
     }
     close(fd);
@@ -101,11 +101,11 @@ static void *drip(void *arg)
 {
     struct drip *drip = arg;
     int fd = connect_to(here.port);
-    double began_s = now_s(), ended_s = 0;
+    double began_s = clock_now_s(), ended_s = 0;
     char answer[2000];
     size_t count = 0;
     send_text(fd, drip->begin);
-    while (!ended_s && now_s() < began_s + 4) {
+    while (!ended_s && clock_now_s() < began_s + 4) {
         struct pollfd state = {.fd = fd, .events = POLLIN};
         if (poll(&state, 1, 30) == 0) {
             if (drip->drips && send(fd, "a", 1, MSG_NOSIGNAL) < 0)
@@ -114,7 +114,7 @@ static void *drip(void *arg)
         }
         ssize_t bytes = recv(fd, answer + count, sizeof answer - 1 - count, 0);
         if (bytes <= 0)
-            ended_s = now_s();
+            ended_s = clock_now_s();
         else
             count += (size_t)bytes;
     }
@@ -176,17 +176,17 @@ static void test_stalled_reader(void **state)
     (void)state;
     for (int trickle = 0; trickle < 2; trickle++) {
         int fd = connect_small(), incomplete = here.incomplete;
-        double began_s = now_s();
+        double began_s = clock_now_s();
         atomic_store(&here.flooded, 0);
         send_text(fd, "GET /flood HTTP/1.1\r\n" HOST "\r\n");
-        while (atomic_load(&here.incomplete) == incomplete && now_s() < began_s + 4) {
+        while (atomic_load(&here.incomplete) == incomplete && clock_now_s() < began_s + 4) {
             char little[10];
             sleep_s(0.02);
             if (trickle)
                 (void)!recv(fd, little, sizeof little, MSG_DONTWAIT);
         }
         assert_int_equal(atomic_load(&here.incomplete), incomplete + 1);
-        double took_s = now_s() - began_s;
+        double took_s = clock_now_s() - began_s;
         if (took_s < 0.75 || took_s > 1.2)
             fail_msg("cut after %.3f s", took_s);
         assert_true(atomic_load(&here.flooded) < 600000);
@@ -199,14 +199,14 @@ static void test_trickling_reader(void **state)
 {
     (void)state;
     int fd = connect_small();
-    double began_s = now_s();
+    double began_s = clock_now_s();
     send_text(fd, "GET /large HTTP/1.1\r\n" HOST "\r\n");
-    while (atomic_load(&here.incomplete) == 0 && now_s() < began_s + 4) {
+    while (atomic_load(&here.incomplete) == 0 && clock_now_s() < began_s + 4) {
         char little[400];
         sleep_s(0.01);
         (void)!recv(fd, little, sizeof little, MSG_DONTWAIT);
     }
-    double took_s = now_s() - began_s;
+    double took_s = clock_now_s() - began_s;
     assert_int_equal(here.incomplete, 1);
     if (took_s < 0.75 || took_s > 1.5)
         fail_msg("cut after %.3f s", took_s);
@@ -243,7 +243,7 @@ static void test_slow_reader(void **state)
     (void)state;
     int fd = connect_to(here.port), small = 65536;
     setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &small, sizeof small); // or its kernel would take much at a time
-    double began_s = now_s();
+    double began_s = clock_now_s();
     size_t count = 0;
     send_text(fd, "GET /flood HTTP/1.0\r\nConnection: close\r\n\r\n");
     for (;;) {
@@ -264,7 +264,7 @@ static void test_slow_reader(void **state)
     for (size_t i = 0; i < body_bytes; i++)
         if (body[i] != (char)('a' + i % 23))
             fail_msg("byte %zu is wrong", i);
-    assert_true(now_s() - began_s > 2 * limits.write_stall_s); // or it was no test
+    assert_true(clock_now_s() - began_s > 2 * limits.write_stall_s); // or it was no test
     assert_true(here.waits > 10);
     wait_for(&here.complete, 1);
     assert_int_equal(here.writable, here.waits);
@@ -315,7 +315,7 @@ static void test_disconnects(void **state)
                 send_text(fd, "GET /behind HTTP/1.1\r\n" HOST "\r\n"); // the end is behind bytes that nobody reads
                 sleep_s(0.01);
             }
-            double began_s = now_s();
+            double began_s = clock_now_s();
             if (how & 2)
                 reset(fd);
             else
@@ -327,15 +327,15 @@ static void test_disconnects(void **state)
                 sleep_s(0.05);
                 ended = here.incomplete;
             }
-            while (atomic_load(&here.incomplete) < ended && now_s() < began_s + 2)
+            while (atomic_load(&here.incomplete) < ended && clock_now_s() < began_s + 2)
                 sleep_s(0.001);
-            if (here.incomplete != ended || now_s() - began_s > 0.25)
+            if (here.incomplete != ended || clock_now_s() - began_s > 0.25)
                 fail_msg("%s, way %d: %d ended, wanted %d, after %.3f s", phases[i].name, how, here.incomplete, ended,
-                         now_s() - began_s);
+                         clock_now_s() - began_s);
         }
     assert_int_equal(here.last_status == 499 || here.last_status == 200, 1);
     struct http_server_stats stats;
-    for (double until_s = now_s() + 1; now_s() < until_s;) {
+    for (double until_s = clock_now_s() + 1; clock_now_s() < until_s;) {
         http_server_read_stats(here.server, &stats);
         if (stats.connections == 0)
             break;

@@ -42,7 +42,7 @@ static void test_pipelining(void **state)
     fcntl(fd, F_SETFL, O_NONBLOCK);
     size_t sent = 0;
     got.count = 0;
-    for (double until_s = now_s() + 5; now_s() < until_s;) {
+    for (double until_s = clock_now_s() + 5; clock_now_s() < until_s;) {
         struct pollfd poller = {.fd = fd, .events = (short)(POLLIN | (sent < count ? POLLOUT : 0))};
         poll(&poller, 1, 100);
         ssize_t bytes = sent < count ? send(fd, text + sent, count - sent, MSG_NOSIGNAL) : 0;

@@ -332,7 +332,7 @@ def test_docker():
     copied = [word for line in re.findall(r"^COPY (?!--from)(.*)$", text, re.MULTILINE) for word in line.split()[:-1]]
     report("the Dockerfile copies what is there", [path for path in copied if not (ROOT / path).exists()])
     report("what was built stays out of the image's context", None if "build" in (SAMPLES / "Dockerfile.dockerignore").read_text().split() else "it does not")
-    needed = {"libjansson4", "libpcre2-8-0", "libutf8proc2", "libevent-core-2.1-7"}
+    needed = {"libjansson4", "libpcre2-8-0", "libutf8proc2", "libevent-core-2.1-7", "libssl3", "libzstd1"}
     report("it installs the libraries that are linked", needed - set(text.split()))
     if subprocess.run(["docker", "compose", "version"], capture_output=True).returncode if shutil.which("docker") else True:
         skip("docker compose config", "no docker compose here")

@@ -392,7 +392,7 @@ def test_full_queue():
         streams[2].connection.sock.shutdown(socket.SHUT_RDWR)
         report("one that waits goes: there is room", None if wait_until(
             lambda: server.metric("tpengine_num_requests_waiting") == 1, 5) else "still waits")
-        join(streams[:2])
+        join(streams[:2], 240 if SLOW else 60)
         report("the others end well", [stream.events[-1:] for stream in streams[:2] if not stream.finished()])
 
 
@@ -510,7 +510,8 @@ def test_restart(alone):
             return int(re.search(r"VmRSS:\s+(\d+)", status)[1]), len(os.listdir(f"/proc/{server.process.pid}/fd"))
         for turn in range(5 if SLOW else 25):
             kill_rank(server, [], turn % 2)
-            wait_until(lambda: server.metric("tpengine_rank_restarts_total") == turn + 1 and server.status("/ping") == 200, 20)
+            if not wait_until(lambda: server.metric("tpengine_rank_restarts_total") == turn + 1 and server.status("/ping") == 200, 20):
+                raise RuntimeError(f"crash {turn + 1}: not ready again: " + server.text())
             server.complete("And", max_tokens=2)
             if turn == 2:
                 before = figures()

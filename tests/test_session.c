@@ -2,8 +2,8 @@
 // prompt, the company, drafts, and what is computed again; penalties, masks and edits; damaged steps; ranks that are lost and start again.
 // On one rank and on two, and on an emulated device where its library is there.
 #include "engine/session.h"
+#include "tests/entries_help.h"
 
-#include <dirent.h>
 #include <math.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -405,16 +405,6 @@ static void check_masks_and_edits(struct fixture *f)
 }
 
 // ---- ranks that end ---------------------------------------------------------------------------------------------
-
-static int count_descriptors(void)
-{
-    DIR *dir = opendir("/proc/self/fd");
-    int count = 0;
-    while (readdir(dir))
-        count++;
-    closedir(dir);
-    return count;
-}
 
 static void start_again(struct fixture *f)
 {

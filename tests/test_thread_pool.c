@@ -2,6 +2,8 @@
 // and more threads than cores.
 #include "kernels/thread_pool.h"
 
+#include "kernels/clock.h"
+
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -10,7 +12,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <cmocka.h>
@@ -34,13 +35,6 @@ static void count_task(void *arg, int64_t task, int thread)
     for (int i = 0; i < run->work; i++)
         x = x * 3 + 1;
     run->counts[task]++;
-}
-
-static double now_s(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
 }
 
 static double cpu_s(void)
@@ -151,12 +145,12 @@ static void test_oversubscribed(void **state)
 {
     (void)state;
     struct thread_pool *one = new_pool(1), *many = new_pool(16);
-    double start_s = now_s();
+    double start_s = clock_now_s();
     check_runs(one, 64, 500, 200);
-    double one_s = now_s() - start_s;
-    start_s = now_s();
+    double one_s = clock_now_s() - start_s;
+    start_s = clock_now_s();
     check_runs(many, 64, 500, 200);
-    double many_s = now_s() - start_s;
+    double many_s = clock_now_s() - start_s;
     print_message("500 runs of 64 tasks: 1 thread %.1f ms, 16 threads %.1f ms\n", one_s * 1e3, many_s * 1e3);
     if (!(many_s < 20 * one_s + 1))
         fail_msg("16 threads took %.3f s, one %.3f s", many_s, one_s);

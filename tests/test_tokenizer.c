@@ -9,6 +9,8 @@
 
 #include <pthread.h>
 
+#include "formats/utf8.h"
+#include "tests/device/quick.h"
 #include "tests/tokenizer_help.h"
 
 static const char *const families[] = {
@@ -68,19 +70,6 @@ static uint64_t below(struct random *random, uint64_t n) // splitmix64
     return (z ^ z >> 31) % n;
 }
 
-static size_t put_code_point(char *to, uint32_t c)
-{
-    if (c < 0x80) {
-        to[0] = (char)c;
-        return 1;
-    }
-    size_t length = c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
-    for (size_t i = length - 1; i > 0; i--, c >>= 6)
-        to[i] = (char)(0x80 | (c & 0x3F));
-    to[0] = (char)((0xF00 >> length) | c);
-    return length;
-}
-
 // Appends at most 40 * 13 bytes; returns their number.
 static size_t random_string(struct random *random, char *to)
 {
@@ -107,16 +96,16 @@ static size_t random_string(struct random *random, char *to)
         else if (kind < 9)
             *to++ = ' ';
         else if (kind == 9)
-            to += put_code_point(to, spaces[below(random, COUNT(spaces))]);
+            to += utf8_put(to, spaces[below(random, COUNT(spaces))]);
         else if (kind == 10)
             *to++ = (char)('!' + below(random, 15));
         else if (kind < 13) {
             const uint32_t *range = letters[below(random, COUNT(letters))];
-            to += put_code_point(to, range[0] + (uint32_t)below(random, range[1] - range[0] + 1));
+            to += utf8_put(to, range[0] + (uint32_t)below(random, range[1] - range[0] + 1));
         } else if (kind == 13)
-            to += put_code_point(to, marks[below(random, COUNT(marks))]);
+            to += utf8_put(to, marks[below(random, COUNT(marks))]);
         else if (kind == 14)
-            to += put_code_point(to, below(random, 4) ? 0x1F600 + (uint32_t)below(random, 64) : 0x200D);
+            to += utf8_put(to, below(random, 4) ? 0x1F600 + (uint32_t)below(random, 64) : 0x200D);
         else {
             const char *piece = pieces[below(random, COUNT(pieces))];
             memcpy(to, piece, strlen(piece));
@@ -208,7 +197,7 @@ static void test_code_points(void **state)
             excluded[c] = true;
     }
     json_decref(texts);
-    for (size_t f = 0; f < FAMILIES; f++) {
+    for (size_t f = 0; f < FAMILIES; f += quick() ? 4 : 1) {
         char name[64], line[64 * 16];
         snprintf(name, sizeof name, "%s.golden.json", families[f]);
         json_t *golden = load_json(name), *blocks = json_object_get(golden, "code_points");
@@ -224,10 +213,10 @@ static void test_code_points(void **state)
                     if ((c >= 0xD800 && c <= 0xDFFF) || excluded[c])
                         continue;
                     *to++ = 'a';
-                    to += put_code_point(to, c);
+                    to += utf8_put(to, c);
                     *to++ = 'b';
                     *to++ = ' ';
-                    to += put_code_point(to, c);
+                    to += utf8_put(to, c);
                 }
                 add_ids_to_hash(opened.tok, line, (size_t)(to - line), &ids, &hash);
             }
@@ -450,26 +439,26 @@ static void test_threads(void **state)
 static void test_long_pieces(void **state)
 {
     (void)state;
-    enum { BYTES = 1 << 20 };
-    char *text = malloc(BYTES);
+    const size_t text_bytes = quick() ? 1 << 17 : 1 << 20;
+    char *text = malloc(text_bytes);
     static const char *const tried[] = {"llama2", "llama3", "gemma"};
     for (size_t f = 0; f < COUNT(tried); f++) {
         struct opened opened = open_family(tried[f]);
         for (int kind = 0; kind < 3; kind++) {
-            for (size_t i = 0; i < BYTES; i++)
+            for (size_t i = 0; i < text_bytes; i++)
                 text[i] = kind == 0 ? 'a' : kind == 1 ? "the"[i % 3] : ' ';
-            double start = now();
-            struct token_list ids = encode(opened.tok, text, BYTES, 0);
-            double seconds = now() - start;
+            double start = clock_now_s();
+            struct token_list ids = encode(opened.tok, text, text_bytes, 0);
+            double seconds = clock_now_s() - start;
             size_t bytes;
             char *decoded = NULL;
             struct error err;
             assert_int_equal(tokenizer_decode(opened.tok, ids.ids, ids.count, true, &decoded, &bytes, &err), 0);
-            assert_int_equal(bytes, BYTES);
-            assert_memory_equal(decoded, text, BYTES);
+            assert_int_equal(bytes, text_bytes);
+            assert_memory_equal(decoded, text, text_bytes);
             free(decoded);
             free(ids.ids);
-            print_message("%s: 1 MiB without a break, kind %d: %.2f s\n", tried[f], kind, seconds);
+            print_message("%s: without a break, kind %d: %.2f s\n", tried[f], kind, seconds);
             assert_true(seconds < 60); // quadratic time would be hours
         }
         close_opened(&opened);
@@ -506,12 +495,12 @@ static void test_large_vocabulary(void **state)
     assert_true(at < capacity);
     struct opened opened, again = {0};
     struct error err = {0};
-    double start = now();
+    double start = clock_now_s();
     if (compile_text(&opened, json, at, 200000, &err))
         fail_msg("%s", err.msg);
-    double compiled = now();
+    double compiled = clock_now_s();
     assert_int_equal(tokenizer_open(&again.tok, opened.image, opened.bytes, "test", &err), 0);
-    double done = now();
+    double done = clock_now_s();
     print_message("%d tokens: compile %.0f ms, open %.2f ms, image %.1f MB, json %.1f MB\n", (int)TOKENS,
                   1e3 * (compiled - start), 1e3 * (done - compiled), 1e-6 * (double)opened.bytes, 1e-6 * (double)at);
     assert_true(done - compiled < 0.1);
@@ -524,21 +513,21 @@ static void test_speed(void **state)
 {
     (void)state;
     static const char sentence[] = "The quick brown fox said: don't use what you have been made to find, 2024 times. ";
-    enum { REPEAT = 20000 };
-    size_t bytes = (sizeof sentence - 1) * REPEAT;
+    const int repeat = quick() ? 500 : 20000;
+    size_t bytes = (sizeof sentence - 1) * (size_t)repeat;
     char *text = malloc(bytes);
-    for (int i = 0; i < REPEAT; i++)
+    for (int i = 0; i < repeat; i++)
         memcpy(text + (size_t)i * (sizeof sentence - 1), sentence, sizeof sentence - 1);
     for (size_t f = 0; f < FAMILIES; f++) {
         struct opened opened = open_family(families[f]);
-        double start = now();
+        double start = clock_now_s();
         struct token_list ids = encode(opened.tok, text, bytes, 0);
-        double encoded = now();
+        double encoded = clock_now_s();
         char *decoded;
         size_t decoded_bytes;
         struct error err;
         assert_int_equal(tokenizer_decode(opened.tok, ids.ids, ids.count, true, &decoded, &decoded_bytes, &err), 0);
-        double done = now();
+        double done = clock_now_s();
         print_message("%-18s encode %6.1f MB/s, decode %6.1f MB/s, %.2f bytes per token\n", families[f],
                       1e-6 * (double)bytes / (encoded - start), 1e-6 * (double)bytes / (done - encoded),
                       (double)bytes / (double)ids.count);

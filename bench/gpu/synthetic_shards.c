@@ -10,6 +10,7 @@
 #include "formats/file_io.h"
 #include "formats/number_formats.h"
 #include "shard/plan.h"
+#include "shard/progress.h"
 #include "shard/rank_writer.h"
 
 #include <fcntl.h>
@@ -133,8 +134,9 @@ static int write_model(const char *dir, const struct plan *plan, double rope_bas
 {
     struct rank_writer *writer = NULL;
     struct manifest_file file = {0};
+    struct progress progress;
     char wire[] = "bf16", tool[] = "synthetic_shards", *text = NULL;
-    struct manifest manifest = {.version = 1,
+    struct manifest manifest = {.version = MANIFEST_VERSION,
                                 .tool = tool,
                                 .model = plan->model,
                                 .tp_size = 1,
@@ -144,10 +146,11 @@ static int write_model(const char *dir, const struct plan *plan, double rope_bas
                                 .ranks = &file,
                                 .num_ranks = 1};
     int rc;
-    if ((rc = rank_writer_open(&writer, dir, plan, false, err)) ||
+    progress_start(&progress, "", 0, true);
+    if ((rc = rank_writer_open(&writer, dir, plan, false, false, err)) ||
         (rc = fill_payload(dir, plan, rope_base, pool, err)) ||
         (rc = manifest_contract(&manifest, &manifest.contract, err)) ||
-        (rc = rank_writer_finish(writer, manifest.contract, pool, &file, err)) ||
+        (rc = rank_writer_finish(writer, manifest.contract, pool, &progress, &file, err)) ||
         (rc = manifest_to_json(&manifest, &text, err)))
         goto done;
     rc = file_write_atomic(dir, MANIFEST_FILE_NAME, text, strlen(text), err);
@@ -161,7 +164,7 @@ done:
 int main(int argc, char **argv)
 {
     struct error err = {0};
-    struct manifest_quant quant;
+    struct plan_options options = {.tp_size = 1};
     struct plan *plan = NULL;
     struct thread_pool *pool = NULL;
     size_t s = 0;
@@ -182,6 +185,12 @@ int main(int argc, char **argv)
                                .vocab_size = shapes[s].vocab,
                                .context = shapes[s].context,
                                .norm_eps = 1e-5,
+                               .pre_norms = true,
+                               .embedding_scale = 1,
+                               .residual_scale = 1,
+                               .logit_scale = 1,
+                               .attention_scale = 1 / sqrt((double)shapes[s].head_dim),
+                               .rotary_dim = shapes[s].head_dim,
                                .rope_attention_factor = 1,
                                .bos_token_id = -1,
                                .default_temperature = NAN,
@@ -191,8 +200,8 @@ int main(int argc, char **argv)
     int rc;
     if (mkdir(argv[3], 0777) != 0) {
         rc = error_set_errno(&err, "%s", argv[3]);
-    } else if ((rc = plan_quant(&quant, argv[2], NULL, NULL, 128, false, &err)) == 0 &&
-               (rc = plan_make(&plan, &model, &quant, 1, &err)) == 0 &&
+    } else if ((rc = plan_quant(&options.quant, argv[2], NULL, NULL, 128, false, &err)) == 0 &&
+               (rc = plan_make(&plan, &model, &options, &err)) == 0 &&
                (rc = thread_pool_create(&pool, thread_pool_default_threads(), &err)) == 0) {
         rc = write_model(argv[3], plan, shapes[s].rope_base, pool, &err);
     }

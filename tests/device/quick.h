@@ -1,4 +1,4 @@
-// TEST_QUICK=1: a kernels' test takes a small part of its tables, for compute-sanitizer, under which everything takes a hundred times as long.
+// TEST_QUICK=1: a test takes a part of its tables, for sanitizers, under which everything takes ten times as long (on a device a hundred times).
 #ifndef TPSHARD_TESTS_DEVICE_QUICK_H
 #define TPSHARD_TESTS_DEVICE_QUICK_H
 

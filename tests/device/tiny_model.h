@@ -236,4 +236,26 @@ static inline int tiny_layers(const struct backend *b, struct device *d, const s
     return rc;
 }
 
+// The payload's way to a device, through one lane and a small buffer; or its copy where the host computes.
+static inline int tiny_load(const struct backend *b, struct device *d, const struct tiny_model *m, const uint8_t **base,
+                            struct error *err)
+{
+    const uint64_t piece = 64 << 10;
+    struct load_target target = {};
+    uint8_t *buffer;
+    int rc = b->load_begin(d, NULL, m->bytes, &target, err);
+    if (!rc && target.place)
+        memcpy(target.place, m->payload, m->bytes);
+    for (uint64_t at = 0; !rc && !target.place && at < m->bytes; at += piece) {
+        uint64_t bytes = m->bytes - at < piece ? m->bytes - at : piece;
+        if ((rc = b->load_buffer(d, 1, piece, &buffer, err)))
+            break;
+        memcpy(buffer, m->payload + at, bytes);
+        rc = b->load_copy(d, 1, at, buffer, bytes, err);
+    }
+    b->load_end(d);
+    *base = target.base;
+    return rc;
+}
+
 #endif
