@@ -55,7 +55,7 @@ static bool is_dot(const char *name) { return strcmp(name, ".") == 0 || strcmp(n
 // ---- taking ------------------------------------------------------------------------------------------------------
 
 struct contents {
-    bool manifest, rank_files, others; // others: our names, but no rank file
+    bool manifest, rank_files, work, others; // work: a run's folder; others: our names, but none of these
     char foreign[NAME_MAX + 1];        // a name that is not ours, or ""
 };
 
@@ -76,9 +76,11 @@ static int look(struct contents *out, const char *path, struct error *err)
     *out = (struct contents){0};
     for (const struct dirent *entry; !(rc = next_entry(&entry, dir, path, err)) && entry;) {
         const char *name = entry->d_name;
-        if (is_dot(name) || strcmp(name, WORK_NAME) == 0)
+        if (is_dot(name))
             continue;
-        if (strcmp(name, MANIFEST_FILE_NAME) == 0)
+        if (strcmp(name, WORK_NAME) == 0)
+            out->work = true;
+        else if (strcmp(name, MANIFEST_FILE_NAME) == 0)
             out->manifest = true;
         else if (is_rank_file(name))
             out->rank_files = true;
@@ -97,7 +99,7 @@ static int judge(const struct contents *contents, const char *path, bool force, 
         return error_set(err, ERR_USAGE,
                          "%s: the directory holds \"%s\", which tpshard did not write; name an empty or new one", path,
                          contents->foreign);
-    if (contents->others && !contents->rank_files && !contents->manifest)
+    if (contents->others && !contents->rank_files && !contents->manifest && !contents->work)
         return error_set(err, ERR_USAGE,
                          "%s: the directory holds files but no shards, so it is not tpshard's; name an empty or new "
                          "one",

@@ -161,6 +161,11 @@ other_resumes() {
     printf 'torn 0123' >>"$out/.tmp-tpshard/journal"
     convert "${options[@]}" --resume "$source" "$out"
     if same "$out" "$work/whole"; then ok "a torn line of the journal"; else not_ok "torn line: $(cat "$work/diff" "$work/err")"; fi
+    rm -rf "$out"
+    cp -r "$work/unfinished" "$out"
+    cp "$work/whole/config.json" "$out" # killed while it committed, taken up, and killed again
+    convert "${options[@]}" --resume "$source" "$out"
+    if same "$out" "$work/whole"; then ok "extras beside the work folder"; else not_ok "extras beside it: $(cat "$work/diff" "$work/err")"; fi
 }
 
 # Disks that hold the raw files, but not the compressed ones beside them: on a larger one --resume goes on with what was compressed, whatever
