@@ -580,13 +580,13 @@ int output_parser_finish(struct output_parser *parser, struct error *err)
 {
     bool between =
         parser->state == IN_TEXT || parser->state == IN_LIST || (parser->state == IN_CALLS && parser->in_list);
-    bool unsaid = (parser->state == IN_HEAD && parser->head_begun) || parser->state == IN_BETWEEN;
+    bool head = (parser->state == IN_HEAD && parser->head_begun) || parser->state == IN_BETWEEN;
+    bool unsaid =
+        head || (parser->after_call && between); // a message that never began; blanks and separators behind a call
     if (parser->state == IN_CALL && parser->call.begun)
         end_call(parser);
     else if (unsaid && !parser->mark_bytes)
-        drop_held(parser); // of a message that never began
-    else if (parser->after_call && between && !parser->mark_bytes)
-        drop_held(parser); // blanks and separators behind a call
+        drop_held(parser);
     else
         release_held(parser);
     if (parser->state == IN_ARGUMENTS)
