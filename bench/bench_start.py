@@ -24,6 +24,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import statistics
 import struct
 import subprocess
@@ -138,11 +139,15 @@ class Table:
 # ---- ways to read ----------------------------------------------------------------------------------------------------
 
 
-def fio(*files, direct, block, engine="psync", depth=1, cold=True):
-    """All files at once, one job for each; GB/s of all together."""
+def fio(*files, direct, block, engine="psync", depth=1, threads=1, cold=True):
+    """All files at once, each in `threads` stretches; GB/s of all together."""
     if cold:
         drop(*files)
-    jobs = [word for i, file in enumerate(files) for word in (f"--name=j{i}", f"--filename={file}", f"--size={Path(file).stat().st_size // block * block}")]
+    jobs = []
+    for file in files:
+        stretch = size(file) // threads // block * block
+        for i in range(threads):
+            jobs += [f"--name={len(jobs)}", f"--filename={file}", f"--offset={i * stretch}", f"--size={stretch}"]
     run = Run("fio", "--readonly", "--rw=read", f"--bs={block}", f"--direct={int(direct)}", f"--ioengine={engine}", f"--iodepth={depth}",
               f"--invalidate={int(cold)}", "--output-format=json", "--thread", *jobs)
     found = json.loads(run.output[run.output.index("{"):])["jobs"]
@@ -257,6 +262,7 @@ def readers(args, work):
     ways = {f"fio direct {block // MIB} MiB": lambda block=block: fio(file, direct=True, block=block) for block in (MIB, 4 * MIB, 8 * MIB)}
     ways["fio direct 1 MiB, 8 in flight"] = lambda: fio(file, direct=True, block=MIB, engine="libaio", depth=8)
     ways["fio direct 8 MiB, 4 in flight"] = lambda: fio(file, direct=True, block=8 * MIB, engine="libaio", depth=4)
+    ways["fio direct 1 MiB, 4 threads"] = lambda: fio(file, direct=True, block=MIB, threads=4)
     ways["fio buffered 1 MiB"] = lambda: fio(file, direct=False, block=MIB)
     ways["cat"] = lambda: cat(file)
     for target in ("null", "host"):
@@ -308,6 +314,7 @@ def ranks(args, _work):
     return Table("ranks").play(args.rounds, {
         "fio direct 1 MiB": lambda: fio(*files, direct=True, block=MIB),
         "fio direct 8 MiB": lambda: fio(*files, direct=True, block=8 * MIB),
+        "fio direct 1 MiB, 2 threads each": lambda: fio(*files, direct=True, block=MIB, threads=2),
         "fio buffered 1 MiB": lambda: fio(*files, direct=False, block=MIB),
         "ours": lambda: two_ranks(directory),
         "ours, verify off": lambda: two_ranks(directory, "--verify", "off"),
@@ -324,10 +331,10 @@ def readahead(args, work):
     place.mkdir()
     total = size(args.shards)
     with open(image, "wb") as file:
-        file.truncate((2 if total < 3 << 30 else 1) * total + total // 8 + 64 * MIB)
+        file.truncate((2 if total < 3 << 30 else 1) * total + total // 4 + 64 * MIB)
     results, device = {}, None
     try:
-        subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
+        subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", image], check=True)
         device = subprocess.run(["losetup", "--find", "--show", "--direct-io=on", image], check=True, capture_output=True, text=True).stdout.strip()
         subprocess.run(["mount", device, place], check=True)
         shards = place / "shards"
@@ -337,9 +344,10 @@ def readahead(args, work):
         setting = Path("/sys/block") / Path(device).name / "queue" / "read_ahead_kb"
         for kib in (8192, 2560, 128, 0):
             setting.write_text(f"{kib}\n")
-            ways = {"fio direct 1 MiB": lambda: fio(file, direct=True, block=MIB), "fio buffered 1 MiB": lambda: fio(file, direct=False, block=MIB),
+            ways = {"fio direct 1 MiB": lambda: fio(file, direct=True, block=MIB),
                     "ours, null": lambda: ours(shards, "--target", "null"), "ours, host": lambda: ours(shards, "--target", "host")}
-            if kib > 0:  # a page at a time: an hour for each gigabyte
+            if kib > 0:  # without read-ahead plain readers go a page at a time: minutes to an hour for each gigabyte
+                ways["fio buffered 1 MiB"] = lambda: fio(file, direct=False, block=MIB)
                 ways["cat"] = lambda: cat(file)
                 ways["mapped and touched (safetensors, numpy)"] = lambda: python_way(args.python, PYTHON_WAYS["safetensors, numpy"], same)
                 same = shards / "same-bytes.safetensors"
@@ -373,7 +381,7 @@ def first_token(directory, cold, *words):
         seconds = run.seconds
     timings = json.loads(run.problem[run.problem.index("{"):])
     return {"first_token_s": seconds, "exit_s": run.seconds, "cpu_s": run.cpu_s, "disk_percent": 100 * run.disk_bytes / sum(map(size, rank_files(directory))),
-            **{f"phase_{key}": value for key, value in timings["phases"].items()}}
+            **{f"phase_{key}": value for key, value in timings["phases"].items() if value is not None}}
 
 
 def rival_first_token(args, cold, *words):
@@ -423,12 +431,13 @@ def start(args, _work):
         files = rank_files(directory)
         rank_bytes = sum(map(size, files))
         for cold in (True, False):
-            ways = {"fio direct 1 MiB": lambda: fio(*files, direct=True, block=MIB)} if cold else {}
+            ways = {"fio direct 1 MiB": lambda: fio(*files, direct=True, block=MIB),
+                    "fio direct 1 MiB, 4 threads": lambda: fio(*files, direct=True, block=MIB, threads=4)} if cold else {}
             if rank_bytes >= 64 * MIB:
                 ways["fio buffered 1 MiB"] = lambda: fio(*files, direct=False, block=MIB, cold=cold)
             else:
                 ways["cat"] = lambda: {"gb_s": sum(size(f) for f in files) / sum(cat(f, cold)["seconds"] for f in files) / 1e9}
-                ways.pop("fio direct 1 MiB", None)
+                ways = {name: way for name, way in ways.items() if not name.startswith("fio")}
             ways["tpengine"] = lambda: first_token(directory, cold)
             ways["tpengine, verify off"] = lambda: first_token(directory, cold, "--verify", "off")
             if args.rival_server and name == args.rival_for:
@@ -537,6 +546,7 @@ def main():
     parser.add_argument("--rival-convert", help="convert: command that takes CHECKPOINT --outfile F --outtype bf16")
     parser.add_argument("--rival-quantize", help="convert: llama-quantize")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # file systems of our own are unmounted on the way out
     with tempfile.TemporaryDirectory(prefix="bench-start-", dir=args.work) as work:
         report = {}
         if args.json and Path(args.json).exists():

@@ -1,5 +1,6 @@
 // tpengine bench: one result line for prefill and decode of random tokens, as a user would run them.
 #include "engine/commands.h"
+#include "kernels/clock.h"
 
 #include <assert.h>
 #include <jansson.h>
@@ -131,12 +132,13 @@ int bench_run(int argc, char **argv, struct error *err)
     struct session *session = NULL;
     struct session_options wanted = session_options;
     struct result result = {0};
-    double opened = now_s();
+    double opened = clock_now_s();
     wanted.default_context = options.prompt_tokens + options.gen_tokens;
     wanted.recomputes = true; // the prompts are equal
     wanted.load_first = true; // prefill and decode are measured, not the disk
-    wanted.store = chosen_store_options();
-    int rc = session_open(&session, argv[0], &wanted, options.batch, 0, err);
+    int rc = choose_store(&wanted.store, argv[0], err);
+    if (!rc)
+        rc = session_open(&session, argv[0], &wanted, options.batch, 0, err);
     if (rc == 0 && (rc = measure(session, &result, opened, err)) == 0) {
         if (!common_options.quiet)
             session_print_devices(session, stderr);

@@ -23,26 +23,23 @@ extern struct place_options {
     uint64_t cache_limit_bytes;
 } place_options;
 #define PLACE_OPTION_LINES                                                                                             \
-    {"cache", OPTION_TEXT, &place_options.cache_dir, "DIR", 0, 0, "keep rank files that come from a URL here"},        \
+    {"cache",                                                                                                          \
+     OPTION_TEXT,                                                                                                      \
+     &place_options.cache_dir,                                                                                         \
+     "DIR",                                                                                                            \
+     0,                                                                                                                \
+     0,                                                                                                                \
+     "keep rank files that come from a URL here; those of a directory stay where they are"},                           \
     {                                                                                                                  \
         "cache-limit", OPTION_BYTES, &place_options.cache_limit_bytes, "SIZE", 0, 0,                                   \
-            "of all files in --cache; the longest unused go first; 0: no limit"                                        \
+            "of all files in --cache; the longest unused go first, never those of the model itself; 0: no limit"       \
     }
-// What they say, and TPENGINE_TOKEN of the environment: a command line is no place for a secret.
-struct store_options chosen_store_options(void);
+// What they say, and TPENGINE_TOKEN of the environment: a command line is no place for a secret. ERR_USAGE for a limit of no cache. A cache of which a
+// place that is no URL has no use is noted on standard error; place NULL: the caller says it.
+int choose_store(struct store_options *out, const char *place, struct error *err);
 
 // Options of every command that starts ranks.
 extern struct session_options session_options;
-// How the command was started, for print_timings.
-struct program_start {
-    int64_t main_ns; // main began; CLOCK_MONOTONIC
-    double exec_s;   // CPU time that the process had used until then: for loading the program and its libraries
-    bool timings;    // --timings
-};
-extern struct program_start program_start;
-// With --timings: one JSON object on standard error, of the ranks' last start. Before session_close.
-int print_timings(struct session *session, struct error *err);
-
 // The lines of the option table for session_options; each such command's table ends with them.
 #define SESSION_OPTION_LINES                                                                                           \
     {"backend",                                                                                                        \
@@ -80,7 +77,7 @@ int print_timings(struct session *session, struct error *err);
          &session_options.load_threads,                                                                                \
          "N",                                                                                                          \
          0,                                                                                                            \
-         64,                                                                                                           \
+         LOAD_LANES,                                                                                                   \
          "threads of each rank that load; 0: as many as keep the store busy"},                                         \
         PLACE_OPTION_LINES,                                                                                            \
         {"timings",                                                                                                    \
@@ -110,6 +107,16 @@ int print_timings(struct session *session, struct error *err);
             "longest silence of a rank before all are ended"                                                           \
     }
 
+// How the command was started, for print_timings.
+struct program_start {
+    int64_t main_ns; // main began; CLOCK_MONOTONIC
+    double exec_s;   // CPU time that the process had used until then: for loading the program and its libraries
+    bool timings;    // --timings
+};
+extern struct program_start program_start;
+// With --timings: one JSON object on standard error, of the ranks' last start. Before session_close.
+int print_timings(struct session *session, struct error *err);
+
 extern const struct option_spec generate_options[], serve_options[], bench_options[], eval_options[], logits_options[],
     tokenize_options[];
 int generate_run(int argc, char **argv, struct error *err);
@@ -126,7 +133,5 @@ int read_text(const char *path, char **out, size_t *bytes, struct error *err);
 int parse_token_ids(const char *text, struct token_list *out, struct error *err);
 // Prints a report and gives it back (decref). NULL, as json_pack returns it, and failed printing are ERR_MEMORY.
 int print_report(json_t *report, struct error *err);
-// CLOCK_MONOTONIC in seconds.
-double now_s(void);
 
 #endif

@@ -7,7 +7,7 @@
 // residual.
 #include "engine/decoder.h"
 
-#include "kernels/futex.h"
+#include "kernels/clock.h"
 
 // The sum over ranks of a buffer's rows, in place. One rank alone has it already.
 static int exchange(struct decoder *d, enum buffer buffer, enum wire wire, struct error *err)

@@ -136,8 +136,7 @@ static int open_both(struct session **session, struct session **reference, const
     int rc;
     struct session_options window = session_options;
     window.default_context = 512;
-    window.store = chosen_store_options();
-    if ((rc = session_open(session, dir, &window, 1, CHUNK, err)))
+    if ((rc = choose_store(&window.store, dir, err)) || (rc = session_open(session, dir, &window, 1, CHUNK, err)))
         return rc;
     if (!options.against)
         return 0;
@@ -149,6 +148,17 @@ static int open_both(struct session **session, struct session **reference, const
         return error_set(err, ERR_USAGE, "%s has a vocabulary of %lld tokens and %s of %lld: they cannot be compared",
                          dir, (long long)vocab, options.against, (long long)other);
     return 0;
+}
+
+// Both plans come first: what one has begun to take would be counted by the other by chance.
+static int launch_both(struct session *session, struct session *reference, struct error *err)
+{
+    int rc = session_settle(session, NULL, err);
+    if (!rc && reference)
+        rc = session_settle(reference, session, err);
+    if (!rc)
+        rc = session_launch(session, err);
+    return rc || !reference ? rc : session_launch(reference, err);
 }
 
 int eval_run(int argc, char **argv, struct error *err)
@@ -164,8 +174,7 @@ int eval_run(int argc, char **argv, struct error *err)
     if (!options.text)
         return error_set(err, ERR_USAGE, "eval needs --text FILE");
     if ((rc = read_text(options.text, &text, &bytes, err)) || (rc = open_both(&session, &reference, argv[0], err)) ||
-        (rc = session_launch(session, err)) || (reference && (rc = session_launch(reference, err))) ||
-        (rc = session_tokenizer(session, &tokenizer, err)) ||
+        (rc = launch_both(session, reference, err)) || (rc = session_tokenizer(session, &tokenizer, err)) ||
         (rc = tokenizer_encode(tokenizer, text, bytes, 0, &ids, err)))
         goto done;
     if (options.max_tokens > 0 && (int64_t)ids.count > options.max_tokens)

@@ -383,6 +383,20 @@ static bool waits_for_input(void)
     return waits;
 }
 
+// The ranks load while the prompts are made. What can be found wrong in no time is said before; to fetch the chat's files across a network first
+// would hold up the load.
+static int launch_with_chat(struct session *session, struct chat **chat, struct error *err)
+{
+    struct store *store = session_store(session);
+    bool wants_chat = options.chat || options.messages, first = !store_is_remote(store);
+    int rc = wants_chat && first ? store_chat(chat, store, session_manifest(session), err) : 0;
+    if (!rc && !waits_for_input())
+        rc = session_launch(session, err);
+    if (!rc && wants_chat && !first)
+        rc = store_chat(chat, store, session_manifest(session), err);
+    return rc;
+}
+
 int generate_run(int argc, char **argv, struct error *err)
 {
     (void)argc;
@@ -395,12 +409,10 @@ int generate_run(int argc, char **argv, struct error *err)
     struct output *outputs = calloc((size_t)count, sizeof *outputs);
     if (!outputs)
         return error_set(err, ERR_MEMORY, "no memory for %d prompts", count);
-    session_options.store = chosen_store_options();
-    if ((rc = session_open(&session, argv[0], &session_options, count, 0, err)) ||
+    if ((rc = choose_store(&session_options.store, argv[0], err)) ||
+        (rc = session_open(&session, argv[0], &session_options, count, 0, err)) ||
         (options.messages && (rc = generate_chat_read(&messages, options.messages, err))) ||
-        (!waits_for_input() && (rc = session_launch(session, err))) || // they load while the prompts are made
-        ((options.chat || options.messages) &&
-         (rc = store_chat(&chat, session_store(session), session_manifest(session), err))))
+        (rc = launch_with_chat(session, &chat, err)))
         goto done;
     if (messages || options.prompts.count)
         rc = run_prompts(session, chat, messages, outputs, count, err);

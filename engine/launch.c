@@ -83,6 +83,7 @@ struct launch {
 // ---- signals -------------------------------------------------------------------------------------------------------
 
 static volatile sig_atomic_t signal_pending, signals_seen, signal_event_fd = -1;
+static volatile sig_atomic_t somebody_waits; // has waited since the handlers are there
 
 static void wake_parent(int event_fd)
 {
@@ -96,7 +97,7 @@ static void on_signal(int number)
 {
     int saved = errno;
     // Ranks are killed by the kernel when this process ends.
-    if (signals_seen)
+    if (signals_seen || !somebody_waits)
         _exit(128 + number);
     signals_seen = 1;
     signal_pending = number;
@@ -108,7 +109,7 @@ static void handle_signals(struct launch *launch)
 {
     if (signal_event_fd >= 0)
         return;
-    signal_pending = signals_seen = 0;
+    signal_pending = signals_seen = somebody_waits = 0;
     signal_event_fd = launch->event_fd;
     launch->handles_signals = true;
     struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
@@ -178,6 +179,8 @@ void rank_command_done(struct rank_env *env)
         wake_parent(launch->event_fd);
 }
 
+bool rank_is_stopped(const struct rank_env *env) { return comm_region_aborted(env->launch->region); }
+
 void rank_notify(struct rank_env *env)
 {
     // A notice that the parent has not yet taken carries this one too.
@@ -230,6 +233,7 @@ static void *rank_thread(void *arg)
 // Descriptors first .. end - 1.
 static void close_all(unsigned first, unsigned end)
 {
+    enum { MOST_DESCRIPTORS = 1 << 20 }; // a limit may be none: billions of calls are minutes
     struct rlimit limit;
     if (first >= end)
         return;
@@ -239,6 +243,7 @@ static void close_all(unsigned first, unsigned end)
 #endif
     if (getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < end)
         end = (unsigned)limit.rlim_cur;
+    end = end < MOST_DESCRIPTORS ? end : MOST_DESCRIPTORS;
     for (unsigned fd = first; fd < end; fd++)
         close((int)fd);
 }
@@ -589,6 +594,7 @@ int launch_wait(struct launch *launch, int extra_fd, struct error *err)
 {
     struct launch_area *area = launch->area;
     uint32_t tp_size = (uint32_t)launch->options.tp_size;
+    somebody_waits = 1;
     for (int timeout_ms = 0;; timeout_ms = launch->ready && !launch->command_running ? -1 : LOOK_MS) {
         if (launch->error.code) {
             if (err)
@@ -637,9 +643,11 @@ int launch_stop(struct launch *launch, struct error *err)
     if (launch->area) {
         // What launch_wait has told, and what is stopped from here, is no news.
         bool told = launch->error.code != 0;
-        if (launch->command_running && !comm_region_aborted(launch->region)) {
+        bool starting = atomic_load(&launch->area->started_ranks) < (uint32_t)launch->options.tp_size;
+        if ((launch->command_running || starting) && !comm_region_aborted(launch->region)) {
             struct error stop;
-            error_set(&stop, ERR_RANK, "the ranks were stopped in the middle of a command");
+            error_set(&stop, ERR_RANK, "the ranks were stopped in the middle of %s",
+                      starting ? "their start" : "a command");
             comm_region_abort(launch->region, 0, &stop);
             told = true;
         }

@@ -8,7 +8,8 @@
 // Signals: from launch_start to launch_stop SIGINT and SIGTERM of the process are handled here; rank processes ignore
 // both, since Ctrl-C reaches them too and the parent ends them in order. launch_wait reports the first signal once and
 // leaves the ranks as they are (drain or launch_stop, as the caller likes); the second signal ends the process and with
-// it the ranks at once, exit code 130 or 143. Of several launches in one process, whichever waits next reports it.
+// it the ranks at once, exit code 130 or 143. So does the first one before any launch_wait: nobody would hear of it.
+// Of several launches in one process, whichever waits next reports it.
 //
 // All memory that ranks and parent share is anonymous (MAP_SHARED before the fork): nothing is left behind, however
 // anyone ends.
@@ -68,6 +69,8 @@ void rank_ends(struct rank_env *env, const struct error *why);
 int rank_next_command(struct rank_env *env, int *command, struct error *err);
 // Rank side: this rank has finished the command (all ranks must call it).
 void rank_command_done(struct rank_env *env);
+// Rank side, any thread: whether all ranks are to end. For who waits for anything but other ranks.
+bool rank_is_stopped(const struct rank_env *env);
 // Rank side, any time: wakes the parent's launch_wait with an event (new data in the shared area).
 void rank_notify(struct rank_env *env);
 
@@ -80,7 +83,7 @@ int launch_post(struct launch *launch, int command, struct error *err);
 // reach rank_next_command (returns 0, once). With no command running it waits for extra_fd, or returns 0 when there is
 // none.
 int launch_wait(struct launch *launch, int extra_fd, struct error *err);
-// Ends the ranks and frees everything: command 0, or an abort where a command is still running; SIGKILL for those that
+// Ends the ranks and frees everything: command 0, or an abort where they still start or a command is running; SIGKILL for those that
 // live 3 s later. Accepts NULL. Returns the error of a rank that ended badly after the last launch_wait, or 0.
 int launch_stop(struct launch *launch, struct error *err);
 

@@ -2,7 +2,7 @@
 #include "engine/loader_internal.h"
 
 #include "formats/checked.h"
-#include "kernels/futex.h"
+#include "kernels/clock.h"
 #include "kernels/thread_pool.h"
 
 #include <signal.h>
@@ -14,6 +14,9 @@
 
 enum {
     LOOK_MS = 50, // between two looks of one who waits
+    // Of a remote source. Beyond what the store takes by itself until it gives a range up, with its waits for connections and answers and its
+    // pauses: whoever is still silent then hangs.
+    MOST_SILENCE_MS = 300000,
     LEAST_READERS = 4,
     MOST_READERS = 8,
 };
@@ -69,6 +72,28 @@ static void fail(struct loader *l, const struct error *error)
     stop(l);
 }
 
+// Lanes end, or never began. What kept one from beginning is the load's failure only when nobody else has brought its pieces.
+static void lanes_end(struct loader *l, int count)
+{
+    pthread_mutex_lock(&l->lock);
+    bool left_over = atomic_load(&l->running) == count && l->taken < l->piece_count && !atomic_load(&l->stop);
+    if (left_over && l->unable.code && !atomic_load(&l->failed)) {
+        l->error = l->unable;
+        atomic_store(&l->failed, true);
+    }
+    atomic_fetch_sub(&l->running, count);
+    pthread_cond_broadcast(&l->changed);
+    pthread_mutex_unlock(&l->lock);
+}
+
+static void lane_is_unable(struct loader *l, const struct error *why)
+{
+    pthread_mutex_lock(&l->lock);
+    if (!l->unable.code)
+        l->unable = *why;
+    pthread_mutex_unlock(&l->lock);
+}
+
 static void *lane_main(void *arg)
 {
     struct lane *lane = arg;
@@ -77,18 +102,18 @@ static void *lane_main(void *arg)
     struct timespec cpu;
     uint64_t piece;
     int rc = lane_open(lane, &err);
-    while (!rc && take_piece(l, &piece))
-        if ((rc = lane_bring(lane, piece, &err)) == 0 && !atomic_load(&l->stop))
-            piece_is_there(l, piece);
-    lane_close(lane);
     if (rc)
-        fail(l, &err);
+        lane_is_unable(l, &err);
+    else
+        while (!rc && take_piece(l, &piece))
+            if ((rc = lane_bring(lane, piece, &err)))
+                fail(l, &err);
+            else if (!atomic_load(&l->stop))
+                piece_is_there(l, piece);
+    lane_close(lane);
     clock_gettime(CLOCK_THREAD_CPUTIME_ID, &cpu);
     atomic_store(&lane->cpu_ns, (long long)cpu.tv_sec * 1000000000 + cpu.tv_nsec);
-    pthread_mutex_lock(&l->lock);
-    atomic_fetch_sub(&l->running, 1);
-    pthread_cond_broadcast(&l->changed);
-    pthread_mutex_unlock(&l->lock);
+    lanes_end(l, 1);
     return NULL;
 }
 
@@ -122,7 +147,7 @@ static int cut_pieces(struct loader *l, int threads, struct error *err)
     return 0;
 }
 
-// As many as can be had; one is enough.
+// As many as can be had; one is enough. All of them count as running beforehand: the first must not take itself for the last.
 static int start_threads(struct loader *l, int threads, struct error *err)
 {
     // Signals are for the thread that started the program; but where SIGBUS is blocked, the guard is not asked.
@@ -131,18 +156,17 @@ static int start_threads(struct loader *l, int threads, struct error *err)
     sigdelset(&all, SIGBUS);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     int failed = 0;
+    atomic_store(&l->running, threads);
     while (l->threads < threads && !failed) {
         struct lane *lane = &l->lanes[l->threads];
         lane->loader = l;
         lane->index = l->threads;
-        atomic_fetch_add(&l->running, 1);
         failed = pthread_create(&lane->thread, NULL, lane_main, lane);
-        if (failed)
-            atomic_fetch_sub(&l->running, 1);
-        else
-            l->threads++;
+        l->threads += !failed;
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (l->threads < threads)
+        lanes_end(l, threads - l->threads);
     if (l->threads == 0 && threads > 0)
         return error_set(err, ERR_MEMORY, "%s: cannot start a thread to load it: %s",
                          store_file_name(l->options.source), strerror(failed));
@@ -159,18 +183,6 @@ static void init_waiting(struct loader *l)
     pthread_mutex_init(&l->lock, NULL);
 }
 
-static int map_payload(struct loader *l, struct error *err)
-{
-    const struct loader_options *o = &l->options;
-    const char *name = store_file_name(o->source);
-    uint64_t bytes = shard_file_payload_bytes(o->file);
-    void *map = mmap(NULL, bytes, PROT_READ, MAP_PRIVATE, l->fd, (off_t)l->payload_offset);
-    if (map == MAP_FAILED)
-        return error_set_errno(err, "%s: cannot map %llu bytes", name, (unsigned long long)bytes);
-    l->map = map;
-    return loader_guard_new(&l->guard, map, bytes, name, o->on_lost, o->arg, err);
-}
-
 int loader_start(struct loader **out, const struct loader_options *options, const uint8_t **base, struct error *err)
 {
     int rc;
@@ -178,15 +190,14 @@ int loader_start(struct loader **out, const struct loader_options *options, cons
     if (!l)
         return error_set(err, ERR_MEMORY, "%s: no memory to load it", store_file_name(options->source));
     l->options = *options;
-    l->started_ns = clock_now_ns();
+    l->started_ns = l->seen_ns = clock_now_ns();
     l->fd = store_file_fd(options->source);
     l->direct_fd = -1;
     l->compressed = shard_file_is_compressed(options->file);
     l->payload_offset = shard_file_payload_offset(options->file);
     init_waiting(l);
     bool may_map = options->backend->reads_map && !l->compressed && shard_file_payload_bytes(options->file) > 0;
-    if (loader_choose_path(l, may_map) && (rc = map_payload(l, err)))
-        goto fail;
+    loader_choose_path(l, may_map);
     int threads = choose_threads(l);
     if ((rc = cut_pieces(l, threads, err)))
         goto fail;
@@ -235,23 +246,31 @@ static void wait_a_while(struct loader *l)
     pthread_cond_timedwait(&l->changed, &l->lock, &end);
 }
 
-// A source behind a network ends its attempts by itself, so it may be silent for a while; a disk that is silent hangs.
-static void tell_progress(const struct loader *l, long long *seen)
+// Who waits says so while bytes arrive. A disk that is silent hangs; a source behind a network may be silent for a while, and ends its attempts
+// by itself.
+static void tell_progress(struct loader *l)
 {
-    long long moved = atomic_load_explicit(&l->moved, memory_order_relaxed);
-    if (l->options.on_progress && (moved != *seen || l->fd < 0))
-        l->options.on_progress(l->options.arg);
-    *seen = moved;
+    const struct loader_options *o = &l->options;
+    bool is_remote = l->fd < 0 || atomic_load_explicit(&l->refetches, memory_order_relaxed);
+    int64_t now_ns = clock_now_ns(), silence_ms = o->silence_ms > 0 ? o->silence_ms : MOST_SILENCE_MS;
+    long long bytes = atomic_load_explicit(&l->moved, memory_order_relaxed);
+    if (is_remote) // also what a read under way has brought so far
+        bytes += (long long)store_file_fetched_bytes(o->source);
+    bool moves = bytes != l->seen_bytes;
+    if (moves)
+        l->seen_ns = now_ns;
+    l->seen_bytes = bytes;
+    if (o->on_progress && (moves || (is_remote && now_ns - l->seen_ns < silence_ms * 1000000)))
+        o->on_progress(o->arg);
 }
 
 static int wait_for(struct loader *l, uint64_t first, uint64_t end, struct error *err)
 {
-    long long seen = 0;
     pthread_mutex_lock(&l->lock);
     while (!atomic_load(&l->failed) && !are_there(l, first, end) && atomic_load(&l->running) > 0) {
         wait_a_while(l);
         pthread_mutex_unlock(&l->lock);
-        tell_progress(l, &seen);
+        tell_progress(l);
         pthread_mutex_lock(&l->lock);
     }
     int rc = failure(l, err);

@@ -13,12 +13,13 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-// How much of the payload is compared with its checksums before the first result leaves.
+// How much of the payload is compared with its checksums before the first result leaves. Compressed leaves always are: a decoder sees no byte
+// that nobody has compared.
 enum verify_mode { VERIFY_FULL, VERIFY_SAMPLE, VERIFY_OFF };
 
 // How the bytes come. AUTO: a file that lies in the page cache is mapped where the host computes on it there, else read. One that does not
 // is read into it where the host computes there, and past it where the bytes are copied anyway. A path that does not work here becomes the
-// next best: uring, direct, read.
+// next best: uring, direct, read; and map, read.
 enum load_path {
     LOAD_AUTO,
     LOAD_MAP,    // mapped, verified where it lies (the host's backend only)
@@ -38,12 +39,14 @@ struct loader_options {
     enum load_path path;
     int threads;                // 0: as many as keep the store busy
     atomic_llong *loaded_bytes; // grows with what is in place; NULL: nobody wants to know
-    // Called on a thread that waits, several times a second, while bytes arrive; where the source is remote also while it tries again. NULL: none.
+    // Called on a thread that waits, several times a second, while bytes arrive. Also while a remote source is silent, which pauses and tries
+    // again, but for no longer than silence_ms (0: the usual) at a time. NULL: none.
     void (*on_progress)(void *arg);
     // Called when the mapped file can no longer be read where others compute on it, before the process ends with this error: on any
     // thread, inside a signal handler. NULL: the sentence goes to stderr.
     void (*on_lost)(void *arg, const struct error *why);
     void *arg;
+    int64_t silence_ms;
 };
 
 // Of one load, from its start.

@@ -6,31 +6,34 @@
 #include <signal.h>
 #include <stdatomic.h>
 #include <stddef.h>
-#include <stdlib.h>
+#include <stdint.h>
 #include <string.h>
 #include <unistd.h>
 
 enum { MAX_GUARDS = 256 }; // ranks of a process, and rank files of each
 
+// Free: end is 0. What lies between is set before end is, and stays until after it is 0 again; nobody touches a map whose guard has been given back.
 struct loader_guard {
-    uintptr_t begin, end;
+    atomic_uintptr_t begin, end;
     void (*on_lost)(void *arg, const struct error *why);
     void *arg;
     struct error error; // made beforehand: the handler may not format
 };
 
+// A handler may be reading on any thread at any time: nothing here is ever given back.
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; // of those who change what follows; the handler only reads
-static struct loader_guard *_Atomic guards[MAX_GUARDS];
-static struct sigaction before;
+static struct loader_guard guards[MAX_GUARDS];
+static struct sigaction before[2]; // the one that counts is never written
+static atomic_int before_counts;
 
 static _Thread_local sigjmp_buf *volatile way_out;
 
 static const struct loader_guard *guard_of(uintptr_t address)
 {
     for (int i = 0; i < MAX_GUARDS; i++) {
-        const struct loader_guard *guard = atomic_load(&guards[i]);
-        if (guard && address >= guard->begin && address < guard->end)
-            return guard;
+        uintptr_t end = atomic_load(&guards[i].end);
+        if (address < end && address >= atomic_load(&guards[i].begin))
+            return &guards[i];
     }
     return NULL;
 }
@@ -41,7 +44,8 @@ static void on_sigbus(int number, siginfo_t *info, void *context)
     // A signal that was sent, and not raised by an access, has no address.
     const struct loader_guard *guard = info->si_code > 0 ? guard_of((uintptr_t)info->si_addr) : NULL;
     if (!guard) {
-        sigaction(SIGBUS, &before, NULL); // as if there were no guard; an access faults again
+        sigaction(SIGBUS, &before[atomic_load(&before_counts)],
+                  NULL); // as if there were no guard; an access faults again
         if (info->si_code <= 0)
             raise(number);
         return;
@@ -63,34 +67,31 @@ static int set_handler(struct error *err)
         return error_set_errno(err, "cannot handle SIGBUS");
     if ((now.sa_flags & SA_SIGINFO) && now.sa_sigaction == on_sigbus)
         return 0;
-    before = now;
+    int other = 1 - atomic_load(&before_counts);
+    before[other] = now;
+    atomic_store(&before_counts, other);
     return sigaction(SIGBUS, &action, NULL) == 0 ? 0 : error_set_errno(err, "cannot handle SIGBUS");
 }
 
 int loader_guard_new(struct loader_guard **out, const uint8_t *map, uint64_t bytes, const char *name,
                      void (*on_lost)(void *arg, const struct error *why), void *arg, struct error *err)
 {
-    struct loader_guard *guard = calloc(1, sizeof *guard);
-    if (!guard)
-        return error_set(err, ERR_MEMORY, "%s: no memory to guard its map", name);
-    guard->begin = (uintptr_t)map;
-    guard->end = guard->begin + bytes;
-    guard->on_lost = on_lost;
-    guard->arg = arg;
-    loader_guard_error(name, &guard->error);
     pthread_mutex_lock(&lock);
     int rc = set_handler(err), place = 0;
-    while (!rc && place < MAX_GUARDS && atomic_load(&guards[place]))
+    while (!rc && place < MAX_GUARDS && atomic_load(&guards[place].end))
         place++;
     if (!rc && place == MAX_GUARDS)
         rc = error_set(err, ERR_OTHER, "%s: more than %d files are mapped", name, MAX_GUARDS);
-    if (!rc)
-        atomic_store(&guards[place], guard);
-    pthread_mutex_unlock(&lock);
-    if (rc)
-        free(guard);
-    else
+    if (!rc) {
+        struct loader_guard *guard = &guards[place];
+        guard->on_lost = on_lost;
+        guard->arg = arg;
+        loader_guard_error(name, &guard->error);
+        atomic_store(&guard->begin, (uintptr_t)map);
+        atomic_store(&guard->end, (uintptr_t)map + bytes);
         *out = guard;
+    }
+    pthread_mutex_unlock(&lock);
     return rc;
 }
 
@@ -99,23 +100,21 @@ void loader_guard_free(struct loader_guard *guard)
     if (!guard)
         return;
     pthread_mutex_lock(&lock);
-    for (int i = 0; i < MAX_GUARDS; i++)
-        if (atomic_load(&guards[i]) == guard)
-            atomic_store(&guards[i], NULL);
+    atomic_store(&guard->end, 0);
     pthread_mutex_unlock(&lock);
-    free(guard);
 }
 
 bool loader_guard_try(void (*fn)(void *arg), void *arg)
 {
     sigjmp_buf here;
-    bool whole = sigsetjmp(here, 1) == 0;
-    if (whole) {
-        way_out = &here;
-        fn(arg);
+    if (sigsetjmp(here, 1) != 0) {
+        way_out = NULL;
+        return false;
     }
+    way_out = &here;
+    fn(arg);
     way_out = NULL;
-    return whole;
+    return true;
 }
 
 int loader_guard_error(const char *name, struct error *err)

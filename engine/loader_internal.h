@@ -48,6 +48,7 @@ struct loader {
     struct load_target target;
     bool begun; // on the device
     bool compressed;
+    atomic_bool refetches; // a cached file was damaged: some of it comes from where it was fetched
     uint64_t payload_offset, piece_leaves, piece_count;
 
     int threads; // started
@@ -65,12 +66,15 @@ struct loader {
     pthread_cond_t changed;
     uint64_t next, taken; // where the next thread looks for a piece; pieces that are no longer waiting
     struct error error;   // the first
+    struct error unable;  // why a lane could not begin; counts when none could
+    long long seen_bytes; // of one who waits: what had arrived at the last look, and since when
+    int64_t seen_ns;
 };
 
 // ---- loader_path.c
-// Sets path, why and direct_fd. may_map: the kernels could use the mapped file. True: they shall.
-bool loader_choose_path(struct loader *loader, bool may_map);
-// Whether all of these bytes of the file are in the page cache; false where that cannot be found out.
+// Sets path, why and direct_fd; and, where the kernels shall use the mapped file, map and guard. may_map: they could.
+void loader_choose_path(struct loader *loader, bool may_map);
+// Whether all of these bytes of the file are in the page cache, as far as the kernel tells; false where it does not.
 bool loader_is_cached(int fd, uint64_t offset, uint64_t bytes);
 
 // ---- loader_piece.c

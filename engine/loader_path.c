@@ -1,5 +1,5 @@
 // How a file's bytes come: the path that was asked for, or the one that suits what lies in the page cache; and in place of one that does not
-// work here, the next best. Nothing is believed that was not tried: O_DIRECT may be refused on opening or at the first read, io_uring by a
+// work here, the next best. Nothing is believed that was not tried: a map may be refused, O_DIRECT may be refused on opening or at the first read, io_uring by a
 // filter of system calls.
 #include "engine/loader_internal.h"
 
@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -18,7 +19,8 @@
 enum {
     SAMPLES = 64,
     SAMPLE_BYTES = 1 << 20,
-    CACHED_PERCENT = 90, // from here on reading past the page cache would cost more than it saves
+    LOOK_BYTES = 256 << 10, // between two looks, where the kernel does not count
+    CACHED_PERCENT = 90,    // from here on reading past the page cache would cost more than it saves
 };
 
 static const char *const names[] = {
@@ -61,12 +63,6 @@ static int64_t cached_pages(int fd, uint64_t offset, uint64_t bytes)
     return syscall(SYS_cachestat, fd, &range, &found, 0) == 0 ? (int64_t)found.cached : -1;
 }
 
-bool loader_is_cached(int fd, uint64_t offset, uint64_t bytes)
-{
-    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
-    return cached_pages(fd, offset, bytes) >= (int64_t)(bytes / page);
-}
-
 // 0 or 100: whether a read of one byte would have to wait. -1: not known.
 static int sample_without_waiting(int fd, uint64_t offset)
 {
@@ -98,6 +94,18 @@ static int cached_percent(int fd, uint64_t offset, uint64_t bytes)
     return (int)(sum / count);
 }
 
+// By counting pages, or by looks at some of them.
+bool loader_is_cached(int fd, uint64_t offset, uint64_t bytes)
+{
+    int64_t pages = cached_pages(fd, offset, bytes);
+    if (pages >= 0)
+        return pages >= (int64_t)(bytes / (uint64_t)sysconf(_SC_PAGESIZE));
+    uint64_t at = 0;
+    while (at < bytes && sample_without_waiting(fd, offset + at) == 100)
+        at += LOOK_BYTES;
+    return at >= bytes && sample_without_waiting(fd, offset + bytes - 1) == 100;
+}
+
 // ---- what works ----------------------------------------------------------------------------------------------------
 
 // A second descriptor of the same file. 0, or what the system says to it: on opening, or to a first read.
@@ -127,18 +135,22 @@ static int try_ring(int fd, uint64_t offset)
     struct loader_ring *ring = NULL;
     void *page = aligned_alloc(DIRECT_ALIGN, DIRECT_ALIGN);
     bool whole = false;
-    int failed = 0;
-    if (!page)
-        failed = ENOMEM;
-    else if (loader_ring_open(&ring, NULL) != 0)
-        failed = errno;
-    else {
+    int failed = page ? loader_ring_open(&ring, NULL) : ENOMEM;
+    if (!failed) {
         loader_ring_read(ring, 0, fd, page, DIRECT_ALIGN, offset);
-        failed = loader_ring_wait(ring, 0, &whole, NULL) != 0 ? errno : whole ? 0 : EOPNOTSUPP;
+        failed = loader_ring_wait(ring, 0, &whole);
+        failed = failed ? failed : whole ? 0 : EOPNOTSUPP;
+        loader_ring_close(ring);
     }
-    loader_ring_close(ring);
     free(page);
     return failed;
+}
+
+// Whether the page cache keeps what is read. Where it does not (some file systems in user space or over a network), a map would ask for all of it once more.
+static bool reads_stay(int fd, uint64_t offset)
+{
+    char byte;
+    return pread(fd, &byte, 1, (off_t)offset) != 1 || sample(fd, offset, 1) != 0;
 }
 
 // ---- the choice ----------------------------------------------------------------------------------------------------
@@ -169,7 +181,23 @@ static enum load_path suggest(struct loader *l, bool may_map)
     return may_map ? LOAD_READ : LOAD_URING;
 }
 
-bool loader_choose_path(struct loader *l, bool may_map)
+static void map_payload(struct loader *l)
+{
+    const struct loader_options *o = &l->options;
+    struct error err;
+    uint64_t bytes = shard_file_payload_bytes(o->file);
+    void *map = mmap(NULL, bytes, PROT_READ, MAP_PRIVATE, l->fd, (off_t)l->payload_offset);
+    if (map == MAP_FAILED)
+        because(l, "without a map (%s)", strerror(errno));
+    else if (loader_guard_new(&l->guard, map, bytes, store_file_name(o->source), o->on_lost, o->arg, &err) != 0) {
+        because(l, "without a map (%s)", err.msg);
+        munmap(map, bytes);
+    } else
+        l->map = map;
+}
+
+// Sets path, why and direct_fd. True: the file shall be mapped.
+static bool choose(struct loader *l, bool may_map)
 {
     int failed;
     l->path = l->options.path;
@@ -186,6 +214,10 @@ bool loader_choose_path(struct loader *l, bool may_map)
         l->path = suggest(l, may_map);
     else
         because(l, "as asked for");
+    if (l->path == LOAD_READ && may_map && !reads_stay(l->fd, l->payload_offset)) {
+        because(l, "what is read does not stay in the page cache");
+        may_map = false;
+    }
     if (l->path == LOAD_MAP || l->path == LOAD_READ)
         return may_map;
     if ((failed = open_direct(&l->direct_fd, l->fd, l->payload_offset))) {
@@ -198,4 +230,12 @@ bool loader_choose_path(struct loader *l, bool may_map)
         l->path = LOAD_DIRECT;
     }
     return false;
+}
+
+void loader_choose_path(struct loader *l, bool may_map)
+{
+    if (choose(l, may_map))
+        map_payload(l);
+    if (l->path == LOAD_MAP && !l->map)
+        l->path = LOAD_READ;
 }

@@ -3,15 +3,15 @@
 // threads, go on meanwhile.
 //
 // Where bytes land:
-//   the kernels use the map     verified through it where they lie in the page cache; elsewhere read into a small buffer, which brings them
-//                               there in requests of a good size, whatever the file system's read-ahead
+//   the kernels use the map     verified through it, for that is what is used; those that do not lie in the page cache are read into a small
+//                               buffer before, which brings them there in requests of a good size, whatever the file system's read-ahead
 //   the host's memory           at once in their place; those of a compressed file in the lane's memory
 //   a device                    in the buffer that it copies from; those of a compressed file in the lane's memory
 #include "engine/loader_internal.h"
 
 #include "formats/checked.h"
 #include "formats/file_io.h"
-#include "kernels/futex.h"
+#include "kernels/clock.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -146,6 +146,13 @@ static void start_reads(struct lane *lane, const struct landing *landing)
     }
 }
 
+// A ring that fails is no reason to: the lane goes on by pread.
+static void drop_ring(struct lane *lane)
+{
+    loader_ring_close(lane->ring);
+    lane->ring = NULL;
+}
+
 // The next read of a piece.
 static int land_more(struct lane *lane, struct landing *landing, struct error *err)
 {
@@ -154,13 +161,15 @@ static int land_more(struct lane *lane, struct landing *landing, struct error *e
     uint64_t bytes = left < READ_BYTES || remote ? left : READ_BYTES;
     uint8_t *to = landing->bytes + done;
     int rc = 0;
-    if (remote)
-        rc = read_store(lane, to, bytes, landing->landed, err);
-    else if (lane->ring && (rc = loader_ring_wait(lane->ring, (unsigned)(done / READ_BYTES), &whole, err)) == 0 &&
-             whole)
+    if (lane->ring && loader_ring_wait(lane->ring, (unsigned)(done / READ_BYTES), &whole) != 0) {
+        whole = false;
+        drop_ring(lane);
+    }
+    if (whole)
         count_bytes(lane, bytes);
-    else if (!rc)
-        rc = read_local(lane, to, bytes, landing->landed, err);
+    else
+        rc = remote ? read_store(lane, to, bytes, landing->landed, err)
+                    : read_local(lane, to, bytes, landing->landed, err);
     if (!rc)
         landing->landed += bytes;
     return rc;
@@ -180,7 +189,8 @@ static int land_until(struct lane *lane, struct landing *landing, uint64_t end, 
 
 static bool is_checked(const struct loader *l, uint64_t leaf)
 {
-    return l->options.verify == VERIFY_FULL || (l->options.verify == VERIFY_SAMPLE && leaf % SAMPLE_STRIDE == 0);
+    return l->compressed || l->options.verify == VERIFY_FULL ||
+           (l->options.verify == VERIFY_SAMPLE && leaf % SAMPLE_STRIDE == 0);
 }
 
 static int check_leaf(struct lane *lane, uint64_t leaf, const uint8_t *stored, struct error *err)
@@ -195,12 +205,15 @@ static int check_leaf(struct lane *lane, uint64_t leaf, const uint8_t *stored, s
 // Bytes that were damaged on their way, or in the cache of what was fetched before, are asked for again.
 static int check_landed_leaf(struct lane *lane, uint64_t leaf, uint8_t *stored, struct error *err)
 {
-    const struct loader *l = lane->loader;
+    struct loader *l = lane->loader;
     struct shard_stored range = shard_file_stored_leaf(l->options.file, leaf);
     int rc = check_leaf(lane, leaf, stored, err);
     for (int attempt = 1; rc == ERR_CORRUPT && attempt < REMOTE_ATTEMPTS && !is_stopped(l); attempt++) {
-        if (l->fd >= 0 && !store_file_distrust(l->options.source))
-            break;
+        if (l->fd >= 0) {
+            if (!store_file_distrust(l->options.source))
+                break;
+            atomic_store_explicit(&l->refetches, true, memory_order_relaxed);
+        }
         atomic_fetch_add_explicit(&lane->fetched_again, 1, memory_order_relaxed);
         if ((rc = read_store(lane, stored, range.bytes, range.offset, err)) == 0)
             rc = check_leaf(lane, leaf, stored, err);
@@ -220,12 +233,12 @@ static int explain_mapped(const struct loader *l, int rc, struct error *err)
 // ---- a piece of a map ----------------------------------------------------------------------------------------------
 
 // Fills page tables in one go instead of a fault for every few pages. Kernels that cannot fault as before.
-static int populate(struct lane *lane, const struct piece *piece, struct error *err)
+static int populate(struct lane *lane, uint64_t offset, uint64_t bytes, struct error *err)
 {
     int64_t since_ns = clock_now_ns();
     const struct loader *l = lane->loader;
     int rc = 0;
-    if (madvise((void *)(uintptr_t)(l->map + piece->offset), piece->bytes, MADV_POPULATE_READ) != 0 && errno == EFAULT)
+    if (madvise((void *)(uintptr_t)(l->map + offset), bytes, MADV_POPULATE_READ) != 0 && errno == EFAULT)
         rc = loader_guard_error(store_file_name(l->options.source), err);
     add_time(&lane->read_ns, since_ns);
     return rc;
@@ -244,32 +257,33 @@ static void check_mapped_leaf(void *arg)
     job->rc = check_leaf(job->lane, job->leaf, job->lane->loader->map + job->leaf * SHARD_LEAF_BYTES, job->err);
 }
 
-static int bring_cached(struct lane *lane, const struct piece *piece, struct error *err)
+// Verified is what the kernels will see: of what a read has brought, the map may have other bytes, or none.
+static int bring_mapped_leaf(struct lane *lane, uint64_t leaf, struct error *err)
 {
     const struct loader *l = lane->loader;
-    int rc = populate(lane, piece, err);
-    for (uint64_t leaf = piece->first_leaf; leaf < piece->end_leaf && !rc && !is_stopped(l); leaf++) {
-        struct mapped_leaf job = {lane, leaf, err, 0};
-        rc = loader_guard_try(check_mapped_leaf, &job) ? job.rc
-                                                       : loader_guard_error(store_file_name(l->options.source), err);
-        count_bytes(lane, shard_file_leaf_bytes(l->options.file, leaf));
+    struct shard_stored range = shard_file_stored_leaf(l->options.file, leaf);
+    struct mapped_leaf job = {lane, leaf, err, 0};
+    bool in_place = l->path == LOAD_MAP && loader_is_cached(l->fd, l->payload_offset + range.offset, range.bytes);
+    int rc = 0;
+    if (!in_place) {
+        struct landing landing = {lane->stored, range.offset, range.offset + range.bytes, range.offset};
+        rc = land_until(lane, &landing, landing.end, err);
     }
-    return rc;
+    if (rc || (rc = populate(lane, leaf * SHARD_LEAF_BYTES, shard_file_leaf_bytes(l->options.file, leaf), err)))
+        return rc;
+    if (in_place)
+        count_bytes(lane, range.bytes);
+    return loader_guard_try(check_mapped_leaf, &job) ? job.rc
+                                                     : loader_guard_error(store_file_name(l->options.source), err);
 }
 
 static int bring_mapped(struct lane *lane, const struct piece *piece, struct error *err)
 {
     const struct loader *l = lane->loader;
-    if (l->path == LOAD_MAP && loader_is_cached(l->fd, l->payload_offset + piece->offset, piece->bytes))
-        return explain_mapped(l, bring_cached(lane, piece, err), err);
     int rc = 0;
-    for (uint64_t leaf = piece->first_leaf; leaf < piece->end_leaf && !rc && !is_stopped(l); leaf++) {
-        struct shard_stored range = shard_file_stored_leaf(l->options.file, leaf);
-        struct landing landing = {lane->stored, range.offset, range.offset + range.bytes, range.offset};
-        if ((rc = land_until(lane, &landing, landing.end, err)) == 0)
-            rc = check_leaf(lane, leaf, lane->stored, err);
-    }
-    return rc ? explain_mapped(l, rc, err) : populate(lane, piece, err);
+    for (uint64_t leaf = piece->first_leaf; leaf < piece->end_leaf && !rc && !is_stopped(l); leaf++)
+        rc = bring_mapped_leaf(lane, leaf, err);
+    return explain_mapped(l, rc, err);
 }
 
 // ---- a piece that is copied ----------------------------------------------------------------------------------------
@@ -317,8 +331,8 @@ static int bring_copied(struct lane *lane, const struct piece *piece, struct err
     start_reads(lane, &landing);
     int rc = bring_leaves(lane, piece, &landing, payload, err);
     // Also after a failure: nothing may still be written where others will write.
-    if (lane->ring && loader_ring_drain(lane->ring, rc ? NULL : err) != 0 && !rc)
-        rc = ERR_IO;
+    if (lane->ring && loader_ring_drain(lane->ring) != 0)
+        drop_ring(lane);
     if (rc || is_stopped(l))
         return rc;
     if (!l->target.place && (rc = copy(lane, piece, payload, err)))
@@ -367,7 +381,7 @@ int lane_open(struct lane *lane, struct error *err)
     if (l->compressed && !(lane->scratch = leaf_scratch_new()))
         return error_set(err, ERR_MEMORY, "%s: no memory to decode it", store_file_name(o->source));
     // One ring more than works here is no reason to fail: the lane reads by pread.
-    if (l->path == LOAD_URING && loader_ring_open(&lane->ring, NULL) != 0)
+    if (l->path == LOAD_URING && loader_ring_open(&lane->ring, &l->stop) != 0)
         lane->ring = NULL;
     return 0;
 }

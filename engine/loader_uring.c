@@ -10,7 +10,13 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
+
+enum {
+    BUSY_PAUSE_MS = 1,
+    MOST_BUSY = 1000, // such pauses one after the other
+};
 
 struct loader_ring {
     int fd;
@@ -21,7 +27,9 @@ struct loader_ring {
     unsigned *submit_array, submit_mask, complete_mask;
     struct io_uring_cqe *completions;
     unsigned prepared, in_flight;
-    bool has_failed;
+    unsigned busy; // how often in succession the kernel has taken nothing and brought nothing
+    const atomic_bool *stop;
+    int failed; // errno
     struct {
         uint32_t wanted;
         bool pending, whole;
@@ -54,12 +62,13 @@ static int map_queues(struct loader_ring *ring, const struct io_uring_params *p)
     return 0;
 }
 
-int loader_ring_open(struct loader_ring **out, struct error *err)
+int loader_ring_open(struct loader_ring **out, const atomic_bool *stop)
 {
     struct io_uring_params params = {0};
     struct loader_ring *ring = calloc(1, sizeof *ring);
     if (!ring)
-        return error_set(err, ERR_MEMORY, "no memory for an io_uring");
+        return ENOMEM;
+    ring->stop = stop;
     ring->fd = (int)syscall(SYS_io_uring_setup, RING_READS, &params);
     if (ring->fd >= 0 && !(params.features & IORING_FEAT_SINGLE_MMAP))
         errno = ENOSYS; // older than 5.4
@@ -67,16 +76,16 @@ int loader_ring_open(struct loader_ring **out, struct error *err)
         *out = ring;
         return 0;
     }
-    int rc = error_set_errno(err, "io_uring cannot be used");
+    int failed = errno;
     loader_ring_close(ring);
-    return rc;
+    return failed;
 }
 
 void loader_ring_close(struct loader_ring *ring)
 {
     if (!ring)
         return;
-    assert(ring->has_failed || ring->prepared + ring->in_flight == 0);
+    assert(ring->in_flight == 0 && (ring->failed || ring->prepared == 0));
     if (ring->entries)
         munmap(ring->entries, ring->entries_bytes);
     if (ring->queues)
@@ -116,37 +125,55 @@ static void take_completions(struct loader_ring *ring)
     atomic_store_explicit(ring->complete_head, head, memory_order_release);
 }
 
-// Hands over what was prepared or, when all is in flight, sleeps until something has come. Not called with nothing to wait for.
-static int enter(struct loader_ring *ring, struct error *err)
+static void pause_a_little(void) { nanosleep(&(struct timespec){.tv_nsec = BUSY_PAUSE_MS * 1000000}, NULL); }
+
+// The ring is given up. What is in flight lands by itself, and its completion is told without being asked for; until then its buffer is the kernel's.
+static int give_up(struct loader_ring *ring, int failed)
 {
-    unsigned wait_for = ring->prepared > 0 ? 0 : 1;
+    ring->failed = failed;
+    for (; ring->in_flight > 0; take_completions(ring))
+        pause_a_little();
+    return failed;
+}
+
+// Hands over what was prepared or, when all is in flight, sleeps until something has come. Not called with nothing to wait for.
+static int enter(struct loader_ring *ring)
+{
+    unsigned wait_for = ring->prepared > 0 ? 0 : 1, before = ring->in_flight;
     long taken = syscall(SYS_io_uring_enter, ring->fd, ring->prepared, wait_for, IORING_ENTER_GETEVENTS, NULL, 0);
+    int failed = taken < 0 ? errno : 0;
+    if (failed && failed != EINTR && failed != EAGAIN && failed != EBUSY)
+        return give_up(ring, failed);
     if (taken > 0) {
         ring->prepared -= (unsigned)taken;
         ring->in_flight += (unsigned)taken;
-    } else if (taken < 0 && errno != EINTR && errno != EAGAIN && errno != EBUSY) {
-        ring->has_failed = true;
-        return error_set_errno(err, "io_uring has failed");
     }
     take_completions(ring);
+    if (taken > 0 || ring->in_flight < before) {
+        ring->busy = 0;
+        return 0;
+    }
+    if (++ring->busy > MOST_BUSY || (ring->stop && atomic_load(ring->stop)))
+        return give_up(ring, failed ? failed : EBUSY);
+    pause_a_little();
     return 0;
 }
 
-int loader_ring_wait(struct loader_ring *ring, unsigned index, bool *whole, struct error *err)
+int loader_ring_wait(struct loader_ring *ring, unsigned index, bool *whole)
 {
-    int rc = 0;
+    int failed = ring->failed;
     take_completions(ring);
-    while (ring->reads[index].pending && !rc)
-        rc = enter(ring, err);
+    while (ring->reads[index].pending && !failed)
+        failed = enter(ring);
     *whole = ring->reads[index].whole;
-    return rc;
+    return failed;
 }
 
-int loader_ring_drain(struct loader_ring *ring, struct error *err)
+int loader_ring_drain(struct loader_ring *ring)
 {
-    int rc = 0;
+    int failed = ring->failed;
     take_completions(ring);
-    while (ring->prepared + ring->in_flight > 0 && !rc)
-        rc = enter(ring, err);
-    return rc;
+    while (ring->prepared + ring->in_flight > 0 && !failed)
+        failed = enter(ring);
+    return failed;
 }

@@ -3,8 +3,7 @@
 #ifndef TPSHARD_ENGINE_LOADER_URING_H
 #define TPSHARD_ENGINE_LOADER_URING_H
 
-#include "formats/error.h"
-
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -12,14 +11,16 @@ enum { RING_READS = 16 }; // in flight, at most
 
 struct loader_ring; // belongs to one thread
 
-int loader_ring_open(struct loader_ring **out, struct error *err);
+// What fails returns an errno. With an error the kernel writes to no buffer any more, and nothing else may be asked of the ring than to be closed.
+// stop (NULL: none): set, a ring that the kernel is too busy for is not waited for.
+int loader_ring_open(struct loader_ring **out, const atomic_bool *stop);
 void loader_ring_close(struct loader_ring *ring); // nothing is in flight; accepts NULL
 
 // Starts read `index` (0 .. RING_READS - 1) of a batch, whose reads begin when the first is waited for.
 void loader_ring_read(struct loader_ring *ring, unsigned index, int fd, void *buffer, uint32_t bytes, uint64_t offset);
-// Waits for one read: *whole says whether it brought all its bytes. An error: nothing more may be asked of the ring.
-int loader_ring_wait(struct loader_ring *ring, unsigned index, bool *whole, struct error *err);
+// Waits for one read: *whole says whether it brought all its bytes.
+int loader_ring_wait(struct loader_ring *ring, unsigned index, bool *whole);
 // Waits for all that is in flight, so that its buffers may be used for something else.
-int loader_ring_drain(struct loader_ring *ring, struct error *err);
+int loader_ring_drain(struct loader_ring *ring);
 
 #endif

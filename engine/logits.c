@@ -54,8 +54,8 @@ int logits_run(int argc, char **argv, struct error *err)
         rc = error_set(err, ERR_USAGE, "--token-ids holds no token");
         goto done;
     }
-    session_options.store = chosen_store_options();
-    if ((rc = session_open(&session, argv[0], &session_options, 1, (int64_t)ids.count, err)) ||
+    if ((rc = choose_store(&session_options.store, argv[0], err)) ||
+        (rc = session_open(&session, argv[0], &session_options, 1, (int64_t)ids.count, err)) ||
         (rc = session_forward(session, ids.ids, (int64_t)ids.count, 0, &logits, err)))
         goto done;
     int64_t vocab_size = session_manifest(session)->model.vocab_size;

@@ -1,13 +1,16 @@
 // tpengine: the table of commands. Each command lives in a file of its own.
 #include "engine/commands.h"
 
+#include "engine/store_url.h"
 #include "formats/json_file.h"
-#include "kernels/futex.h"
+#include "kernels/clock.h"
 #include "version.h"
 
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 struct common_options common_options;
 struct session_options session_options;
@@ -44,7 +47,11 @@ static const struct program_spec program = {
     .examples = "Examples:\n"
                 "  tpengine generate out_dir --prompt \"Once upon a time\" --max-tokens 100\n"
                 "  tpengine serve out_dir --port 8000 --api-key KEY\n"
-                "  tpengine eval out_dir --text heldout.txt --json\n",
+                "  tpengine serve https://bucket.example/models/llama-70b-tp4 --cache /var/cache/tpengine\n"
+                "  tpengine eval out_dir --text heldout.txt --json\n\n"
+                "out_dir may be an http:// or https:// URL. TPENGINE_TOKEN of the environment is sent to it as a "
+                "bearer token;\n"
+                "SSL_CERT_FILE names authorities to trust instead of the system's.\n",
     .exit_status = "0    done\n1    other failure\n2    wrong command line\n3    bad or unsupported model\n4    "
                    "corrupt or mismatched "
                    "shards\n5    input or output failed\n6    GPU or driver\n7    a rank was lost or a deadline "
@@ -52,22 +59,21 @@ static const struct program_spec program = {
                    "memory\n130  interrupted\n143  terminated",
 };
 
-struct store_options chosen_store_options(void)
+int choose_store(struct store_options *out, const char *place, struct error *err)
 {
     const char *token = getenv("TPENGINE_TOKEN");
     uint64_t limit = place_options.cache_limit_bytes;
-    return (struct store_options){
-        .cache_dir = place_options.cache_dir && place_options.cache_dir[0] ? place_options.cache_dir : NULL,
+    bool has_cache = place_options.cache_dir && place_options.cache_dir[0];
+    if (limit && !has_cache)
+        return error_set(err, ERR_USAGE, "--cache-limit without --cache DIR: there is nothing to limit");
+    if (has_cache && place && !store_url_is_one(place) && !common_options.quiet)
+        fprintf(stderr, "--cache is not used: %s is a directory\n", place);
+    *out = (struct store_options){
+        .cache_dir = has_cache ? place_options.cache_dir : NULL,
         .cache_limit_bytes = limit > INT64_MAX ? INT64_MAX : (int64_t)limit,
         .bearer_token = token && token[0] ? token : NULL,
     };
-}
-
-double now_s(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+    return 0;
 }
 
 int print_report(json_t *report, struct error *err)
@@ -125,9 +131,28 @@ static double process_cpu_s(void)
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
+static void end_at_once(int number)
+{
+    static const char *const sentences[] = {"tpengine: stopped by SIGINT\n", "tpengine: stopped by SIGTERM\n"};
+    const char *sentence = sentences[number == SIGTERM];
+    ssize_t written = write(STDERR_FILENO, sentence, strlen(sentence));
+    (void)written; // who does not listen sees the status
+    _exit(128 + number);
+}
+
+// Until ranks run, a signal has nothing to put in order, but an exit status that is documented. One that is ignored stays so.
+static void handle_signal(int number)
+{
+    struct sigaction now;
+    if (sigaction(number, NULL, &now) == 0 && now.sa_handler == SIG_DFL)
+        signal(number, end_at_once);
+}
+
 int main(int argc, char **argv)
 {
     program_start = (struct program_start){.main_ns = clock_now_ns(), .exec_s = process_cpu_s()};
+    handle_signal(SIGINT);
+    handle_signal(SIGTERM);
     session_options = session_defaults;
     serve_set_defaults();
     return options_main(&program, argc, argv);

@@ -13,20 +13,6 @@
 
 // ---- identity --------------------------------------------------------------------------------------------------
 
-static void hex(char out[33], const uint8_t bytes[16])
-{
-    for (int i = 0; i < 16; i++)
-        snprintf(out + 2 * (size_t)i, 3, "%02x", bytes[i]);
-}
-
-static void contract_bytes(uint8_t out[16], struct checksum128 hash)
-{
-    for (int i = 0; i < 8; i++) {
-        out[i] = (uint8_t)(hash.high >> (56 - 8 * i));
-        out[8 + i] = (uint8_t)(hash.low >> (56 - 8 * i));
-    }
-}
-
 // Rank k must refuse rank j's file, another sharding run's file and another model's file.
 static int check_identity(const struct shard_file *file, const struct manifest *manifest, int rank, const char *path,
                           struct error *err)
@@ -36,12 +22,11 @@ static int check_identity(const struct shard_file *file, const struct manifest *
         return error_set(err, ERR_CORRUPT,
                          "%s: it is rank %u of %u, but rank %d of %u was wanted here; files were mixed up", path,
                          id->rank, id->tp_size, rank, manifest->tp_size);
-    uint8_t want[16];
-    contract_bytes(want, manifest->contract);
-    if (memcmp(want, id->contract, 16) != 0) {
-        char found_hex[33], want_hex[33];
-        hex(found_hex, id->contract);
-        hex(want_hex, want);
+    struct checksum128 found = checksum128_from_bytes(id->contract);
+    if (!checksum128_equal(found, manifest->contract)) {
+        char found_hex[CHECKSUM128_HEX_DIGITS + 1], want_hex[CHECKSUM128_HEX_DIGITS + 1];
+        checksum128_to_hex(found, found_hex);
+        checksum128_to_hex(manifest->contract, want_hex);
         return error_set(err, ERR_CORRUPT,
                          "%s: contract %s differs from the manifest's %s: the file comes from another run of tpshard",
                          path, found_hex, want_hex);
@@ -346,11 +331,13 @@ static int alloc_layers(struct model *m, struct error *err)
 
 // ---- opening ---------------------------------------------------------------------------------------------------
 
+// The file's name is taken behind its head: with a head that was damaged in the cache, another file takes the cached one's place.
 static int read_head(struct model *m, const struct manifest *manifest, int rank, struct error *err)
 {
     uint8_t *head = NULL;
     uint64_t head_bytes;
     int rc = store_file_head(&head, &head_bytes, m->source, err);
+    m->name = store_file_name(m->source);
     if (!rc)
         rc = shard_file_parse(&m->file, head, head_bytes, store_file_bytes(m->source), m->name, err);
     free(head);
@@ -367,7 +354,6 @@ int model_open(struct model *out, const char *place, const struct store_options 
     if ((rc = store_open(&model.store, place, store, err)) ||
         (rc = store_file_open(&model.source, model.store, manifest, (uint32_t)rank, err)))
         goto fail;
-    model.name = store_file_name(model.source);
     if ((rc = read_head(&model, manifest, rank, err)))
         goto fail;
     model.share = shard_file_identity(model.file)->share;
@@ -444,22 +430,29 @@ static int check_order(const struct model *m, int64_t layer, enum tensor_role ro
     return 0;
 }
 
-int model_need_layer(struct model *model, int64_t layer, struct error *err)
+// A layer that has arrived.
+static int take_layer(struct model *model, int64_t layer, struct error *err)
 {
     int rc;
-    if (layer < model->next_layer)
-        return 0;
-    if ((rc = need(model, &model->layers[layer], err)) || (rc = check_order(model, layer, ROLE_QKV_ORDER, err)) ||
+    if ((rc = check_order(model, layer, ROLE_QKV_ORDER, err)) ||
         (rc = check_order(model, layer, ROLE_GATE_UP_ORDER, err)))
         return rc;
     model->next_layer = layer + 1;
     return 0;
 }
 
+int model_need_layer(struct model *model, int64_t layer, struct error *err)
+{
+    if (layer < model->next_layer)
+        return 0;
+    int rc = need(model, &model->layers[layer], err);
+    return rc ? rc : take_layer(model, layer, err);
+}
+
 // Has the part of a matrix read that holds a row, where `unit` rows lie together. A page fault would bring megabytes around it.
 static void want_row(const void *matrix, uint64_t bytes, const struct weight_shape *shape, uint64_t row, uint64_t unit)
 {
-    static const uintptr_t page_bytes = 4096;
+    uintptr_t page_bytes = (uintptr_t)sysconf(_SC_PAGESIZE);
     uint64_t unit_bytes = bytes / (shape->rows_padded / unit);
     uintptr_t begin = (uintptr_t)matrix + row / unit * unit_bytes, first_page = begin / page_bytes * page_bytes;
     if (unit_bytes > 0)
@@ -492,7 +485,12 @@ void model_stop(struct model *model)
 
 int model_finish(struct model *model, struct error *err)
 {
-    int rc = model->loaded ? 0 : loader_finish(model->loader, err);
-    model->loaded |= !rc;
+    if (model->loaded)
+        return 0;
+    int rc = loader_finish(model->loader, err);
+    // A model that is loaded before its first step has passed none of them.
+    for (int64_t layer = model->next_layer; layer < model->desc.num_layers && !rc; layer++)
+        rc = take_layer(model, layer, err);
+    model->loaded = !rc;
     return rc;
 }

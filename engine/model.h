@@ -45,7 +45,7 @@ struct model {
     const uint8_t *base; // of the payload
     struct loader *loader;
     bool loaded;        // everything is in place, and compared as far as was asked for
-    int64_t next_layer; // layers before it have arrived
+    int64_t next_layer; // layers before it have arrived, and their orders of columns are in bounds
 };
 
 // Opens the file of `rank` in `place` and compares its head with the manifest (rank, tp_size, contract, head hash), and every tensor's shape
@@ -61,7 +61,7 @@ int model_need_layer(struct model *model, int64_t layer, struct error *err);
 // The same for the rows of the embedding that these tokens take. Where the file is mapped nothing is waited for: they are read as they come, and
 // compared with the rest of the file.
 int model_need_rows(struct model *model, const struct token_row *rows, int64_t count, struct error *err);
-// Waits for everything. A second call is cheap.
+// Waits for everything, and checks what model_need_layer has not. A second call is cheap.
 int model_finish(struct model *model, struct error *err);
 // Ends a load that is under way, before the device is closed. Harmless without one.
 void model_stop(struct model *model);

@@ -5,7 +5,7 @@
 #include "engine/host_memory.h"
 #include "engine/rank_step.h"
 #include "formats/checked.h"
-#include "kernels/futex.h"
+#include "kernels/clock.h"
 #include "kernels/kv.h"
 
 #include <errno.h>
@@ -40,6 +40,8 @@ struct session {
     int timeout_ms;
     int64_t draft_tokens;
     int64_t wanted_pages;
+    bool settled;        // the next start's memory
+    double needed_bytes; // of the host, by that plan
     // While ranks run:
     struct launch *launch;
     struct shared_area *shared;
@@ -120,7 +122,7 @@ static uint64_t shared_bytes(const struct session *s)
 // The host's memory. Weights that are used where the file is mapped need not fit at once, but the engine is useless when they do not; all others are
 // memory of the rank's own, as much of it. The KV cache is made smaller, as far as it may. What a device must hold, and what compressed files
 // become, the ranks check.
-static int settle_memory(struct session *s, struct error *err)
+static int settle_memory(struct session *s, double available, struct error *err)
 {
     int64_t context = s->worker.context;
     const struct model_desc *d = &s->manifest->model;
@@ -133,7 +135,7 @@ static int settle_memory(struct session *s, struct error *err)
                                  .decode_rows = s->worker.limits.decode_rows,
                                  .context = s->worker.context,
                                  .samples = tp == 1};
-    double weights = 0, cache = 0, available = host_memory_available();
+    double weights = 0, cache = 0;
     double buffers =
         (double)shared_bytes(s) + (double)tp * (double)s->worker.backend->host_bytes(&shape, s->worker.threads);
     if (s->worker.backend == &backend_cpu) {
@@ -142,12 +144,14 @@ static int settle_memory(struct session *s, struct error *err)
         cache = (double)tp * (double)kv_bytes(d, &share, s->worker.num_pages, s->worker.kv_format);
     }
     double needed = weights + cache + buffers;
-    if (available < 0 || needed <= available)
+    s->needed_bytes = needed;
+    if (needed <= available)
         return 0;
     // Other programs need memory too; what is cut is cut with room to spare.
     double left = (available - weights - buffers) * 0.8, wanted = (double)s->worker.num_pages;
     if (left > 0 && floor(wanted * left / cache) >= (double)s->worker.least_pages) {
         s->worker.num_pages = (int64_t)floor(wanted * left / cache);
+        s->needed_bytes = weights + buffers + left;
         return 0;
     }
     return error_set(err, ERR_MEMORY,
@@ -190,6 +194,15 @@ static int choose_context(const struct manifest *manifest, const struct session_
     return 0;
 }
 
+int session_settle(struct session *s, const struct session *other, struct error *err)
+{
+    double available = host_memory_available(), taken = other && !other->launch ? other->needed_bytes : 0;
+    s->worker.num_pages = s->wanted_pages;
+    int rc = settle_memory(s, available < 0 ? INFINITY : available - taken, err);
+    s->settled = !rc;
+    return rc;
+}
+
 int session_launch(struct session *s, struct error *err)
 {
     const struct model_desc *d = &s->manifest->model;
@@ -203,9 +216,8 @@ int session_launch(struct session *s, struct error *err)
     };
     if (s->launch)
         return 0;
-    s->worker.num_pages = s->wanted_pages;
     s->start = (struct start_figures){.open_ns = s->start.open_ns, .launch_ns = clock_now_ns()};
-    int rc = settle_memory(s, err);
+    int rc = s->settled ? 0 : session_settle(s, NULL, err);
     if (rc || (rc = launch_start(&s->launch, &launch, worker_main, &s->worker, err)))
         return rc;
     s->shared = launch_shared(s->launch);
@@ -278,7 +290,7 @@ void session_stop(struct session *s)
     s->scheduler = NULL;
     s->launch = NULL;
     s->shared = NULL;
-    s->ready = false;
+    s->ready = s->settled = false;
 }
 
 // What the kernels and ranks of this version can run.
@@ -353,6 +365,7 @@ int session_open(struct session **out, const char *place, const struct session_o
     s->backend_note = choice.note;
     s->worker.place = s->raw_place;
     s->worker.store = options->store;
+    s->worker.store.needs_one_version = strcmp(options->verify, "full") != 0;
     s->worker.manifest = s->manifest;
     s->worker.threads = options->threads > 0 ? (int)options->threads : default_threads(s->manifest->tp_size);
     s->worker.verify = verify_mode_of(options->verify);
@@ -537,8 +550,6 @@ int session_forward(struct session *s, const uint32_t *tokens, int64_t count, in
 
 // ---- generation ------------------------------------------------------------------------------------------------
 
-static double now_s(void) { return 1e-9 * (double)clock_now_ns(); }
-
 // One session_generate while it runs.
 struct run {
     struct generate_figures figures;
@@ -643,7 +654,7 @@ static int run_all(struct session *s, struct run *run, struct run_sequence *sequ
     while (!rc && run->running > 0) {
         rc = scheduler_step(s->scheduler, err);
         if (run->waiting == 0 && run->figures.first_s == 0) {
-            run->figures.first_s = now_s();
+            run->figures.first_s = clock_now_s();
             run->figures.first_tokens = run->figures.tokens;
         }
     }
@@ -674,9 +685,9 @@ int session_generate(struct session *s, struct generation *generations, int64_t 
     }
     int64_t steps = atomic_load(&s->shared->decode_steps), rows = atomic_load(&s->shared->decode_rows),
             sent = atomic_load(&s->shared->decode_sent_bytes);
-    run.figures.begin_s = now_s();
+    run.figures.begin_s = clock_now_s();
     rc = run_all(s, &run, sequences, generations, count, err);
-    run.figures.end_s = now_s();
+    run.figures.end_s = clock_now_s();
     run.figures.steps = atomic_load(&s->shared->decode_steps) - steps;
     run.figures.decode_rows = atomic_load(&s->shared->decode_rows) - rows;
     run.figures.sent_bytes = atomic_load(&s->shared->decode_sent_bytes) - sent;

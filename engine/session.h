@@ -1,5 +1,6 @@
 // The parent's end of a running model: opens a shard directory, here or behind a URL, plans memory, starts the ranks and gives them work. Every command of
-// tpengine goes through it. It never touches a weight. It belongs to one thread, the one that starts the ranks: they die with it.
+// tpengine goes through it. It never touches a weight. It belongs to one thread, the one that starts the ranks: they die with it. But session_manifest,
+// session_store, session_context and session_tokenizer may meanwhile be another's.
 #ifndef TPSHARD_ENGINE_SESSION_H
 #define TPSHARD_ENGINE_SESSION_H
 
@@ -42,15 +43,18 @@ extern const struct session_options session_defaults;
 
 struct session;
 
-// Reads the manifest and plans; no rank runs yet, so that whatever is wrong with options, prompts or tokens is said before any weight is
-// touched. max_sequences: how many sequences generate may run together. logits_rows: most tokens of one session_forward (0: none).
+// Reads the manifest and plans; no rank runs yet, so that whatever is wrong with options is said before any weight is touched. What is wrong with
+// prompts or tokens may be found while the ranks load: session_close then ends them. max_sequences: how many sequences generate may run together. logits_rows: most tokens of one session_forward (0: none).
 // Success: caller owns *out.
 int session_open(struct session **out, const char *place, const struct session_options *options, int64_t max_sequences,
                  int64_t logits_rows, struct error *err);
 // Starts the ranks and waits until they take work; the first work does it as well. Their weights may still be on their way (worker.h says what
 // that means for results). ERR_MEMORY with both figures when it cannot fit. Also starts again after session_stop.
 int session_start(struct session *session, struct error *err);
-// Starts the ranks and returns at once.
+// Plans the memory, with room for what `other` (NULL: none) has planned and not yet taken: ERR_MEMORY with both figures. session_launch does it where
+// nobody has; whoever launches two settles both before.
+int session_settle(struct session *session, const struct session *other, struct error *err);
+// Starts the ranks and returns at once. Until somebody waits for them, a signal ends the program.
 int session_launch(struct session *session, struct error *err);
 // After session_launch, between steps: 0 once, when all ranks are ready; 2 when extra_fd has input; or an error, at once when a rank is lost:
 // the ranks are then ended. With extra_fd -1 it returns 0 at once when the ranks are ready and idle.
@@ -71,7 +75,7 @@ void session_print_devices(struct session *session, FILE *out);
 int session_threads(const struct session *session); // of each rank
 const char *session_wire(const struct session *session);
 
-// The directory's compiled tokenizer, mapped and verified on first use. ERR_MODEL when the directory has none.
+// The directory's compiled tokenizer, read and verified on first use. ERR_MODEL when the directory has none.
 int session_tokenizer(struct session *session, const struct tokenizer **out, struct error *err);
 
 // ---- steps, for a scheduler --------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@
 #include "formats/json_file.h"
 #include "formats/shard_layout.h"
 
+#include <errno.h>
 #include <limits.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -71,6 +72,12 @@ void store_close(struct store *store)
     free(store->dir);
     free(store->cache_dir);
     free(store);
+}
+
+void store_cancel(struct store *store)
+{
+    if (store->http)
+        store_http_cancel(store->http);
 }
 
 bool store_is_remote(const struct store *store) { return store->http != NULL; }
@@ -166,41 +173,48 @@ int store_chat(struct chat **out, struct store *store, const struct manifest *ma
 
 struct store_file {
     struct store *store;
-    const struct manifest_file *named;
-    char *path; // of a local file
+    const struct manifest *manifest;
+    uint32_t rank;
+    char *path; // of a local file, also one of the cache
     uint64_t bytes;
     int fd;                         // of a local file, also one of the cache; else -1
     struct store_http_file *remote; // where it comes from when it is not, or no longer, in the cache; NULL: local
     bool was_cached;
-    atomic_bool is_dropped; // the cache's copy was found damaged
-    char cache_name[STORE_CACHE_NAME_BYTES];
+    atomic_bool is_dropped;   // the cache's copy was found damaged
     pthread_rwlock_t filling; // held for writing by who begins or ends to fill
     struct store_cache_fill *fill;
     char *note;
 };
 
+static const struct manifest_file *named(const struct store_file *file) { return &file->manifest->ranks[file->rank]; }
+
 static int open_local(struct store_file *file, struct error *err)
 {
-    if (asprintf(&file->path, "%s/%s", file->store->dir, file->named->name) < 0) {
+    if (asprintf(&file->path, "%s/%s", file->store->dir, named(file)->name) < 0) {
         file->path = NULL;
         return error_set(err, ERR_MEMORY, "%s: no memory for the name of a file", file->store->dir);
     }
-    return file_open_read(&file->fd, &file->bytes, file->path, err);
+    int rc = file_open_read(&file->fd, &file->bytes, file->path, err);
+    if (rc == ERR_IO && access(file->path, F_OK) && errno == ENOENT)
+        return error_set(err, ERR_IO, "%s: there is no such file; tpshard repair DIR --from SOURCE writes it again",
+                         file->path);
+    return rc;
 }
 
-static int open_remote(struct store_file *file, const struct manifest *manifest, uint32_t rank, struct error *err)
+static int open_remote(struct store_file *file, struct error *err)
 {
     struct store *store = file->store;
-    file->bytes = file->named->bytes;
-    int rc = store_http_file_open(&file->remote, store->http, file->named->name, file->bytes, err);
+    char cache_name[STORE_CACHE_NAME_BYTES];
+    file->bytes = named(file)->bytes;
+    int rc = store_http_file_open(&file->remote, store->http, named(file)->name, file->bytes, err);
     if (rc || !store->cache_dir)
         return rc;
-    store_cache_name(file->cache_name, manifest, rank);
-    file->fd = store_cache_open(store->cache_dir, file->cache_name, file->bytes);
+    store_cache_name(cache_name, file->manifest, file->rank);
+    file->fd = store_cache_open(store->cache_dir, cache_name, file->bytes);
     file->was_cached = file->fd >= 0;
     if (!file->was_cached)
         return 0;
-    if (asprintf(&file->path, "%s/%s", store->cache_dir, file->cache_name) < 0) {
+    if (asprintf(&file->path, "%s/%s", store->cache_dir, cache_name) < 0) {
         file->path = NULL;
         return error_set(err, ERR_MEMORY, "%s: no memory for the name of a file", store->cache_dir);
     }
@@ -214,10 +228,11 @@ int store_file_open(struct store_file **out, struct store *store, const struct m
     if (!file)
         return error_set(err, ERR_MEMORY, "%s: no memory for a file", store_place(store));
     file->store = store;
-    file->named = &manifest->ranks[rank];
+    file->manifest = manifest;
+    file->rank = rank;
     file->fd = -1;
     pthread_rwlock_init(&file->filling, NULL);
-    int rc = store->http ? open_remote(file, manifest, rank, err) : open_local(file, err);
+    int rc = store->http ? open_remote(file, err) : open_local(file, err);
     if (rc)
         store_file_close(file);
     else
@@ -241,7 +256,7 @@ void store_file_close(struct store_file *file)
 
 const char *store_file_name(const struct store_file *file)
 {
-    return file->path ? file->path : store_http_file_name(file->remote);
+    return file->remote ? store_http_file_name(file->remote) : file->path;
 }
 uint64_t store_file_bytes(const struct store_file *file) { return file->bytes; }
 int store_file_fd(const struct store_file *file) { return file->fd; }
@@ -255,8 +270,11 @@ int store_file_read(struct store_file *file, void *buffer, uint64_t num_bytes, u
 
 bool store_file_distrust(struct store_file *file)
 {
-    if (file->was_cached && !atomic_exchange(&file->is_dropped, true))
-        store_cache_drop(file->store->cache_dir, file->cache_name, file->fd);
+    char cache_name[STORE_CACHE_NAME_BYTES];
+    if (file->was_cached && !atomic_exchange(&file->is_dropped, true)) {
+        store_cache_name(cache_name, file->manifest, file->rank);
+        store_cache_drop(file->store->cache_dir, cache_name, file->fd);
+    }
     return file->was_cached;
 }
 
@@ -312,8 +330,6 @@ static void leave_cache(struct store_file *file)
     store_file_distrust(file);
     close(file->fd);
     file->fd = -1;
-    free(file->path);
-    file->path = NULL;
     file->was_cached = false;
 }
 
@@ -327,7 +343,7 @@ static void begin_to_fill(struct store_file *file)
 {
     struct store *store = file->store;
     struct error why = {0};
-    if (!file->fill && store_cache_fill_begin(&file->fill, store->cache_dir, file->cache_name, file->bytes,
+    if (!file->fill && store_cache_fill_begin(&file->fill, store->cache_dir, file->manifest, file->rank,
                                               store->cache_limit_bytes, &why)) {
         file->fill = NULL;
         note(file, &why);
@@ -345,7 +361,7 @@ int store_file_head(uint8_t **out, uint64_t *num_bytes, struct store_file *file,
         int rc = read_head(&bytes, &count, file, err);
         if (rc && !file->was_cached)
             return rc;
-        is_right = !rc && (!file->remote || checksum128_equal(checksum_whole(bytes, count), file->named->hash));
+        is_right = !rc && (!file->remote || checksum128_equal(checksum_whole(bytes, count), named(file)->hash));
         if (!is_right && file->was_cached)
             leave_cache(file);
         else

@@ -16,8 +16,13 @@ struct store_options {
     const char *cache_dir;     // rank files that were fetched and verified are kept there; NULL: nothing is kept
     int64_t cache_limit_bytes; // of all files there together; the ones longest unused go first; 0: no limit
     const char *bearer_token;  // sent as "Authorization: Bearer ...", to the URL's own host alone; NULL: none
-    // 0: the usual. The longest wait for a connection, and for an answer that does not move; the first pause before a request is repeated.
-    int connect_s, stall_s, pause_ms;
+    // The rank files' bytes are used without all of them being compared with their checksums: then all ranges of a file must come from one
+    // version of it (ETag or, without one, Last-Modified). Where all are compared, mirrors that mark the same bytes differently may answer.
+    bool needs_one_version;
+    // 0: the usual.
+    int connect_s; // longest wait for a connection
+    int stall_s;   // and for an answer that does not move
+    int pause_ms;  // the first one, before a request is repeated
 };
 
 struct store;
@@ -30,6 +35,8 @@ void store_close(struct store *store); // accepts NULL
 bool store_is_remote(const struct store *store);
 // For messages: as given, without trailing slashes, and of a URL without name, password and query, which may be secret.
 const char *store_place(const struct store *store);
+// What is under way and what is yet to come of the small files ends soon: ERR_IO. From any thread.
+void store_cancel(struct store *store);
 
 // The manifest, parsed and checked. Caller frees it with manifest_free.
 int store_manifest(struct manifest **out, struct store *store, struct error *err);
@@ -42,18 +49,20 @@ int store_chat(struct chat **out, struct store *store, const struct manifest *ma
 
 // ---- one large file ------------------------------------------------------------------------------------------------
 
-// Every function but open, head and close may be called from any thread.
+// Every function but open, head and close may be called from any thread, once head has returned.
 struct store_file;
 
 // The file of `rank`. store and manifest must outlive it. Remote: nothing is asked for yet; when the cache holds the file, it is a local one.
 int store_file_open(struct store_file **out, struct store *store, const struct manifest *manifest, uint32_t rank,
                     struct error *err);
-void store_file_close(struct store_file *file);             // accepts NULL; no read may be under way
-const char *store_file_name(const struct store_file *file); // for messages; of a local file its path
-uint64_t store_file_bytes(const struct store_file *file);   // local: its length; remote: what the manifest says
-int store_file_fd(const struct store_file *file);           // of a local file; -1: it is remote
+void store_file_close(struct store_file *file); // accepts NULL; no read may be under way
+// For messages, until close: the path of a local file; the URL of any other, also where the cache has it: what is wrong with it is to be mended there.
+const char *store_file_name(const struct store_file *file);
+uint64_t store_file_bytes(const struct store_file *file); // local: its length; remote: what the manifest says
+int store_file_fd(const struct store_file *file);         // of a local file or the cache's; -1: it is remote
 // Everything before the payload. A remote one that does not have the manifest's checksum is fetched anew, three times in all; whether it has is
-// then for the caller to say, in words that fit (shard_file_parse, shard_file_root). Caller frees *out.
+// then for the caller to say, in words that fit (shard_file_parse, shard_file_root). A cached file whose head is damaged becomes a remote one here.
+// Caller frees *out.
 int store_file_head(uint8_t **out, uint64_t *num_bytes, struct store_file *file, struct error *err);
 // Exactly num_bytes at offset. Remote: a ranged request, repeated with growing pauses when it fails or stalls, from where it broke off; ERR_IO
 // at last, ERR_CORRUPT when the file there has another length than the manifest says.
@@ -62,7 +71,7 @@ int store_file_read(struct store_file *file, void *buffer, uint64_t num_bytes, u
 // store_file_head. A cache that cannot be written ends the keeping and is no error: see store_file_note.
 void store_file_keep(struct store_file *file, const void *bytes, uint64_t num_bytes, uint64_t offset);
 // These bytes did not verify. True: they came from the cache, which has dropped the file; from here on store_file_read asks the server
-// (store_file_fd remains what it was, until close). False: they came from where the model lies.
+// (store_file_fd remains what it was). False: they came from where the model lies.
 bool store_file_distrust(struct store_file *file);
 // Every read ends soon, under way or to come: ERR_IO.
 void store_file_cancel(struct store_file *file);

@@ -3,6 +3,7 @@
 
 #include "formats/checked.h"
 #include "formats/file_io.h"
+#include "kernels/clock.h"
 
 #include <dirent.h>
 #include <errno.h>
@@ -19,6 +20,8 @@
 #include <unistd.h>
 
 #define LOCK_FILE_NAME ".tpshard-cache.lock"
+static const double lock_s =
+    1; // whoever holds the lock longer is stopped or behind a dead network: a start does not wait for that
 
 void store_cache_name(char *name, const struct manifest *manifest, uint32_t rank)
 {
@@ -114,12 +117,14 @@ struct entry {
     char name[NAME_MAX + 1];
     uint64_t bytes;
     struct timespec used;
+    bool is_own; // of the model that is loaded
 };
 
 struct listing {
     struct entry *entries;
     size_t count, capacity;
-    uint64_t bytes, filling_bytes; // of all entries; of those that others are filling
+    uint64_t bytes, own_bytes,
+        filling_bytes; // of all entries; of those of the model that is loaded; of those that others are filling
 };
 
 // Whether the process that filled it is gone; if so, so is the file.
@@ -135,7 +140,19 @@ static bool clear_part(int dir_fd, const char *name)
     return gone;
 }
 
-static int list_file(struct listing *list, int dir_fd, const char *name, struct error *err)
+static bool is_of_model(const char *name, const struct manifest *manifest)
+{
+    char own[STORE_CACHE_NAME_BYTES];
+    for (uint32_t rank = 0; rank < manifest->num_ranks; rank++) {
+        store_cache_name(own, manifest, rank);
+        if (strcmp(name, own) == 0)
+            return true;
+    }
+    return false;
+}
+
+static int list_file(struct listing *list, int dir_fd, const char *name, const struct manifest *manifest,
+                     struct error *err)
 {
     uint64_t named_bytes;
     struct stat status;
@@ -160,7 +177,9 @@ static int list_file(struct listing *list, int dir_fd, const char *name, struct 
     strcpy(entry->name, name);
     entry->bytes = named_bytes;
     entry->used = status.st_mtim;
+    entry->is_own = is_of_model(name, manifest);
     list->bytes += named_bytes;
+    list->own_bytes += entry->is_own ? named_bytes : 0;
     return 0;
 }
 
@@ -172,8 +191,27 @@ static int compare_use(const void *a, const void *b)
     return (x->tv_nsec > y->tv_nsec) - (x->tv_nsec < y->tv_nsec);
 }
 
+// Drops what is longest unused, but none of the model's own, until file_bytes fit.
+static int drop_entries(struct listing *list, int dir_fd, const char *dir, uint64_t file_bytes, uint64_t limit_bytes,
+                        struct error *err)
+{
+    uint64_t filling_bytes = list->filling_bytes;
+    if (filling_bytes + file_bytes > limit_bytes || list->own_bytes + filling_bytes + file_bytes > limit_bytes)
+        return error_set(err, ERR_IO,
+                         "%s: %" PRIu64 " bytes more do not fit into the cache's limit of %" PRIu64 ", beside %" PRIu64
+                         " of the same model's other ranks and %" PRIu64 " that are being fetched",
+                         dir, file_bytes, limit_bytes, list->own_bytes, filling_bytes);
+    if (list->count)
+        qsort(list->entries, list->count, sizeof *list->entries, compare_use);
+    for (size_t i = 0; i < list->count && list->bytes + filling_bytes + file_bytes > limit_bytes; i++)
+        if (!list->entries[i].is_own && unlinkat(dir_fd, list->entries[i].name, 0) == 0)
+            list->bytes -= list->entries[i].bytes;
+    return 0;
+}
+
 // The lock of the cache is held.
-static int make_room(int dir_fd, const char *dir, uint64_t file_bytes, uint64_t limit_bytes, struct error *err)
+static int make_room(int dir_fd, const char *dir, const struct manifest *manifest, uint64_t file_bytes,
+                     uint64_t limit_bytes, struct error *err)
 {
     struct listing list = {0};
     int rc = 0, copy = fcntl(dir_fd, F_DUPFD_CLOEXEC, 0);
@@ -184,17 +222,10 @@ static int make_room(int dir_fd, const char *dir, uint64_t file_bytes, uint64_t 
         return error_set_errno(err, "%s: cannot list the cache", dir);
     }
     for (const struct dirent *found; !rc && (found = readdir(stream));)
-        rc = list_file(&list, dir_fd, found->d_name, err);
+        rc = list_file(&list, dir_fd, found->d_name, manifest, err);
     closedir(stream);
-    if (!rc && limit_bytes && list.filling_bytes + file_bytes > limit_bytes)
-        rc = error_set(err, ERR_IO, "%s: %" PRIu64 " bytes more do not fit into the cache's limit of %" PRIu64, dir,
-                       file_bytes, limit_bytes);
-    if (!rc && limit_bytes && list.count) {
-        qsort(list.entries, list.count, sizeof *list.entries, compare_use);
-        for (size_t i = 0; i < list.count && list.bytes + list.filling_bytes + file_bytes > limit_bytes; i++)
-            if (unlinkat(dir_fd, list.entries[i].name, 0) == 0)
-                list.bytes -= list.entries[i].bytes;
-    }
+    if (!rc && limit_bytes)
+        rc = drop_entries(&list, dir_fd, dir, file_bytes, limit_bytes, err);
     free(list.entries);
     return rc;
 }
@@ -210,43 +241,64 @@ struct store_cache_fill {
     char *path; // of the entry, for messages
     char name[STORE_CACHE_NAME_BYTES], part_name[STORE_CACHE_NAME_BYTES + 48];
     uint64_t file_bytes;
-    bool done;
+    bool done, publishes; // it has its name; `publisher` is there to be joined
+    pthread_t publisher;
     pthread_mutex_t mutex;
     struct extent *extents; // what is there: in order, none touching the next
     size_t num_extents, capacity;
 };
 
-static int begin_part(struct store_cache_fill *fill, const char *dir, int64_t limit_bytes, struct error *err)
+// The descriptor that holds it, or -1.
+static int lock_cache(const struct store_cache_fill *fill, const char *dir, struct error *err)
+{
+    double end_s = clock_now_s() + lock_s;
+    int fd = openat(fill->dir_fd, LOCK_FILE_NAME, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0666);
+    int failed = fd < 0;
+    while (!failed && flock(fd, LOCK_EX | LOCK_NB) && !(failed = errno != EWOULDBLOCK && errno != EINTR)) {
+        if (clock_now_s() > end_s) {
+            error_set(err, ERR_IO, "%s: another process holds the cache's lock", dir);
+            close(fd);
+            return -1;
+        }
+        nanosleep(&(struct timespec){.tv_nsec = 5000000}, NULL);
+    }
+    if (!failed)
+        return fd;
+    error_set_errno(err, "%s: cannot lock the cache", dir);
+    if (fd >= 0)
+        close(fd);
+    return -1;
+}
+
+static int begin_part(struct store_cache_fill *fill, const char *dir, const struct manifest *manifest,
+                      int64_t limit_bytes, struct error *err)
 {
     static atomic_uint counter;
-    int rc, lock_fd = openat(fill->dir_fd, LOCK_FILE_NAME, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666);
-    if (lock_fd < 0 || flock(lock_fd, LOCK_EX)) {
-        rc = error_set_errno(err, "%s: cannot lock the cache", dir);
-        goto done;
-    }
-    if ((rc = make_room(fill->dir_fd, dir, fill->file_bytes, (uint64_t)limit_bytes, err)))
+    int rc, lock_fd = lock_cache(fill, dir, err);
+    if (lock_fd < 0)
+        return ERR_IO;
+    if ((rc = make_room(fill->dir_fd, dir, manifest, fill->file_bytes, (uint64_t)limit_bytes, err)))
         goto done;
     snprintf(fill->part_name, sizeof fill->part_name, ".%s.%ld-%u.part", fill->name, (long)getpid(), counter++);
     fill->fd = openat(fill->dir_fd, fill->part_name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0666);
     if (fill->fd < 0 || flock(fill->fd, LOCK_EX | LOCK_NB) || ftruncate(fill->fd, (off_t)fill->file_bytes))
         rc = error_set_errno(err, "%s: cannot write to the cache", dir);
 done:
-    if (lock_fd >= 0)
-        close(lock_fd);
+    close(lock_fd);
     return rc;
 }
 
-int store_cache_fill_begin(struct store_cache_fill **out, const char *dir, const char *name, uint64_t file_bytes,
-                           int64_t limit_bytes, struct error *err)
+int store_cache_fill_begin(struct store_cache_fill **out, const char *dir, const struct manifest *manifest,
+                           uint32_t rank, int64_t limit_bytes, struct error *err)
 {
     int rc;
     struct store_cache_fill *fill = calloc(1, sizeof *fill);
     if (!fill)
         return error_set(err, ERR_MEMORY, "%s: no memory for the cache", dir);
-    *fill = (struct store_cache_fill){.dir_fd = -1, .fd = -1, .file_bytes = file_bytes};
+    *fill = (struct store_cache_fill){.dir_fd = -1, .fd = -1, .file_bytes = manifest->ranks[rank].bytes};
     pthread_mutex_init(&fill->mutex, NULL);
-    snprintf(fill->name, sizeof fill->name, "%s", name);
-    if (asprintf(&fill->path, "%s/%s", dir, name) < 0) {
+    store_cache_name(fill->name, manifest, rank);
+    if (asprintf(&fill->path, "%s/%s", dir, fill->name) < 0) {
         fill->path = NULL;
         rc = error_set(err, ERR_MEMORY, "%s: no memory for the cache", dir);
         goto fail;
@@ -255,7 +307,7 @@ int store_cache_fill_begin(struct store_cache_fill **out, const char *dir, const
         rc = error_set_errno(err, "%s: cannot use the cache", dir);
         goto fail;
     }
-    if ((rc = begin_part(fill, dir, limit_bytes, err)))
+    if ((rc = begin_part(fill, dir, manifest, limit_bytes, err)))
         goto fail;
     *out = fill;
     return 0;
@@ -288,6 +340,29 @@ static int add_extent(struct store_cache_fill *fill, struct extent new)
     return 0;
 }
 
+static bool is_whole(const struct store_cache_fill *fill)
+{
+    return fill->num_extents == 1 && fill->extents[0].begin == 0 && fill->extents[0].end == fill->file_bytes;
+}
+
+// What is not on the disk has no name: after a power failure an entry of the right length could be zeros, which nobody who verifies only
+// a part would see.
+static void *publish(void *arg)
+{
+    struct store_cache_fill *fill = arg;
+    if (fdatasync(fill->fd) == 0 && renameat(fill->dir_fd, fill->part_name, fill->dir_fd, fill->name) == 0)
+        fill->done = true;
+    return NULL;
+}
+
+// Whoever brought the last byte has no time to wait for the disk.
+static void begin_to_publish(struct store_cache_fill *fill)
+{
+    fill->publishes = pthread_create(&fill->publisher, NULL, publish, fill) == 0;
+    if (!fill->publishes)
+        publish(fill);
+}
+
 int store_cache_fill_add(struct store_cache_fill *fill, const void *bytes, uint64_t num_bytes, uint64_t offset,
                          struct error *err)
 {
@@ -296,13 +371,14 @@ int store_cache_fill_add(struct store_cache_fill *fill, const void *bytes, uint6
     int rc = file_pwrite_full(fill->fd, bytes, num_bytes, offset, fill->path, err);
     if (rc)
         return rc;
+    // Begun now, so that little is left to wait for at the end.
+    sync_file_range(fill->fd, (off_t)offset, (off_t)num_bytes, SYNC_FILE_RANGE_WRITE);
     pthread_mutex_lock(&fill->mutex);
+    bool was_whole = is_whole(fill);
     if (add_extent(fill, (struct extent){offset, offset + num_bytes}))
         rc = error_set(err, ERR_MEMORY, "%s: no memory for the cache", fill->path);
-    bool whole = !rc && !fill->done && fill->extents[0].begin == 0 && fill->extents[0].end == fill->file_bytes;
-    if (whole && renameat(fill->dir_fd, fill->part_name, fill->dir_fd, fill->name))
-        rc = error_set_errno(err, "%s: cannot be given its name", fill->path);
-    fill->done |= whole && !rc;
+    if (!rc && !was_whole && is_whole(fill))
+        begin_to_publish(fill);
     pthread_mutex_unlock(&fill->mutex);
     return rc;
 }
@@ -311,6 +387,8 @@ void store_cache_fill_end(struct store_cache_fill *fill)
 {
     if (!fill)
         return;
+    if (fill->publishes)
+        pthread_join(fill->publisher, NULL);
     if (fill->fd >= 0 && !fill->done)
         unlinkat(fill->dir_fd, fill->part_name, 0);
     if (fill->fd >= 0)

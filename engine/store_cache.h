@@ -2,9 +2,9 @@
 //
 // An entry is "<contract>-rank-<r>-of-<n>-<bytes>-<hash>.tpshard", where <hash>, the manifest's, covers the leaves and with them the payload:
 // two models never mix. While it is filled it is ".<entry>.<process>-<number>.part", as long as it will be, and locked by its writer; it gets
-// its name with its last byte. Nothing is synced: what a crash tears is found by its checksums. Entries are used by whoever opens them, also after they
-// were dropped. Last use is the time of modification; ".tpshard-cache.lock" keeps two from making room at once. Other files in there are
-// left alone.
+// its name when its last byte is on the disk: an entry is whole, after a power failure too. Entries are used by whoever opens them, also after they
+// were dropped. Last use is the time of modification; ".tpshard-cache.lock" keeps two from making room at once; it is
+// waited for a moment only. Other files in there are left alone.
 #ifndef TPSHARD_ENGINE_STORE_CACHE_H
 #define TPSHARD_ENGINE_STORE_CACHE_H
 
@@ -25,13 +25,16 @@ void store_cache_drop(const char *dir, const char *name, int fd);
 
 struct store_cache_fill;
 
-// Begins an entry. Makes the directory if its parent is there, and drops the entries longest unused until file_bytes more fit below limit_bytes (0:
-// no limit), counting what others are filling; files that no living process fills any more go as well.
-int store_cache_fill_begin(struct store_cache_fill **out, const char *dir, const char *name, uint64_t file_bytes,
-                           int64_t limit_bytes, struct error *err);
-// Bytes of the file, in any order, from any thread. With the last of them the entry is there.
+// Begins the entry of a rank. Makes the directory if its parent is there, and drops the entries longest unused until the rank's bytes more fit below
+// limit_bytes (0: no limit), counting what others are filling; files that no living process fills any more go as well. The other ranks of the
+// same model stay: where not all of them fit, ERR_IO, so that those which are there remain of use. ERR_IO too while another process holds the
+// cache.
+int store_cache_fill_begin(struct store_cache_fill **out, const char *dir, const struct manifest *manifest,
+                           uint32_t rank, int64_t limit_bytes, struct error *err);
+// Bytes of the file, in any order, from any thread. Soon after the last of them the entry is there, at the latest when the fill has ended.
 int store_cache_fill_add(struct store_cache_fill *fill, const void *bytes, uint64_t num_bytes, uint64_t offset,
                          struct error *err);
-void store_cache_fill_end(struct store_cache_fill *fill); // removes what is not whole; accepts NULL
+// Removes what is not whole; of what is, waits for the disk. Accepts NULL.
+void store_cache_fill_end(struct store_cache_fill *fill);
 
 #endif

@@ -30,6 +30,7 @@ static bool is_loaded;
 
 static int load(struct error *err)
 {
+    struct store_curl loaded;
     void *library = dlopen("libcurl.so.4", RTLD_NOW | RTLD_LOCAL);
     if (!library)
         library = dlopen("libcurl-gnutls.so.4", RTLD_NOW | RTLD_LOCAL);
@@ -38,12 +39,15 @@ static int load(struct error *err)
                          "a model behind a URL needs libcurl.so.4, which this system lacks (Debian: libcurl4)");
     for (size_t i = 0; i < sizeof functions / sizeof *functions; i++) {
         void *function = dlsym(library, functions[i].name);
-        if (!function)
+        if (!function) {
+            dlclose(library);
             return error_set(err, ERR_IO, "libcurl.so.4 has no %s: it is too old", functions[i].name);
-        memcpy((char *)&curl + functions[i].offset, &function, sizeof function);
+        }
+        memcpy((char *)&loaded + functions[i].offset, &function, sizeof function);
     }
-    if (curl.global_init(CURL_GLOBAL_DEFAULT))
+    if (loaded.global_init(CURL_GLOBAL_DEFAULT))
         return error_set(err, ERR_IO, "libcurl.so.4 does not start");
+    curl = loaded;
     return 0;
 }
 
@@ -53,7 +57,8 @@ int store_curl_load(const struct store_curl **out, struct error *err)
     int rc = is_loaded ? 0 : load(err);
     is_loaded = !rc;
     pthread_mutex_unlock(&mutex);
-    *out = &curl;
+    if (!rc)
+        *out = &curl;
     return rc;
 }
 

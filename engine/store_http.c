@@ -38,7 +38,8 @@ struct store_http {
     struct store_url url;
     struct curl_slist *headers;
     const char *ca_file; // NULL: libcurl's own choice
-    bool has_token;
+    bool has_token, needs_one_version;
+    atomic_bool cancelled;
     long connect_s, stall_s, pause_ms;
     atomic_bool reached; // the server has answered before
     pthread_mutex_t mutex;
@@ -143,7 +144,9 @@ static int fail_transfer(struct transfer *t, CURLcode code)
         return FAIL(t, false, ERR_IO, "the server redirects where %s must not lead: %s",
                     t->http->url.is_tls ? "https" : "http", reason);
     case CURLE_OUT_OF_MEMORY: // libcurl's word for a line of headers beyond 100 KB as well
-        return FAIL(t, false, ERR_IO, "no memory for the answer, or the server sends a header without end");
+        return t->header_bytes && t->state == HEADERS
+                   ? FAIL(t, false, ERR_IO, "no memory for the answer, or the server sends a header without end")
+                   : FAIL(t, false, ERR_MEMORY, "no memory for the answer");
     default:
         return FAIL(t, false, ERR_IO, "the request failed: %s", reason);
     }
@@ -151,7 +154,7 @@ static int fail_transfer(struct transfer *t, CURLcode code)
 
 static bool is_cancelled(const struct transfer *t)
 {
-    return t->file && atomic_load_explicit(&t->file->cancelled, memory_order_relaxed);
+    return atomic_load_explicit(t->file ? &t->file->cancelled : &t->http->cancelled, memory_order_relaxed);
 }
 
 // ---- the head of an answer -----------------------------------------------------------------------------------------
@@ -243,6 +246,8 @@ static int check_unchanged(struct transfer *t)
     struct store_http_file *file = t->file;
     const struct answer *a = &t->answer;
     bool changed = false;
+    if (!t->http->needs_one_version)
+        return 0;
     pthread_mutex_lock(&file->mutex);
     if (!*file->etag && !*file->modified) {
         copy(file->etag, sizeof file->etag, a->etag);
@@ -565,6 +570,7 @@ int store_http_open(struct store_http **out, struct store_url url, const struct 
         return error_set(err, ERR_MEMORY, "no memory for a URL");
     }
     http->url = url;
+    http->needs_one_version = options->needs_one_version;
     http->connect_s = options->connect_s ? options->connect_s : CONNECT_S;
     http->stall_s = options->stall_s ? options->stall_s : STALL_S;
     http->pause_ms = options->pause_ms ? options->pause_ms : FIRST_PAUSE_MS;
@@ -599,6 +605,8 @@ void store_http_close(struct store_http *http)
     store_url_clear(&http->url);
     free(http);
 }
+
+void store_http_cancel(struct store_http *http) { atomic_store(&http->cancelled, true); }
 
 const char *store_http_place(const struct store_http *http) { return http->url.shown; }
 

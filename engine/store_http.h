@@ -2,8 +2,8 @@
 // repeated where trying again may help. It leaves to others: whether the bytes are the right ones.
 //
 // What a server may not do: answer a range with the whole file, with another range or with more or fewer bytes; encode; redirect more than 5
-// times, to anything but http and https, or from https to http; send endless headers; change a file between two ranges (ETag or, without
-// one, Last-Modified). The token goes to the URL's own host alone.
+// times, to anything but http and https, or from https to http; send endless headers; where needs_one_version asks for that, change a file
+// between two ranges. The token goes to the URL's own host alone, whatever its port where libcurl is older than 7.83.
 #ifndef TPSHARD_ENGINE_STORE_HTTP_H
 #define TPSHARD_ENGINE_STORE_HTTP_H
 
@@ -19,6 +19,7 @@ struct store_http;
 int store_http_open(struct store_http **out, struct store_url url, const struct store_options *options,
                     struct error *err);
 void store_http_close(struct store_http *http); // accepts NULL; after its files
+void store_http_cancel(struct store_http *http);
 const char *store_http_place(const struct store_http *http);
 
 // A whole file; ERR_CORRUPT when it has more than cap_bytes. Success: the caller owns *out (free), followed by one NUL byte.

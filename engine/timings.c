@@ -10,9 +10,12 @@
 // Phases overlap: that is what the loader is for.
 #include "engine/commands.h"
 
+#include "formats/tokenizer_text.h"
+
 #include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 static double seconds(int64_t from_ns, int64_t to_ns)
 {
@@ -24,6 +27,21 @@ static json_t *seconds_or_null(int64_t from_ns, int64_t to_ns)
     return to_ns ? json_real(seconds(from_ns, to_ns)) : json_null();
 }
 
+// Paths and words of the system are any bytes; JSON takes UTF-8 alone.
+static json_t *text_of(const char *text)
+{
+    size_t bytes = strlen(text);
+    char *copy = malloc(bytes + 1);
+    if (!copy)
+        return NULL;
+    memcpy(copy, text, bytes + 1);
+    for (size_t at = 0; (at += tokenizer_text_valid_prefix(copy + at, bytes - at)) < bytes;)
+        copy[at] = '?';
+    json_t *string = json_string(copy);
+    free(copy);
+    return string;
+}
+
 static json_t *describe_rank(const struct rank_start *start, int rank, uint64_t file_bytes)
 {
     const struct load_figures *load = &start->load;
@@ -33,11 +51,12 @@ static json_t *describe_rank(const struct rank_start *start, int rank, uint64_t 
                   seconds(program_start.main_ns, start->begin_ns), "open_s", seconds(start->begin_ns, start->opened_ns),
                   "warm_up_s", seconds(start->load_ns, start->prepared_ns), "loaded_s",
                   seconds_or_null(program_start.main_ns, loaded_ns));
-    json_t *more = json_pack("{s:s, s:s, s:i, s:I, s:f, s:f, s:f, s:f, s:f, s:f, s:I, s:s}", "path",
-                             load_path_name(load->path), "why", load->why, "threads", load->threads, "read_bytes",
-                             (json_int_t)load->read_bytes, "read_s", load->read_s, "verify_s", load->verify_s,
-                             "decode_s", load->decode_s, "copy_s", load->copy_s, "wall_s", load->wall_s, "cpu_s",
-                             start->cpu_s, "fetched_again", (json_int_t)load->fetched_again, "note", start->note);
+    json_t *more =
+        json_pack("{s:s, s:o, s:i, s:I, s:f, s:f, s:f, s:f, s:f, s:f, s:I, s:o}", "path", load_path_name(load->path),
+                  "why", text_of(load->why), "threads", load->threads, "read_bytes", (json_int_t)load->read_bytes,
+                  "read_s", load->read_s, "verify_s", load->verify_s, "decode_s", load->decode_s, "copy_s",
+                  load->copy_s, "wall_s", load->wall_s, "cpu_s", start->cpu_s, "fetched_again",
+                  (json_int_t)load->fetched_again, "note", text_of(start->note));
     if (object && more && (!loaded_ns || json_object_update(object, more) == 0)) {
         json_decref(more);
         return object;

@@ -109,14 +109,14 @@ int tokenize_run(int argc, char **argv, struct error *err)
 {
     (void)argc;
     struct store *store = NULL;
-    const struct store_options place = chosen_store_options();
+    struct store_options place;
     struct manifest *manifest = NULL;
     struct tokenizer_file file = {0};
     char *text = NULL;
     size_t bytes = strlen(argv[1]);
     int rc;
-    if ((rc = store_open(&store, argv[0], &place, err)) || (rc = store_manifest(&manifest, store, err)) ||
-        (rc = tokenizer_file_open(&file, store, manifest, err)))
+    if ((rc = choose_store(&place, argv[0], err)) || (rc = store_open(&store, argv[0], &place, err)) ||
+        (rc = store_manifest(&manifest, store, err)) || (rc = tokenizer_file_open(&file, store, manifest, err)))
         goto done;
     if (strcmp(argv[1], "-") == 0 && (rc = read_text("-", &text, &bytes, err)))
         goto done;

@@ -180,11 +180,13 @@ static int settle_memory(struct worker *w, struct device_shape *shape, struct er
 
 // ---- start -----------------------------------------------------------------------------------------------------
 
-// A thread of the rank waits for bytes, and some have come.
+// A thread of the rank waits for bytes, and some have come. When all ranks are to end, it must not wait for those that are on their way.
 static void on_progress(void *arg)
 {
     struct worker *w = arg;
     comm_at(w->env->comm, OP_LOAD, -1);
+    if (rank_is_stopped(w->env))
+        store_file_cancel(w->model.source);
 }
 
 static void on_lost(void *arg, const struct error *why)

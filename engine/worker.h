@@ -23,8 +23,8 @@ enum worker_command {
     COMMAND_STEP,        // the step area: run the step, choose tokens
 };
 
-// How one rank started. Times are nanoseconds of CLOCK_MONOTONIC. Written by the rank before it takes commands; what follows loaded_ns before that
-// is set.
+// How one rank started. Times are nanoseconds of CLOCK_MONOTONIC. Written by the rank; good to read: what stands before loaded_ns when the ranks are
+// ready, what stands behind it when loaded_ns is not 0.
 struct rank_start {
     int64_t begin_ns;       // it runs
     int64_t opened_ns;      // its file's head has been read

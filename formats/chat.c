@@ -14,6 +14,7 @@ enum { MAX_VARIABLES = 64 };
 struct chat {
     struct template *usual, *with_tools; // with_tools: NULL when there is no own one
     struct json_object special_tokens;   // json NULL: none known
+    char *text;
 };
 
 static int compile(struct template **out, const struct chat_text *text, const char *place, const char *name,
@@ -39,6 +40,11 @@ int chat_open(struct chat **out, const struct chat_files *files, struct error *e
                        CHAT_TEMPLATE_FILE);
         goto fail;
     }
+    const struct chat_text *text = files->with_tools.text ? &files->with_tools : &files->usual;
+    if (!(chat->text = strndup(text->text, text->bytes))) {
+        rc = error_set(err, ERR_MEMORY, "%s: out of memory for the chat template", files->place);
+        goto fail;
+    }
     if (tokens->text && (rc = json_file_parse(&chat->special_tokens, tokens->text, tokens->bytes,
                                               CHAT_SPECIAL_TOKENS_FILE, ERR_MODEL, err)))
         goto fail;
@@ -56,8 +62,11 @@ void chat_close(struct chat *chat)
     template_free(chat->usual);
     template_free(chat->with_tools);
     json_file_close(&chat->special_tokens);
+    free(chat->text);
     free(chat);
 }
+
+const char *chat_template_text(const struct chat *chat) { return chat->text; }
 
 // ---- messages
 

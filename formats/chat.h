@@ -38,6 +38,8 @@ struct chat; // immutable once opened: any number of threads may use it at the s
 // Copies what it needs. ERR_MODEL when there is no template, or one that cannot be used. Success: the caller owns *out.
 int chat_open(struct chat **out, const struct chat_files *files, struct error *err);
 void chat_close(struct chat *chat); // accepts NULL
+// The template for conversations with tools, or the only one, for whoever looks what a model is told and writes; until chat_close.
+const char *chat_template_text(const struct chat *chat);
 
 // All JSON is borrowed, and untrusted: no text of it becomes a control token.
 struct chat_request {

@@ -139,6 +139,24 @@ fail:
     return rc;
 }
 
+int file_take_space(int fd, uint64_t num_bytes, const char *path, struct error *err)
+{
+    int failed;
+    if (ftruncate(fd, (off_t)num_bytes))
+        return error_set_errno(err, "%s: cannot give it %llu bytes", path, (unsigned long long)num_bytes);
+    do {
+        failed = fallocate(fd, 0, 0, (off_t)num_bytes);
+    } while (failed && errno == EINTR);
+    if (failed && errno != EOPNOTSUPP && errno != ENOSYS)
+        return error_set_errno(err, "%s: cannot take %llu bytes of disk", path, (unsigned long long)num_bytes);
+    return 0;
+}
+
+int file_sync(int fd, const char *path, struct error *err)
+{
+    return fdatasync(fd) ? error_set_errno(err, "%s: cannot sync", path) : 0;
+}
+
 static int sync_dir_fd(int dir_fd, const char *dir_path, struct error *err)
 {
     if (fsync(dir_fd) && errno != EINVAL && errno != ENOTSUP)

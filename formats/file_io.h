@@ -35,6 +35,12 @@ int file_read_all(uint8_t **out, uint64_t *num_bytes, const char *path, uint64_t
 // a file ".<name>.tmp-*" behind; a failure leaves none.
 int file_write_atomic(const char *dir_path, const char *name, const void *bytes, uint64_t num_bytes, struct error *err);
 
+// Gives a file its length and takes the space at once, so that a full disk is found before the work and not after. What was not there before
+// reads as zeros. File systems that cannot reserve give the length alone.
+int file_take_space(int fd, uint64_t num_bytes, const char *path, struct error *err);
+// Makes what was written durable.
+int file_sync(int fd, const char *path, struct error *err);
+
 // Makes renames and new names in a directory durable. File systems that cannot sync a directory count as synced.
 int file_sync_dir(const char *dir_path, struct error *err);
 

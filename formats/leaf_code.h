@@ -24,6 +24,12 @@ enum {
         128 << 10,           // of payload in a frame (the last one may hold less); frames do not depend on each other
     LEAF_WORTH_PERCENT = 97, // what would take more of its size stays raw
 };
+// Payload bytes of leaf `leaf`: all but the last one are full.
+static inline uint64_t leaf_payload_bytes(uint64_t payload_bytes, uint64_t leaf)
+{
+    uint64_t left = payload_bytes - leaf * LEAF_MAX_BYTES;
+    return left < LEAF_MAX_BYTES ? left : (uint64_t)LEAF_MAX_BYTES;
+}
 // May a leaf of so much payload lie in so many bytes? Raw: just as many; else at most LEAF_WORTH_PERCENT of it.
 bool leaf_code_fits(uint32_t code, uint64_t payload_bytes, uint64_t stored_bytes);
 

@@ -96,7 +96,7 @@ enum { REPAIR_BYTES = 512 };
 static const char *how_to_repair(char out[REPAIR_BYTES], const char *name)
 {
     static const char plain[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_./-";
-    const char *slash = strrchr(name, '/'), *dir = slash ? name : ".", *quote = "", *where = "";
+    const char *slash = strrchr(name, '/'), *dir = slash ? name : ".", *quote = "", *where = "", *here = "";
     int length = slash ? (int)(slash - name) + (slash == name) : 1;
     if (strstr(name, "://"))
         where = " where it was published";
@@ -106,8 +106,10 @@ static const char *how_to_repair(char out[REPAIR_BYTES], const char *name)
     } else if (strspn(dir, plain) < (size_t)length) {
         quote = "'";
     }
-    snprintf(out, REPAIR_BYTES, "repair it%s: tpshard repair %s%.*s%s --from SOURCE, the checkpoint or another copy",
-             where, quote, length, dir, quote);
+    if (*dir == '-') // no option
+        here = "./";
+    snprintf(out, REPAIR_BYTES, "repair it%s: tpshard repair %s%s%.*s%s --from SOURCE, the checkpoint or another copy",
+             where, quote, here, length, dir, quote);
     return out;
 }
 

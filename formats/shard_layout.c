@@ -69,8 +69,7 @@ bool shard_layout_file(struct shard_disk_layout *out, uint64_t tensor_count, uin
 uint64_t shard_layout_leaf_bytes(const struct shard_disk_layout *layout, uint64_t index)
 {
     assert(index < layout->leaf_count);
-    uint64_t left = layout->payload_bytes - index * SHARD_LEAF_BYTES;
-    return left < SHARD_LEAF_BYTES ? left : SHARD_LEAF_BYTES;
+    return leaf_payload_bytes(layout->payload_bytes, index);
 }
 
 const char *shard_layout_stored(struct shard_disk_layout *layout, const struct shard_leaf *table, uint64_t *offsets)

@@ -153,11 +153,11 @@ static int report(const struct repair *repair, double seconds, struct error *err
     if (rc || failures->count == 0)
         return rc;
     if (failures->count == 1)
-        return error_set(err, ERR_CORRUPT, "%s", failures->shown[0].msg);
+        return error_set(err, failures->code, "%s", failures->shown[0].msg);
     for (uint64_t i = 0; i < failures->count && i < PRINTED; i++)
         fprintf(stderr, "%s\n", failures->shown[i].msg);
-    return error_set(err, ERR_CORRUPT, "%s: %" PRIu64 " things could not be repaired%s", repair->path, failures->count,
-                     failures->count > PRINTED ? "; the first are above" : "");
+    return error_set(err, failures->code, "%s: %" PRIu64 " things could not be repaired%s", repair->path,
+                     failures->count, failures->count > PRINTED ? "; the first are above" : "");
 }
 
 // ---- the command -------------------------------------------------------------------------------------------------
@@ -238,7 +238,8 @@ int repair_run(int argc, char **argv, struct error *err)
         (rc = read_manifest(&dir, argv[0], err)) || (rc = thread_pool_create(&pool, threads, err)) ||
         (rc = repair_begin(&repair, &dir, argv[0], pool, failures, err)))
         goto done;
-    rc = look_and_mend(&repair, err);
+    if (!(rc = output_dir_remove_leftovers(argv[0], err)))
+        rc = look_and_mend(&repair, err);
     repair_end(&repair);
 done:
     if (lock >= 0)

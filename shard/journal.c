@@ -3,6 +3,7 @@
 #include "shard/journal.h"
 
 #include "formats/file_io.h"
+#include "kernels/clock.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -11,16 +12,15 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
-enum { JOURNAL_CAP_BYTES = 64 << 20, LINE_BYTES = 128, SECOND_NS = 1000000000 };
+enum { JOURNAL_CAP_BYTES = 64 << 20, LINE_BYTES = 128 };
 
 struct journal {
     int fd;
     char path[PATH_MAX];
     uint64_t num_pieces, end, count;
-    int64_t synced_ns;
+    double synced_s;            // 0: never
     bool *done;                 // [num_pieces]
     struct checksum128 *hashes; // [num_pieces]
 };
@@ -80,17 +80,14 @@ static int read_entries(struct journal *journal, const char *wanted_key_line, st
 // Synced at most once a second: small models have many small pieces, and a lost line costs one of them.
 static int append(struct journal *journal, const char *line, int length, struct error *err)
 {
-    struct timespec clock;
     int rc = file_pwrite_full(journal->fd, line, (uint64_t)length, journal->end, journal->path, err);
     if (rc)
         return rc;
     journal->end += (uint64_t)length;
-    clock_gettime(CLOCK_MONOTONIC, &clock);
-    int64_t now_ns = (int64_t)clock.tv_sec * SECOND_NS + clock.tv_nsec;
-    if (journal->synced_ns == 0 || now_ns - journal->synced_ns >= SECOND_NS) {
-        journal->synced_ns = now_ns;
-        if (fdatasync(journal->fd))
-            return error_set_errno(err, "%s: cannot sync", journal->path);
+    double now_s = clock_now_s();
+    if (journal->synced_s == 0 || now_s - journal->synced_s >= 1) {
+        journal->synced_s = now_s;
+        return file_sync(journal->fd, journal->path, err);
     }
     return 0;
 }

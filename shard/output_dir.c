@@ -4,7 +4,6 @@
 #include "formats/chat.h"
 #include "formats/file_io.h"
 
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <fnmatch.h>
@@ -56,11 +55,10 @@ static bool is_dot(const char *name) { return strcmp(name, ".") == 0 || strcmp(n
 
 struct contents {
     bool manifest, rank_files, work, others; // work: a run's folder; others: our names, but none of these
-    char foreign[NAME_MAX + 1];        // a name that is not ours, or ""
+    char foreign[NAME_MAX + 1];              // a name that is not ours, or ""
 };
 
-// *entry is NULL at the end. What cannot be read in full is not taken for all there is.
-static int next_entry(const struct dirent **entry, DIR *dir, const char *path, struct error *err)
+int output_dir_next(const struct dirent **entry, DIR *dir, const char *path, struct error *err)
 {
     errno = 0;
     *entry = readdir(dir);
@@ -74,7 +72,7 @@ static int look(struct contents *out, const char *path, struct error *err)
     if (!dir)
         return error_set_errno(err, "%s: cannot read the directory", path);
     *out = (struct contents){0};
-    for (const struct dirent *entry; !(rc = next_entry(&entry, dir, path, err)) && entry;) {
+    for (const struct dirent *entry; !(rc = output_dir_next(&entry, dir, path, err)) && entry;) {
         const char *name = entry->d_name;
         if (is_dot(name))
             continue;
@@ -157,7 +155,7 @@ static int for_names(const struct output_dir *dir, const char *path, bool (*want
     DIR *stream = opendir(path);
     if (!stream)
         return error_set_errno(err, "%s: cannot read the directory", path);
-    for (const struct dirent *entry; !rc && !(rc = next_entry(&entry, stream, path, err)) && entry;)
+    for (const struct dirent *entry; !rc && !(rc = output_dir_next(&entry, stream, path, err)) && entry;)
         if (!is_dot(entry->d_name) && wanted(entry->d_name))
             rc = act(dir, path, entry->d_name, err);
     closedir(stream);
@@ -226,6 +224,11 @@ static int remove_name(const struct output_dir *dir, const char *path, const cha
     (void)dir;
     snprintf(full, sizeof full, "%s/%s", path, name);
     return unlink(full) ? error_set_errno(err, "%s: cannot remove", full) : 0;
+}
+
+int output_dir_remove_leftovers(const char *path, struct error *err)
+{
+    return for_names(NULL, path, is_leftover, remove_name, err);
 }
 
 static bool any_name(const char *name) { return *name != 0; }

@@ -9,6 +9,7 @@
 #include "formats/error.h"
 #include "formats/manifest.h"
 
+#include <dirent.h>
 #include <limits.h>
 #include <stdbool.h>
 
@@ -25,10 +26,16 @@ int output_dir_lock(int *fd, const char *path, struct error *err);
 // Is it a name that tpshard gives to a file beside the manifest? Those of the list of SHA-256 checksums and its signatures are among them.
 bool output_dir_is_own_name(const char *name);
 
+// The next entry of a directory that is being read; NULL at the end. What cannot be read in full is not taken for all there is.
+int output_dir_next(const struct dirent **entry, DIR *dir, const char *path, struct error *err);
+
 // Takes the directory: it must not exist, be empty, hold what an interrupted run left, or, with force, a model made by
 // tpshard. Anything else is refused (ERR_USAGE). keep_work: leave the work folder of an earlier run as it is; else
 // it is removed and made anew. Success: output_dir_release.
 int output_dir_take(struct output_dir *out, const char *path, bool force, bool keep_work, struct error *err);
+
+// Removes what a crash has left of files that were written beside their place in a directory that is locked.
+int output_dir_remove_leftovers(const char *path, struct error *err);
 
 // Empties the work folder.
 int output_dir_clean(struct output_dir *dir, struct error *err);

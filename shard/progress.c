@@ -40,12 +40,14 @@ void progress_show(struct progress *progress)
     if (progress->terminal ? now - progress->shown_s < 0.1 : now - progress->shown_s < (tenth ? 1 : 10))
         return;
     double rate = (double)(done - progress->resumed_bytes) / (now - progress->started_s);
-    double left_s = rate > 0 ? (double)(progress->total_bytes - done) / rate : 0;
+    // What was not foreseen belongs to the whole, too.
+    uint64_t total = done > progress->total_bytes ? done : progress->total_bytes;
+    double left_s = rate > 0 ? (double)(total - done) / rate : 0;
     char done_text[32], total_text[32], rate_text[32];
     fprintf(stderr, "%s%s: %3.0f %%  %s of %s  %s/s  %.0f s left  %s%s", progress->terminal ? "\r" : "", progress->what,
-            100.0 * (double)done / (double)progress->total_bytes, progress_bytes_text(done_text, done),
-            progress_bytes_text(total_text, progress->total_bytes), progress_bytes_text(rate_text, (uint64_t)rate),
-            left_s, progress->label, progress->terminal ? "\033[K" : "\n");
+            100.0 * (double)done / (double)total, progress_bytes_text(done_text, done),
+            progress_bytes_text(total_text, total), progress_bytes_text(rate_text, (uint64_t)rate), left_s,
+            progress->label, progress->terminal ? "\033[K" : "\n");
     progress->drawn = progress->terminal;
     progress->shown_s = now;
     progress->shown_bytes = done;

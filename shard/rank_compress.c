@@ -39,8 +39,7 @@ struct work {
 
 static uint64_t leaf_bytes(const struct work *work, uint64_t leaf)
 {
-    uint64_t left = work->input->planned->payload_bytes - leaf * SHARD_LEAF_BYTES;
-    return left < SHARD_LEAF_BYTES ? left : SHARD_LEAF_BYTES;
+    return leaf_payload_bytes(work->input->planned->payload_bytes, leaf);
 }
 
 static uint8_t *slot_of(const struct work *work, uint64_t leaf)
@@ -235,15 +234,16 @@ static int finish(struct work *work, struct manifest_file *file, struct error *e
     uint8_t *head = NULL;
     int rc;
     file->bytes = work->layout.payload_offset + round_up(work->offsets[work->leaf_count], SHARD_FILE_ALIGN);
-    if (ftruncate(work->fd, (off_t)file->bytes) || fdatasync(work->fd))
-        return error_set_errno(err, "%s: cannot sync", input->path);
-    if ((rc = shard_compressed_head_serialise(&head, input->identity, input->planned->tensors, input->tensor_count,
+    if (ftruncate(work->fd, (off_t)file->bytes))
+        return error_set_errno(err, "%s: cannot give it %llu bytes", input->path, (unsigned long long)file->bytes);
+    if ((rc = file_sync(work->fd, input->path, err)) ||
+        (rc = shard_compressed_head_serialise(&head, input->identity, input->planned->tensors, input->tensor_count,
                                               work->checksums, work->leaves, &file->hash, err)))
         return rc;
     rc = file_pwrite_full(work->fd, head, work->layout.payload_offset, 0, input->path, err);
     free(head);
-    if (!rc && fdatasync(work->fd))
-        rc = error_set_errno(err, "%s: cannot sync", input->path);
+    if (!rc)
+        rc = file_sync(work->fd, input->path, err);
     int fd = work->fd;
     work->fd = -1;
     if (close(fd) && !rc)

@@ -28,18 +28,6 @@ struct rank_writer {
 
 // ---- opening -----------------------------------------------------------------------------------------------------
 
-// Takes the space at once, so that a full disk is found before the work and not after. It reads as zeros.
-static int take_space(int fd, uint64_t bytes, const char *path, struct error *err)
-{
-    int failed;
-    do {
-        failed = fallocate(fd, 0, 0, (off_t)bytes);
-    } while (failed && errno == EINTR);
-    if (failed && (errno == EOPNOTSUPP || errno == ENOSYS)) // a file system that cannot reserve
-        failed = ftruncate(fd, (off_t)bytes);
-    return failed ? error_set_errno(err, "%s: cannot take %llu bytes of disk", path, (unsigned long long)bytes) : 0;
-}
-
 // The file's name in the finished directory.
 static void final_path(char path[PATH_MAX], const struct rank_writer *writer, uint32_t rank)
 {
@@ -72,7 +60,7 @@ static int open_rank(struct rank_writer *writer, uint32_t rank, struct error *er
     writer->fds[rank] = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | (writer->keep ? 0 : O_TRUNC), 0666);
     if (writer->fds[rank] < 0)
         return error_set_errno(err, "%s: cannot create", path);
-    return take_space(writer->fds[rank], writer->plan->ranks[rank].file_bytes, path, err);
+    return file_take_space(writer->fds[rank], writer->plan->ranks[rank].file_bytes, path, err);
 }
 
 int rank_writer_open(struct rank_writer **out, const char *dir, const struct plan *plan, bool compress, bool keep,
@@ -159,7 +147,7 @@ static void hash_leaf(void *arg, int64_t task, int thread)
     if (pool_error_any(&job->failure))
         return;
     uint64_t offset = (uint64_t)task * SHARD_LEAF_BYTES;
-    uint64_t bytes = rank->payload_bytes - offset < SHARD_LEAF_BYTES ? rank->payload_bytes - offset : SHARD_LEAF_BYTES;
+    uint64_t bytes = leaf_payload_bytes(rank->payload_bytes, (uint64_t)task);
     int rc = stop_check(&err);
     if (!rc)
         rc = file_pread_full(job->writer->fds[job->rank], leaf, bytes, rank->payload_offset + offset,
@@ -193,8 +181,7 @@ static int finish_raw(struct rank_writer *writer, uint32_t rank, const struct sh
                                    &file->hash, err)) ||
         (rc = file_pwrite_full(writer->fds[rank], head, planned->payload_offset, 0, path, err)))
         goto done;
-    if (fdatasync(writer->fds[rank]))
-        rc = error_set_errno(err, "%s: cannot sync", path);
+    rc = file_sync(writer->fds[rank], path, err);
 done:
     free(head);
     free(job.leaves);

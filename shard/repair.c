@@ -17,6 +17,9 @@
 
 // So many leaves that come out wrong say that the source is another model: the rest need not be tried.
 enum { GIVE_UP_AFTER = 16 };
+// Reasons that are kept: no more are shown.
+enum { REASONS = VERIFY_SHOWN, NOT_TRIED = UINT8_MAX };
+_Static_assert((int)REASONS < (int)NOT_TRIED, "a byte tells them apart");
 
 int repair_begin(struct repair *out, struct shard_dir *dir, const char *path, struct thread_pool *pool,
                  struct verify_findings *failures, struct error *err)
@@ -24,7 +27,8 @@ int repair_begin(struct repair *out, struct shard_dir *dir, const char *path, st
     struct repair repair = {.path = path, .dir = dir, .pool = pool, .failures = failures};
     repair.ranks = calloc(dir->manifest->num_ranks, sizeof *repair.ranks);
     repair.extras = calloc(dir->manifest->num_extras + 1, sizeof *repair.extras);
-    if (!repair.ranks || !repair.extras) {
+    repair.memory = verify_memory_new(thread_pool_size(pool));
+    if (!repair.ranks || !repair.extras || !repair.memory) {
         repair_end(&repair);
         return error_set(err, ERR_MEMORY, "%s: out of memory", path);
     }
@@ -38,6 +42,8 @@ void repair_end(struct repair *repair)
         free(repair->ranks[rank].broken);
     free(repair->ranks);
     free(repair->extras);
+    if (repair->memory)
+        verify_memory_free(repair->memory, thread_pool_size(repair->pool));
     *repair = (struct repair){0};
 }
 
@@ -47,29 +53,18 @@ struct scan_job {
     const struct shard_file *file;
     const char *path;
     int fd;
-    uint64_t file_bytes;
-    uint8_t *buffers; // one stored leaf for each thread
+    struct verify_memory *memory;
     bool *broken;
     struct progress *progress;
 };
 
-static bool leaf_holds(const struct shard_file *file, uint64_t leaf, int fd, uint64_t file_bytes, const char *path,
-                       uint8_t *buffer)
-{
-    struct shard_stored place = shard_file_stored_leaf(file, leaf);
-    uint64_t offset = shard_file_payload_offset(file) + place.offset;
-    struct error ignored; // a disk that cannot read it has lost it
-    return offset + place.bytes <= file_bytes && !file_pread_full(fd, buffer, place.bytes, offset, path, &ignored) &&
-           !shard_file_verify_leaf(file, leaf, buffer, &ignored);
-}
-
 static void scan_leaf(void *arg, int64_t task, int thread)
 {
     struct scan_job *job = arg;
+    struct error ignored; // a disk that cannot read it has lost it
     if (stop_requested())
         return;
-    job->broken[task] = !leaf_holds(job->file, (uint64_t)task, job->fd, job->file_bytes, job->path,
-                                    job->buffers + (uint64_t)thread * SHARD_STORED_MAX_BYTES);
+    job->broken[task] = verify_leaf(job->file, (uint64_t)task, job->fd, job->path, &job->memory[thread], &ignored) != 0;
     progress_add(job->progress, shard_file_stored_leaf(job->file, (uint64_t)task).bytes);
     if (thread == 0)
         progress_show(job->progress);
@@ -81,15 +76,15 @@ static int scan_rank(struct repair *repair, uint32_t rank, struct progress *prog
     struct repair_rank *state = &repair->ranks[rank];
     const struct shard_file *file = repair->dir->files[rank];
     uint64_t leaves = shard_file_leaf_count(file);
-    struct scan_job job = {.file = file, .path = repair->dir->paths[rank], .fd = -1, .progress = progress};
+    struct scan_job job = {
+        .file = file, .path = repair->dir->paths[rank], .fd = -1, .memory = repair->memory, .progress = progress};
     int rc = 0;
-    job.buffers = malloc((size_t)thread_pool_size(repair->pool) * SHARD_STORED_MAX_BYTES);
     job.broken = state->broken = calloc(leaves + 1, sizeof *job.broken);
-    if (!job.buffers || !job.broken)
+    if (!job.broken)
         rc = error_set(err, ERR_MEMORY, "%s: out of memory", job.path);
     else if (state->missing)
         memset(job.broken, true, leaves);
-    else if (!(rc = file_open_read(&job.fd, &job.file_bytes, job.path, err)))
+    else if (!(rc = file_open_read(&job.fd, NULL, job.path, err)))
         thread_pool_run(repair->pool, scan_leaf, &job, (int64_t)leaves);
     if (!rc)
         rc = stop_check(err);
@@ -97,7 +92,6 @@ static int scan_rank(struct repair *repair, uint32_t rank, struct progress *prog
         state->broken_leaves += job.broken[leaf];
     if (job.fd >= 0)
         close(job.fd);
-    free(job.buffers);
     return rc;
 }
 
@@ -183,7 +177,8 @@ struct mend_job {
     int fd;
     struct run *runs;
     uint64_t num_runs;
-    struct error *refused; // [leaves] why a leaf was not mended; code 0: it was, or it was whole
+    uint8_t *refused;      // [leaves] 0: it was mended, or whole; NOT_TRIED; else 1 + the number of the reason
+    struct error *reasons; // [REASONS]
     atomic_int refused_leaves;
     struct pool_error failure;
 };
@@ -194,7 +189,8 @@ static int list_runs(struct mend_job *job, struct error *err)
     uint64_t leaves = shard_file_leaf_count(job->file);
     job->runs = malloc((leaves + 1) * sizeof *job->runs);
     job->refused = calloc(leaves + 1, sizeof *job->refused);
-    if (!job->runs || !job->refused)
+    job->reasons = malloc(REASONS * sizeof *job->reasons);
+    if (!job->runs || !job->refused || !job->reasons)
         return error_set(err, ERR_MEMORY, "%s: out of memory", job->path);
     for (uint64_t leaf = 0; leaf < leaves; leaf++) {
         struct run *last = job->num_runs ? &job->runs[job->num_runs - 1] : NULL;
@@ -215,38 +211,51 @@ static int write_leaf(const struct mend_job *job, uint64_t leaf, const uint8_t *
                             job->path, err);
 }
 
+// What a source lacks, gives otherwise than it was or cannot read is told of the leaf, and the others can still be mended. Anything else, such
+// as want of memory, says nothing of the source and ends the repair.
+static bool is_told(int rc) { return rc == ERR_CORRUPT || rc == ERR_MODEL || rc == ERR_IO; }
+
 static void refuse(struct mend_job *job, uint64_t leaf, const struct error *why)
 {
-    job->refused[leaf] = *why;
-    atomic_fetch_add(&job->refused_leaves, 1);
+    int number = atomic_fetch_add(&job->refused_leaves, 1);
+    if (number < REASONS)
+        job->reasons[number] = *why;
+    job->refused[leaf] = number < REASONS ? (uint8_t)(1 + number) : NOT_TRIED;
 }
 
-// What cannot be made is noted; the return value is for what cannot be written.
-static int mend_run(struct mend_job *job, const struct run *run, struct repair_worker *worker, int thread,
-                    struct error *err)
+// Makes the bytes of one leaf that the source does not hold as they are. *have_payload: the worker has the payload of the run.
+static int make_leaf(struct mend_job *job, const struct run *run, uint64_t leaf, bool *have_payload,
+                     struct repair_worker *worker, int thread, struct error *err)
 {
     struct repair_source *source = job->source;
     uint64_t begin = run->first * SHARD_LEAF_BYTES, payload_bytes = shard_file_payload_bytes(job->file);
     uint64_t end = run->end * SHARD_LEAF_BYTES < payload_bytes ? run->end * SHARD_LEAF_BYTES : payload_bytes;
+    int rc = *have_payload ? 0 : source->payload(source, thread, job->rank, begin, end, worker->run, err);
+    if (rc)
+        return rc;
+    *have_payload = true;
+    return repair_leaf_make(worker, job->file, leaf, worker->run + (leaf - run->first) * SHARD_LEAF_BYTES, source->path,
+                            job->path, err);
+}
+
+static int mend_run(struct mend_job *job, const struct run *run, struct repair_worker *worker, int thread,
+                    struct error *err)
+{
+    struct repair_source *source = job->source;
     bool have_payload = false;
-    struct error why;
     int rc = stop_check(err);
     for (uint64_t leaf = run->first; !rc && leaf < run->end; leaf++) {
         if (!source->stored ||
-            !source->stored(source, job->rank, leaf, shard_file_stored_leaf(job->file, leaf).bytes, worker->stored)) {
-            if (!have_payload && (rc = source->payload(source, thread, job->rank, begin, end, worker->run, &why))) {
-                for (; leaf < run->end; leaf++)
-                    refuse(job, leaf, &why);
-                return 0;
-            }
-            have_payload = true;
-            if (repair_leaf_make(worker, job->file, leaf, worker->run + (leaf - run->first) * SHARD_LEAF_BYTES,
-                                 source->path, job->path, &why)) {
-                refuse(job, leaf, &why);
-                continue;
-            }
+            !source->stored(source, job->rank, leaf, shard_file_stored_leaf(job->file, leaf).bytes, worker->stored))
+            rc = make_leaf(job, run, leaf, &have_payload, worker, thread, err);
+        if (!rc) {
+            rc = write_leaf(job, leaf, worker->stored, err);
+        } else if (is_told(rc)) {
+            for (uint64_t end = have_payload ? leaf + 1 : run->end; leaf < end; leaf++)
+                refuse(job, leaf, err);
+            leaf--;
+            rc = 0;
         }
-        rc = write_leaf(job, leaf, worker->stored, err);
     }
     return rc;
 }
@@ -259,9 +268,7 @@ static void mend_task(void *arg, int64_t task, int thread)
     if (pool_error_any(&job->failure))
         return;
     if (atomic_load(&job->refused_leaves) >= GIVE_UP_AFTER) {
-        error_set(&err, ERR_CORRUPT, "%s: not tried, after so much that did not fit", job->path);
-        for (uint64_t leaf = run->first; leaf < run->end; leaf++)
-            refuse(job, leaf, &err);
+        memset(job->refused + run->first, NOT_TRIED, run->end - run->first);
         return;
     }
     if (mend_run(job, run, &job->workers[thread], thread, &err))
@@ -273,20 +280,6 @@ static void mend_task(void *arg, int64_t task, int thread)
 
 // ---- files -------------------------------------------------------------------------------------------------------
 
-// Gives the file its length. All of its space is taken at once, so that a full disk is found before the work.
-static int set_length(int fd, uint64_t bytes, const char *path, struct error *err)
-{
-    int failed = ftruncate(fd, (off_t)bytes);
-    if (failed)
-        return error_set_errno(err, "%s: cannot give it %llu bytes", path, (unsigned long long)bytes);
-    do {
-        failed = fallocate(fd, 0, 0, (off_t)bytes);
-    } while (failed && errno == EINTR);
-    if (failed && errno != EOPNOTSUPP && errno != ENOSYS)
-        return error_set_errno(err, "%s: cannot take %llu bytes of disk", path, (unsigned long long)bytes);
-    return 0;
-}
-
 static int open_to_mend(int *fd, const struct repair *repair, uint32_t rank, struct error *err)
 {
     const struct repair_rank *state = &repair->ranks[rank];
@@ -297,30 +290,35 @@ static int open_to_mend(int *fd, const struct repair *repair, uint32_t rank, str
         return error_set(err, ERR_USAGE, "%s: is a symbolic link; repair the directory that it leads to", path);
     if (*fd < 0)
         return error_set_errno(err, "%s: cannot open it for writing", path);
-    return state->missing || state->length ? set_length(*fd, repair->dir->manifest->ranks[rank].bytes, path, err) : 0;
+    return state->missing || state->length ? file_take_space(*fd, repair->dir->manifest->ranks[rank].bytes, path, err)
+                                           : 0;
 }
 
-static int sync_file(int fd, const char *path, struct error *err)
+static void note_refused(const struct mend_job *job, uint64_t leaf)
 {
-    return fdatasync(fd) ? error_set_errno(err, "%s: cannot sync", path) : 0;
+    struct error not_tried;
+    if (job->refused[leaf] == NOT_TRIED)
+        error_set(&not_tried, ERR_CORRUPT, "%s: not tried, after so much that did not fit", job->path);
+    verify_note(job->repair->failures,
+                job->refused[leaf] == NOT_TRIED ? &not_tried : &job->reasons[job->refused[leaf] - 1]);
 }
 
 // Reads back what was mended, past the page cache where that works, and counts it.
 static int confirm(struct mend_job *job, struct error *err)
 {
     struct repair_rank *state = &job->repair->ranks[job->rank];
-    uint64_t file_bytes = job->repair->dir->manifest->ranks[job->rank].bytes;
+    struct error found;
     posix_fadvise(job->fd, 0, 0, POSIX_FADV_DONTNEED);
     for (uint64_t leaf = 0; leaf < shard_file_leaf_count(job->file); leaf++) {
         if (!state->broken[leaf])
             continue;
-        if (job->refused[leaf].code) {
+        if (job->refused[leaf]) {
             state->broken[leaf] = false;
-            verify_note(job->repair->failures, &job->refused[leaf]);
+            note_refused(job, leaf);
             continue;
         }
-        if (!leaf_holds(job->file, leaf, job->fd, file_bytes, job->path, job->workers[0].stored))
-            return error_set(err, ERR_IO, "%s: the disk does not give back what was written to it", job->path);
+        if (verify_leaf(job->file, leaf, job->fd, job->path, job->repair->memory, &found))
+            return error_set(err, ERR_IO, "the disk does not give back what was written to it: %s", found.msg);
         state->mended_leaves++;
         state->mended_bytes += shard_file_stored_leaf(job->file, leaf).bytes;
     }
@@ -336,10 +334,10 @@ static int mend_file(struct mend_job *job, const uint8_t *head, struct error *er
     if (rc || (rc = open_to_mend(&job->fd, job->repair, job->rank, err)))
         return rc;
     thread_pool_run(job->repair->pool, mend_task, job, (int64_t)job->num_runs);
-    if ((rc = pool_error_take(&job->failure, err)) || (rc = sync_file(job->fd, job->path, err)))
+    if ((rc = pool_error_take(&job->failure, err)) || (rc = file_sync(job->fd, job->path, err)))
         return rc;
     if (head && ((rc = file_pwrite_full(job->fd, head, head_bytes, 0, job->path, err)) ||
-                 (rc = sync_file(job->fd, job->path, err))))
+                 (rc = file_sync(job->fd, job->path, err))))
         return rc;
     state->mended_head = head != NULL;
     state->mended_bytes += head ? head_bytes : 0;
@@ -364,7 +362,7 @@ static int mend_rank(struct repair *repair, uint32_t rank, struct repair_source 
         struct error found;
         if ((rc = repair_head(&head, &repair->dir->files[rank], source, repair->dir, rank, repair->pool, workers,
                               progress, &found))) {
-            if (rc == ERR_MEMORY || stop_requested()) {
+            if (!is_told(rc)) {
                 *err = found;
                 return rc;
             }
@@ -372,6 +370,7 @@ static int mend_rank(struct repair *repair, uint32_t rank, struct repair_source 
             return 0;
         }
         rc = scan_rank(repair, rank, progress, err);
+        progress->total_bytes += state->broken_leaves * SHARD_LEAF_BYTES;
     }
     job.file = repair->dir->files[rank];
     if (!rc)
@@ -380,6 +379,7 @@ static int mend_rank(struct repair *repair, uint32_t rank, struct repair_source 
         rc = error_set_errno(err, "%s: cannot close", job.path);
     free(job.runs);
     free(job.refused);
+    free(job.reasons);
     free(head);
     return rc;
 }
@@ -393,7 +393,7 @@ static int mend_extra(struct repair *repair, const struct manifest_file *wanted,
     uint8_t *bytes;
     uint64_t num_bytes;
     int rc = source->extra(source, wanted->name, &bytes, &num_bytes, &found);
-    if (rc == ERR_MEMORY) {
+    if (rc && !is_told(rc)) {
         *err = found;
         return rc;
     }

@@ -29,8 +29,9 @@ struct repair {
     const char *path;
     struct shard_dir *dir;
     struct thread_pool *pool;
-    struct repair_rank *ranks; // [manifest->num_ranks]
-    bool *extras;              // [manifest->num_extras]: broken
+    struct verify_memory *memory; // [threads of the pool]
+    struct repair_rank *ranks;    // [manifest->num_ranks]
+    bool *extras;                 // [manifest->num_extras]: broken
     uint64_t mended_extras, mended_extra_bytes;
     struct verify_findings *failures; // what could not be mended
 };
@@ -45,8 +46,9 @@ int repair_survey(struct repair *repair, struct progress *progress, struct error
 bool repair_is_needed(const struct repair *repair);
 // Bytes that repair_mend will have to make, as far as it is known.
 uint64_t repair_bytes(const struct repair *repair);
-// Mends what the survey has found, from a source that was opened since. What cannot be mended goes to failures; the return value is for
-// what kept the work from being done (ERR_MEMORY, ERR_IO, a signal).
+// Mends what the survey has found, from a source that was opened since. What cannot be mended goes to failures, among it what cannot be
+// read in the source (ERR_IO): the rest is mended all the same. The return value is for what kept the work from being done (ERR_MEMORY, ERR_IO of
+// what is mended, a signal).
 int repair_mend(struct repair *repair, struct repair_source *source, struct progress *progress, struct error *err);
 
 #endif

@@ -152,6 +152,7 @@ static int hash_last(struct remaking *r, struct error *err)
 static int guess_from_source(struct remaking *r, struct error *err)
 {
     int rc;
+    r->progress->total_bytes += r->layout.payload_bytes; // it is seldom needed
     thread_pool_run(r->pool, hash_task, r, (int64_t)div_up(r->layout.leaf_count, REPAIR_RUN_LEAVES));
     if ((rc = pool_error_take(&r->failure, err)) || !r->compressed || r->layout.leaf_count == 0)
         return rc;
@@ -195,6 +196,7 @@ int repair_head(uint8_t **head, struct shard_file **file, struct repair_source *
                          .path = dir->paths[rank],
                          .fd = -1};
     const struct manifest_file *wanted = &dir->manifest->ranks[rank];
+    struct shard_file *parsed = NULL;
     struct error ignored;
     uint8_t *made = NULL;
     uint64_t head_bytes;
@@ -206,12 +208,13 @@ int repair_head(uint8_t **head, struct shard_file **file, struct repair_source *
     } else if (!(rc = remake(&r, &made, err))) {
         head_bytes = r.layout.payload_offset;
     }
-    if (!rc && !(rc = shard_file_parse(file, made, head_bytes, wanted->bytes, r.path, err))) {
-        if (checksum128_equal(shard_file_root(*file), wanted->hash)) {
+    if (!rc && !(rc = shard_file_parse(&parsed, made, head_bytes, wanted->bytes, r.path, err))) {
+        if (checksum128_equal(shard_file_root(parsed), wanted->hash)) {
             *head = made;
+            *file = parsed;
             made = NULL;
-        } else {
-            shard_file_close(*file);
+        } else { // the copy has changed since it was opened
+            shard_file_close(parsed);
             rc = error_set(err, ERR_CORRUPT, "%s: the head that %s gives is not the one that the manifest means",
                            r.path, source->path);
         }

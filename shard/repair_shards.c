@@ -48,6 +48,10 @@ static int payload(struct repair_source *base, int thread, uint32_t rank, uint64
     const struct shard_file *file = from->dir.files[rank];
     uint8_t *buffer = from->leaves + (uint64_t)thread * SHARD_STORED_MAX_BYTES;
     int rc = usable(from, rank, err);
+    if (!rc && end > shard_file_payload_bytes(file)) // equal contracts do not say that the tensors are the same
+        rc = error_set(
+            err, ERR_CORRUPT, "%s: it holds %llu bytes of weights, bytes up to %llu are needed: it is no copy",
+            from->dir.paths[rank], (unsigned long long)shard_file_payload_bytes(file), (unsigned long long)end);
     for (uint64_t at = begin; !rc && at < end; at += SHARD_LEAF_BYTES) {
         uint64_t leaf = at / SHARD_LEAF_BYTES;
         struct shard_stored place = shard_file_stored_leaf(file, leaf);
@@ -97,8 +101,12 @@ static int extra(struct repair_source *base, const char *name, uint8_t **bytes, 
 {
     enum { EXTRA_CAP_BYTES = 256 << 20 };
     char path[2 * PATH_MAX];
+    bool there;
     snprintf(path, sizeof path, "%s/%s", base->path, name);
-    return file_read_all(bytes, num_bytes, path, EXTRA_CAP_BYTES, ERR_CORRUPT, err);
+    int rc = file_is_there(&there, path, err);
+    if (!rc && !there)
+        rc = error_set(err, ERR_CORRUPT, "%s: it is not there", path);
+    return rc ? rc : file_read_all(bytes, num_bytes, path, EXTRA_CAP_BYTES, ERR_CORRUPT, err);
 }
 
 // ---- opening -----------------------------------------------------------------------------------------------------
@@ -155,8 +163,11 @@ static int open_ranks(struct from_shards *from, struct error *err)
         struct error *refused = &from->refused[rank];
         if (shard_dir_open_rank(&from->dir, rank, refused) ||
             file_open_read(&from->fds[rank], NULL, from->dir.paths[rank], refused)) {
+            bool there;
             if (refused->code == ERR_MEMORY)
                 return error_set(err, ERR_MEMORY, "%s", refused->msg);
+            if (!file_is_there(&there, from->dir.paths[rank], err) && !there)
+                refused->code = ERR_CORRUPT; // it is the copy that is not whole
         } else {
             refused->code = 0;
         }

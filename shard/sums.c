@@ -7,7 +7,6 @@
 #include "shard/pool_error.h"
 #include "shard/stop.h"
 
-#include <dirent.h>
 #include <limits.h>
 #include <openssl/evp.h>
 #include <stdio.h>
@@ -103,7 +102,14 @@ static int hash_all(struct sums_job *job, const struct manifest *manifest, const
         job->sums[job->count++].name = manifest->extras[i].name;
     qsort(job->sums, job->count, sizeof *job->sums, compare_sums);
     thread_pool_run(pool, hash_task, job, (int64_t)job->count);
-    return stop_check(err);
+    int rc = stop_check(err);
+    for (size_t i = 0; !rc && i < job->count; i++)
+        if (job->sums[i].refused.code == ERR_MEMORY ||
+            job->sums[i].refused.code == ERR_OTHER) { // says nothing of the file
+            *err = job->sums[i].refused;
+            rc = err->code;
+        }
+    return rc;
 }
 
 int sums_bytes(uint64_t *out, const struct manifest *manifest, const char *dir, struct error *err)
@@ -214,7 +220,8 @@ static int check_strays(const struct sums_job *job, struct verify_findings *find
     DIR *dir = opendir(job->dir);
     if (!dir)
         return error_set_errno(err, "%s: cannot read the directory", job->dir);
-    for (const struct dirent *entry; (entry = readdir(dir));) {
+    int rc;
+    for (const struct dirent *entry; !(rc = output_dir_next(&entry, dir, job->dir, err)) && entry;) {
         struct sum wanted = {.name = entry->d_name};
         if (output_dir_is_own_name(entry->d_name) &&
             strncmp(entry->d_name, SUMS_FILE_NAME, strlen(SUMS_FILE_NAME)) != 0 &&
@@ -222,7 +229,7 @@ static int check_strays(const struct sums_job *job, struct verify_findings *find
             note(findings, "%s/%s: " MANIFEST_FILE_NAME " does not name it", job->dir, entry->d_name);
     }
     closedir(dir);
-    return 0;
+    return rc;
 }
 
 int sums_verify(const struct manifest *manifest, const char *dir, struct thread_pool *pool, struct progress *progress,
@@ -232,10 +239,12 @@ int sums_verify(const struct manifest *manifest, const char *dir, struct thread_
     char path[2 * PATH_MAX];
     uint8_t *text = NULL;
     uint64_t num_bytes = 0;
-    bool *listed = NULL;
+    bool *listed = NULL, there;
     int rc;
     snprintf(path, sizeof path, "%s/" SUMS_FILE_NAME, dir);
-    if (access(path, F_OK))
+    if ((rc = file_is_there(&there, path, err)))
+        return rc;
+    if (!there)
         return error_set(err, ERR_CORRUPT,
                          "%s: there is no such list; tpshard sums writes one where files are published", path);
     if ((rc = file_read_all(&text, &num_bytes, path, LIST_CAP_BYTES, ERR_CORRUPT, err)) ||

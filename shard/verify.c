@@ -14,6 +14,8 @@ void verify_note(struct verify_findings *findings, const struct error *error)
     if (findings->count < VERIFY_SHOWN)
         findings->shown[findings->count] = *error;
     findings->count++;
+    if (findings->code != ERR_IO)
+        findings->code = error->code == ERR_IO ? ERR_IO : ERR_CORRUPT;
 }
 
 uint64_t verify_bytes(const struct manifest *manifest)
@@ -28,32 +30,26 @@ uint64_t verify_bytes(const struct manifest *manifest)
 
 // ---- checksums ---------------------------------------------------------------------------------------------------
 
-struct thread_memory {
-    uint8_t *stored, *payload; // one leaf
-    struct leaf_scratch *scratch;
-};
-
 // One run of the pool over the leaves of one file. Which leaves are broken is noted in flags; their sentences
 // are made afterwards, in order.
 struct leaf_job {
     const struct shard_file *file;
     const char *path;
     int fd;
-    struct thread_memory *threads;
+    struct verify_memory *threads;
     bool *broken; // [leaves]
     struct progress *progress;
 };
 
-// A compressed leaf must not only be what was written, but also become a leaf.
-static int check_leaf(const struct leaf_job *job, uint64_t leaf, struct thread_memory *memory, struct error *err)
+int verify_leaf(const struct shard_file *file, uint64_t leaf, int fd, const char *path, struct verify_memory *memory,
+                struct error *err)
 {
-    struct shard_stored stored = shard_file_stored_leaf(job->file, leaf);
-    uint64_t offset = shard_file_payload_offset(job->file) + stored.offset;
-    int rc = file_pread_full(job->fd, memory->stored, stored.bytes, offset, job->path, err);
-    if (rc || (rc = shard_file_verify_leaf(job->file, leaf, memory->stored, err)) ||
-        !shard_file_is_compressed(job->file))
+    struct shard_stored stored = shard_file_stored_leaf(file, leaf);
+    int rc =
+        file_pread_full(fd, memory->stored, stored.bytes, shard_file_payload_offset(file) + stored.offset, path, err);
+    if (rc || (rc = shard_file_verify_leaf(file, leaf, memory->stored, err)) || !shard_file_is_compressed(file))
         return rc;
-    return shard_file_decode_leaf(job->file, leaf, memory->stored, memory->payload, memory->scratch, err);
+    return shard_file_decode_leaf(file, leaf, memory->stored, memory->payload, memory->scratch, err);
 }
 
 static void run_leaf(void *arg, int64_t task, int thread)
@@ -62,34 +58,47 @@ static void run_leaf(void *arg, int64_t task, int thread)
     struct error err;
     if (stop_requested())
         return;
-    job->broken[task] = check_leaf(job, (uint64_t)task, &job->threads[thread], &err) != 0;
+    job->broken[task] = verify_leaf(job->file, (uint64_t)task, job->fd, job->path, &job->threads[thread], &err) != 0;
     progress_add(job->progress, shard_file_stored_leaf(job->file, (uint64_t)task).bytes);
     if (thread == 0)
         progress_show(job->progress);
 }
 
-static void free_threads(struct thread_memory *threads, int count)
+void verify_memory_free(struct verify_memory *memory, int threads)
 {
-    for (int i = 0; threads && i < count; i++) {
-        free(threads[i].stored);
-        free(threads[i].payload);
-        leaf_scratch_free(threads[i].scratch);
+    for (int i = 0; memory && i < threads; i++) {
+        free(memory[i].stored);
+        free(memory[i].payload);
+        leaf_scratch_free(memory[i].scratch);
     }
-    free(threads);
+    free(memory);
 }
 
-static struct thread_memory *make_threads(int count)
+struct verify_memory *verify_memory_new(int threads)
 {
-    bool complete = true;
-    struct thread_memory *threads = calloc((size_t)count, sizeof *threads);
-    for (int i = 0; threads && i < count; i++)
-        complete = (threads[i].stored = malloc(SHARD_STORED_MAX_BYTES)) &&
-                   (threads[i].payload = malloc(SHARD_LEAF_BYTES)) && (threads[i].scratch = leaf_scratch_new()) &&
-                   complete;
+    struct verify_memory *memory = calloc((size_t)threads, sizeof *memory);
+    bool complete = memory != NULL;
+    for (int i = 0; complete && i < threads; i++)
+        complete = (memory[i].stored = malloc(SHARD_STORED_MAX_BYTES)) &&
+                   (memory[i].payload = malloc(SHARD_LEAF_BYTES)) && (memory[i].scratch = leaf_scratch_new());
     if (complete)
-        return threads;
-    free_threads(threads, count);
+        return memory;
+    verify_memory_free(memory, threads);
     return NULL;
+}
+
+// A leaf that was wrong and is right at a second look: whatever the reason, it comes again.
+static void note_changing(const struct leaf_job *job, uint64_t leaf, struct verify_findings *findings)
+{
+    struct shard_stored stored = shard_file_stored_leaf(job->file, leaf);
+    uint64_t begin = shard_file_payload_offset(job->file) + stored.offset;
+    struct error found;
+    error_set(
+        &found, ERR_CORRUPT,
+        "%s: file bytes %llu to %llu came wrong from the disk once and right the second time: it, its cable or the "
+        "memory is not to be relied on",
+        job->path, (unsigned long long)begin, (unsigned long long)(begin + stored.bytes - 1));
+    verify_note(findings, &found);
 }
 
 static int verify_rank(const struct shard_dir *dir, uint32_t rank, struct thread_pool *pool, struct progress *progress,
@@ -99,7 +108,7 @@ static int verify_rank(const struct shard_dir *dir, uint32_t rank, struct thread
     uint64_t leaves = shard_file_leaf_count(job.file);
     int rc;
     snprintf(progress->label, sizeof progress->label, "%s", dir->manifest->ranks[rank].name);
-    job.threads = make_threads(thread_pool_size(pool));
+    job.threads = verify_memory_new(thread_pool_size(pool));
     job.broken = calloc(leaves + 1, sizeof *job.broken);
     if (!job.threads || !job.broken) {
         rc = error_set(err, ERR_MEMORY, "out of memory to verify %s", job.path);
@@ -112,14 +121,18 @@ static int verify_rank(const struct shard_dir *dir, uint32_t rank, struct thread
         goto done;
     for (uint64_t leaf = 0; leaf < leaves; leaf++) {
         struct error found;
-        if (job.broken[leaf] && check_leaf(&job, leaf, &job.threads[0], &found))
+        if (!job.broken[leaf])
+            continue;
+        if (verify_leaf(job.file, leaf, job.fd, job.path, &job.threads[0], &found))
             verify_note(findings, &found);
+        else
+            note_changing(&job, leaf, findings);
     }
 done:
     if (job.fd >= 0)
         close(job.fd);
     free(job.broken);
-    free_threads(job.threads, thread_pool_size(pool));
+    verify_memory_free(job.threads, thread_pool_size(pool));
     return rc;
 }
 

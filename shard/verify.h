@@ -16,11 +16,23 @@
 enum { VERIFY_SHOWN = 100 };
 struct verify_findings {
     uint64_t count;
+    int code; // ERR_CORRUPT; ERR_IO when any is of that kind
     struct error shown[VERIFY_SHOWN];
 };
 void verify_note(struct verify_findings *findings, const struct error *error);
 
-// Opens every rank file (shard_dir_open_rank), checks every leaf and every extra. What does not hold goes to findings; the
+// One thread's memory for a leaf.
+struct verify_memory {
+    uint8_t *stored, *payload;
+    struct leaf_scratch *scratch;
+};
+struct verify_memory *verify_memory_new(int threads);               // NULL: out of memory
+void verify_memory_free(struct verify_memory *memory, int threads); // accepts NULL
+// Reads a leaf and compares it with its checksum; a compressed one must not only be what was written, but also become a leaf.
+int verify_leaf(const struct shard_file *file, uint64_t leaf, int fd, const char *path, struct verify_memory *memory,
+                struct error *err);
+
+// Opens every rank file (shard_dir_open_rank), checks every leaf and every extra. What does not hold, or did not at the first look, goes to findings; the
 // return value is for what kept the check from being done (ERR_MEMORY, a signal).
 int verify_checksums(struct shard_dir *dir, const char *path, struct thread_pool *pool, struct progress *progress,
                      struct verify_findings *findings, struct error *err);

@@ -46,6 +46,7 @@ struct store_file {
     uint64_t damaged_offset;     // of a byte that comes wrong
     int damaged_times;           // so often
     int fail_at;                 // this read fails; -1: none
+    atomic_llong trickled;       // bytes of reads under way that the network has brought already
     int num_kept;
     uint64_t kept[MAX_READS][2]; // offset and end of what was given to be kept, in order of the offsets
     const uint8_t *content;      // what is kept must be this
@@ -94,6 +95,8 @@ int store_file_read(struct store_file *file, void *buffer, uint64_t num_bytes, u
         ((uint8_t *)buffer)[file->damaged_offset - offset] ^= 4;
     return rc;
 }
+
+uint64_t store_file_fetched_bytes(const struct store_file *file) { return (uint64_t)file->trickled; }
 
 void store_file_keep(struct store_file *file, const void *bytes, uint64_t num_bytes, uint64_t offset)
 {
@@ -256,6 +259,7 @@ static void fixture_open(struct load_fixture *f)
     s->remote = s->cached = false;
     s->distrusted = 0;
     s->cancelled = 0;
+    s->trickled = 0;
     s->reads_allowed = s->fail_at = -1;
     s->num_reads = s->damaged_times = s->num_kept = 0;
     s->content = f->content;
@@ -315,8 +319,9 @@ struct device {
     uint8_t *buffers[LOAD_LANES];
     uint64_t buffer_bytes[LOAD_LANES];
     atomic_int copies, in_copy;
-    bool fail_begin, fail_buffer;
-    int fail_copy; // this one; -1: none
+    bool fail_begin;
+    int least_lane; // those before it get no buffer
+    int fail_copy;  // this one; -1: none
 };
 
 static int test_begin(struct device *d, const uint8_t *mapped, uint64_t bytes, struct load_target *target, bool host,
@@ -351,7 +356,7 @@ static int device_begin(struct device *d, const uint8_t *mapped, uint64_t bytes,
 
 static int device_buffer(struct device *d, int lane, uint64_t bytes, uint8_t **buffer, struct error *err)
 {
-    if (d->fail_buffer)
+    if (lane < d->least_lane)
         return error_set(err, ERR_MEMORY, "no memory to pin");
     if (lane < 0 || lane >= LOAD_LANES || bytes > LOAD_BUFFER_BYTES ||
         (d->buffers[lane] && bytes != d->buffer_bytes[lane]))

@@ -147,6 +147,7 @@ int store_fetch_main(int argc, char **argv)
     const struct store_options options = {.cache_dir = word(argc, argv, "cache"),
                                           .cache_limit_bytes = number(argc, argv, "limit", 0),
                                           .bearer_token = word(argc, argv, "token"),
+                                          .needs_one_version = number(argc, argv, "strict", 0) != 0,
                                           .stall_s = (int)number(argc, argv, "stall", 0),
                                           .pause_ms = (int)number(argc, argv, "pause", 0)};
     struct fetch f = {.out_path = argv[4],

@@ -5,7 +5,7 @@ step, full disks of every size, short and interrupted transfers, sources that ch
 After each: `tpshard verify` says complete, and the bytes are the reference's, or it says in a sentence what is missing (exit status 4 or 5); the run
 that failed said so in one sentence with a documented status; the next run succeeds.
 
-    FAULTS      cases of each table (default 16), or "all": every one
+    FAULTS      cases of each table (default 6), or "all": every one
     TEST_QUICK  a few of each
     TABLES      beginnings of names of tables, separated by commas: calls_convert,kills,power_re,... (default: all)
 """
@@ -32,7 +32,7 @@ BUILD = Path(os.environ.get("BUILD", "build")).resolve()
 TPSHARD, TPENGINE = BUILD / "tpshard", BUILD / "tpengine"
 MODEL = Path("tests/model").resolve()
 QUICK = bool(os.environ.get("TEST_QUICK"))
-FAULTS = os.environ.get("FAULTS", "4" if QUICK else "16")
+FAULTS = os.environ.get("FAULTS", "3" if QUICK else "6")
 CASES = sys.maxsize if FAULTS == "all" else int(FAULTS)
 TABLES = [name for name in os.environ.get("TABLES", "").split(",") if name]
 WORK_FOLDER = ".tmp-tpshard"
@@ -248,7 +248,9 @@ def transfers(job):
         return str(ran) if ran.status else job.judge(folder / "out", ran, number)
 
     cases = [{"short": n} for n in (7, 100, 4095, 100000)] + [{"eintr": n} for n in (2, 3, 7)] + [{"short": 1000, "eintr": 2}]
-    each(name, cases[1:4:2] if QUICK else ([{"short": 1}] if CASES > 1000 else []) + cases, check)
+    turn = [one.name for one in jobs()].index(job.name)  # each job has other ones
+    few = [cases[turn % 4], cases[4 + turn % 3]]
+    each(name, [{"short": 1}, *cases] if CASES > 1000 else few, check)
 
 
 def allocations(name, counted, check, limit=None):
@@ -364,7 +366,22 @@ def choices_of(body):
         chunks = [line[6:] for line in body.splitlines() if line.startswith(b"data: ")]
         choices = [choice for chunk in chunks[:-1] for choice in json.loads(chunk).get("choices", ["error"])]
         return "".join(c["text"] for c in choices), [c["finish_reason"] for c in choices if c["finish_reason"]], chunks[-1]
-    return b"tpengine_num_requests_running" in body  # a figure that there is no memory to find out is left out
+    return {line.split()[2] for line in body.splitlines() if line.startswith(b"# TYPE ")}  # figures' names; what they are changes
+
+
+def same_choices(got, wanted):
+    got, wanted = choices_of(got), choices_of(wanted)
+    if isinstance(wanted, set):  # a figure that there is no memory to find out is left out
+        return isinstance(got, set) and b"tpengine_num_requests_running" in got and got <= wanted
+    return got == wanted
+
+
+def lost_since(page, live, most):
+    """Allocations that stay lost, when they are more than so many; a connection takes a moment to end."""
+    deadline = time.monotonic() + 2
+    while (lost := page.count("live") - live) > most and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return lost if lost > most else 0
 
 
 def memory_of_server():
@@ -387,23 +404,27 @@ def memory_of_server():
             for _ in range(3):  # what is kept for the next is there then
                 before = page.count("alloc")
                 status, wanted = ask(port, path, body)
-            count, live, wrong, seen = page.count("alloc") - before, page.count("live"), [], {}
-            if status != 200:
+            count, live, wrong, seen = page.count("alloc") - before, [page.count("live")], [], {}
+            if status != 200 or not choices_of(wanted):
                 report(f"memory_serve_{name}", f"without faults: {status} {wanted[:200]!r}")
                 continue
             cases = [(n, always) for n in range(1, count + 1) for always in (False, True)]
-            for n, always in some(cases):
+            for number, (n, always) in enumerate(cases := some(cases, limit=max(CASES, 64))):
+                if number == len(cases) // 2:
+                    live.append(page.count("live"))
                 page.arm("alloc", n, errno.ENOMEM, always)
                 status, got = ask(port, path, body)
                 page.arm(None, 0)
                 seen[status] = seen.get(status, 0) + 1
-                if status not in (200, 503, None) or (status == 200 and choices_of(got) != choices_of(wanted)):
+                if status not in (200, 503, None) or (status == 200 and not same_choices(got, wanted)):
                     wrong.append(f"allocation {n}{' and all after' if always else ''}: {status} {got[:200]!r}")
             status, got = ask(port, path, body)
-            if status != 200 or choices_of(got) != choices_of(wanted):
+            if status != 200 or not same_choices(got, wanted):
                 wrong.append(f"afterwards: {status} {got[:200]!r}")
-            if page.count("live") > live + 60:
-                wrong.append(f"{page.count('live') - live} allocations were lost")
+            # Of the second half of the failures: the first half fills what is kept.
+            half = len(cases) - len(cases) // 2
+            if (lost := lost_since(page, live[-1], most=max(8, half * 3 // 4))):
+                wrong.append(f"{lost} allocations were lost in {half} failures")
             report(f"memory_serve_{name}: {seen}", wrong and f"{len(wrong)} wrong, first {wrong[0]}")
         server.terminate()
         report("memory_serve: it ends as it should", None if server.wait(HANG_S) == 0 else f"exit status {server.returncode}")
@@ -612,8 +633,10 @@ def make_models():
     synthetic(WORK / "small-source", "--layers", 1, "--hidden", 64, "--intermediate", 96, "--heads", 4, "--kv-heads", 2, "--head-dim", 16, "--vocab", 300)
     ran = run(TPSHARD, "convert", "--tp", 2, "--quant", "int4", "--group-size", 32, "--quiet", WORK / "small-source", WORK / "small")
     by_name = {job.name: job for job in jobs()}
-    for name, part in {"convert": 0.6, "reshard": 0.6, "zstd": 0.9}.items():
-        ran = run(TPSHARD, *by_name[name].words(WORK / f"unfinished-{name}"), stop=f"{int(part * counting_run(by_name[name])['step'])} kill")
+    # The last of them while it commits: some files are at their places, and there is no manifest.
+    for unfinished, name, part in (("convert", "convert", 0.6), ("reshard", "reshard", 0.6), ("zstd", "zstd", 0.9), ("commit", "convert", None)):
+        steps = counting_run(by_name[name])["step"]
+        ran = run(TPSHARD, *by_name[name].words(WORK / f"unfinished-{unfinished}"), stop=f"{int(part * steps) if part else steps - 8} kill")
         if ran.status != -signal.SIGKILL:
             raise ValueError(f"unfinished {name}: {ran}")
 
@@ -639,6 +662,7 @@ def jobs():
         Job("replace", options, source, start=WORK / "old", force=True, old=WORK / "old", new=WORK / "tp2"),
         Job("reshard", ["reshard", "--tp", 4], [WORK / "tp2"], new=WORK / "tp4"),
         Job("resume", options, source, start=WORK / "unfinished-convert", resume=True, new=WORK / "tp2"),
+        Job("resume_commit", options, source, start=WORK / "unfinished-commit", resume=True, new=WORK / "tp2"),
         Job("zstd", [*options, "--zstd"], source, new=WORK / "tp2z"),
         Job("resume_zstd", [*options, "--zstd"], source, start=WORK / "unfinished-zstd", resume=True, new=WORK / "tp2z"),
         Job("repair", ["repair", "--from", WORK / "source"], start=WORK / "damaged", in_place=True, new=WORK / "tp2"),

@@ -19,6 +19,8 @@ static struct family *new_family(void)
     return family;
 }
 
+enum { UNWATCHED = 100 }; // instead of a command: nobody waits for the ranks
+
 // A process that launches ranks and runs one command for a second.
 static pid_t fork_parent(struct family *family, int command, const struct plan *plan, int wait_timeout_ms)
 {
@@ -31,13 +33,20 @@ static pid_t fork_parent(struct family *family, int command, const struct plan *
     struct error err = {0};
     struct launch *launch = start(2, PROCESSES, plan, 1000, wait_timeout_ms);
     struct area *area = launch_shared(launch);
-    if (launch_wait(launch, -1, &err))
+    if (command != UNWATCHED && launch_wait(launch, -1, &err))
         _exit(99);
-    for (int rank = 0; rank < 2; rank++)
+    for (int rank = 0; rank < 2; rank++) {
+        while (!area->pids[rank])
+            usleep(1000);
         family->pids[rank] = area->pids[rank];
-    if (command && launch_post(launch, command, &err))
+    }
+    if (command && command != UNWATCHED && launch_post(launch, command, &err))
         _exit(99);
     family->ready = 1;
+    if (command == UNWATCHED) {
+        sleep(10);
+        _exit(98);
+    }
     int fds[2];
     if (pipe(fds))
         _exit(99);
@@ -89,6 +98,7 @@ static void test_signals(void **state)
         int signals[2];
         int command, rc, exit_code;
     } cases[] = {
+        {"SIGINT before anybody waits", {SIGINT, 0}, UNWATCHED, 0, 130},
         {"SIGINT while idle", {SIGINT, 0}, 0, ERR_SIGINT, 0},
         {"SIGINT in a command", {SIGINT, 0}, COMMAND_LONG, ERR_SIGINT, 0},
         {"SIGTERM and drain", {SIGTERM, 0}, COMMAND_LONG, ERR_SIGTERM, 0},

@@ -37,18 +37,18 @@ static const struct path_case {
     enum load_path wanted; // where everything works
     const char *why;
 } path_cases[] = {
-    {LOAD_AUTO, HOST, WARM, false, LOAD_MAP, "100 % of the file lies in the page cache"},
+    {LOAD_AUTO, HOST, WARM, false, LOAD_MAP, " % of the file lies in the page cache"},
     {LOAD_AUTO, HOST, COLD, false, LOAD_READ, " % of the file lies in the page cache"},
-    {LOAD_AUTO, HOST, WARM, true, LOAD_READ, "100 % of the file"},
+    {LOAD_AUTO, HOST, WARM, true, LOAD_READ, " % of the file"},
     {LOAD_AUTO, HOST, COLD, true, LOAD_URING, " % of the file"},
-    {LOAD_AUTO, DEVICE, WARM, false, LOAD_READ, "100 % of the file"},
+    {LOAD_AUTO, DEVICE, WARM, false, LOAD_READ, " % of the file"},
     {LOAD_AUTO, DEVICE, COLD, false, LOAD_URING, " % of the file"},
-    {LOAD_AUTO, DEVICE, WARM, true, LOAD_READ, "100 % of the file"},
+    {LOAD_AUTO, DEVICE, WARM, true, LOAD_READ, " % of the file"},
     {LOAD_AUTO, DEVICE, COLD, true, LOAD_URING, " % of the file"},
     {LOAD_MAP, HOST, WARM, false, LOAD_MAP, "as asked for"},
     {LOAD_MAP, HOST, COLD, false, LOAD_MAP, "as asked for"},
-    {LOAD_MAP, DEVICE, WARM, false, LOAD_READ, "the weights go to a device; 100 %"},
-    {LOAD_MAP, HOST, WARM, true, LOAD_READ, "a compressed file is not used where it lies; 100 %"},
+    {LOAD_MAP, DEVICE, WARM, false, LOAD_READ, "the weights go to a device; "},
+    {LOAD_MAP, HOST, WARM, true, LOAD_READ, "a compressed file is not used where it lies; "},
     {LOAD_READ, HOST, WARM, false, LOAD_READ, "as asked for"},
     {LOAD_READ, HOST, COLD, false, LOAD_READ, "as asked for"},
     {LOAD_READ, HOST, COLD, true, LOAD_READ, "as asked for"},
@@ -200,6 +200,33 @@ static void less_verifying(void **state)
     fixture_free(&f);
 }
 
+// A decoder is given no byte that nobody has compared, whatever is asked for.
+static void decoders_see_verified_bytes(void **state)
+{
+    (void)state;
+    struct load_fixture f;
+    fixture_make(&f, true);
+    for (int turn = 0; turn < 4 * 3; turn++) { // of the last ones, one is noise
+        const uint8_t *base;
+        struct loader *loader;
+        struct error err;
+        struct device device = fresh_device();
+        struct shard_stored at = shard_file_stored_leaf(f.file, FIXTURE_LEAVES - 4 + (uint64_t)turn / 3);
+        uint64_t flipped = f.payload_offset + at.offset + at.bytes / 2;
+        fixture_flip(&f, flipped, 1);
+        struct loader_options options = load_options(&f, &device, turn % 2);
+        options.verify = (enum verify_mode)(turn % 3);
+        assert_int_equal(loader_start(&loader, &options, &base, &err), 0);
+        assert_int_equal(loader_finish(loader, &err), ERR_CORRUPT);
+        if (!strstr(err.msg, "checksum"))
+            fail_msg("case %d: %s", turn, err.msg);
+        loader_free(loader);
+        free_device(&device);
+        fixture_flip(&f, flipped, 1);
+    }
+    fixture_free(&f);
+}
+
 // ---- order ---------------------------------------------------------------------------------------------------------
 
 static void wait_for_reads(struct store_file *source, int reads)
@@ -227,6 +254,27 @@ static void *need(void *arg)
 }
 
 static void count_call(void *arg) { atomic_fetch_add((atomic_int *)arg, 1); }
+
+static void wait_for_calls(atomic_int *calls, int wanted)
+{
+    for (int i = 0; *calls < wanted; i++) {
+        assert_true(i < 10000);
+        usleep(1000);
+    }
+}
+
+// Calls until none has come for so long, which is many looks.
+static int settled_calls(atomic_int *calls, int wanted_ms)
+{
+    int seen = *calls, quiet_ms = 0;
+    for (int i = 0; quiet_ms < wanted_ms; i++) {
+        assert_true(i < 2000);
+        usleep(10000);
+        quiet_ms = *calls == seen ? quiet_ms + 10 : 0;
+        seen = *calls;
+    }
+    return seen;
+}
 
 // One thread, and a source that gives what it is told to: who waits is served next, the order goes on behind it, and what was passed over comes at
 // the end.
@@ -359,6 +407,48 @@ static void a_damaged_cache_heals(void **state)
     fixture_free(&f);
 }
 
+// Whoever waits is heard of while bytes arrive, those of a read under way too; and while a remote source is silent, but not for ever.
+static void silence_has_an_end(void **state)
+{
+    (void)state;
+    // A file of the cache that turns out to be damaged is a remote one from then on.
+    for (int cached = 0; cached < 2; cached++) {
+        struct load_fixture f;
+        const uint8_t *base;
+        struct loader *loader;
+        struct error err;
+        pthread_t thread;
+        atomic_int progress = 0;
+        struct device device = fresh_device();
+        fixture_make(&f, false);
+        f.source.remote = !cached;
+        f.source.cached = cached;
+        if (cached)
+            fixture_flip(&f, f.payload_offset + 5, 1);
+        source_allow(&f.source, 0);
+        struct loader_options options = load_options(&f, &device, true);
+        options.on_progress = count_call;
+        options.arg = &progress;
+        options.silence_ms = 500;
+        assert_int_equal(loader_start(&loader, &options, &base, &err), 0);
+        struct needer n = {.loader = loader, .bytes = 1};
+        assert_int_equal(pthread_create(&thread, NULL, need, &n), 0);
+        wait_for_calls(&progress, 2);
+        int calls = settled_calls(&progress, 500);
+        atomic_fetch_add(&f.source.trickled, 1);
+        wait_for_calls(&progress, calls + 2); // one for what has come, one for patience
+        settled_calls(&progress, 500);
+        source_allow(&f.source, -1);
+        pthread_join(thread, NULL);
+        if (n.rc || loader_finish(loader, &err))
+            fail_msg("%s", n.rc ? n.err.msg : err.msg);
+        assert_memory_equal(base, f.payload, f.payload_bytes);
+        loader_free(loader);
+        free_device(&device);
+        fixture_free(&f);
+    }
+}
+
 // ---- failing, and ending early -------------------------------------------------------------------------------------
 
 static void failures_leave_nothing(void **state)
@@ -366,7 +456,7 @@ static void failures_leave_nothing(void **state)
     (void)state;
     static const struct {
         const char *what;
-        bool fail_begin, fail_buffer, fails_at_start;
+        bool fail_begin, fail_buffers, fails_at_start;
         int fail_copy, fail_read, code;
         const char *says;
     } cases[] = {
@@ -386,7 +476,7 @@ static void failures_leave_nothing(void **state)
         struct error err = {0};
         struct device device = fresh_device();
         device.fail_begin = cases[i].fail_begin;
-        device.fail_buffer = cases[i].fail_buffer;
+        device.least_lane = cases[i].fail_buffers ? LOAD_LANES : 0;
         device.fail_copy = cases[i].fail_copy;
         f.source.remote = cases[i].fail_read >= 0;
         f.source.fail_at = cases[i].fail_read;
@@ -406,6 +496,28 @@ static void failures_leave_nothing(void **state)
     }
     fixture_free(&f);
     loader_free(NULL);
+}
+
+// What keeps some threads from beginning is nothing to those who have what they need.
+static void one_lane_is_enough(void **state)
+{
+    (void)state;
+    struct load_fixture f;
+    fixture_make(&f, false);
+    for (int least = 1; least < 4; least += 2)
+        for (int turn = LOAD_READ; turn <= LOAD_URING; turn++) {
+            char what[32];
+            struct load_figures figures;
+            struct device device = fresh_device();
+            struct loader_options options = load_options(&f, &device, true);
+            device.least_lane = least;
+            options.threads = 4;
+            options.path = (enum load_path)turn;
+            snprintf(what, sizeof what, "%d lanes of 4, %s", 4 - least, words[turn]);
+            load_whole(&f, &options, &figures, what);
+            free_device(&device);
+        }
+    fixture_free(&f);
 }
 
 static void free_in_the_middle(void **state)
@@ -514,10 +626,13 @@ int main(void)
         cmocka_unit_test(paths_have_names),
         cmocka_unit_test(flips_are_found),
         cmocka_unit_test(less_verifying),
+        cmocka_unit_test(decoders_see_verified_bytes),
         cmocka_unit_test(who_waits_is_served),
         cmocka_unit_test(damage_is_fetched_again),
         cmocka_unit_test(a_damaged_cache_heals),
+        cmocka_unit_test(silence_has_an_end),
         cmocka_unit_test(failures_leave_nothing),
+        cmocka_unit_test(one_lane_is_enough),
         cmocka_unit_test(free_in_the_middle),
         cmocka_unit_test(shortened_files),
     };

@@ -1,5 +1,5 @@
-// The loader where the system withholds something: no io_uring, no O_DIRECT (on opening, at the first read, later), no way to ask what is in the
-// page cache, no read-ahead, no locked memory, no threads; and files that vanish under their maps. Each in a process of its own, whose system
+// The loader where the system withholds something: no map, no io_uring (at first, or later), no O_DIRECT (on opening, at the first read, later), no
+// way to ask what is in the page cache or to keep it there, no read-ahead, no locked memory, no threads; reads and maps that differ; and files that vanish under their maps. Each in a process of its own, whose system
 // calls a filter refuses.
 #include "tests/loader_help.h"
 
@@ -56,6 +56,8 @@ static void refuse(int call, struct condition first, struct condition second, in
 
 static const struct condition any = {-1, 0, 0};
 
+static void with_everything(void) {}
+
 static void without_uring(void) { refuse(SYS_io_uring_setup, any, any, EPERM); }
 static void without_entering(void) { refuse(SYS_io_uring_enter, any, any, EPERM); }
 static void without_direct(void) { refuse(SYS_openat, (struct condition){2, O_DIRECT, O_DIRECT}, any, EINVAL); }
@@ -67,6 +69,37 @@ static void without_knowing(void)
 {
     without_cachestat();
     refuse(SYS_preadv2, any, any, EOPNOTSUPP);
+}
+
+static void without_map(void)
+{
+    refuse(SYS_mmap, (struct condition){2, ~0u, PROT_READ}, (struct condition){3, ~0u, MAP_PRIVATE}, ENODEV);
+}
+
+// What is read does not stay in the page cache.
+static void without_staying(void)
+{
+    without_cachestat();
+    refuse(SYS_preadv2, any, any, EAGAIN);
+}
+
+// The ring of the second lane: of the next descriptors, one is O_DIRECT's, one the first lane's (and before that the trial's).
+static uint32_t second_ring(void)
+{
+    int fd = open("/dev/null", O_RDONLY);
+    close(fd);
+    return (uint32_t)fd + 2;
+}
+
+static void without_second_ring(void)
+{
+    refuse(SYS_io_uring_enter, (struct condition){0, ~0u, second_ring()}, any, EPERM);
+}
+static void with_busy_ring(void) { refuse(SYS_io_uring_enter, (struct condition){0, ~0u, second_ring()}, any, EBUSY); }
+// Reads begin there, but nobody can wait for them.
+static void without_waiting(void)
+{
+    refuse(SYS_io_uring_enter, (struct condition){0, ~0u, second_ring()}, (struct condition){2, ~0u, 1}, EPERM);
 }
 
 // The descriptor that the next open gets reads one page and then no more.
@@ -97,11 +130,29 @@ static void limit_locked_memory(rlim_t bytes)
 static void without_locked_memory(void) { limit_locked_memory(0); }
 static void with_little_locked_memory(void) { limit_locked_memory(8 << 20); }
 
+// ---- reads that are counted, or lie --------------------------------------------------------------------------------
+
+static atomic_int leaf_reads;
+static const uint8_t *lie; // what reads bring, whatever the file holds; NULL: what it holds
+
+// In place of the C library's.
+ssize_t counted_pread(int fd, void *to, size_t bytes, off_t offset) __asm__("pread");
+ssize_t counted_pread(int fd, void *to, size_t bytes, off_t offset)
+{
+    ssize_t got = syscall(SYS_pread64, fd, to, bytes, offset);
+    if (bytes >= SHARD_LEAF_BYTES / 4)
+        atomic_fetch_add(&leaf_reads, 1);
+    if (lie && got > 0)
+        memcpy(to, lie + offset, (size_t)got);
+    return got;
+}
+
 // ---- loads in hostile surroundings ---------------------------------------------------------------------------------
 
 static const char *const words[] = {"auto", "map", "read", "direct", "uring"};
 enum { HOST, DEVICE };
 enum { COLD, WARM };
+enum way { ANY_WAY, IN_PLACE, COPIED };
 
 static const struct hostile_case {
     const char *name;
@@ -110,29 +161,50 @@ static const struct hostile_case {
     int backend, cache;
     enum load_path wanted; // AUTO: kernels differ
     const char *why;
+    enum way way; // used in the map, and read there but for what has left the cache; not mapped at all
 } cases[] = {
-    {"no io_uring", without_uring, LOAD_URING, DEVICE, WARM, LOAD_DIRECT, "without io_uring (Operation not permitted)"},
-    {"no io_uring", without_uring, LOAD_AUTO, DEVICE, COLD, LOAD_DIRECT, NULL},
-    {"no io_uring_enter", without_entering, LOAD_URING, HOST, WARM, LOAD_DIRECT, "without io_uring (Operation not"},
-    {"no O_DIRECT", without_direct, LOAD_DIRECT, DEVICE, WARM, LOAD_READ, "without O_DIRECT (Invalid argument)"},
-    {"no O_DIRECT", without_direct, LOAD_DIRECT, HOST, COLD, LOAD_READ, "without O_DIRECT (Invalid argument)"},
-    {"no O_DIRECT", without_direct, LOAD_URING, DEVICE, COLD, LOAD_READ, "without O_DIRECT (Invalid argument)"},
-    {"no O_DIRECT", without_direct, LOAD_AUTO, DEVICE, COLD, LOAD_READ, "without O_DIRECT (Invalid argument)"},
-    {"no first read", without_first_read, LOAD_DIRECT, DEVICE, COLD, LOAD_READ, "without O_DIRECT (Invalid argument)"},
-    {"no first read", without_first_read, LOAD_AUTO, DEVICE, COLD, LOAD_READ, "without O_DIRECT (Invalid argument)"},
-    {"no later read", without_later_reads, LOAD_DIRECT, DEVICE, COLD, LOAD_DIRECT, NULL},
-    {"no later read", without_later_reads, LOAD_DIRECT, HOST, COLD, LOAD_DIRECT, NULL},
-    {"no cachestat", without_cachestat, LOAD_AUTO, HOST, WARM, LOAD_MAP, "100 % of the file"},
-    {"no cachestat", without_cachestat, LOAD_AUTO, HOST, COLD, LOAD_READ, " % of the file"},
-    {"not known", without_knowing, LOAD_AUTO, HOST, WARM, LOAD_READ, "what lies in the page cache is not known"},
-    {"not known", without_knowing, LOAD_AUTO, HOST, COLD, LOAD_READ, "what lies in the page cache is not known"},
-    {"no populating", without_populate, LOAD_MAP, HOST, WARM, LOAD_MAP, "as asked for"},
-    {"nothing", without_anything, LOAD_AUTO, HOST, COLD, LOAD_READ, "not known"},
-    {"nothing", without_anything, LOAD_AUTO, DEVICE, COLD, LOAD_READ, "without O_DIRECT"},
-    {"nothing", without_anything, LOAD_URING, DEVICE, WARM, LOAD_READ, "without O_DIRECT"},
-    {"no locked memory", without_locked_memory, LOAD_URING, DEVICE, COLD, LOAD_AUTO, "as asked for"},
-    {"no locked memory", without_locked_memory, LOAD_AUTO, HOST, WARM, LOAD_MAP, NULL},
-    {"8 MiB of locked memory", with_little_locked_memory, LOAD_URING, HOST, COLD, LOAD_URING, "as asked for"},
+    {"no map", without_map, LOAD_MAP, HOST, WARM, LOAD_READ, "as asked for; without a map (No such device)", COPIED},
+    {"no map", without_map, LOAD_AUTO, HOST, WARM, LOAD_READ, "; without a map (No such device)", COPIED},
+    {"no map", without_map, LOAD_AUTO, HOST, COLD, LOAD_READ, "; without a map (No such device)", COPIED},
+    {"nothing stays", without_staying, LOAD_READ, HOST, COLD, LOAD_READ, "what is read does not stay", COPIED},
+    {"nothing stays", without_staying, LOAD_AUTO, HOST, COLD, LOAD_READ, "what is read does not stay", COPIED},
+    {"nothing stays", without_staying, LOAD_MAP, HOST, WARM, LOAD_MAP, "as asked for", ANY_WAY},
+    {"one ring fails", without_second_ring, LOAD_URING, HOST, COLD, LOAD_URING, "as asked for", ANY_WAY},
+    {"one ring fails", without_second_ring, LOAD_URING, DEVICE, COLD, LOAD_URING, "as asked for", ANY_WAY},
+    {"one ring is busy", with_busy_ring, LOAD_URING, HOST, COLD, LOAD_URING, "as asked for", ANY_WAY},
+    {"no waiting", without_waiting, LOAD_URING, HOST, COLD, LOAD_URING, "as asked for", ANY_WAY},
+    {"no waiting", without_waiting, LOAD_URING, DEVICE, COLD, LOAD_URING, "as asked for", ANY_WAY},
+    {"everything", with_everything, LOAD_AUTO, HOST, WARM, LOAD_MAP, " % of the file", IN_PLACE},
+    {"no io_uring", without_uring, LOAD_URING, DEVICE, WARM, LOAD_DIRECT, "without io_uring (Operation not permitted)",
+     ANY_WAY},
+    {"no io_uring", without_uring, LOAD_AUTO, DEVICE, COLD, LOAD_DIRECT, NULL, ANY_WAY},
+    {"no io_uring_enter", without_entering, LOAD_URING, HOST, WARM, LOAD_DIRECT, "without io_uring (Operation not",
+     ANY_WAY},
+    {"no O_DIRECT", without_direct, LOAD_DIRECT, DEVICE, WARM, LOAD_READ, "without O_DIRECT (Invalid argument)",
+     ANY_WAY},
+    {"no O_DIRECT", without_direct, LOAD_DIRECT, HOST, COLD, LOAD_READ, "without O_DIRECT (Invalid argument)", ANY_WAY},
+    {"no O_DIRECT", without_direct, LOAD_URING, DEVICE, COLD, LOAD_READ, "without O_DIRECT (Invalid argument)",
+     ANY_WAY},
+    {"no O_DIRECT", without_direct, LOAD_AUTO, DEVICE, COLD, LOAD_READ, "without O_DIRECT (Invalid argument)", ANY_WAY},
+    {"no first read", without_first_read, LOAD_DIRECT, DEVICE, COLD, LOAD_READ, "without O_DIRECT (Invalid argument)",
+     ANY_WAY},
+    {"no first read", without_first_read, LOAD_AUTO, DEVICE, COLD, LOAD_READ, "without O_DIRECT (Invalid argument)",
+     ANY_WAY},
+    {"no later read", without_later_reads, LOAD_DIRECT, DEVICE, COLD, LOAD_DIRECT, NULL, ANY_WAY},
+    {"no later read", without_later_reads, LOAD_DIRECT, HOST, COLD, LOAD_DIRECT, NULL, ANY_WAY},
+    {"no cachestat", without_cachestat, LOAD_AUTO, HOST, WARM, LOAD_MAP, " % of the file", IN_PLACE},
+    {"no cachestat", without_cachestat, LOAD_AUTO, HOST, COLD, LOAD_READ, " % of the file", ANY_WAY},
+    {"not known", without_knowing, LOAD_AUTO, HOST, WARM, LOAD_READ, "what lies in the page cache is not known",
+     ANY_WAY},
+    {"not known", without_knowing, LOAD_AUTO, HOST, COLD, LOAD_READ, "what lies in the page cache is not known",
+     ANY_WAY},
+    {"no populating", without_populate, LOAD_MAP, HOST, WARM, LOAD_MAP, "as asked for", ANY_WAY},
+    {"nothing", without_anything, LOAD_AUTO, HOST, COLD, LOAD_READ, "not known", ANY_WAY},
+    {"nothing", without_anything, LOAD_AUTO, DEVICE, COLD, LOAD_READ, "without O_DIRECT", ANY_WAY},
+    {"nothing", without_anything, LOAD_URING, DEVICE, WARM, LOAD_READ, "without O_DIRECT", ANY_WAY},
+    {"no locked memory", without_locked_memory, LOAD_URING, DEVICE, COLD, LOAD_AUTO, "as asked for", ANY_WAY},
+    {"no locked memory", without_locked_memory, LOAD_AUTO, HOST, WARM, LOAD_MAP, NULL, ANY_WAY},
+    {"8 MiB of locked memory", with_little_locked_memory, LOAD_URING, HOST, COLD, LOAD_URING, "as asked for", ANY_WAY},
 };
 
 #define CHECK(condition, ...)                                                                                          \
@@ -153,6 +225,7 @@ static void load_there(struct load_fixture *f, const struct hostile_case *c)
     struct error err;
     struct device device = fresh_device();
     c->withhold();
+    leaf_reads = 0;
     struct loader_options options = load_options(f, &device, c->backend == DEVICE);
     options.path = c->asked;
     CHECK(!loader_start(&loader, &options, &base, &err) && !loader_finish(loader, &err), "%s: %s", c->name, err.msg);
@@ -161,6 +234,9 @@ static void load_there(struct load_fixture *f, const struct hostile_case *c)
     CHECK((figures.path == c->wanted || c->wanted == LOAD_AUTO) && (!c->why || strstr(figures.why, c->why)),
           "%s, asked for %s: %s (%s), not %s (%s)", c->name, words[c->asked], words[figures.path], figures.why,
           words[c->wanted], c->why ? c->why : "");
+    CHECK(c->way != COPIED || !loader_is_mapped(loader), "%s: mapped", c->name);
+    CHECK(c->way != IN_PLACE || (loader_is_mapped(loader) && leaf_reads <= FIXTURE_LEAVES / 4),
+          "%s, asked for %s: %d leaves were read", c->name, words[c->asked], (int)leaf_reads);
     loader_free(loader);
     _exit(0);
 }
@@ -206,6 +282,45 @@ static void every_refusal(void **state)
             printf("# %s: cannot be arranged here\n", cases[i].name);
         else if (status != 0)
             fail_msg("%s, asked for %s: status %x", cases[i].name, words[cases[i].asked], status);
+    }
+    fixture_free(&f);
+}
+
+// Reads that bring other bytes than the map has: only what the kernels would see counts.
+static void reads_that_lie(void **state)
+{
+    (void)state;
+    struct load_fixture f;
+    fixture_make(&f, false);
+    static const enum load_path paths[] = {LOAD_AUTO, LOAD_MAP, LOAD_READ};
+    for (int turn = 0; turn < 3 * 2; turn++) {
+        bool map_is_right = turn % 2;
+        const uint8_t *base;
+        struct loader *loader;
+        struct error err;
+        struct device device = fresh_device();
+        uint64_t flipped = f.payload_offset + 7 * SHARD_LEAF_BYTES + 5;
+        uint8_t *wrong = malloc(f.file_bytes);
+        assert_non_null(wrong);
+        memcpy(wrong, f.content, f.file_bytes);
+        wrong[flipped] ^= 1;
+        if (!map_is_right)
+            fixture_flip(&f, flipped, 1);
+        fixture_cache(&f, paths[turn / 2] != LOAD_READ);
+        struct loader_options options = load_options(&f, &device, false);
+        options.path = paths[turn / 2];
+        lie = map_is_right ? wrong : f.content;
+        assert_int_equal(loader_start(&loader, &options, &base, &err), 0);
+        assert_true(loader_is_mapped(loader));
+        int rc = loader_finish(loader, &err);
+        lie = NULL;
+        assert_int_equal(rc, map_is_right ? 0 : ERR_CORRUPT);
+        assert_true(rc || memcmp(base, f.payload, f.payload_bytes) == 0);
+        loader_free(loader);
+        free_device(&device);
+        free(wrong);
+        if (!map_is_right)
+            fixture_flip(&f, flipped, 1);
     }
     fixture_free(&f);
 }
@@ -498,6 +613,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_refusal),
+        cmocka_unit_test(reads_that_lie),
         cmocka_unit_test(read_ahead_is_not_needed),
         cmocka_unit_test(files_in_memory),
         cmocka_unit_test(no_threads),

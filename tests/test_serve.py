@@ -513,7 +513,7 @@ def test_restart(alone):
             if not wait_until(lambda: server.metric("tpengine_rank_restarts_total") == turn + 1 and server.status("/ping") == 200, 20):
                 raise RuntimeError(f"crash {turn + 1}: not ready again: " + server.text())
             server.complete("And", max_tokens=2)
-            if turn == 2:
+            if turn == (2 if SLOW else 12):  # the heap has found its shape: what a restart frees may lie behind what stays
                 before = figures()
         after = figures()
         report("memory and descriptors stay flat over many crashes", None if (SLOW or after[0] < before[0] + 2000) and after[1] <= before[1] + 2 else

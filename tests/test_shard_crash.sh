@@ -2,11 +2,14 @@
 # tpshard killed at random moments: nothing that verify or inspect accepts is left unless it is the whole model, --resume
 # comes to the same bytes, a replaced model is the old one, the new one or none. Signals, a full disk, a changed source.
 #
-#   CRASHES   kills of each kind (default 100; in slow builds, TEST_QUICK=1, 24)
+#   CRASHES   kills of each kind (default 40, of --zstd 15; in slow builds, TEST_QUICK=1, 16 and 8)
 cd "$(dirname "$0")/.." || exit 1
 . tests/shard_helpers.sh
 
-crashes=${CRASHES:-$([ -n "${TEST_QUICK:-}" ] && echo 24 || echo 100)}
+leave_out_syncs
+usual=40 usual_zstd=15
+if [ -n "${TEST_QUICK:-}" ]; then usual=16 usual_zstd=8; fi
+crashes=${CRASHES:-$usual}
 RANDOM=11
 source=$work/source
 out=$work/shards
@@ -174,7 +177,7 @@ full_disk_compressed() {
     local disk=$work/disk kib got refused=0 begun=0 bad=0 file
     mkdir "$disk"
     mount -t tmpfs none "$disk" || { echo "ok # SKIP full disk: no right to mount a small one"; return; }
-    for ((kib = 0; kib <= 20000; kib += 1000)); do
+    for ((kib = 0; kib <= 20000; kib += 2000)); do
         mount -o "remount,size=$((kib + 4))k" "$disk"
         got=0
         convert "${options[@]}" "$source" "$disk/shards" || got=$?
@@ -243,7 +246,9 @@ fi
 plain=("${options[@]}")
 kill_and_resume
 measure "${plain[@]}" --zstd
+crashes=${CRASHES:-$usual_zstd}
 kill_and_resume
+crashes=${CRASHES:-$usual}
 measure "${plain[@]}"
 kill_while_replacing
 signals

@@ -258,6 +258,7 @@ static void the_repair_is_named(void **state)
         {"/rank", "repair it: tpshard repair / --from SOURCE, "},
         {"a/b-2.0/rank", "repair it: tpshard repair a/b-2.0 --from SOURCE, "},
         {"my models/x/rank", "repair it: tpshard repair 'my models/x' --from SOURCE, "},
+        {"-a b/rank", "repair it: tpshard repair './-a b' --from SOURCE, "},
         {"it's/rank", "repair it: tpshard repair DIR --from SOURCE, "},
         {"https://host/x/rank", "repair it where it was published: tpshard repair DIR --from SOURCE, "},
     };

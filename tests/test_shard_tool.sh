@@ -5,6 +5,7 @@
 cd "$(dirname "$0")/.." || exit 1
 . tests/shard_helpers.sh
 
+leave_out_syncs
 synthetic=$work/llama
 kinds="none int8 fp8 int4"
 sizes="1 2 3 4 5 8"

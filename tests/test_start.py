@@ -363,23 +363,28 @@ def test_patience():
     size = rank_files(directory)[1].stat().st_size
     for words in ((), ("--ranks", "thread")):
         with Gate(directory, part="rank-01", begin=size // 2) as gate:
-            process = subprocess.Popen([str(w) for w in (TPENGINE, "generate", gate.url, *PROMPT, *GENERATE, "--quiet", "--timeout", 0.4, *words)],
+            process = subprocess.Popen([str(w) for w in (TPENGINE, "generate", gate.url, *PROMPT, *GENERATE, "--quiet", "--timeout", 2, *words)],
                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=CLEAN)
             held = wait_until(lambda: gate.held)
-            time.sleep(2.5)
+            time.sleep(4.5)
             report(f"rank 1 waits for its weights {' '.join(words)}", None if held and process.poll() is None else f"exit {process.poll()}")
             gate.open()
             out, problem = process.communicate(timeout=120)
         expect(f"and then the same tokens {' '.join(words)}", (process.returncode, out, problem), (0, wanted, ""))
-    with Gate(directory, begin=size // 2) as gate:
-        process = subprocess.Popen([str(w) for w in (TPENGINE, "generate", gate.url, *PROMPT, *GENERATE, "--quiet")], stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, text=True, env=CLEAN)
-        wait_until(lambda: gate.held)
-        begin = time.monotonic()
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
-        report("an interrupt ends a start", None if process.returncode == 130 and (SLOW or time.monotonic() - begin < 5) else
-               f"exit {process.returncode} after {time.monotonic() - begin:.1f} s")
+    # Before anybody waits for the ranks, and while they wait for weights. Bytes on their way are given up, and with them what a cache has of them.
+    for part, begin in (("model.json", 0), ("tokenizer", 0), ("rank-", size // 2)):
+        with Gate(directory, part=part, begin=begin) as gate, tempfile.TemporaryDirectory(dir=BUILD / "tests") as cache:
+            process = subprocess.Popen([str(w) for w in (TPENGINE, "generate", gate.url, *PROMPT, *GENERATE, "--quiet", "--cache", cache)],
+                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=CLEAN)
+            wait_until(lambda: gate.held)
+            time.sleep(0.3)
+            begin = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=60)
+            report(f"an interrupt ends a start that waits for {part}", None if process.returncode == 130 and (SLOW or time.monotonic() - begin < 2.5)
+                   else f"exit {process.returncode} after {time.monotonic() - begin:.1f} s")
+            left = [path.name for path in Path(cache).glob(".*.part")]
+            report(f"and leaves nothing in the cache: {part}", str(left) if left and part == "rank-" else None)
 
 
 def test_cache(work):
@@ -397,6 +402,11 @@ def test_cache(work):
         check_timings("timings from the cache", timings_of(done[2]), directory)
         done = engine("tokenize", gate.url, "In the beginning", "--cache", cache)
         expect("tokenize takes a URL and its options", done[0], 0)
+    with Gate(directory) as gate:  # what is said of it names the path
+        done = engine("generate", gate.url, *PROMPT, *GENERATE, "--quiet", "--cache", os.fsdecode(b"/dev/null/\xff\xfe"), "--timings")
+        expect("a cache whose name is no text", done[:2], (0, wanted))
+        notes = [rank["note"] for rank in timings_of(done[2])["ranks"]]
+        report("and timings of it", None if all("/dev/null/??" in note for note in notes) else str(notes))
 
 
 def free_port():
@@ -468,6 +478,31 @@ def test_serve_loading():
         report("so do the metrics", None if 'rank="1",phase="verify"} ' in page and 'rank="0",path="read"} ' in page else page[-2000:])
 
 
+def test_serve_waiting():
+    """While the manifest or the tokenizer is held back, a server takes signals, and sees that a rank is lost."""
+    directory = MODELS["two"]
+    for part, what, status in (("model.json", "SIGTERM", 143), ("tokenizer", "SIGTERM", 0), ("tokenizer", "a lost rank", 7)):
+        with Gate(directory, part=part, begin=0) as gate, Serve(gate.url) as server:
+            wait_until(lambda: gate.held)
+            ranks = wait_until(lambda: rank_pids(server.process.pid)) if part == "tokenizer" else []
+            time.sleep(0.3)
+            os.kill(ranks[1] if what == "a lost rank" else server.process.pid, signal.SIGKILL if what == "a lost rank" else signal.SIGTERM)
+            ended = wait_until(lambda: server.process.poll() is not None, 20 if SLOW else 8)
+            report(f"{what} while {part} is held back", None if ended and server.process.returncode == status else
+                   f"exit {server.process.returncode}: {server.text()[-600:]}")
+    with Gate(directory, token="sesame") as gate, Serve(gate.url) as server:
+        server.process.wait(60)
+        report("a server that gets no manifest", None if server.process.returncode == 5 and "401" in server.text() else server.text()[-600:])
+    with tempfile.TemporaryDirectory(dir=BUILD / "tests") as copy:
+        shutil.copytree(directory, copy, dirs_exist_ok=True)
+        (Path(copy) / "tokenizer.bin").write_bytes(b"x")
+        with Serve(copy) as server:
+            server.process.wait(60)
+            text = server.text()
+            report("a server without its tokenizer", None if server.process.returncode == 4 and "tokenizer.bin" in text and "ready" not in text else
+                   f"exit {server.process.returncode}: {text[-600:]}")
+
+
 def test_bytes():
     """What the kernel counts: each rank reads its file once, and nothing of the others'."""
     directory = MODELS["large-two"]
@@ -481,11 +516,12 @@ def test_bytes():
         content = file.read_bytes()
         os.truncate(file, 4 * MIB)
         drop_from_cache(file)
-        status = server.complete()[0]
+        status, body = server.complete()
         ended = wait_until(lambda: server.process.poll() is not None)
         file.write_bytes(content)
         wrong = [] if ended and server.process.returncode == 5 else [f"exit {server.process.returncode}"]
         wrong += [f"no {word!r}" for word in (file.name, "shortened") if word not in server.text()]
+        wrong += [f"a client is told {body}"] if ".tpshard" in body else []
         report("a file that is shortened in use", "; ".join(wrong) + server.text()[-600:] if wrong or status == 200 else None)
 
 
@@ -497,7 +533,7 @@ def main():
         curl = has_curl()
         parts = {"libraries": test_libraries, "paths": test_paths, "damage": lambda: test_damage(curl), "bytes": test_bytes}
         if curl:
-            parts.update(streaming=test_streaming, cache=lambda: test_cache(work), patience=test_patience, serve=test_serve_loading)
+            parts.update(streaming=test_streaming, cache=lambda: test_cache(work), patience=test_patience, serve=test_serve_loading, waiting=test_serve_waiting)
         else:
             print("SKIP libcurl is not here: nothing comes from a server")
         for name in sys.argv[1:] or parts:

@@ -68,6 +68,10 @@ int api_error_from(struct api_error *error, const struct error *err, const char 
         api_error_set(error, 503, "not_ready", NULL, "%s", err->msg);
         error->retry_after_s = 5;
         return -1;
+    case ERR_IO:
+    case ERR_CORRUPT:
+    case ERR_GPU: // of the ranks: where files lie is no client's business
+        return api_error_set(error, 500, NULL, NULL, "the model cannot be computed; the server's log says why");
     default:
         return api_error_set(error, 500, NULL, NULL, "%s", err->msg);
     }

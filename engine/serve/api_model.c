@@ -34,27 +34,6 @@ static void find_marks(struct api *api, struct api_model *model)
             model->num_kept += tokenizer_token_id(model->tokenizer, output_marks[i], &api->kept[model->num_kept]);
 }
 
-// What the template's text tells about the model's output.
-static int read_template(struct api_model *model, struct session *session, struct error *err)
-{
-    static const char *const names[] = {CHAT_TOOL_TEMPLATE_FILE, CHAT_TEMPLATE_FILE};
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        uint8_t *text = NULL;
-        uint64_t bytes;
-        int rc = store_extra(&text, &bytes, session_store(session), session_manifest(session), names[i],
-                             CHAT_TEMPLATE_CAP_BYTES, err);
-        if (rc)
-            return rc;
-        if (!text)
-            continue;
-        model->format = output_format_find((const char *)text);
-        model->knows_developer = strstr((const char *)text, "developer") != NULL;
-        free(text);
-        return 0;
-    }
-    return 0;
-}
-
 static int open_chat(struct api *api, struct api_model *model, struct session *session, struct error *err)
 {
     int rc = store_chat(&api->chat, session_store(session), session_manifest(session), err);
@@ -64,8 +43,14 @@ static int open_chat(struct api *api, struct api_model *model, struct session *s
         *err = (struct error){0};
         return 0;
     }
+    if (rc)
+        return rc;
+    // What the template's text tells about the model's output.
+    const char *text = chat_template_text(api->chat);
     model->chat = api->chat;
-    return rc ? rc : read_template(model, session, err);
+    model->format = output_format_find(text);
+    model->knows_developer = strstr(text, "developer") != NULL;
+    return 0;
 }
 
 // Without one there are no answers in a given form.

@@ -80,7 +80,7 @@ struct engine_stats {
         start_s;          // of the last start: weights; everything until ready, which is not before they are all there
     double step_s_total;  // time in steps, of all starts
     double retry_after_s; // estimate for a 429's Retry-After
-    char error[256];      // why the ranks were lost last; ""
+    char error[ERROR_MSG_BYTES]; // why the ranks were lost last; ""
     int num_ranks;
     struct engine_rank ranks[COMM_MAX_RANKS];
 };

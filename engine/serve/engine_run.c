@@ -106,7 +106,7 @@ static void ranks_lost(struct engine *engine, int rc, const struct error *why)
         session_rank_report(engine->session, i, &report);
         engine->now.ranks[i].losses += report.lost;
     }
-    snprintf(engine->now.error, sizeof engine->now.error, "%.255s", why->msg);
+    snprintf(engine->now.error, sizeof engine->now.error, "%s", why->msg);
     engine_work_publish(engine);
     set_state(engine, engine->restarts ? ENGINE_RESTARTING : ENGINE_FAILED);
 }

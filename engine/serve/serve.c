@@ -1,6 +1,6 @@
 // tpengine serve: the OpenAI-compatible server. Options, and the order in which its parts come up and go down.
 //
-// The sockets are open before anything of the model is touched, so that health checks are answered from the first moment. Threads: this one forks
+// The sockets are open as soon as the manifest has been read and before any weight is touched, so that health checks are answered while it loads. Threads: this one forks
 // and steps the ranks (engine.h); one serves the sockets (http_server.h); a few parse and tokenize (api.h). Only this one takes SIGINT and SIGTERM.
 #include "engine/commands.h"
 #include "engine/serve/api.h"
@@ -17,6 +17,7 @@
 #include <limits.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
@@ -133,13 +134,19 @@ struct server {
     pthread_t http_thread;
     bool http_running;
     struct error http_error; // of http_server_run, once its thread has been joined
+    pthread_t load_thread;   // of api_load
+    bool loading;            // it has not been joined
+    struct error load_error; // of api_load, where load_failed
+    atomic_bool load_failed, load_cancelled;
+    pthread_mutex_t ready;           // guards these two: who is ready last says so
+    bool ranks_ready, answers_ready; // answers: what api_load brings
     char *keys[MAX_KEYS];
     int num_keys;
     char name[NAME_MAX + 1]; // of the model, unless others are given
     const char *model_name;  // it
     double begin_s;
 };
-static struct server the_server;
+static struct server the_server = {.ready = PTHREAD_MUTEX_INITIALIZER};
 
 // ---- options -----------------------------------------------------------------------------------------------------
 
@@ -381,10 +388,84 @@ static void log_loads(struct session *session, const struct engine_stats *stats)
     }
 }
 
+// ---- what the answers need beside the ranks ------------------------------------------------------------------------
+
+// Under the mutex.
+static void tell_ready(struct server *server)
+{
+    struct engine_stats stats;
+    if (!server->ranks_ready || !server->answers_ready)
+        return;
+    engine_read_stats(server->engine, &stats);
+    if (stats.restarts == 0)
+        metrics_cold_start(server->metrics, "ready", clock_now_s() - server->begin_s);
+    notify("READY=1\nSTATUS=ready");
+    log_line(LOG_INFO, "ready",
+             (struct log_field[]){
+                 {.key = "load_s", .type = LOG_SECONDS, .seconds = stats.load_s},
+                 {.key = "since_start_s", .type = LOG_SECONDS, .seconds = clock_now_s() - server->begin_s},
+                 {.key = "ranks", .type = LOG_INTEGER, .integer = stats.num_ranks},
+                 {.key = "backend", .type = LOG_TEXT, .text = session_backend(server->session)},
+                 {.key = "context", .type = LOG_INTEGER, .integer = session_context(server->session)},
+                 {.key = "kv_tokens", .type = LOG_INTEGER, .integer = stats.scheduler.pages * KV_PAGE_TOKENS},
+                 {.key = "restarts", .type = LOG_INTEGER, .integer = stats.restarts},
+                 {0}});
+}
+
+// Templates and tokenizer may come from a slow server: meanwhile engine_run watches the ranks, takes signals and tells the service manager
+// that it lives.
+static void *run_load(void *arg)
+{
+    struct server *server = arg;
+    double begin_s = clock_now_s();
+    if (api_load(server->api, server->session, &server->load_error) == 0) {
+        metrics_cold_start(server->metrics, "prepare", clock_now_s() - begin_s);
+        pthread_mutex_lock(&server->ready);
+        server->answers_ready = true;
+        tell_ready(server);
+        pthread_mutex_unlock(&server->ready);
+    } else if (!atomic_load(&server->load_cancelled)) {
+        atomic_store(&server->load_failed, true);
+        engine_drain(server->engine);
+        engine_drain(server->engine);
+    }
+    return NULL;
+}
+
+// The ranks load at the same time. If they cannot start, engine_run tries again and says why.
+static int start_loading(struct server *server, struct error *err)
+{
+    session_launch(server->session, NULL);
+    int failed = pthread_create(&server->load_thread, NULL, run_load, server);
+    if (failed)
+        return error_set(err, ERR_MEMORY, "cannot start a thread for the tokenizer: %s", strerror(failed));
+    server->loading = true;
+    return 0;
+}
+
+static void finish_loading(struct server *server)
+{
+    if (server->loading)
+        pthread_join(server->load_thread, NULL);
+    server->loading = false;
+}
+
+static void cancel_loading(struct server *server)
+{
+    atomic_store(&server->load_cancelled, true);
+    store_cancel(session_store(server->session));
+    finish_loading(server);
+}
+
 static void on_state(void *arg, enum engine_state state)
 {
     struct server *server = arg;
     struct engine_stats stats;
+    pthread_mutex_lock(&server->ready);
+    server->ranks_ready = false;
+    pthread_mutex_unlock(&server->ready);
+    if (state == ENGINE_RESTARTING) // no process is forked beside what libcurl does
+        finish_loading(server);
     engine_read_stats(server->engine, &stats);
     switch (state) {
     case ENGINE_LOADING:
@@ -394,21 +475,12 @@ static void on_state(void *arg, enum engine_state state)
     case ENGINE_READY:
         metrics_cold_start(server->metrics, "load", stats.load_s);
         metrics_cold_start(server->metrics, "start", stats.start_s);
-        if (stats.restarts == 0)
-            metrics_cold_start(server->metrics, "ready", clock_now_s() - server->begin_s);
-        notify("READY=1\nSTATUS=ready");
         log_devices(&stats);
         log_loads(server->session, &stats);
-        log_line(LOG_INFO, "ready",
-                 (struct log_field[]){
-                     {.key = "load_s", .type = LOG_SECONDS, .seconds = stats.load_s},
-                     {.key = "since_start_s", .type = LOG_SECONDS, .seconds = clock_now_s() - server->begin_s},
-                     {.key = "ranks", .type = LOG_INTEGER, .integer = stats.num_ranks},
-                     {.key = "backend", .type = LOG_TEXT, .text = session_backend(server->session)},
-                     {.key = "context", .type = LOG_INTEGER, .integer = session_context(server->session)},
-                     {.key = "kv_tokens", .type = LOG_INTEGER, .integer = stats.scheduler.pages * KV_PAGE_TOKENS},
-                     {.key = "restarts", .type = LOG_INTEGER, .integer = stats.restarts},
-                     {0}});
+        pthread_mutex_lock(&server->ready);
+        server->ranks_ready = true;
+        tell_ready(server);
+        pthread_mutex_unlock(&server->ready);
         break;
     case ENGINE_RESTARTING:
     case ENGINE_FAILED:
@@ -430,10 +502,11 @@ static void on_state(void *arg, enum engine_state state)
 
 // ---- up and down -------------------------------------------------------------------------------------------------
 
-static int open_all(struct server *server, const char *place, struct error *err)
+// What is wrong with options and manifest. No thread runs yet: a signal ends the program.
+static int open_model(struct server *server, const char *place, struct error *err)
 {
-    int rc;
     struct session_options session = session_options;
+    int rc;
     session.kv_tokens = options.kv_tokens;
     session.kv_fits = true;
     // Where chunks are fixed (devices): how finely prompts are shared, and how long a stream waits for another's prompt.
@@ -441,7 +514,24 @@ static int open_all(struct server *server, const char *place, struct error *err)
     session.leave_signals = true; // to engine_run
     session.draft_tokens = options.draft_tokens;
     session.load_first = true; // "ready" means it
-    session.store = chosen_store_options();
+    if ((rc = check_options(err)) || (rc = choose_store(&session.store, NULL, err)) || (rc = read_keys(server, err)) ||
+        (rc = session_open(&server->session, place, &session, options.max_batch, 0, err)) ||
+        (rc = choose_name(server, place, err)))
+        return rc;
+    if (session.store.cache_dir && !store_is_remote(session_store(server->session)))
+        log_line(LOG_WARNING, "--cache is not used: the model is a directory's", NULL);
+    // The threads that start after this inherit the mask; engine_run lets this thread alone have both signals.
+    sigset_t ends;
+    sigemptyset(&ends);
+    sigaddset(&ends, SIGINT);
+    sigaddset(&ends, SIGTERM);
+    pthread_sigmask(SIG_BLOCK, &ends, NULL);
+    return 0;
+}
+
+static int open_all(struct server *server, const char *place, struct error *err)
+{
+    int rc;
     const struct engine_options engine = {
         .max_queue = options.max_queue,
         .draft_tokens = options.draft_tokens,
@@ -453,9 +543,7 @@ static int open_all(struct server *server, const char *place, struct error *err)
         .alive_s = notify_watchdog_s(),
         .on_alive = tell_watchdog,
     };
-    if ((rc = check_options(err)) || (rc = read_keys(server, err)) ||
-        (rc = session_open(&server->session, place, &session, options.max_batch, 0, err)) ||
-        (rc = choose_name(server, place, err)) || (rc = engine_create(&server->engine, server->session, &engine, err)))
+    if ((rc = open_model(server, place, err)) || (rc = engine_create(&server->engine, server->session, &engine, err)))
         return rc;
 
     struct api_options api = api_options_default;
@@ -533,21 +621,18 @@ int serve_run(int argc, char **argv, struct error *err)
     server->begin_s = clock_now_s();
     configure_log();
     signal(SIGPIPE, SIG_IGN);
-    // The threads that start here inherit this mask; engine_run lets this thread alone have both signals.
     signal(SIGINT, end_at_once);
     signal(SIGTERM, end_at_once);
     sigemptyset(&ends);
     sigaddset(&ends, SIGINT);
     sigaddset(&ends, SIGTERM);
-    pthread_sigmask(SIG_BLOCK, &ends, NULL);
     int rc = open_all(server, argv[0], err);
-    if (!rc) {
-        double begin_s = clock_now_s();
-        // They load meanwhile. If they cannot start, engine_run tries again and says why.
-        session_launch(server->session, NULL);
-        if ((rc = api_load(server->api, server->session, err)) == 0) {
-            metrics_cold_start(server->metrics, "prepare", clock_now_s() - begin_s);
-            rc = engine_run(server->engine, on_state, server, err);
+    if (!rc && (rc = start_loading(server, err)) == 0) {
+        rc = engine_run(server->engine, on_state, server, err);
+        cancel_loading(server);
+        if (atomic_load(&server->load_failed)) {
+            *err = server->load_error;
+            rc = err->code;
         }
     }
     // What follows may wait for the last answers and jobs; whoever does not want to, ends it with one more signal.
