@@ -90,7 +90,7 @@ TEST_PROGRAMS := $(TEST_SRC:%.c=$(BUILD)/%)
 EMULATED_TESTS := $(EMULATED_TEST_SRC:%.cc=$(BUILD)/%)
 EMULATED_BACKEND := $(BUILD)/tests/libtpengine_cuda_emulated.so
 IO_SHIM := $(if $(SANITIZE),,$(BUILD)/tests/libio_shim.so) # sanitizers have functions of these names of their own
-TEST_SCRIPTS := $(wildcard tests/test_*.sh tests/test_*.py)
+TEST_SCRIPTS := $(filter-out $(LEAVE_OUT:%=tests/%),$(wildcard tests/test_*.sh tests/test_*.py))
 FUZZ_PROGRAMS := $(FUZZ_SRC:tests/fuzz/%.c=$(BUILD)/tests/%)
 BENCH_PROGRAMS := $(BENCH_SRC:%.c=$(BUILD)/%)
 CUDA_BACKEND := $(if $(and $(NVCC),$(CUDA_SRC)),$(BUILD)/libtpengine_cuda.so)
