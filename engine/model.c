@@ -2,6 +2,7 @@
 #include "engine/model.h"
 
 #include "formats/checked.h"
+#include "formats/rank_file.h"
 #include "kernels/buffers.h"
 
 #include <assert.h>
@@ -10,36 +11,6 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
-
-// ---- identity --------------------------------------------------------------------------------------------------
-
-// Rank k must refuse rank j's file, another sharding run's file and another model's file.
-static int check_identity(const struct shard_file *file, const struct manifest *manifest, int rank, const char *path,
-                          struct error *err)
-{
-    const struct shard_identity *id = shard_file_identity(file);
-    if (id->rank != (uint32_t)rank || id->tp_size != manifest->tp_size || id->pp_size != manifest->pp_size)
-        return error_set(err, ERR_CORRUPT,
-                         "%s: it is rank %u of %u, but rank %d of %u was wanted here; files were mixed up", path,
-                         id->rank, id->tp_size, rank, manifest->tp_size);
-    struct checksum128 found = checksum128_from_bytes(id->contract);
-    if (!checksum128_equal(found, manifest->contract)) {
-        char found_hex[CHECKSUM128_HEX_DIGITS + 1], want_hex[CHECKSUM128_HEX_DIGITS + 1];
-        checksum128_to_hex(found, found_hex);
-        checksum128_to_hex(manifest->contract, want_hex);
-        return error_set(err, ERR_CORRUPT,
-                         "%s: contract %s differs from the manifest's %s: the file comes from another run of tpshard",
-                         path, found_hex, want_hex);
-    }
-    uint64_t file_bytes = shard_file_payload_offset(file) + shard_file_stored_bytes(file);
-    if (file_bytes != manifest->ranks[rank].bytes)
-        return error_set(err, ERR_CORRUPT, "%s: the file has %llu bytes, the manifest says %llu", path,
-                         (unsigned long long)file_bytes, (unsigned long long)manifest->ranks[rank].bytes);
-    if (!checksum128_equal(shard_file_root(file), manifest->ranks[rank].hash))
-        return error_set(err, ERR_CORRUPT,
-                         "%s: the header's checksum differs from the manifest's; shard the model again", path);
-    return 0;
-}
 
 // ---- views -----------------------------------------------------------------------------------------------------
 
@@ -341,7 +312,7 @@ static int read_head(struct model *m, const struct manifest *manifest, int rank,
     if (!rc)
         rc = shard_file_parse(&m->file, head, head_bytes, store_file_bytes(m->source), m->name, err);
     free(head);
-    return rc ? rc : check_identity(m->file, manifest, rank, m->name, err);
+    return rc ? rc : rank_file_check(m->file, manifest, (uint32_t)rank, m->name, err);
 }
 
 int model_open(struct model *out, const char *place, const struct store_options *store, const struct manifest *manifest,

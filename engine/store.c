@@ -7,7 +7,8 @@
 #include "formats/extra_file.h"
 #include "formats/file_io.h"
 #include "formats/json_file.h"
-#include "formats/shard_layout.h"
+#include "formats/repair_hint.h"
+#include "formats/shard_file.h"
 
 #include <errno.h>
 #include <limits.h>
@@ -195,10 +196,7 @@ static int open_local(struct store_file *file, struct error *err)
         return error_set(err, ERR_MEMORY, "%s: no memory for the name of a file", file->store->dir);
     }
     int rc = file_open_read(&file->fd, &file->bytes, file->path, err);
-    if (rc == ERR_IO && access(file->path, F_OK) && errno == ENOENT)
-        return error_set(err, ERR_IO, "%s: there is no such file; tpshard repair DIR --from SOURCE writes it again",
-                         file->path);
-    return rc;
+    return rc == ERR_IO ? repair_hint_unopened(file->path, err) : rc;
 }
 
 static int open_remote(struct store_file *file, struct error *err)
@@ -294,7 +292,6 @@ uint64_t store_file_fetched_bytes(const struct store_file *file)
 // The first read is as long as the shortest head; the header there says how long this one is. Nonsense is for the parser to name.
 static int read_head(uint8_t **out, uint64_t *num_bytes, struct store_file *file, struct error *err)
 {
-    struct disk_header header = {0};
     uint64_t first_bytes = file->bytes < SHARD_PAYLOAD_ALIGN ? file->bytes : SHARD_PAYLOAD_ALIGN;
     uint8_t *bytes = malloc(first_bytes + 1), *larger;
     if (!bytes)
@@ -302,9 +299,8 @@ static int read_head(uint8_t **out, uint64_t *num_bytes, struct store_file *file
     int rc = store_file_read(file, bytes, first_bytes, 0, err);
     if (rc)
         goto fail;
-    memcpy(&header, bytes, first_bytes < sizeof header ? first_bytes : sizeof header);
-    uint64_t all_bytes = header.payload_offset;
-    if (all_bytes < first_bytes || all_bytes > HEAD_MAX_BYTES || all_bytes > file->bytes)
+    uint64_t all_bytes = shard_file_head_bytes(bytes, first_bytes);
+    if (all_bytes < first_bytes || all_bytes > file->bytes)
         all_bytes = first_bytes;
     if (all_bytes > first_bytes) {
         if (!(larger = realloc(bytes, all_bytes))) {

@@ -7,6 +7,7 @@
 
 #include "formats/checked.h"
 #include "formats/file_io.h"
+#include "formats/repair_hint.h"
 #include "formats/shard_layout.h"
 
 #include <assert.h>
@@ -90,39 +91,16 @@ struct shard_file {
     uint64_t *leaf_offsets;
 };
 
-enum { REPAIR_BYTES = 512 };
-
-// The command that mends the file, with its directory as a shell takes it; of a file behind a URL its publisher has to.
-static const char *how_to_repair(char out[REPAIR_BYTES], const char *name)
-{
-    static const char plain[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_./-";
-    const char *slash = strrchr(name, '/'), *dir = slash ? name : ".", *quote = "", *where = "", *here = "";
-    int length = slash ? (int)(slash - name) + (slash == name) : 1;
-    if (strstr(name, "://"))
-        where = " where it was published";
-    if (*where || memchr(dir, '\'', (size_t)length)) {
-        dir = "DIR";
-        length = 3;
-    } else if (strspn(dir, plain) < (size_t)length) {
-        quote = "'";
-    }
-    if (*dir == '-') // no option
-        here = "./";
-    snprintf(out, REPAIR_BYTES, "repair it%s: tpshard repair %s%s%.*s%s --from SOURCE, the checkpoint or another copy",
-             where, quote, here, length, dir, quote);
-    return out;
-}
-
 static int refuse(const struct shard_file *file, struct error *err, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
 static int refuse(const struct shard_file *file, struct error *err, const char *fmt, ...)
 {
-    char what[512], repair[REPAIR_BYTES];
+    char what[512], hint[REPAIR_HINT_BYTES];
     va_list args;
     va_start(args, fmt);
     vsnprintf(what, sizeof what, fmt, args);
     va_end(args);
-    return error_set(err, ERR_CORRUPT, "%s: %s; %s", file->name, what, how_to_repair(repair, file->name));
+    return error_set(err, ERR_CORRUPT, "%s: %s; %s", file->name, what, repair_hint(hint, file->name));
 }
 
 static bool all_zero(const uint8_t *bytes, uint64_t begin, uint64_t end)
@@ -416,24 +394,31 @@ fail:
     return rc;
 }
 
+uint64_t shard_file_head_bytes(const uint8_t *first, uint64_t num_first)
+{
+    struct disk_header header;
+    if (num_first < sizeof header)
+        return 0;
+    memcpy(&header, first, sizeof header);
+    return header.payload_offset <= HEAD_MAX_BYTES ? header.payload_offset : 0;
+}
+
 int shard_file_open(struct shard_file **out, const char *path, struct error *err)
 {
     int rc, fd = -1;
-    uint64_t file_bytes = 0, payload_offset;
+    uint64_t file_bytes = 0;
     uint8_t *head = NULL;
     struct shard_file *file = NULL;
     if ((rc = file_open_read(&fd, &file_bytes, path, err)))
         return rc;
 
-    // The header says how long the head is; nonsense there costs at most HEAD_MAX_BYTES.
-    struct disk_header header = {0};
+    // The header says how long the head is; where it says nonsense, that is told of the header.
+    uint8_t header[HEADER_BYTES];
     uint64_t header_bytes = file_bytes < sizeof header ? file_bytes : sizeof header;
-    if ((rc = file_pread_full(fd, &header, header_bytes, 0, path, err)))
+    if ((rc = file_pread_full(fd, header, header_bytes, 0, path, err)))
         goto fail;
-    payload_offset = header.payload_offset;
-    uint64_t head_bytes =
-        payload_offset < header_bytes || payload_offset > HEAD_MAX_BYTES ? header_bytes : payload_offset;
-    head_bytes = head_bytes < file_bytes ? head_bytes : file_bytes;
+    uint64_t head_bytes = shard_file_head_bytes(header, header_bytes);
+    head_bytes = head_bytes < header_bytes ? header_bytes : head_bytes < file_bytes ? head_bytes : file_bytes;
     head = malloc(head_bytes + 1);
     if (!head) {
         rc = error_set(err, ERR_MEMORY, "%s: out of memory for its head (%" PRIu64 " bytes)", path, head_bytes);
@@ -505,28 +490,40 @@ uint64_t shard_file_leaf_bytes(const struct shard_file *file, uint64_t index)
     return shard_layout_leaf_bytes(&file->layout, index);
 }
 
-// Leaf `index` as it lies in the file does not hold: what stands in it is named by its payload bytes.
-static int report_leaf(const struct shard_file *file, uint64_t index, const char *wrong, struct error *err)
+const char *shard_file_leaf_label(const struct shard_file *file, uint64_t index, char *buffer, size_t bytes)
 {
-    char label[256] = "padding", repair[REPAIR_BYTES];
-    uint64_t begin = index * SHARD_LEAF_BYTES, end = begin + shard_file_leaf_bytes(file, index), broken = 0;
+    char label[256];
+    uint64_t begin = index * SHARD_LEAF_BYTES, end = begin + shard_file_leaf_bytes(file, index), others = 0;
+    const struct shard_tensor *first = NULL;
     for (uint64_t i = 0; i < file->tensor_count; i++) {
         const struct shard_tensor *tensor = &file->tensors[i];
         const struct weight_shape *shape = &tensor->shape;
         uint64_t tensor_end =
             shape->scale_bytes ? tensor->scale_offset + shape->scale_bytes : tensor->data_offset + shape->data_bytes;
-        bool empty = tensor_end == tensor->data_offset;
-        if (!empty && tensor->data_offset < end && tensor_end > begin && broken++ == 0)
-            shard_layout_label(label, sizeof label, tensor);
+        if (tensor_end == tensor->data_offset || tensor->data_offset >= end || tensor_end <= begin)
+            continue;
+        others += first != NULL;
+        first = first ? first : tensor;
     }
-    char more[48] = "";
-    if (broken > 1)
-        snprintf(more, sizeof more, " or one of the %" PRIu64 " behind it", broken - 1);
+    if (!first)
+        snprintf(buffer, bytes, "padding");
+    else if (others == 0)
+        snprintf(buffer, bytes, "tensor %s", shard_layout_label(label, sizeof label, first));
+    else
+        snprintf(buffer, bytes, "tensor %s or one of the %" PRIu64 " behind it",
+                 shard_layout_label(label, sizeof label, first), others);
+    return buffer;
+}
+
+// Leaf `index` as it lies in the file does not hold: what stands in it is named by its payload bytes.
+static int report_leaf(const struct shard_file *file, uint64_t index, const char *wrong, struct error *err)
+{
+    char label[SHARD_LEAF_LABEL_BYTES], hint[REPAIR_HINT_BYTES];
     struct shard_stored stored = shard_file_stored_leaf(file, index);
     uint64_t offset = file->layout.payload_offset + stored.offset;
-    return error_set(err, ERR_CORRUPT, "%s: rank %" PRIu32 ": %s%s%s, file bytes %" PRIu64 " to %" PRIu64 ": %s; %s",
-                     file->name, file->identity.rank, broken ? "tensor " : "", label, more, offset,
-                     offset + stored.bytes - 1, wrong, how_to_repair(repair, file->name));
+    return error_set(err, ERR_CORRUPT, "%s: rank %" PRIu32 ": %s, file bytes %" PRIu64 " to %" PRIu64 ": %s; %s",
+                     file->name, file->identity.rank, shard_file_leaf_label(file, index, label, sizeof label), offset,
+                     offset + stored.bytes - 1, wrong, repair_hint(hint, file->name));
 }
 
 // ---- stored leaves --------------------------------------------------------------------------------------------------

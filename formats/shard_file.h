@@ -25,6 +25,7 @@ enum {
         SHARD_LEAF_BYTES + SHARD_FILE_ALIGN - 1, // a leaf as it lies in the file; more than a leaf: the last one
     SHARD_MAX_PARTS = 4,                         // source tensors fused into one stored tensor
     SHARD_MAX_RANKS = 1024,                      // tp_size, and pp_size
+    SHARD_LEAF_LABEL_BYTES = 320,                // for shard_file_leaf_label
 };
 
 // What a tensor is for. Numbers are on disk. layer is -1 for those outside the layers.
@@ -111,6 +112,9 @@ struct shard_file; // immutable after opening
 // be rejected (ERR_CORRUPT), none may crash. The bytes are copied: they need not outlive the call.
 int shard_file_parse(struct shard_file **out, const uint8_t *bytes, uint64_t available, uint64_t file_bytes,
                      const char *name, struct error *err);
+// How long the head of a file is that begins so, as its header says; at most 64 MiB. 0: that is no head, which is for shard_file_parse to say, or
+// these are too few bytes to tell. SHARD_PAYLOAD_ALIGN bytes are enough, and no head is shorter.
+uint64_t shard_file_head_bytes(const uint8_t *first, uint64_t num_first);
 // Reads and parses the head of a file, then maps the payload read-only (private, not populated).
 int shard_file_open(struct shard_file **out, const char *path, struct error *err);
 void shard_file_close(struct shard_file *file);
@@ -129,6 +133,8 @@ const uint8_t *
 shard_file_payload(const struct shard_file *file); // mapped; NULL after shard_file_parse, and in compressed files
 uint64_t shard_file_leaf_count(const struct shard_file *file);
 uint64_t shard_file_leaf_bytes(const struct shard_file *file, uint64_t index); // payload bytes of that leaf
+// What stands in a leaf: "tensor layers.3.down (...)", "tensor ... or one of the 2 behind it", "padding". Returns buffer.
+const char *shard_file_leaf_label(const struct shard_file *file, uint64_t index, char *buffer, size_t bytes);
 
 // A compressed file holds leaves in fewer bytes, one behind the other, at any offset; each still has one checksum, of the bytes as they lie in
 // the file. In other files a leaf lies there as it is. The last leaf's bytes go on to the end of the file, with zeros.

@@ -1,6 +1,5 @@
 // The records of a rank file as they lie on disk, and where everything lies: what the reader (shard_file.c) and the
-// writer (shard_layout.c) share, and those who have to look into a head that is not whole: the store, which has but its beginning, and
-// repair_head, which makes it anew. All others ask shard_file.h. The specification is shard_file.md.
+// writer (shard_layout.c) share, and repair_head, which makes a head anew. All others ask shard_file.h. The specification is shard_file.md.
 #ifndef TPSHARD_FORMATS_SHARD_LAYOUT_H
 #define TPSHARD_FORMATS_SHARD_LAYOUT_H
 

@@ -18,8 +18,7 @@ struct shard_dir {
 int shard_dir_open(struct shard_dir *out, const char *path, struct error *err);
 void shard_dir_close(struct shard_dir *dir); // accepts a zeroed one
 
-// Opens the file of one rank and checks that it is the one that the manifest means: size, head, rank, tp, contract.
-// ERR_CORRUPT names both values.
+// Opens the file of one rank and checks that it is the one that the manifest means (rank_file_open).
 int shard_dir_open_rank(struct shard_dir *dir, uint32_t rank, struct error *err);
 
 #endif

@@ -8,27 +8,17 @@ Needs the Python module xxhash for the second reader alone.
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
 from pathlib import Path
 
+import case_help
+from case_help import check, run
+
 BUILD = Path(os.environ.get("BUILD", "build"))
 GOLDEN = Path("tests/golden/shards")
 TPSHARD, TPENGINE = BUILD / "tpshard", BUILD / "tpengine"
-failures = []
-
-
-def report(name, ok, detail=""):
-    print(f"{'ok' if ok else 'not ok'} {name}{': ' + detail if detail and not ok else ''}", flush=True)
-    if not ok:
-        failures.append(name)
-
-
-def run(*words):
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    return done.returncode, done.stdout, done.stderr
 
 
 def generate(shards, prompt, *options):
@@ -46,7 +36,6 @@ def unpack(archive, folder):
 def second_reader(folder):
     """A sentence, or None where there is nothing to say."""
     try:
-        sys.path.insert(0, str(Path(__file__).parent))
         import shard_reader
     except ModuleNotFoundError:
         return None
@@ -59,14 +48,14 @@ def second_reader(folder):
 
 def check_good(name, folder, want):
     status, _, err = run(TPSHARD, "verify", "--quiet", folder)
-    report(f"{name}: verify", status == 0, err)
+    check(f"{name}: verify", status == 0, err)
     status, out, err = run(TPSHARD, "inspect", "--json", folder)
-    report(f"{name}: inspect", status == 0 and len(json.loads(out)["ranks"][0]["tensors"]) > 5, err)
+    check(f"{name}: inspect", status == 0 and len(json.loads(out)["ranks"][0]["tensors"]) > 5, err)
     said = second_reader(folder)
-    report(f"{name}: the second reader", said is None, str(said))
+    check(f"{name}: the second reader", said is None, str(said))
     for backend in ("auto", "scalar"):
         status, out, err = generate(folder, want["prompt"], "--backend", backend)
-        report(f"{name}: the tokens of {backend}", status == 0 and out.strip() == want["tokens"], f"{out.strip()}, not {want['tokens']}: {err}")
+        check(f"{name}: the tokens of {backend}", status == 0 and out.strip() == want["tokens"], f"{out.strip()}, not {want['tokens']}: {err}")
 
 
 def damage(folder, bad, folders):
@@ -100,7 +89,7 @@ def check_bad(version, bad, work):
         wanted, words = bad[program]
         if not (changed and status == wanted and words in err and out == ""):
             said.append(f"{program}: exit status {status}, wanted {wanted}; \"{err.strip()}\" should say \"{words}\"")
-    report(f"{version} bad: {bad['name']}", not said, "; ".join(said))
+    check(f"{version} bad: {bad['name']}", not said, "; ".join(said))
     shutil.rmtree(folder)
 
 
@@ -109,10 +98,10 @@ def main():
         print(f"SKIP no {TPSHARD} or {TPENGINE}: build them first")
         return 77
     versions = sorted(path for path in GOLDEN.iterdir() if path.is_dir())
-    report("there are goldens", len(versions) > 0)
+    check("there are goldens", len(versions) > 0)
     for version in versions:
         good, bad = json.loads((version / "golden.json").read_text()), json.loads((version / "bad.json").read_text())
-        report(f"{version.name}: every archive is named", sorted(f"{name}.tar.xz" for name in good) ==
+        check(f"{version.name}: every archive is named", sorted(f"{name}.tar.xz" for name in good) ==
                sorted(path.name for path in version.glob("*.tar.xz")) and len(good) >= 8 and len(bad) >= 30)
         with tempfile.TemporaryDirectory(dir=BUILD / "tests", prefix="test_golden_shards.") as name:
             work = Path(name)
@@ -121,7 +110,7 @@ def main():
                 check_good(f"{version.name} {name}", work / name, want)
             for entry in bad:
                 check_bad(version.name, entry, work)
-    return 1 if failures else 0
+    return case_help.status()
 
 
 if __name__ == "__main__":

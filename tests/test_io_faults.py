@@ -25,8 +25,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from io_shim_help import HANG_S, KINDS, POWER_FAILED, SHIM, Page, Ran, run, sentence  # noqa: E402
+import case_help
+from case_help import failures, report
+from io_shim_help import HANG_S, KINDS, POWER_FAILED, SHIM, Page, Ran, run, sentence 
 
 BUILD = Path(os.environ.get("BUILD", "build")).resolve()
 TPSHARD, TPENGINE = BUILD / "tpshard", BUILD / "tpengine"
@@ -38,14 +39,6 @@ TABLES = [name for name in os.environ.get("TABLES", "").split(",") if name]
 WORK_FOLDER = ".tmp-tpshard"
 ERRNOS = [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EINTR, errno.ENOMEM]
 RETRIED = ["read", "pread", "write", "pwrite", "allocate", "lock"]  # EINTR for ever would be tried for ever
-failures = 0
-
-
-def report(name, wrong):
-    """One line of TAP; wrong: what is, None or "" when nothing."""
-    global failures
-    failures += bool(wrong)
-    print(f"not ok {name}: {wrong}" if wrong else f"ok {name}", flush=True)
 
 
 # ---- directories -----------------------------------------------------------------------------------------------------
@@ -440,7 +433,6 @@ def memory_of_server():
 
 def full_disks():
     """In a mount namespace of its own: the disks go with it."""
-    global failures
     if not chosen("disks"):
         return
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
@@ -448,7 +440,8 @@ def full_disks():
         return
     sys.stdout.flush()
     ended = subprocess.run(["unshare", "-rm", sys.executable, __file__, "--disks", str(WORK)], check=False)
-    failures += ended.returncode != 0
+    if ended.returncode != 0:
+        failures.append("in the namespace")
 
 
 def disks_of_every_size(work):
@@ -483,7 +476,7 @@ def disks_of_every_size(work):
         if set(counts) != {0, 5}:
             wrong.append(f"exit statuses {counts}")
         report(f"disks_{job.name}: {counts.get(5, 0)} sizes too small, {counts.get(0, 0)} enough", wrong and wrong[0])
-    sys.exit(failures)
+    sys.exit(case_help.status())
 
 
 def stopped_at(page, kind, number, words):
@@ -697,7 +690,7 @@ def main():
         resumed_work()
     finally:
         shutil.rmtree(WORK, ignore_errors=True)
-    return 1 if failures else 0
+    return case_help.status()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 """The server's page in a headless Chromium: it streams, stops, shows the engine, keeps texts as texts, fits a phone, and breaks no rule of its
 policy. Screenshots go to $BUILD/page."""
-import http.client
 import json
 import os
 import shutil
@@ -12,56 +11,15 @@ import time
 from pathlib import Path
 
 import browser
+import case_help
+from case_help import check
+from serve_help import Server
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = Path(os.environ.get("BUILD", "build"))
 # A chat template for the bundled model, which continues texts: turns follow each other.
 TEMPLATE = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
 EVIL = "<img src=x onerror=document.title='taken'><script>document.title='taken'</" + "script>"
-failures = 0
-
-
-def report(name, good, why=""):
-    global failures
-    failures += not good
-    print(f"ok {name}" if good else f"not ok {name}: {why}", flush=True)
-
-
-class Server:
-    def __init__(self, folder, *words):
-        self.log = open(Path(folder) / "serve.log", "w+")
-        self.process = subprocess.Popen([BUILD / "tpengine", "serve", folder, "--port", "0", "--log-format", "json", *words],
-                                        stderr=self.log, stdin=subprocess.DEVNULL)
-        end = time.monotonic() + 60
-        self.port = None
-        while time.monotonic() < end and self.process.poll() is None and not self.ready():
-            time.sleep(0.05)
-
-    def ready(self):
-        if not self.port:
-            for line in Path(self.log.name).read_text().splitlines():
-                self.port = json.loads(line).get("port") or self.port
-        if not self.port:
-            return False
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
-        try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == 200
-        except OSError:
-            return False
-        finally:
-            connection.close()
-
-    def get(self, path):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
-        connection.request("GET", path)
-        answer = connection.getresponse()
-        return answer, answer.read()
-
-    def end(self):
-        self.process.kill()
-        self.process.wait()
-        self.log.close()
 
 
 def shards(folder, template):
@@ -91,7 +49,7 @@ def set_field(page, name, value):
 def chat(page, server, shots):
     page.view(1280, 800)
     page.open(f"http://127.0.0.1:{server.port}/")
-    report("page_state_is_shown", page.wait("document.getElementById('state').textContent === 'ready'"),
+    check("page_state_is_shown", page.wait("document.getElementById('state').textContent === 'ready'"),
            page.run("document.getElementById('state').textContent"))
     page.shoot(shots / "begin.png")
     set_field(page, "temperature", "0")
@@ -101,18 +59,18 @@ def chat(page, server, shots):
     ask(page, "And the LORD said unto Moses,")
     page.wait(DONE)
     lengths = page.run("[...lengths]")
-    report("page_streams", len(lengths) > 3, f"the text was seen at lengths {lengths}")
-    report("page_answers", page.wait(f"{DONE} && {LAST}.querySelector('p').textContent.length > 20"), page.run(f"{LAST}.textContent"))
-    report("page_counts_tokens", "400 tokens" in page.run(f"{LAST}.textContent"), page.run(f"{LAST}.textContent"))
+    check("page_streams", len(lengths) > 3, f"the text was seen at lengths {lengths}")
+    check("page_answers", page.wait(f"{DONE} && {LAST}.querySelector('p').textContent.length > 20"), page.run(f"{LAST}.textContent"))
+    check("page_counts_tokens", "400 tokens" in page.run(f"{LAST}.textContent"), page.run(f"{LAST}.textContent"))
     time.sleep(1.2)  # the engine's figures are read once a second
-    report("page_shows_ranks", page.run("document.querySelectorAll('#ranks tr').length") == 2, "not two ranks")
-    report("page_shows_rate", page.run("document.getElementById('line').getAttribute('points')"), "no line")
+    check("page_shows_ranks", page.run("document.querySelectorAll('#ranks tr').length") == 2, "not two ranks")
+    check("page_shows_rate", page.run("document.getElementById('line').getAttribute('points')"), "no line")
     page.shoot(shots / "chat.png")
 
     before = page.run(f"{LAST}.textContent")
     page.run(f"[...{LAST}.querySelectorAll('.foot button')].find(b => b.textContent === 'Again').click()")
     page.wait(DONE)
-    report("page_asks_again", page.run("document.querySelectorAll('.turn').length") == 2 and
+    check("page_asks_again", page.run("document.querySelectorAll('.turn').length") == 2 and
            page.run(f"{LAST}.querySelector('p').textContent") in before, page.run(f"{LAST}.textContent"))
 
 
@@ -122,11 +80,11 @@ def stop(page, server):
     page.wait("!document.getElementById('stop').hidden")
     page.run("document.getElementById('stop').click()")
     stopped = page.wait(f"{DONE} && {LAST}.textContent.includes('stopped')", 5)
-    report("page_stops", stopped, page.run(f"{LAST}.textContent")[-200:])
+    check("page_stops", stopped, page.run(f"{LAST}.textContent")[-200:])
     end = time.monotonic() + 5
-    while json.loads(server.get("/v1/stats")[1])["scheduler"]["running"] and time.monotonic() < end:
+    while json.loads(server.get("/v1/stats"))["scheduler"]["running"] and time.monotonic() < end:
         time.sleep(0.05)
-    report("page_stop_frees_the_engine", json.loads(server.get("/v1/stats")[1])["scheduler"]["running"] == 0, "it goes on")
+    check("page_stop_frees_the_engine", json.loads(server.get("/v1/stats"))["scheduler"]["running"] == 0, "it goes on")
 
 
 def evil(page):
@@ -137,14 +95,14 @@ def evil(page):
     page.run("window.box = document.createElement('div'); document.body.append(box); render(box, " +
              json.dumps(EVIL + "\n\n```html\n" + EVIL + "\n```\n`" + EVIL + "`") + ")")
     time.sleep(0.2)
-    report("page_keeps_text_text", page.run("document.title") == "tpengine" and
+    check("page_keeps_text_text", page.run("document.title") == "tpengine" and
            page.run("box.querySelectorAll('img, script').length + document.querySelectorAll('#log img, #log script').length") == 0 and
            page.run("box.textContent.split('onerror').length") == 4, page.run("box.innerHTML"))
     page.run("box.remove()")
     blocked = page.run("new Promise(done => { document.addEventListener('securitypolicyviolation', () => done(true), {once: true});"
                        "const s = document.createElement('script'); s.textContent = 'document.title = 1'; document.body.append(s);"
                        "setTimeout(() => done(false), 2000); })")
-    report("page_policy_refuses_other_scripts", blocked and page.run("document.title") == "tpengine", "a script ran")
+    check("page_policy_refuses_other_scripts", blocked and page.run("document.title") == "tpengine", "a script ran")
     page.complaints = [text for text in page.complaints if "Content Security Policy" not in text]
 
 
@@ -155,38 +113,35 @@ def phone(page, server, shots):
     set_field(page, "max_tokens", "60")
     ask(page, "In the beginning")
     page.wait(DONE)
-    report("page_fits_a_phone", page.run("document.documentElement.scrollWidth") <= 360, page.run("document.documentElement.scrollWidth"))
+    check("page_fits_a_phone", page.run("document.documentElement.scrollWidth") <= 360, page.run("document.documentElement.scrollWidth"))
     page.shoot(shots / "phone-dark.png")
     page.run("document.getElementById('show').click()")
-    report("page_fits_a_phone_engine", page.run("document.documentElement.scrollWidth") <= 360 and
+    check("page_fits_a_phone_engine", page.run("document.documentElement.scrollWidth") <= 360 and
            page.run("getComputedStyle(document.getElementById('side')).display") != "none", "the engine's view is not shown or too wide")
     time.sleep(1.2)
     page.shoot(shots / "phone-engine.png")
     unnamed = page.run("[...document.querySelectorAll('button, input, textarea')].filter(e => !e.textContent.trim() && !e.labels?.length && "
                        "!e.getAttribute('aria-label')).map(e => e.id)")
-    report("page_names_its_controls", unnamed == [], unnamed)
+    check("page_names_its_controls", unnamed == [], unnamed)
 
 
 def keys_and_texts(page, folder):
     """A model without a chat template, behind a key."""
-    server = Server(shards(folder, None), "--api-key", "secret")
-    try:
+    with Server(shards(folder, None), "--api-key", "secret") as server:
         page.view(1280, 800)
         page.open(f"http://127.0.0.1:{server.port}/")
-        report("page_asks_for_the_key", page.wait("document.getElementById('state').textContent === 'needs a key'"),
+        check("page_asks_for_the_key", page.wait("document.getElementById('state').textContent === 'needs a key'"),
                page.run("document.getElementById('state').textContent"))
         page.complaints = [text for text in page.complaints if "401" not in text]
         page.run("{ const key = document.getElementById('key'); key.value = 'secret'; key.dispatchEvent(new Event('change')); }")
         page.wait("document.getElementById('state').textContent === 'ready'")
-        report("page_continues_texts", page.wait("document.querySelector('.hello').textContent.includes('continues')"),
+        check("page_continues_texts", page.wait("document.querySelector('.hello').textContent.includes('continues')"),
                page.run("document.querySelector('.hello').textContent"))
         set_field(page, "max_tokens", "30")
         set_field(page, "temperature", "0")
         ask(page, "And God said,")
         page.wait(DONE)
-        report("page_completes_with_a_key", page.run(f"{LAST}.querySelector('p')?.textContent.length > 20"), page.run(f"{LAST}.textContent"))
-    finally:
-        server.end()
+        check("page_completes_with_a_key", page.run(f"{LAST}.querySelector('p')?.textContent.length > 20"), page.run(f"{LAST}.textContent"))
 
 
 def main():
@@ -194,28 +149,26 @@ def main():
         print("ok page # SKIP " + ("this build is too slow for a browser" if browser.find() else "no Chromium here"))
         return 0
     page_size = (ROOT / "engine/serve/page.html").stat().st_size
-    report("page_is_small", page_size <= 60 << 10, f"{page_size} bytes")
+    check("page_is_small", page_size <= 60 << 10, f"{page_size} bytes")
     shots = BUILD / "page"
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "plain").mkdir()
-        server, page = Server(shards(folder, TEMPLATE)), None
-        try:
-            head, body = server.get("/")
-            report("page_is_served", head.status == 200 and body == (ROOT / "engine/serve/page.html").read_bytes(), head.status)
-            policy = head.getheader("Content-Security-Policy") or ""
-            report("page_policy_is_strict", "default-src 'none'" in policy and "unsafe" not in policy, policy)
+        with Server(shards(folder, TEMPLATE)) as server:
+            code, headers, body = server.ask("GET", "/")
+            check("page_is_served", code == 200 and body == (ROOT / "engine/serve/page.html").read_text(), code)
+            policy = headers.get("Content-Security-Policy") or ""
+            check("page_policy_is_strict", "default-src 'none'" in policy and "unsafe" not in policy, policy)
             page = browser.Browser()
-            chat(page, server, shots)
-            stop(page, server)
-            evil(page)
-            phone(page, server, shots)
-            keys_and_texts(page, Path(folder) / "plain")
-            report("page_without_complaints", not page.complaints, page.complaints)
-        finally:
-            server.end()
-            if page:
+            try:
+                chat(page, server, shots)
+                stop(page, server)
+                evil(page)
+                phone(page, server, shots)
+                keys_and_texts(page, Path(folder) / "plain")
+                check("page_without_complaints", not page.complaints, page.complaints)
+            finally:
                 page.close()
-    return 1 if failures else 0
+    return case_help.status()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import case_help
+from case_help import report
+
 QUICK = os.environ.get("TEST_QUICK")  # for slow builds
 TPS = (3,) if QUICK else (1, 2, 3, 4)
 
@@ -21,14 +24,6 @@ TPSHARD = BUILD / "tpshard"
 MODELS = Path("bench/models")
 GOLDEN = Path("tests/golden/families")
 GIB = 1 << 30
-failures = 0
-
-
-def report(name, wrong):
-    """One line of TAP; wrong: what is, None or "" when nothing."""
-    global failures
-    failures += bool(wrong)
-    print(f"not ok {name}: {wrong}" if wrong else f"ok {name}", flush=True)
 
 
 def tpshard(*words):
@@ -327,7 +322,7 @@ def main():
     for part in (by_hand, windows, fits, refusals, own_plans, screens, readme_table, against_engine, against_files):
         if len(sys.argv) < 2 or part.__name__ in sys.argv[1:]:
             part()
-    return failures > 0
+    return case_help.status()
 
 
 if __name__ == "__main__":

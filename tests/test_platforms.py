@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,34 +14,15 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / "bench")]
+import case_help  # noqa: E402
 import venv_help  # noqa: E402
+from case_help import expect, free_port, report, skip  # noqa: E402
+from serve_help import Started  # noqa: E402
 from serve_client import ask, status_of  # noqa: E402
 
 BUILD = Path(os.environ.get("BUILD", "build")).resolve()
 SAMPLES = ROOT / "scripts" / "platforms"
-failures = 0
-
-
-def report(name, wrong):
-    """One line of TAP; wrong: what is, None or "" when nothing."""
-    global failures
-    failures += bool(wrong)
-    print(f"not ok {name}: {wrong}" if wrong else f"ok {name}", flush=True)
-
-
-def expect(name, got, wanted):
-    report(name, None if got == wanted else f"got {got!r}, wanted {wanted!r}")
-
-
-def skip(name, why):
-    print(f"ok {name} # SKIP {why}", flush=True)
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def environment(**more):
@@ -51,18 +31,9 @@ def environment(**more):
     return {**kept, "PATH": f"{BUILD}:{SAMPLES}:{os.environ['PATH']}", "SHARD_DIR": str(WORK / "shards"), **more}
 
 
-class Entrypoint:
+class Entrypoint(Started):
     def __init__(self, *words, **variables):
-        self.log = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen([SAMPLES / "entrypoint", *map(str, words)], env=environment(**variables), stderr=self.log, stdin=subprocess.DEVNULL)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
+        super().__init__([SAMPLES / "entrypoint", *words], environment(**variables))
 
     def statuses(self, port, wanted=200, seconds=60):
         """Those of /ping until the wanted one, without repetitions."""
@@ -73,9 +44,6 @@ class Entrypoint:
                 seen.append(status)
             time.sleep(0.002)
         return seen if seen[-1:] == [wanted] else f"{seen} {self.text()}"
-
-    def text(self):
-        return os.pread(self.log.fileno(), 1 << 20, 0).decode()
 
 
 # ---- the entrypoint --------------------------------------------------------------------------------------------------
@@ -356,7 +324,7 @@ def main():
         test_kubernetes()
         test_systemd()
         test_docker()
-    return 1 if failures else 0
+    return case_help.status()
 
 
 if __name__ == "__main__":

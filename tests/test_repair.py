@@ -10,15 +10,15 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import io_shim_help  # noqa: E402
-from io_shim_help import SHIM, Page  # noqa: E402
+import case_help
+import io_shim_help
+from case_help import check
+from io_shim_help import SHIM, Page
 
 BUILD = Path(os.environ.get("BUILD", "build"))
 TPSHARD = BUILD / "tpshard"
@@ -26,19 +26,14 @@ QUICK = bool(os.environ.get("TEST_QUICK"))
 KILLS = int(os.environ.get("KILLS", "4" if QUICK else "12"))
 MODEL, FAMILIES, IMPORTS = Path("tests/model"), Path("tests/golden/families"), Path("tests/golden/imports")
 MIB = 1 << 20
-failures = []
 
 
-def report(name, ok, detail=""):
-    print(f"{'ok' if ok else 'not ok'} {name}{': ' + detail if detail and not ok else ''}", flush=True)
-    if not ok:
-        failures.append(name)
+# Without faults the shim leaves out syncs.
+ENVIRONMENT = {**os.environ, **({"LD_PRELOAD": str(SHIM)} if SHIM.exists() else {})}
 
 
 def run(*words):
-    environment = {**os.environ, **({"LD_PRELOAD": str(SHIM)} if SHIM.exists() else {})}  # without faults it leaves out syncs
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment)
-    return done.returncode, done.stdout, done.stderr
+    return case_help.run(*words, env=ENVIRONMENT)
 
 
 def convert(model, out, *options):
@@ -64,9 +59,7 @@ def payload_offset(path):
 
 
 def expect(name, status, words, *command):
-    """The exit status, and some words of what is said."""
-    got, out, err = run(*command)
-    report(name, got == status and words in out + err, f"exit status {got}, wanted {status}: {out}{err}")
+    case_help.expect_run(name, status, words, *command, env=ENVIRONMENT)
 
 
 # ---- damage ----------------------------------------------------------------------------------------------------------
@@ -209,7 +202,7 @@ def repair_kind(work, name, model, *options, from_copies=True):
             changed = sum(before.get(file) != data for file, data in want.items())
             if json.loads(out)["files"] != changed:
                 wrong.append(f"{what}: {out} files said, {changed} changed")
-    report(f"{name}: {len(damages)} kinds of damage, {'3 sources' if from_copies else 'from the checkpoint'}", not wrong, "; ".join(wrong[:3]))
+    check(f"{name}: {len(damages)} kinds of damage, {'3 sources' if from_copies else 'from the checkpoint'}", not wrong, "; ".join(wrong[:3]))
     for folder in (whole, other, again, broken):
         shutil.rmtree(folder)
 
@@ -225,12 +218,12 @@ def figures(work, whole):
     status, out, err = run(TPSHARD, "repair", "--json", "--quiet", broken, "--from", MODEL)
     said = json.loads(out or "{}")
     mended = said.get("mended", [{}, {}])
-    report("figures of a repair", status == 0 and (said["ok"], said["files"], said["leaves"], said["heads"], said["extras"], said["bytes"]) ==
+    check("figures of a repair", status == 0 and (said["ok"], said["files"], said["leaves"], said["heads"], said["extras"], said["bytes"]) ==
            (True, 2, 1, 1, 0, MIB + payload_offset(ranks(whole)[1])) and "embedding" in mended[0]["tensors"] and mended[0]["leaves"] == 1
            and mended[1]["head"] and mended[1]["tensors"] == [], out + err)
     before = times(broken)
     expect("nothing to repair", 0, "nothing to repair", TPSHARD, "repair", broken, "--from", MODEL)
-    report("and nothing was touched", times(broken) == before)
+    check("and nothing was touched", times(broken) == before)
     shutil.rmtree(broken)
 
 
@@ -246,7 +239,7 @@ def pasted_command(work, whole):
             line = err[begin:].split("SOURCE")[0] + "SOURCE" if begin >= 0 else "false"
             line = f"PATH={shlex.quote(str(BUILD.resolve()))}:$PATH; SOURCE={shlex.quote(str(MODEL.resolve()))}; " + line.replace("SOURCE", '"$SOURCE"')
             done = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
-            report(f"the command that is named works in \"{name}\"", done.returncode == 0 and contents(broken) == contents(whole),
+            check(f"the command that is named works in \"{name}\"", done.returncode == 0 and contents(broken) == contents(whole),
                    f"{err} {line} {done.stderr}")
         shutil.rmtree(broken)
 
@@ -280,7 +273,7 @@ def refusals(work, whole):
     fcntl.flock(held, fcntl.LOCK_EX)
     expect("two at once", 2, "another tpshard", TPSHARD, "repair", broken, "--from", MODEL)
     os.close(held)
-    report("what cannot be repaired is left as it was", contents(broken) == before)
+    check("what cannot be repaired is left as it was", contents(broken) == before)
 
     manifest = (broken / "model.json").read_text()
     root = json.loads(manifest)["ranks"][0]["xxh3_128"]
@@ -296,16 +289,16 @@ def refusals(work, whole):
     flip(ranks(copy)[0], damaged + 1)
     flip(ranks(broken)[1], damaged)
     expect("a copy that is broken in the same place", 4, "rank-00-of-02.tpshard", TPSHARD, "repair", broken, "--from", copy)
-    report("what it had was taken", contents(broken) == before)
+    check("what it had was taken", contents(broken) == before)
     ranks(copy)[0].unlink()
     ranks(broken)[1].unlink()
     expect("a copy without the file", 4, "rank-00-of-02.tpshard", TPSHARD, "repair", broken, "--from", copy)
-    report("again, what it had was taken", contents(broken) == before)
+    check("again, what it had was taken", contents(broken) == before)
     flip(ranks(broken)[0], 20)
     flip(ranks(broken)[1], damaged)
     expect("a copy without the file, for a head", 4, "rank-00-of-02.tpshard", TPSHARD, "repair", broken, "--from", copy)
     flip(ranks(broken)[0], 20)
-    report("once more, what it had was taken", contents(broken) == before)
+    check("once more, what it had was taken", contents(broken) == before)
     moved = work / "moved"
     ranks(broken)[0].rename(moved)
     ranks(broken)[0].parent.joinpath("rank-00-of-02.tpshard").symlink_to(moved.resolve())
@@ -366,7 +359,7 @@ def kills(broken):
             wrong.append(f"before step {step}: accepted, though not whole")
         if what := broken.finish():
             wrong.append(f"before step {step}: {what}")
-    report(f"kills before {KILLS} of {steps} steps, {unfinished} of them leave something to do", not wrong and unfinished, "; ".join(wrong[:3]))
+    check(f"kills before {KILLS} of {steps} steps, {unfinished} of them leave something to do", not wrong and unfinished, "; ".join(wrong[:3]))
 
 
 def failing_system(broken):
@@ -382,7 +375,7 @@ def failing_system(broken):
             wrong.append(f"{kind} {number} {how}: {ran}")
         if what := broken.finish():
             wrong.append(f"{kind} {number} {how}: {what}")
-    report(f"{len(cases)} failures of the operating system", not wrong and {5, 8} <= seen, f"{len(wrong)} wrong, {seen} seen: " + "; ".join(wrong[:3]))
+    check(f"{len(cases)} failures of the operating system", not wrong and {5, 8} <= seen, f"{len(wrong)} wrong, {seen} seen: " + "; ".join(wrong[:3]))
 
 
 def changing_leaf(work, whole):
@@ -398,7 +391,7 @@ def changing_leaf(work, whole):
         said += "right the second time" in ran.err
         if ran.status not in (4, 5):
             wrong.append(f"read {number}: {ran}")
-    report("a disk that is not to be relied on", not wrong and said, f"{said} said; " + "; ".join(wrong[:3]))
+    check("a disk that is not to be relied on", not wrong and said, f"{said} said; " + "; ".join(wrong[:3]))
 
 
 def main():
@@ -425,8 +418,8 @@ def main():
             failing_system(Broken(work, whole, one_bit, a_bit_of_a_head, extras))
             changing_leaf(work, whole)
         else:
-            print("ok # SKIP kills and failures: sanitizers take calls of these names for themselves")
-    return 1 if failures else 0
+            case_help.skip("kills and failures", "sanitizers take calls of these names for themselves")
+    return case_help.status()
 
 
 if __name__ == "__main__":

@@ -16,38 +16,16 @@ import threading
 import time
 from pathlib import Path
 
+import case_help
+import serve_help
+from case_help import expect, free_port, report, wait_until
+
 BUILD = Path(os.environ.get("BUILD", "build"))
 TPSHARD, TPENGINE = BUILD / "tpshard", BUILD / "tpengine"
 SLOW = bool(os.environ.get("TEST_QUICK"))  # sanitizers: no claims on time
 PROMPTS = ["In the beginning", "And the LORD said unto Moses,", "Blessed are", "Now there was a man of the tribe of Benjamin, and he went up",
            "The king", "Thou shalt not", "Behold, I", "And it came to pass in those days"]
 LONG = {"max_tokens": 900, "ignore_eos": True, "temperature": 0}
-failures = 0
-
-
-def report(name, wrong):
-    """One line of TAP; wrong: what is, None or "" when nothing."""
-    global failures
-    failures += bool(wrong)
-    print(f"not ok {name}: {wrong}" if wrong else f"ok {name}", flush=True)
-
-
-def expect(name, got, wanted):
-    report(name, None if got == wanted else f"got {got!r}, wanted {wanted!r}")
-
-
-def wait_until(condition, seconds=20.0, step=0.005):
-    """The condition's first true value; what it last was when there is none in time."""
-    end = time.monotonic() + seconds
-    while not (value := condition()) and time.monotonic() < end:
-        time.sleep(step)
-    return value
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 # ---- the server and its clients --------------------------------------------------------------------------------------
@@ -64,88 +42,12 @@ class UnixConnection(http.client.HTTPConnection):
         self.sock.connect(self.path)
 
 
-class Server:
-    """One tpengine serve; ended, and its ranks with it, when the block is left."""
-
-    def __init__(self, directory, *words, environment=None, ready=True, port=True):
-        self.log = tempfile.TemporaryFile("w+", dir=WORK)
-        self.port = free_port() if port is True else port
-        command = [str(TPENGINE), "serve", str(directory), "--log-format", "json", "--drain-timeout", "10"]
-        if port is True:
-            command += ["--port", str(self.port)]
-        self.begin = time.monotonic()
-        self.process = subprocess.Popen([*command, *map(str, words)], stderr=self.log, stdin=subprocess.DEVNULL,
-                                        env={**os.environ, **(environment or {})})
-        if ready:
-            self.wait_ready()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-        self.log.close()
-
-    def wait_ready(self):
-        if not wait_until(lambda: self.process.poll() is not None or self.status("/ping") == 200, 60):
-            raise RuntimeError("the server does not get ready: " + self.text())
-        if self.process.poll() is not None:
-            raise RuntimeError(f"the server has ended with {self.process.returncode}: " + self.text())
-
-    def text(self):
-        return os.pread(self.log.fileno(), 1 << 24, 0).decode()
-
-    def lines(self):
-        return [json.loads(line) for line in self.text().splitlines() if line.startswith("{")]
-
-    def ranks(self):
-        """The children of the server's main thread, which forks them."""
-        try:
-            return [int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()]
-        except OSError:
-            return []
-
-    def connect(self, timeout=60):
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
-
-    def ask(self, method, path, body=None, headers=None, connection=None):
-        """Status, headers, body."""
-        connection = connection or self.connect()
-        try:
-            headers = dict(headers or {})
-            if body is not None:
-                body = json.dumps(body)
-                headers["Content-Type"] = "application/json"
-            connection.request(method, path, body, headers)
-            answer = connection.getresponse()
-            return answer.status, answer.headers, answer.read().decode()
-        finally:
-            connection.close()
-
-    def status(self, path):
-        try:
-            return self.ask("GET", path, connection=self.connect(5))[0]
-        except OSError:
-            return None
-
-    def complete(self, prompt, **parameters):
-        body = {"prompt": prompt, "max_tokens": 30, "temperature": 0, **parameters}
-        status, _, text = self.ask("POST", "/v1/completions", body)
-        if status != 200:
-            raise RuntimeError(f"status {status}: {text}")
-        return json.loads(text)
-
+class Server(serve_help.Server):
     def metrics(self):
-        return parse_metrics(self.ask("GET", "/metrics")[2])
+        return parse_metrics(self.get("/metrics"))
 
     def metric(self, name):
         return sum(value for key, value in self.metrics().items() if key[0] == name)
-
-    def end(self, number=signal.SIGTERM, seconds=30):
-        self.process.send_signal(number)
-        return self.process.wait(seconds)
 
 
 class Stream(threading.Thread):
@@ -592,7 +494,7 @@ def main():
     test_restart(alone)
     test_sockets()
     test_keys()
-    return failures > 0
+    return case_help.status()
 
 
 if __name__ == "__main__":

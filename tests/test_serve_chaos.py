@@ -7,18 +7,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+import case_help
+from case_help import report
+
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 BUILD = Path(os.environ.get("BUILD", "build"))
 SLOW = bool(os.environ.get("TEST_QUICK"))  # sanitizers: no claims on time and memory
 STREAMS, REQUESTS = (60, 600) if SLOW else (300, 3000)
-failures = 0
-
-
-def report(name, wrong):
-    """One line of TAP; wrong: what is, None or "" when nothing."""
-    global failures
-    failures += bool(wrong)
-    print(f"not ok {name}: {wrong}" if wrong else f"ok {name}", flush=True)
 
 
 def run(program, *words):
@@ -60,7 +55,7 @@ def main():
         test_chaos()
         test_streams()
         test_mutated_requests()
-    return 1 if failures else 0
+    return case_help.status()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,12 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / "bench")]
+import case_help  # noqa: E402
+import venv_help  # noqa: E402
+from case_help import expect, failures, report, skip  # noqa: E402
+from serve_client import Server  # noqa: E402
+
 BUILD = Path(os.environ.get("BUILD", "build"))
 KEY = "a-key-of-the-test"
 # A template of the Hermes family, so that the server knows how tools are called; the bundled model continues what it reads.
@@ -47,18 +52,6 @@ class Client(HttpUser):
     def models(self):
         self.client.get("/v1/models")
 '''
-failures = 0
-
-
-def report(name, wrong):
-    """One line of TAP; wrong: what is, None or "" when nothing."""
-    global failures
-    failures += bool(wrong)
-    print(f"not ok {name}: {wrong}" if wrong else f"ok {name}", flush=True)
-
-
-def expect(name, got, wanted):
-    report(name, None if got == wanted else f"got {got!r}, wanted {wanted!r}")
 
 
 # ---- the openai package; this part runs in an interpreter that has it --------------------------------------------------
@@ -193,25 +186,20 @@ def use_openai(port):
 
 
 def test_openai(server):
-    import venv_help
-
     python, why = venv_help.python_with(["openai", "pydantic"], ["openai", "pydantic"])
     if not python:
-        print(f"ok the openai package # SKIP {why}")
+        skip("the openai package", why)
         return
     done = subprocess.run([python, __file__, "--port", str(server.port)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=200)
     print(done.stdout, end="", flush=True)
-    global failures
-    failures += sum(line.startswith("not ok") for line in done.stdout.splitlines())
+    failures.extend(line for line in done.stdout.splitlines() if line.startswith("not ok"))
     report("the openai package: ran to its end", None if done.returncode == 0 or "not ok" in done.stdout else f"status {done.returncode}")
 
 
 def test_locust(server):
-    import venv_help
-
     python, why = venv_help.python_with(["locust"], ["locust"], large=True)
     if not python:
-        print(f"ok locust # SKIP {why}")
+        skip("locust", why)
         return
     path = Path(WORK) / "locustfile.py"
     path.write_text(LOCUST)
@@ -230,7 +218,7 @@ def test_locust(server):
 
 def test_ab(server):
     if not shutil.which("ab"):
-        print("ok ApacheBench # SKIP ab is not installed (apache2-utils)")
+        skip("ApacheBench", "ab is not installed (apache2-utils)")
         return
     body = Path(WORK) / "body.json"
     body.write_text(json.dumps({"prompt": "In the beginning", "max_tokens": 2, "temperature": 0}))
@@ -247,8 +235,6 @@ def main():
     if sys.argv[1:2] == ["--port"]:
         return 1 if use_openai(int(sys.argv[2])) else 0
     global WORK
-    from serve_client import Server
-
     with tempfile.TemporaryDirectory() as WORK:
         model = Path(WORK) / "bundled"
         checkpoint = Path(WORK) / "checkpoint"
@@ -261,7 +247,7 @@ def main():
         with Server(model) as server:
             test_locust(server)
             test_ab(server)
-    return 1 if failures else 0
+    return case_help.status()
 
 
 if __name__ == "__main__":

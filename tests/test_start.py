@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,32 +16,16 @@ import threading
 import time
 from pathlib import Path
 
+import case_help
+from case_help import CLEAN, expect, report, wait_until
+from serve_help import Server, children
+
 BUILD = Path(os.environ.get("BUILD", "build"))
 TPSHARD, TPENGINE = BUILD / "tpshard", BUILD / "tpengine"
 SLOW = bool(os.environ.get("TEST_QUICK"))  # sanitizers: no claims on time
-CLEAN = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy") and not key.startswith("TPENGINE_")}
 MIB = 1 << 20
 PATHS = ("map", "read", "direct", "uring")
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
-failures = 0
-
-
-def report(name, wrong=None):
-    """One line of TAP; wrong: what is, None or "" when nothing."""
-    global failures
-    failures += bool(wrong)
-    print(f"not ok {name}: {wrong}" if wrong else f"ok {name}", flush=True)
-
-
-def expect(name, got, wanted):
-    report(name, None if got == wanted else f"got {got!r}, wanted {wanted!r}")
-
-
-def wait_until(condition, seconds=60.0):
-    end = time.monotonic() + seconds
-    while not (value := condition()) and time.monotonic() < end:
-        time.sleep(0.005)
-    return value
 
 
 def engine(*words, **environment):
@@ -242,13 +225,6 @@ def test_paths():
         check_timings(f"timings of {words[0]}", timings_of(must(*words, "--quiet", "--timings")[1]), MODELS["two"])
 
 
-def rank_pids(parent):
-    try:
-        return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
-    except OSError:
-        return []
-
-
 def figure(path, key):
     for line in Path(path).read_text().splitlines():
         if line.startswith(key):
@@ -345,7 +321,7 @@ def test_streaming():
     with Gate(directory, begin=size - 2 * MIB) as gate:
         process = subprocess.Popen([str(w) for w in (TPENGINE, "generate", gate.url, *prompt, *GENERATE, "--quiet", "--max-tokens", 1)],
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=CLEAN)
-        ranks = wait_until(lambda: rank_pids(process.pid))
+        ranks = wait_until(lambda: children(process.pid))
         busy = wait_until(lambda: gate.held and cpu_s(ranks[0]) >= 0.6 * warm_s, 120)
         report("layers are computed while the file's end is held back",
                None if busy else f"{cpu_s(ranks[0])} s of CPU, {warm_s} s with all of the file, {gate.held} requests held")
@@ -409,50 +385,19 @@ def test_cache(work):
         report("and timings of it", None if all("/dev/null/??" in note for note in notes) else str(notes))
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+class Serve(Server):
+    """Not waited for: weights may be held back."""
 
-
-class Serve:
     def __init__(self, place, *words):
-        self.log, self.port = tempfile.TemporaryFile("w+"), free_port()
-        self.process = subprocess.Popen([str(w) for w in (TPENGINE, "serve", place, "--port", self.port, "--log-format", "json", *words)],
-                                        stderr=self.log, stdin=subprocess.DEVNULL, env=CLEAN)
+        super().__init__(place, *words, ready=False)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-        self.log.close()
-
-    def text(self):
-        return os.pread(self.log.fileno(), 1 << 24, 0).decode()
-
-    def lines(self, message):
-        return [line for line in map(json.loads, filter(lambda line: line.startswith("{"), self.text().splitlines())) if message in line.values()]
-
-    def ask(self, method, path, body=None):
-        """Status and body; None while nobody listens."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+    def asked(self):
+        """Status and body; None when nobody listens any more."""
         try:
-            connection.request(method, path, json.dumps(body) if body else None, {"Content-Type": "application/json"} if body else {})
-            answer = connection.getresponse()
-            return answer.status, answer.read().decode()
+            code, _, text = self.ask("POST", "/v1/completions", {"prompt": "In the beginning", "max_tokens": 4, "temperature": 0})
+            return code, text
         except OSError:
             return None, ""
-        finally:
-            connection.close()
-
-    def get(self, path):
-        return self.ask("GET", path)[0]
-
-    def complete(self):
-        return self.ask("POST", "/v1/completions", {"prompt": "In the beginning", "max_tokens": 4, "temperature": 0})
 
 
 def test_serve_loading():
@@ -460,21 +405,21 @@ def test_serve_loading():
     size = rank_files(directory)[0].stat().st_size
     with Gate(directory, begin=size // 2) as gate, Serve(gate.url) as server:
         held = wait_until(lambda: gate.held)
-        report("it listens while weights are held back", None if held and wait_until(lambda: server.get("/ping") == 204) else server.text())
-        expect("what is asked meanwhile", [server.get("/health"), server.complete()[0]], [503, 503])
-        loading = wait_until(lambda: [r for r in json.loads(server.ask("GET", "/v1/stats")[1])["ranks"] if 0 < r["loaded_bytes"] < r["file_bytes"]])
-        report("the part that is there is said", None if loading else server.ask("GET", "/v1/stats")[1])
+        report("it listens while weights are held back", None if held and wait_until(lambda: server.status("/ping") == 204) else server.text())
+        expect("what is asked meanwhile", [server.status("/health"), server.asked()[0]], [503, 503])
+        loading = wait_until(lambda: [r for r in json.loads(server.get("/v1/stats"))["ranks"] if 0 < r["loaded_bytes"] < r["file_bytes"]])
+        report("the part that is there is said", None if loading else server.get("/v1/stats"))
         time.sleep(0.3)
-        expect("it is not ready before all is there", server.get("/ping"), 204)
+        expect("it is not ready before all is there", server.status("/ping"), 204)
         gate.open()
-        report("it is ready then", None if wait_until(lambda: server.get("/ping") == 200) else server.text())
-        expect("and answers", server.complete()[0], 200)
+        report("it is ready then", None if wait_until(lambda: server.status("/ping") == 200) else server.text())
+        expect("and answers", server.asked()[0], 200)
         served = {name: sent for name, sent in gate.sent.items() if name.startswith("rank-")}
         wrong = {file.name: served.get(file.name) for file in rank_files(directory) if not 0.99 <= served.get(file.name, 0) / file.stat().st_size <= 1.01}
         report("each rank fetches its own file, once", str(wrong) if wrong else None)
-        loads = server.lines("loaded")
+        loads = [line for line in server.lines() if "loaded" in line.values()]
         report("the log tells of the load", None if len(loads) == 2 and all(line["path"] == "read" for line in loads) else str(loads))
-        page = server.ask("GET", "/metrics")[1]
+        page = server.get("/metrics")
         report("so do the metrics", None if 'rank="1",phase="verify"} ' in page and 'rank="0",path="read"} ' in page else page[-2000:])
 
 
@@ -484,7 +429,7 @@ def test_serve_waiting():
     for part, what, status in (("model.json", "SIGTERM", 143), ("tokenizer", "SIGTERM", 0), ("tokenizer", "a lost rank", 7)):
         with Gate(directory, part=part, begin=0) as gate, Serve(gate.url) as server:
             wait_until(lambda: gate.held)
-            ranks = wait_until(lambda: rank_pids(server.process.pid)) if part == "tokenizer" else []
+            ranks = wait_until(server.ranks) if part == "tokenizer" else []
             time.sleep(0.3)
             os.kill(ranks[1] if what == "a lost rank" else server.process.pid, signal.SIGKILL if what == "a lost rank" else signal.SIGTERM)
             ended = wait_until(lambda: server.process.poll() is not None, 20 if SLOW else 8)
@@ -507,8 +452,8 @@ def test_bytes():
     """What the kernel counts: each rank reads its file once, and nothing of the others'."""
     directory = MODELS["large-two"]
     with Serve(directory, "--load", "read") as server:
-        report("a server from files", None if wait_until(lambda: server.get("/ping") == 200) else server.text())
-        for file, pid in zip(rank_files(directory), rank_pids(server.process.pid), strict=True):
+        report("a server from files", None if wait_until(lambda: server.status("/ping") == 200) else server.text())
+        for file, pid in zip(rank_files(directory), server.ranks(), strict=True):
             read, size = figure(f"/proc/{pid}/io", "rchar:"), file.stat().st_size
             report(f"{file.name}: bytes read", None if size <= read <= 1.01 * size + 65536 else f"{read} of {size}")
         # A file that is in use is shortened: a sentence, not a signal.
@@ -516,7 +461,7 @@ def test_bytes():
         content = file.read_bytes()
         os.truncate(file, 4 * MIB)
         drop_from_cache(file)
-        status, body = server.complete()
+        status, body = server.asked()
         ended = wait_until(lambda: server.process.poll() is not None)
         file.write_bytes(content)
         wrong = [] if ended and server.process.returncode == 5 else [f"exit {server.process.returncode}"]
@@ -540,7 +485,7 @@ def main():
             parts[name]()
     finally:
         shutil.rmtree(work)
-    return failures > 0
+    return case_help.status()
 
 
 sys.exit(main())

@@ -198,7 +198,7 @@ static void test_directory(void **state)
     store_file_close(file);
     assert_int_equal(unlink(path), 0);
     assert_int_equal(store_file_open(&file, store, manifest, 1, &err), ERR_IO);
-    assert_non_null(strstr(err.msg, "tpshard repair DIR --from SOURCE"));
+    assert_non_null(strstr(err.msg, "there is no such file; repair it: tpshard repair "));
     manifest_free(manifest);
     store_close(store);
 

@@ -13,26 +13,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+import case_help
+from case_help import check, expect_run, must, run, skip
+
 BUILD = Path(os.environ.get("BUILD", "build"))
 TPSHARD = BUILD / "tpshard"
 SOURCE = Path("tests/golden/families/mixtral")
-failures = []
-
-
-def report(name, ok, detail=""):
-    print(f"{'ok' if ok else 'not ok'} {name}{': ' + detail if detail and not ok else ''}", flush=True)
-    if not ok:
-        failures.append(name)
-
-
-def run(*words, stdin=None):
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, stdin=stdin or subprocess.DEVNULL)
-    return done.returncode, done.stdout, done.stderr
-
-
-def expect(name, status, words, *command):
-    got, out, err = run(*command)
-    report(name, got == status and words in out + err, f"exit status {got}, wanted {status}: {out}{err}")
 
 
 def sha256sum(folder):
@@ -40,19 +26,19 @@ def sha256sum(folder):
 
 
 def test_list(folder):
-    expect("no list yet", 4, "there is no such list", TPSHARD, "verify", "--sha256", folder)
+    expect_run("no list yet", 4, "there is no such list", TPSHARD, "verify", "--sha256", folder)
     status, out, err = run(TPSHARD, "sums", "--json", folder)
     lines = (folder / "SHA256SUMS").read_text().splitlines()
     names = sorted(path.name for path in folder.iterdir() if path.name != "SHA256SUMS")
     want = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}" for name in names]
-    report("the list names every file, sorted", status == 0 and lines == want, err + repr(lines))
-    report("sums --json", json.loads(out)["files"] == len(names), out)
-    report("sha256sum -c", sha256sum(folder))
-    expect("verify --sha256", 0, "every SHA-256 is that of SHA256SUMS", TPSHARD, "verify", "--sha256", folder)
+    check("the list names every file, sorted", status == 0 and lines == want, err + repr(lines))
+    check("sums --json", json.loads(out)["files"] == len(names), out)
+    check("sha256sum -c", sha256sum(folder))
+    expect_run("verify --sha256", 0, "every SHA-256 is that of SHA256SUMS", TPSHARD, "verify", "--sha256", folder)
     before = (folder / "SHA256SUMS").read_bytes()
     for threads in (1, 3):
         run(TPSHARD, "sums", "--threads", threads, folder)
-        report(f"the same list with {threads} threads", (folder / "SHA256SUMS").read_bytes() == before)
+        check(f"the same list with {threads} threads", (folder / "SHA256SUMS").read_bytes() == before)
 
 
 def change(folder, name, old, new):
@@ -87,53 +73,53 @@ def test_differences(work, folder):
         copy = work / "copy"
         shutil.copytree(folder, copy)
         differ(copy)
-        expect(f"{name} is found", 4, words, TPSHARD, "verify", "--sha256", copy)
+        expect_run(f"{name} is found", 4, words, TPSHARD, "verify", "--sha256", copy)
         shutil.rmtree(copy)
     copy = work / "copy"
     shutil.copytree(folder, copy)
     change(copy, "SHA256SUMS", b"  config", b" *config")
     (copy / "README.md").write_text("about the model")
-    expect("binary marks and foreign files do no harm", 0, "ok", TPSHARD, "verify", "--sha256", copy)
+    expect_run("binary marks and foreign files do no harm", 0, "ok", TPSHARD, "verify", "--sha256", copy)
     (copy / "README.md").unlink()
     data = bytearray((copy / "rank-00-of-02.tpshard").read_bytes())
     data[-5000] ^= 1
     (copy / "rank-00-of-02.tpshard").write_bytes(data)
     before = (copy / "SHA256SUMS").read_bytes()
-    expect("nothing broken is listed", 4, "checksum mismatch", TPSHARD, "sums", copy)
-    report("and the old list stays", (copy / "SHA256SUMS").read_bytes() == before)
+    expect_run("nothing broken is listed", 4, "checksum mismatch", TPSHARD, "sums", copy)
+    check("and the old list stays", (copy / "SHA256SUMS").read_bytes() == before)
     shutil.rmtree(copy)
 
 
 def test_signature(work, folder):
     """As README describes it."""
     if not shutil.which("ssh-keygen"):
-        print("ok # SKIP signatures: no ssh-keygen here")
+        skip("signatures", "no ssh-keygen here")
         return
     key, signers, signature = work / "key", work / "allowed_signers", folder / "SHA256SUMS.sig"
     run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "publisher@example.org", "-f", key)
     signers.write_text("publisher@example.org " + (work / "key.pub").read_text())
     status, _, err = run("ssh-keygen", "-Y", "sign", "-f", key, "-n", "file", folder / "SHA256SUMS")
-    report("ssh-keygen -Y sign", status == 0 and signature.exists(), err)
+    check("ssh-keygen -Y sign", status == 0 and signature.exists(), err)
 
-    def check():
+    def checked():
         with open(folder / "SHA256SUMS", encoding="utf-8") as listed:
             return run("ssh-keygen", "-Y", "verify", "-f", signers, "-I", "publisher@example.org", "-n", "file", "-s", signature, stdin=listed)
-    status, out, err = check()
-    report("ssh-keygen -Y verify", status == 0 and "Good" in out, out + err)
-    expect("the signature is no stray file", 0, "ok", TPSHARD, "verify", "--sha256", folder)
+    status, out, err = checked()
+    check("ssh-keygen -Y verify", status == 0 and "Good" in out, out + err)
+    expect_run("the signature is no stray file", 0, "ok", TPSHARD, "verify", "--sha256", folder)
     change(folder, "SHA256SUMS", b"  config", b" *config")
-    report("a changed list is refused", check()[0] != 0)
+    check("a changed list is refused", checked()[0] != 0)
 
 
 def test_replacing(folder):
     """convert --force takes list and signature away with the model that they were of."""
     (folder / ".SHA256SUMS.tmp-123-0").write_text("what a crash leaves")
     (folder / ".rank.tmp-1-0").write_text("of somebody else")
-    expect("a foreign file is not ours", 2, ".rank.tmp-1-0", TPSHARD, "convert", "--force", "--quiet", SOURCE, folder)
+    expect_run("a foreign file is not ours", 2, ".rank.tmp-1-0", TPSHARD, "convert", "--force", "--quiet", SOURCE, folder)
     (folder / ".rank.tmp-1-0").unlink()
-    expect("convert --force over a signed directory", 0, "", TPSHARD, "convert", "--force", "--quiet", "--quant", "int8", SOURCE, folder)
-    report("neither list nor signature stays", not list(folder.glob("*SHA256SUMS*")), str(list(folder.iterdir())))
-    expect("and there is no list to check", 4, "there is no such list", TPSHARD, "verify", "--sha256", folder)
+    expect_run("convert --force over a signed directory", 0, "", TPSHARD, "convert", "--force", "--quiet", "--quant", "int8", SOURCE, folder)
+    check("neither list nor signature stays", not list(folder.glob("*SHA256SUMS*")), str(list(folder.iterdir())))
+    expect_run("and there is no list to check", 4, "there is no such list", TPSHARD, "verify", "--sha256", folder)
 
 
 def main():
@@ -143,14 +129,12 @@ def main():
     with tempfile.TemporaryDirectory(dir=BUILD / "tests", prefix="test_sums.") as name:
         work = Path(name)
         folder = work / "shards"
-        status, _, err = run(TPSHARD, "convert", "--quiet", "--tp", "2", SOURCE, folder)
-        if status != 0:
-            raise RuntimeError(err)
+        must(TPSHARD, "convert", "--quiet", "--tp", "2", SOURCE, folder)
         test_list(folder)
         test_differences(work, folder)
         test_signature(work, folder)
         test_replacing(folder)
-    return 1 if failures else 0
+    return case_help.status()
 
 
 if __name__ == "__main__":
