@@ -94,22 +94,42 @@ static void lane_is_unable(struct loader *l, const struct error *why)
     pthread_mutex_unlock(&l->lock);
 }
 
+static bool visit_next(struct lane *lane, int half)
+{
+    uint64_t piece;
+    if (!take_piece(lane->loader, &piece))
+        return false;
+    lane_visit(lane, half, piece);
+    return true;
+}
+
+// One piece after the other. With a ring the reads of the next begin before those that have landed are verified: a disk, above all one that
+// serves what it has been given all at once, shall never be without any.
+static int bring_pieces(struct lane *lane, struct error *err)
+{
+    struct loader *l = lane->loader;
+    int half = 0, rc = 0;
+    bool visited = false;
+    while (!rc && (visited || visit_next(lane, half))) {
+        int next = lane->ring ? (half + 1) % LANE_HALVES : half;
+        visited = next != half && visit_next(lane, next);
+        if ((rc = lane_bring(lane, half, err)) == 0 && !atomic_load(&l->stop))
+            piece_is_there(l, lane->visits[half].piece.index);
+        half = next;
+    }
+    return rc;
+}
+
 static void *lane_main(void *arg)
 {
     struct lane *lane = arg;
     struct loader *l = lane->loader;
     struct error err;
     struct timespec cpu;
-    uint64_t piece;
-    int rc = lane_open(lane, &err);
-    if (rc)
+    if (lane_open(lane, &err))
         lane_is_unable(l, &err);
-    else
-        while (!rc && take_piece(l, &piece))
-            if ((rc = lane_bring(lane, piece, &err)))
-                fail(l, &err);
-            else if (!atomic_load(&l->stop))
-                piece_is_there(l, piece);
+    else if (bring_pieces(lane, &err))
+        fail(l, &err);
     lane_close(lane);
     clock_gettime(CLOCK_THREAD_CPUTIME_ID, &cpu);
     atomic_store(&lane->cpu_ns, (long long)cpu.tv_sec * 1000000000 + cpu.tv_nsec);
@@ -119,7 +139,7 @@ static void *lane_main(void *arg)
 
 // ---- starting ------------------------------------------------------------------------------------------------------
 
-// Threads that read wait more than they compute; those of a ring or a map do not. A request over a network waits longest. More than a few have
+// Threads that read wait more than they compute; those of a ring do not, nor those that find the file in the page cache. A request over a network waits longest. More than a few have
 // nothing to win on this machine, and each may hold a buffer of page-locked memory.
 static int choose_threads(const struct loader *l)
 {
@@ -128,17 +148,25 @@ static int choose_threads(const struct loader *l)
         return l->options.threads < LOAD_LANES ? l->options.threads : LOAD_LANES;
     if (l->fd < 0)
         return LOAD_LANES;
-    if (l->path == LOAD_READ || l->path == LOAD_DIRECT)
+    if (l->waits && l->path != LOAD_URING)
         threads = 2 * cores > LEAST_READERS ? 2 * cores : LEAST_READERS;
     return threads < MOST_READERS ? threads : MOST_READERS;
+}
+
+// What the kernel copies is verified, and copied to a device, while it is in the core's cache: a leaf. Else as much as keeps reads in flight.
+static uint64_t most_leaves(const struct loader *l)
+{
+    if (l->path == LOAD_READ && l->fd >= 0)
+        return 1;
+    return PIECE_LEAVES / (uint64_t)loader_halves(l);
 }
 
 // Small files are cut into more pieces than there are threads, so that all have something to do.
 static int cut_pieces(struct loader *l, int threads, struct error *err)
 {
-    uint64_t leaves = shard_file_leaf_count(l->options.file);
+    uint64_t leaves = shard_file_leaf_count(l->options.file), most = most_leaves(l);
     l->piece_leaves = leaves / (4 * (uint64_t)threads);
-    l->piece_leaves = l->piece_leaves < 1 ? 1 : l->piece_leaves > PIECE_LEAVES ? PIECE_LEAVES : l->piece_leaves;
+    l->piece_leaves = l->piece_leaves < 1 ? 1 : l->piece_leaves > most ? most : l->piece_leaves;
     l->piece_count = div_up(leaves, l->piece_leaves);
     l->state = calloc(l->piece_count + 1, sizeof *l->state);
     l->lanes = calloc((size_t)threads, sizeof *l->lanes);

@@ -17,13 +17,13 @@
 // that nobody has compared.
 enum verify_mode { VERIFY_FULL, VERIFY_SAMPLE, VERIFY_OFF };
 
-// How the bytes come. AUTO: a file that lies in the page cache is mapped where the host computes on it there, else read. One that does not
-// is read into it where the host computes there, and past it where the bytes are copied anyway. A path that does not work here becomes the
-// next best: uring, direct, read; and map, read.
+// How the bytes come. AUTO: where the host computes, the file is mapped, so that it is there at the next start; unless the page cache does not
+// keep what is read. Where its bytes are copied anyway, they are read from the page cache, or past it when they do not lie there. A path
+// that does not work here becomes the next best: uring, direct, read; and map, read.
 enum load_path {
     LOAD_AUTO,
-    LOAD_MAP,    // mapped, verified where it lies (the host's backend only)
-    LOAD_READ,   // pread through the page cache
+    LOAD_MAP,    // mapped, verified where it lies in the page cache (the host's backend only)
+    LOAD_READ,   // pread through the page cache, into memory of its own
     LOAD_DIRECT, // pread past the page cache (O_DIRECT)
     LOAD_URING,  // io_uring past the page cache
 };

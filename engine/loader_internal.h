@@ -15,10 +15,34 @@
 
 enum {
     PIECE_LEAVES = 8,     // of one piece, at most
+    LANE_HALVES = 2,      // with a ring a lane has two pieces, so that reads are in flight while it verifies
     READ_BYTES = 1 << 20, // of one read: enough for any disk, little enough to be verified out of the cache
     DIRECT_ALIGN = 4096,  // of offsets, sizes and addresses past the page cache
 };
 _Static_assert(PIECE_LEAVES *SHARD_LEAF_BYTES <= LOAD_BUFFER_BYTES, "a piece is copied to a device in one go");
+_Static_assert(PIECE_LEAVES / LANE_HALVES + 2 <= RING_READS / LANE_HALVES, "a half's reads, with what rounding adds");
+
+struct piece {
+    uint64_t index;
+    uint64_t first_leaf, end_leaf;
+    uint64_t offset, bytes; // of the payload
+    uint64_t begin, end;    // stored, from the payload's start
+};
+
+// Where the stored bytes of a piece land.
+struct landing {
+    uint8_t *bytes;
+    uint64_t begin, end; // of the stored bytes; past the page cache they are rounded to its alignment
+    uint64_t landed;     // begin <= landed <= end: up to here they are there
+    unsigned first_read; // of the ring's
+};
+
+// A piece under way.
+struct visit {
+    struct piece piece;
+    struct landing landing;
+    uint8_t *payload; // where its payload bytes will lie
+};
 
 // A thread and what it brings pieces with.
 struct lane {
@@ -31,6 +55,7 @@ struct lane {
     uint8_t *buffer; // the device's
     struct leaf_scratch *scratch;
     struct loader_ring *ring;
+    struct visit visits[LANE_HALVES];
     bool goes_by_pages;        // reads through the page cache do; then, of the stored bytes:
     uint64_t asked, piece_end; // what the kernel was told to read ahead, and where that ends
     atomic_llong read_bytes, read_ns, verify_ns, decode_ns, copy_ns, cpu_ns, fetched_again;
@@ -48,6 +73,7 @@ struct loader {
     struct load_target target;
     bool begun; // on the device
     bool compressed;
+    bool waits;            // as far as is known: much of the file has to come from the disk
     atomic_bool refetches; // a cached file was damaged: some of it comes from where it was fetched
     uint64_t payload_offset, piece_leaves, piece_count;
 
@@ -72,16 +98,19 @@ struct loader {
 };
 
 // ---- loader_path.c
-// Sets path, why and direct_fd; and, where the kernels shall use the mapped file, map and guard. may_map: they could.
+// Sets path, why, waits and direct_fd; and, where the kernels shall use the mapped file, map and guard. may_map: they could.
 void loader_choose_path(struct loader *loader, bool may_map);
-// Whether all of these bytes of the file are in the page cache, as far as the kernel tells; false where it does not.
-bool loader_is_cached(int fd, uint64_t offset, uint64_t bytes);
+
+// Pieces that a lane has room for.
+static inline int loader_halves(const struct loader *loader) { return loader->path == LOAD_URING ? LANE_HALVES : 1; }
 
 // ---- loader_piece.c
 // What a lane needs; on its own thread. lane_close also when that failed.
 int lane_open(struct lane *lane, struct error *err);
 void lane_close(struct lane *lane);
+// Turns to a piece: with a ring, its reads are under way from now on. Lanes without one use half 0 alone.
+void lane_visit(struct lane *lane, int half, uint64_t piece);
 // 0: the piece is there. Ends early, with 0 as well, when the loader is to stop.
-int lane_bring(struct lane *lane, uint64_t piece, struct error *err);
+int lane_bring(struct lane *lane, int half, struct error *err);
 
 #endif

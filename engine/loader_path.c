@@ -19,8 +19,7 @@
 enum {
     SAMPLES = 64,
     SAMPLE_BYTES = 1 << 20,
-    LOOK_BYTES = 256 << 10, // between two looks, where the kernel does not count
-    CACHED_PERCENT = 90,    // from here on reading past the page cache would cost more than it saves
+    CACHED_PERCENT = 90, // from here on reading past the page cache would cost more than it saves
 };
 
 static const char *const names[] = {
@@ -94,18 +93,6 @@ static int cached_percent(int fd, uint64_t offset, uint64_t bytes)
     return (int)(sum / count);
 }
 
-// By counting pages, or by looks at some of them.
-bool loader_is_cached(int fd, uint64_t offset, uint64_t bytes)
-{
-    int64_t pages = cached_pages(fd, offset, bytes);
-    if (pages >= 0)
-        return pages >= (int64_t)(bytes / (uint64_t)sysconf(_SC_PAGESIZE));
-    uint64_t at = 0;
-    while (at < bytes && sample_without_waiting(fd, offset + at) == 100)
-        at += LOOK_BYTES;
-    return at >= bytes && sample_without_waiting(fd, offset + bytes - 1) == 100;
-}
-
 // ---- what works ----------------------------------------------------------------------------------------------------
 
 // A second descriptor of the same file. 0, or what the system says to it: on opening, or to a first read.
@@ -176,11 +163,16 @@ static enum load_path suggest(struct loader *l, bool may_map)
         because(l, "what lies in the page cache is not known");
     else
         because(l, "%d %% of the file lies in the page cache", percent);
-    if (percent >= CACHED_PERCENT)
-        return may_map ? LOAD_MAP : LOAD_READ;
-    return may_map ? LOAD_READ : LOAD_URING;
+    l->waits = percent < CACHED_PERCENT;
+    if (may_map && l->waits && !reads_stay(l->fd, l->payload_offset)) {
+        because(l, "what is read does not stay there");
+        may_map = false;
+    }
+    return may_map ? LOAD_MAP : l->waits ? LOAD_URING : LOAD_READ;
 }
 
+// What is not in the page cache yet is asked for in pages of the largest size, whatever the device's read-ahead: that takes less than a tenth of
+// the time that small ones take to make and to map. Kernels that have none of them for files read by the same amount, or as they do for all.
 static void map_payload(struct loader *l)
 {
     const struct loader_options *o = &l->options;
@@ -192,19 +184,21 @@ static void map_payload(struct loader *l)
     else if (loader_guard_new(&l->guard, map, bytes, store_file_name(o->source), o->on_lost, o->arg, &err) != 0) {
         because(l, "without a map (%s)", err.msg);
         munmap(map, bytes);
-    } else
+    } else {
+        madvise(map, bytes, MADV_HUGEPAGE);
         l->map = map;
+    }
 }
 
-// Sets path, why and direct_fd. True: the file shall be mapped.
-static bool choose(struct loader *l, bool may_map)
+// Sets path, why and direct_fd.
+static void choose(struct loader *l, bool may_map)
 {
     int failed;
     l->path = l->options.path;
     if (l->fd < 0) {
         l->path = LOAD_READ;
         because(l, "the file is fetched");
-        return false;
+        return;
     }
     if (l->path == LOAD_MAP && !may_map) {
         because(l, l->compressed ? "a compressed file is not used where it lies" : "the weights go to a device");
@@ -214,27 +208,22 @@ static bool choose(struct loader *l, bool may_map)
         l->path = suggest(l, may_map);
     else
         because(l, "as asked for");
-    if (l->path == LOAD_READ && may_map && !reads_stay(l->fd, l->payload_offset)) {
-        because(l, "what is read does not stay in the page cache");
-        may_map = false;
-    }
     if (l->path == LOAD_MAP || l->path == LOAD_READ)
-        return may_map;
+        return;
     if ((failed = open_direct(&l->direct_fd, l->fd, l->payload_offset))) {
         because(l, "without O_DIRECT (%s)", strerror(failed));
         l->path = LOAD_READ;
-        return may_map;
-    }
-    if (l->path == LOAD_URING && (failed = try_ring(l->direct_fd, l->payload_offset))) {
+    } else if (l->path == LOAD_URING && (failed = try_ring(l->direct_fd, l->payload_offset))) {
         because(l, "without io_uring (%s)", strerror(failed));
         l->path = LOAD_DIRECT;
     }
-    return false;
 }
 
 void loader_choose_path(struct loader *l, bool may_map)
 {
-    if (choose(l, may_map))
+    l->waits = true;
+    choose(l, may_map);
+    if (l->path == LOAD_MAP)
         map_payload(l);
     if (l->path == LOAD_MAP && !l->map)
         l->path = LOAD_READ;

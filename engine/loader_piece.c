@@ -3,8 +3,7 @@
 // threads, go on meanwhile.
 //
 // Where bytes land:
-//   the kernels use the map     verified through it, for that is what is used; those that do not lie in the page cache are read into a small
-//                               buffer before, which brings them there in requests of a good size, whatever the file system's read-ahead
+//   the kernels use the map     nowhere: they are verified where the page cache has them, for that is what is used
 //   the host's memory           at once in their place; those of a compressed file in the lane's memory
 //   a device                    in the buffer that it copies from; those of a compressed file in the lane's memory
 #include "engine/loader_internal.h"
@@ -26,22 +25,17 @@
 
 enum {
     SMALL_REQUEST_BYTES = 16 << 10,
-    ASK_BYTES = 256 << 10, // at a time: what any device takes in one request
-    SAMPLE_STRIDE = 64,    // VERIFY_SAMPLE checks every so manyth leaf
-    REMOTE_ATTEMPTS = 3,   // of a range that comes damaged
-};
-
-struct piece {
-    uint64_t first_leaf, end_leaf;
-    uint64_t offset, bytes; // of the payload
-    uint64_t begin, end;    // stored, from the payload's start
+    ASK_BYTES = 256 << 10,    // at a time: what any device takes in one request
+    POPULATE_BYTES = 2 << 20, // of a map at a time: the largest unit in which a page cache keeps a file
+    SAMPLE_STRIDE = 64,       // VERIFY_SAMPLE checks every so manyth leaf
+    REMOTE_ATTEMPTS = 3,      // of a range that comes damaged
 };
 
 static struct piece piece_at(const struct loader *l, uint64_t index)
 {
     const struct shard_file *file = l->options.file;
     uint64_t first = index * l->piece_leaves, count = shard_file_leaf_count(file);
-    struct piece piece = {.first_leaf = first, .end_leaf = first + l->piece_leaves};
+    struct piece piece = {.index = index, .first_leaf = first, .end_leaf = first + l->piece_leaves};
     if (piece.end_leaf > count)
         piece.end_leaf = count;
     piece.offset = first * SHARD_LEAF_BYTES;
@@ -64,6 +58,12 @@ static void count_bytes(struct lane *lane, uint64_t bytes)
 {
     atomic_fetch_add_explicit(&lane->read_bytes, (long long)bytes, memory_order_relaxed);
     atomic_fetch_add_explicit(&lane->loader->moved, (long long)bytes, memory_order_relaxed);
+}
+
+// Stored bytes of a compressed piece, the zeros behind the last one, and both ends rounded.
+static uint64_t stored_piece_bytes(const struct loader *l)
+{
+    return l->piece_leaves * SHARD_LEAF_BYTES + SHARD_FILE_ALIGN + 2 * DIRECT_ALIGN;
 }
 
 // ---- reading -------------------------------------------------------------------------------------------------------
@@ -128,17 +128,10 @@ static int read_local(struct lane *lane, uint8_t *to, uint64_t bytes, uint64_t s
     return rc;
 }
 
-// Where the stored bytes of a piece land.
-struct landing {
-    uint8_t *bytes;
-    uint64_t begin, end; // of the stored bytes; past the page cache they are rounded to its alignment
-    uint64_t landed;     // begin <= landed <= end: up to here they are there
-};
-
 static void start_reads(struct lane *lane, const struct landing *landing)
 {
     const struct loader *l = lane->loader;
-    unsigned index = 0;
+    unsigned index = landing->first_read;
     for (uint64_t at = landing->begin; lane->ring && at < landing->end; at += READ_BYTES) {
         uint64_t left = landing->end - at;
         loader_ring_read(lane->ring, index++, l->direct_fd, landing->bytes + (at - landing->begin),
@@ -161,7 +154,7 @@ static int land_more(struct lane *lane, struct landing *landing, struct error *e
     uint64_t bytes = left < READ_BYTES || remote ? left : READ_BYTES;
     uint8_t *to = landing->bytes + done;
     int rc = 0;
-    if (lane->ring && loader_ring_wait(lane->ring, (unsigned)(done / READ_BYTES), &whole) != 0) {
+    if (lane->ring && loader_ring_wait(lane->ring, landing->first_read + (unsigned)(done / READ_BYTES), &whole) != 0) {
         whole = false;
         drop_ring(lane);
     }
@@ -232,16 +225,22 @@ static int explain_mapped(const struct loader *l, int rc, struct error *err)
 
 // ---- a piece of a map ----------------------------------------------------------------------------------------------
 
-// Fills page tables in one go instead of a fault for every few pages. Kernels that cannot fault as before.
+// Reads what is not in the page cache, and fills page tables in one go instead of a fault for every few pages. Kernels that cannot fault as
+// before.
 static int populate(struct lane *lane, uint64_t offset, uint64_t bytes, struct error *err)
 {
-    int64_t since_ns = clock_now_ns();
     const struct loader *l = lane->loader;
-    int rc = 0;
-    if (madvise((void *)(uintptr_t)(l->map + offset), bytes, MADV_POPULATE_READ) != 0 && errno == EFAULT)
-        rc = loader_guard_error(store_file_name(l->options.source), err);
+    if (lane->goes_by_pages)
+        ask_ahead(lane, offset, bytes);
+    long before = waits_of_this_thread();
+    int64_t since_ns = clock_now_ns();
+    bool lost = madvise((void *)(uintptr_t)(l->map + offset), bytes, MADV_POPULATE_READ) != 0 && errno == EFAULT;
     add_time(&lane->read_ns, since_ns);
-    return rc;
+    lane->goes_by_pages |= waits_of_this_thread() - before > (long)(bytes / SMALL_REQUEST_BYTES);
+    if (lost)
+        return loader_guard_error(store_file_name(l->options.source), err);
+    count_bytes(lane, bytes);
+    return 0;
 }
 
 struct mapped_leaf {
@@ -257,32 +256,21 @@ static void check_mapped_leaf(void *arg)
     job->rc = check_leaf(job->lane, job->leaf, job->lane->loader->map + job->leaf * SHARD_LEAF_BYTES, job->err);
 }
 
-// Verified is what the kernels will see: of what a read has brought, the map may have other bytes, or none.
-static int bring_mapped_leaf(struct lane *lane, uint64_t leaf, struct error *err)
-{
-    const struct loader *l = lane->loader;
-    struct shard_stored range = shard_file_stored_leaf(l->options.file, leaf);
-    struct mapped_leaf job = {lane, leaf, err, 0};
-    bool in_place = l->path == LOAD_MAP && loader_is_cached(l->fd, l->payload_offset + range.offset, range.bytes);
-    int rc = 0;
-    if (!in_place) {
-        struct landing landing = {lane->stored, range.offset, range.offset + range.bytes, range.offset};
-        rc = land_until(lane, &landing, landing.end, err);
-    }
-    if (rc || (rc = populate(lane, leaf * SHARD_LEAF_BYTES, shard_file_leaf_bytes(l->options.file, leaf), err)))
-        return rc;
-    if (in_place)
-        count_bytes(lane, range.bytes);
-    return loader_guard_try(check_mapped_leaf, &job) ? job.rc
-                                                     : loader_guard_error(store_file_name(l->options.source), err);
-}
-
+// What the kernels will see is what is verified.
 static int bring_mapped(struct lane *lane, const struct piece *piece, struct error *err)
 {
     const struct loader *l = lane->loader;
     int rc = 0;
-    for (uint64_t leaf = piece->first_leaf; leaf < piece->end_leaf && !rc && !is_stopped(l); leaf++)
-        rc = bring_mapped_leaf(lane, leaf, err);
+    for (uint64_t leaf = piece->first_leaf; leaf < piece->end_leaf && !rc && !is_stopped(l); leaf++) {
+        uint64_t done = leaf * SHARD_LEAF_BYTES - piece->offset, left = piece->bytes - done;
+        if (done % POPULATE_BYTES == 0)
+            rc = populate(lane, piece->offset + done, left < POPULATE_BYTES ? left : POPULATE_BYTES, err);
+        struct mapped_leaf job = {lane, leaf, err, 0};
+        if (!rc)
+            rc = loader_guard_try(check_mapped_leaf, &job)
+                     ? job.rc
+                     : loader_guard_error(store_file_name(l->options.source), err);
+    }
     return explain_mapped(l, rc, err);
 }
 
@@ -296,17 +284,18 @@ static int decode(struct lane *lane, uint64_t leaf, const uint8_t *stored, uint8
     return rc;
 }
 
-static int bring_leaves(struct lane *lane, const struct piece *piece, struct landing *landing, uint8_t *payload,
-                        struct error *err)
+static int bring_leaves(struct lane *lane, struct visit *visit, struct error *err)
 {
     const struct loader *l = lane->loader;
+    const struct piece *piece = &visit->piece;
+    struct landing *landing = &visit->landing;
     int rc = 0;
     for (uint64_t leaf = piece->first_leaf; leaf < piece->end_leaf && !rc && !is_stopped(l); leaf++) {
         struct shard_stored range = shard_file_stored_leaf(l->options.file, leaf);
         uint8_t *stored = landing->bytes + (range.offset - landing->begin);
         if ((rc = land_until(lane, landing, range.offset + range.bytes, err)) == 0 &&
             (rc = check_landed_leaf(lane, leaf, stored, err)) == 0 && l->compressed)
-            rc = decode(lane, leaf, stored, payload + (leaf - piece->first_leaf) * SHARD_LEAF_BYTES, err);
+            rc = decode(lane, leaf, stored, visit->payload + (leaf - piece->first_leaf) * SHARD_LEAF_BYTES, err);
     }
     return rc;
 }
@@ -320,34 +309,49 @@ static int copy(struct lane *lane, const struct piece *piece, const uint8_t *pay
     return rc;
 }
 
-static int bring_copied(struct lane *lane, const struct piece *piece, struct error *err)
+static int bring_copied(struct lane *lane, struct visit *visit, struct error *err)
 {
     const struct loader *l = lane->loader;
-    uint64_t align = l->direct_fd >= 0 ? DIRECT_ALIGN : 1;
-    uint8_t *payload = l->target.place ? l->target.place + piece->offset : lane->buffer;
-    struct landing landing = {.bytes = l->compressed ? lane->stored : payload};
-    landing.begin = landing.landed = piece->begin / align * align;
-    landing.end = round_up(piece->end, align);
-    start_reads(lane, &landing);
-    int rc = bring_leaves(lane, piece, &landing, payload, err);
-    // Also after a failure: nothing may still be written where others will write.
-    if (lane->ring && loader_ring_drain(lane->ring) != 0)
-        drop_ring(lane);
+    const struct piece *piece = &visit->piece;
+    const struct landing *landing = &visit->landing;
+    int rc = bring_leaves(lane, visit, err);
     if (rc || is_stopped(l))
         return rc;
-    if (!l->target.place && (rc = copy(lane, piece, payload, err)))
+    if (!l->target.place && (rc = copy(lane, piece, visit->payload, err)))
         return rc;
     if (l->fd < 0 && l->options.verify == VERIFY_FULL)
-        store_file_keep(l->options.source, landing.bytes, piece->end - piece->begin, l->payload_offset + piece->begin);
+        store_file_keep(l->options.source, landing->bytes, piece->end - piece->begin, l->payload_offset + piece->begin);
     return 0;
 }
 
-int lane_bring(struct lane *lane, uint64_t index, struct error *err)
+// ---- visits --------------------------------------------------------------------------------------------------------
+
+void lane_visit(struct lane *lane, int half, uint64_t index)
 {
-    struct piece piece = piece_at(lane->loader, index);
-    lane->asked = piece.begin;
-    lane->piece_end = piece.end;
-    return lane->loader->map ? bring_mapped(lane, &piece, err) : bring_copied(lane, &piece, err);
+    const struct loader *l = lane->loader;
+    struct visit *visit = &lane->visits[half];
+    struct piece piece = visit->piece = piece_at(l, index);
+    if (l->map)
+        return;
+    uint64_t align = l->direct_fd >= 0 ? DIRECT_ALIGN : 1;
+    visit->payload = l->target.place ? l->target.place + piece.offset
+                                     : lane->buffer + (uint64_t)half * l->piece_leaves * SHARD_LEAF_BYTES;
+    visit->landing = (struct landing){
+        .bytes = l->compressed ? lane->stored + (uint64_t)half * stored_piece_bytes(l) : visit->payload,
+        .begin = piece.begin / align * align,
+        .end = round_up(piece.end, align),
+        .first_read = (unsigned)half * (RING_READS / LANE_HALVES),
+    };
+    visit->landing.landed = visit->landing.begin;
+    start_reads(lane, &visit->landing);
+}
+
+int lane_bring(struct lane *lane, int half, struct error *err)
+{
+    struct visit *visit = &lane->visits[half];
+    lane->asked = visit->piece.begin;
+    lane->piece_end = visit->piece.end;
+    return lane->loader->map ? bring_mapped(lane, &visit->piece, err) : bring_copied(lane, visit, err);
 }
 
 // ---- what a lane needs ---------------------------------------------------------------------------------------------
@@ -355,9 +359,7 @@ int lane_bring(struct lane *lane, uint64_t index, struct error *err)
 static int alloc_stored(struct lane *lane, struct error *err)
 {
     const struct loader *l = lane->loader;
-    uint64_t bytes = l->map ? SHARD_LEAF_BYTES : 0;
-    if (l->compressed) // a piece, the zeros behind the last one, and both ends rounded
-        bytes = l->piece_leaves * SHARD_LEAF_BYTES + SHARD_FILE_ALIGN + 2 * DIRECT_ALIGN;
+    uint64_t bytes = l->compressed ? (uint64_t)loader_halves(l) * stored_piece_bytes(l) : 0;
     if (bytes == 0)
         return 0;
     void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -376,7 +378,9 @@ int lane_open(struct lane *lane, struct error *err)
     if (rc)
         return rc;
     if (!l->map && !l->target.place &&
-        (rc = o->backend->load_buffer(o->device, lane->index, l->piece_leaves * SHARD_LEAF_BYTES, &lane->buffer, err)))
+        (rc = o->backend->load_buffer(o->device, lane->index,
+                                      (uint64_t)loader_halves(l) * l->piece_leaves * SHARD_LEAF_BYTES, &lane->buffer,
+                                      err)))
         return rc;
     if (l->compressed && !(lane->scratch = leaf_scratch_new()))
         return error_set(err, ERR_MEMORY, "%s: no memory to decode it", store_file_name(o->source));
@@ -388,6 +392,8 @@ int lane_open(struct lane *lane, struct error *err)
 
 void lane_close(struct lane *lane)
 {
+    if (lane->ring)
+        loader_ring_drain(lane->ring); // nothing may still be written where others will write
     loader_ring_close(lane->ring);
     leaf_scratch_free(lane->scratch);
     if (lane->stored)

@@ -163,7 +163,7 @@ int loader_ring_wait(struct loader_ring *ring, unsigned index, bool *whole)
 {
     int failed = ring->failed;
     take_completions(ring);
-    while (ring->reads[index].pending && !failed)
+    while ((ring->reads[index].pending || ring->prepared > 0) && !failed)
         failed = enter(ring);
     *whole = ring->reads[index].whole;
     return failed;

@@ -38,7 +38,7 @@ static const struct path_case {
     const char *why;
 } path_cases[] = {
     {LOAD_AUTO, HOST, WARM, false, LOAD_MAP, " % of the file lies in the page cache"},
-    {LOAD_AUTO, HOST, COLD, false, LOAD_READ, " % of the file lies in the page cache"},
+    {LOAD_AUTO, HOST, COLD, false, LOAD_MAP, " % of the file lies in the page cache"},
     {LOAD_AUTO, HOST, WARM, true, LOAD_READ, " % of the file"},
     {LOAD_AUTO, HOST, COLD, true, LOAD_URING, " % of the file"},
     {LOAD_AUTO, DEVICE, WARM, false, LOAD_READ, " % of the file"},
