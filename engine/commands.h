@@ -64,7 +64,8 @@ extern struct session_options session_options;
          "full|sample|off",                                                                                            \
          0,                                                                                                            \
          0,                                                                                                            \
-         "how much of the weights is compared with its checksums before the first result"},                            \
+         "how much of the weights is compared with its checksums before the first result; compressed leaves always "   \
+         "are"},                                                                                                       \
         {"load",                                                                                                       \
          OPTION_CHOICE,                                                                                                \
          &session_options.load,                                                                                        \

@@ -128,51 +128,65 @@ static int refuse_memory(const struct worker *w, const struct memory_need *sum, 
         sum->available / 0x1p30);
 }
 
-// Ranks may share a device: what all of them will take there must fit before any of them takes it. The KV cache shrinks as far as it
-// may; all ranks have as many pages as the poorest.
-static int settle_memory(struct worker *w, struct device_shape *shape, struct error *err)
+// What this rank will take. Of what nobody can count there is enough.
+static int own_need(struct memory_need *out, const struct worker *w, const struct device_shape *shape,
+                    struct error *err)
 {
-    const struct worker_options *o = w->options;
-    struct memory_need mine = {0}, all[COMM_MAX_RANKS], sum;
     struct memory_plan plan;
-    int rc, sharing = 0;
-    if ((rc = comm_barrier(w->env->comm, err)) || // every rank has opened its device, which takes memory as well
-        (rc = o->backend->plan(w->device, shape, &plan, err)))
+    int rc = w->options->backend->plan(w->device, shape, &plan, err);
+    if (rc)
         return rc;
-    mine.device = plan.device;
-    mine.weights = (double)shard_file_payload_bytes(w->model.file);
-    mine.kv = (double)plan.kv_bytes;
-    mine.scratch = (double)plan.scratch_bytes;
-    mine.available = (double)plan.available_bytes;
-    // The parent knows the host's memory, but of a compressed file only how long it is.
-    bool unpacked = plan.available_bytes == UINT64_MAX && shard_file_is_compressed(w->model.file);
-    if (unpacked)
-        mine.available = host_memory_available() >= 0 ? host_memory_available() : INFINITY;
-    if ((rc = comm_all_gather(w->env->comm, all, &mine, sizeof mine, err)))
-        return rc;
-    sum = (struct memory_need){.available = mine.available, .device = mine.device};
-    for (int r = 0; r < w->env->tp_size; r++) {
-        if (all[r].device != mine.device)
+    *out = (struct memory_need){.weights = (double)shard_file_payload_bytes(w->model.file),
+                                .kv = (double)plan.kv_bytes,
+                                .scratch = (double)plan.scratch_bytes,
+                                .available = (double)plan.available_bytes,
+                                .device = plan.device};
+    if (plan.available_bytes != UINT64_MAX)
+        return 0;
+    // The parent has looked at the host's memory, but knows of a compressed file only how long it is.
+    double host = shard_file_is_compressed(w->model.file) ? host_memory_available() : -1;
+    out->available = host >= 0 ? host : INFINITY;
+    return 0;
+}
+
+// The sum of all ranks on a device, and how many they are.
+static struct memory_need need_of_device(const struct memory_need *all, int tp_size, int64_t device, int *sharing)
+{
+    struct memory_need sum = {.available = INFINITY, .device = device};
+    *sharing = 0;
+    for (int r = 0; r < tp_size; r++) {
+        if (all[r].device != device)
             continue;
-        sharing++;
+        ++*sharing;
         sum.weights += all[r].weights;
         sum.kv += all[r].kv;
         sum.scratch += all[r].scratch;
         sum.available = all[r].available < sum.available ? all[r].available : sum.available;
     }
-    double left =
-        plan.available_bytes == UINT64_MAX && !unpacked ? INFINITY : sum.available - sum.weights - sum.scratch;
+    return sum;
+}
+
+// Ranks may share a device: what all of them will take there must fit before any of them takes it. The KV cache shrinks as far as it
+// may; all ranks have as many pages as the poorest.
+static int settle_memory(struct worker *w, struct device_shape *shape, struct error *err)
+{
+    struct memory_need mine, all[COMM_MAX_RANKS];
+    int rc, sharing;
+    if ((rc = comm_barrier(w->env->comm, err)) || // every rank has opened its device, which takes memory as well
+        (rc = own_need(&mine, w, shape, err)) || (rc = comm_all_gather(w->env->comm, all, &mine, sizeof mine, err)))
+        return rc;
+    const struct memory_need sum = need_of_device(all, w->env->tp_size, mine.device, &sharing);
+    double left = sum.available - sum.weights - sum.scratch, least = (double)w->options->least_pages;
     double pages = (double)shape->num_pages, pages_of_all[COMM_MAX_RANKS];
     if (sum.kv > left)
         pages = left > 0 ? floor(pages * left / sum.kv) : 0;
     if ((rc = comm_all_gather(w->env->comm, pages_of_all, &pages, sizeof pages, err)))
         return rc;
-    if (pages < (double)o->least_pages)
+    if (pages < least)
         return refuse_memory(w, &sum, sharing, err);
     for (int r = 0; r < w->env->tp_size; r++)
         pages = pages_of_all[r] < pages ? pages_of_all[r] : pages;
-    if (pages < (double)o->least_pages &&
-        (rc = comm_barrier(w->env->comm, err))) // the other rank says it, with its figures
+    if (pages < least && (rc = comm_barrier(w->env->comm, err))) // the other rank says it, with its figures
         return rc;
     shape->num_pages = (int64_t)pages;
     return 0;

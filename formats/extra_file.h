@@ -14,6 +14,10 @@
 int extra_file_read(uint8_t **out, uint64_t *num_bytes, const struct manifest *manifest, const char *dir,
                     const char *name, uint64_t cap_bytes, struct error *err);
 
+// The same for a file that was found in the manifest. What cannot be opened is told as repair_hint_unopened does.
+int extra_file_load(uint8_t **out, uint64_t *num_bytes, const struct manifest_file *extra, const char *dir,
+                    struct error *err);
+
 // The two halves of that, for files that come from elsewhere. path is for messages.
 // *out becomes NULL when the manifest names no such file; ERR_CORRUPT when it has more than cap_bytes there.
 int extra_file_find(const struct manifest_file **out, const struct manifest *manifest, const char *name,

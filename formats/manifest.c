@@ -16,6 +16,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 enum { FILES_MAX = 10000, NAME_MAX_BYTES = 255, TOOL_MAX_BYTES = 255 };
@@ -398,7 +399,10 @@ int manifest_read(struct manifest **out, const char *dir, struct error *err)
                          dir);
     }
     struct json_object root;
+    struct stat status;
     int rc = json_file_open(&root, path, JSON_FILE_CAP_BYTES, ERR_CORRUPT, err);
+    if (rc == ERR_IO && stat(path, &status) == 0 && !S_ISREG(status.st_mode))
+        rc = err->code = ERR_CORRUPT; // the directory is damaged, whatever the system makes of it
     return rc ? rc : parse_and_close(out, &root, err);
 }
 

@@ -32,9 +32,13 @@ int repair_hint_unopened(const char *path, struct error *err)
     char hint[REPAIR_HINT_BYTES];
     struct error cause = *err;
     struct stat status;
-    if (stat(path, &status))
+    if (stat(path, &status)) {
+        if (!lstat(path, &status) && S_ISLNK(status.st_mode))
+            return error_set(err, ERR_CORRUPT, "%s: is a symbolic link that leads nowhere; remove it, then %s", path,
+                             repair_hint(hint, path));
         return errno == ENOENT ? error_set(err, ERR_IO, "%s: there is no such file; %s", path, repair_hint(hint, path))
                                : cause.code;
+    }
     return S_ISREG(status.st_mode)
                ? cause.code
                : error_set(err, ERR_CORRUPT, "%s; remove it, then %s", cause.msg, repair_hint(hint, path));

@@ -10,8 +10,8 @@ enum { REPAIR_HINT_BYTES = 512 };
 // publisher has to mend. Returns out.
 const char *repair_hint(char out[REPAIR_HINT_BYTES], const char *name);
 
-// file_open_read has refused (ERR_IO) a file that the manifest names. Nothing is there: ERR_IO still; something else than a regular file:
-// ERR_CORRUPT; both with the hint. Any other reason stands as it is.
+// file_open_read has refused (ERR_IO) a file that the manifest names. Nothing is there: ERR_IO still; something else than a regular file, or a
+// link that leads nowhere: ERR_CORRUPT; both with the hint. Any other reason stands as it is.
 int repair_hint_unopened(const char *path, struct error *err);
 
 #endif

@@ -56,7 +56,8 @@ int tokenizer_decode(const struct tokenizer *tok, const uint32_t *ids, size_t co
 // Streaming decode: all texts of push and of the closing flush, put together, equal tokenizer_decode of all ids.
 // A text may be empty; it always consists of complete UTF-8 sequences and is valid until the next call.
 // Bytes whose text later ids may still change (an unfinished character, a run of byte-fallback tokens) are held back.
-// A rejected id (ERR_USAGE) leaves the stream as it was. After flush the stream is ready for a new sequence.
+// An id without a token adds nothing: models have more ids than their tokenizer, and may choose one of those. After flush the stream is
+// ready for a new sequence.
 int tokenizer_stream_new(struct tokenizer_stream **out, const struct tokenizer *tok, bool skip_special,
                          struct error *err);
 int tokenizer_stream_push(struct tokenizer_stream *stream, uint32_t id, const char **text, size_t *bytes,

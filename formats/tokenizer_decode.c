@@ -300,12 +300,15 @@ static struct tokenizer_slice decoded_token(const struct tokenizer *tok, uint32_
                                     tok->decode_texts[low].text_bytes};
 }
 
-// Adds one id to s->text.
+static bool exists(const struct tokenizer *tok, uint32_t id)
+{
+    return id < tok->header->id_count && tok->token_flags[id] & TOKEN_EXISTS;
+}
+
+// Adds one id that exists to s->text.
 static int add_id(struct tokenizer_stream *s, uint32_t id, struct error *err)
 {
     const struct tokenizer *tok = s->tok;
-    if (id >= tok->header->id_count || !(tok->token_flags[id] & TOKEN_EXISTS))
-        return error_set(err, ERR_USAGE, "%s: there is no token with id %u", tok->name, id);
     if (s->skip_special && tok->token_flags[id] & TOKEN_SKIPPED)
         return 0;
     struct tokenizer_slice token = decoded_token(tok, id);
@@ -318,7 +321,7 @@ static int add_id(struct tokenizer_stream *s, uint32_t id, struct error *err)
 int tokenizer_stream_push(struct tokenizer_stream *s, uint32_t id, const char **text, size_t *bytes, struct error *err)
 {
     s->text.bytes = 0;
-    int rc = add_id(s, id, err);
+    int rc = exists(s->tok, id) ? add_id(s, id, err) : 0;
     if (rc)
         return rc;
     *text = s->text.bytes ? s->text.data : "";
@@ -346,7 +349,7 @@ int tokenizer_stream_token_bytes(struct tokenizer_stream *s, uint32_t id, const 
     if (!tok->decodes_in_chunks)
         return error_set(err, ERR_MODEL, "%s: the decoder changes the text of several tokens at once", tok->name);
     s->text.bytes = 0;
-    if (id < tok->header->id_count && tok->token_flags[id] & TOKEN_EXISTS && id != tok->header->unk_id) {
+    if (exists(tok, id) && id != tok->header->unk_id) {
         s->only_token = s->any_token = true;
         for (uint32_t step = 0; step < tok->decoder.count; step++)
             s->steps[step].started = true;
@@ -365,7 +368,8 @@ int tokenizer_decode(const struct tokenizer *tok, const uint32_t *ids, size_t co
     struct tokenizer_stream *s = NULL;
     int rc = tokenizer_stream_new(&s, tok, skip_special, err);
     for (size_t i = 0; i < count && !rc; i++)
-        rc = add_id(s, ids[i], err);
+        rc = exists(tok, ids[i]) ? add_id(s, ids[i], err)
+                                 : error_set(err, ERR_USAGE, "%s: there is no token with id %u", tok->name, ids[i]);
     if (!rc)
         rc = finish(s, err);
     if (!rc && !tokenizer_text_append(&s->text, "", 1))

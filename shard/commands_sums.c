@@ -1,9 +1,11 @@
 // tpshard sums: the list of SHA-256 checksums that is signed and published with a shard directory. See commands.h.
+#include "formats/file_io.h"
 #include "shard/commands.h"
 #include "shard/output_dir.h"
 #include "shard/stop.h"
 #include "shard/sums.h"
 
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
@@ -33,16 +35,35 @@ static int verify_first(struct shard_dir *dir, const char *path, struct thread_p
     return rc;
 }
 
+// A signature of the list as it was says nothing of the new one.
+static void warn_of_signatures(const char *path)
+{
+    static const char *const suffixes[] = {".sig", ".asc", ".minisig"};
+    for (size_t i = 0; i < sizeof suffixes / sizeof *suffixes; i++) {
+        char signature[2 * PATH_MAX];
+        struct error ignored;
+        bool there;
+        snprintf(signature, sizeof signature, "%s/" SUMS_FILE_NAME "%s", path, suffixes[i]);
+        if (!file_is_there(&there, signature, &ignored) && there)
+            commands_note("warning: %s: this signature is of the list as it was before and does not fit the new one; "
+                          "sign " SUMS_FILE_NAME " again",
+                          signature);
+    }
+}
+
 static int list(const struct shard_dir *dir, const char *path, struct thread_pool *pool, struct error *err)
 {
     struct progress progress;
     uint64_t bytes;
+    bool changed;
     int rc = sums_bytes(&bytes, dir->manifest, path, err);
     if (rc)
         return rc;
     progress_start(&progress, "sums", bytes, common.quiet);
-    rc = sums_write(dir->manifest, path, pool, &progress, err);
+    rc = sums_write(&changed, dir->manifest, path, pool, &progress, err);
     progress_end(&progress);
+    if (!rc && changed)
+        warn_of_signatures(path);
     size_t files = 1 + dir->manifest->num_ranks + dir->manifest->num_extras;
     char text[32];
     if (!rc && common.json)

@@ -2,6 +2,7 @@
 #include "shard/extras.h"
 #include "shard/extras_chat.h"
 
+#include "formats/extra_file.h"
 #include "formats/file_io.h"
 #include "formats/tokenizer_compile.h"
 
@@ -86,20 +87,10 @@ int extras_from_shards(struct extras *out, const char *dir, const struct manifes
     struct extras extras = {.count = 0};
     int rc = 0;
     for (size_t i = 0; !rc && i < manifest->num_extras; i++) {
-        const struct manifest_file *file = &manifest->extras[i];
-        char path[PATH_MAX];
         uint8_t *bytes;
         uint64_t num_bytes;
-        snprintf(path, sizeof path, "%s/%s", dir, file->name);
-        if ((rc = file_read_all(&bytes, &num_bytes, path, EXTRA_CAP_BYTES, ERR_CORRUPT, err)))
-            break;
-        if (num_bytes != file->bytes || !checksum128_equal(checksum_whole(bytes, num_bytes), file->hash))
-            rc = error_set(err, ERR_CORRUPT, "%s: the file is not the one that the manifest lists (checksum differs)",
-                           path);
-        if (rc)
-            free(bytes);
-        else
-            rc = extras_add(&extras, file->name, bytes, num_bytes, err);
+        if (!(rc = extra_file_load(&bytes, &num_bytes, &manifest->extras[i], dir, err)))
+            rc = extras_add(&extras, manifest->extras[i].name, bytes, num_bytes, err);
     }
     if (rc)
         extras_clear(&extras);

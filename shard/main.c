@@ -13,7 +13,9 @@ static const struct command_spec commands[] = {
     {"reshard", "out_dir new_dir", 2, 2, "Cuts shards anew for another number of ranks, bit for bit as convert would.",
      reshard_options, reshard_run},
     {"repair", "out_dir", 1, 1, "Writes again what does not hold, and nothing else.", repair_options, repair_run},
-    {"sums", "out_dir", 1, 1, "Writes SHA256SUMS: what to sign and publish with the files.", sums_options, sums_run},
+    {"sums", "out_dir", 1, 1,
+     "Writes SHA256SUMS: what to sign and publish with the files; warns of a signature that no longer fits it.",
+     sums_options, sums_run},
     {0},
 };
 

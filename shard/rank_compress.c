@@ -47,11 +47,18 @@ static uint8_t *slot_of(const struct work *work, uint64_t leaf)
     return work->stored + (leaf - work->round_begin) * SHARD_STORED_MAX_BYTES;
 }
 
-// With the zeros behind the last one.
-static uint64_t stored_bytes(const struct work *work, uint64_t leaf)
+// A leaf of this round as it lies in the file, with the zeros behind the last one.
+struct stored_leaf {
+    uint64_t leaf, bytes, file_offset;
+    uint8_t *slot;
+};
+
+static struct stored_leaf stored_leaf_of(const struct work *work, int64_t task)
 {
-    uint64_t end = work->offsets[leaf] + work->leaves[leaf].bytes;
-    return (leaf + 1 == work->leaf_count ? round_up(end, SHARD_FILE_ALIGN) : end) - work->offsets[leaf];
+    uint64_t leaf = work->round_begin + (uint64_t)task, begin = work->offsets[leaf],
+             end = begin + work->leaves[leaf].bytes;
+    end = leaf + 1 == work->leaf_count ? round_up(end, SHARD_FILE_ALIGN) : end;
+    return (struct stored_leaf){leaf, end - begin, work->layout.payload_offset + begin, slot_of(work, leaf)};
 }
 
 // ---- one round ------------------------------------------------------------------------------------------------------
@@ -88,14 +95,13 @@ static void run_encode(void *arg, int64_t task, int thread)
 static void run_write(void *arg, int64_t task, int thread)
 {
     struct work *work = arg;
-    uint64_t leaf = work->round_begin + (uint64_t)task, bytes = stored_bytes(work, leaf);
-    uint8_t *slot = slot_of(work, leaf);
+    const struct stored_leaf stored = stored_leaf_of(work, task);
+    uint64_t encoded_bytes = work->leaves[stored.leaf].bytes;
     struct error err;
     (void)thread;
-    memset(slot + work->leaves[leaf].bytes, 0, bytes - work->leaves[leaf].bytes);
-    work->checksums[leaf] = checksum_leaf(slot, bytes);
-    if (file_pwrite_full(work->fd, slot, bytes, work->layout.payload_offset + work->offsets[leaf], work->input->path,
-                         &err))
+    memset(stored.slot + encoded_bytes, 0, stored.bytes - encoded_bytes);
+    work->checksums[stored.leaf] = checksum_leaf(stored.slot, stored.bytes);
+    if (file_pwrite_full(work->fd, stored.slot, stored.bytes, stored.file_offset, work->input->path, &err))
         pool_error_note(&work->failure, &err);
 }
 
@@ -138,14 +144,12 @@ static int run_round(struct work *work, struct error *err)
 static void run_check(void *arg, int64_t task, int thread)
 {
     struct work *work = arg;
-    uint64_t leaf = work->round_begin + (uint64_t)task, bytes = stored_bytes(work, leaf);
-    uint8_t *slot = slot_of(work, leaf);
-    struct error err;
+    const struct stored_leaf stored = stored_leaf_of(work, task);
+    struct error ignored;
     (void)thread;
-    if (file_pread_full(work->fd, slot, bytes, work->layout.payload_offset + work->offsets[leaf], work->input->path,
-                        &err) ||
-        checksum_leaf(slot, bytes) != work->checksums[leaf])
-        work->leaves[leaf].bytes = 0;
+    if (file_pread_full(work->fd, stored.slot, stored.bytes, stored.file_offset, work->input->path, &ignored) ||
+        checksum_leaf(stored.slot, stored.bytes) != work->checksums[stored.leaf])
+        work->leaves[stored.leaf].bytes = 0;
 }
 
 // Moves round_begin behind the leaves that are there: each has a possible code and length and its checksum. An error only for what has nothing

@@ -49,50 +49,39 @@ void repair_end(struct repair *repair)
 
 // ---- looking -----------------------------------------------------------------------------------------------------
 
-struct scan_job {
-    const struct shard_file *file;
-    const char *path;
-    int fd;
-    struct verify_memory *memory;
-    bool *broken;
-    struct progress *progress;
-};
-
-static void scan_leaf(void *arg, int64_t task, int thread)
-{
-    struct scan_job *job = arg;
-    struct error ignored; // a disk that cannot read it has lost it
-    if (stop_requested())
-        return;
-    job->broken[task] = verify_leaf(job->file, (uint64_t)task, job->fd, job->path, &job->memory[thread], &ignored) != 0;
-    progress_add(job->progress, shard_file_stored_leaf(job->file, (uint64_t)task).bytes);
-    if (thread == 0)
-        progress_show(job->progress);
-}
-
 // Which leaves are broken, by a head that holds.
 static int scan_rank(struct repair *repair, uint32_t rank, struct progress *progress, struct error *err)
 {
     struct repair_rank *state = &repair->ranks[rank];
     const struct shard_file *file = repair->dir->files[rank];
+    const char *path = repair->dir->paths[rank];
     uint64_t leaves = shard_file_leaf_count(file);
-    struct scan_job job = {
-        .file = file, .path = repair->dir->paths[rank], .fd = -1, .memory = repair->memory, .progress = progress};
-    int rc = 0;
-    job.broken = state->broken = calloc(leaves + 1, sizeof *job.broken);
-    if (!job.broken)
-        rc = error_set(err, ERR_MEMORY, "%s: out of memory", job.path);
+    int fd = -1, rc = 0;
+    if (!(state->broken = calloc(leaves + 1, sizeof *state->broken)))
+        rc = error_set(err, ERR_MEMORY, "%s: out of memory", path);
     else if (state->missing)
-        memset(job.broken, true, leaves);
-    else if (!(rc = file_open_read(&job.fd, NULL, job.path, err)))
-        thread_pool_run(repair->pool, scan_leaf, &job, (int64_t)leaves);
-    if (!rc)
-        rc = stop_check(err);
+        memset(state->broken, true, leaves);
+    else if (!(rc = file_open_read(&fd, NULL, path, err)))
+        rc = verify_leaves(state->broken, file, fd, path, repair->memory, repair->pool, progress, err);
     for (uint64_t leaf = 0; !rc && leaf < leaves; leaf++)
-        state->broken_leaves += job.broken[leaf];
-    if (job.fd >= 0)
-        close(job.fd);
+        state->broken_leaves += state->broken[leaf];
+    if (fd >= 0)
+        close(fd);
     return rc;
+}
+
+// Only regular files are written, and only in the directory itself: whatever else has the name was put there by somebody, who may want it.
+static int refuse_strange(const char *path, struct error *err)
+{
+    struct stat status;
+    if (lstat(path, &status) || S_ISREG(status.st_mode))
+        return 0;
+    if (!S_ISLNK(status.st_mode))
+        return error_set(err, ERR_CORRUPT, "%s: is no regular file; remove it, then repair makes it anew", path);
+    return error_set(err, ERR_CORRUPT,
+                     "%s: is a symbolic link to what does not hold; repair the directory that it leads to, or remove "
+                     "the link, then repair makes the file anew",
+                     path);
 }
 
 // What stands at the place of a rank's file, and whether its head holds.
@@ -102,14 +91,13 @@ static int look_at_rank(struct repair *repair, uint32_t rank, struct error *err)
     const char *path = repair->dir->paths[rank];
     struct stat status;
     struct error found;
-    if (stat(path, &status)) {
-        if (errno != ENOENT)
-            return error_set_errno(err, "%s: cannot look at it", path);
+    bool there = stat(path, &status) == 0;
+    if (!there && errno != ENOENT && errno != ELOOP)
+        return error_set_errno(err, "%s: cannot look at it", path);
+    if (!there || !S_ISREG(status.st_mode)) {
         state->missing = state->head = true;
         return 0;
     }
-    if (!S_ISREG(status.st_mode))
-        return error_set(err, ERR_USAGE, "%s: is no regular file; remove it, then repair makes it anew", path);
     state->length = (uint64_t)status.st_size != repair->dir->manifest->ranks[rank].bytes;
     if (!shard_dir_open_rank(repair->dir, rank, &found))
         return 0;
@@ -120,29 +108,47 @@ static int look_at_rank(struct repair *repair, uint32_t rank, struct error *err)
     return rc;
 }
 
+static bool rank_is_broken(const struct repair_rank *rank) { return rank->head || rank->length || rank->broken_leaves; }
+
+static int survey_rank(struct repair *repair, uint32_t rank, struct progress *progress, struct error *err)
+{
+    int rc = look_at_rank(repair, rank, err);
+    if (!rc && !repair->ranks[rank].head)
+        rc = scan_rank(repair, rank, progress, err);
+    return !rc && rank_is_broken(&repair->ranks[rank]) ? refuse_strange(repair->dir->paths[rank], err) : rc;
+}
+
+static int survey_extra(struct repair *repair, size_t i, struct error *err)
+{
+    const struct manifest_file *extra = &repair->dir->manifest->extras[i];
+    char path[2 * PATH_MAX];
+    struct error found;
+    snprintf(path, sizeof path, "%s/%s", repair->path, extra->name);
+    repair->extras[i] = verify_extra(repair->path, extra, &found) != 0;
+    if (repair->extras[i] && found.code == ERR_MEMORY)
+        return error_set(err, ERR_MEMORY, "%s", found.msg);
+    return repair->extras[i] ? refuse_strange(path, err) : 0;
+}
+
 int repair_survey(struct repair *repair, struct progress *progress, struct error *err)
 {
     const struct manifest *manifest = repair->dir->manifest;
     int rc;
     for (uint32_t rank = 0; rank < manifest->num_ranks; rank++) {
         snprintf(progress->label, sizeof progress->label, "%s", manifest->ranks[rank].name);
-        if ((rc = look_at_rank(repair, rank, err)) ||
-            (!repair->ranks[rank].head && (rc = scan_rank(repair, rank, progress, err))))
+        if ((rc = survey_rank(repair, rank, progress, err)))
             return rc;
     }
-    for (size_t i = 0; i < manifest->num_extras; i++) {
-        struct error found;
-        repair->extras[i] = verify_extra(repair->path, &manifest->extras[i], &found) != 0;
-        if (repair->extras[i] && found.code == ERR_MEMORY)
-            return error_set(err, ERR_MEMORY, "%s", found.msg);
-    }
+    for (size_t i = 0; i < manifest->num_extras; i++)
+        if ((rc = survey_extra(repair, i, err)))
+            return rc;
     return 0;
 }
 
 bool repair_is_needed(const struct repair *repair)
 {
     for (size_t rank = 0; rank < repair->dir->manifest->num_ranks; rank++)
-        if (repair->ranks[rank].head || repair->ranks[rank].length || repair->ranks[rank].broken_leaves)
+        if (rank_is_broken(&repair->ranks[rank]))
             return true;
     for (size_t i = 0; i < repair->dir->manifest->num_extras; i++)
         if (repair->extras[i])
@@ -286,8 +292,6 @@ static int open_to_mend(int *fd, const struct repair *repair, uint32_t rank, str
     const char *path = repair->dir->paths[rank];
     int flags = O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK | (state->missing ? O_CREAT | O_EXCL : 0);
     *fd = open(path, flags, 0666);
-    if (*fd < 0 && errno == ELOOP)
-        return error_set(err, ERR_USAGE, "%s: is a symbolic link; repair the directory that it leads to", path);
     if (*fd < 0)
         return error_set_errno(err, "%s: cannot open it for writing", path);
     return state->missing || state->length ? file_take_space(*fd, repair->dir->manifest->ranks[rank].bytes, path, err)
@@ -422,8 +426,7 @@ int repair_mend(struct repair *repair, struct repair_source *source, struct prog
     if (rc)
         return rc;
     for (uint32_t rank = 0; !rc && rank < manifest->num_ranks; rank++) {
-        const struct repair_rank *state = &repair->ranks[rank];
-        if (state->head || state->length || state->broken_leaves)
+        if (rank_is_broken(&repair->ranks[rank]))
             rc = mend_rank(repair, rank, source, workers, progress, err);
     }
     for (size_t i = 0; !rc && i < manifest->num_extras; i++)

@@ -11,10 +11,10 @@
 struct from_checkpoint {
     struct repair_source source; // must be first
     struct origin origin;
-    struct band_buffer *buffers; // [threads]
-    int threads;
     struct extras extras; // once asked for
     bool has_extras;
+    int threads;
+    struct band_buffer buffers[]; // [threads]
 };
 
 static int contents(struct repair_source *base, uint32_t rank, struct rank_share *share,
@@ -127,9 +127,8 @@ static int extra(struct repair_source *base, const char *name, uint8_t **bytes, 
 static void close_source(struct repair_source *base)
 {
     struct from_checkpoint *from = (struct from_checkpoint *)base;
-    for (int thread = 0; from->buffers && thread < from->threads; thread++)
+    for (int thread = 0; thread < from->threads; thread++)
         band_buffer_free(&from->buffers[thread]);
-    free(from->buffers);
     extras_clear(&from->extras);
     origin_close(&from->origin);
     free(from);
@@ -138,16 +137,13 @@ static void close_source(struct repair_source *base)
 int repair_from_checkpoint(struct repair_source **out, const char *path, const struct shard_dir *dir, int threads,
                            struct error *err)
 {
-    struct from_checkpoint *from = calloc(1, sizeof *from);
-    int rc;
+    struct from_checkpoint *from = calloc(1, sizeof *from + (size_t)threads * sizeof from->buffers[0]);
     if (!from)
-        return error_set(err, ERR_MEMORY, "out of memory for the checkpoint");
+        return error_set(err, ERR_MEMORY, "out of memory for %d threads", threads);
     from->source = (struct repair_source){
         .contents = contents, .payload = payload, .extra = extra, .close = close_source, .path = path};
     from->threads = threads;
-    from->buffers = calloc((size_t)threads, sizeof *from->buffers);
-    rc = from->buffers ? origin_open(&from->origin, path, dir, err)
-                       : error_set(err, ERR_MEMORY, "out of memory for %d threads", threads);
+    int rc = origin_open(&from->origin, path, dir, err);
     if (rc)
         close_source(&from->source);
     else

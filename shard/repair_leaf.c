@@ -1,10 +1,7 @@
 // See repair_leaf.h.
 #include "shard/repair_leaf.h"
 
-#include "shard/plan.h"
-
 #include <inttypes.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -12,12 +9,8 @@ int repair_workers_new(struct repair_worker **out, int threads, struct error *er
 {
     struct repair_worker *workers = calloc((size_t)threads, sizeof *workers);
     bool complete = workers != NULL;
-    for (int i = 0; complete && i < threads; i++) {
-        workers[i].run = malloc((size_t)REPAIR_RUN_LEAVES * SHARD_LEAF_BYTES);
-        workers[i].stored = malloc(SHARD_STORED_MAX_BYTES);
-        workers[i].encoder = leaf_encoder_new();
-        complete = workers[i].run && workers[i].stored && workers[i].encoder;
-    }
+    for (int i = 0; complete && i < threads; i++)
+        complete = (workers[i].encoder = leaf_encoder_new()) != NULL;
     if (!complete) {
         repair_workers_free(workers, threads);
         return error_set(err, ERR_MEMORY, "out of memory for %d threads", threads);
@@ -28,11 +21,8 @@ int repair_workers_new(struct repair_worker **out, int threads, struct error *er
 
 void repair_workers_free(struct repair_worker *workers, int threads)
 {
-    for (int i = 0; workers && i < threads; i++) {
-        free(workers[i].run);
-        free(workers[i].stored);
+    for (int i = 0; workers && i < threads; i++)
         leaf_encoder_free(workers[i].encoder);
-    }
     free(workers);
 }
 
@@ -51,20 +41,6 @@ int repair_leaf_store(struct shard_leaf *out, struct repair_worker *worker, bool
     return 0;
 }
 
-// The first tensor that lies in the leaf.
-static void name_leaf(char *out, size_t out_bytes, const struct shard_file *file, uint64_t leaf)
-{
-    uint64_t begin = leaf * SHARD_LEAF_BYTES, end = begin + shard_file_leaf_bytes(file, leaf);
-    snprintf(out, out_bytes, "padding");
-    for (uint64_t i = shard_file_tensor_count(file); i-- > 0;) {
-        const struct shard_tensor *tensor = shard_file_tensor(file, i);
-        uint64_t bytes = tensor->shape.data_bytes, scales = tensor->shape.scale_bytes;
-        if ((bytes && tensor->data_offset < end && tensor->data_offset + bytes > begin) ||
-            (scales && tensor->scale_offset < end && tensor->scale_offset + scales > begin))
-            plan_tensor_label(out, out_bytes, tensor);
-    }
-}
-
 int repair_leaf_make(struct repair_worker *worker, const struct shard_file *file, uint64_t leaf, const uint8_t *payload,
                      const char *source_path, const char *path, struct error *err)
 {
@@ -72,7 +48,7 @@ int repair_leaf_make(struct repair_worker *worker, const struct shard_file *file
     struct shard_stored place = shard_file_stored_leaf(file, leaf);
     struct shard_leaf made;
     struct error ignored;
-    char label[96];
+    char label[SHARD_LEAF_LABEL_BYTES];
     int rc = repair_leaf_store(&made, worker, compressed, payload, shard_file_leaf_bytes(file, leaf), err);
     if (rc)
         return rc;
@@ -81,12 +57,12 @@ int repair_leaf_make(struct repair_worker *worker, const struct shard_file *file
         last ? made.bytes <= place.bytes && place.bytes - made.bytes < SHARD_FILE_ALIGN : made.bytes == place.bytes;
     if (fits && shard_file_verify_leaf(file, leaf, worker->stored, &ignored) == 0)
         return 0;
-    name_leaf(label, sizeof label, file, leaf);
     uint64_t offset = shard_file_payload_offset(file) + place.offset;
     return error_set(err, ERR_CORRUPT,
                      "%s: rank %" PRIu32 ": %s, file bytes %" PRIu64 " to %" PRIu64 ": made again from %s%s, it has "
                      "another checksum, so it was left as it is: that is not what these files were made from, or "
                      "another version of tpshard%s made them",
-                     path, shard_file_identity(file)->rank, label, offset, offset + place.bytes - 1, source_path,
-                     compressed ? " and compressed again" : "", compressed ? " or of zstd" : "");
+                     path, shard_file_identity(file)->rank, shard_file_leaf_label(file, leaf, label, sizeof label),
+                     offset, offset + place.bytes - 1, source_path, compressed ? " and compressed again" : "",
+                     compressed ? " or of zstd" : "");
 }

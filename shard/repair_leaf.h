@@ -14,9 +14,9 @@ enum { REPAIR_RUN_LEAVES = 8 };
 
 // One thread's memory.
 struct repair_worker {
-    uint8_t *run;    // payload of REPAIR_RUN_LEAVES
-    uint8_t *stored; // SHARD_STORED_MAX_BYTES: one leaf
     struct leaf_encoder *encoder;
+    uint8_t run[REPAIR_RUN_LEAVES * SHARD_LEAF_BYTES]; // payload
+    uint8_t stored[SHARD_STORED_MAX_BYTES];            // one leaf
 };
 // Success: repair_workers_free.
 int repair_workers_new(struct repair_worker **out, int threads, struct error *err);

@@ -2,7 +2,8 @@
 #include "shard/repair_source.h"
 
 #include "formats/file_io.h"
-#include "formats/leaf_code.h"
+#include "formats/repair_hint.h"
+#include "shard/verify.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,8 +17,7 @@ struct from_shards {
     struct error *refused;         // [ranks] why a file cannot be used; code 0: it can
     int *fds;                      // [ranks]
     int threads;
-    uint8_t *leaves; // one stored leaf for each thread
-    struct leaf_scratch **scratch;
+    struct verify_memory *memory; // [threads]
 };
 
 // A file of the copy that is broken itself is missed only when something of it is needed.
@@ -46,7 +46,7 @@ static int payload(struct repair_source *base, int thread, uint32_t rank, uint64
 {
     const struct from_shards *from = (const struct from_shards *)base;
     const struct shard_file *file = from->dir.files[rank];
-    uint8_t *buffer = from->leaves + (uint64_t)thread * SHARD_STORED_MAX_BYTES;
+    struct verify_memory *memory = &from->memory[thread];
     int rc = usable(from, rank, err);
     if (!rc && end > shard_file_payload_bytes(file)) // equal contracts do not say that the tensors are the same
         rc = error_set(
@@ -54,11 +54,9 @@ static int payload(struct repair_source *base, int thread, uint32_t rank, uint64
             from->dir.paths[rank], (unsigned long long)shard_file_payload_bytes(file), (unsigned long long)end);
     for (uint64_t at = begin; !rc && at < end; at += SHARD_LEAF_BYTES) {
         uint64_t leaf = at / SHARD_LEAF_BYTES;
-        struct shard_stored place = shard_file_stored_leaf(file, leaf);
-        if (!(rc = file_pread_full(from->fds[rank], buffer, place.bytes, shard_file_payload_offset(file) + place.offset,
-                                   from->dir.paths[rank], err)) &&
-            !(rc = shard_file_verify_leaf(file, leaf, buffer, err)))
-            rc = shard_file_decode_leaf(file, leaf, buffer, out + (at - begin), from->scratch[thread], err);
+        if (!(rc = verify_leaf(file, leaf, from->fds[rank], from->dir.paths[rank], memory, err)))
+            memcpy(out + (at - begin), shard_file_is_compressed(file) ? memory->payload : memory->stored,
+                   shard_file_leaf_bytes(file, leaf));
     }
     return rc;
 }
@@ -106,7 +104,9 @@ static int extra(struct repair_source *base, const char *name, uint8_t **bytes, 
     int rc = file_is_there(&there, path, err);
     if (!rc && !there)
         rc = error_set(err, ERR_CORRUPT, "%s: it is not there", path);
-    return rc ? rc : file_read_all(bytes, num_bytes, path, EXTRA_CAP_BYTES, ERR_CORRUPT, err);
+    if (!rc && (rc = file_read_all(bytes, num_bytes, path, EXTRA_CAP_BYTES, ERR_CORRUPT, err)) == ERR_IO)
+        rc = repair_hint_unopened(path, err);
+    return rc;
 }
 
 // ---- opening -----------------------------------------------------------------------------------------------------
@@ -117,10 +117,7 @@ static void close_source(struct repair_source *base)
     for (size_t rank = 0; from->fds && rank < from->dir.manifest->num_ranks; rank++)
         if (from->fds[rank] >= 0)
             close(from->fds[rank]);
-    for (int thread = 0; from->scratch && thread < from->threads; thread++)
-        leaf_scratch_free(from->scratch[thread]);
-    free(from->scratch);
-    free(from->leaves);
+    verify_memory_free(from->memory, from->threads);
     free(from->fds);
     free(from->refused);
     shard_dir_close(&from->dir);
@@ -130,16 +127,12 @@ static void close_source(struct repair_source *base)
 static int allocate(struct from_shards *from, struct error *err)
 {
     size_t ranks = from->dir.manifest->num_ranks;
-    bool complete = true;
     from->refused = calloc(ranks, sizeof *from->refused);
     from->fds = malloc(ranks * sizeof *from->fds);
-    from->leaves = malloc((size_t)from->threads * SHARD_STORED_MAX_BYTES);
-    from->scratch = calloc((size_t)from->threads, sizeof *from->scratch);
+    from->memory = verify_memory_new(from->threads);
     for (size_t rank = 0; from->fds && rank < ranks; rank++)
         from->fds[rank] = -1;
-    for (int thread = 0; from->scratch && thread < from->threads; thread++)
-        complete = (from->scratch[thread] = leaf_scratch_new()) && complete;
-    if (!complete || !from->refused || !from->fds || !from->leaves || !from->scratch)
+    if (!from->refused || !from->fds || !from->memory)
         return error_set(err, ERR_MEMORY, "out of memory for %d threads", from->threads);
     return 0;
 }

@@ -125,8 +125,23 @@ int sums_bytes(uint64_t *out, const struct manifest *manifest, const char *dir, 
 
 // ---- writing -----------------------------------------------------------------------------------------------------
 
-int sums_write(const struct manifest *manifest, const char *dir, struct thread_pool *pool, struct progress *progress,
-               struct error *err)
+// Is this the list that stands there? One that cannot be read is another one.
+static bool is_list(const char *dir, const char *text)
+{
+    char path[2 * PATH_MAX];
+    struct error ignored;
+    uint8_t *old;
+    uint64_t num_bytes;
+    snprintf(path, sizeof path, "%s/" SUMS_FILE_NAME, dir);
+    if (file_read_all(&old, &num_bytes, path, LIST_CAP_BYTES, ERR_CORRUPT, &ignored))
+        return false;
+    bool same = num_bytes == strlen(text) && memcmp(old, text, num_bytes) == 0;
+    free(old);
+    return same;
+}
+
+int sums_write(bool *changed, const struct manifest *manifest, const char *dir, struct thread_pool *pool,
+               struct progress *progress, struct error *err)
 {
     struct sums_job job;
     struct memory_stream list = {0};
@@ -146,7 +161,7 @@ int sums_write(const struct manifest *manifest, const char *dir, struct thread_p
             fprintf(list.out, "%s  %s\n", job.sums[i].hex, job.sums[i].name);
         if (!open || !(text = memory_stream_close(&list, NULL)))
             rc = error_set(err, ERR_MEMORY, "%s: out of memory for the list", dir);
-        else
+        else if ((*changed = !is_list(dir, text)))
             rc = file_write_atomic(dir, SUMS_FILE_NAME, text, strlen(text), err);
     }
     free(text);

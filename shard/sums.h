@@ -11,15 +11,16 @@
 #include "shard/progress.h"
 #include "shard/verify.h"
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #define SUMS_FILE_NAME "SHA256SUMS"
 
 // Bytes that either function will read.
 int sums_bytes(uint64_t *out, const struct manifest *manifest, const char *dir, struct error *err);
-// Writes dir/SHA256SUMS: model.json and every file that it names, sorted by name.
-int sums_write(const struct manifest *manifest, const char *dir, struct thread_pool *pool, struct progress *progress,
-               struct error *err);
+// Writes dir/SHA256SUMS: model.json and every file that it names, sorted by name. *changed: a list of other bytes stood there, or none.
+int sums_write(bool *changed, const struct manifest *manifest, const char *dir, struct thread_pool *pool,
+               struct progress *progress, struct error *err);
 // Compares every file with dir/SHA256SUMS. What does not hold goes to findings: another checksum, a file that the list does not name, a name
 // that the manifest does not know, a file of a name that tpshard writes and that the manifest does not know. The return value is for what kept
 // the check from being done; ERR_CORRUPT: there is no such list.

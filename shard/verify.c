@@ -1,6 +1,7 @@
 // See verify.h.
 #include "shard/verify.h"
 
+#include "formats/extra_file.h"
 #include "formats/file_io.h"
 #include "shard/stop.h"
 
@@ -30,17 +31,6 @@ uint64_t verify_bytes(const struct manifest *manifest)
 
 // ---- checksums ---------------------------------------------------------------------------------------------------
 
-// One run of the pool over the leaves of one file. Which leaves are broken is noted in flags; their sentences
-// are made afterwards, in order.
-struct leaf_job {
-    const struct shard_file *file;
-    const char *path;
-    int fd;
-    struct verify_memory *threads;
-    bool *broken; // [leaves]
-    struct progress *progress;
-};
-
 int verify_leaf(const struct shard_file *file, uint64_t leaf, int fd, const char *path, struct verify_memory *memory,
                 struct error *err)
 {
@@ -52,16 +42,36 @@ int verify_leaf(const struct shard_file *file, uint64_t leaf, int fd, const char
     return shard_file_decode_leaf(file, leaf, memory->stored, memory->payload, memory->scratch, err);
 }
 
+// One run of the pool over the leaves of one file. Which leaves are broken is noted in flags; their sentences are made
+// afterwards, in order.
+struct leaf_job {
+    const struct shard_file *file;
+    const char *path;
+    int fd;
+    struct verify_memory *threads;
+    bool *broken; // [leaves]
+    struct progress *progress;
+};
+
 static void run_leaf(void *arg, int64_t task, int thread)
 {
     struct leaf_job *job = arg;
-    struct error err;
+    struct error ignored; // a disk that cannot read it has lost it
     if (stop_requested())
         return;
-    job->broken[task] = verify_leaf(job->file, (uint64_t)task, job->fd, job->path, &job->threads[thread], &err) != 0;
+    job->broken[task] =
+        verify_leaf(job->file, (uint64_t)task, job->fd, job->path, &job->threads[thread], &ignored) != 0;
     progress_add(job->progress, shard_file_stored_leaf(job->file, (uint64_t)task).bytes);
     if (thread == 0)
         progress_show(job->progress);
+}
+
+int verify_leaves(bool *broken, const struct shard_file *file, int fd, const char *path, struct verify_memory *memory,
+                  struct thread_pool *pool, struct progress *progress, struct error *err)
+{
+    struct leaf_job job = {file, path, fd, memory, broken, progress};
+    thread_pool_run(pool, run_leaf, &job, (int64_t)shard_file_leaf_count(file));
+    return stop_check(err);
 }
 
 void verify_memory_free(struct verify_memory *memory, int threads)
@@ -88,68 +98,55 @@ struct verify_memory *verify_memory_new(int threads)
 }
 
 // A leaf that was wrong and is right at a second look: whatever the reason, it comes again.
-static void note_changing(const struct leaf_job *job, uint64_t leaf, struct verify_findings *findings)
+static void note_changing(const struct shard_file *file, const char *path, uint64_t leaf,
+                          struct verify_findings *findings)
 {
-    struct shard_stored stored = shard_file_stored_leaf(job->file, leaf);
-    uint64_t begin = shard_file_payload_offset(job->file) + stored.offset;
+    struct shard_stored stored = shard_file_stored_leaf(file, leaf);
+    uint64_t begin = shard_file_payload_offset(file) + stored.offset;
     struct error found;
     error_set(
         &found, ERR_CORRUPT,
         "%s: file bytes %llu to %llu came wrong from the disk once and right the second time: it, its cable or the "
         "memory is not to be relied on",
-        job->path, (unsigned long long)begin, (unsigned long long)(begin + stored.bytes - 1));
+        path, (unsigned long long)begin, (unsigned long long)(begin + stored.bytes - 1));
     verify_note(findings, &found);
 }
 
 static int verify_rank(const struct shard_dir *dir, uint32_t rank, struct thread_pool *pool, struct progress *progress,
                        struct verify_findings *findings, struct error *err)
 {
-    struct leaf_job job = {.file = dir->files[rank], .path = dir->paths[rank], .fd = -1, .progress = progress};
-    uint64_t leaves = shard_file_leaf_count(job.file);
-    int rc;
+    const struct shard_file *file = dir->files[rank];
+    const char *path = dir->paths[rank];
+    uint64_t leaves = shard_file_leaf_count(file);
+    int fd = -1, rc;
     snprintf(progress->label, sizeof progress->label, "%s", dir->manifest->ranks[rank].name);
-    job.threads = verify_memory_new(thread_pool_size(pool));
-    job.broken = calloc(leaves + 1, sizeof *job.broken);
-    if (!job.threads || !job.broken) {
-        rc = error_set(err, ERR_MEMORY, "out of memory to verify %s", job.path);
-        goto done;
-    }
-    if ((rc = file_open_read(&job.fd, NULL, job.path, err)))
-        goto done;
-    thread_pool_run(pool, run_leaf, &job, (int64_t)leaves);
-    if ((rc = stop_check(err)))
-        goto done;
-    for (uint64_t leaf = 0; leaf < leaves; leaf++) {
+    struct verify_memory *memory = verify_memory_new(thread_pool_size(pool));
+    bool *broken = calloc(leaves + 1, sizeof *broken);
+    if (!memory || !broken)
+        rc = error_set(err, ERR_MEMORY, "out of memory to verify %s", path);
+    else if (!(rc = file_open_read(&fd, NULL, path, err)))
+        rc = verify_leaves(broken, file, fd, path, memory, pool, progress, err);
+    for (uint64_t leaf = 0; !rc && leaf < leaves; leaf++) {
         struct error found;
-        if (!job.broken[leaf])
+        if (!broken[leaf])
             continue;
-        if (verify_leaf(job.file, leaf, job.fd, job.path, &job.threads[0], &found))
+        if (verify_leaf(file, leaf, fd, path, memory, &found))
             verify_note(findings, &found);
         else
-            note_changing(&job, leaf, findings);
+            note_changing(file, path, leaf, findings);
     }
-done:
-    if (job.fd >= 0)
-        close(job.fd);
-    free(job.broken);
-    verify_memory_free(job.threads, thread_pool_size(pool));
+    if (fd >= 0)
+        close(fd);
+    free(broken);
+    verify_memory_free(memory, thread_pool_size(pool));
     return rc;
 }
 
 int verify_extra(const char *dir, const struct manifest_file *file, struct error *err)
 {
-    char path[2 * PATH_MAX];
     uint8_t *bytes;
     uint64_t num_bytes;
-    snprintf(path, sizeof path, "%s/%s", dir, file->name);
-    int rc = file_read_all(&bytes, &num_bytes, path, file->bytes, ERR_CORRUPT, err);
-    if (rc)
-        return rc;
-    if (num_bytes != file->bytes)
-        rc = error_set(err, ERR_CORRUPT, "%s: the file has %llu bytes, the manifest says %llu", path,
-                       (unsigned long long)num_bytes, (unsigned long long)file->bytes);
-    else if (!checksum128_equal(checksum_whole(bytes, num_bytes), file->hash))
-        rc = error_set(err, ERR_CORRUPT, "%s: checksum mismatch; the file was changed", path);
+    int rc = extra_file_load(&bytes, &num_bytes, file, dir, err);
     free(bytes);
     return rc;
 }

@@ -31,6 +31,10 @@ void verify_memory_free(struct verify_memory *memory, int threads); // accepts N
 // Reads a leaf and compares it with its checksum; a compressed one must not only be what was written, but also become a leaf.
 int verify_leaf(const struct shard_file *file, uint64_t leaf, int fd, const char *path, struct verify_memory *memory,
                 struct error *err);
+// The leaves of one file by all threads of the pool; memory: [threads of the pool]. broken [leaves]: what verify_leaf refuses, whatever
+// the reason. The return value is for a signal.
+int verify_leaves(bool *broken, const struct shard_file *file, int fd, const char *path, struct verify_memory *memory,
+                  struct thread_pool *pool, struct progress *progress, struct error *err);
 
 // Opens every rank file (shard_dir_open_rank), checks every leaf and every extra. What does not hold, or did not at the first look, goes to findings; the
 // return value is for what kept the check from being done (ERR_MEMORY, a signal).

@@ -94,7 +94,7 @@ static void test_changed_byte(void **state)
         memcpy(changed, content, BYTES);
         changed[i] ^= (uint8_t)(1 << i % 8);
         write_file("file", changed, BYTES);
-        refused(ERR_CORRUPT, "size or checksum differs from the manifest's", BYTES, CAP);
+        refused(ERR_CORRUPT, "size or checksum differs from the manifest's; repair it: tpshard repair", BYTES, CAP);
     }
 }
 
@@ -127,7 +127,10 @@ static void test_named_or_there(void **state)
     assert_int_equal(num_bytes, 0);
     snprintf(path, sizeof path, "%s/file", directory);
     assert_int_equal(unlink(path), 0);
-    refused(ERR_IO, "No such file", BYTES, CAP);
+    assert_int_equal(symlink("nowhere", path), 0);
+    refused(ERR_CORRUPT, "leads nowhere; remove it, then repair it: tpshard repair /tmp/test_extra.", BYTES, CAP);
+    assert_int_equal(unlink(path), 0);
+    refused(ERR_IO, "there is no such file; repair it: tpshard repair /tmp/test_extra.", BYTES, CAP);
 }
 
 static void test_long_path(void **state)

@@ -456,7 +456,7 @@ static void directories(void **state)
     snprintf(path, sizeof path, "%s/model.json", dir);
     unlink(path);
     assert_int_equal(mkdir(path, 0700), 0);
-    assert_int_equal(manifest_read(&found, dir, &err), ERR_IO);
+    assert_int_equal(manifest_read(&found, dir, &err), ERR_CORRUPT);
     rmdir(path);
     rmdir(dir);
     manifest_free(NULL);

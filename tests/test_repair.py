@@ -302,9 +302,33 @@ def refusals(work, whole):
     moved = work / "moved"
     ranks(broken)[0].rename(moved)
     ranks(broken)[0].parent.joinpath("rank-00-of-02.tpshard").symlink_to(moved.resolve())
-    expect("a link is not followed", 2, "symbolic link", TPSHARD, "repair", broken, "--from", MODEL)
+    expect("a link is not followed", 4, "symbolic link", TPSHARD, "repair", broken, "--from", MODEL)
     for folder in (broken, copy, other, changed):
         shutil.rmtree(folder)
+
+
+def strange_files(work, whole):
+    """What is no regular file is never waited for, nor written to, nor removed: whoever put it there is told to."""
+    kinds = {
+        "a FIFO": os.mkfifo,
+        "a directory": os.mkdir,
+        "a link that leads nowhere": lambda path: path.symlink_to("nowhere"),
+        "a link that loops": lambda path: path.symlink_to(path.name),
+        "a link to a FIFO": lambda path: (os.mkfifo(work / "fifo"), path.symlink_to(work / "fifo")),
+    }
+    broken = work / "broken"
+    for name in ("rank-01-of-02.tpshard", "tokenizer.bin"):
+        for kind, make in kinds.items():
+            shutil.copytree(whole, broken)
+            path = broken / name
+            path.unlink()
+            make(path)
+            before = path.lstat()
+            expect(f"verify: {kind} as {name}", 4, "remove it, then repair it: tpshard repair", "timeout", "20", TPSHARD, "verify", broken)
+            expect(f"repair: {kind} as {name}", 4, "then repair makes", "timeout", "20", TPSHARD, "repair", broken, "--from", MODEL)
+            check("and it still lies there", path.lstat() == before)
+            (work / "fifo").unlink(missing_ok=True)
+            shutil.rmtree(broken)
 
 
 def spread(count, most):
@@ -413,6 +437,7 @@ def main():
         figures(work, whole)
         pasted_command(work, whole)
         refusals(work, whole)
+        strange_files(work, whole)
         if SHIM.exists():
             kills(Broken(work, whole, everything))
             failing_system(Broken(work, whole, one_bit, a_bit_of_a_head, extras))

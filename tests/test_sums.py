@@ -107,8 +107,14 @@ def test_signature(work, folder):
     status, out, err = checked()
     check("ssh-keygen -Y verify", status == 0 and "Good" in out, out + err)
     expect_run("the signature is no stray file", 0, "ok", TPSHARD, "verify", "--sha256", folder)
+    status, _, err = run(TPSHARD, "sums", folder)
+    check("the same list again leaves the signature valid, and says nothing", status == 0 and checked()[0] == 0 and "signature" not in err, err)
     change(folder, "SHA256SUMS", b"  config", b" *config")
     check("a changed list is refused", checked()[0] != 0)
+    for name in ("SHA256SUMS.asc", "SHA256SUMS.minisig"):
+        (folder / name).write_text("a signature")
+    status, _, err = run(TPSHARD, "sums", folder)
+    check("another list than the one that was signed: each signature is named", status == 0 and err.count("does not fit the new one") == 3, err)
 
 
 def test_replacing(folder):

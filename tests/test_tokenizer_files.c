@@ -218,7 +218,19 @@ static void test_unknown_ids(void **state)
         assert_int_equal(tokenizer_decode(opened.tok, &bad[i], 1, false, &text, &bytes, &err), ERR_USAGE);
     }
     assert_false(tokenizer_is_special(opened.tok, 0xffffffff));
+    // What a model chooses may have no text.
+    static const uint32_t chosen[] = {0, 1, 3, 0xffffffff, 2};
+    struct tokenizer_stream *stream;
+    char streamed[8] = "";
+    const char *part;
     size_t bytes;
+    assert_int_equal(tokenizer_stream_new(&stream, opened.tok, false, &err), 0);
+    for (size_t i = 0; i < COUNT(chosen); i++) {
+        assert_int_equal(tokenizer_stream_push(stream, chosen[i], &part, &bytes, &err), 0);
+        strncat(streamed, part, bytes);
+    }
+    tokenizer_stream_free(stream);
+    assert_string_equal(streamed, "a b");
     static const uint32_t good[] = {0, 2};
     char *text = decode_both(opened.tok, good, 2, false, &bytes);
     assert_string_equal(text, "a b"); // no decoder: Hugging Face joins with spaces

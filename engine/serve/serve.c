@@ -529,9 +529,8 @@ static int open_model(struct server *server, const char *place, struct error *er
     return 0;
 }
 
-static int open_all(struct server *server, const char *place, struct error *err)
+static int open_engine(struct server *server, struct error *err)
 {
-    int rc;
     const struct engine_options engine = {
         .max_queue = options.max_queue,
         .draft_tokens = options.draft_tokens,
@@ -543,9 +542,11 @@ static int open_all(struct server *server, const char *place, struct error *err)
         .alive_s = notify_watchdog_s(),
         .on_alive = tell_watchdog,
     };
-    if ((rc = open_model(server, place, err)) || (rc = engine_create(&server->engine, server->session, &engine, err)))
-        return rc;
+    return engine_create(&server->engine, server->session, &engine, err);
+}
 
+static struct api_options api_options_chosen(struct server *server)
+{
     struct api_options api = api_options_default;
     server->model_name = server->name;
     api.model_names = options.names.count ? options.names.items : &server->model_name;
@@ -565,16 +566,29 @@ static int open_all(struct server *server, const char *place, struct error *err)
         api.page_bytes = page_bytes;
         api.page_policy = page_policy();
     }
+    return api;
+}
+
+// What answers, and what is counted of it.
+static int open_api(struct server *server, struct error *err)
+{
+    struct api_options api = api_options_chosen(server);
+    int rc = metrics_create(&server->metrics, api.model_names[0], strcmp(options.metrics_names, "vllm") == 0, err);
+    if (rc)
+        return rc;
+    api.metrics = server->metrics;
     api.engine = api_engine_of(server->engine);
     api.engine.describe = describe;
     api.engine.metrics_text = metrics_page;
-    if ((rc = metrics_create(&server->metrics, api.model_names[0], strcmp(options.metrics_names, "vllm") == 0, err)))
-        return rc;
-    api.metrics = server->metrics;
+    return api_create(&server->api, &api, err);
+}
+
+// From here on requests come in.
+static int open_http(struct server *server, struct error *err)
+{
+    int rc;
     raise_descriptor_limit();
     const struct http_limits limits = http_limits_chosen();
-    if ((rc = api_create(&server->api, &api, err)))
-        return rc;
     const struct http_handlers handlers = api_handlers(server->api);
     if ((rc = http_server_create(&server->http, &limits, &handlers, err)) ||
         (rc = api_start(server->api, server->http, err)) || (rc = open_sockets(server, err)) ||
@@ -582,6 +596,14 @@ static int open_all(struct server *server, const char *place, struct error *err)
         return rc;
     metrics_cold_start(server->metrics, "listen", clock_now_s() - server->begin_s);
     return 0;
+}
+
+static int open_all(struct server *server, const char *place, struct error *err)
+{
+    int rc;
+    if ((rc = open_model(server, place, err)) || (rc = open_engine(server, err)) || (rc = open_api(server, err)))
+        return rc;
+    return open_http(server, err);
 }
 
 static void close_all(struct server *server)
