@@ -37,7 +37,6 @@ struct api_engine {
     json_t *(*describe)(void *arg);
     char *(*metrics_text)(void *arg); // malloc'ed; NULL: no /metrics
 };
-struct api_engine api_engine_of(struct engine *engine); // of a real one: describe and metrics_text are left NULL
 
 // What is known of the model once it is there. Borrowed until api_free.
 struct api_model {

@@ -1,4 +1,4 @@
-// The real engine and the real model of an API. Apart from api.c, so that tests with their own engine do without ranks.
+// The real model of an API. Apart from api.c, so that tests with their own engine do without ranks.
 #include "engine/serve/api_internal.h"
 
 #include "engine/serve/log.h"
@@ -6,21 +6,6 @@
 
 #include <stdlib.h>
 #include <string.h>
-
-static int submit(void *arg, const struct sequence_spec *specs, int64_t count, struct engine_job **out,
-                  struct error *err)
-{
-    return engine_submit(arg, specs, count, out, err);
-}
-static void cancel(void *arg, struct engine_job *job, int64_t index) { engine_cancel(arg, job, index); }
-static enum engine_state state(void *arg) { return engine_state(arg); }
-static void read_stats(void *arg, struct engine_stats *out) { engine_read_stats(arg, out); }
-
-struct api_engine api_engine_of(struct engine *engine)
-{
-    return (struct api_engine){
-        .arg = engine, .submit = submit, .cancel = cancel, .state = state, .read_stats = read_stats};
-}
 
 // ---- the model ---------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 // tpengine serve: the OpenAI-compatible server. Options, and the order in which its parts come up and go down.
 //
-// The sockets are open as soon as the manifest has been read and before any weight is touched, so that health checks are answered while it loads. Threads: this one forks
+// The sockets are open before anything of the model is read, be it from a slow server, so that health checks are answered meanwhile. Threads: this one forks
 // and steps the ranks (engine.h); one serves the sockets (http_server.h); a few parse and tokenize (api.h). Only this one takes SIGINT and SIGTERM.
 #include "engine/commands.h"
 #include "engine/serve/api.h"
@@ -10,6 +10,8 @@
 #include "engine/serve/metrics.h"
 #include "engine/serve/notify.h"
 #include "engine/serve/page.h"
+#include "engine/serve/start_log.h"
+#include "engine/store_url.h"
 #include "kernels/clock.h"
 #include "version.h"
 
@@ -127,12 +129,13 @@ const struct option_spec serve_options[] = {
 
 struct server {
     struct session *session;
-    struct engine *engine;
+    _Atomic(struct engine *) engine; // NULL until the manifest has been read, and with it session; then both stay
     struct metrics *metrics;
     struct api *api;
     struct http_server *http;
     pthread_t http_thread;
     bool http_running;
+    atomic_bool http_failed;
     struct error http_error; // of http_server_run, once its thread has been joined
     pthread_t load_thread;   // of api_load
     bool loading;            // it has not been joined
@@ -201,13 +204,14 @@ static int read_keys(struct server *server, struct error *err)
     return rc;
 }
 
-// The directory's name, or the last part of the URL.
+// The directory's name, or the last part of the URL's path.
 static int choose_name(struct server *server, const char *place, struct error *err)
 {
-    struct store *store = session_store(server->session);
-    char *path = store_is_remote(store) ? strdup(store_place(store)) : realpath(place, NULL);
+    char *path = store_url_is_one(place) ? strndup(place, strcspn(place, "?#")) : realpath(place, NULL);
     if (!path)
-        return error_set_errno(err, "%s", store_place(store));
+        return error_set_errno(err, "%s", place);
+    for (size_t end = strlen(path); end > 0 && path[end - 1] == '/'; end--)
+        path[end - 1] = '\0';
     const char *slash = strrchr(path, '/');
     snprintf(server->name, sizeof server->name, "%s", slash && slash[1] ? slash + 1 : "model");
     free(path);
@@ -303,13 +307,20 @@ static int open_sockets(struct server *server, struct error *err)
     return 0;
 }
 
+static void end_engine(struct server *server)
+{
+    struct engine *engine = server->engine;
+    for (int i = 0; i < 2 && engine; i++) // the second one ends what still runs
+        engine_drain(engine);
+}
+
 static void *run_http(void *arg)
 {
     struct server *server = arg;
     if (http_server_run(server->http, &server->http_error)) {
         // Without sockets there is nothing to compute for.
-        engine_drain(server->engine);
-        engine_drain(server->engine);
+        atomic_store(&server->http_failed, true);
+        end_engine(server);
     }
     return NULL;
 }
@@ -341,52 +352,49 @@ static void stop_http(struct server *server)
 
 // ---- what others ask of the engine -------------------------------------------------------------------------------
 
-static char *metrics_page(void *arg) { return metrics_text(the_server.metrics, arg, the_server.http); }
+// Until the manifest has been read there is none: then the server is loading. (A model, without which nothing is submitted, comes later.)
+static int submit(void *arg, const struct sequence_spec *specs, int64_t count, struct engine_job **out,
+                  struct error *err)
+{
+    return engine_submit(((struct server *)arg)->engine, specs, count, out, err);
+}
+
+static void cancel(void *arg, struct engine_job *job, int64_t index)
+{
+    engine_cancel(((struct server *)arg)->engine, job, index);
+}
+
+static enum engine_state state(void *arg)
+{
+    struct engine *engine = ((struct server *)arg)->engine;
+    return engine ? engine_state(engine) : ENGINE_LOADING;
+}
+
+static void read_stats(void *arg, struct engine_stats *out)
+{
+    struct engine *engine = ((struct server *)arg)->engine;
+    *out = (struct engine_stats){0};
+    if (engine)
+        engine_read_stats(engine, out);
+}
+
+static char *metrics_page(void *arg)
+{
+    struct server *server = arg;
+    return metrics_text(server->metrics, server->engine, server->http);
+}
 
 static json_t *describe(void *arg)
 {
-    (void)arg;
-    const struct server *server = &the_server;
+    struct server *server = arg;
+    if (!server->engine)
+        return NULL;
     return json_pack("{s:s, s:i, s:s, s:I}", "backend", session_backend(server->session), "threads",
                      session_threads(server->session), "wire", session_wire(server->session), "context",
                      (json_int_t)session_context(server->session));
 }
 
 static void tell_watchdog(void) { notify("WATCHDOG=1"); }
-
-static void log_devices(const struct engine_stats *stats)
-{
-    for (int i = 0; i < stats->num_ranks; i++)
-        if (stats->ranks[i].device[0])
-            log_line(LOG_INFO, "device",
-                     (struct log_field[]){{.key = "rank", .type = LOG_INTEGER, .integer = i},
-                                          {.key = "device", .type = LOG_TEXT, .text = stats->ranks[i].device},
-                                          {0}});
-}
-
-static void log_loads(struct session *session, const struct engine_stats *stats)
-{
-    const struct start_figures *start = session_start_figures(session);
-    for (int i = 0; i < stats->num_ranks; i++) {
-        const struct engine_rank *rank = &stats->ranks[i];
-        const struct load_figures *load = &rank->load;
-        log_line(LOG_INFO, "loaded",
-                 (struct log_field[]){{.key = "rank", .type = LOG_INTEGER, .integer = i},
-                                      {.key = "path", .type = LOG_TEXT, .text = load_path_name(load->path)},
-                                      {.key = "why", .type = LOG_TEXT, .text = load->why},
-                                      {.key = "threads", .type = LOG_INTEGER, .integer = load->threads},
-                                      {.key = "read_bytes", .type = LOG_INTEGER, .integer = load->read_bytes},
-                                      {.key = "file_bytes", .type = LOG_INTEGER, .integer = rank->file_bytes},
-                                      {.key = "load_s", .type = LOG_SECONDS, .seconds = rank->load_s},
-                                      {.key = "cpu_s", .type = LOG_SECONDS, .seconds = rank->load_cpu_s},
-                                      {0}});
-        if (start->ranks[i].note[0])
-            log_line(LOG_WARNING, "not kept",
-                     (struct log_field[]){{.key = "rank", .type = LOG_INTEGER, .integer = i},
-                                          {.key = "reason", .type = LOG_TEXT, .text = start->ranks[i].note},
-                                          {0}});
-    }
-}
 
 // ---- what the answers need beside the ranks ------------------------------------------------------------------------
 
@@ -426,8 +434,7 @@ static void *run_load(void *arg)
         pthread_mutex_unlock(&server->ready);
     } else if (!atomic_load(&server->load_cancelled)) {
         atomic_store(&server->load_failed, true);
-        engine_drain(server->engine);
-        engine_drain(server->engine);
+        end_engine(server);
     }
     return NULL;
 }
@@ -475,8 +482,7 @@ static void on_state(void *arg, enum engine_state state)
     case ENGINE_READY:
         metrics_cold_start(server->metrics, "load", stats.load_s);
         metrics_cold_start(server->metrics, "start", stats.start_s);
-        log_devices(&stats);
-        log_loads(server->session, &stats);
+        start_log(server->session, &stats);
         pthread_mutex_lock(&server->ready);
         server->ranks_ready = true;
         tell_ready(server);
@@ -502,7 +508,14 @@ static void on_state(void *arg, enum engine_state state)
 
 // ---- up and down -------------------------------------------------------------------------------------------------
 
-// What is wrong with options and manifest. No thread runs yet: a signal ends the program.
+// What is wrong with options.
+static int prepare(struct server *server, const char *place, struct error *err)
+{
+    int rc;
+    return (rc = check_options(err)) || (rc = read_keys(server, err)) ? rc : choose_name(server, place, err);
+}
+
+// The manifest. It may come from a slow server: a signal ends the program meanwhile.
 static int open_model(struct server *server, const char *place, struct error *err)
 {
     struct session_options session = session_options;
@@ -514,24 +527,17 @@ static int open_model(struct server *server, const char *place, struct error *er
     session.leave_signals = true; // to engine_run
     session.draft_tokens = options.draft_tokens;
     session.load_first = true; // "ready" means it
-    if ((rc = check_options(err)) || (rc = choose_store(&session.store, NULL, err)) || (rc = read_keys(server, err)) ||
-        (rc = session_open(&server->session, place, &session, options.max_batch, 0, err)) ||
-        (rc = choose_name(server, place, err)))
+    if ((rc = choose_store(&session.store, NULL, err)) ||
+        (rc = session_open(&server->session, place, &session, options.max_batch, 0, err)))
         return rc;
     if (session.store.cache_dir && !store_is_remote(session_store(server->session)))
         log_line(LOG_WARNING, "--cache is not used: the model is a directory's", NULL);
-    // The threads that start after this inherit the mask; engine_run lets this thread alone have both signals.
-    sigset_t ends;
-    sigemptyset(&ends);
-    sigaddset(&ends, SIGINT);
-    sigaddset(&ends, SIGTERM);
-    pthread_sigmask(SIG_BLOCK, &ends, NULL);
     return 0;
 }
 
 static int open_engine(struct server *server, struct error *err)
 {
-    const struct engine_options engine = {
+    const struct engine_options chosen = {
         .max_queue = options.max_queue,
         .draft_tokens = options.draft_tokens,
         .share_prefixes = strcmp(options.prefix_cache, "on") == 0,
@@ -542,7 +548,14 @@ static int open_engine(struct server *server, struct error *err)
         .alive_s = notify_watchdog_s(),
         .on_alive = tell_watchdog,
     };
-    return engine_create(&server->engine, server->session, &engine, err);
+    struct engine *engine;
+    int rc = engine_create(&engine, server->session, &chosen, err);
+    if (rc)
+        return rc;
+    server->engine = engine;
+    if (atomic_load(&server->http_failed)) // before there was an engine to end
+        end_engine(server);
+    return 0;
 }
 
 static struct api_options api_options_chosen(struct server *server)
@@ -577,9 +590,13 @@ static int open_api(struct server *server, struct error *err)
     if (rc)
         return rc;
     api.metrics = server->metrics;
-    api.engine = api_engine_of(server->engine);
-    api.engine.describe = describe;
-    api.engine.metrics_text = metrics_page;
+    api.engine = (struct api_engine){.arg = server,
+                                     .submit = submit,
+                                     .cancel = cancel,
+                                     .state = state,
+                                     .read_stats = read_stats,
+                                     .describe = describe,
+                                     .metrics_text = metrics_page};
     return api_create(&server->api, &api, err);
 }
 
@@ -598,12 +615,17 @@ static int open_http(struct server *server, struct error *err)
     return 0;
 }
 
-static int open_all(struct server *server, const char *place, struct error *err)
+// The threads that start before and after the model is opened inherit the mask; engine_run lets this thread alone have both signals.
+static int open_all(struct server *server, const char *place, const sigset_t *ends, struct error *err)
 {
     int rc;
-    if ((rc = open_model(server, place, err)) || (rc = open_engine(server, err)) || (rc = open_api(server, err)))
+    pthread_sigmask(SIG_BLOCK, ends, NULL);
+    if ((rc = prepare(server, place, err)) || (rc = open_api(server, err)) || (rc = open_http(server, err)))
         return rc;
-    return open_http(server, err);
+    pthread_sigmask(SIG_UNBLOCK, ends, NULL);
+    rc = open_model(server, place, err);
+    pthread_sigmask(SIG_BLOCK, ends, NULL);
+    return rc ? rc : open_engine(server, err);
 }
 
 static void close_all(struct server *server)
@@ -648,7 +670,7 @@ int serve_run(int argc, char **argv, struct error *err)
     sigemptyset(&ends);
     sigaddset(&ends, SIGINT);
     sigaddset(&ends, SIGTERM);
-    int rc = open_all(server, argv[0], err);
+    int rc = open_all(server, argv[0], &ends, err);
     if (!rc && (rc = start_loading(server, err)) == 0) {
         rc = engine_run(server->engine, on_state, server, err);
         cancel_loading(server);
