@@ -9,6 +9,7 @@
 #include "formats/model_json.h"
 #include "formats/shard_file.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <float.h>
 #include <inttypes.h>
@@ -383,12 +384,31 @@ static bool exists(const char *dir, const char *name)
     return snprintf(path, sizeof path, "%s/%s", dir, name) < (int)sizeof path && access(path, F_OK) == 0;
 }
 
+static bool has_rank_files(const char *dir)
+{
+    DIR *entries = opendir(dir);
+    const struct dirent *entry;
+    bool found = false;
+    while (entries && !found && (entry = readdir(entries))) {
+        const char *dot = strrchr(entry->d_name, '.');
+        found = dot && strcmp(dot, ".tpshard") == 0;
+    }
+    if (entries)
+        closedir(entries);
+    return found;
+}
+
 int manifest_read(struct manifest **out, const char *dir, struct error *err)
 {
     char path[4096];
     if (snprintf(path, sizeof path, "%s/" MANIFEST_FILE_NAME, dir) >= (int)sizeof path)
         return error_set(err, ERR_IO, "%.80s...: the path is too long", dir);
     if (access(path, F_OK) != 0 && errno == ENOENT && exists(dir, ".")) {
+        if (has_rank_files(dir))
+            return error_set(err, ERR_CORRUPT,
+                             "%s: no " MANIFEST_FILE_NAME " here beside the rank files: copy it from where they come "
+                             "from, or shard the model again",
+                             dir);
         if (exists(dir, "config.json"))
             return error_set(err, ERR_CORRUPT,
                              "%s: no " MANIFEST_FILE_NAME " here, but a config.json: this looks like a checkpoint; "

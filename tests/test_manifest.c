@@ -441,6 +441,9 @@ static void directories(void **state)
     assert_int_equal(file_write_atomic(dir, "config.json", "{}", 2, &err), 0);
     assert_int_equal(manifest_read(&found, dir, &err), ERR_CORRUPT);
     assert_non_null(strstr(err.msg, "run tpshard on it first"));
+    assert_int_equal(file_write_atomic(dir, "rank-00-of-01.tpshard", "", 0, &err), 0);
+    assert_int_equal(manifest_read(&found, dir, &err), ERR_CORRUPT);
+    assert_non_null(strstr(err.msg, "no model.json here beside the rank files"));
     assert_null(found);
 
     struct manifest manifest = example();
@@ -452,6 +455,8 @@ static void directories(void **state)
     manifest_free(found);
     free(text);
     snprintf(path, sizeof path, "%s/config.json", dir);
+    unlink(path);
+    snprintf(path, sizeof path, "%s/rank-00-of-01.tpshard", dir);
     unlink(path);
     snprintf(path, sizeof path, "%s/model.json", dir);
     unlink(path);
