@@ -3,8 +3,8 @@
 //
 // Times are of one thread's processor, so that other programs do not count; of several runs the quickest.
 //
-// int4-g128-nearest: scales are the largest of 128 weights / 7, and codes the nearest, as quantized checkpoints often come. The scales that
-// tpshard searches leave less error and codes that are more equally frequent, so that there is less to gain.
+// int4-g128-max: plain rounding (convert --scales max). The scales that tpshard searches leave less error and codes that are more equally
+// frequent, so that there is less to gain.
 //
 //   ratio            size after / size before
 //   bound            what an ideal code of single bytes, or of the planes' single bytes, would reach
@@ -128,7 +128,7 @@ static void measure(const char *data, const uint8_t *payload, uint64_t payload_b
 
 // ---- what is measured -----------------------------------------------------------------------------------------------
 
-static void measure_kind(const float *weights, enum weight_kind kind, uint32_t group_size)
+static void measure_kind(const float *weights, enum weight_kind kind, uint32_t group_size, enum weight_scales scales)
 {
     struct weight_shape shape;
     struct packed_row row;
@@ -140,33 +140,17 @@ static void measure_kind(const float *weights, enum weight_kind kind, uint32_t g
     must(payload && memory, "out of memory");
     packed_row_place(&row, memory, kind, group_size, COLS);
     for (uint64_t r = 0; r < ROWS; r++) {
-        must(pack_quantize_row(&row, kind, group_size, weights + r * COLS, COLS, NULL, &err) == 0, "cannot quantize");
+        const float *from = weights + r * COLS;
+        int rc = scales == WEIGHT_SCALES_LARGEST ? pack_round_row(&row, kind, group_size, from, COLS, &err)
+                                                 : pack_quantize_row(&row, kind, group_size, from, COLS, NULL, &err);
+        must(rc == 0, "cannot quantize");
         pack_store_row(payload, payload + shape.data_bytes, &shape, 0, r, &row, 0);
     }
-    snprintf(name, sizeof name, group_size ? "%s-g%u" : "%s", weight_kind_name(kind), group_size);
+    snprintf(name, sizeof name, group_size ? "%s-g%u%s" : "%s", weight_kind_name(kind), group_size,
+             scales == WEIGHT_SCALES_LARGEST ? "-max" : "");
     measure(name, payload, bytes);
     free(memory);
     free(payload);
-}
-
-// See the top. The scales stand behind the codes.
-static void measure_nearest(const float *weights)
-{
-    enum { GROUP = 128, GROUPS = ROWS * COLS / GROUP };
-    static uint8_t payload[ROWS * COLS / 2 + GROUPS * 2];
-    for (size_t g = 0; g < GROUPS; g++) {
-        const float *group = weights + g * GROUP;
-        float largest = 0;
-        for (int i = 0; i < GROUP; i++)
-            largest = fabsf(group[i]) > largest ? fabsf(group[i]) : largest;
-        for (int i = 0; i < GROUP; i++) {
-            size_t weight = g * GROUP + (size_t)i;
-            payload[weight / 2] |= (uint8_t)((lrintf(group[i] * 7 / largest) & 15) << weight % 2 * 4);
-        }
-        uint16_t scale = f32_to_f16(largest / 7 / WEIGHT_INT4_FACTOR);
-        memcpy(payload + ROWS * COLS / 2 + 2 * g, &scale, sizeof scale);
-    }
-    measure("int4-g128-nearest", payload, sizeof payload);
 }
 
 static void measure_file(const char *path)
@@ -199,8 +183,9 @@ int main(int argc, char **argv)
             weights[(size_t)r * COLS + (size_t)c] = (float)(deviation * gaussian());
     }
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
-        measure_kind(weights, kinds[i].kind, kinds[i].group_size);
-    measure_nearest(weights);
+        measure_kind(weights, kinds[i].kind, kinds[i].group_size, WEIGHT_SCALES_SEARCHED);
+    measure_kind(weights, WEIGHT_INT4, 128, WEIGHT_SCALES_LARGEST);
+    measure_kind(weights, WEIGHT_INT4Z, 128, WEIGHT_SCALES_LARGEST);
     free(weights);
     return 0;
 }

@@ -75,6 +75,8 @@ static void emit_quant(struct json_emit *to, const struct manifest_quant *quant)
     json_emit_int(to, "group_size", quant->group_size);
     json_emit_string(to, "head", weight_kind_name(quant->head));
     json_emit_string(to, "linear", weight_kind_name(quant->linear));
+    if (quant->scales != WEIGHT_SCALES_SEARCHED)
+        json_emit_string(to, "scales", weight_scales_name(quant->scales));
     json_emit_close(to, '}');
 }
 
@@ -152,7 +154,7 @@ int manifest_to_json(const struct manifest *manifest, char **out, struct error *
 
 static const char *const root_keys[] = {"contract", "experts", "extras",  "model",   "pp_size",     "quant", "ranks",
                                         "sources",  "tool",    "tp_size", "version", "wire_advice", NULL};
-static const char *const quant_keys[] = {"embedding", "group_size", "head", "linear", NULL};
+static const char *const quant_keys[] = {"embedding", "group_size", "head", "linear", "scales", NULL};
 static const char *const file_keys[] = {"bytes", "name", "xxh3_128", NULL};
 
 static bool is_clean_text(const char *text, size_t max_bytes)
@@ -228,6 +230,21 @@ static int parse_experts(enum experts_mode *out, const struct json_object *root,
     return 0;
 }
 
+// Not said: searched.
+static int parse_scales(struct manifest_quant *quant, const struct json_object *object, struct error *err)
+{
+    const char *name = NULL;
+    int rc = json_file_get_string(&name, object, "scales", JSON_OPTIONAL, err);
+    quant->scales = WEIGHT_SCALES_SEARCHED;
+    if (rc || !name)
+        return rc;
+    if (weight_scales_from_name(name, &quant->scales) && quant->scales == WEIGHT_SCALES_LARGEST &&
+        (weight_is_tiled(quant->linear) || weight_is_tiled(quant->embedding) || weight_is_tiled(quant->head)))
+        return 0;
+    return error_set(err, ERR_CORRUPT, "%s: quant.scales must be max, and something of four bits; found '%.40s'",
+                     object->file_name, name);
+}
+
 static int parse_quant(struct manifest_quant *quant, const struct json_object *root, struct error *err)
 {
     struct json_object object;
@@ -237,7 +254,7 @@ static int parse_quant(struct manifest_quant *quant, const struct json_object *r
         (rc = json_file_check_keys(&object, quant_keys, err)) ||
         (rc = get_kind(&quant->linear, &object, "linear", err)) ||
         (rc = get_kind(&quant->embedding, &object, "embedding", err)) ||
-        (rc = get_kind(&quant->head, &object, "head", err)) ||
+        (rc = get_kind(&quant->head, &object, "head", err)) || (rc = parse_scales(quant, &object, err)) ||
         (rc = json_file_get_int(&group_size, &object, "group_size", 0, 128, JSON_REQUIRED, err)))
         return rc;
     bool int4 =

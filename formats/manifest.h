@@ -27,7 +27,8 @@ struct manifest_file {
 // counts is what the rank files say.
 struct manifest_quant {
     enum weight_kind linear, embedding, head;
-    uint32_t group_size; // int4 and int4z; 0 when nothing is
+    uint32_t group_size;       // int4 and int4z; 0 when nothing is
+    enum weight_scales scales; // of four-bit kinds; WEIGHT_SCALES_SEARCHED when there are none
 };
 
 // How the experts of a layer are dealt out to the ranks.

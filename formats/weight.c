@@ -103,6 +103,17 @@ const char *weight_kind_name(enum weight_kind kind)
     return (unsigned)kind < WEIGHT_KIND_COUNT ? kind_names[kind] : "unknown";
 }
 
+const char *weight_scales_name(enum weight_scales scales) { return scales == WEIGHT_SCALES_LARGEST ? "max" : "search"; }
+
+bool weight_scales_from_name(const char *name, enum weight_scales *scales)
+{
+    bool largest = strcmp(name, "max") == 0;
+    if (!largest && strcmp(name, "search") != 0)
+        return false;
+    *scales = largest ? WEIGHT_SCALES_LARGEST : WEIGHT_SCALES_SEARCHED;
+    return true;
+}
+
 bool weight_kind_from_name(const char *name, enum weight_kind *kind)
 {
     for (int i = 0; i < WEIGHT_KIND_COUNT; i++)

@@ -65,6 +65,11 @@ static inline bool weight_is_tiled(enum weight_kind kind)
     return kind == WEIGHT_INT4 || kind == WEIGHT_INT4Z || kind == WEIGHT_MXFP4 || kind == WEIGHT_NVFP4;
 }
 
+// How the scales of the four-bit kinds are found: by a search for the least error, or from the largest magnitudes alone (kernels/pack.h).
+enum weight_scales { WEIGHT_SCALES_SEARCHED, WEIGHT_SCALES_LARGEST };
+const char *weight_scales_name(enum weight_scales scales); // "search", "max"
+bool weight_scales_from_name(const char *name, enum weight_scales *scales);
+
 // "f32", "bf16", "int8", "fp8", "int4", "int4z", "fp8g", "mxfp4", "nvfp4"
 const char *weight_kind_name(enum weight_kind kind);
 bool weight_kind_from_name(const char *name, enum weight_kind *kind);

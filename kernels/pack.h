@@ -62,6 +62,11 @@ void packed_row_place(struct packed_row *row, void *memory, enum weight_kind kin
 //          squared error
 int pack_quantize_row(struct packed_row *out, enum weight_kind kind, uint32_t group_size, const float *x, uint64_t cols,
                       const float *weight, struct error *err);
+// The same without a search: the scales of four-bit kinds follow from the largest magnitude alone (plain rounding): int4 maximum / 7, int4z the
+// whole range, mxfp4 as OCP MX has it, nvfp4 the maximum at 6. Quicker by far; errs more (int4, groups of 128, normal values: rms 11.7 %
+// against 9.7 %), and its codes are less evenly used, so that they can be compressed.
+int pack_round_row(struct packed_row *out, enum weight_kind kind, uint32_t group_size, const float *x, uint64_t cols,
+                   struct error *err);
 
 // Places columns [col_begin, col_begin + shape->cols) of a whole packed row at row `row` of the stored matrix. The
 // caller has zeroed the block: padding is not written. data and scale (NULL when the kind has none) point at the stored

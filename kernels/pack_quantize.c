@@ -98,12 +98,25 @@ static struct group group_make(struct group_room *room, const float *x, const fl
     return group;
 }
 
-static float largest_magnitude(const float *x, uint32_t count)
+// Magnitudes of finite numbers are in the order of their bits.
+static float largest_magnitude(const float *x, uint64_t count)
 {
     float largest = 0;
-    for (uint32_t i = 0; i < count; i++) {
-        float magnitude = x[i] < 0 ? -x[i] : x[i];
-        largest = magnitude > largest ? magnitude : largest;
+    uint64_t i = 0;
+#ifdef __SSE2__
+    const quad magnitude = (quad)_mm_castsi128_ps(_mm_set1_epi32(0x7fffffff));
+    quad most[LANES / QUAD] = {quad_all(0), quad_all(0), quad_all(0), quad_all(0)};
+    for (; i + LANES <= count; i += LANES)
+        for (int lane = 0; lane < LANES / QUAD; lane++)
+            most[lane] =
+                quad_max((quad)_mm_and_ps((__m128)quad_load(x + i + lane * QUAD), (__m128)magnitude), most[lane]);
+    most[0] = quad_max(quad_max(most[0], most[1]), quad_max(most[2], most[3]));
+    for (int lane = 0; lane < QUAD; lane++)
+        largest = most[0][lane] > largest ? most[0][lane] : largest;
+#endif
+    for (; i < count; i++) {
+        float one = x[i] < 0 ? -x[i] : x[i];
+        largest = one > largest ? one : largest;
     }
     return largest;
 }
@@ -117,6 +130,27 @@ static uint16_t int4_scale_bits(float scale)
 
 // Below, every scale rounds to zero; stay clear of subnormal reciprocals.
 #define INT4_SMALLEST 0x1p-34f
+
+// q[i] = f32_to_int4(x[i] * inverse + zero) of finite numbers, where zero is no NaN.
+static void round_codes(int8_t *q, const float *x, uint32_t count, float inverse, float zero)
+{
+    uint32_t i = 0;
+#ifdef __SSE2__
+    const quad inverses = quad_all(inverse), zeros = quad_all(zero), round = quad_all(12582912.0f); // see fit_codes
+    for (; i + LANES <= count; i += LANES) {
+        __m128i codes[LANES / QUAD];
+        for (int lane = 0; lane < LANES / QUAD; lane++) {
+            quad code = quad_load(x + i + lane * QUAD) * inverses + zeros;
+            code = quad_max(quad_min(code, quad_all(7.0f)), quad_all(-8.0f)) + round; // its lowest bits are the integer
+            codes[lane] = _mm_and_si128(_mm_castps_si128((__m128)code), _mm_set1_epi32(0xff));
+        }
+        __m128i low = _mm_packs_epi32(codes[0], codes[1]), high = _mm_packs_epi32(codes[2], codes[3]);
+        _mm_storeu_si128((__m128i *)(q + i), _mm_packus_epi16(low, high));
+    }
+#endif
+    for (; i < count; i++)
+        q[i] = f32_to_int4(x[i] * inverse + zero);
+}
 
 // ---- int4: the scale of a group -------------------------------------------------------------------------------------
 
@@ -195,11 +229,14 @@ static inline uint16_t search_scale(const struct group *group, float largest, co
 }
 
 // Quantizes one group of `count` values, importance a (or NULL); returns its scale.
-static uint16_t quantize_int4_group(int8_t *q, const float *x, const float *a, uint32_t count)
+static uint16_t quantize_int4_group(int8_t *q, const float *x, const float *a, uint32_t count,
+                                    enum weight_scales scales)
 {
     float largest = largest_magnitude(x, count);
     uint16_t stored = 0;
-    if (largest >= INT4_SMALLEST) {
+    if (largest >= INT4_SMALLEST && scales == WEIGHT_SCALES_LARGEST) {
+        stored = int4_scale_bits(largest / 7.0f);
+    } else if (largest >= INT4_SMALLEST) {
         struct group_room room;
         struct group group = group_make(&room, x, a, count);
         stored = group.a ? search_scale(&group, largest, true) : search_scale(&group, largest, false);
@@ -209,9 +246,7 @@ static uint16_t quantize_int4_group(int8_t *q, const float *x, const float *a, u
         memset(q, 0, count);
         return 0; // not -0: one spelling
     }
-    float inverse = 1.0f / scale;
-    for (uint32_t i = 0; i < count; i++)
-        q[i] = f32_to_int4(x[i] * inverse);
+    round_codes(q, x, count, 1.0f / scale, 0);
     return stored;
 }
 
@@ -256,6 +291,13 @@ struct affine {
     float scale, zero; // x ~ (q - zero) * scale
 };
 
+// Codes -8 and 7 at the ends of the values.
+static struct affine whole_range(float low, float high)
+{
+    float scale = (high - low) / 15.0f;
+    return (struct affine){scale, -8.0f - low / scale};
+}
+
 // For given codes the best line x ~ scale * q + offset is the closed form of least squares; it leaves the squared error
 // sum(a x^2) - (scale * sum(a x q) + offset * sum(a x)), so the best candidate is the one that takes the most away.
 // Candidates: codes -8 and 7 at the ends low <= 0 <= high of the values, each end shrunk by up to 24 %.
@@ -263,8 +305,7 @@ static struct affine search_affine(const struct group *group, float low, float h
 {
     enum { STEPS = 5 };
     float weight = group_sum(group->a, group->count), x = group_sum(group->ax, group->count), best_gain = -1.0f;
-    struct affine best = {(high - low) / 15.0f, 0};
-    best.zero = -8.0f - low / best.scale;
+    struct affine best = whole_range(low, high);
     for (int i = 0; i < STEPS * STEPS; i++) {
         int low_step = i / STEPS, high_step = i % STEPS;
         float from = low * (1.0f - 0.06f * (float)low_step), to = high * (1.0f - 0.06f * (float)high_step);
@@ -285,7 +326,7 @@ static struct affine search_affine(const struct group *group, float low, float h
 
 // The line is searched on values divided by the largest magnitude, so that no sum leaves the range of f32.
 static void quantize_int4z_group(int8_t *q, uint16_t *scale_f16, uint16_t *zero_f16, const float *x, const float *a,
-                                 uint32_t count)
+                                 uint32_t count, enum weight_scales scales)
 {
     float largest = largest_magnitude(x, count);
     *scale_f16 = *zero_f16 = 0;
@@ -301,7 +342,9 @@ static void quantize_int4z_group(int8_t *q, uint16_t *scale_f16, uint16_t *zero_
         struct group group = group_make(&room, unit, a, count);
         if (!group.a)
             group = group_make(&room, unit, ones, count);
-        struct affine best = search_affine(&group, low, high);
+        struct affine best = whole_range(low, high);
+        if (scales == WEIGHT_SCALES_SEARCHED)
+            best = search_affine(&group, low, high);
         // The zero that the rounded scale leaves best: the one that keeps scale * zero.
         *scale_f16 = int4_scale_bits(best.scale * largest);
         float zero = best.zero * (best.scale * largest) / weight_int4_scale(*scale_f16);
@@ -311,9 +354,10 @@ static void quantize_int4z_group(int8_t *q, uint16_t *scale_f16, uint16_t *zero_
     float scale = weight_int4_scale(*scale_f16), zero = f16_to_f32(*zero_f16);
     if (scale == 0)
         *zero_f16 = 0;
-    float inverse = scale > 0 ? 1.0f / scale : 0;
-    for (uint32_t i = 0; i < count; i++)
-        q[i] = scale > 0 ? f32_to_int4(x[i] * inverse + zero) : 0;
+    if (scale > 0)
+        round_codes(q, x, count, 1.0f / scale, zero);
+    else
+        memset(q, 0, count);
 }
 
 // ---- mxfp4, nvfp4: the scale of a group -----------------------------------------------------------------------------
@@ -358,20 +402,23 @@ static void fp4_codes(uint8_t *e2m1, const float *x, uint32_t count, float scale
         e2m1[i] = f32_to_e2m1(x[i] * inverse);
 }
 
-static uint8_t quantize_mxfp4_group(uint8_t *e2m1, const float *x, const float *a, uint32_t count)
+static uint8_t quantize_mxfp4_group(uint8_t *e2m1, const float *x, const float *a, uint32_t count,
+                                    enum weight_scales scales)
 {
     int exponent = (int)(f32_bits(largest_magnitude(x, count)) >> 23) - 2; // of the largest value of e2m1: 2
     uint8_t code = (uint8_t)(exponent > 0 ? exponent : 0);
     const float value[] = {e8m0_to_f32(code), e8m0_to_f32((uint8_t)(code + 1))};
     struct group_room room;
     struct group group = group_make(&room, x, a, count);
-    if (exponent > 0 && exponent < 252 && best_fp4_scale(&group, value, 2) == 1) // 6 * 2^(253 - 127) is beyond f32
+    if (scales == WEIGHT_SCALES_SEARCHED && exponent > 0 && exponent < 252 &&
+        best_fp4_scale(&group, value, 2) == 1) // 6 * 2^(253 - 127) is beyond f32
         code++;
     fp4_codes(e2m1, x, count, e8m0_to_f32(code));
     return code;
 }
 
-static uint8_t quantize_nvfp4_group(uint8_t *e2m1, const float *x, const float *a, uint32_t count, float global)
+static uint8_t quantize_nvfp4_group(uint8_t *e2m1, const float *x, const float *a, uint32_t count, float global,
+                                    enum weight_scales scales)
 {
     static const float top[] = {6, 5.5f, 5, 4.5f, 4, 6.5f, 7, 7.5f};
     enum { CANDIDATES = sizeof top / sizeof *top };
@@ -385,17 +432,32 @@ static uint8_t quantize_nvfp4_group(uint8_t *e2m1, const float *x, const float *
     }
     struct group_room room;
     struct group group = group_make(&room, x, a, count);
-    int best = largest > 0 ? best_fp4_scale(&group, value, CANDIDATES) : -1;
+    int best = largest > 0 ? best_fp4_scale(&group, value, scales == WEIGHT_SCALES_SEARCHED ? (int)CANDIDATES : 1) : -1;
     fp4_codes(e2m1, x, count, best < 0 ? 0 : value[best]);
     return best < 0 ? 0 : code[best];
 }
 
 // ---- quantizing rows ------------------------------------------------------------------------------------------------
 
+// Or Inf.
+static bool has_nan(const float *x, uint64_t cols)
+{
+    quad sum = quad_all(0); // Inf * 0 is a NaN as well, and stays one in the sum
+    uint64_t i = 0;
+    for (; i + QUAD <= cols; i += QUAD)
+        sum += quad_load(x + i) * quad_all(0);
+    float rest = sum[0] + sum[1] + sum[2] + sum[3];
+    for (; i < cols; i++)
+        rest += x[i] * 0;
+    return rest != 0;
+}
+
 // Largest magnitude as bits of an f32: above 0x7f800000 there is a NaN, at it an Inf.
 static uint32_t largest_magnitude_bits(const float *x, uint64_t cols)
 {
     uint32_t largest = 0;
+    if (!has_nan(x, cols))
+        return f32_bits(largest_magnitude(x, cols));
     for (uint64_t i = 0; i < cols; i++) {
         uint32_t bits = f32_bits(x[i]) & 0x7fffffff;
         largest = bits > largest ? bits : largest;
@@ -437,31 +499,31 @@ static void quantize_fp8(uint8_t *e4m3, float *scale, const float *x, uint64_t c
 
 // One group of a kind that has them; a: importance or NULL.
 static void quantize_group(struct packed_row *out, enum weight_kind kind, uint64_t group, uint64_t begin,
-                           const float *x, const float *a, uint32_t count)
+                           const float *x, const float *a, uint32_t count, enum weight_scales scales)
 {
     switch (kind) {
     case WEIGHT_INT4:
-        out->scale_f16[group] = quantize_int4_group(out->q + begin, x, a, count);
+        out->scale_f16[group] = quantize_int4_group(out->q + begin, x, a, count, scales);
         break;
     case WEIGHT_INT4Z:
-        quantize_int4z_group(out->q + begin, &out->scale_f16[group], &out->zero_f16[group], x, a, count);
+        quantize_int4z_group(out->q + begin, &out->scale_f16[group], &out->zero_f16[group], x, a, count, scales);
         break;
     case WEIGHT_FP8G:
         quantize_fp8(out->e4m3 + begin, &out->scale_f32[group], x, count, largest_magnitude_bits(x, count));
         break;
     case WEIGHT_MXFP4:
-        out->scale_u8[group] = quantize_mxfp4_group(out->e2m1 + begin, x, a, count);
+        out->scale_u8[group] = quantize_mxfp4_group(out->e2m1 + begin, x, a, count, scales);
         break;
     case WEIGHT_NVFP4:
-        out->scale_u8[group] = quantize_nvfp4_group(out->e2m1 + begin, x, a, count, out->scale);
+        out->scale_u8[group] = quantize_nvfp4_group(out->e2m1 + begin, x, a, count, out->scale, scales);
         break;
     default:
         break;
     }
 }
 
-int pack_quantize_row(struct packed_row *out, enum weight_kind kind, uint32_t group_size, const float *x, uint64_t cols,
-                      const float *weight, struct error *err)
+static int quantize_row(struct packed_row *out, enum weight_kind kind, uint32_t group_size, const float *x,
+                        uint64_t cols, const float *weight, enum weight_scales scales, struct error *err)
 {
     uint32_t largest = largest_magnitude_bits(x, cols);
     if (largest >= not_finite_bits(kind))
@@ -484,8 +546,21 @@ int pack_quantize_row(struct packed_row *out, enum weight_kind kind, uint32_t gr
             out->scale = row_scale(largest, E2M1_MAX * E4M3_MAX);
         for (uint64_t begin = 0; begin < cols; begin += group_size) {
             uint32_t count = cols - begin < group_size ? (uint32_t)(cols - begin) : group_size;
-            quantize_group(out, kind, begin / group_size, begin, x + begin, weight ? weight + begin : NULL, count);
+            quantize_group(out, kind, begin / group_size, begin, x + begin, weight ? weight + begin : NULL, count,
+                           scales);
         }
     }
     return 0;
+}
+
+int pack_quantize_row(struct packed_row *out, enum weight_kind kind, uint32_t group_size, const float *x, uint64_t cols,
+                      const float *weight, struct error *err)
+{
+    return quantize_row(out, kind, group_size, x, cols, weight, WEIGHT_SCALES_SEARCHED, err);
+}
+
+int pack_round_row(struct packed_row *out, enum weight_kind kind, uint32_t group_size, const float *x, uint64_t cols,
+                   struct error *err)
+{
+    return quantize_row(out, kind, group_size, x, cols, NULL, WEIGHT_SCALES_LARGEST, err);
 }

@@ -85,7 +85,10 @@ done:
 
 struct plan_wish commands_wish(const struct model_options *options, enum experts_mode experts)
 {
+    enum weight_scales scales = WEIGHT_SCALES_SEARCHED;
+    weight_scales_from_name(options->scales, &scales); // the option table lets only known words through
     return (struct plan_wish){
+        .scales = scales,
         .quant = options->quant ? options->quant : "keep",
         .embed = options->embed,
         .head = options->head,

@@ -23,20 +23,23 @@ extern struct common_options common;
 struct model_options {
     int64_t tp;        // -1: not said
     const char *quant; // NULL: not said; "keep": as a checkpoint that is quantized has it
-    const char *group_size;
+    const char *group_size, *scales;
     const char *embed, *head; // NULL: the default that goes with quant
     const char *experts;      // a name of enum experts_mode
     const char *plan, *as; // a plan of the user's own; the architecture as which to read one that is not known; or NULL
 };
 
 // clang-format off
-#define MODEL_OPTIONS_DEFAULT {.tp = -1, .group_size = "128", .experts = "tp"}
+#define MODEL_OPTIONS_DEFAULT {.tp = -1, .group_size = "128", .scales = "search", .experts = "tp"}
 #define MODEL_OPTION_SPECS(options)                                                                                    \
     {"tp", OPTION_INT, &(options).tp, "N", 1, PLAN_MAX_TP, "ranks to cut the model for (default: 1)"},                 \
     {"quant", OPTION_CHOICE, &(options).quant, "keep|none|int8|fp8|int4|int4z|mxfp4|nvfp4", 0, 0,                      \
      "how the weights of the layers are stored; none is bf16, keep what a quantized checkpoint holds (its default)"},  \
     {"group-size", OPTION_CHOICE, &(options).group_size, "128|64|32", 0, 0,                                            \
      "int4 and int4z: columns that share a scale"},                                                                    \
+    {"scales", OPTION_CHOICE, &(options).scales, "search|max", 0, 0,                                                   \
+     "four-bit weights: search the scale of each group that errs least, or take it from the largest magnitude "        \
+     "(plain rounding: quicker, smaller with --zstd, less exact)"},                                                    \
     {"embed", OPTION_CHOICE, &(options).embed, "none|int8|fp8|int4|int4z|mxfp4|nvfp4", 0, 0,                           \
      "how the embedding is stored (default: none; where it is also the head, as --head)"},                             \
     {"head", OPTION_CHOICE, &(options).head, "none|int8|fp8|int4|int4z|mxfp4|nvfp4", 0, 0,                             \

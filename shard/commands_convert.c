@@ -39,7 +39,11 @@ static int make_plan(struct conversion *c, struct error *err)
 {
     const struct plan_wish wish = commands_wish(&model_options, c->experts);
     c->keep = plan_wish_keeps(&wish, c->rows.import);
-    return plan_of_wish(&c->plan, &c->config.model, &c->rows.config, c->rows.import, &wish, err);
+    int rc = plan_of_wish(&c->plan, &c->config.model, &c->rows.config, c->rows.import, &wish, err);
+    if (!rc && c->plan->quant.scales != wish.scales)
+        rc = error_set(err, ERR_USAGE, "--scales %s is for weights of four bits; here are none",
+                       weight_scales_name(wish.scales));
+    return rc;
 }
 
 static void say_what_is_stored(const struct conversion *c)
@@ -133,9 +137,10 @@ static int convert(struct conversion *c, const char *out_dir, struct error *err)
 {
     char key[512];
     const struct manifest_quant *quant = &c->plan->quant;
-    snprintf(key, sizeof key, "%s convert tp %u experts %s linear %d embedding %d head %d group %u keep %d%s",
+    snprintf(key, sizeof key, "%s convert tp %u experts %s linear %d embedding %d head %d group %u keep %d%s%s",
              build_tool_name(), c->plan->tp_size, experts_mode_name(c->plan->experts), quant->linear, quant->embedding,
-             quant->head, quant->group_size, c->keep, options.zstd ? " zstd" : "");
+             quant->head, quant->group_size, c->keep, options.zstd ? " zstd" : "",
+             quant->scales == WEIGHT_SCALES_LARGEST ? " scales max" : "");
     struct build_input input = {
         .plan = c->plan,
         .source = c->rows.source,

@@ -160,6 +160,8 @@ static void print_manifest(const char *path, const struct shard_dir *dir)
     printf("  weights: layers %s", weight_kind_name(manifest->quant.linear));
     if (manifest->quant.group_size)
         printf(" (groups of %u)", manifest->quant.group_size);
+    if (manifest->quant.scales == WEIGHT_SCALES_LARGEST)
+        printf(" (plain rounding)");
     printf(", embedding %s, head %s\n", weight_kind_name(manifest->quant.embedding),
            weight_kind_name(manifest->quant.head));
     print_kinds(dir);

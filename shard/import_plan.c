@@ -71,6 +71,8 @@ int plan_of_wish(struct plan **out, const struct model_desc *model, const struct
                   : plan_quant(&cut.quant, quant, wish->embed, wish->head, wish->group_size, tied, err);
     if (rc)
         return rc;
+    if (weight_is_tiled(cut.quant.linear) || weight_is_tiled(cut.quant.embedding) || weight_is_tiled(cut.quant.head))
+        cut.quant.scales = wish->scales;
     if (import) {
         kinds = keep ? import_kinds_keep(import, wish->embed, wish->head) : import_kinds_as(import, NULL);
         cut.kinds = &kinds.kinds;

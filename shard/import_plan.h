@@ -30,6 +30,7 @@ struct plan_wish {
         *quant; // "keep": as the checkpoint has it (bf16 where it is not quantized), "none", or the name of a kind
     const char *embed, *head; // NULL: not said
     int64_t group_size;
+    enum weight_scales scales; // of what is rounded to four bits
     uint32_t tp_size;
     enum experts_mode experts;
 };

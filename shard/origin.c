@@ -48,7 +48,7 @@ static const char *word_of(enum weight_kind kind) { return kind == WEIGHT_BF16 ?
 static bool same_quant(const struct manifest_quant *a, const struct manifest_quant *b)
 {
     return a->linear == b->linear && a->embedding == b->embedding && a->head == b->head &&
-           a->group_size == b->group_size;
+           a->group_size == b->group_size && a->scales == b->scales;
 }
 
 // No rank file says how matrices are stored: of the ways in which convert may have been asked, the first that gives what the manifest says.
@@ -64,6 +64,7 @@ static int plan_of_manifest(struct origin *origin, const struct manifest *manife
                                  .embed = ways[i][1],
                                  .head = ways[i][2],
                                  .group_size = manifest->quant.group_size,
+                                 .scales = manifest->quant.scales,
                                  .tp_size = manifest->tp_size,
                                  .experts = manifest->experts};
         struct plan *plan;

@@ -38,7 +38,7 @@ static enum weight_kind kind_of_role(enum tensor_role role, const struct manifes
 
 bool planned_any_kind(enum tensor_role role)
 {
-    static const struct manifest_quant probe = {WEIGHT_INT8, WEIGHT_INT8, WEIGHT_INT8, 0};
+    static const struct manifest_quant probe = {WEIGHT_INT8, WEIGHT_INT8, WEIGHT_INT8, 0, WEIGHT_SCALES_SEARCHED};
     return kind_of_role(role, &probe) == WEIGHT_INT8;
 }
 

@@ -511,9 +511,10 @@ def read_manifest(path):
             check(is_number(manifest[key], key) and 1 <= manifest[key] <= 1024, key)
         check(manifest["wire_advice"] in ("bf16", "fp8", "s8x"), "wire_advice")
         quant = manifest["quant"]
-        check(set(quant) == {"linear", "embedding", "head", "group_size"}, "keys of quant")
         kinds = [quant["linear"], quant["embedding"], quant["head"]]
         check(all(kind in KINDS for kind in kinds), "kinds of quant")
+        check(set(quant) - {"scales"} == {"linear", "embedding", "head", "group_size"}, "keys of quant")
+        check("scales" not in quant or quant["scales"] == "max" and TILED & set(kinds), "quant.scales")
         own_group = "int4" in kinds or "int4z" in kinds
         check(quant["group_size"] in ((32, 64, 128) if own_group else (0,)), "quant.group_size")
         check(manifest["experts"] in ("ep", "tp"), "experts")

@@ -36,7 +36,7 @@ static struct model_desc model_of(int64_t heads, int64_t kv_heads, int64_t head_
 static struct manifest_quant quant_of(enum weight_kind linear, uint32_t group_size)
 {
     return (struct manifest_quant){linear, WEIGHT_BF16, linear == WEIGHT_INT4 ? WEIGHT_INT8 : linear,
-                                   linear == WEIGHT_INT4 ? group_size : 0};
+                                   linear == WEIGHT_INT4 ? group_size : 0, WEIGHT_SCALES_SEARCHED};
 }
 
 static struct plan *planned_as(const struct model_desc *model, struct manifest_quant quant, uint32_t tp_size,

@@ -9,8 +9,10 @@ leave_out_syncs
 synthetic=$work/llama
 kinds="none int8 fp8 int4"
 sizes="1 2 3 4 5 8"
+with_experts="mixtral qwen2_moe gpt_oss granite_moe deepseek_v3 gemma3 phi3"
 flips=25 # of each file
-if [ -n "${TEST_QUICK:-}" ]; then sizes="1 3 4" flips=6; fi # slow builds
+# Slow builds.
+if [ -n "${TEST_QUICK:-}" ]; then kinds="none int4" sizes="1 3 4" with_experts="gpt_oss deepseek_v3 phi3" flips=3; fi
 
 make_synthetic() { python3 scripts/make_synthetic_checkpoint.py "$@" >"$work/out"; }
 
@@ -38,6 +40,25 @@ reshard_matrix() {
         rm -rf "$work/$kind-$to"
     done
     ok "verify --against $kind: every weight equals its source at tp $sizes"
+}
+
+# Scales without a search: said by the manifest, kept by reshard, and what verify compares with.
+plain_rounding() {
+    convert --tp 2 --quant int4 --scales max "$synthetic" "$work/max-2" &&
+        convert --tp 3 --quant int4 --scales max "$synthetic" "$work/max-3" &&
+        convert --tp 2 --quant int4 "$synthetic" "$work/search-2" || { not_ok "convert --scales max: $(cat "$work/err")"; return; }
+    rm -rf "$work/new"
+    run "$tpshard" reshard --quiet --tp 3 "$work/max-2" "$work/new"
+    same "$work/new" "$work/max-3" && ok "--scales max: reshard equals convert" || not_ok "--scales max: $(cat "$work/err" "$work/diff")"
+    same "$work/max-2" "$work/search-2" && not_ok "--scales max changes nothing" || ok "--scales max: other weights than the search's"
+    expect "--scales max: inspect says so" 0 "plain rounding" "$tpshard" inspect "$work/max-2"
+    expect "--scales max: verify --against" 0 "ok" "$tpshard" verify --against "$synthetic" "$work/max-2"
+    # Where no head is left to ask, the manifest alone says how.
+    for rank in "$work"/max-2/rank-*; do printf X | dd of="$rank" bs=1 seek=100 conv=notrunc status=none; done
+    expect "--scales max: repaired from the checkpoint" 0 "" "$tpshard" repair --quiet "$work/max-2" --from "$synthetic"
+    expect "--scales max: whole again" 0 "ok" "$tpshard" verify --against "$synthetic" "$work/max-2"
+    expect "--scales max without four bits" 2 "here are none" "$tpshard" convert --tp 1 --quant int8 --scales max "$synthetic" "$work/none"
+    rm -rf "$work"/max-? "$work/search-2" "$work/new"
 }
 
 families() {
@@ -333,7 +354,7 @@ print(report["schema_version"], report["manifest"]["tp_size"], len(tensors), ten
 # Experts dealt out whole and cut, stacks, fused and turned sources, latents: the same bytes whatever the way.
 experts_and_stacks() {
     local family kind from to source
-    for family in mixtral qwen2_moe gpt_oss granite_moe deepseek_v3 gemma3 phi3; do
+    for family in $with_experts; do
         source=tests/golden/families/$family
         for kind in none int4; do
             for from in tp ep; do
@@ -387,6 +408,7 @@ make_synthetic --files 3 --hidden 256 --intermediate 688 --heads 6 --kv-heads 2 
 for kind in $kinds; do
     reshard_matrix "$kind"
 done
+plain_rounding
 families
 experts_and_stacks
 own_plans
