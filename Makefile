@@ -65,7 +65,8 @@ ENGINE_SRC := $(filter-out engine/main.c,$(wildcard engine/*.c engine/serve/*.c)
 CUDA_SRC := $(wildcard kernels/cuda/*.cu)
 CUDA_HOST_SRC := $(wildcard kernels/cuda/*.c)
 TEST_SRC := $(wildcard tests/test_*.c)
-TEST_HELPER_SRC := $(filter-out $(TEST_SRC) tests/io_shim.c,$(wildcard tests/*.c))
+IO_SHIM_SRC := $(wildcard tests/io_shim*.c)
+TEST_HELPER_SRC := $(filter-out $(TEST_SRC) $(IO_SHIM_SRC),$(wildcard tests/*.c))
 EMULATED_TEST_SRC := $(wildcard tests/test_*.cc)
 EMULATOR_SRC := $(wildcard tests/emulator/*.cc tests/emulator/*.c)
 FUZZ_SRC := $(wildcard tests/fuzz/fuzz_*.c)
@@ -148,8 +149,8 @@ $(TEST_HELPERS): $(call objects,$(TEST_HELPER_SRC)) $(BUILD)/sources
 	$(call say,AR,$@) rm -f $@ && $(AR) rcs $@ $(filter %.o,$^)
 $(TEST_PROGRAMS): $(BUILD)/%: $(BUILD)/obj/%.o $(TEST_HELPERS) $(ALL_LIB)
 	$(call link,-rdynamic,$(TEST_LIBRARIES))
-$(BUILD)/tests/libio_shim.so: tests/io_shim.c $(BUILD)/flags
-	$(call say,LINK,$@) mkdir -p $(@D) && $(CC) $(filter-out -fPIE,$(HOUSE_CFLAGS)) -fPIC $(CFLAGS) -shared -o $@ $< -ldl -lpthread
+$(BUILD)/tests/libio_shim.so: $(IO_SHIM_SRC) tests/io_shim.h $(BUILD)/flags
+	$(call say,LINK,$@) mkdir -p $(@D) && $(CC) $(filter-out -fPIE,$(HOUSE_CFLAGS)) -fPIC $(CFLAGS) -shared -o $@ $(IO_SHIM_SRC) -ldl -lpthread
 $(FUZZ_PROGRAMS): $(BUILD)/tests/%: $(BUILD)/obj/tests/fuzz/%.o $(BUILD)/obj/tests/fuzz/replay_main.o $(ALL_LIB)
 	$(call link)
 $(BENCH_PROGRAMS): $(BUILD)/%: $(BUILD)/obj/%.o $(call objects,$(BENCH_HELPER_SRC)) $(ALL_LIB)
@@ -302,8 +303,8 @@ test: tests ## run every test that this machine can run (ONLY='test_json*' selec
 
 # What ThreadSanitizer runs.
 .PHONY: test-threads benchmarks
-THREAD_TESTS := $(foreach test,$(TEST_PROGRAMS),$(if $(strip $(foreach word,thread comm api http loader,$(findstring $(word),$(test)))),$(test)))
-test-threads: $(THREAD_TESTS)
+THREAD_TESTS := $(foreach test,$(TEST_PROGRAMS),$(if $(strip $(foreach word,thread comm api http loader store decoder_load,$(findstring $(word),$(test)))),$(test)))
+test-threads: $(THREAD_TESTS) $(BUILD)/tpshard
 	@BUILD="$(BUILD)" tests/run_tests --if-any $(THREAD_TESTS)
 benchmarks: programs $(BENCH_PROGRAMS) $(BUILD)/bench/synthetic_shards
 

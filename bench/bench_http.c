@@ -206,42 +206,12 @@ static int by_size(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-int main(int argc, char **argv)
+// Connects all clients; a poller that hears of them.
+static int connect_all(struct client *clients, int port)
 {
-    if (argc > 1)
-        num_connections = atoi(argv[1]);
-    if (argc > 2)
-        num_events = atoi(argv[2]);
-    if (argc > 3)
-        interval_ms = atoi(argv[3]);
-    if (num_connections < 1 || num_events < 1 || interval_ms < 0) {
-        fprintf(stderr, "usage: bench_http [CONNECTIONS [EVENTS [INTERVAL_MS]]]\n");
-        return 2;
-    }
-    struct rlimit files;
-    getrlimit(RLIMIT_NOFILE, &files);
-    files.rlim_cur = files.rlim_max;
-    setrlimit(RLIMIT_NOFILE, &files);
-    if (files.rlim_cur < (rlim_t)num_connections + 50) {
-        printf("SKIP: %d descriptors are allowed\n", (int)files.rlim_cur);
-        return 0;
-    }
-    int pipes[2], port = 0;
-    if (pipe(pipes))
-        die("pipe");
-    pid_t child = fork();
-    if (child == 0)
-        serve(pipes[1]);
-    close(pipes[1]);
-    if (child < 0 || read(pipes[0], &port, sizeof port) != sizeof port)
-        die("the server did not start");
-
-    int64_t wanted = (int64_t)num_connections * num_events;
-    struct client *clients = calloc((size_t)num_connections, sizeof *clients);
-    delays_s = calloc((size_t)wanted, sizeof *delays_s);
-    int poller = epoll_create1(0), open_clients = num_connections;
-    if (!clients || !delays_s || poller < 0)
-        die("memory");
+    int poller = epoll_create1(0);
+    if (poller < 0)
+        die("epoll_create1");
     struct sockaddr_in address = {
         .sin_family = AF_INET, .sin_port = htons((uint16_t)port), .sin_addr = {htonl(INADDR_LOOPBACK)}};
     static const char request[] = "GET /events HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n\r\n";
@@ -254,6 +224,13 @@ int main(int argc, char **argv)
         if (epoll_ctl(poller, EPOLL_CTL_ADD, clients[i].fd, &event))
             die("epoll_ctl");
     }
+    return poller;
+}
+
+// Takes what comes until every stream has ended.
+static void take_all(int poller)
+{
+    int open_clients = num_connections;
     while (open_clients > 0) {
         struct epoll_event events[256];
         int count = epoll_wait(poller, events, 256, 20000);
@@ -267,6 +244,55 @@ int main(int argc, char **argv)
             open_clients--;
         }
     }
+}
+
+static bool raise_limit(void)
+{
+    struct rlimit files;
+    getrlimit(RLIMIT_NOFILE, &files);
+    files.rlim_cur = files.rlim_max;
+    setrlimit(RLIMIT_NOFILE, &files);
+    if (files.rlim_cur >= (rlim_t)num_connections + 50)
+        return true;
+    printf("SKIP: %d descriptors are allowed\n", (int)files.rlim_cur);
+    return false;
+}
+
+static void read_arguments(int argc, char **argv)
+{
+    if (argc > 1)
+        num_connections = atoi(argv[1]);
+    if (argc > 2)
+        num_events = atoi(argv[2]);
+    if (argc > 3)
+        interval_ms = atoi(argv[3]);
+    if (num_connections < 1 || num_events < 1 || interval_ms < 0) {
+        fprintf(stderr, "usage: bench_http [CONNECTIONS [EVENTS [INTERVAL_MS]]]\n");
+        exit(2);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    read_arguments(argc, argv);
+    if (!raise_limit())
+        return 0;
+    int pipes[2], port = 0;
+    if (pipe(pipes))
+        die("pipe");
+    pid_t child = fork();
+    if (child == 0)
+        serve(pipes[1]);
+    close(pipes[1]);
+    if (child < 0 || read(pipes[0], &port, sizeof port) != sizeof port)
+        die("the server did not start");
+
+    int64_t wanted = (int64_t)num_connections * num_events;
+    struct client *clients = calloc((size_t)num_connections, sizeof *clients);
+    delays_s = calloc((size_t)wanted, sizeof *delays_s);
+    if (!clients || !delays_s)
+        die("memory");
+    take_all(connect_all(clients, port));
     struct report report;
     if (read(pipes[0], &report, sizeof report) != sizeof report)
         die("the server's report did not come");

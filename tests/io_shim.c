@@ -18,12 +18,13 @@
 // Kinds: the names below. close and the like are done before they are said to have failed, as Linux does it. Allocations (alloc) are malloc,
 // calloc, realloc, posix_memalign, aligned_alloc and anonymous mmap.
 #undef _FORTIFY_SOURCE // what it makes of the functions' names is written out below
+#include "tests/io_shim.h"
+
 #include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
-#include <malloc.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -38,71 +39,27 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#include <unwind.h>
 
-enum kind {
-    KIND_OPEN,
-    KIND_READ,
-    KIND_PREAD,
-    KIND_WRITE,
-    KIND_PWRITE,
-    KIND_SYNC,
-    KIND_RENAME,
-    KIND_TRUNCATE,
-    KIND_ALLOCATE,
-    KIND_MAP,
-    KIND_CLOSE,
-    KIND_MKDIR,
-    KIND_UNLINK,
-    KIND_OPENDIR,
-    KIND_READDIR,
-    KIND_STAT,
-    KIND_LOCK,
-    KIND_THREAD,
-    KIND_ALLOC,
-    KIND_STEP,    // these are counted and never fail
-    KIND_LIVE,    // allocations that are not freed
-    KIND_WRITTEN, // bytes written by pwrite, but for those from a file's beginning on: heads
-    KINDS
-};
 static const char *const kind_names[KINDS] = {
     "open",  "read",   "pread",   "write",   "pwrite", "sync", "rename", "truncate", "allocate", "map",  "close",
     "mkdir", "unlink", "opendir", "readdir", "stat",   "lock", "thread", "alloc",    "step",     "live", "written"};
 
 enum { POWER_FAILED = 99, MEMORY_PAGE_BYTES = 4096, NO_KIND = -1 };
 
-// Python: struct "<24q5q". The first fault to come is decided by `left`, so that whoever maps the page can arm one at any time.
-struct page {
-    _Atomic int64_t counts[24]; //   0  of each kind
-    _Atomic int64_t kind;       // 192  that fails; NO_KIND
-    _Atomic int64_t left;       // 200  calls of that kind until it fails: 1 is the next one
-    _Atomic int64_t error;      // 208
-    _Atomic int64_t always;     // 216
-    _Atomic int64_t injected;   // 224  faults so far
-};
-
-// glibc's own, under names that nobody interposes.
-extern void *__libc_malloc(size_t bytes);
-extern void *__libc_calloc(size_t count, size_t bytes);
-extern void *__libc_realloc(void *memory, size_t bytes);
-extern void *__libc_memalign(size_t alignment, size_t bytes);
-extern void __libc_free(void *memory);
-
-static struct page *page; // NULL until the library has begun
+struct page *io_shim_page;
 static long short_bytes, eintr_every;
 static _Atomic long eintr_calls;
-static int stacks_fd = -1;
+int io_shim_stacks_fd = -1;
 static long stop_step;
 static enum { STOP_NEVER, STOP_KILL, STOP_LOSE, STOP_MIX } stop_how;
 static char disk[PATH_MAX];
 static uint64_t random_state = 88172645463325252u;
-static pthread_mutex_t steps = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP;
+pthread_mutex_t io_shim_steps = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP;
 static DIR *(*real_opendir)(const char *);
 static DIR *(*real_fdopendir)(int);
 static struct dirent *(*real_readdir)(DIR *);
 static int (*real_thread)(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *);
-// Set while the library itself calls, which must neither fail nor count.
-static __thread bool inside __attribute__((tls_model("initial-exec")));
+__thread bool io_shim_inside __attribute__((tls_model("initial-exec")));
 
 static uint64_t random_next(void)
 {
@@ -118,38 +75,37 @@ static bool interruptible(enum kind kind)
            kind == KIND_ALLOCATE || kind == KIND_LOCK;
 }
 
-// True when this call is to fail; errno is set.
-static bool fails(enum kind kind)
+bool io_shim_fails(enum kind kind)
 {
-    if (!page || inside)
+    if (!io_shim_page || io_shim_inside)
         return false;
-    page->counts[kind]++;
+    io_shim_page->counts[kind]++;
     if (eintr_every && interruptible(kind) && ++eintr_calls % eintr_every == 0) {
-        page->injected++;
+        io_shim_page->injected++;
         errno = EINTR;
         return true;
     }
-    if (page->kind != (int64_t)kind)
+    if (io_shim_page->kind != (int64_t)kind)
         return false;
-    int64_t left = page->left--;
-    if (left > 1 || (left < 1 && !page->always))
+    int64_t left = io_shim_page->left--;
+    if (left > 1 || (left < 1 && !io_shim_page->always))
         return false;
-    page->injected++;
-    if (page->error == 0) {
+    io_shim_page->injected++;
+    if (io_shim_page->error == 0) {
         kill(getpid(), SIGSTOP);
         return false;
     }
-    errno = (int)page->error;
+    errno = (int)io_shim_page->error;
     return true;
 }
 
 static size_t shortened(size_t bytes)
 {
-    if (!page || inside || !short_bytes || bytes < 2)
+    if (!io_shim_page || io_shim_inside || !short_bytes || bytes < 2)
         return bytes;
-    pthread_mutex_lock(&steps);
+    pthread_mutex_lock(&io_shim_steps);
     size_t some = 1 + random_next() % (uint64_t)short_bytes;
-    pthread_mutex_unlock(&steps);
+    pthread_mutex_unlock(&io_shim_steps);
     return some < bytes ? some : bytes;
 }
 
@@ -354,7 +310,7 @@ static void power_fails(void)
 {
     char after[PATH_MAX + 8];
     struct stat status;
-    inside = true;
+    io_shim_inside = true;
     snprintf(after, sizeof after, "%s.after", disk);
     if (lstat(disk, &status))
         give_up(disk);
@@ -365,14 +321,14 @@ static void power_fails(void)
 // Around each call that changes files. Only a run that ends at a step has its calls one at a time.
 static void step_begin(void)
 {
-    if (!page || inside)
+    if (!io_shim_page || io_shim_inside)
         return;
     if (stop_how == STOP_NEVER) {
-        page->counts[KIND_STEP]++;
+        io_shim_page->counts[KIND_STEP]++;
         return;
     }
-    pthread_mutex_lock(&steps);
-    if (++page->counts[KIND_STEP] != stop_step)
+    pthread_mutex_lock(&io_shim_steps);
+    if (++io_shim_page->counts[KIND_STEP] != stop_step)
         return;
     if (stop_how == STOP_KILL)
         kill(getpid(), SIGKILL);
@@ -382,15 +338,16 @@ static void step_begin(void)
 
 static void step_end(void)
 {
-    if (page && !inside && stop_how != STOP_NEVER)
-        pthread_mutex_unlock(&steps);
+    if (io_shim_page && !io_shim_inside && stop_how != STOP_NEVER)
+        pthread_mutex_unlock(&io_shim_steps);
 }
 
 // A name is about to go or to come to mean another file: its number may then be given to a new one.
 static struct node *about_to_go(int dir, const char *path)
 {
     struct stat status;
-    if (!page || inside || stop_how < STOP_LOSE || syscall(SYS_newfstatat, dir, path, &status, AT_SYMLINK_NOFOLLOW))
+    if (!io_shim_page || io_shim_inside || stop_how < STOP_LOSE ||
+        syscall(SYS_newfstatat, dir, path, &status, AT_SYMLINK_NOFOLLOW))
         return NULL;
     return S_ISDIR(status.st_mode) || status.st_nlink == 1 ? node_of(&status) : NULL;
 }
@@ -434,7 +391,7 @@ static __attribute__((constructor)) void begin(void)
 {
     const char *page_path = getenv("IO_SHIM_PAGE"), *fault = getenv("IO_SHIM_FAIL"), *stacks = getenv("IO_SHIM_STACKS");
     struct stat status;
-    inside = true;
+    io_shim_inside = true;
     *(void **)&real_opendir = dlsym(RTLD_NEXT, "opendir");
     *(void **)&real_fdopendir = dlsym(RTLD_NEXT, "fdopendir");
     *(void **)&real_readdir = dlsym(RTLD_NEXT, "readdir");
@@ -453,8 +410,8 @@ static __attribute__((constructor)) void begin(void)
     read_fault(p, fault);
     short_bytes = number_of("IO_SHIM_SHORT");
     eintr_every = number_of("IO_SHIM_EINTR");
-    if (stacks &&
-        (stacks_fd = (int)syscall(SYS_openat, AT_FDCWD, stacks, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666)) < 0)
+    if (stacks && (io_shim_stacks_fd =
+                       (int)syscall(SYS_openat, AT_FDCWD, stacks, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666)) < 0)
         give_up(stacks);
     read_stop(getenv("IO_SHIM_STOP"));
     snprintf(disk, sizeof disk, "%s", getenv("IO_SHIM_DISK") ? getenv("IO_SHIM_DISK") : "");
@@ -463,24 +420,21 @@ static __attribute__((constructor)) void begin(void)
             give_up(disk);
         sync_tree(NULL, disk, NULL, &status);
     }
-    inside = false;
-    page = p; // from here on calls count
+    io_shim_inside = false;
+    io_shim_page = p; // from here on calls count
 }
 
 static __attribute__((destructor)) void end(void)
 {
-    if (stop_how >= STOP_LOSE && page && page->counts[KIND_STEP] < stop_step)
+    if (stop_how >= STOP_LOSE && io_shim_page && io_shim_page->counts[KIND_STEP] < stop_step)
         power_fails();
 }
 
 // ---- files -------------------------------------------------------------------------------------------------------------------------
 
-// Fortified programs call functions of their own names, and all programs may call those for large files.
-#define ALSO(name, other) extern __typeof__(name)(other) __attribute__((alias(#name)))
-
 static int open_at(int dir, const char *path, int flags, mode_t mode)
 {
-    if (fails(KIND_OPEN))
+    if (io_shim_fails(KIND_OPEN))
         return -1;
     bool changes = flags & (O_CREAT | O_TRUNC);
     if (changes)
@@ -520,12 +474,12 @@ ALSO(__openat_2, __openat64_2);
 
 ssize_t read(int fd, void *buffer, size_t bytes)
 {
-    return fails(KIND_READ) ? -1 : (ssize_t)syscall(SYS_read, fd, buffer, shortened(bytes));
+    return io_shim_fails(KIND_READ) ? -1 : (ssize_t)syscall(SYS_read, fd, buffer, shortened(bytes));
 }
 
 ssize_t pread(int fd, void *buffer, size_t bytes, off_t offset)
 {
-    return fails(KIND_PREAD) ? -1 : (ssize_t)syscall(SYS_pread64, fd, buffer, shortened(bytes), offset);
+    return io_shim_fails(KIND_PREAD) ? -1 : (ssize_t)syscall(SYS_pread64, fd, buffer, shortened(bytes), offset);
 }
 ALSO(pread, pread64);
 
@@ -544,7 +498,7 @@ ssize_t __pread_chk(int fd, void *buffer, size_t bytes, off_t offset, size_t roo
 ALSO(__pread_chk, __pread64_chk);
 
 #define STEP(type, kind, call)                                                                                         \
-    if (fails(kind))                                                                                                   \
+    if (io_shim_fails(kind))                                                                                           \
         return -1;                                                                                                     \
     step_begin();                                                                                                      \
     type result = (type)(call);                                                                                        \
@@ -558,8 +512,8 @@ ssize_t write(int fd, const void *buffer, size_t bytes)
 static ssize_t pwrite_counted(int fd, const void *buffer, size_t bytes, off_t offset)
 {
     ssize_t put = syscall(SYS_pwrite64, fd, buffer, shortened(bytes), offset);
-    if (page && !inside && put > 0 && offset > 0)
-        page->counts[KIND_WRITTEN] += put;
+    if (io_shim_page && !io_shim_inside && put > 0 && offset > 0)
+        io_shim_page->counts[KIND_WRITTEN] += put;
     return put;
 }
 ssize_t pwrite(int fd, const void *buffer, size_t bytes, off_t offset)
@@ -580,13 +534,13 @@ int mkdir(const char *path, mode_t mode) { return mkdirat(AT_FDCWD, path, mode);
 // The real sync is left out: of a power failure that is only played, nothing is lost, and disks are slow.
 static int sync_fd(int fd)
 {
-    if (fails(KIND_SYNC))
+    if (io_shim_fails(KIND_SYNC))
         return -1;
     step_begin();
-    if (page && !inside && stop_how >= STOP_LOSE) {
-        inside = true;
+    if (io_shim_page && !io_shim_inside && stop_how >= STOP_LOSE) {
+        io_shim_inside = true;
         synced(fd);
-        inside = false;
+        io_shim_inside = false;
     }
     step_end();
     return 0;
@@ -596,7 +550,7 @@ int fdatasync(int fd) { return sync_fd(fd); }
 
 int unlinkat(int dir, const char *path, int flags)
 {
-    if (fails(KIND_UNLINK))
+    if (io_shim_fails(KIND_UNLINK))
         return -1;
     step_begin();
     struct node *node = about_to_go(dir, path);
@@ -611,7 +565,7 @@ int rmdir(const char *path) { return unlinkat(AT_FDCWD, path, AT_REMOVEDIR); }
 
 int renameat(int old_dir, const char *old_path, int new_dir, const char *new_path)
 {
-    if (fails(KIND_RENAME))
+    if (io_shim_fails(KIND_RENAME))
         return -1;
     step_begin();
     struct node *node = about_to_go(new_dir, new_path);
@@ -625,7 +579,7 @@ int rename(const char *old_path, const char *new_path) { return renameat(AT_FDCW
 
 int close(int fd)
 {
-    bool failed = fails(KIND_CLOSE);
+    bool failed = io_shim_fails(KIND_CLOSE);
     int error = errno;
     long rc = syscall(SYS_close, fd);
     if (failed)
@@ -633,117 +587,29 @@ int close(int fd)
     return failed ? -1 : (int)rc;
 }
 
-int flock(int fd, int operation) { return fails(KIND_LOCK) ? -1 : (int)syscall(SYS_flock, fd, operation); }
-DIR *opendir(const char *path) { return fails(KIND_OPENDIR) ? NULL : real_opendir(path); }
-DIR *fdopendir(int fd) { return fails(KIND_OPENDIR) ? NULL : real_fdopendir(fd); }
-struct dirent *readdir(DIR *dir) { return fails(KIND_READDIR) ? NULL : real_readdir(dir); }
+int flock(int fd, int operation) { return io_shim_fails(KIND_LOCK) ? -1 : (int)syscall(SYS_flock, fd, operation); }
+DIR *opendir(const char *path) { return io_shim_fails(KIND_OPENDIR) ? NULL : real_opendir(path); }
+DIR *fdopendir(int fd) { return io_shim_fails(KIND_OPENDIR) ? NULL : real_fdopendir(fd); }
+struct dirent *readdir(DIR *dir) { return io_shim_fails(KIND_READDIR) ? NULL : real_readdir(dir); }
 
 int stat(const char *path, struct stat *status)
 {
-    return fails(KIND_STAT) ? -1 : (int)syscall(SYS_newfstatat, AT_FDCWD, path, status, 0);
+    return io_shim_fails(KIND_STAT) ? -1 : (int)syscall(SYS_newfstatat, AT_FDCWD, path, status, 0);
 }
 int lstat(const char *path, struct stat *status)
 {
-    return fails(KIND_STAT) ? -1 : (int)syscall(SYS_newfstatat, AT_FDCWD, path, status, AT_SYMLINK_NOFOLLOW);
+    return io_shim_fails(KIND_STAT) ? -1 : (int)syscall(SYS_newfstatat, AT_FDCWD, path, status, AT_SYMLINK_NOFOLLOW);
 }
 int fstat(int fd, struct stat *status)
 {
-    return fails(KIND_STAT) ? -1 : (int)syscall(SYS_newfstatat, fd, "", status, AT_EMPTY_PATH);
+    return io_shim_fails(KIND_STAT) ? -1 : (int)syscall(SYS_newfstatat, fd, "", status, AT_EMPTY_PATH);
 }
 int access(const char *path, int mode)
 {
-    return fails(KIND_STAT) ? -1 : (int)syscall(SYS_faccessat, AT_FDCWD, path, mode);
+    return io_shim_fails(KIND_STAT) ? -1 : (int)syscall(SYS_faccessat, AT_FDCWD, path, mode);
 }
 
 int pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*run)(void *), void *arg)
 {
-    return fails(KIND_THREAD) ? errno : real_thread(thread, attributes, run, arg);
+    return io_shim_fails(KIND_THREAD) ? errno : real_thread(thread, attributes, run, arg);
 }
-
-// ---- memory ------------------------------------------------------------------------------------------------------------------------
-
-struct stack {
-    uint64_t hash;
-    int depth;
-};
-
-static _Unwind_Reason_Code add_frame(struct _Unwind_Context *context, void *arg)
-{
-    struct stack *stack = arg;
-    stack->hash = (stack->hash ^ (uint64_t)_Unwind_GetIP(context)) * 0x100000001B3u;
-    return ++stack->depth < 24 ? _URC_NO_REASON : _URC_END_OF_STACK;
-}
-
-// Notes the number of this allocation when no other came from the same calls.
-static void note_stack(int64_t number)
-{
-    enum { SLOTS = 1 << 16 };
-    static uint64_t seen[SLOTS];
-    struct stack stack = {.hash = 0xCBF29CE484222325u};
-    inside = true;
-    _Unwind_Backtrace(add_frame, &stack);
-    pthread_mutex_lock(&steps);
-    size_t slot = stack.hash % SLOTS;
-    while (seen[slot] && seen[slot] != stack.hash)
-        slot = (slot + 1) % SLOTS;
-    if (!seen[slot]) {
-        seen[slot] = stack.hash;
-        dprintf(stacks_fd, "%lld\n", (long long)number);
-    }
-    pthread_mutex_unlock(&steps);
-    inside = false;
-}
-
-static bool allocation_fails(void)
-{
-    if (page && !inside && stacks_fd >= 0)
-        note_stack(page->counts[KIND_ALLOC] + 1);
-    return fails(KIND_ALLOC);
-}
-
-static void *counted(void *memory)
-{
-    if (page && memory)
-        page->counts[KIND_LIVE]++;
-    return memory;
-}
-
-void free(void *memory)
-{
-    if (page && memory)
-        page->counts[KIND_LIVE]--;
-    __libc_free(memory);
-}
-
-void *malloc(size_t bytes) { return allocation_fails() ? NULL : counted(__libc_malloc(bytes)); }
-void *calloc(size_t count, size_t bytes) { return allocation_fails() ? NULL : counted(__libc_calloc(count, bytes)); }
-void *realloc(void *memory, size_t bytes)
-{
-    if (allocation_fails())
-        return NULL;
-    void *moved = __libc_realloc(memory, bytes);
-    return memory ? moved : counted(moved);
-}
-void *memalign(size_t alignment, size_t bytes)
-{
-    return allocation_fails() ? NULL : counted(__libc_memalign(alignment, bytes));
-}
-void *aligned_alloc(size_t alignment, size_t bytes) { return memalign(alignment, bytes); }
-int posix_memalign(void **out, size_t alignment, size_t bytes)
-{
-    if (allocation_fails())
-        return ENOMEM;
-    void *memory = __libc_memalign(alignment, bytes);
-    if (!memory)
-        return ENOMEM;
-    *out = counted(memory);
-    return 0;
-}
-
-void *mmap(void *wanted, size_t bytes, int protection, int flags, int fd, off_t offset)
-{
-    if (flags & MAP_ANONYMOUS ? allocation_fails() : fails(KIND_MAP))
-        return MAP_FAILED;
-    return (void *)syscall(SYS_mmap, wanted, bytes, protection, flags, fd, offset);
-}
-ALSO(mmap, mmap64);

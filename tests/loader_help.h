@@ -24,6 +24,7 @@
 #include "engine/loader.h"
 #include "formats/checked.h"
 #include "formats/file_io.h"
+#include "tests/device/quick.h"
 #include "tests/random_help.h"
 #include "tests/shard_fixture.h"
 

@@ -237,13 +237,10 @@ void shard_fixture_compress(struct shard_fixture *file)
     file->file_bytes = layout.payload_offset + end;
 }
 
-void shard_fixture_write(const char *out_dir, bool compressed)
+// The manifest but for its lists of files.
+static struct manifest fixture_manifest(void)
 {
-    struct error err = {0};
-    struct manifest_file ranks[TP] = {0}, extra = {.name = "note.txt", .bytes = 6};
-    extra.hash = checksum_whole("hello\n", 6);
-    struct manifest_file source = {.name = "model.safetensors", .bytes = 1000, .hash = {1, 2}};
-    struct manifest manifest = {
+    return (struct manifest){
         .version = MANIFEST_VERSION,
         .tool = "test",
         .model = {.architecture = "Formula",
@@ -284,13 +281,21 @@ void shard_fixture_write(const char *out_dir, bool compressed)
         .quant = {.linear = WEIGHT_INT4, .embedding = WEIGHT_BF16, .head = WEIGHT_INT8, .group_size = 64},
         .experts = EXPERTS_EP,
         .wire_advice = "bf16",
-        .ranks = ranks,
-        .num_ranks = TP,
-        .extras = &extra,
-        .num_extras = 1,
-        .sources = &source,
-        .num_sources = 1,
     };
+}
+
+void shard_fixture_write(const char *out_dir, bool compressed)
+{
+    struct error err = {0};
+    struct manifest_file ranks[TP] = {0}, extra = {.name = "note.txt", .bytes = 6};
+    extra.hash = checksum_whole("hello\n", 6);
+    struct manifest_file source = {.name = "model.safetensors", .bytes = 1000, .hash = {1, 2}};
+    struct manifest manifest = fixture_manifest();
+    manifest.ranks = ranks;
+    manifest.num_ranks = TP;
+    manifest.extras = &extra;
+    manifest.sources = &source;
+    manifest.num_extras = manifest.num_sources = 1;
     struct checksum128 sum;
     if (manifest_contract(&manifest, &sum, &err))
         fail_msg("%s", err.msg);

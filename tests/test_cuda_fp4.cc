@@ -172,6 +172,8 @@ static void tokens_do_not_see_each_other(void **state)
     random_state = 2;
     for (struct kind_case kind : kinds) {
         int64_t tokens = kind.kind == WEIGHT_MXFP4 ? 129 : 66, few = 5;
+        if (quick() && kind.kind == WEIGHT_MXFP4)
+            continue;
         struct matrix w = make_matrix(kind, ROWS, COLS, fill);
         float *x = random_input(tokens, COLS);
         struct device_input in = make_input(x, tokens, COLS, 256);

@@ -330,7 +330,7 @@ void models_agree(void **state)
     struct error err;
     (void)state;
     assert_int_equal(thread_pool_create(&pool, 2, &err), 0);
-    for (size_t i = quick() ? 2 : 0; i < sizeof cases / sizeof *cases; i += quick() ? 4 : 1)
+    for (size_t i = quick() ? 2 : 0; i < sizeof cases / sizeof *cases; i += quick() ? 6 : 1)
         check_model(&cases[i], pool);
     thread_pool_free(pool);
 }

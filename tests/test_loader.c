@@ -109,7 +109,7 @@ static void every_path(void **state)
         struct load_fixture f;
         fixture_make(&f, compressed);
         assert_int_equal(shard_file_is_compressed(f.file), compressed);
-        for (size_t i = 0; i < sizeof path_cases / sizeof *path_cases; i++)
+        for (size_t i = quick(); i < sizeof path_cases / sizeof *path_cases; i += quick() ? 3 : 1)
             for (size_t t = 0; t < sizeof threads / sizeof *threads && path_cases[i].compressed == compressed; t++)
                 check_path(&f, &path_cases[i], threads[t]);
         fixture_free(&f);
@@ -141,7 +141,7 @@ static void flips_are_found(void **state)
     for (int compressed = 0; compressed < 2; compressed++) {
         struct load_fixture f;
         fixture_make(&f, compressed);
-        for (int turn = 0; turn < 3 * 5 * 2; turn++) {
+        for (int turn = quick() ? 4 * compressed : 0; turn < 3 * 5 * 2; turn += quick() ? 5 : 1) {
             const uint8_t *base;
             struct loader *loader;
             struct error err, again;
@@ -206,7 +206,7 @@ static void decoders_see_verified_bytes(void **state)
     (void)state;
     struct load_fixture f;
     fixture_make(&f, true);
-    for (int turn = 0; turn < 4 * 3; turn++) { // of the last ones, one is noise
+    for (int turn = 0; turn < 4 * 3; turn += quick() ? 5 : 1) { // of the last ones, one is noise
         const uint8_t *base;
         struct loader *loader;
         struct error err;
@@ -332,7 +332,7 @@ static void damage_is_fetched_again(void **state)
 {
     (void)state;
     for (int compressed = 0; compressed < 2; compressed++)
-        for (int times = 0; times < 5; times++) {
+        for (int times = 0; times < 5; times += quick() ? 2 : 1) {
             struct load_fixture f;
             const uint8_t *base;
             struct loader *loader;
@@ -526,7 +526,7 @@ static void free_in_the_middle(void **state)
     struct load_fixture f;
     fixture_make(&f, false);
     int threads = count_threads();
-    for (int turn = 0; turn < 5 * 2 * 4; turn++) {
+    for (int turn = 0; turn < 5 * 2 * 4; turn += quick() ? 3 : 1) {
         const uint8_t *base;
         struct loader *loader;
         struct error err;

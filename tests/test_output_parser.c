@@ -7,6 +7,7 @@
 #include <cmocka.h>
 
 #include "engine/serve/output_parser.h"
+#include "tests/device/quick.h"
 #include "tests/random_help.h"
 
 #include <jansson.h>
@@ -447,6 +448,7 @@ static void test_size(void **state)
         {TOOLS_HARMONY, "<|channel|>final<|message|>x<|end|>", "        "},
         {TOOLS_HARMONY, "<|channel|>commentary to=functions.f<|message|>", "<<<<<<<<"},
     };
+    const size_t most = quick() ? 1 << 18 : 1 << 20;
     (void)state;
     for (size_t i = 0; i < COUNT(texts); i++) {
         struct output_parser *parser = NULL;
@@ -458,7 +460,7 @@ static void test_size(void **state)
                                               on_tally, &tally, &err),
                          0);
         assert_int_equal(output_parser_push(parser, texts[i].head, pushed, &err), 0);
-        for (; pushed < 1 << 20; pushed += length) {
+        for (; pushed < most; pushed += length) {
             assert_int_equal(output_parser_push(parser, texts[i].body, length, &err), 0);
             if (pushed > tally.bytes + (66 << 10))
                 fail_msg("text %zu: %zu bytes are held back", i, pushed - tally.bytes);

@@ -18,7 +18,7 @@ BUILD = Path(os.environ.get("BUILD", "build"))
 MODEL = Path("tests/model")
 PART = int(os.environ.get("QUALITY_TOKENS", "4000"))  # 0: all
 WHOLE = 0 if PART in (0, 4000) else PART
-FEW = min(PART or 4000, 2000)  # for what needs two models at a time
+FEW = min(PART, 500) if PART else 2000  # for what needs two models at a time
 failures = 0
 
 

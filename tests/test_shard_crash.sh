@@ -2,13 +2,13 @@
 # tpshard killed at random moments: nothing that verify or inspect accepts is left unless it is the whole model, --resume
 # comes to the same bytes, a replaced model is the old one, the new one or none. Signals, a full disk, a changed source.
 #
-#   CRASHES   kills of each kind (default 40, of --zstd 15; in slow builds, TEST_QUICK=1, 16 and 8)
+#   CRASHES   kills of each kind (default 40, of --zstd 15; in slow builds, TEST_QUICK=1, 8 and 5)
 cd "$(dirname "$0")/.." || exit 1
 . tests/shard_helpers.sh
 
 leave_out_syncs
 usual=40 usual_zstd=15
-if [ -n "${TEST_QUICK:-}" ]; then usual=16 usual_zstd=8; fi
+if [ -n "${TEST_QUICK:-}" ]; then usual=8 usual_zstd=5; fi
 crashes=${CRASHES:-$usual}
 RANDOM=11
 source=$work/source
@@ -134,6 +134,11 @@ unfinished() {
     [ "$(wc -l <"$out/.tmp-tpshard/journal")" -gt 1 ] && [ -z "$(find "$out" -maxdepth 1 -type f)" ]
 } 2>/dev/null
 
+again_unfinished() {
+    rm -rf "$out"
+    cp -r "$work/unfinished" "$out"
+}
+
 other_resumes() {
     local killed=0
     until unfinished; do
@@ -148,24 +153,20 @@ other_resumes() {
         "$tpshard" convert --resume --tp 2 --quant int4 --group-size 32 "$source" "$out"
     expect "and it leaves the unfinished run" 0 "" "$tpshard" convert --quiet "${options[@]}" --resume "$source" "$out"
     if same "$out" "$work/whole"; then ok "which goes on"; else not_ok "which goes on: $(cat "$work/diff")"; fi
-    rm -rf "$out"
-    cp -r "$work/unfinished" "$out"
+    again_unfinished
     expect "--resume --force starts anew" 0 "" "$tpshard" convert --quiet --tp 2 --quant int8 --resume --force "$source" "$out"
     if same "$out" "$work/other"; then ok "with the new options' bytes"; else not_ok "new bytes: $(cat "$work/diff")"; fi
 
     # What the journal says is not believed: the files are.
-    rm -rf "$out"
-    cp -r "$work/unfinished" "$out"
+    again_unfinished
     for rank in "$out"/.tmp-tpshard/rank-*; do flip "$rank" $((2 * 1024 * 1024 + 100)) 1; done
     convert "${options[@]}" --resume "$source" "$out"
     if same "$out" "$work/whole"; then ok "damage in an unfinished run is mended"; else not_ok "damage stays: $(cat "$work/diff" "$work/err")"; fi
-    rm -rf "$out"
-    cp -r "$work/unfinished" "$out"
+    again_unfinished
     printf 'torn 0123' >>"$out/.tmp-tpshard/journal"
     convert "${options[@]}" --resume "$source" "$out"
     if same "$out" "$work/whole"; then ok "a torn line of the journal"; else not_ok "torn line: $(cat "$work/diff" "$work/err")"; fi
-    rm -rf "$out"
-    cp -r "$work/unfinished" "$out"
+    again_unfinished
     cp "$work/whole/config.json" "$out" # killed while it committed, taken up, and killed again
     convert "${options[@]}" --resume "$source" "$out"
     if same "$out" "$work/whole"; then ok "extras beside the work folder"; else not_ok "extras beside it: $(cat "$work/diff" "$work/err")"; fi

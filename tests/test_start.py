@@ -131,8 +131,8 @@ MODELS = {}
 def make_models(work):
     """The bundled model for two ranks, and one large enough to arrive in many pieces, with the bundled tokenizer: for one rank and for two."""
     subprocess.run([TPSHARD, "--tp", "2", "--quant", "int4", "tests/model", work / "two", "--quiet"], check=True)
-    subprocess.run([sys.executable, "scripts/make_synthetic_checkpoint.py", "--layers", "6" if SLOW else "16", "--hidden", "256", "--intermediate", "1024", "--heads", "4",
-                    "--kv-heads", "4", "--head-dim", "64", "--vocab", "2048", work / "checkpoint"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "scripts/make_synthetic_checkpoint.py", "--layers", "6" if SLOW else "16", "--hidden", "256", "--intermediate", "1024",
+                    "--heads", "4", "--kv-heads", "4", "--head-dim", "64", "--vocab", "2048", work / "checkpoint"], check=True, stdout=subprocess.DEVNULL)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(Path("tests/model") / name, work / "checkpoint")
     for tp, name in ((1, "large"), (2, "large-two")):
@@ -220,7 +220,8 @@ def test_paths():
     expect("tokens unverified", out, wanted)
     report("timings unverified", None if figures["phases"]["first_token"] > 0 and len(figures["ranks"]) == 2 else problem)
     output = directory.parent / "logits.npy"
-    for words in (("bench", MODELS["two"], "--prompt-tokens", 8, "--gen-tokens", 4), ("eval", MODELS["two"], "--text", "tests/model/README.md", "--max-tokens", 64 if SLOW else 2000),
+    for words in (("bench", MODELS["two"], "--prompt-tokens", 8, "--gen-tokens", 4),
+                  ("eval", MODELS["two"], "--text", "tests/model/README.md", "--max-tokens", 64 if SLOW else 2000),
                   ("logits", MODELS["two"], "--token-ids", "1,2", "--output", output)):
         check_timings(f"timings of {words[0]}", timings_of(must(*words, "--quiet", "--timings")[1]), MODELS["two"])
 

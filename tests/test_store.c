@@ -375,7 +375,7 @@ static void test_least_recently_used(void **state)
     const char *dir = in_work("lru");
     char name[STORE_CACHE_NAME_BYTES], other[STORE_CACHE_NAME_BYTES + 64];
     struct error err;
-    struct store_cache_fill *fill, *third;
+    struct store_cache_fill *fill;
     for (uint64_t i = 1; i <= 4; i++) {
         put(dir, i, 4 * ENTRY_BYTES);
         set_used(dir, i, (time_t)(1000 + i));
@@ -403,18 +403,35 @@ static void test_least_recently_used(void **state)
     assert_int_equal(begin(&fill, dir, 8, ENTRY_BYTES - 1, &err), ERR_IO);
     assert_non_null(strstr(err.msg, "limit"));
     assert_true(has(dir, 1) && has(dir, 6));
-    // Those that are being filled count, and are not dropped.
+}
+
+// Those that are being filled count, and are not dropped.
+static void test_filling_counts(void **state)
+{
+    (void)state;
+    const char *dir = in_work("filling");
+    struct error err;
+    struct store_cache_fill *fill, *third, *none;
+    put(dir, 1, 2 * ENTRY_BYTES);
+    put(dir, 6, 2 * ENTRY_BYTES);
     assert_int_equal(begin(&fill, dir, 9, 2 * ENTRY_BYTES, &err), 0);
     assert_int_equal(begin(&third, dir, 10, 2 * ENTRY_BYTES, &err), 0);
     assert_false(has(dir, 1) || has(dir, 6));
-    struct store_cache_fill *none;
     assert_int_equal(begin(&none, dir, 11, 2 * ENTRY_BYTES, &err), ERR_IO);
     add(fill, 9, 0, ENTRY_BYTES);
     store_cache_fill_end(fill);
     store_cache_fill_end(third);
     assert_true(has(dir, 9));
-    assert_int_equal(count_files(dir, ".part"), 1);
-    // One in use lives on for who uses it.
+    assert_int_equal(count_files(dir, ".part"), 0);
+}
+
+// One in use lives on for who uses it.
+static void test_dropped_in_use(void **state)
+{
+    (void)state;
+    const char *dir = in_work("in-use");
+    char name[STORE_CACHE_NAME_BYTES];
+    put(dir, 9, ENTRY_BYTES);
     name_of(name, 9, ENTRY_BYTES);
     int fd = store_cache_open(dir, name, ENTRY_BYTES);
     uint8_t byte;
@@ -567,12 +584,13 @@ int main(int argc, char **argv)
     if (argc > 1 && strcmp(argv[1], "fetch") == 0)
         return store_fetch_main(argc, argv);
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_urls),        cmocka_unit_test(test_bad_urls),
-        cmocka_unit_test(test_bad_tokens),  cmocka_unit_test(test_directory),
-        cmocka_unit_test(test_names),       cmocka_unit_test(test_fill),
-        cmocka_unit_test(test_processes),   cmocka_unit_test(test_least_recently_used),
-        cmocka_unit_test(test_left_behind), cmocka_unit_test(test_no_cache),
-        cmocka_unit_test(test_own_ranks),   cmocka_unit_test(test_held_lock),
+        cmocka_unit_test(test_urls),           cmocka_unit_test(test_bad_urls),
+        cmocka_unit_test(test_bad_tokens),     cmocka_unit_test(test_directory),
+        cmocka_unit_test(test_names),          cmocka_unit_test(test_fill),
+        cmocka_unit_test(test_processes),      cmocka_unit_test(test_least_recently_used),
+        cmocka_unit_test(test_filling_counts), cmocka_unit_test(test_dropped_in_use),
+        cmocka_unit_test(test_left_behind),    cmocka_unit_test(test_no_cache),
+        cmocka_unit_test(test_own_ranks),      cmocka_unit_test(test_held_lock),
     };
     return cmocka_run_group_tests(tests, enter_directory, leave_directory);
 }
