@@ -148,7 +148,9 @@ static int choose_threads(const struct loader *l)
         return l->options.threads < LOAD_LANES ? l->options.threads : LOAD_LANES;
     if (l->fd < 0)
         return LOAD_LANES;
-    if (l->waits && l->path != LOAD_URING)
+    if (l->waits && l->map) // each has one read in flight
+        threads = MOST_READERS;
+    else if (l->waits && l->path != LOAD_URING)
         threads = 2 * cores > LEAST_READERS ? 2 * cores : LEAST_READERS;
     return threads < MOST_READERS ? threads : MOST_READERS;
 }

@@ -14,6 +14,7 @@
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <sys/utsname.h>
 #include <unistd.h>
 
 enum {
@@ -171,8 +172,18 @@ static enum load_path suggest(struct loader *l, bool may_map)
     return may_map ? LOAD_MAP : l->waits ? LOAD_URING : LOAD_READ;
 }
 
-// What is not in the page cache yet is asked for in pages of the largest size, whatever the device's read-ahead: that takes less than a tenth of
-// the time that small ones take to make and to map. Kernels that have none of them for files read by the same amount, or as they do for all.
+// From 5.18 on a fault in such a map reads 2 MiB, whatever the device's read-ahead, and keeps them in one unit where the file system can: that
+// takes less than a tenth of the time that single pages take to make and to map. There the read-ahead, which would go on in small units
+// behind each fault, is left out: other threads keep reads in flight.
+static void read_in_large_units(void *map, uint64_t bytes)
+{
+    struct utsname name;
+    int major = 0, minor = 0;
+    if (uname(&name) == 0 && sscanf(name.release, "%d.%d", &major, &minor) == 2 &&
+        (major > 5 || (major == 5 && minor >= 18)) && madvise(map, bytes, MADV_HUGEPAGE) == 0)
+        madvise(map, bytes, MADV_RANDOM);
+}
+
 static void map_payload(struct loader *l)
 {
     const struct loader_options *o = &l->options;
@@ -185,7 +196,7 @@ static void map_payload(struct loader *l)
         because(l, "without a map (%s)", err.msg);
         munmap(map, bytes);
     } else {
-        madvise(map, bytes, MADV_HUGEPAGE);
+        read_in_large_units(map, bytes);
         l->map = map;
     }
 }
