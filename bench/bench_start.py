@@ -457,10 +457,10 @@ def start(args, _work):
 # ---- making shards -------------------------------------------------------------------------------------------------------
 
 
-def convert_ours(args, out, quant):
+def convert_ours(args, out, quant, *words):
     shutil.rmtree(out, ignore_errors=True)
     drop(args.checkpoint)
-    run = Run(TPSHARD, "convert", "--quiet", "--tp", args.convert_tp, "--quant", quant, *(["--group-size", 32] if quant == "int4" else []), args.checkpoint, out)
+    run = Run(TPSHARD, "convert", "--quiet", "--tp", args.convert_tp, "--quant", quant, *(["--group-size", 32] if quant == "int4" else []), *words, args.checkpoint, out)
     source = size(args.checkpoint)
     return {"gb_s": source / run.seconds / 1e9, "seconds": run.seconds, "cpu_s_per_gb": run.cpu_s / source * 1e9, "written_bytes": size(out)}
 
@@ -501,6 +501,8 @@ def convert(args, work):
             "write: fio with fsync": lambda: write_bandwidth(work, 1 << 30)}
     for quant, kind in (("none", "bf16"), ("int8", "q8_0"), ("int4", "q4_0")):
         ways[f"tpshard {quant}"] = lambda quant=quant: convert_ours(args, out, quant)
+        if quant == "int4":
+            ways["tpshard int4, plain rounding"] = lambda: convert_ours(args, out, "int4", "--scales", "max")
         if args.rival_convert:
             ways[f"rival {kind}"] = lambda kind=kind: convert_rival(args, work, kind)
     table = Table("convert").play(args.rounds, ways)

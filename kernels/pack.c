@@ -7,6 +7,9 @@
 
 #include <stddef.h>
 #include <string.h>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 // Bytes of one code of a packed row; of a stored one too, except that tiled kinds store two codes in a byte.
 static uint64_t code_bytes(enum weight_kind kind) { return kind == WEIGHT_F32 ? 4 : kind == WEIGHT_BF16 ? 2 : 1; }
@@ -148,11 +151,37 @@ static uint64_t tile_row(uint64_t row, int *shift)
     return row / TILE_ROWS * WEIGHT_TILE_BYTES + row % 8 * WEIGHT_COL_UNIT;
 }
 
+// 64 codes into one nibble each of 64 bytes. shift: 0 or 4.
+static void store_tile_row(uint8_t *to, const uint8_t *codes, int shift)
+{
+#ifdef __SSE2__
+    // Within 16 columns the code of column c + 8 goes beside that of c: four bytes for each t; then t and w change places.
+    __m128i v[4], part[4], row[4];
+    for (int w = 0; w < 4; w++) {
+        __m128i sixteen = _mm_loadu_si128((const __m128i *)(codes + 16 * w));
+        v[w] = _mm_unpacklo_epi8(sixteen, _mm_srli_si128(sixteen, 8));
+    }
+    part[0] = _mm_unpacklo_epi32(v[0], v[1]), part[1] = _mm_unpacklo_epi32(v[2], v[3]);
+    part[2] = _mm_unpackhi_epi32(v[0], v[1]), part[3] = _mm_unpackhi_epi32(v[2], v[3]);
+    row[0] = _mm_unpacklo_epi64(part[0], part[1]), row[1] = _mm_unpackhi_epi64(part[0], part[1]);
+    row[2] = _mm_unpacklo_epi64(part[2], part[3]), row[3] = _mm_unpackhi_epi64(part[2], part[3]);
+    const __m128i keep = _mm_set1_epi8((char)(0xf0 >> shift));
+    for (int t = 0; t < 4; t++) {
+        __m128i *at = (__m128i *)(to + 16 * t);
+        __m128i codes_of_t = _mm_slli_epi16(_mm_and_si128(row[t], _mm_set1_epi8(15)), shift);
+        _mm_storeu_si128(at, _mm_or_si128(_mm_and_si128(_mm_loadu_si128(at), keep), codes_of_t));
+    }
+#else
+    uint8_t keep = (uint8_t)(0xf0 >> shift);
+    for (int b = 0; b < WEIGHT_COL_UNIT; b++)
+        to[b] = (uint8_t)((to[b] & keep) | (codes[tile_col[b]] & 15) << shift);
+#endif
+}
+
 static void store_tiled(uint8_t *data, const struct weight_shape *shape, uint64_t row, const uint8_t *codes)
 {
     int shift;
     uint8_t *to = data + tile_row(row, &shift);
-    uint8_t keep = (uint8_t)(0xf0 >> shift);
     for (uint64_t col = 0; col < shape->cols; col += WEIGHT_COL_UNIT, to += TILE_COLUMN_BYTES) {
         const uint8_t *from = codes + col;
         uint8_t padded[WEIGHT_COL_UNIT] = {0};
@@ -160,8 +189,7 @@ static void store_tiled(uint8_t *data, const struct weight_shape *shape, uint64_
             memcpy(padded, from, shape->cols - col);
             from = padded;
         }
-        for (int b = 0; b < WEIGHT_COL_UNIT; b++)
-            to[b] = (uint8_t)((to[b] & keep) | (from[tile_col[b]] & 15) << shift);
+        store_tile_row(to, from, shift);
     }
 }
 

@@ -465,6 +465,26 @@ static uint32_t largest_magnitude_bits(const float *x, uint64_t cols)
     return largest;
 }
 
+// Of finite numbers.
+static void round_bf16(uint16_t *out, const float *x, uint64_t cols)
+{
+    uint64_t i = 0;
+#ifdef __SSE2__
+    for (; i + 2 * QUAD <= cols; i += 2 * QUAD) {
+        __m128i half[2];
+        for (int h = 0; h < 2;
+             h++) { // to nearest, ties to even: half of the last place less one, and one more where it is odd
+            __m128i bits = _mm_castps_si128((__m128)quad_load(x + i + h * QUAD));
+            __m128i odd = _mm_and_si128(_mm_srli_epi32(bits, 16), _mm_set1_epi32(1));
+            half[h] = _mm_srai_epi32(_mm_add_epi32(_mm_add_epi32(bits, _mm_set1_epi32(0x7fff)), odd), 16);
+        }
+        _mm_storeu_si128((__m128i *)(out + i), _mm_packs_epi32(half[0], half[1]));
+    }
+#endif
+    for (; i < cols; i++)
+        out[i] = f32_to_bf16(x[i]);
+}
+
 // Magnitudes from here on are no weights: Inf and NaN, and what bf16 would round to Inf.
 static uint32_t not_finite_bits(enum weight_kind kind) { return kind == WEIGHT_BF16 ? 0x7f7f8000 : 0x7f800000; }
 
@@ -532,8 +552,7 @@ static int quantize_row(struct packed_row *out, enum weight_kind kind, uint32_t 
         if (cols)
             memcpy(out->f32, x, cols * sizeof *x);
     } else if (kind == WEIGHT_BF16) {
-        for (uint64_t i = 0; i < cols; i++)
-            out->bf16[i] = f32_to_bf16(x[i]);
+        round_bf16(out->bf16, x, cols);
     } else if (kind == WEIGHT_INT8) {
         out->scale = row_scale(largest, 127.0f);
         float inverse = out->scale > 0 ? 1.0f / out->scale : 0;
