@@ -171,6 +171,32 @@ static void flips_are_found(void **state)
     }
 }
 
+// No leaf is passed over, whichever lane brings it and wherever in its buffers.
+static void every_leaf_is_verified(void **state)
+{
+    (void)state;
+    struct load_fixture f;
+    fixture_make(&f, false);
+    for (int turn = quick() ? 9 : 2; turn < 5 * 2; turn++) // of each path's: the host, a device
+        for (uint64_t leaf = 0; leaf <= FIXTURE_LEAVES; leaf++) {
+            const uint8_t *base;
+            struct loader *loader;
+            struct error err;
+            struct device device = fresh_device();
+            uint64_t flipped = f.payload_offset + leaf * SHARD_LEAF_BYTES + 3;
+            fixture_flip(&f, flipped, 4);
+            struct loader_options options = load_options(&f, &device, turn % 2);
+            options.path = (enum load_path)(turn / 2);
+            assert_int_equal(loader_start(&loader, &options, &base, &err), 0);
+            if (loader_finish(loader, &err) != ERR_CORRUPT)
+                fail_msg("%s: leaf %llu is not compared", words[options.path], (unsigned long long)leaf);
+            loader_free(loader);
+            free_device(&device);
+            fixture_flip(&f, flipped, 4);
+        }
+    fixture_free(&f);
+}
+
 static void less_verifying(void **state)
 {
     (void)state;
@@ -625,6 +651,7 @@ int main(void)
         cmocka_unit_test(every_path),
         cmocka_unit_test(paths_have_names),
         cmocka_unit_test(flips_are_found),
+        cmocka_unit_test(every_leaf_is_verified),
         cmocka_unit_test(less_verifying),
         cmocka_unit_test(decoders_see_verified_bytes),
         cmocka_unit_test(who_waits_is_served),
