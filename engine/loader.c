@@ -139,8 +139,8 @@ static void *lane_main(void *arg)
 
 // ---- starting ------------------------------------------------------------------------------------------------------
 
-// Threads that read wait more than they compute; those of a ring do not, nor those that find the file in the page cache. A request over a network waits longest. More than a few have
-// nothing to win on this machine, and each may hold a buffer of page-locked memory.
+// Threads that read wait more than they compute; those of a ring do not, nor those that find the file in the page cache. A request over a
+// network waits longest. More than a few have nothing to win on this machine, and each may hold a buffer of page-locked memory.
 static int choose_threads(const struct loader *l)
 {
     int cores = thread_pool_default_threads(), threads = cores;
@@ -334,6 +334,8 @@ static void join(struct loader *l)
 {
     for (int i = 0; i < l->threads && !l->joined; i++)
         pthread_join(l->lanes[i].thread, NULL);
+    if (l->map && !l->joined) // such a map's pages would be the first to be given up
+        madvise((void *)(uintptr_t)l->map, shard_file_payload_bytes(l->options.file), MADV_NORMAL);
     l->joined = true;
     if (l->begun)
         l->options.backend->load_end(l->options.device);

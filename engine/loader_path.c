@@ -156,15 +156,12 @@ static void because(struct loader *l, const char *fmt, ...)
     va_end(args);
 }
 
-static enum load_path suggest(struct loader *l, bool may_map)
+static enum load_path suggest(struct loader *l, bool may_map, int percent)
 {
-    uint64_t bytes = shard_file_stored_bytes(l->options.file);
-    int percent = bytes == 0 ? 100 : cached_percent(l->fd, l->payload_offset, bytes);
     if (percent < 0)
         because(l, "what lies in the page cache is not known");
     else
         because(l, "%d %% of the file lies in the page cache", percent);
-    l->waits = percent < CACHED_PERCENT;
     if (may_map && l->waits && !reads_stay(l->fd, l->payload_offset)) {
         because(l, "what is read does not stay there");
         may_map = false;
@@ -174,7 +171,7 @@ static enum load_path suggest(struct loader *l, bool may_map)
 
 // From 5.18 on a fault in such a map reads 2 MiB, whatever the device's read-ahead, and keeps them in one unit where the file system can: that
 // takes less than a tenth of the time that single pages take to make and to map. There the read-ahead, which would go on in small units
-// behind each fault, is left out: other threads keep reads in flight.
+// behind each fault, is left out while the load lasts: other threads keep reads in flight.
 static void read_in_large_units(void *map, uint64_t bytes)
 {
     struct utsname name;
@@ -205,18 +202,21 @@ static void map_payload(struct loader *l)
 static void choose(struct loader *l, bool may_map)
 {
     int failed;
+    uint64_t bytes = shard_file_stored_bytes(l->options.file);
     l->path = l->options.path;
     if (l->fd < 0) {
         l->path = LOAD_READ;
         because(l, "the file is fetched");
         return;
     }
+    int percent = bytes == 0 ? 100 : cached_percent(l->fd, l->payload_offset, bytes);
+    l->waits = percent < CACHED_PERCENT;
     if (l->path == LOAD_MAP && !may_map) {
         because(l, l->compressed ? "a compressed file is not used where it lies" : "the weights go to a device");
         l->path = LOAD_AUTO;
     }
     if (l->path == LOAD_AUTO)
-        l->path = suggest(l, may_map);
+        l->path = suggest(l, may_map, percent);
     else
         because(l, "as asked for");
     if (l->path == LOAD_MAP || l->path == LOAD_READ)

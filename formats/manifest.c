@@ -241,7 +241,8 @@ static int parse_scales(struct manifest_quant *quant, const struct json_object *
     if (weight_scales_from_name(name, &quant->scales) && quant->scales == WEIGHT_SCALES_LARGEST &&
         (weight_is_tiled(quant->linear) || weight_is_tiled(quant->embedding) || weight_is_tiled(quant->head)))
         return 0;
-    return error_set(err, ERR_CORRUPT, "%s: quant.scales must be max, and something of four bits; found '%.40s'",
+    return error_set(err, ERR_CORRUPT,
+                     "%s: quant.scales must be absent, or max beside a kind of four bits; found '%.40s'",
                      object->file_name, name);
 }
 
@@ -420,7 +421,8 @@ int manifest_read(struct manifest **out, const char *dir, struct error *err)
     char path[4096];
     if (snprintf(path, sizeof path, "%s/" MANIFEST_FILE_NAME, dir) >= (int)sizeof path)
         return error_set(err, ERR_IO, "%.80s...: the path is too long", dir);
-    if (access(path, F_OK) != 0 && errno == ENOENT && exists(dir, ".")) {
+    struct stat status;
+    if (lstat(path, &status) != 0 && errno == ENOENT && exists(dir, ".")) {
         if (has_rank_files(dir))
             return error_set(err, ERR_CORRUPT,
                              "%s: no " MANIFEST_FILE_NAME " here beside the rank files: copy it from where they come "
@@ -436,7 +438,6 @@ int manifest_read(struct manifest **out, const char *dir, struct error *err)
                          dir);
     }
     struct json_object root;
-    struct stat status;
     int rc = json_file_open(&root, path, JSON_FILE_CAP_BYTES, ERR_CORRUPT, err);
     if (rc == ERR_IO && stat(path, &status) == 0 && !S_ISREG(status.st_mode))
         rc = err->code = ERR_CORRUPT; // the directory is damaged, whatever the system makes of it

@@ -8,8 +8,8 @@
 
 #include <stdint.h>
 
-// Is it the file that the manifest means: rank k's and no other's, of this contract, of this length, with this head? ERR_CORRUPT names both values,
-// and what mends it. path: for messages.
+// Is it the file that the manifest means: rank k's and no other's, of this contract, of this length, with this head? ERR_CORRUPT names
+// both values, and what mends it. path: for messages.
 int rank_file_check(const struct shard_file *file, const struct manifest *manifest, uint32_t rank, const char *path,
                     struct error *err);
 // shard_file_open and that. What cannot be opened is told as repair_hint_unopened does. Failure: *out untouched.

@@ -13,7 +13,7 @@ const char *repair_hint(char out[REPAIR_HINT_BYTES], const char *name)
     int length = slash ? (int)(slash - name) + (slash == name) : 1;
     if (strstr(name, "://"))
         where = " where it was published";
-    if (*where || memchr(dir, '\'', (size_t)length)) {
+    if (*where || length > REPAIR_HINT_BYTES / 2 || memchr(dir, '\'', (size_t)length)) {
         dir = "DIR";
         length = 3;
     } else if (strspn(dir, plain) < (size_t)length) {
@@ -33,11 +33,12 @@ int repair_hint_unopened(const char *path, struct error *err)
     struct error cause = *err;
     struct stat status;
     if (stat(path, &status)) {
+        if (errno != ENOENT && errno != ELOOP && errno != ENOTDIR)
+            return cause.code;
         if (!lstat(path, &status) && S_ISLNK(status.st_mode))
             return error_set(err, ERR_CORRUPT, "%s: is a symbolic link that leads nowhere; remove it, then %s", path,
                              repair_hint(hint, path));
-        return errno == ENOENT ? error_set(err, ERR_IO, "%s: there is no such file; %s", path, repair_hint(hint, path))
-                               : cause.code;
+        return error_set(err, ERR_IO, "%s: there is no such file; %s", path, repair_hint(hint, path));
     }
     return S_ISREG(status.st_mode)
                ? cause.code

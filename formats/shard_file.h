@@ -112,8 +112,8 @@ struct shard_file; // immutable after opening
 // be rejected (ERR_CORRUPT), none may crash. The bytes are copied: they need not outlive the call.
 int shard_file_parse(struct shard_file **out, const uint8_t *bytes, uint64_t available, uint64_t file_bytes,
                      const char *name, struct error *err);
-// How long the head of a file is that begins so, as its header says; at most 64 MiB. 0: that is no head, which is for shard_file_parse to say, or
-// these are too few bytes to tell. SHARD_PAYLOAD_ALIGN bytes are enough, and no head is shorter.
+// How long the head of a file is that begins so, as its header says; at most 64 MiB. 0: that is no head, which is for shard_file_parse to
+// say, or these are too few bytes to tell. SHARD_PAYLOAD_ALIGN bytes are enough, and no head is shorter.
 uint64_t shard_file_head_bytes(const uint8_t *first, uint64_t num_first);
 // Reads and parses the head of a file, then maps the payload read-only (private, not populated).
 int shard_file_open(struct shard_file **out, const char *path, struct error *err);

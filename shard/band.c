@@ -154,6 +154,7 @@ static int build_part(struct band_buffer *buffer, const struct plan *plan, const
         .source = slice,
         .kind = shape->kind,
         .group_size = shape->group_size,
+        .scales = plan->quant.scales,
         .row_begin = slice->row_begin + begin - part_begin,
         .rows = end - begin,
     };

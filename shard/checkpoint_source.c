@@ -117,7 +117,7 @@ static int source_row(const struct row_source *base, struct row_window *window, 
     gather(window->values, window, from->form, row);
     for (uint64_t i = 0; from->form == PLUS_ONE && i < cols; i++)
         window->values[i] += 1;
-    int rc = source->plan->quant.scales == WEIGHT_SCALES_LARGEST
+    int rc = request->scales == WEIGHT_SCALES_LARGEST
                  ? pack_round_row(out, request->kind, request->group_size, window->values, cols, &cause)
                  : pack_quantize_row(out, request->kind, request->group_size, window->values, cols, NULL, &cause);
     if (rc)

@@ -83,6 +83,21 @@ done:
     return rc;
 }
 
+static bool rounds_to_four_bits(const char *word)
+{
+    enum weight_kind kind;
+    return word && weight_kind_from_name(word, &kind) && weight_is_tiled(kind);
+}
+
+int commands_check_scales(const struct model_options *options, bool chooses, struct error *err)
+{
+    if (strcmp(options->scales, "search") == 0 || (chooses && !options->quant) || rounds_to_four_bits(options->quant) ||
+        rounds_to_four_bits(options->embed) || rounds_to_four_bits(options->head))
+        return 0;
+    return error_set(err, ERR_USAGE, "--scales %s is for weights that are rounded to four bits; here are none",
+                     options->scales);
+}
+
 struct plan_wish commands_wish(const struct model_options *options, enum experts_mode experts)
 {
     enum weight_scales scales = WEIGHT_SCALES_SEARCHED;

@@ -78,6 +78,8 @@ int sums_run(int argc, char **argv, struct error *err);
 int commands_read_model(struct hf_config *config, enum experts_mode *experts, const char *path, bool is_file,
                         const struct model_options *options, struct error *err);
 struct plan_wish commands_wish(const struct model_options *options, enum experts_mode experts);
+// ERR_USAGE: --scales is said, and nothing is rounded to four bits. chooses: where no --quant is said, the command chooses one.
+int commands_check_scales(const struct model_options *options, bool chooses, struct error *err);
 
 // What `convert --dry-run` shows: `plan` without its own options.
 int plan_report(const char *model_dir, const struct model_options *options, struct error *err);

@@ -39,11 +39,8 @@ static int make_plan(struct conversion *c, struct error *err)
 {
     const struct plan_wish wish = commands_wish(&model_options, c->experts);
     c->keep = plan_wish_keeps(&wish, c->rows.import);
-    int rc = plan_of_wish(&c->plan, &c->config.model, &c->rows.config, c->rows.import, &wish, err);
-    if (!rc && c->plan->quant.scales != wish.scales)
-        rc = error_set(err, ERR_USAGE, "--scales %s is for weights of four bits; here are none",
-                       weight_scales_name(wish.scales));
-    return rc;
+    int rc = commands_check_scales(&model_options, false, err);
+    return rc ? rc : plan_of_wish(&c->plan, &c->config.model, &c->rows.config, c->rows.import, &wish, err);
 }
 
 static void say_what_is_stored(const struct conversion *c)

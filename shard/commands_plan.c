@@ -382,8 +382,8 @@ int plan_report(const char *model_path, const struct model_options *wanted, stru
     struct subject subject = {.wanted = wanted};
     struct plan_answer answer = {0};
     int rc;
-    if ((rc = read_subject(&subject, model_path, err)) || (rc = check_question(&subject, err)) ||
-        (rc = find_answer(&answer, &subject, err)))
+    if ((rc = commands_check_scales(wanted, true, err)) || (rc = read_subject(&subject, model_path, err)) ||
+        (rc = check_question(&subject, err)) || (rc = find_answer(&answer, &subject, err)))
         goto done;
     answer.source_format = is_quantized(&subject) ? subject.import.name : NULL;
     rc = common.json ? print_json(&answer, err) : plan_screen_print(&answer, err);

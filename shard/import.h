@@ -155,7 +155,7 @@ int import_read(struct import *import, struct import_window *window, const char 
 // One of these rows as a packed row of the kind. Exact when the kind can hold it; else dequantized and quantized anew,
 // and the error noted.
 int import_row(struct import *import, struct import_window *window, uint64_t row, enum weight_kind kind,
-               uint32_t group_size, struct packed_row *out, struct error *err);
+               uint32_t group_size, enum weight_scales scales, struct packed_row *out, struct error *err);
 // One of these rows as floats, for tests. out [cols].
 int import_values(struct import *import, struct import_window *window, uint64_t row, float *out, struct error *err);
 

@@ -188,7 +188,7 @@ static int note_loss(struct import *import, struct import_matrix *matrix, const 
 }
 
 int import_row(struct import *import, struct import_window *window, uint64_t row, enum weight_kind kind,
-               uint32_t group_size, struct packed_row *out, struct error *err)
+               uint32_t group_size, enum weight_scales scales, struct packed_row *out, struct error *err)
 {
     struct import_matrix *matrix = window->matrix;
     struct row_view view = view_of(window, row);
@@ -208,7 +208,9 @@ int import_row(struct import *import, struct import_window *window, uint64_t row
         dequantize(matrix, &view, view.scratch);
         values = view.scratch;
     }
-    if ((rc = pack_quantize_row(out, kind, group_size, values, matrix->cols, NULL, &cause)))
+    rc = scales == WEIGHT_SCALES_LARGEST ? pack_round_row(out, kind, group_size, values, matrix->cols, &cause)
+                                         : pack_quantize_row(out, kind, group_size, values, matrix->cols, NULL, &cause);
+    if (rc)
         return bad_row(matrix, row, cause.msg, err);
     return matrix->form.layout == LAYOUT_PLAIN ? 0 : note_loss(import, matrix, values, out, kind, group_size, err);
 }

@@ -65,7 +65,8 @@ static int source_row(const struct row_source *base, struct row_window *window, 
     const struct import_source *source = of_base(base);
     const struct row_request *request = &window->request;
     if (from_import(source, request))
-        return import_row(source->import, window->own, row, request->kind, request->group_size, out, err);
+        return import_row(source->import, window->own, row, request->kind, request->group_size, request->scales, out,
+                          err);
     int rc = source->plain.source.row(&source->plain.source, window, row, out, err);
     return rc || request->kind != WEIGHT_F32 ? rc : reorder_vector(source, request, out, err);
 }

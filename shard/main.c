@@ -14,7 +14,7 @@ static const struct command_spec commands[] = {
      reshard_options, reshard_run},
     {"repair", "out_dir", 1, 1, "Writes again what does not hold, and nothing else.", repair_options, repair_run},
     {"sums", "out_dir", 1, 1,
-     "Writes SHA256SUMS: what to sign and publish with the files; warns of a signature that no longer fits it.",
+     "Writes SHA256SUMS: what to sign and publish with the files; warns when it changes a list that has been signed.",
      sums_options, sums_run},
     {0},
 };

@@ -17,6 +17,7 @@ struct row_request {
     const struct shard_part *source; // name and whole shape
     enum weight_kind kind;           // what rows are wanted as
     uint32_t group_size;             // int4; else 0
+    enum weight_scales scales;       // of what is rounded to four bits
     uint64_t row_begin, rows;
 };
 

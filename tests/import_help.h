@@ -155,7 +155,7 @@ static inline void stored_values(struct opened *opened, const char *source, enum
         uint64_t count = rows - begin < 3 ? rows - begin : 3;
         assert_int_equal(import_read(opened->import, &window, source, begin, count, &err), 0);
         for (uint64_t r = begin; r < begin + count; r++) {
-            if (import_row(opened->import, &window, r, kind, group, &row, &err))
+            if (import_row(opened->import, &window, r, kind, group, WEIGHT_SCALES_SEARCHED, &row, &err))
                 fail_msg("%s", err.msg);
             pack_dequantize_row(out + r * cols, &row, kind, group, cols);
         }

@@ -117,7 +117,7 @@ static void test_refused_tensors(void **state)
         struct packed_row row = new_row(kind, group, K);
         assert_int_equal(import_read(opened.import, &window, "m.weight", 0, N, &err), 0);
         for (uint64_t n = 0; n < N && !rc; n++)
-            rc = import_row(opened.import, &window, n, kind, group, &row, &err);
+            rc = import_row(opened.import, &window, n, kind, group, WEIGHT_SCALES_SEARCHED, &row, &err);
         if (rc != ERR_MODEL || !strstr(err.msg, rows[i].words))
             fail_msg("code %d, \"%s\" does not say \"%s\"", rc, err.msg, rows[i].words);
         free_row(&row);

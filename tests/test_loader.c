@@ -197,6 +197,43 @@ static void every_leaf_is_verified(void **state)
     fixture_free(&f);
 }
 
+// While it is loaded a map asks for no read-ahead; whoever keeps that afterwards loses its pages first when memory is short.
+static void maps_are_ordinary_afterwards(void **state)
+{
+    (void)state;
+    struct load_fixture f;
+    const uint8_t *base;
+    struct loader *loader;
+    struct error err;
+    struct device device = fresh_device();
+    char line[4096];
+    fixture_make(&f, false);
+    fixture_cache(&f, false);
+    struct loader_options options = load_options(&f, &device, false);
+    assert_int_equal(loader_start(&loader, &options, &base, &err), 0);
+    assert_int_equal(loader_finish(loader, &err), 0);
+    assert_true(loader_is_mapped(loader));
+    FILE *maps = fopen("/proc/self/smaps", "re");
+    assert_non_null(maps);
+    bool inside = false;
+    int flags = 0;
+    while (fgets(line, sizeof line, maps)) {
+        unsigned long begin, end;
+        if (sscanf(line, "%lx-%lx ", &begin, &end) == 2)
+            inside = (uintptr_t)base >= begin && (uintptr_t)base < end;
+        if (inside && strncmp(line, "VmFlags:", 8) == 0) {
+            flags++;
+            if (strstr(line, " rr"))
+                fail_msg("the map is still read without order: %s", line);
+        }
+    }
+    fclose(maps);
+    assert_int_equal(flags, 1);
+    loader_free(loader);
+    free_device(&device);
+    fixture_free(&f);
+}
+
 static void less_verifying(void **state)
 {
     (void)state;
@@ -652,6 +689,7 @@ int main(void)
         cmocka_unit_test(paths_have_names),
         cmocka_unit_test(flips_are_found),
         cmocka_unit_test(every_leaf_is_verified),
+        cmocka_unit_test(maps_are_ordinary_afterwards),
         cmocka_unit_test(less_verifying),
         cmocka_unit_test(decoders_see_verified_bytes),
         cmocka_unit_test(who_waits_is_served),

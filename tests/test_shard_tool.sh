@@ -57,8 +57,15 @@ plain_rounding() {
     for rank in "$work"/max-2/rank-*; do printf X | dd of="$rank" bs=1 seek=100 conv=notrunc status=none; done
     expect "--scales max: repaired from the checkpoint" 0 "" "$tpshard" repair --quiet "$work/max-2" --from "$synthetic"
     expect "--scales max: whole again" 0 "ok" "$tpshard" verify --against "$synthetic" "$work/max-2"
+    for scales in search max; do
+        expect "an FP8 checkpoint, --scales $scales" 0 "" "$tpshard" --quiet --quant int4 --scales "$scales" tests/golden/imports/ct_fp8 "$work/fp8-$scales"
+    done
+    cmp -s "$work"/fp8-{search,max}/rank-00-of-01.tpshard && not_ok "--scales max of a quantized checkpoint changes nothing" || ok "--scales max of a quantized checkpoint"
+    run "$tpshard" verify --against tests/golden/imports/ct_fp8 "$work/fp8-max" && ok "and verified" || not_ok "and verified: $(cat "$work/err")"
+    expect "--scales max where four bits stay as they are" 2 "here are none" "$tpshard" --quant keep --scales max tests/golden/imports/gptq "$work/none"
+    expect "plan --scales max without four bits" 2 "here are none" "$tpshard" plan --quant int8 --scales max "$synthetic"
     expect "--scales max without four bits" 2 "here are none" "$tpshard" convert --tp 1 --quant int8 --scales max "$synthetic" "$work/none"
-    rm -rf "$work"/max-? "$work/search-2" "$work/new"
+    rm -rf "$work"/max-? "$work/search-2" "$work/new" "$work"/fp8-*
 }
 
 families() {

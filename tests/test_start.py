@@ -85,7 +85,7 @@ class Gate:
         self.gate.set()
 
     def answer(self, handler):
-        path = self.root / handler.path.rpartition("/")[2]
+        path = self.root / handler.path.partition("?")[0].rpartition("/")[2]
         if self.token and handler.headers.get("Authorization") != f"Bearer {self.token}":
             handler.send_error(401)
             return
@@ -435,12 +435,21 @@ def test_serve_waiting():
                 wait_until(lambda: server.status("/ping"))
                 told = {path: server.status(path) for path in ("/ping", "/health", "/metrics", "/v1/models", "/v1/stats")}
                 told["completion"] = server.asked()[0]
-                expect("before the manifest is there", told, {"/ping": 204, "/health": 503, "/metrics": 200, "/v1/models": 200, "/v1/stats": 200, "completion": 503})
+                told["name"] = json.loads(server.get("/v1/models"))["data"][0]["id"]
+                expect("before the manifest is there", told, {"/ping": 204, "/health": 503, "/metrics": 200, "/v1/models": 200, "/v1/stats": 200, "completion": 503, "name": "dir"})
             time.sleep(0.3)
             os.kill(ranks[1] if what == "a lost rank" else server.process.pid, signal.SIGKILL if what == "a lost rank" else signal.SIGTERM)
             ended = wait_until(lambda: server.process.poll() is not None, 20 if SLOW else 8)
             report(f"{what} while {part} is held back", None if ended and server.process.returncode == status else
                    f"exit {server.process.returncode}: {server.text()[-600:]}")
+    with Gate(directory) as gate, Serve(gate.url.replace("//", "//me:secret@").replace("/dir", "/?sig=secret")) as server:
+        wait_until(lambda: server.status("/ping") == 200)
+        shown = [path for path in ("/v1/models", "/v1/stats", "/metrics", "/props", "/version") if "secret" in server.get(path) or "127.0.0.1" in server.get(path)]
+        report("a URL's secrets are no model's name", f"{shown}" + server.text() if shown or "secret" in server.text() else None)
+    for words, status, sentence in ((["ftp://127.0.0.1/dir"], 2, "http"), ([directory, "--cache-limit", "1G"], 2, "--cache-limit without --cache")):
+        with Serve(*words) as server:
+            server.process.wait(60)
+            report(f"nobody listens for {words}", None if server.process.returncode == status and sentence in server.text() and "listening" not in server.text() else server.text())
     with Gate(directory, token="sesame") as gate, Serve(gate.url) as server:
         server.process.wait(60)
         report("a server that gets no manifest", None if server.process.returncode == 5 and "401" in server.text() else server.text()[-600:])

@@ -1,7 +1,7 @@
 // tpengine serve: the OpenAI-compatible server. Options, and the order in which its parts come up and go down.
 //
-// The sockets are open before anything of the model is read, be it from a slow server, so that health checks are answered meanwhile. Threads: this one forks
-// and steps the ranks (engine.h); one serves the sockets (http_server.h); a few parse and tokenize (api.h). Only this one takes SIGINT and SIGTERM.
+// The sockets are open before anything of the model is read, be it from a slow server, so that health checks are answered meanwhile.
+// Threads: this one forks and steps the ranks (engine.h); one serves the sockets (http_server.h); a few parse and tokenize (api.h). Only this one takes SIGINT and SIGTERM.
 #include "engine/commands.h"
 #include "engine/serve/api.h"
 #include "engine/serve/engine.h"
@@ -147,6 +147,7 @@ struct server {
     int num_keys;
     char name[NAME_MAX + 1]; // of the model, unless others are given
     const char *model_name;  // it
+    struct store_options store;
     double begin_s;
 };
 static struct server the_server = {.ready = PTHREAD_MUTEX_INITIALIZER};
@@ -207,13 +208,16 @@ static int read_keys(struct server *server, struct error *err)
 // The directory's name, or the last part of the URL's path.
 static int choose_name(struct server *server, const char *place, struct error *err)
 {
-    char *path = store_url_is_one(place) ? strndup(place, strcspn(place, "?#")) : realpath(place, NULL);
-    if (!path)
+    struct store_url url = {0};
+    char *path = NULL;
+    int rc = store_url_is_one(place) ? store_url_parse(&url, place, err) : 0;
+    if (rc)
+        return rc;
+    if (!url.shown && !(path = realpath(place, NULL)))
         return error_set_errno(err, "%s", place);
-    for (size_t end = strlen(path); end > 0 && path[end - 1] == '/'; end--)
-        path[end - 1] = '\0';
-    const char *slash = strrchr(path, '/');
+    const char *slash = strrchr(path ? path : strstr(url.shown, "://") + 3, '/'); // of a host alone there is no name
     snprintf(server->name, sizeof server->name, "%s", slash && slash[1] ? slash + 1 : "model");
+    store_url_clear(&url);
     free(path);
     return 0;
 }
@@ -512,7 +516,9 @@ static void on_state(void *arg, enum engine_state state)
 static int prepare(struct server *server, const char *place, struct error *err)
 {
     int rc;
-    return (rc = check_options(err)) || (rc = read_keys(server, err)) ? rc : choose_name(server, place, err);
+    return (rc = check_options(err)) || (rc = choose_store(&server->store, NULL, err)) || (rc = read_keys(server, err))
+               ? rc
+               : choose_name(server, place, err);
 }
 
 // The manifest. It may come from a slow server: a signal ends the program meanwhile.
@@ -527,8 +533,12 @@ static int open_model(struct server *server, const char *place, struct error *er
     session.leave_signals = true; // to engine_run
     session.draft_tokens = options.draft_tokens;
     session.load_first = true; // "ready" means it
-    if ((rc = choose_store(&session.store, NULL, err)) ||
-        (rc = session_open(&server->session, place, &session, options.max_batch, 0, err)))
+    session.store = server->store;
+    if (store_url_is_one(place)) {
+        notify("STATUS=asking for the manifest");
+        log_line(LOG_INFO, "asking for the manifest", NULL);
+    }
+    if ((rc = session_open(&server->session, place, &session, options.max_batch, 0, err)))
         return rc;
     if (session.store.cache_dir && !store_is_remote(session_store(server->session)))
         log_line(LOG_WARNING, "--cache is not used: the model is a directory's", NULL);
@@ -655,7 +665,16 @@ static void configure_log(void)
     log_configure(level, strcmp(options.log_format, "json") == 0);
 }
 
-static void end_at_once(int number) { _exit(128 + number); }
+// Before there is an engine to drain, and after it: nobody is waited for.
+static void end_at_once(int number)
+{
+    static const char what[] = "ended by a signal\n";
+    if (options.unix_path && the_server.http_running)
+        unlink(options.unix_path);
+    if (write(STDERR_FILENO, what, sizeof what - 1) < 0)
+        _exit(ERR_OTHER);
+    _exit(128 + number);
+}
 
 int serve_run(int argc, char **argv, struct error *err)
 {

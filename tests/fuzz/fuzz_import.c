@@ -58,12 +58,12 @@ static void read_rows(struct import *import, const struct import_part *part, enu
         }
         for (uint64_t i = begin; i < begin + rows; i++) {
             packed_row_place(&row, memory, kind, group, part->cols);
-            if ((rc = import_row(import, &window, i, kind, group, &row, &err)))
+            if ((rc = import_row(import, &window, i, kind, group, WEIGHT_SCALES_SEARCHED, &row, &err)))
                 check_refused(rc, &err);
             if ((rc = import_values(import, &window, i, values, &err)))
                 check_refused(rc, &err);
             packed_row_place(&row, memory, WEIGHT_BF16, 0, part->cols);
-            if ((rc = import_row(import, &window, i, WEIGHT_BF16, 0, &row, &err)))
+            if ((rc = import_row(import, &window, i, WEIGHT_BF16, 0, WEIGHT_SCALES_SEARCHED, &row, &err)))
                 check_refused(rc, &err);
         }
     }
