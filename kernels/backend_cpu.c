@@ -49,10 +49,9 @@ static void free_buffers(struct device *d)
         free(d->cosines[table]);
         free(d->sines[table]);
     }
-    free(d->scores);
-    free(d->latent_rows);
     free(d->head_rows);
     activations_free(&d->act);
+    cpu_attention_free(d);
     cpu_experts_free(d);
     if (d->kv)
         munmap(d->kv, d->kv_bytes ? d->kv_bytes : 1);
@@ -75,9 +74,8 @@ static void cpu_describe(const struct device *d, char text[DEVICE_TEXT_BYTES])
 
 static uint64_t cpu_host_bytes(const struct device_shape *s, int threads)
 {
-    struct kv_shape kv = kv_shape(s->desc, s->share);
-    uint64_t thread_floats = (uint64_t)(s->context + s->desc->hidden_size + kv.k_dim + kv.v_dim);
-    return (uint64_t)s->max_rows * row_bytes(s->desc, s->share) + (uint64_t)threads * thread_floats * sizeof(float);
+    return (uint64_t)s->max_rows * row_bytes(s->desc, s->share) + cpu_attention_bytes(s, threads) +
+           (uint64_t)threads * (uint64_t)s->desc->hidden_size * sizeof(float);
 }
 
 static int cpu_plan(struct device *d, const struct device_shape *s, struct memory_plan *plan, struct error *err)
@@ -122,8 +120,6 @@ static int alloc_rows(struct device *d, struct error *err)
               (d->sines[table] = floats(s->max_rows * half)) != NULL;
     ok &= (d->normed = floats(s->max_rows * s->desc->hidden_size)) != NULL;
     ok &= (d->attended = floats(s->max_rows * attended_width(s->desc, s->share))) != NULL;
-    ok &= (d->scores = floats(threads * s->context)) != NULL;
-    ok &= (d->latent_rows = floats(threads * (d->kv_shape.k_dim + d->kv_shape.v_dim))) != NULL;
     ok &= (d->head_rows = floats(threads * s->desc->hidden_size)) != NULL;
     if (!ok)
         return error_set(err, ERR_MEMORY, "no memory for the buffers of %lld rows", (long long)s->max_rows);
@@ -138,7 +134,7 @@ static int cpu_prepare(struct device *d, const struct device_shape *s, const str
     d->kv_shape = kv_shape(s->desc, s->share);
     d->q_size = s->share->num_heads_local * s->desc->head_dim;
     d->kv_size = d->kv_shape.latent ? 0 : d->kv_shape.heads * s->desc->head_dim;
-    if ((rc = alloc_rows(d, err)) || (rc = cpu_experts_alloc(d, err)))
+    if ((rc = alloc_rows(d, err)) || (rc = cpu_attention_alloc(d, err)) || (rc = cpu_experts_alloc(d, err)))
         return rc;
     d->kv_bytes = kv_bytes(s->desc, s->share, s->num_pages, s->kv_format);
     void *kv = mmap(NULL, d->kv_bytes ? d->kv_bytes : 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

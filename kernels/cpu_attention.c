@@ -1,14 +1,72 @@
 // Norms and rotation of q and k, the KV cache, the heads. See cpu_attention.h.
 #include "kernels/cpu_attention.h"
 
+#include "formats/checked.h"
+#include "kernels/attention.h"
 #include "kernels/cpu_device.h"
 
+#include <stdlib.h>
 #include <string.h>
+
+enum {
+    PARTS_FLOATS = 1 << 20, // of chunks that are summed up by different threads
+    TASKS_PER_THREAD = 4,   // wanted, so that no thread waits long for the last
+    LEAST_TASKS = 2,        // of a thread, before chunks or heads of one row are dealt
+    LEAST_HEADS = 4,        // of a task, for then keys are widened anew
+};
 
 struct attention_job {
     struct device *d;
     int64_t layer;
+    // How attend is cut: blocks of rows of one sequence, kv heads, shares of a kv head's query heads, chunks of positions (1: not cut).
+    // The results are the same however it is cut.
+    int64_t blocks, shares, chunks;
 };
+
+// ---- scratch ---------------------------------------------------------------------------------------------------
+
+static int64_t room_floats(const struct kv_shape *kv)
+{
+    return (int64_t)round_up((uint64_t)attention_room_floats(kv->k_dim, kv->v_dim), 16); // whole cache lines
+}
+static int64_t latent_floats(const struct kv_shape *kv)
+{
+    return kv->latent ? ATTENTION_QUERIES * (kv->k_dim + kv->v_dim) : 0;
+}
+static int64_t parts_floats(const struct device_shape *s, int64_t threads, const struct kv_shape *kv)
+{
+    return threads > 1 && s->context > KV_CHUNK_TOKENS && !kv->latent ? PARTS_FLOATS : 0;
+}
+
+uint64_t cpu_attention_bytes(const struct device_shape *s, int threads)
+{
+    struct kv_shape kv = kv_shape(s->desc, s->share);
+    int64_t floats = threads * (room_floats(&kv) + latent_floats(&kv)) + parts_floats(s, threads, &kv);
+    return (uint64_t)floats * sizeof(float) + (uint64_t)(s->max_rows + 1) * sizeof(int64_t);
+}
+
+int cpu_attention_alloc(struct device *d, struct error *err)
+{
+    struct attention_work *w = &d->attention;
+    int64_t threads = thread_pool_size(d->pool);
+    w->room_floats = room_floats(&d->kv_shape);
+    w->parts_floats = parts_floats(&d->shape, threads, &d->kv_shape);
+    w->blocks = calloc((size_t)d->shape.max_rows + 1, sizeof *w->blocks);
+    w->room = aligned_alloc(64, (size_t)(threads * w->room_floats) * sizeof *w->room);
+    w->latent = calloc((size_t)(threads * latent_floats(&d->kv_shape)) + 1, sizeof *w->latent);
+    w->parts = calloc((size_t)w->parts_floats + 1, sizeof *w->parts);
+    if (!w->blocks || !w->room || !w->latent || !w->parts)
+        return error_set(err, ERR_MEMORY, "no memory for the scratch of attention");
+    return 0;
+}
+
+void cpu_attention_free(struct device *d)
+{
+    free(d->attention.blocks);
+    free(d->attention.room);
+    free(d->attention.latent);
+    free(d->attention.parts);
+}
 
 static const struct layer *layer_of(const struct attention_job *job) { return &job->d->weights->layers[job->layer]; }
 
@@ -62,7 +120,7 @@ static void squares_row(void *arg, int64_t row, int thread)
 
 int cpu_squares(struct device *d, int64_t layer, struct error *err)
 {
-    struct attention_job job = {d, layer};
+    struct attention_job job = {.d = d, .layer = layer};
     (void)err;
     thread_pool_run(d->pool, squares_row, &job, d->count);
     return 0;
@@ -133,7 +191,7 @@ static void finish_latent_row(void *arg, int64_t row, int thread)
 
 int cpu_finish_qkv(struct device *d, int64_t layer, struct error *err)
 {
-    struct attention_job job = {d, layer};
+    struct attention_job job = {.d = d, .layer = layer};
     (void)err;
     thread_pool_run(d->pool, d->kv_shape.latent ? finish_latent_row : finish_qkv_row, &job, d->count);
     return 0;
@@ -141,54 +199,211 @@ int cpu_finish_qkv(struct device *d, int64_t layer, struct error *err)
 
 // ---- heads -----------------------------------------------------------------------------------------------------
 
-// The latent's side of a head: with key = K c and value = V c for a cached latent c, q . K c = (K^T q) . c, and the weighted sum of values
-// is V times the weighted sum of latents. out[v_dim] (DeepSeek-V2, section 2.1: K and V absorbed).
-static void attend_latent(const struct attention_job *job, float *out, const float *q, int64_t head,
-                          const struct kv_view *kv, int64_t first, int64_t end, const struct attention_scores *scores,
-                          int thread)
+static void heads_of(const struct device *d, int64_t kv_head, int64_t *begin, int64_t *end)
 {
-    struct device *d = job->d;
-    const struct latent_desc *latent = &d->shape.desc->latent;
-    const struct matrix *w = &layer_of(job)->kv_b;
-    int64_t stride = (int64_t)w->shape.cols_padded;
-    const uint16_t *keys = (const uint16_t *)w->data + head * (latent->nope_dim + latent->v_dim) * stride;
-    float *query = d->latent_rows + thread * (kv->k_dim + kv->v_dim), *mixed = query + kv->k_dim;
-    d->k->mix_rows(query, q, keys, stride, latent->nope_dim, latent->kv_rank);
-    memcpy(query + latent->kv_rank, q + latent->nope_dim, (size_t)latent->rope_dim * sizeof *query);
-    d->k->attention(mixed, query, kv, 0, first, end, scores, d->scores + thread * d->shape.context);
-    d->k->dot_rows(out, mixed, keys + latent->nope_dim * stride, stride, latent->v_dim, latent->kv_rank);
+    const struct model_desc *desc = d->shape.desc;
+    const struct rank_share *share = d->shape.share;
+    int64_t per_kv = desc->num_heads / desc->num_kv_heads;
+    int64_t first = (share->kv_head_begin + kv_head) * per_kv - share->head_begin;
+    *begin = d->kv_shape.latent || first < 0 ? 0 : first;
+    *end = d->kv_shape.latent || first + per_kv > share->num_heads_local ? share->num_heads_local : first + per_kv;
 }
 
-// One task is one row and one query head.
-static void attend_head(void *arg, int64_t task, int thread)
+static float *attended_of(const struct device *d, int64_t row, int64_t head)
+{
+    int64_t width = attended_width(d->shape.desc, d->shape.share);
+    return d->attended + row * width + head * (width / d->shape.share->num_heads_local);
+}
+
+// What a query has summed up over a chunk: out, largest, sum.
+static float *part_of(const struct attention_job *job, int64_t row, int64_t head, int64_t chunk)
+{
+    struct device *d = job->d;
+    int64_t query = row * d->shape.share->num_heads_local + head;
+    return d->attention.parts + (query * job->chunks + chunk) * (d->kv_shape.v_dim + 2);
+}
+
+// The queries of one task: rows and heads.
+struct task {
+    int64_t row_begin, row_end, head_begin, head_end;
+    struct attention_query queries[ATTENTION_QUERIES];
+};
+
+static int64_t set_queries(const struct attention_job *job, struct task *task)
+{
+    struct device *d = job->d;
+    const struct model_desc *desc = d->shape.desc;
+    int64_t count = 0;
+    for (int64_t row = task->row_begin; row < task->row_end; row++) {
+        int64_t end = d->rows[row].position + 1;
+        int64_t window = layer_of(job)->flags & LAYER_WINDOW ? desc->sliding_window : end;
+        for (int64_t head = task->head_begin; head < task->head_end; head++, count++) {
+            struct attention_query *query = &task->queries[count];
+            *query = (struct attention_query){.q = qkv_of(d, row) + head * desc->head_dim,
+                                              .first = end > window ? end - window : 0,
+                                              .end = end,
+                                              .out = attended_of(d, row, head)};
+            attention_begin(query);
+        }
+    }
+    return count;
+}
+
+// The latent's side of the queries: with key = K c and value = V c for a cached latent c, q . K c = (K^T q) . c, and the weighted sum of
+// values is V times the weighted sum of latents (DeepSeek-V2, section 2.1: K and V absorbed). latent: [queries][k_dim + v_dim].
+static void absorb_keys(const struct attention_job *job, struct task *task, float *latent)
+{
+    struct device *d = job->d;
+    const struct latent_desc *desc = &d->shape.desc->latent;
+    const struct matrix *w = &layer_of(job)->kv_b;
+    int64_t stride = (int64_t)w->shape.cols_padded, heads = task->head_end - task->head_begin;
+    int64_t rows = task->row_end - task->row_begin, floats = d->kv_shape.k_dim + d->kv_shape.v_dim;
+    for (int64_t h = 0; h < heads; h++) {
+        const uint16_t *keys =
+            (const uint16_t *)w->data + (task->head_begin + h) * (desc->nope_dim + desc->v_dim) * stride;
+        for (int64_t i = h; i < rows * heads; i += heads) {
+            const float *q = task->queries[i].q;
+            float *query = latent + i * floats;
+            d->k->mix_rows(query, q, keys, stride, desc->nope_dim, desc->kv_rank);
+            memcpy(query + desc->kv_rank, q + desc->nope_dim, (size_t)desc->rope_dim * sizeof *query);
+            task->queries[i].q = query;
+            task->queries[i].out = query + d->kv_shape.k_dim;
+        }
+    }
+}
+
+static void absorb_values(const struct attention_job *job, const struct task *task)
+{
+    struct device *d = job->d;
+    const struct latent_desc *desc = &d->shape.desc->latent;
+    const struct matrix *w = &layer_of(job)->kv_b;
+    int64_t stride = (int64_t)w->shape.cols_padded, heads = task->head_end - task->head_begin;
+    for (int64_t head = task->head_begin; head < task->head_end; head++) {
+        const uint16_t *values =
+            (const uint16_t *)w->data + (head * (desc->nope_dim + desc->v_dim) + desc->nope_dim) * stride;
+        for (int64_t row = task->row_begin; row < task->row_end; row++) {
+            const float *mixed = task->queries[(row - task->row_begin) * heads + head - task->head_begin].out;
+            d->k->dot_rows(attended_of(d, row, head), mixed, values, stride, desc->v_dim, desc->kv_rank);
+        }
+    }
+}
+
+static const float *sink_of(const struct attention_job *job, int64_t head)
+{
+    const float *sinks = layer_of(job)->sinks;
+    return sinks ? sinks + head : NULL;
+}
+
+// A task: the last rows, whose way is longest, come first.
+static void attend_task(void *arg, int64_t index, int thread)
 {
     struct attention_job *job = arg;
     struct device *d = job->d;
-    const struct layer *layer = layer_of(job);
-    const struct model_desc *desc = d->shape.desc;
-    const struct rank_share *share = d->shape.share;
-    int64_t row = task / share->num_heads_local, head = task % share->num_heads_local;
-    int64_t end = d->rows[row].position + 1, window = layer->flags & LAYER_WINDOW ? desc->sliding_window : end;
-    int64_t first = end > window ? end - window : 0, width = attended_width(desc, share);
-    struct attention_scores scores = {.scale = (float)desc->attention_scale,
-                                      .softcap = (float)desc->attention_softcap,
-                                      .sink = layer->sinks ? layer->sinks + head : NULL};
-    struct kv_view kv = view_of(d, job->layer, d->rows[row].sequence);
-    float *out = d->attended + row * width + head * (width / share->num_heads_local);
-    const float *q = qkv_of(d, row) + head * desc->head_dim;
-    if (d->kv_shape.latent) {
-        attend_latent(job, out, q, head, &kv, first, end, &scores, thread);
+    int64_t chunk = index % job->chunks, share = index / job->chunks % job->shares;
+    int64_t kv_head = index / (job->chunks * job->shares) % d->kv_shape.heads, heads, end;
+    int64_t block = job->blocks - 1 - index / (job->chunks * job->shares * d->kv_shape.heads);
+    struct task task = {.row_begin = d->attention.blocks[block], .row_end = d->attention.blocks[block + 1]};
+    heads_of(d, kv_head, &task.head_begin, &end);
+    heads = end - task.head_begin;
+    task.head_end = task.head_begin + heads * (share + 1) / job->shares;
+    task.head_begin += heads * share / job->shares;
+    if (task.head_begin >= task.head_end)
+        return;
+
+    struct attention_scores scores = {.scale = (float)d->shape.desc->attention_scale,
+                                      .softcap = (float)d->shape.desc->attention_softcap};
+    struct kv_view kv = view_of(d, job->layer, d->rows[task.row_begin].sequence);
+    float *room = d->attention.room + thread * d->attention.room_floats;
+    int64_t count = set_queries(job, &task);
+    heads = task.head_end - task.head_begin;
+    if (job->chunks > 1) {
+        for (int64_t i = 0; i < count; i++)
+            task.queries[i].out = part_of(job, task.row_begin + i / heads, task.head_begin + i % heads, chunk);
+        d->k->attention(task.queries, count, &kv, kv_head, chunk * KV_CHUNK_TOKENS, (chunk + 1) * KV_CHUNK_TOKENS,
+                        &scores, room);
+        for (int64_t i = 0; i < count; i++) {
+            task.queries[i].out[kv.v_dim] = task.queries[i].largest;
+            task.queries[i].out[kv.v_dim + 1] = task.queries[i].sum;
+        }
         return;
     }
-    int64_t kv_head = (share->head_begin + head) / (desc->num_heads / desc->num_kv_heads) - share->kv_head_begin;
-    d->k->attention(out, q, &kv, kv_head, first, end, &scores, d->scores + thread * d->shape.context);
+    if (d->kv_shape.latent)
+        absorb_keys(job, &task, d->attention.latent + thread * latent_floats(&d->kv_shape));
+    d->k->attention(task.queries, count, &kv, kv_head, 0, INT64_MAX, &scores, room);
+    for (int64_t i = 0; i < count; i++)
+        attention_finish(&task.queries[i], kv.v_dim, sink_of(job, task.head_begin + i % heads));
+    if (d->kv_shape.latent)
+        absorb_values(job, &task);
+}
+
+// One row and head: its chunks, in ascending order.
+static void join_chunks(void *arg, int64_t index, int thread)
+{
+    (void)thread;
+    struct attention_job *job = arg;
+    struct device *d = job->d;
+    int64_t v_dim = d->kv_shape.v_dim, row = index / d->shape.share->num_heads_local;
+    int64_t head = index % d->shape.share->num_heads_local;
+    struct attention_query total = {.out = attended_of(d, row, head)};
+    attention_begin(&total);
+    for (int64_t chunk = 0; chunk < job->chunks; chunk++) {
+        float *out = part_of(job, row, head, chunk);
+        struct attention_query part = {.out = out, .largest = out[v_dim], .sum = out[v_dim + 1]};
+        attention_join(&total, &part, v_dim);
+    }
+    attention_finish(&total, v_dim, sink_of(job, head));
+}
+
+// Blocks of at most so many rows of one sequence, which stand next to each other.
+static int64_t cut_rows(struct device *d, int64_t most)
+{
+    int64_t *blocks = d->attention.blocks, count = 0;
+    for (int64_t row = 0; row < d->count; row++)
+        if (row == 0 || row - blocks[count - 1] == most || d->rows[row].sequence != d->rows[row - 1].sequence)
+            blocks[count++] = row;
+    blocks[count] = d->count;
+    return count;
+}
+
+static void cut(struct attention_job *job)
+{
+    struct device *d = job->d;
+    const struct model_desc *desc = d->shape.desc;
+    int64_t threads = thread_pool_size(d->pool), kv_heads = d->kv_shape.heads, heads = d->shape.share->num_heads_local;
+    int64_t per_kv = d->kv_shape.latent ? heads : desc->num_heads / desc->num_kv_heads;
+    if (per_kv > heads)
+        per_kv = heads;
+    job->chunks = 1;
+    job->shares = (int64_t)div_up((uint64_t)per_kv, ATTENTION_QUERIES);
+    int64_t rows = ATTENTION_QUERIES / (int64_t)div_up((uint64_t)per_kv, (uint64_t)job->shares);
+    int64_t wanted = threads > 1 ? TASKS_PER_THREAD * threads : 1, least = threads > 1 ? LEAST_TASKS * threads : 1;
+    job->blocks = cut_rows(d, rows);
+    while (rows > 1 && job->blocks * job->shares * kv_heads < wanted) {
+        rows = (rows + 1) / 2;
+        job->blocks = cut_rows(d, rows);
+    }
+    if (job->blocks * job->shares * kv_heads >= least)
+        return;
+    int64_t longest = 0;
+    for (int64_t row = 0; row < d->count; row++)
+        longest = d->rows[row].position >= longest ? d->rows[row].position + 1 : longest;
+    int64_t chunks = (int64_t)div_up((uint64_t)longest, KV_CHUNK_TOKENS);
+    if (chunks > 1 && d->count * heads * chunks * (d->kv_shape.v_dim + 2) <= d->attention.parts_floats)
+        job->chunks = chunks;
+    while (job->blocks * job->shares * kv_heads * job->chunks < least && per_kv / (2 * job->shares) >= LEAST_HEADS)
+        job->shares *= 2;
 }
 
 int cpu_attend(struct device *d, int64_t layer, struct error *err)
 {
-    struct attention_job job = {d, layer};
+    struct attention_job job = {.d = d, .layer = layer};
     (void)err;
-    thread_pool_run(d->pool, attend_head, &job, d->count * d->shape.share->num_heads_local);
+    if (d->shape.share->num_heads_local > 0) {
+        cut(&job);
+        thread_pool_run(d->pool, attend_task, &job, job.blocks * d->kv_shape.heads * job.shares * job.chunks);
+        if (job.chunks > 1)
+            thread_pool_run(d->pool, join_chunks, &job, d->count * d->shape.share->num_heads_local);
+    }
     cpu_set_input(d, d->attended, attended_width(d->shape.desc, d->shape.share), d->count,
                   &d->weights->layers[layer].o);
     return 0;

@@ -22,6 +22,16 @@ struct expert_work {
     float *gate_up, *out;         // [places][2 * expert_size_local], [places][hidden]
 };
 
+// Scratch of attention; see cpu_attention.c.
+struct attention_work {
+    int64_t *blocks;     // [max_rows + 1]: first rows of the blocks of a step
+    int64_t room_floats; // of one thread
+    float *room;         // [threads][room_floats]
+    float *latent;       // [threads][ATTENTION_QUERIES][k_dim + v_dim]: queries against the latent, and its mixtures
+    float *parts;        // [parts_floats]: what queries have summed up over a chunk of positions
+    int64_t parts_floats;
+};
+
 struct device {
     const struct kernels *k;
     struct thread_pool *pool;
@@ -40,11 +50,10 @@ struct device {
     float *normed;                // [max_rows][hidden]
     float *attended;              // [max_rows][attended_width]
     float *cosines[2], *sines[2]; // [max_rows][rotary_dim / 2]: by the first table, by the local one
-    float *scores;                // [threads][context]
-    float *latent_rows;           // [threads][k_dim + v_dim] of the latent
     float *head_rows;             // [threads][hidden]
-    uint8_t *kv;                  // [num_layers][k, v][num_pages][heads][KV_PAGE_TOKENS][k_dim]
+    uint8_t *kv;                  // [num_layers][k, v], each as in struct kv_view
     uint64_t kv_bytes;            // mapped, so that untouched pages cost nothing
+    struct attention_work attention;
     struct expert_work experts;
 
     const float *input; // rows of the next product, and how they are prepared in act

@@ -14,6 +14,12 @@
 // ascending columns (partial sum: column mod 16; fp8, fp8g: column mod 32 / 2), added by halves at the end; fp8g begins them anew for
 // each 128 columns and adds scale_w[row][g] times them, g ascending, to the 16 that are added at the end. avx2 and avx512 agree bit for
 // bit (fused multiply-add), scalar rounds products.
+//
+// Attention, the same bits from every table: a product q . k is one chain of fused multiply-adds over ascending columns, then scaled and
+// capped. Positions are cut into chunks of KV_CHUNK_TOKENS, and these into pages, both by position alone. Within a chunk, page by page:
+// largest becomes that of the scores so far, and what is summed up is multiplied by exp(old largest - new one); then out = fma(weight,
+// v, out) for ascending positions, weight = exp(score - largest), and the weights add up in 16 partial sums (position mod 16), added by
+// halves at the chunk's end. Chunks are joined in ascending order (attention_join in kernels/attention.c).
 #ifndef TPSHARD_KERNELS_KERNELS_H
 #define TPSHARD_KERNELS_KERNELS_H
 
@@ -31,6 +37,8 @@ enum {
     KERNELS_MAX_HEAD_DIM = MODEL_MAX_HEAD_DIM,      // of plain attention
     KERNELS_MAX_KEY_DIM = MODEL_MAX_LATENT_KEY_DIM, // of attention over latent rows
     KV_PAGE_TOKENS = 64,                            // positions of one page of the KV cache
+    KV_CHUNK_TOKENS = 1024,                         // positions that are summed up by themselves
+    ATTENTION_QUERIES = 64,                         // most of one call
 };
 
 // A weight matrix as it lies in the mapped rank file. Not owned.
@@ -82,21 +90,30 @@ static inline struct activations activations_rows(const struct activations *act,
 enum kv_format { KV_BF16 = 0, KV_E4M3 = 1 };
 
 // One layer's keys and values on one rank, in pages.
-//   k, v   [num_pages][num_kv_heads][KV_PAGE_TOKENS][k_dim or v_stride] in the format
+//   k      [num_pages][num_kv_heads][k_dim][KV_PAGE_TOKENS] in the format: a page's keys lie turned, so that 16 of them fill a vector
+//   v      [num_pages][num_kv_heads][KV_PAGE_TOKENS][v_stride]
 //   pages  [pages of this sequence]: position p lies in page pages[p / KV_PAGE_TOKENS], slot p % KV_PAGE_TOKENS
-// Latent attention keeps one row that is key and value: v is k, v_stride k_dim, and the value its first v_dim columns.
+// Latent attention keeps one row that is key and value, [num_pages][1][KV_PAGE_TOKENS][k_dim]: v is k, v_stride k_dim, and the value its first
+// v_dim columns.
 struct kv_view {
     void *k, *v;
     enum kv_format format;
     const int32_t *pages;
     int64_t num_kv_heads, k_dim, v_dim, v_stride;
 };
+static inline bool kv_in_rows(const struct kv_view *kv) { return kv->v == kv->k; }
 
-// What happens to the products q . k before the softmax: scaled, then (softcap > 0) softcap * tanh(product / softcap). sink (NULL: none)
-// is one more logit, which takes its share of the softmax and carries no value.
+// What happens to the products q . k before the softmax: scaled, then (softcap > 0) softcap * tanh(product / softcap).
 struct attention_scores {
     float scale, softcap;
-    const float *sink;
+};
+
+// One query to a kv head, and what it has summed up so far (kernels/attention.h begins, joins and ends it).
+struct attention_query {
+    const float *q;     // [k_dim]
+    int64_t first, end; // positions that it attends to
+    float *out;         // [v_dim]: sum of exp(score - largest) * v
+    float largest, sum; // of the scores; of exp(score - largest)
 };
 
 struct kernels {
@@ -124,10 +141,11 @@ struct kernels {
     // Rotates the leading rotary_dim columns of a head by the angles of a rope_table with half = rotary_dim / 2: pairs (i, i + half), or
     // (2i, 2i + 1) when interleaved.
     void (*rope)(float *x, const float *cos, const float *sin, int64_t rotary_dim, bool interleaved);
-    // out[v_dim] = softmax(scores of q . k[p]) . v[p] over positions first <= p < end, of one kv head. q [k_dim]; k_dim is even and at most
-    // KERNELS_MAX_KEY_DIM. An empty range gives zeros. room: scratch of at least end - first floats.
-    void (*attention)(float *out, const float *q, const struct kv_view *kv, int64_t kv_head, int64_t first, int64_t end,
-                      const struct attention_scores *scores, float *room);
+    // Each query joins the softmax-weighted values of its positions in [begin, end) to what it has: begin is a multiple of KV_CHUNK_TOKENS,
+    // end too or behind all. Queries [count <= ATTENTION_QUERIES] are of one sequence and one kv head; k_dim is even and at most
+    // KERNELS_MAX_KEY_DIM. room: attention_room_floats, best aligned to 64 bytes.
+    void (*attention)(struct attention_query *queries, int64_t count, const struct kv_view *kv, int64_t kv_head,
+                      int64_t begin, int64_t end, const struct attention_scores *scores, float *room);
     // out[i] = activation(gate[i], up[i]); formats/model_desc.h has the formulas. out may be gate.
     void (*activate)(float *out, const float *gate, const float *up, int64_t count, enum activation activation);
     // x[i] = cap * tanh(x[i] / cap)

@@ -1,5 +1,5 @@
-// The operations of a layer between its matmuls: norms, rotation, attention, activations. A part of vector_ops.h, which says what holds
-// for all of them.
+// The operations of a layer between its matmuls: norms, rotation, activations and what stands around attention. A part of vector_ops.h,
+// which says what holds for all of them.
 #ifndef TPSHARD_KERNELS_LAYER_OPS_H
 #define TPSHARD_KERNELS_LAYER_OPS_H
 
@@ -61,7 +61,7 @@ static void layer_ops_rope(float *x, const float *restrict cos, const float *res
     }
 }
 
-// ---- Attention -----------------------------------------------------------------------------------------------------
+// ---- Around attention ----------------------------------------------------------------------------------------------
 
 enum { MAX_KEY_VECTORS = KERNELS_MAX_KEY_DIM / LANES };
 
@@ -80,14 +80,6 @@ static float dot_bf16(const f32x16 *q, const uint16_t *k, int64_t head_dim)
     return sum_lanes(&sum);
 }
 
-// tanh of each lane, from exp16: 1 - 2 / (exp(2x) + 1).
-VECTOR_INLINE void tanh16(f32x16 *y, const f32x16 *x)
-{
-    f32x16 e = *x + *x;
-    exp16(&e, &e);
-    *y = 1.0f - 2.0f / (e + 1.0f);
-}
-
 static void layer_ops_softcap(float *x, int64_t count, float cap)
 {
     for (int64_t i = 0; i < count; i += LANES) {
@@ -99,56 +91,6 @@ static void layer_ops_softcap(float *x, int64_t count, float cap)
         a = a * cap;
         memcpy(x + i, &a, (size_t)part * sizeof *x);
     }
-}
-
-// weights[i] = exp(weights[i] - largest); the sum, lane i % 16 first, the sink's part at the end. A NaN is passed over by the maximum
-// and reaches the sum.
-static float exp_scores(float *weights, int64_t count, const float *sink)
-{
-    float largest = sink ? *sink : -INFINITY;
-    for (int64_t i = 0; i < count; i++)
-        largest = weights[i] > largest ? weights[i] : largest;
-    f32x16 sum = {0}, a;
-    for (int64_t i = 0; i < count; i += LANES) {
-        int64_t part = count - i < LANES ? count - i : LANES;
-        load_part(&a, weights + i, part, -INFINITY); // exp(-Inf) = 0
-        a -= largest;
-        exp16(&a, &a);
-        sum += a;
-        memcpy(weights + i, &a, (size_t)part * sizeof *weights);
-    }
-    float total = sum_lanes(&sum);
-    if (sink) {
-        f32x16 rest = {0};
-        rest += *sink - largest;
-        exp16(&rest, &rest);
-        total += rest[0];
-    }
-    return total;
-}
-
-// Slots of one page of keys or values as bfloat16; e4m3 is widened into `wide`, exactly.
-static const uint16_t *page_rows(enum kv_format format, const void *pool, int64_t slot, int64_t count, int64_t stride,
-                                 uint16_t wide[KV_PAGE_TOKENS * KERNELS_MAX_KEY_DIM])
-{
-    if (format == KV_BF16)
-        return (const uint16_t *)pool + slot * stride;
-    const uint8_t *narrow = (const uint8_t *)pool + slot * stride;
-    for (int64_t i = 0; i < count * stride; i++)
-        wide[i] = (uint16_t)(f32_bits(e4m3_to_f32(narrow[i])) >> 16);
-    return wide;
-}
-
-static int64_t slot_of(const struct kv_view *kv, int64_t kv_head, int64_t position)
-{
-    return (kv->pages[position / KV_PAGE_TOKENS] * kv->num_kv_heads + kv_head) * KV_PAGE_TOKENS +
-           position % KV_PAGE_TOKENS;
-}
-
-static int64_t page_stop(int64_t position, int64_t end)
-{
-    int64_t page_end = (position / KV_PAGE_TOKENS + 1) * KV_PAGE_TOKENS;
-    return page_end < end ? page_end : end;
 }
 
 // out[cols] += sum over rows r, ascending, of x[r] * w[r][:]. 64 columns at a time, so that the partial sums stay in registers.
@@ -170,38 +112,6 @@ static void add_rows(float *out, const float *x, const uint16_t *w, int64_t stri
     for (int64_t r = 0; r < rows; r++)
         for (int64_t c = i; c < cols; c++)
             out[c] += bf16_to_f32(w[r * stride + c]) * x[r];
-}
-
-static void layer_ops_attention(float *out, const float *q, const struct kv_view *kv, int64_t kv_head, int64_t first,
-                                int64_t end, const struct attention_scores *scores, float *weights)
-{
-    int64_t k_dim = kv->k_dim, v_dim = kv->v_dim;
-    uint16_t wide[KV_PAGE_TOKENS * KERNELS_MAX_KEY_DIM];
-    memset(out, 0, (size_t)v_dim * sizeof *out);
-    if (first >= end)
-        return;
-
-    f32x16 query[MAX_KEY_VECTORS];
-    int64_t vectors = (k_dim + LANES - 1) / LANES;
-    for (int64_t i = 0; i < vectors; i++)
-        load_part(&query[i], q + i * LANES, k_dim - i * LANES, 0.0f);
-    for (int64_t p = first, stop; p < end; p = stop) {
-        stop = page_stop(p, end);
-        const uint16_t *k = page_rows(kv->format, kv->k, slot_of(kv, kv_head, p), stop - p, k_dim, wide);
-        for (int64_t s = 0; s < stop - p; s++)
-            weights[p - first + s] = dot_bf16(query, k + s * k_dim, k_dim) * scores->scale;
-    }
-    if (scores->softcap > 0)
-        layer_ops_softcap(weights, end - first, scores->softcap);
-    float sum = exp_scores(weights, end - first, scores->sink);
-
-    for (int64_t p = first, stop; p < end; p = stop) {
-        stop = page_stop(p, end);
-        const uint16_t *v = page_rows(kv->format, kv->v, slot_of(kv, kv_head, p), stop - p, kv->v_stride, wide);
-        add_rows(out, weights + (p - first), v, kv->v_stride, stop - p, v_dim);
-    }
-    for (int64_t i = 0; i < v_dim; i++)
-        out[i] /= sum;
 }
 
 static void layer_ops_mix_rows(float *out, const float *x, const uint16_t *w, int64_t stride, int64_t rows,

@@ -263,8 +263,8 @@ static void vector_ops_dequantize_row(float *out, const struct matrix *w, int64_
 #define VECTOR_OPS_ENTRIES                                                                                             \
     .prepare = vector_ops_prepare, .dequantize_row = vector_ops_dequantize_row, .rms_norm = layer_ops_rms_norm,        \
     .scale_norm = layer_ops_scale_norm, .rope_table = layer_ops_rope_table, .rope = layer_ops_rope,                    \
-    .attention = layer_ops_attention, .activate = layer_ops_activate, .softcap = layer_ops_softcap,                    \
-    .squares = layer_ops_squares, .mix_rows = layer_ops_mix_rows, .dot_rows = layer_ops_dot_rows,                      \
-    .add_scaled = layer_ops_add_scaled, .add = layer_ops_add
+    .activate = layer_ops_activate, .softcap = layer_ops_softcap, .squares = layer_ops_squares,                        \
+    .mix_rows = layer_ops_mix_rows, .dot_rows = layer_ops_dot_rows, .add_scaled = layer_ops_add_scaled,                \
+    .add = layer_ops_add
 
 #endif

@@ -105,4 +105,12 @@ VECTOR_INLINE void exp16(f32x16 *y, const f32x16 *x)
     *y = p * first * second;
 }
 
+// tanh of each lane, from exp16: 1 - 2 / (exp(2x) + 1).
+VECTOR_INLINE void tanh16(f32x16 *y, const f32x16 *x)
+{
+    f32x16 e = *x + *x;
+    exp16(&e, &e);
+    *y = 1.0f - 2.0f / (e + 1.0f);
+}
+
 #endif

@@ -1,6 +1,7 @@
 // The decoder's operations beside matrix products against an independent implementation (tests/golden/decoder, made by
 // scripts/make_goldens_decoder.py in float64), through every kernel table; the choice of experts through the CPU backend.
 #include "formats/number_formats.h"
+#include "kernels/attention.h"
 #include "kernels/backend.h"
 
 #include <jansson.h>
@@ -92,17 +93,21 @@ static void check_attention(const struct kernels *k, const json_t *test)
     assert_true(kv.k && kv.v);
     for (int64_t head = 0; head < kv_heads; head++)
         for (int64_t i = 0; i < positions * dim; i++) {
-            int64_t at = (kv_heads + head) * KV_PAGE_TOKENS * dim + i;
-            ((uint16_t *)kv.k)[at] = f32_to_bf16(keys[head * positions * dim + i]);
-            ((uint16_t *)kv.v)[at] = f32_to_bf16(values[head * positions * dim + i]);
+            int64_t begin = (kv_heads + head) * KV_PAGE_TOKENS * dim, turned = i % dim * KV_PAGE_TOKENS + i / dim;
+            ((uint16_t *)kv.k)[begin + turned] = f32_to_bf16(keys[head * positions * dim + i]);
+            ((uint16_t *)kv.v)[begin + i] = f32_to_bf16(values[head * positions * dim + i]);
         }
     int64_t window = (int64_t)number(test, "sliding_window");
     int64_t first = window > 0 && positions > window ? positions - window : 0;
-    float room[KV_PAGE_TOKENS], out[64];
+    float *room = calloc((size_t)attention_room_floats(dim, dim), sizeof *room), out[64];
+    assert_non_null(room);
     for (int64_t head = 0; head < heads; head++) {
         struct attention_scores scores = {(float)number(test, "attention_scale"),
-                                          (float)number(test, "attention_softcap"), sinks ? &sinks[head] : NULL};
-        k->attention(out, q + head * dim, &kv, head * kv_heads / heads, first, positions, &scores, room);
+                                          (float)number(test, "attention_softcap")};
+        struct attention_query query = {.q = q + head * dim, .first = first, .end = positions, .out = out};
+        attention_begin(&query);
+        k->attention(&query, 1, &kv, head * kv_heads / heads, 0, positions, &scores, room);
+        attention_finish(&query, dim, sinks ? &sinks[head] : NULL);
         assert_near(test, k, out, want + head * dim, dim, 1e-5, 1e-5); // scores of magnitude 10 err by 1e-6
     }
     free(q);
@@ -110,6 +115,7 @@ static void check_attention(const struct kernels *k, const json_t *test)
     free(values);
     free(want);
     free(sinks);
+    free(room);
     free(kv.k);
     free(kv.v);
 }

@@ -48,12 +48,11 @@ static void check(const struct kv_view *view, int sequence, int64_t position)
 {
     for (int64_t h = 0; h < HEADS; h++)
         for (int64_t i = 0; i < HEAD_DIM; i++) {
-            int64_t at = (((int64_t)view->pages[position / KV_PAGE_TOKENS] * HEADS + h) * KV_PAGE_TOKENS +
-                          position % KV_PAGE_TOKENS) *
-                             HEAD_DIM +
-                         i;
-            assert_true(value_at(view->k, view->format, at) == value_of(sequence, position, h, i, 0));
-            assert_true(value_at(view->v, view->format, at) == value_of(sequence, position, h, i, 1));
+            int64_t begin = ((int64_t)view->pages[position / KV_PAGE_TOKENS] * HEADS + h) * KV_PAGE_TOKENS * HEAD_DIM;
+            int64_t slot = position % KV_PAGE_TOKENS, turned = begin + i * KV_PAGE_TOKENS + slot;
+            assert_true(value_at(view->k, view->format, turned) == value_of(sequence, position, h, i, 0));
+            assert_true(value_at(view->v, view->format, begin + slot * HEAD_DIM + i) ==
+                        value_of(sequence, position, h, i, 1));
         }
 }
 
@@ -90,8 +89,22 @@ static void test_e4m3_limits(void **state)
     uint8_t k[KV_PAGE_TOKENS * 2] = {0}, v[KV_PAGE_TOKENS * 2] = {0};
     struct kv_view view = {k, v, KV_E4M3, pages, 1, 2, 2, 2};
     kv_store(&view, 3, (float[]){1000, -449}, (float[]){NAN, 0.0625f});
-    assert_true(e4m3_to_f32(k[6]) == 448 && e4m3_to_f32(k[7]) == -448);
+    assert_true(e4m3_to_f32(k[3]) == 448 && e4m3_to_f32(k[KV_PAGE_TOKENS + 3]) == -448);
     assert_true(isnan(e4m3_to_f32(v[6])) && e4m3_to_f32(v[7]) == 0.0625f);
+}
+
+// Latent attention: one row, key and value.
+static void test_latent_rows(void **state)
+{
+    (void)state;
+    static const int32_t pages[] = {1};
+    uint16_t rows[2 * KV_PAGE_TOKENS * 4] = {0};
+    struct kv_view view = {rows, rows, KV_BF16, pages, 1, 4, 2, 4};
+    kv_store(&view, 5, (float[]){1, 2, 3, 4}, NULL);
+    for (int64_t i = 0; i < 2 * KV_PAGE_TOKENS * 4; i++) {
+        int64_t inside = i - (KV_PAGE_TOKENS + 5) * 4;
+        assert_true(bf16_to_f32(rows[i]) == (inside >= 0 && inside < 4 ? (float)(inside + 1) : 0.0f));
+    }
 }
 
 static void test_rank_without_heads(void **state)
@@ -114,6 +127,6 @@ static void test_rank_without_heads(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_values_stay_apart), cmocka_unit_test(test_e4m3_limits),
-                                       cmocka_unit_test(test_rank_without_heads)};
+                                       cmocka_unit_test(test_latent_rows), cmocka_unit_test(test_rank_without_heads)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -247,118 +247,11 @@ static void test_rope(void **state)
         }
 }
 
-// Attention in double over a cache whose pages lie in disorder.
-static void attention_reference(double *out, const float *q, const struct kv_view *kv, int64_t kv_head, int64_t first,
-                                int64_t end, const struct attention_scores *scores)
-{
-    double sum = 0, largest = scores->sink ? *scores->sink : -INFINITY;
-    double *score = zeroed((uint64_t)(end - first) * sizeof *score);
-    for (int pass = 0; pass < 2; pass++)
-        for (int64_t p = first; p < end; p++) {
-            int64_t slot =
-                (kv->pages[p / KV_PAGE_TOKENS] * kv->num_kv_heads + kv_head) * KV_PAGE_TOKENS + p % KV_PAGE_TOKENS;
-            double *s = &score[p - first];
-            if (pass == 0) {
-                for (int64_t d = 0; d < kv->k_dim; d++)
-                    *s += (double)q[d] * bf16_to_f32(((const uint16_t *)kv->k)[slot * kv->k_dim + d]);
-                *s *= scores->scale;
-                if (scores->softcap > 0)
-                    *s = scores->softcap * tanh(*s / scores->softcap);
-                largest = fmax(largest, *s);
-                continue;
-            }
-            double weight = exp(*s - largest);
-            sum += weight;
-            for (int64_t d = 0; d < kv->v_dim; d++)
-                out[d] += weight * bf16_to_f32(((const uint16_t *)kv->v)[slot * kv->v_stride + d]);
-        }
-    if (scores->sink)
-        sum += exp(*scores->sink - largest);
-    for (int64_t d = 0; d < kv->v_dim; d++)
-        out[d] /= sum;
-    free(score);
-}
-
-enum { PAGES = 5, KV_HEADS = 2 };
-static const int32_t attention_pages[] = {3, 0, 4, 1};
-
-// All tables against double and each other, over one range of positions.
-static void attention_case(const struct kv_view *kv, const float *q, int64_t first, int64_t end, int64_t head,
-                           const struct attention_scores *scores)
-{
-    double *exact = zeroed((uint64_t)kv->v_dim * sizeof *exact);
-    float *want = zeroed((uint64_t)kv->v_dim * sizeof *want), *out = zeroed((uint64_t)kv->v_dim * sizeof *out);
-    float *room = zeroed((uint64_t)(end - first) * sizeof *room);
-    attention_reference(exact, q, kv, head, first, end, scores);
-    baseline.attention(want, q, kv, head, first, end, scores, room);
-    for (int64_t d = 0; d < kv->v_dim;
-         d++) // values are below 1; scores of magnitude 10 err by 1e-6, sums of 250 terms by less
-        assert_true(fabs(want[d] - exact[d]) <= 5e-6);
-    for (int n = 0; kernels_all[n]; n++) {
-        if (!kernels_all[n]->supported())
-            continue;
-        kernels_all[n]->attention(out, q, kv, head, first, end, scores, room);
-        assert_same(out, want, kv->v_dim, "attention");
-        kernels_all[n]->attention(out, q, kv, head, first, first, scores, room);
-        for (int64_t d = 0; d < kv->v_dim; d++)
-            assert_true(out[d] == 0);
-        // One NaN in a key reaches every output.
-        int64_t slot =
-            (kv->pages[first / KV_PAGE_TOKENS] * kv->num_kv_heads + head) * KV_PAGE_TOKENS + first % KV_PAGE_TOKENS;
-        uint16_t *element = (uint16_t *)kv->k + slot * kv->k_dim + kv->k_dim - 1, saved = *element;
-        *element = 0x7fc0;
-        kernels_all[n]->attention(out, q, kv, head, first, end, scores, room);
-        *element = saved;
-        for (int64_t d = 0; d < kv->v_dim; d++)
-            assert_true(isnan(out[d]));
-    }
-    free(exact);
-    free(want);
-    free(out);
-    free(room);
-}
-
-static void test_attention(void **state)
-{
-    (void)state;
-    static const struct {
-        int k_dim, v_dim;
-        bool latent;
-    } shapes[] = {{2, 2, false},     {16, 16, false},   {64, 64, false}, {80, 80, false},  {98, 98, false},
-                  {128, 128, false}, {256, 256, false}, {48, 32, true},  {576, 512, true}, {640, 512, true}};
-    static const int64_t ranges[][2] = {{0, 1}, {0, 17}, {0, 64}, {3, 65}, {100, 200}, {0, 250}};
-    static const float sink = 0.75f, high_sink = 12;
-    for (size_t h = 0; h < sizeof shapes / sizeof *shapes; h++) {
-        int64_t dim = shapes[h].k_dim, elems = PAGES * KV_HEADS * KV_PAGE_TOKENS * dim;
-        uint16_t *k = zeroed((uint64_t)elems * 2), *v = zeroed((uint64_t)elems * 2);
-        for (int64_t i = 0; i < elems; i++) {
-            k[i] = f32_to_bf16(uniform() * (shapes[h].latent ? 1 : 3));
-            v[i] = f32_to_bf16(uniform());
-        }
-        struct kv_view kv = {.k = k,
-                             .v = shapes[h].latent ? k : v,
-                             .pages = attention_pages,
-                             .num_kv_heads = KV_HEADS,
-                             .k_dim = dim,
-                             .v_dim = shapes[h].v_dim,
-                             .v_stride = dim};
-        const struct attention_scores scores[] = {
-            {1 / sqrtf((float)dim), 0, NULL}, {0.3f, 5, NULL}, {0.1f, 0, &sink}, {0.1f, 4, &high_sink}};
-        float *q = random_floats(dim);
-        for (size_t r = 0; r < 6; r++)
-            for (size_t c = 0; c < 4; c++)
-                attention_case(&kv, q, ranges[r][0], ranges[r][1], (int64_t)r % KV_HEADS, &scores[c]);
-        free(k);
-        free(v);
-        free(q);
-    }
-}
-
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_exp),      cmocka_unit_test(test_activate), cmocka_unit_test(test_rows),
-        cmocka_unit_test(test_rms_norm), cmocka_unit_test(test_rope),     cmocka_unit_test(test_attention),
+        cmocka_unit_test(test_rms_norm), cmocka_unit_test(test_rope),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

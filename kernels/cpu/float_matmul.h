@@ -3,9 +3,13 @@
 //   lanes_zero(), lanes_all(float), lanes_load(const float *)   struct lanes
 //   lanes_bf16(const uint8_t *codes)                  16 weights
 //   lanes_fp8(const uint8_t *codes, bool odd)         the even or odd ones of 32 weights, 2^-8 times their value, NaN as anything
+//   lanes_fp8_all(struct lanes out[4], codes)         the same of 64: even and odd ones of the first 32, then of the others
+//   struct magnitudes, zero at first                  magnitudes_add(&m, codes) keeps the largest of 64 codes in each place
+//   magnitudes_nan(&m)                                whether one of them was NaN
 //   lanes_fmadd(struct lanes *sum, a, b)              *sum = a * b + *sum, rounded once
 //   lanes_store(float *, const struct lanes *)
-//   FLOAT_TILE_ROWS, FLOAT_TILE_TOKENS, FLOAT_DECODE_ROWS   sums that fit the registers; rows divide FLOAT_ROWS; tokens 3 or 6
+//   FLOAT_TILE_ROWS, FLOAT_TILE_TOKENS                sums that fit the registers; rows divide FLOAT_ROWS; tokens 3 or 6
+//   FLOAT_FEW_ROWS, FLOAT_FEW_TOKENS                  rows read side by side for so few tokens, 1 or 4 (with half the rows)
 // Every sum is 16 partial sums over ascending columns, whatever the tile: see kernels.h. `kind` is a constant wherever it is passed.
 #ifndef TPSHARD_KERNELS_CPU_FLOAT_MATMUL_H
 #define TPSHARD_KERNELS_CPU_FLOAT_MATMUL_H
@@ -19,15 +23,13 @@ enum {
     FP8G_COLS = 128, // of one scale
 };
 
-// Which rows hold an fp8 NaN: the conversion does not see it.
-static bool float_has_nan(const uint8_t *codes, int64_t cols)
+// Whether a piece of a row holds an fp8 NaN: the conversion does not see it.
+VECTOR_INLINE bool float_has_nan(const uint8_t *codes, int64_t cols)
 {
-    uint8_t largest = 0;
-    for (int64_t i = 0; i < cols; i++) {
-        uint8_t magnitude = codes[i] & 0x7f;
-        largest = magnitude > largest ? magnitude : largest;
-    }
-    return largest == 0x7f;
+    struct magnitudes largest = {0};
+    for (int64_t i = 0; i < cols; i += 64)
+        magnitudes_add(&largest, codes + i);
+    return magnitudes_nan(&largest);
 }
 
 // Weights [16 * part, 16 * part + 16) of the 64 (fp8: in the order of the activations) that begin at column `col` of a row.
@@ -108,42 +110,80 @@ VECTOR_INLINE void float_store(float *y, const struct lanes *sum, const struct m
     y[row] = total;
 }
 
-// One token: bound by memory, so FLOAT_DECODE_ROWS rows are read side by side, each cache line whole at once: rows of a
-// length of 2^n bytes share few sets of L1, and a line may not last there until a second look.
-VECTOR_INLINE void float_decode(float *y, const struct matrix *w, const float *x, int64_t row_begin, int64_t row_end,
-                                enum weight_kind kind)
+// Few tokens: bound by memory, so `rows` rows from `row` on are read side by side from one end to the other, each cache line whole at once:
+// rows of a length of 2^n bytes share few sets of L1, and a line may not last there until a second look.
+VECTOR_INLINE void float_few(float *y, int64_t y_stride, const struct matrix *w, const float *x, int64_t x_stride,
+                             int64_t row, int64_t row_end, int rows, int tokens, enum weight_kind kind)
 {
-    enum { PARTS = 4 };
+    enum { PARTS = 4, MAX_ROWS = 8, MAX_SUMS = 24 };
     int64_t cols = (int64_t)w->shape.cols_padded, elem_bytes = kind == WEIGHT_BF16 ? 2 : 1;
     int64_t row_bytes = cols * elem_bytes;
-    for (int64_t row = row_begin; row < row_end; row += FLOAT_DECODE_ROWS) {
-        const uint8_t *codes = (const uint8_t *)w->data + row * row_bytes;
-        const float *scale = kind == WEIGHT_FP8G ? fp8g_scales(w, row) : NULL;
-        struct lanes sum[FLOAT_DECODE_ROWS], total[FLOAT_DECODE_ROWS];
-        for (int r = 0; r < FLOAT_DECODE_ROWS; r++)
-            sum[r] = total[r] = lanes_zero();
-        for (int64_t col = 0; col < cols; col += PARTS * LANES) {
-            struct lanes xs[PARTS];
-            for (int part = 0; part < PARTS; part++)
-                xs[part] = lanes_load(x + col + part * LANES);
-            for (int r = 0; r < FLOAT_DECODE_ROWS; r++) {
-                const uint8_t *from = codes + r * row_bytes;
-                for (int64_t line = 0; line < elem_bytes; line++)
-                    __builtin_prefetch(from + col * elem_bytes + line * 64 + FLOAT_PREFETCH_BYTES);
+    const uint8_t *codes = (const uint8_t *)w->data + row * row_bytes;
+    const float *scale = kind == WEIGHT_FP8G ? fp8g_scales(w, row) : NULL;
+    struct lanes sum[MAX_SUMS], total[MAX_SUMS];
+    struct magnitudes largest[MAX_ROWS] = {0};
+    UNROLL
+    for (int i = 0; i < rows * tokens; i++)
+        sum[i] = total[i] = lanes_zero();
+    for (int64_t col = 0; col < cols; col += PARTS * LANES) {
+        UNROLL
+        for (int r = 0; r < rows; r++) {
+            const uint8_t *from = codes + r * row_bytes + col * elem_bytes;
+            struct lanes weights[PARTS];
+            for (int64_t line = 0; line < elem_bytes; line++)
+                __builtin_prefetch(from + line * 64 + FLOAT_PREFETCH_BYTES);
+            if (kind == WEIGHT_BF16) {
                 for (int part = 0; part < PARTS; part++)
-                    lanes_fmadd(&sum[r], float_weights(from, col, part, kind), xs[part]);
+                    weights[part] = lanes_bf16(from + 2 * part * LANES);
+            } else {
+                lanes_fp8_all(weights, from);
+                magnitudes_add(&largest[r], from);
             }
-            if (kind != WEIGHT_FP8G || (col + PARTS * LANES) % FP8G_COLS)
-                continue;
-            for (int r = 0; r < FLOAT_DECODE_ROWS; r++) {
-                lanes_fmadd(&total[r], sum[r], lanes_all(scale[col / FP8G_COLS * 16 + r]));
-                sum[r] = lanes_zero();
+            UNROLL
+            for (int t = 0; t < tokens; t++) {
+                UNROLL
+                for (int part = 0; part < PARTS; part++)
+                    lanes_fmadd(&sum[r * tokens + t], weights[part], lanes_load(x + t * x_stride + col + part * LANES));
             }
         }
-        for (int r = 0; r < FLOAT_DECODE_ROWS && row + r < row_end; r++)
-            float_store(y, kind == WEIGHT_FP8G ? &total[r] : &sum[r], w, row + r,
-                        kind != WEIGHT_BF16 && float_has_nan(codes + r * row_bytes, cols));
+        if (kind != WEIGHT_FP8G || (col + PARTS * LANES) % FP8G_COLS)
+            continue;
+        UNROLL
+        for (int i = 0; i < rows * tokens; i++) {
+            lanes_fmadd(&total[i], sum[i], lanes_all(scale[col / FP8G_COLS * 16 + i / tokens]));
+            sum[i] = lanes_zero();
+        }
     }
+    for (int r = 0; r < rows && row + r < row_end; r++)
+        for (int t = 0; t < tokens; t++)
+            float_store(y + t * y_stride, kind == WEIGHT_FP8G ? &total[r * tokens + t] : &sum[r * tokens + t], w,
+                        row + r, kind != WEIGHT_BF16 && magnitudes_nan(&largest[r]));
+}
+
+// tokens <= FLOAT_FEW_TOKENS
+VECTOR_INLINE void float_few_any(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
+                                 int64_t tokens, int64_t row_begin, int64_t row_end, enum weight_kind kind)
+{
+    const float *x = act->f32;
+    int64_t stride = act->stride;
+    for (int64_t row = row_begin; row < row_end; row += FLOAT_FEW_ROWS)
+        switch (tokens) {
+        case 1:
+            float_few(y, y_stride, w, x, stride, row, row_end, FLOAT_FEW_ROWS, 1, kind);
+            break;
+#if FLOAT_FEW_TOKENS > 1
+        case 2:
+            float_few(y, y_stride, w, x, stride, row, row_end, FLOAT_FEW_ROWS, 2, kind);
+            break;
+        case 3:
+            float_few(y, y_stride, w, x, stride, row, row_end, FLOAT_FEW_ROWS, 3, kind);
+            break;
+        case 4:
+            for (int half = 0; half < FLOAT_FEW_ROWS; half += FLOAT_FEW_ROWS / 2)
+                float_few(y, y_stride, w, x, stride, row + half, row_end, FLOAT_FEW_ROWS / 2, 4, kind);
+            break;
+#endif
+        }
 }
 
 // FLOAT_ROWS rows from `row` on, all tokens.
@@ -154,8 +194,6 @@ VECTOR_INLINE void float_block(float *y, int64_t y_stride, const struct matrix *
     int64_t row_bytes = cols * elem_bytes, step = kind == WEIGHT_FP8G ? FP8G_COLS : FLOAT_COLS;
     const uint8_t *codes = (const uint8_t *)w->data + row * row_bytes;
     bool nan[FLOAT_ROWS] = {0};
-    for (int r = 0; kind != WEIGHT_BF16 && r < FLOAT_ROWS; r++)
-        nan[r] = float_has_nan(codes + r * row_bytes, cols);
     for (int64_t token = 0, count; token < tokens; token += count) {
         int64_t left = tokens - token;
         count = FLOAT_TILE_TOKENS == 6 ? tile_tokens(left) : left < 3 ? left : 3;
@@ -165,6 +203,8 @@ VECTOR_INLINE void float_block(float *y, int64_t y_stride, const struct matrix *
         for (int64_t col = 0; col < cols; col += step) {
             const float *x = act->f32 + token * act->stride + col;
             int64_t part = cols - col < step ? cols - col : step;
+            for (int r = 0; kind != WEIGHT_BF16 && token == 0 && r < FLOAT_ROWS; r++)
+                nan[r] |= float_has_nan(codes + r * row_bytes + col, part);
             for (int r = 0; r < FLOAT_ROWS; r += FLOAT_TILE_ROWS) {
                 const float *scale = kind == WEIGHT_FP8G ? fp8g_scales(w, row + r) + col / FP8G_COLS * 16 : NULL;
                 float_tile_any(sum + r * count, codes + r * row_bytes + col * elem_bytes, row_bytes, scale, x,
@@ -180,8 +220,8 @@ VECTOR_INLINE void float_block(float *y, int64_t y_stride, const struct matrix *
 VECTOR_INLINE void float_matmul_kind(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
                                      int64_t tokens, int64_t row_begin, int64_t row_end, enum weight_kind kind)
 {
-    if (tokens == 1) {
-        float_decode(y, w, act->f32, row_begin, row_end, kind);
+    if (tokens <= FLOAT_FEW_TOKENS) {
+        float_few_any(y, y_stride, w, act, tokens, row_begin, row_end, kind);
         return;
     }
     for (int64_t row = row_begin; row < row_end; row += FLOAT_ROWS)

@@ -3,6 +3,7 @@
 // int8 and tiled kinds go by 8 rows and one group at a time: vpmaddubsw multiplies unsigned with signed bytes, and pairs of products
 // must fit 16 bits. int4 codes + 8 (at most 15) allow four such pairs to be added there, doubled e2m1 codes + 12 (at most 24) two;
 // int8 uses |w| and x with w's sign. Tiled kinds are unpacked into L1 first, with their scales, once for all tokens.
+#include "kernels/attention.h"
 #include "kernels/kernels_internal.h"
 #include "kernels/vector_ops.h"
 
@@ -11,6 +12,9 @@
 enum {
     BLOCK_ROWS = WEIGHT_ROW_UNIT,
     TILE_ROWS = 16,
+    BLOCK_TILES = BLOCK_ROWS / TILE_ROWS,
+    DECODE_BLOCKS = 4, // blocks of a tiled kind read side by side
+    DECODE_PREFETCH_BYTES = 2048,
     ROWS = 8,         // of one sum across lanes
     PANEL_COLS = 256, // 4 KiB of unpacked codes
     PANEL_TOKENS = 96,
@@ -59,9 +63,32 @@ VECTOR_INLINE struct lanes lanes_fp8(const uint8_t *codes, bool odd)
                           _mm256_cvtph_ps(_mm256_extracti128_si256(wide, 1))};
 }
 
+VECTOR_INLINE void lanes_fp8_all(struct lanes out[4], const uint8_t *codes)
+{
+    for (int part = 0; part < 4; part++)
+        out[part] = lanes_fp8(codes + part / 2 * 32, part % 2);
+}
+
+// Doubled, which drops the sign.
+struct magnitudes {
+    __m256i v;
+};
+VECTOR_INLINE void magnitudes_add(struct magnitudes *largest, const uint8_t *codes)
+{
+    for (int i = 0; i < 64; i += 32) {
+        __m256i v = _mm256_loadu_si256((const __m256i *)(codes + i));
+        largest->v = _mm256_max_epu8(largest->v, _mm256_add_epi8(v, v));
+    }
+}
+VECTOR_INLINE bool magnitudes_nan(const struct magnitudes *largest)
+{
+    return _mm256_movemask_epi8(_mm256_cmpeq_epi8(largest->v, _mm256_set1_epi8((char)0xfe))) != 0;
+}
+
 #define FLOAT_TILE_ROWS 2
 #define FLOAT_TILE_TOKENS 3
-#define FLOAT_DECODE_ROWS 4
+#define FLOAT_FEW_ROWS 4
+#define FLOAT_FEW_TOKENS 1
 #include "kernels/cpu/float_matmul.h"
 
 // ---- int8 and tiled kinds ------------------------------------------------------------------------------------------
@@ -269,6 +296,128 @@ static void unpack_panel_any(struct panel *panel, const struct matrix *w, int64_
     }
 }
 
+// ---- Tiled kinds, one token ----------------------------------------------------------------------------------------
+
+// products[r] += of 64 columns, for the 16 rows of a tile; pairs of products in 16 bits.
+VECTOR_INLINE void add_tile(__m256i products[TILE_ROWS], const uint8_t *tile, const int8_t *q, bool fp4)
+{
+    const __m256i low_bits = _mm256_set1_epi8(15), flip = _mm256_set1_epi8((char)0x88);
+    const __m256i doubled = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)e2m1_doubled_biased));
+    __m256i x[2] = {load(q), load(q + 32)};
+    for (int r = 0; r < ROWS; r++) {
+        __builtin_prefetch(tile + 64 * r + DECODE_PREFETCH_BYTES);
+        for (int i = 0; i < 2; i++) {
+            __m256i v = load(tile + 64 * r + 32 * i);
+            if (!fp4)
+                v = _mm256_xor_si256(v, flip);
+            __m256i low = _mm256_and_si256(v, low_bits), high = _mm256_and_si256(_mm256_srli_epi16(v, 4), low_bits);
+            if (fp4) {
+                low = _mm256_shuffle_epi8(doubled, low);
+                high = _mm256_shuffle_epi8(doubled, high);
+            }
+            products[r] = _mm256_add_epi16(products[r], _mm256_maddubs_epi16(low, x[i]));
+            products[r + ROWS] = _mm256_add_epi16(products[r + ROWS], _mm256_maddubs_epi16(high, x[i]));
+        }
+    }
+}
+
+// sum[8 rows] += `groups` groups of the columns whose products are given; half: 0 the first 8 rows of a tile, 1 the last.
+VECTOR_INLINE void add_groups(float *sum, const __m256i products[ROWS], const uint8_t *scales, int64_t group_bytes,
+                              int half, __m256 x_scale, const int32_t x_sum[4], int groups, enum weight_kind kind)
+{
+    int64_t half_bytes = group_bytes / (kind == WEIGHT_INT4Z ? 4 : 2); // the scales of 8 rows
+    __m256i dot[ROWS], part[4];
+    for (int r = 0; r < ROWS; r++)
+        dot[r] = _mm256_madd_epi16(products[r], _mm256_set1_epi16(1));
+    if (groups == 1)
+        part[0] = sum_8(dot);
+    else
+        sum_8_quarters(part, dot);
+    for (int g = 0; g < 2 && groups == 2; g++)
+        part[g] = _mm256_add_epi32(part[2 * g], part[2 * g + 1]);
+    __m256 y = _mm256_loadu_ps(sum);
+    for (int g = 0; g < groups; g++, scales += group_bytes) {
+        __m256 scale = _mm256_mul_ps(load_scale(kind, scales + half * half_bytes), x_scale);
+        __m256 value = _mm256_cvtepi32_ps(_mm256_sub_epi32(part[g], _mm256_set1_epi32(tile_bias(kind) * x_sum[g])));
+        if (kind == WEIGHT_INT4Z) {
+            __m256 zero = load_f16(scales + (2 + half) * half_bytes);
+            value = _mm256_sub_ps(value, _mm256_mul_ps(zero, _mm256_set1_ps((float)x_sum[g])));
+        }
+        y = add_term(y, value, scale);
+    }
+    _mm256_storeu_ps(sum, y);
+}
+
+// `blocks` blocks of 64 rows side by side: as many streams of memory.
+VECTOR_INLINE void tiled_decode(float *y, const struct matrix *w, const struct activations *act, int64_t row,
+                                int64_t row_end, int64_t blocks, enum weight_kind kind, int group_size)
+{
+    int64_t cols = (int64_t)w->shape.cols_padded, block_bytes = cols * BLOCK_ROWS / 2;
+    const uint8_t *data = (const uint8_t *)w->data + row / BLOCK_ROWS * block_bytes;
+    int step = group_size == 128 ? 128 : 64, groups = step / group_size;
+    struct tile_scales scales[DECODE_BLOCKS * BLOCK_TILES];
+    float sum[DECODE_BLOCKS * BLOCK_TILES][TILE_ROWS] = {{0}};
+    for (int64_t i = 0; i < blocks * BLOCK_TILES; i++)
+        scales[i] = tile_scales(w, row + i * TILE_ROWS);
+    for (int64_t col = 0; col < cols; col += step) {
+        const int8_t *q = act->q + col;
+        __m256 x_scale = _mm256_set1_ps(act->q_scale[col / ACT_GROUP]);
+        int32_t x_sum[4] = {0};
+        for (int i = 0; i < step / ACT_SUM; i++)
+            x_sum[i * ACT_SUM / group_size] += act->q_sum[col / ACT_SUM + i];
+        for (int i = 0; i < BLOCK_TILES; i++)
+            for (int64_t b = 0; b < blocks; b++) {
+                const uint8_t *tile =
+                    data + b * block_bytes + col / 64 * (BLOCK_TILES * WEIGHT_TILE_BYTES) + i * WEIGHT_TILE_BYTES;
+                const struct tile_scales *at = &scales[b * BLOCK_TILES + i];
+                const uint8_t *scale = tile_scales_at(at, col);
+                __m256i products[TILE_ROWS];
+                for (int r = 0; r < TILE_ROWS; r++)
+                    products[r] = _mm256_setzero_si256();
+                add_tile(products, tile, q, is_fp4(kind));
+                if (step == 128)
+                    add_tile(products, tile + BLOCK_TILES * WEIGHT_TILE_BYTES, q + 64, is_fp4(kind));
+                __builtin_prefetch(scale + 256);
+                for (int half = 0; half < 2; half++)
+                    add_groups(sum[b * BLOCK_TILES + i] + half * ROWS, products + half * ROWS, scale, at->group_bytes,
+                               half, x_scale, x_sum, groups, kind);
+            }
+    }
+    for (int64_t r = 0; r < blocks * BLOCK_ROWS && row + r < row_end; r++)
+        y[row + r] = sum[r / TILE_ROWS][r % TILE_ROWS] * tile_last(kind, scales[r / TILE_ROWS].global, r % TILE_ROWS);
+}
+
+VECTOR_INLINE void tiled_decode_rows(float *y, const struct matrix *w, const struct activations *act, int64_t row_begin,
+                                     int64_t row_end, enum weight_kind kind, int group_size)
+{
+    for (int64_t row = row_begin; row < row_end; row += DECODE_BLOCKS * BLOCK_ROWS) {
+        int64_t left = (row_end - row + BLOCK_ROWS - 1) / BLOCK_ROWS;
+        tiled_decode(y, w, act, row, row_end, left < DECODE_BLOCKS ? left : DECODE_BLOCKS, kind, group_size);
+    }
+}
+
+static void tiled_decode_any(float *y, const struct matrix *w, const struct activations *act, int64_t row_begin,
+                             int64_t row_end)
+{
+#define DECODE_CASE(kind, group_size)                                                                                  \
+    case (kind)*256 + (group_size):                                                                                    \
+        tiled_decode_rows(y, w, act, row_begin, row_end, kind, group_size);                                            \
+        break
+    switch ((int)w->shape.kind * 256 + (int)w->shape.group_size) {
+        DECODE_CASE(WEIGHT_INT4, 128);
+        DECODE_CASE(WEIGHT_INT4, 64);
+        DECODE_CASE(WEIGHT_INT4, 32);
+        DECODE_CASE(WEIGHT_INT4Z, 128);
+        DECODE_CASE(WEIGHT_INT4Z, 64);
+        DECODE_CASE(WEIGHT_INT4Z, 32);
+        DECODE_CASE(WEIGHT_MXFP4, 32);
+        DECODE_CASE(WEIGHT_NVFP4, 16);
+    }
+#undef DECODE_CASE
+}
+
+// ---- Several tokens ------------------------------------------------------------------------------------------------
+
 // 64 rows from `row` on, tokens [token, token + tokens), tokens <= PANEL_TOKENS.
 static void tiled_block(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
                         int64_t token, int64_t tokens, int64_t row, int64_t row_end)
@@ -340,6 +489,10 @@ static void int8_matmul(float *y, int64_t y_stride, const struct matrix *w, cons
 static void tiled_matmul(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
                          int64_t tokens, int64_t row_begin, int64_t row_end)
 {
+    if (tokens == 1) {
+        tiled_decode_any(y, w, act, row_begin, row_end);
+        return;
+    }
     for (int64_t row = row_begin; row < row_end; row += BLOCK_ROWS)
         for (int64_t t = 0; t < tokens; t += PANEL_TOKENS)
             tiled_block(y, y_stride, w, act, t, at_most(tokens - t, PANEL_TOKENS), row, row_end);
@@ -351,5 +504,6 @@ const struct kernels kernels_avx2 = {
     .name = "avx2",
     .supported = kernels_supported_avx2,
     .matmul = matmul,
+    .attention = attention_avx2,
     VECTOR_OPS_ENTRIES,
 };

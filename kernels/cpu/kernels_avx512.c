@@ -1,9 +1,11 @@
 // Matmul with AVX-512 (F, BW, DQ, VL, VNNI). The order of every sum: kernels.h.
 //
 // One token (decode) is bound by memory: weights go from their cache lines to vpdpbusd or FMA once, several sequential
-// streams at a time. More tokens: int8 and tiled weights of 64 rows and 256 columns are unpacked and transposed into a panel
-// in L1 that all tokens use, with 16 rows in the lanes of a vector, so that no sum goes across lanes; bf16, fp8 and fp8g keep
-// 4 rows x 6 tokens of partial sums in registers.
+// streams at a time; and so are few tokens (avx512_few.h, float_matmul.h), as long as all of them use a line while it passes.
+// More tokens: int8 and tiled weights of 64 rows and 256 columns are unpacked and transposed into a panel in L1 that all
+// tokens use, with 16 rows in the lanes of a vector, so that no sum goes across lanes; bf16, fp8 and fp8g keep 4 rows x 6
+// tokens of partial sums in registers.
+#include "kernels/attention.h"
 #include "kernels/kernels_internal.h"
 #include "kernels/vector_ops.h"
 
@@ -59,9 +61,36 @@ VECTOR_INLINE struct lanes lanes_fp8(const uint8_t *codes, bool odd)
     return (struct lanes){_mm512_cvtph_ps(wide)};
 }
 
+VECTOR_INLINE void lanes_fp8_all(struct lanes out[4], const uint8_t *codes)
+{
+    const __m512i bits = _mm512_set1_epi16((short)0xbf80);
+    __m512i odd = _mm512_loadu_si512(codes), even = _mm512_slli_epi16(odd, 8);
+    even = _mm512_and_si512(_mm512_srai_epi16(even, 1), bits);
+    odd = _mm512_and_si512(_mm512_srai_epi16(odd, 1), bits);
+    out[0].v = _mm512_cvtph_ps(_mm512_castsi512_si256(even));
+    out[1].v = _mm512_cvtph_ps(_mm512_castsi512_si256(odd));
+    out[2].v = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(even, 1));
+    out[3].v = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(odd, 1));
+}
+
+// Doubled, which drops the sign.
+struct magnitudes {
+    __m512i v;
+};
+VECTOR_INLINE void magnitudes_add(struct magnitudes *largest, const uint8_t *codes)
+{
+    __m512i v = _mm512_loadu_si512(codes);
+    largest->v = _mm512_max_epu8(largest->v, _mm512_add_epi8(v, v));
+}
+VECTOR_INLINE bool magnitudes_nan(const struct magnitudes *largest)
+{
+    return _mm512_cmpeq_epi8_mask(largest->v, _mm512_set1_epi8((char)0xfe)) != 0;
+}
+
 #define FLOAT_TILE_ROWS 4
 #define FLOAT_TILE_TOKENS 6
-#define FLOAT_DECODE_ROWS 8
+#define FLOAT_FEW_ROWS 8
+#define FLOAT_FEW_TOKENS 4
 #include "kernels/cpu/float_matmul.h"
 
 // ---- Sums across lanes ---------------------------------------------------------------------------------------------
@@ -258,9 +287,9 @@ static void tiled_decode_any(float *y, const struct matrix *w, const struct acti
 #undef DECODE_CASE
 }
 
-// ---- int8, few tokens: 8 rows and 2 groups at a time ---------------------------------------------------------------
+// ---- int8, one token: 8 rows and 2 groups at a time ---------------------------------------------------------------
 
-enum { INT8_ROWS = 8, INT8_DECODE_TOKENS = 4 };
+enum { INT8_ROWS = 8 };
 
 // dot[r] = products of 64 * parts columns of row r.
 VECTOR_INLINE void int8_dots(__m512i dot[INT8_ROWS], const int8_t *codes, int64_t cols, const int8_t *q, int parts)
@@ -312,14 +341,11 @@ static void int8_rows(float *y, const struct matrix *w, const int8_t *q, const f
     store_rows(y, row, last, _mm512_castps256_ps512(sum));
 }
 
-// One token, or few enough that reading 8 rows again from a cache for each is quicker than a panel.
-static void int8_decode(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
-                        int64_t tokens, int64_t row_begin, int64_t row_end)
+static void int8_decode(float *y, const struct matrix *w, const struct activations *act, int64_t row_begin,
+                        int64_t row_end)
 {
     for (int64_t row = row_begin; row < row_end; row += INT8_ROWS)
-        for (int64_t t = 0; t < tokens; t++)
-            int8_rows(y + t * y_stride, w, act->q + t * act->stride, act->q_scale + t * (act->stride / ACT_GROUP), row,
-                      row_end);
+        int8_rows(y, w, act->q, act->q_scale, row, row_end);
 }
 
 // ---- int8 and tiled kinds, several tokens ---------------------------------------------------------------------------------
@@ -565,6 +591,8 @@ static void panel_block(float *y, int64_t y_stride, const struct matrix *w, cons
     }
 }
 
+#include "kernels/cpu/avx512_few.h"
+
 // ---- The table -----------------------------------------------------------------------------------------------------
 
 static void panel_matmul(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
@@ -578,7 +606,10 @@ static void panel_matmul(float *y, int64_t y_stride, const struct matrix *w, con
 static void int8_matmul(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
                         int64_t tokens, int64_t row_begin, int64_t row_end)
 {
-    (tokens <= INT8_DECODE_TOKENS ? int8_decode : panel_matmul)(y, y_stride, w, act, tokens, row_begin, row_end);
+    if (tokens == 1)
+        int8_decode(y, w, act, row_begin, row_end);
+    else
+        (tokens <= FEW_TILE ? few_matmul : panel_matmul)(y, y_stride, w, act, tokens, row_begin, row_end);
 }
 
 static void tiled_matmul(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
@@ -586,6 +617,8 @@ static void tiled_matmul(float *y, int64_t y_stride, const struct matrix *w, con
 {
     if (tokens == 1)
         tiled_decode_any(y, w, act, row_begin, row_end);
+    else if (tokens <= (w->shape.group_size > 16 ? FEW_TOKENS : FEW_TILE))
+        few_matmul(y, y_stride, w, act, tokens, row_begin, row_end);
     else
         panel_matmul(y, y_stride, w, act, tokens, row_begin, row_end);
 }
@@ -596,5 +629,6 @@ const struct kernels kernels_avx512 = {
     .name = "avx512",
     .supported = kernels_supported_avx512,
     .matmul = matmul,
+    .attention = attention_avx512,
     VECTOR_OPS_ENTRIES,
 };

@@ -1,4 +1,5 @@
 // The reference kernels: plain C, no instruction set assumed. Slow, short, and what every other table is tested against.
+#include "kernels/attention.h"
 #include "kernels/kernels_internal.h"
 #include "kernels/vector_ops.h"
 
@@ -136,5 +137,6 @@ const struct kernels kernels_scalar = {
     .name = "scalar",
     .supported = supported,
     .matmul = matmul,
+    .attention = attention_base,
     VECTOR_OPS_ENTRIES,
 };
