@@ -39,6 +39,8 @@ static struct work work_in(float *room, const struct kv_view *kv, int64_t count)
 
 // ---- panels --------------------------------------------------------------------------------------------------------
 
+enum { WIDE_VECTORS = ATTENTION_VECTORS };
+
 // A matrix [depth][columns] in panels of ATTENTION_VECTORS vectors of columns, single ones at the end, each [depth][its columns].
 VECTOR_INLINE int64_t panel_width(int64_t column, int64_t columns)
 {
@@ -93,7 +95,7 @@ VECTOR_INLINE void fill_panels(float *panel, const uint8_t *codes, int64_t strid
         else if (width == LANES)
             fill_panel(to, from, stride, first, end, 1, format);
         else
-            fill_panel(to, from, stride, first, end, ATTENTION_VECTORS, format);
+            fill_panel(to, from, stride, first, end, WIDE_VECTORS, format);
     }
 }
 
@@ -199,7 +201,7 @@ VECTOR_INLINE void tile(float *c, int64_t c_stride, const float *a, int64_t a_st
         if (width == LANES)                                                                                            \
             tile(c, c_stride, a, a_stride, b, depth, ahead, n, 1, add);                                                \
         else                                                                                                           \
-            tile(c, c_stride, a, a_stride, b, depth, ahead, n, ATTENTION_VECTORS, add);                                \
+            tile(c, c_stride, a, a_stride, b, depth, ahead, n, WIDE_VECTORS, add);                                     \
         break
 
 // One panel; rows as tile_tokens gives them.

@@ -44,13 +44,16 @@ reshard_matrix() {
 
 # Scales without a search: said by the manifest, kept by reshard, and what verify compares with.
 plain_rounding() {
-    convert --tp 2 --quant int4 --scales max "$synthetic" "$work/max-2" &&
+    if ! { convert --tp 2 --quant int4 --scales max "$synthetic" "$work/max-2" &&
         convert --tp 3 --quant int4 --scales max "$synthetic" "$work/max-3" &&
-        convert --tp 2 --quant int4 "$synthetic" "$work/search-2" || { not_ok "convert --scales max: $(cat "$work/err")"; return; }
+        convert --tp 2 --quant int4 "$synthetic" "$work/search-2"; }; then
+        not_ok "convert --scales max: $(cat "$work/err")"
+        return
+    fi
     rm -rf "$work/new"
     run "$tpshard" reshard --quiet --tp 3 "$work/max-2" "$work/new"
-    same "$work/new" "$work/max-3" && ok "--scales max: reshard equals convert" || not_ok "--scales max: $(cat "$work/err" "$work/diff")"
-    same "$work/max-2" "$work/search-2" && not_ok "--scales max changes nothing" || ok "--scales max: other weights than the search's"
+    if same "$work/new" "$work/max-3"; then ok "--scales max: reshard equals convert"; else not_ok "--scales max: $(cat "$work/err" "$work/diff")"; fi
+    if same "$work/max-2" "$work/search-2"; then not_ok "--scales max changes nothing"; else ok "--scales max: other weights than the search's"; fi
     expect "--scales max: inspect says so" 0 "plain rounding" "$tpshard" inspect "$work/max-2"
     expect "--scales max: verify --against" 0 "ok" "$tpshard" verify --against "$synthetic" "$work/max-2"
     # Where no head is left to ask, the manifest alone says how.
@@ -60,8 +63,12 @@ plain_rounding() {
     for scales in search max; do
         expect "an FP8 checkpoint, --scales $scales" 0 "" "$tpshard" --quiet --quant int4 --scales "$scales" tests/golden/imports/ct_fp8 "$work/fp8-$scales"
     done
-    cmp -s "$work"/fp8-{search,max}/rank-00-of-01.tpshard && not_ok "--scales max of a quantized checkpoint changes nothing" || ok "--scales max of a quantized checkpoint"
-    run "$tpshard" verify --against tests/golden/imports/ct_fp8 "$work/fp8-max" && ok "and verified" || not_ok "and verified: $(cat "$work/err")"
+    if cmp -s "$work"/fp8-{search,max}/rank-00-of-01.tpshard; then
+        not_ok "--scales max of a quantized checkpoint changes nothing"
+    else
+        ok "--scales max of a quantized checkpoint"
+    fi
+    expect "and verified" 0 "ok" "$tpshard" verify --against tests/golden/imports/ct_fp8 "$work/fp8-max"
     expect "--scales max where four bits stay as they are" 2 "here are none" "$tpshard" --quant keep --scales max tests/golden/imports/gptq "$work/none"
     expect "plan --scales max without four bits" 2 "here are none" "$tpshard" plan --quant int8 --scales max "$synthetic"
     expect "--scales max without four bits" 2 "here are none" "$tpshard" convert --tp 1 --quant int8 --scales max "$synthetic" "$work/none"

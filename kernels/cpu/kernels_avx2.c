@@ -2,7 +2,8 @@
 //
 // int8 and tiled kinds go by 8 rows and one group at a time: vpmaddubsw multiplies unsigned with signed bytes, and pairs of products
 // must fit 16 bits. int4 codes + 8 (at most 15) allow four such pairs to be added there, doubled e2m1 codes + 12 (at most 24) two;
-// int8 uses |w| and x with w's sign. Tiled kinds are unpacked into L1 first, with their scales, once for all tokens.
+// int8 uses |w| and x with w's sign. Tiled kinds go from their cache lines to vpmaddubsw for one token; for more, they are unpacked into L1
+// first, with their scales, once for all of them.
 #include "kernels/attention.h"
 #include "kernels/kernels_internal.h"
 #include "kernels/vector_ops.h"
