@@ -5,6 +5,7 @@
 //
 //   bench_attention [table [threads [latent]]]     e.g. "avx2 2"; the fastest table, 1 and 2 threads otherwise
 #include "bench/bandwidth.h"
+#include "bench/median.h"
 #include "formats/checked.h"
 #include "kernels/backend.h"
 #include "kernels/cpu_device.h"
@@ -36,18 +37,6 @@ static double seconds_now(void)
     struct timespec t;
     clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-static int compare(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-static double median(double *values)
-{
-    qsort(values, ROUNDS, sizeof *values, compare);
-    return values[ROUNDS / 2];
 }
 
 // ---- the FMA peak --------------------------------------------------------------------------------------------------
@@ -207,7 +196,8 @@ static void measure(struct bench *b, size_t shape, size_t step, struct error *er
         flops[i] = operations / seconds;
         rate[i] = bytes / seconds;
     }
-    double middle = median(flops), most = median(peak), got = median(rate), limit = median(read);
+    double middle = bench_median(flops, ROUNDS), most = bench_median(peak, ROUNDS), got = bench_median(rate, ROUNDS),
+           limit = bench_median(read, ROUNDS);
     printf("attention table=%s threads=%d shape=%s phase=%s rows=%" PRId64 " context=%" PRId64
            " gflop_s=%.1f fma_gflop_s=%.1f share=%.2f gb_s=%.2f read_gb_s=%.2f read_share=%.2f us=%.0f\n",
            b->kernels->name, b->threads, shapes[shape].name, steps[step].phase, count, b->context, middle / 1e9,

@@ -4,6 +4,7 @@
 //
 //   bench_kernels [table [kind [tokens [shape]]]]     e.g. "avx2 int4 1"; "all" or nothing: everything
 #include "bench/bandwidth.h"
+#include "bench/median.h"
 #include "formats/checked.h"
 #include "kernels/kernels.h"
 
@@ -53,18 +54,6 @@ static void multiply_share(void *arg, int thread)
     }
 }
 
-static int compare(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-static double median(double *values)
-{
-    qsort(values, ROUNDS, sizeof *values, compare);
-    return values[ROUNDS / 2];
-}
-
 static void measure(struct job job)
 {
     job.copy_bytes = round_up(job.shape.data_bytes + job.shape.scale_bytes, 4096);
@@ -84,12 +73,12 @@ static void measure(struct job job)
         read[i] = (before + after) / 2;
         share[i] = rate[i] * (double)(job.shape.data_bytes + job.shape.scale_bytes) / read[i];
     }
-    double products = median(rate);
+    double products = bench_median(rate, ROUNDS);
     printf("kernels table=%s kind=%s group=%" PRIu32 " rows=%" PRIu64 " cols=%" PRIu64 " tokens=%" PRId64
            " threads=%d gb_s=%.2f read_gb_s=%.2f share=%.2f gop_s=%.1f\n",
            job.kernels->name, weight_kind_name(job.shape.kind), job.shape.group_size, job.shape.rows, job.shape.cols,
            job.tokens, job.threads, products * (double)(job.shape.data_bytes + job.shape.scale_bytes) / 1e9,
-           median(read) / 1e9, median(share), products * operations / 1e9);
+           bench_median(read, ROUNDS) / 1e9, bench_median(share, ROUNDS), products * operations / 1e9);
     fflush(stdout);
 }
 

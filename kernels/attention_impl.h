@@ -205,10 +205,9 @@ VECTOR_INLINE void tile(float *c, int64_t c_stride, const float *a, int64_t a_st
         break
 
 // One panel; rows as tile_tokens gives them.
-static void multiply_zero(float *c, int64_t c_stride, const float *a, int64_t a_stride, const float *b, int64_t depth,
-                          int64_t rows, int64_t width, struct ahead ahead)
+VECTOR_INLINE void multiply(float *c, int64_t c_stride, const float *a, int64_t a_stride, const float *b, int64_t depth,
+                            int64_t rows, int64_t width, struct ahead ahead, const bool add)
 {
-    const bool add = false;
     switch (rows) {
         TILE_CASE(1);
         TILE_CASE(2);
@@ -217,16 +216,16 @@ static void multiply_zero(float *c, int64_t c_stride, const float *a, int64_t a_
     }
 }
 
+static void multiply_zero(float *c, int64_t c_stride, const float *a, int64_t a_stride, const float *b, int64_t depth,
+                          int64_t rows, int64_t width, struct ahead ahead)
+{
+    multiply(c, c_stride, a, a_stride, b, depth, rows, width, ahead, false);
+}
+
 static void multiply_add(float *c, int64_t c_stride, const float *a, int64_t a_stride, const float *b, int64_t depth,
                          int64_t rows, int64_t width, struct ahead ahead)
 {
-    const bool add = true;
-    switch (rows) {
-        TILE_CASE(1);
-        TILE_CASE(2);
-        TILE_CASE(4);
-        TILE_CASE(6);
-    }
+    multiply(c, c_stride, a, a_stride, b, depth, rows, width, ahead, true);
 }
 #undef TILE_CASE
 

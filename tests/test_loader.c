@@ -171,6 +171,26 @@ static void flips_are_found(void **state)
     }
 }
 
+// Loads everything while one byte of the file is another. What loader_finish says.
+static int load_damaged(struct load_fixture *f, enum load_path path, bool to_device, enum verify_mode verify,
+                        uint64_t offset)
+{
+    const uint8_t *base;
+    struct loader *loader;
+    struct error err;
+    struct device device = fresh_device();
+    fixture_flip(f, f->payload_offset + offset, 4);
+    struct loader_options options = load_options(f, &device, to_device);
+    options.path = path;
+    options.verify = verify;
+    assert_int_equal(loader_start(&loader, &options, &base, &err), 0);
+    int rc = loader_finish(loader, &err);
+    loader_free(loader);
+    free_device(&device);
+    fixture_flip(f, f->payload_offset + offset, 4);
+    return rc;
+}
+
 // No leaf is passed over, whichever lane brings it and wherever in its buffers.
 static void every_leaf_is_verified(void **state)
 {
@@ -178,22 +198,10 @@ static void every_leaf_is_verified(void **state)
     struct load_fixture f;
     fixture_make(&f, false);
     for (int turn = quick() ? 9 : 2; turn < 5 * 2; turn++) // of each path's: the host, a device
-        for (uint64_t leaf = 0; leaf <= FIXTURE_LEAVES; leaf++) {
-            const uint8_t *base;
-            struct loader *loader;
-            struct error err;
-            struct device device = fresh_device();
-            uint64_t flipped = f.payload_offset + leaf * SHARD_LEAF_BYTES + 3;
-            fixture_flip(&f, flipped, 4);
-            struct loader_options options = load_options(&f, &device, turn % 2);
-            options.path = (enum load_path)(turn / 2);
-            assert_int_equal(loader_start(&loader, &options, &base, &err), 0);
-            if (loader_finish(loader, &err) != ERR_CORRUPT)
-                fail_msg("%s: leaf %llu is not compared", words[options.path], (unsigned long long)leaf);
-            loader_free(loader);
-            free_device(&device);
-            fixture_flip(&f, flipped, 4);
-        }
+        for (uint64_t leaf = 0; leaf <= FIXTURE_LEAVES; leaf++)
+            if (load_damaged(&f, (enum load_path)(turn / 2), turn % 2, VERIFY_FULL, leaf * SHARD_LEAF_BYTES + 3) !=
+                ERR_CORRUPT)
+                fail_msg("%s: leaf %llu is not compared", words[turn / 2], (unsigned long long)leaf);
     fixture_free(&f);
 }
 
@@ -245,21 +253,10 @@ static void less_verifying(void **state)
         int rc;
     } cases[] = {
         {VERIFY_OFF, 0, 0}, {VERIFY_SAMPLE, 0, ERR_CORRUPT}, {VERIFY_SAMPLE, 1, 0}, {VERIFY_FULL, 1, ERR_CORRUPT}};
-    for (size_t i = 0; i < 4 * 2; i++) {
-        const uint8_t *base;
-        struct loader *loader;
-        struct error err;
-        struct device device = fresh_device();
-        uint64_t flipped = f.payload_offset + cases[i / 2].leaf * SHARD_LEAF_BYTES + 77;
-        fixture_flip(&f, flipped, 1);
-        struct loader_options options = load_options(&f, &device, i % 2);
-        options.verify = cases[i / 2].mode;
-        assert_int_equal(loader_start(&loader, &options, &base, &err), 0);
-        assert_int_equal(loader_finish(loader, &err), cases[i / 2].rc);
-        loader_free(loader);
-        free_device(&device);
-        fixture_flip(&f, flipped, 1);
-    }
+    for (size_t i = 0; i < 4 * 2; i++)
+        assert_int_equal(
+            load_damaged(&f, LOAD_AUTO, i % 2, cases[i / 2].mode, cases[i / 2].leaf * SHARD_LEAF_BYTES + 77),
+            cases[i / 2].rc);
     fixture_free(&f);
 }
 

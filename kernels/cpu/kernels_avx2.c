@@ -6,6 +6,7 @@
 // first, with their scales, once for all of them.
 #include "kernels/attention.h"
 #include "kernels/kernels_internal.h"
+#include "kernels/lanes.h"
 #include "kernels/vector_ops.h"
 
 #include <immintrin.h>
@@ -23,35 +24,6 @@ enum {
 };
 
 // ---- bf16, fp8 and fp8g --------------------------------------------------------------------------------------------------
-
-struct lanes {
-    __m256 a, b;
-};
-VECTOR_INLINE struct lanes lanes_zero(void) { return (struct lanes){_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-VECTOR_INLINE struct lanes lanes_all(float x) { return (struct lanes){_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
-VECTOR_INLINE struct lanes lanes_load(const float *x)
-{
-    return (struct lanes){_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)};
-}
-VECTOR_INLINE void lanes_store(float *x, const struct lanes *v)
-{
-    _mm256_storeu_ps(x, v->a);
-    _mm256_storeu_ps(x + 8, v->b);
-}
-VECTOR_INLINE void lanes_fmadd(struct lanes *sum, struct lanes x, struct lanes y)
-{
-    sum->a = _mm256_fmadd_ps(x.a, y.a, sum->a);
-    sum->b = _mm256_fmadd_ps(x.b, y.b, sum->b);
-}
-
-VECTOR_INLINE __m256 bf16_to_ps(const uint8_t *codes)
-{
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)codes)), 16));
-}
-VECTOR_INLINE struct lanes lanes_bf16(const uint8_t *codes)
-{
-    return (struct lanes){bf16_to_ps(codes), bf16_to_ps(codes + 16)};
-}
 
 // By way of f16, whose exponent has the bits that e4m3 lacks: each code is shifted to the top of its 16 bits, then down by one.
 VECTOR_INLINE struct lanes lanes_fp8(const uint8_t *codes, bool odd)
@@ -388,34 +360,7 @@ VECTOR_INLINE void tiled_decode(float *y, const struct matrix *w, const struct a
         y[row + r] = sum[r / TILE_ROWS][r % TILE_ROWS] * tile_last(kind, scales[r / TILE_ROWS].global, r % TILE_ROWS);
 }
 
-VECTOR_INLINE void tiled_decode_rows(float *y, const struct matrix *w, const struct activations *act, int64_t row_begin,
-                                     int64_t row_end, enum weight_kind kind, int group_size)
-{
-    for (int64_t row = row_begin; row < row_end; row += DECODE_BLOCKS * BLOCK_ROWS) {
-        int64_t left = (row_end - row + BLOCK_ROWS - 1) / BLOCK_ROWS;
-        tiled_decode(y, w, act, row, row_end, left < DECODE_BLOCKS ? left : DECODE_BLOCKS, kind, group_size);
-    }
-}
-
-static void tiled_decode_any(float *y, const struct matrix *w, const struct activations *act, int64_t row_begin,
-                             int64_t row_end)
-{
-#define DECODE_CASE(kind, group_size)                                                                                  \
-    case (kind)*256 + (group_size):                                                                                    \
-        tiled_decode_rows(y, w, act, row_begin, row_end, kind, group_size);                                            \
-        break
-    switch ((int)w->shape.kind * 256 + (int)w->shape.group_size) {
-        DECODE_CASE(WEIGHT_INT4, 128);
-        DECODE_CASE(WEIGHT_INT4, 64);
-        DECODE_CASE(WEIGHT_INT4, 32);
-        DECODE_CASE(WEIGHT_INT4Z, 128);
-        DECODE_CASE(WEIGHT_INT4Z, 64);
-        DECODE_CASE(WEIGHT_INT4Z, 32);
-        DECODE_CASE(WEIGHT_MXFP4, 32);
-        DECODE_CASE(WEIGHT_NVFP4, 16);
-    }
-#undef DECODE_CASE
-}
+#include "kernels/cpu/tiled_decode.h"
 
 // ---- Several tokens ------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@
 // tokens of partial sums in registers.
 #include "kernels/attention.h"
 #include "kernels/kernels_internal.h"
+#include "kernels/lanes.h"
 #include "kernels/vector_ops.h"
 
 #include <immintrin.h>
@@ -32,24 +33,6 @@ VECTOR_INLINE void store_rows(float *y, int64_t row, int64_t row_end, __m512 val
 }
 
 // ---- bf16, fp8 and fp8g --------------------------------------------------------------------------------------------------
-
-struct lanes {
-    __m512 v;
-};
-VECTOR_INLINE struct lanes lanes_zero(void) { return (struct lanes){_mm512_setzero_ps()}; }
-VECTOR_INLINE struct lanes lanes_all(float x) { return (struct lanes){_mm512_set1_ps(x)}; }
-VECTOR_INLINE struct lanes lanes_load(const float *x) { return (struct lanes){_mm512_loadu_ps(x)}; }
-VECTOR_INLINE void lanes_store(float *x, const struct lanes *a) { _mm512_storeu_ps(x, a->v); }
-VECTOR_INLINE void lanes_fmadd(struct lanes *sum, struct lanes a, struct lanes b)
-{
-    sum->v = _mm512_fmadd_ps(a.v, b.v, sum->v);
-}
-
-VECTOR_INLINE struct lanes lanes_bf16(const uint8_t *codes)
-{
-    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)codes));
-    return (struct lanes){_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
-}
 
 // By way of f16, whose exponent has the bits that e4m3 lacks: each code is shifted to the top of its 16 bits, then down by one.
 VECTOR_INLINE struct lanes lanes_fp8(const uint8_t *codes, bool odd)
@@ -258,34 +241,7 @@ VECTOR_INLINE void tiled_decode(float *y, const struct matrix *w, const struct a
         store_rows(y, row_begin + i * LANES, row_end, _mm512_mul_ps(sum[i], load_last(kind, &scales[i])));
 }
 
-VECTOR_INLINE void tiled_decode_rows(float *y, const struct matrix *w, const struct activations *act, int64_t row_begin,
-                                     int64_t row_end, enum weight_kind kind, int group_size)
-{
-    for (int64_t row = row_begin; row < row_end; row += DECODE_BLOCKS * BLOCK_ROWS) {
-        int64_t left = (row_end - row + BLOCK_ROWS - 1) / BLOCK_ROWS;
-        tiled_decode(y, w, act, row, row_end, left < DECODE_BLOCKS ? left : DECODE_BLOCKS, kind, group_size);
-    }
-}
-
-static void tiled_decode_any(float *y, const struct matrix *w, const struct activations *act, int64_t row_begin,
-                             int64_t row_end)
-{
-#define DECODE_CASE(kind, group_size)                                                                                  \
-    case (kind)*256 + (group_size):                                                                                    \
-        tiled_decode_rows(y, w, act, row_begin, row_end, kind, group_size);                                            \
-        break
-    switch ((int)w->shape.kind * 256 + (int)w->shape.group_size) {
-        DECODE_CASE(WEIGHT_INT4, 128);
-        DECODE_CASE(WEIGHT_INT4, 64);
-        DECODE_CASE(WEIGHT_INT4, 32);
-        DECODE_CASE(WEIGHT_INT4Z, 128);
-        DECODE_CASE(WEIGHT_INT4Z, 64);
-        DECODE_CASE(WEIGHT_INT4Z, 32);
-        DECODE_CASE(WEIGHT_MXFP4, 32);
-        DECODE_CASE(WEIGHT_NVFP4, 16);
-    }
-#undef DECODE_CASE
-}
+#include "kernels/cpu/tiled_decode.h"
 
 // ---- int8, one token: 8 rows and 2 groups at a time ---------------------------------------------------------------
 
