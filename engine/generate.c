@@ -304,8 +304,6 @@ static int run_prompts(struct session *session, const struct chat *chat, const j
         print_start(session);
     struct generate_figures figures = {0};
     rc = session_generate(session, generations, count, &figures, err);
-    if (!rc && !started)
-        print_load(session);
     for (int i = 0; i < count; i++) {
         const char *text;
         size_t bytes;
@@ -320,8 +318,12 @@ static int run_prompts(struct session *session, const struct chat *chat, const j
     }
     if (rc)
         return rc;
-    if (live)
+    if (live) {
         printf("\n");
+        fflush(stdout); // before what goes to stderr
+    }
+    if (!started)
+        print_load(session);
     if (!live && !common_options.json)
         print_batch(outputs, count);
     if (options.prompts.count || options.messages)
