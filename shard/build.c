@@ -247,10 +247,9 @@ static int prepare(struct build *build, const struct build_options *options, str
         if (!(rc = output_dir_clean(&build->dir, err)))
             rc = journal_open(&build->journal, build->dir.work_path, build->input->key, num_pieces, resume, err);
     }
-    if (rc) {
-        build->keep_work = resume; // it may be another run's
+    if (rc)
         return rc;
-    }
+    build->keep_work = false;
     return rank_writer_open(&build->writer, build->dir.work_path, build->plan, options->compress, resume, err);
 }
 
@@ -288,6 +287,7 @@ int build_directory(struct build_result *result, const struct build_input *input
     if ((rc = output_dir_take(&build.dir, options->out_dir, options->force, options->resume, err)))
         return rc;
     progress_start(&build.progress, input->what, plan_stored_bytes(input->plan), options->quiet);
+    build.keep_work = build.dir.found_work; // until its journal says whose it is and how much of it is done
     if ((rc = prepare(&build, options, err)))
         goto done;
     if (input->begin && (rc = input->begin(input->arg, &build.progress, err)))

@@ -206,6 +206,7 @@ int output_dir_take(struct output_dir *out, const char *path, bool force, bool k
     snprintf(dir.work_path, sizeof dir.work_path, "%.*s/" WORK_NAME, (int)(sizeof dir.work_path - NAME_MAX), dir.path);
     if ((rc = make_dir(dir.work_path, &work_created, err)))
         goto fail;
+    dir.found_work = !work_created && keep_work;
     if (!work_created && (rc = keep_work ? take_back(&dir, err) : output_dir_clean(&dir, err)))
         goto fail;
     *out = dir;

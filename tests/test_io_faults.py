@@ -27,7 +27,7 @@ from pathlib import Path
 
 import case_help
 from case_help import failures, report
-from io_shim_help import HANG_S, KINDS, POWER_FAILED, SHIM, Page, Ran, run, sentence 
+from io_shim_help import HANG_S, KINDS, POWER_FAILED, SHIM, Page, Ran, run, sentence
 
 BUILD = Path(os.environ.get("BUILD", "build")).resolve()
 TPSHARD, TPENGINE = BUILD / "tpshard", BUILD / "tpengine"
@@ -593,7 +593,11 @@ def resumed_work():
     for step in stops:
         shutil.rmtree(out, ignore_errors=True)
         begun, _, _ = written(source, out, stop=f"{step} kill")
-        ended, _, ran = written("--resume", source, out) if not (out / "model.json").exists() else (0, 0, ran)
+        if not (out / "model.json").exists():
+            run(TPSHARD, *words, "--resume", source, out, fail=f"thread 1 {errno.ENOMEM}")  # ends before it has begun, and takes nothing with it
+            ended, _, ran = written("--resume", source, out)
+        else:
+            ended = 0
         if ran.status or not same(out, reference):
             wrong = wrong or str(ran)
         shares.append(max(0, begun + ended - whole) / whole)
