@@ -19,6 +19,8 @@ enum {
     MOST_SILENCE_MS = 300000,
     LEAST_READERS = 4,
     MOST_READERS = 8,
+    MAP_READERS =
+        16, // each waits for one read of a map, or verifies what it brought: enough of the former while all that came at once is verified
 };
 
 // ---- pieces --------------------------------------------------------------------------------------------------------
@@ -94,28 +96,32 @@ static void lane_is_unable(struct loader *l, const struct error *why)
     pthread_mutex_unlock(&l->lock);
 }
 
-static bool visit_next(struct lane *lane, int half)
+// Turns to pieces in the slots behind `first`: one at least, and with a ring as many as keep the disk busy.
+static void visit_ahead(struct lane *lane, unsigned first, unsigned *end)
 {
+    unsigned slots = (unsigned)loader_slots(lane->loader);
     uint64_t piece;
-    if (!take_piece(lane->loader, &piece))
-        return false;
-    lane_visit(lane, half, piece);
-    return true;
+    while (*end - first < slots && (*end == first || lane_may_read_ahead(lane)) && take_piece(lane->loader, &piece))
+        lane_visit(lane, (int)((*end)++ % slots), piece);
 }
 
 // One piece after the other. With a ring the reads of the next begin before those that have landed are verified: a disk, above all one that
-// serves what it has been given all at once, shall never be without any.
+// tells of all that it has been given at once, shall never be without any.
 static int bring_pieces(struct lane *lane, struct error *err)
 {
     struct loader *l = lane->loader;
-    int half = 0, rc = 0;
-    bool visited = false;
-    while (!rc && (visited || visit_next(lane, half))) {
-        int next = lane->ring ? (half + 1) % LANE_HALVES : half;
-        visited = next != half && visit_next(lane, next);
-        if ((rc = lane_bring(lane, half, err)) == 0 && !atomic_load(&l->stop))
-            piece_is_there(l, lane->visits[half].piece.index);
-        half = next;
+    unsigned slots = (unsigned)loader_slots(l), first = 0, end = 0;
+    int rc = 0;
+    while (!rc) {
+        visit_ahead(lane, first, &end);
+        if (first == end)
+            break;
+        int slot = (int)(first % slots);
+        lane_await(lane, slot);
+        visit_ahead(lane, first, &end);
+        if ((rc = lane_bring(lane, slot, err)) == 0 && !atomic_load(&l->stop))
+            piece_is_there(l, lane->visits[slot].piece.index);
+        first++;
     }
     return rc;
 }
@@ -148,9 +154,9 @@ static int choose_threads(const struct loader *l)
         return l->options.threads < LOAD_LANES ? l->options.threads : LOAD_LANES;
     if (l->fd < 0)
         return LOAD_LANES;
-    if (l->waits && l->map) // each has one read in flight
-        threads = MOST_READERS;
-    else if (l->waits && l->path != LOAD_URING)
+    if (l->waits && l->map)
+        return MAP_READERS;
+    if (l->waits && l->path != LOAD_URING)
         threads = 2 * cores > LEAST_READERS ? 2 * cores : LEAST_READERS;
     return threads < MOST_READERS ? threads : MOST_READERS;
 }
@@ -160,7 +166,7 @@ static uint64_t most_leaves(const struct loader *l)
 {
     if (l->path == LOAD_READ && l->fd >= 0)
         return 1;
-    return PIECE_LEAVES / (uint64_t)loader_halves(l);
+    return PIECE_LEAVES / (uint64_t)loader_slots(l);
 }
 
 // Small files are cut into more pieces than there are threads, so that all have something to do.

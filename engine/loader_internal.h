@@ -15,12 +15,13 @@
 
 enum {
     PIECE_LEAVES = 8,     // of one piece, at most
-    LANE_HALVES = 2,      // with a ring a lane has two pieces, so that reads are in flight while it verifies
+    LANE_SLOTS = 4,       // pieces of a lane with a ring: those whose reads are in flight, and those verified meanwhile
     READ_BYTES = 1 << 20, // of one read: enough for any disk, little enough to be verified out of the cache
+    READS_AHEAD = 4,      // of a lane's, in flight
     DIRECT_ALIGN = 4096,  // of offsets, sizes and addresses past the page cache
 };
 _Static_assert(PIECE_LEAVES *SHARD_LEAF_BYTES <= LOAD_BUFFER_BYTES, "a piece is copied to a device in one go");
-_Static_assert(PIECE_LEAVES / LANE_HALVES + 2 <= RING_READS / LANE_HALVES, "a half's reads, with what rounding adds");
+_Static_assert(PIECE_LEAVES / LANE_SLOTS + 2 <= RING_READS / LANE_SLOTS, "a slot's reads, with what rounding adds");
 
 struct piece {
     uint64_t index;
@@ -55,7 +56,7 @@ struct lane {
     uint8_t *buffer; // the device's
     struct leaf_scratch *scratch;
     struct loader_ring *ring;
-    struct visit visits[LANE_HALVES];
+    struct visit visits[LANE_SLOTS];
     bool goes_by_pages;        // reads through the page cache do; then, of the stored bytes:
     uint64_t asked, piece_end; // what the kernel was told to read ahead, and where that ends
     atomic_llong read_bytes, read_ns, verify_ns, decode_ns, copy_ns, cpu_ns, fetched_again;
@@ -102,15 +103,19 @@ struct loader {
 void loader_choose_path(struct loader *loader, bool may_map);
 
 // Pieces that a lane has room for.
-static inline int loader_halves(const struct loader *loader) { return loader->path == LOAD_URING ? LANE_HALVES : 1; }
+static inline int loader_slots(const struct loader *loader) { return loader->path == LOAD_URING ? LANE_SLOTS : 1; }
 
 // ---- loader_piece.c
 // What a lane needs; on its own thread. lane_close also when that failed.
 int lane_open(struct lane *lane, struct error *err);
 void lane_close(struct lane *lane);
-// Turns to a piece: with a ring, its reads are under way from now on. Lanes without one use half 0 alone.
-void lane_visit(struct lane *lane, int half, uint64_t piece);
+// Turns to a piece: with a ring, its reads are under way from now on. Lanes without one have slot 0 alone.
+void lane_visit(struct lane *lane, int slot, uint64_t piece);
+// With a ring: waits for the first read of a piece, and takes note of all that has come.
+void lane_await(struct lane *lane, int slot);
+// Shall it turn to one more piece?
+bool lane_may_read_ahead(const struct lane *lane);
 // 0: the piece is there. Ends early, with 0 as well, when the loader is to stop.
-int lane_bring(struct lane *lane, int half, struct error *err);
+int lane_bring(struct lane *lane, int slot, struct error *err);
 
 #endif

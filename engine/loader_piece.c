@@ -326,29 +326,43 @@ static int bring_copied(struct lane *lane, struct visit *visit, struct error *er
 
 // ---- visits --------------------------------------------------------------------------------------------------------
 
-void lane_visit(struct lane *lane, int half, uint64_t index)
+void lane_visit(struct lane *lane, int slot, uint64_t index)
 {
     const struct loader *l = lane->loader;
-    struct visit *visit = &lane->visits[half];
+    struct visit *visit = &lane->visits[slot];
     struct piece piece = visit->piece = piece_at(l, index);
     if (l->map)
         return;
     uint64_t align = l->direct_fd >= 0 ? DIRECT_ALIGN : 1;
     visit->payload = l->target.place ? l->target.place + piece.offset
-                                     : lane->buffer + (uint64_t)half * l->piece_leaves * SHARD_LEAF_BYTES;
+                                     : lane->buffer + (uint64_t)slot * l->piece_leaves * SHARD_LEAF_BYTES;
     visit->landing = (struct landing){
-        .bytes = l->compressed ? lane->stored + (uint64_t)half * stored_piece_bytes(l) : visit->payload,
+        .bytes = l->compressed ? lane->stored + (uint64_t)slot * stored_piece_bytes(l) : visit->payload,
         .begin = piece.begin / align * align,
         .end = round_up(piece.end, align),
-        .first_read = (unsigned)half * (RING_READS / LANE_HALVES),
+        .first_read = (unsigned)slot * (RING_READS / LANE_SLOTS),
     };
     visit->landing.landed = visit->landing.begin;
     start_reads(lane, &visit->landing);
 }
 
-int lane_bring(struct lane *lane, int half, struct error *err)
+void lane_await(struct lane *lane, int slot)
 {
-    struct visit *visit = &lane->visits[half];
+    bool whole;
+    int64_t since_ns = clock_now_ns();
+    if (lane->ring && loader_ring_wait(lane->ring, lane->visits[slot].landing.first_read, &whole) != 0)
+        drop_ring(lane);
+    add_time(&lane->read_ns, since_ns);
+}
+
+bool lane_may_read_ahead(const struct lane *lane)
+{
+    return lane->ring && loader_ring_under_way(lane->ring) < READS_AHEAD;
+}
+
+int lane_bring(struct lane *lane, int slot, struct error *err)
+{
+    struct visit *visit = &lane->visits[slot];
     lane->asked = visit->piece.begin;
     lane->piece_end = visit->piece.end;
     return lane->loader->map ? bring_mapped(lane, &visit->piece, err) : bring_copied(lane, visit, err);
@@ -359,7 +373,7 @@ int lane_bring(struct lane *lane, int half, struct error *err)
 static int alloc_stored(struct lane *lane, struct error *err)
 {
     const struct loader *l = lane->loader;
-    uint64_t bytes = l->compressed ? (uint64_t)loader_halves(l) * stored_piece_bytes(l) : 0;
+    uint64_t bytes = l->compressed ? (uint64_t)loader_slots(l) * stored_piece_bytes(l) : 0;
     if (bytes == 0)
         return 0;
     void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -379,7 +393,7 @@ int lane_open(struct lane *lane, struct error *err)
         return rc;
     if (!l->map && !l->target.place &&
         (rc = o->backend->load_buffer(o->device, lane->index,
-                                      (uint64_t)loader_halves(l) * l->piece_leaves * SHARD_LEAF_BYTES, &lane->buffer,
+                                      (uint64_t)loader_slots(l) * l->piece_leaves * SHARD_LEAF_BYTES, &lane->buffer,
                                       err)))
         return rc;
     if (l->compressed && !(lane->scratch = leaf_scratch_new()))

@@ -169,6 +169,8 @@ int loader_ring_wait(struct loader_ring *ring, unsigned index, bool *whole)
     return failed;
 }
 
+unsigned loader_ring_under_way(const struct loader_ring *ring) { return ring->prepared + ring->in_flight; }
+
 int loader_ring_drain(struct loader_ring *ring)
 {
     int failed = ring->failed;

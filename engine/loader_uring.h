@@ -1,4 +1,4 @@
-// Reads by io_uring: those of two pieces are in flight together. Straight on the system calls, as little of the interface is needed. Where
+// Reads by io_uring: those of several pieces are in flight together. Straight on the system calls, as little of the interface is needed. Where
 // io_uring is missing or forbidden (containers' seccomp filters), loader_ring_open says so.
 #ifndef TPSHARD_ENGINE_LOADER_URING_H
 #define TPSHARD_ENGINE_LOADER_URING_H
@@ -20,6 +20,8 @@ void loader_ring_close(struct loader_ring *ring); // nothing is in flight; accep
 void loader_ring_read(struct loader_ring *ring, unsigned index, int fd, void *buffer, uint32_t bytes, uint64_t offset);
 // Begins what is prepared, and waits for one read: *whole says whether it brought all its bytes.
 int loader_ring_wait(struct loader_ring *ring, unsigned index, bool *whole);
+// Reads that are prepared or in flight, as far as was seen.
+unsigned loader_ring_under_way(const struct loader_ring *ring);
 // Waits for all that is in flight, so that its buffers may be used for something else.
 int loader_ring_drain(struct loader_ring *ring);
 
