@@ -78,6 +78,8 @@ static int look(struct contents *out, const char *path, struct error *err)
             continue;
         if (strcmp(name, WORK_NAME) == 0)
             out->work = true;
+        else if (entry->d_type == DT_DIR) // whatever its name
+            snprintf(out->foreign, sizeof out->foreign, "%s", name);
         else if (strcmp(name, MANIFEST_FILE_NAME) == 0)
             out->manifest = true;
         else if (is_rank_file(name))

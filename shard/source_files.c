@@ -43,9 +43,12 @@ int source_files_add(struct source_files *files, const char *dir, const char *na
     files->files = grown;
     struct source_file *file = &grown[files->count];
     *file = (struct source_file){.name = strdup(name), .path = strdup(path)};
-    files->count++;
-    if (!file->name || !file->path)
+    if (!file->name || !file->path) {
+        free(file->name);
+        free(file->path);
         return error_set(err, ERR_MEMORY, "out of memory for the list of files");
+    }
+    files->count++;
     return look(file, err);
 }
 

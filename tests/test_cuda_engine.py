@@ -106,8 +106,9 @@ def test_arithmetic(tmp):
             run(BUILD / "tpshard", "--tp", 1, "--quant", quant, "--group-size", 32, case, shards, "--quiet")
             ids = golden["token_ids"]
             cpu = relative_error(logits(shards, ids, tmp / "cpu.npy"), want)
+            every = FULL or (quant == "fp8" and regular)  # the chips differ most in these
             for sm, way in ways.items():
-                if (REAL or QUICK) and sm != 90:
+                if sm != 90 and (REAL or QUICK or not (every or sm == 86)):
                     continue
                 fp8 = regular and "fp8" in way
                 bound = cpu + 0.01 + 0.12 * fp8

@@ -277,6 +277,8 @@ misfits_of_options() {
     mkdir "$work/foreign"
     echo text >"$work/foreign/notes.txt"
     expect "foreign directory" 2 "notes.txt" "$tpshard" --force "$model" "$work/foreign"
+    mkdir -p "$work/folders/rank-00-of-02.tpshard"
+    expect "a directory named like a rank file" 2 "rank-00-of-02.tpshard" "$tpshard" --force "$model" "$work/folders"
     expect "the model itself as out_dir" 2 "which tpshard did not write" "$tpshard" --force "$synthetic" "$synthetic"
     expect "no place for out_dir" 5 "cannot create" "$tpshard" "$model" "$work/not/there"
     expect "reshard onto itself" 2 "is out_dir itself" "$tpshard" reshard --tp 1 --force "$work/model-2" "$work/model-2/"
@@ -321,12 +323,13 @@ replacing() {
     else
         not_ok "--force: $(cat "$work/err" "$work/diff")"
     fi
-    # What is left when removing breaks off must still be taken for tpshard's own: rank files go last.
+    # What cannot be replaced whole is not touched.
     rm "$work"/old/rank-*
     mkdir "$work/old/rank-00-of-03.tpshard"
-    expect "an old model that cannot be removed" 5 "cannot remove" \
+    (cd "$work/old" && echo *) >"$work/before"
+    expect "an old model with a directory for a rank file" 2 "rank-00-of-03.tpshard" \
         "$tpshard" convert --tp 3 --quant int8 --force "$model" "$work/old"
-    check "its rank files go last" [ "$(cd "$work/old" && echo *)" = rank-00-of-03.tpshard ]
+    check "nothing of it was removed" [ "$(cd "$work/old" && echo *)" = "$(cat "$work/before")" ]
     rmdir "$work/old/rank-00-of-03.tpshard"
     rm -rf "$work/old" "$work/fresh"
 }
