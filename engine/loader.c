@@ -19,8 +19,7 @@ enum {
     MOST_SILENCE_MS = 300000,
     LEAST_READERS = 4,
     MOST_READERS = 8,
-    MAP_READERS =
-        16, // each waits for one read of a map, or verifies what it brought: enough of the former while all that came at once is verified
+    MAP_READERS = 16, // each reads or verifies: enough of them read while others verify what came at once
 };
 
 // ---- pieces --------------------------------------------------------------------------------------------------------
@@ -146,7 +145,7 @@ static void *lane_main(void *arg)
 // ---- starting ------------------------------------------------------------------------------------------------------
 
 // Threads that read wait more than they compute; those of a ring do not, nor those that find the file in the page cache. A request over a
-// network waits longest. More than a few have nothing to win on this machine, and each may hold a buffer of page-locked memory.
+// network waits longest. Those that copy are few, as each may hold a buffer of page-locked memory.
 static int choose_threads(const struct loader *l)
 {
     int cores = thread_pool_default_threads(), threads = cores;
@@ -175,6 +174,8 @@ static int cut_pieces(struct loader *l, int threads, struct error *err)
     uint64_t leaves = shard_file_leaf_count(l->options.file), most = most_leaves(l);
     l->piece_leaves = leaves / (4 * (uint64_t)threads);
     l->piece_leaves = l->piece_leaves < 1 ? 1 : l->piece_leaves > most ? most : l->piece_leaves;
+    if (l->map && l->piece_leaves > 1)
+        l->piece_leaves &= ~1ull; // what is populated at a time
     l->piece_count = div_up(leaves, l->piece_leaves);
     l->state = calloc(l->piece_count + 1, sizeof *l->state);
     l->lanes = calloc((size_t)threads, sizeof *l->lanes);

@@ -17,7 +17,7 @@ enum {
     PIECE_LEAVES = 8,     // of one piece, at most
     LANE_SLOTS = 4,       // pieces of a lane with a ring: those whose reads are in flight, and those verified meanwhile
     READ_BYTES = 1 << 20, // of one read: enough for any disk, little enough to be verified out of the cache
-    READS_AHEAD = 4,      // of a lane's, in flight
+    READS_AHEAD = 4,      // of a lane's: with fewer in flight it turns to one more piece
     DIRECT_ALIGN = 4096,  // of offsets, sizes and addresses past the page cache
 };
 _Static_assert(PIECE_LEAVES *SHARD_LEAF_BYTES <= LOAD_BUFFER_BYTES, "a piece is copied to a device in one go");

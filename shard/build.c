@@ -243,13 +243,15 @@ static int prepare(struct build *build, const struct build_options *options, str
     bool resume = options->resume;
     rc = journal_open(&build->journal, build->dir.work_path, build->input->key, num_pieces, resume, err);
     if (rc == ERR_USAGE && options->force) { // another run's journal, and leave to drop it
-        resume = false;
+        resume = build->keep_work = false;
         if (!(rc = output_dir_clean(&build->dir, err)))
             rc = journal_open(&build->journal, build->dir.work_path, build->input->key, num_pieces, resume, err);
     }
     if (rc)
         return rc;
     build->keep_work = false;
+    // Rank files that no journal tells of are another run's, which was being dropped.
+    resume = resume && journal_count(build->journal) > 0;
     return rank_writer_open(&build->writer, build->dir.work_path, build->plan, options->compress, resume, err);
 }
 

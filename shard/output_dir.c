@@ -76,9 +76,10 @@ static int look(struct contents *out, const char *path, struct error *err)
         const char *name = entry->d_name;
         if (is_dot(name))
             continue;
-        if (strcmp(name, WORK_NAME) == 0)
+        bool is_work = strcmp(name, WORK_NAME) == 0;
+        if (is_work && (entry->d_type == DT_DIR || entry->d_type == DT_UNKNOWN))
             out->work = true;
-        else if (entry->d_type == DT_DIR) // whatever its name
+        else if (is_work || entry->d_type == DT_DIR) // a link that would be followed; a folder, whatever its name
             snprintf(out->foreign, sizeof out->foreign, "%s", name);
         else if (strcmp(name, MANIFEST_FILE_NAME) == 0)
             out->manifest = true;

@@ -18,7 +18,7 @@ struct output_dir {
     char work_path[PATH_MAX]; // out_dir/.tmp-tpshard
     int lock_fd;              // holds the directory against a second tpshard
     bool created;             // did not exist before
-    bool found_work;          // an earlier run's work folder was there and was left as it is
+    bool found_work;          // an earlier run's work folder was there and is not emptied
 };
 
 // Opens the directory and holds it against a second tpshard (ERR_USAGE when another has it) until *fd is closed.

@@ -279,6 +279,11 @@ misfits_of_options() {
     expect "foreign directory" 2 "notes.txt" "$tpshard" --force "$model" "$work/foreign"
     mkdir -p "$work/folders/rank-00-of-02.tpshard"
     expect "a directory named like a rank file" 2 "rank-00-of-02.tpshard" "$tpshard" --force "$model" "$work/folders"
+    mkdir "$work/linked" "$work/elsewhere"
+    touch "$work/elsewhere/kept"
+    ln -s ../elsewhere "$work/linked/.tmp-tpshard"
+    expect "a link as the work folder" 2 ".tmp-tpshard" "$tpshard" --resume "$model" "$work/linked"
+    check "what it leads to is kept" [ -e "$work/elsewhere/kept" ]
     expect "the model itself as out_dir" 2 "which tpshard did not write" "$tpshard" --force "$synthetic" "$synthetic"
     expect "no place for out_dir" 5 "cannot create" "$tpshard" "$model" "$work/not/there"
     expect "reshard onto itself" 2 "is out_dir itself" "$tpshard" reshard --tp 1 --force "$work/model-2" "$work/model-2/"
