@@ -2,6 +2,7 @@
 #include "formats/checkpoint.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -400,6 +401,14 @@ int checkpoint_read(const struct checkpoint *checkpoint, const struct safetensor
                          file->path, tensor->name, (unsigned long long)tensor->bytes, (unsigned long long)num_bytes,
                          (unsigned long long)byte_offset);
     return file_pread_full(file->fd, destination, num_bytes, tensor->offset + byte_offset, file->path, err);
+}
+
+void checkpoint_read_ahead(const struct checkpoint *checkpoint, const struct safetensors_tensor *tensor,
+                           uint64_t byte_offset, uint64_t num_bytes)
+{
+    if (checked_range(byte_offset, num_bytes, tensor->bytes))
+        posix_fadvise(checkpoint->files[tensor->file].fd, (off_t)(tensor->offset + byte_offset), (off_t)num_bytes,
+                      POSIX_FADV_WILLNEED);
 }
 
 int checkpoint_unchanged(const struct checkpoint *checkpoint, struct error *err)

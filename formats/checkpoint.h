@@ -37,6 +37,9 @@ const struct safetensors_tensor *checkpoint_find(const struct checkpoint *checkp
 // ERR_IO if the file has shrunk; ERR_OTHER if the range leaves the tensor, which is the caller's fault.
 int checkpoint_read(const struct checkpoint *checkpoint, const struct safetensors_tensor *tensor, uint64_t byte_offset,
                     uint64_t num_bytes, void *destination, struct error *err);
+// Tells the operating system that this range will be read soon. It may do nothing.
+void checkpoint_read_ahead(const struct checkpoint *checkpoint, const struct safetensors_tensor *tensor,
+                           uint64_t byte_offset, uint64_t num_bytes);
 
 // Whether the names still lead to the files that were opened, as they were then; ERR_MODEL when one does not.
 int checkpoint_unchanged(const struct checkpoint *checkpoint, struct error *err);

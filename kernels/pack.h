@@ -6,6 +6,7 @@
 #include "formats/error.h"
 #include "formats/weight.h"
 
+#include <stddef.h>
 #include <stdint.h>
 
 // One whole source row, quantized: either by pack_quantize_row or read as it is from a quantized checkpoint, which fills the
@@ -67,6 +68,15 @@ int pack_quantize_row(struct packed_row *out, enum weight_kind kind, uint32_t gr
 // against 9.7 %), and its codes are less evenly used, so that they can be compressed.
 int pack_round_row(struct packed_row *out, enum weight_kind kind, uint32_t group_size, const float *x, uint64_t cols,
                    struct error *err);
+
+// One implementation of both per instruction set, each with the same bytes; for the functions above, tests and benchmarks.
+struct pack_target {
+    const char *name; // "base", "avx2", "avx512"
+    int (*quantize_row)(struct packed_row *out, enum weight_kind kind, uint32_t group_size, const float *x,
+                        uint64_t cols, const float *weight, enum weight_scales scales, struct error *err);
+};
+// The supported targets, slowest first; index 0 always exists, null after the last.
+const struct pack_target *pack_target_at(size_t index);
 
 // Places columns [col_begin, col_begin + shape->cols) of a whole packed row at row `row` of the stored matrix. The
 // caller has zeroed the block: padding is not written. data and scale (NULL when the kind has none) point at the stored

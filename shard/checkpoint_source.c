@@ -35,6 +35,19 @@ static void source_rows(enum source_form form, uint64_t all_rows, uint64_t begin
     *last = both ? all_rows - 1 : (begin + count - 1) % half * 2 + 1;
 }
 
+// Rows that stand one behind the other are read a few at a time, so that they are still in the cache when they are used.
+enum { CACHED_BYTES = 256 << 10 };
+
+static bool in_pieces(const struct row_request *request, enum source_form form)
+{
+    return request->kind != WEIGHT_F32 && !alternates(form) && !is_turned(form);
+}
+
+static uint64_t piece_rows(uint64_t row_bytes)
+{
+    return row_bytes && row_bytes < CACHED_BYTES ? CACHED_BYTES / row_bytes : 1;
+}
+
 static int source_read(const struct row_source *base, struct row_window *window, const struct row_request *request,
                        struct error *err)
 {
@@ -56,6 +69,12 @@ static int source_read(const struct row_source *base, struct row_window *window,
     uint64_t bytes = dtype_bytes(tensor->dtype), count = last - first + 1;
     uint64_t begin = (from->index > 0 ? (uint64_t)from->index : 0) * rows * cols; // of the matrix in its stack
     window->raw_format = tensor->dtype;
+    if (in_pieces(request, from->form)) {
+        window->raw_row = first;
+        window->raw_rows = 0;
+        checkpoint_read_ahead(source->checkpoint, tensor, (begin + first * cols) * bytes, count * cols * bytes);
+        return row_window_reserve(window, piece_rows(cols * bytes) * cols * bytes, cols, err);
+    }
     window->raw_row = first;
     window->raw_rows = count;
     if ((rc = row_window_reserve(window, count * cols * bytes, request->source->source_cols, err)))
@@ -70,18 +89,72 @@ static int source_read(const struct row_source *base, struct row_window *window,
     return 0;
 }
 
+// Has the window hold `row`: of what is read in pieces, the piece that begins with it.
+static int source_piece(const struct checkpoint_source *source, struct row_window *window,
+                        const struct plan_source *from, uint64_t row, struct error *err)
+{
+    const struct row_request *request = &window->request;
+    if (!in_pieces(request, from->form) || (row >= window->raw_row && row - window->raw_row < window->raw_rows))
+        return 0;
+    uint64_t rows, cols, bytes = dtype_bytes((enum dtype)window->raw_format);
+    source_shape(request, from->form, &rows, &cols);
+    uint64_t left = request->row_begin + request->rows - row, count = piece_rows(cols * bytes);
+    uint64_t first = (from->index > 0 ? (uint64_t)from->index : 0) * rows + row; // in the stack
+    window->raw_row = row;
+    window->raw_rows = 0; // if this fails
+    count = count < left ? count : left;
+    int rc = checkpoint_read(source->checkpoint, checkpoint_find(source->checkpoint, from->tensor),
+                             first * cols * bytes, count * cols * bytes, window->raw, err);
+    if (!rc)
+        window->raw_rows = count;
+    return rc;
+}
+
+static float widen_one(const uint8_t *raw, enum dtype dtype)
+{
+    float value;
+    uint16_t bits;
+    if (dtype == DTYPE_F32) {
+        memcpy(&value, raw, sizeof value);
+        return value;
+    }
+    memcpy(&bits, raw, sizeof bits);
+    return dtype == DTYPE_BF16 ? bf16_to_f32(bits) : f16_to_f32(bits);
+}
+
+enum { HALVES = 8 };
+typedef uint16_t halves __attribute__((vector_size(HALVES * sizeof(uint16_t))));
+typedef uint32_t words __attribute__((vector_size(HALVES * sizeof(uint32_t))));
+
 // `count` elements, `step` elements apart.
 static void widen(float *out, const uint8_t *raw, uint64_t step, enum dtype dtype, uint64_t count)
 {
-    for (uint64_t i = 0; i < count; i++) {
-        uint16_t bits;
-        if (dtype == DTYPE_F32) {
-            memcpy(&out[i], raw + 4 * i * step, sizeof out[i]);
-            continue;
-        }
-        memcpy(&bits, raw + 2 * i * step, sizeof bits);
-        out[i] = dtype == DTYPE_BF16 ? bf16_to_f32(bits) : f16_to_f32(bits);
+    uint64_t i = 0;
+    for (; step == 1 && dtype == DTYPE_BF16 && i + HALVES <= count; i += HALVES) {
+        halves bits;
+        memcpy(&bits, raw + i * sizeof(uint16_t), sizeof bits);
+        words wide = __builtin_convertvector(bits, words) << 16;
+        memcpy(out + i, &wide, sizeof wide);
     }
+    for (; i < count; i++)
+        out[i] = widen_one(raw + i * step * dtype_bytes(dtype), dtype);
+}
+
+// Takes a row of bf16 that is stored in bf16 as it is. False: it has a value that is not finite, and *out is not filled.
+static bool take_bf16(uint16_t *out, const uint8_t *raw, uint64_t count)
+{
+    const halves exponent = (halves){0} + 0x7f80;
+    halves wrong = {0};
+    for (uint64_t i = 0; i < count; i += HALVES) {
+        halves bits = {0};
+        memcpy(&bits, raw + i * sizeof *out, (count - i < HALVES ? count - i : HALVES) * sizeof *out);
+        wrong |= (halves)((bits & exponent) == exponent);
+    }
+    for (int i = 0; i < HALVES; i++)
+        if (wrong[i])
+            return false;
+    memcpy(out, raw, count * sizeof *out);
+    return true;
 }
 
 // One row, as floats, from the bytes of the window.
@@ -114,12 +187,18 @@ static int source_row(const struct row_source *base, struct row_window *window, 
     const struct plan_source *from = &source->plan->sources[request->tensor][request->part];
     uint64_t cols = request->source->source_cols;
     struct error cause;
+    int rc = source_piece(source, window, from, row, err);
+    if (rc)
+        return rc;
+    if (request->kind == WEIGHT_BF16 && window->raw_format == DTYPE_BF16 && from->form == AS_IS &&
+        take_bf16(out->bf16, window->raw + (row - window->raw_row) * cols * sizeof(uint16_t), cols))
+        return 0;
     gather(window->values, window, from->form, row);
     for (uint64_t i = 0; from->form == PLUS_ONE && i < cols; i++)
         window->values[i] += 1;
-    int rc = request->scales == WEIGHT_SCALES_LARGEST
-                 ? pack_round_row(out, request->kind, request->group_size, window->values, cols, &cause)
-                 : pack_quantize_row(out, request->kind, request->group_size, window->values, cols, NULL, &cause);
+    rc = request->scales == WEIGHT_SCALES_LARGEST
+             ? pack_round_row(out, request->kind, request->group_size, window->values, cols, &cause)
+             : pack_quantize_row(out, request->kind, request->group_size, window->values, cols, NULL, &cause);
     if (rc)
         return error_set(err, rc, "tensor %s, row %llu: %s", request->source->source, (unsigned long long)row,
                          cause.msg);

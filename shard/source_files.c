@@ -14,7 +14,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { PIECE_BYTES = 4 << 20, AHEAD_BYTES = 1 << 30 };
+enum { PIECE_BYTES = 256 << 10, AHEAD_BYTES = 1 << 30 }; // a piece is hashed while it is in the cache
 
 // ---- the list ----------------------------------------------------------------------------------------------------
 

@@ -447,9 +447,8 @@ static void bf16_is_exact(void **unused)
 // ---- the same bytes everywhere --------------------------------------------------------------------------------------
 
 // Hashes of stored bytes: every compiler, optimisation level and instruction set must give these.
-static void golden_bytes(void **unused)
+static int num_different_from_goldens(const struct pack_target *target)
 {
-    (void)unused;
     static const struct {
         struct kind_case c;
         bool weighted;
@@ -487,15 +486,16 @@ static void golden_bytes(void **unused)
                 x[j] = next_weight() * (r % 10 == 3 ? 0x1p-19f : r % 10 == 5 ? 0x1p13f : 1.0f);
                 a[j] = (float)(next_random() & 0xff);
             }
-            assert_int_equal(pack_quantize_row(&row, c.kind, c.group_size, x, cols, cases[i].weighted ? a : NULL, NULL),
+            assert_int_equal(target->quantize_row(&row, c.kind, c.group_size, x, cols, cases[i].weighted ? a : NULL,
+                                                  WEIGHT_SCALES_SEARCHED, NULL),
                              0);
             pack_store_row(data, scale, &shape, 0, r, &row, 0);
         }
         uint64_t data_hash = checksum_leaf(data, shape.data_bytes);
         uint64_t scale_hash = shape.scale_bytes ? checksum_leaf(scale, shape.scale_bytes) : 0;
         if (data_hash != cases[i].data || scale_hash != cases[i].scale) {
-            print_error("%s group %u weighted %d: 0x%016llx, 0x%016llx\n", weight_kind_name(c.kind), c.group_size,
-                        cases[i].weighted, (unsigned long long)data_hash, (unsigned long long)scale_hash);
+            print_error("%s %s group %u weighted %d: 0x%016llx, 0x%016llx\n", target->name, weight_kind_name(c.kind),
+                        c.group_size, cases[i].weighted, (unsigned long long)data_hash, (unsigned long long)scale_hash);
             num_different++;
         }
         free_row(&row);
@@ -504,7 +504,51 @@ static void golden_bytes(void **unused)
     }
     free(a);
     free(x);
-    assert_int_equal(num_different, 0);
+    return num_different;
+}
+
+static void golden_bytes(void **unused)
+{
+    (void)unused;
+    for (size_t t = 0; pack_target_at(t); t++)
+        assert_int_equal(num_different_from_goldens(pack_target_at(t)), 0);
+}
+
+// Every instruction set against the first, on rows of every length around a vector and a group, large and small, with a zero or an infinity.
+static void targets_agree(void **unused)
+{
+    (void)unused;
+    enum { MOST = 300 };
+    static const uint64_t lengths[] = {1, 3, 4, 7, 8, 15, 16, 17, 31, 33, 64, 127, 128, 129, 200, 256, MOST};
+    static float x[MOST], a[MOST];
+    state = 11;
+    for (int k = 0; k < NUM_KINDS; k++)
+        for (size_t n = 0; n < 6 * sizeof lengths / sizeof *lengths; n++) {
+            struct kind_case c = all_kinds[k];
+            uint64_t cols = lengths[n / 6];
+            enum weight_scales scales = n % 2 ? WEIGHT_SCALES_LARGEST : WEIGHT_SCALES_SEARCHED;
+            struct packed_row want = new_row(c, cols), found = new_row(c, cols);
+            struct error err;
+            for (uint64_t j = 0; j < cols; j++) {
+                x[j] = next_random() % 8 ? next_weight() * (n % 6 == 2   ? 0x1p-90f
+                                                            : n % 6 == 3 ? 0x1p60f
+                                                                         : 1.0f)
+                                         : -0.0f;
+                a[j] = (float)(next_random() & 0xff);
+            }
+            if (n % 6 == 4)
+                x[next_random() % cols] = INFINITY;
+            const float *weight = n % 6 == 0 ? a : NULL;
+            int rc = pack_target_at(0)->quantize_row(&want, c.kind, c.group_size, x, cols, weight, scales, &err);
+            for (size_t t = 1; pack_target_at(t); t++) {
+                assert_int_equal(
+                    pack_target_at(t)->quantize_row(&found, c.kind, c.group_size, x, cols, weight, scales, &err), rc);
+                if (!rc)
+                    assert_rows_equal(c, &want, &found, cols);
+            }
+            free_row(&want);
+            free_row(&found);
+        }
 }
 
 int main(void)
@@ -522,6 +566,7 @@ int main(void)
         cmocka_unit_test(not_finite),
         cmocka_unit_test(bf16_is_exact),
         cmocka_unit_test(golden_bytes),
+        cmocka_unit_test(targets_agree),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
