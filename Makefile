@@ -54,7 +54,8 @@ LDLIBS = $(LIBRARIES) -lpthread -ldl -lm
 
 ISA_avx2 = -mavx2 -mfma -mf16c
 ISA_avx512 = -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni $(ISA_avx2)
-ISA_amx = -mamx-tile -mamx-int8 -mamx-bf16 $(ISA_avx512)
+# Compilers that lack AMX compile its file to a table that no machine supports.
+ISA_amx := $(shell $(CC) -mamx-tile -mamx-int8 -E -x c /dev/null >/dev/null 2>&1 && echo -mamx-tile -mamx-int8) $(ISA_avx512)
 ISA_NAMES = avx2 avx512 amx
 ISA_FILES = $(foreach isa,$(ISA_NAMES),%_$(isa).c)
 
@@ -316,6 +317,10 @@ check-fresh: ## the README's two commands in a bare Debian root (needs root and 
 
 bench: benchmarks ## run the benchmarks, one result line per run
 	@set -e; for program in $(BENCH_PROGRAMS) $(wildcard bench/bench_*.sh); do BUILD="$(BUILD)" $$program; done
+
+.PHONY: bench-rivals
+bench-rivals: programs $(BUILD)/bench/bench_bandwidth $(BUILD)/bench/bench_peak ## beside llama.cpp and others, installed with pip (ARGS='--help' tells more)
+	@BUILD="$(BUILD)" python3 bench/bench_rivals.py $(ARGS)
 
 SECONDS ?= 60
 fuzz: ## explore one fuzz target: make fuzz NAME=json SECONDS=60 (needs clang)

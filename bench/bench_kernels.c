@@ -1,10 +1,11 @@
 // How fast are the matmul kernels? For each kind of weights, shape, number of tokens and threads: bytes of weights per second,
-// their share of what the same threads could read just before and after (four streams each), and operations per second.
-// Weights rotate over copies that no cache holds.
+// their share of what the same threads could read just before and after (four streams each), and operations per second with their share of
+// what the table's multiply-add could do in registers (bench/peak.h) at the same time. Weights rotate over copies that no cache holds.
 //
 //   bench_kernels [table [kind [tokens [shape]]]]     e.g. "avx2 int4 1"; "all" or nothing: everything
 #include "bench/bandwidth.h"
 #include "bench/median.h"
+#include "bench/peak.h"
 #include "formats/checked.h"
 #include "kernels/kernels.h"
 
@@ -26,8 +27,8 @@ static const struct {
 static const struct {
     int64_t rows, cols;
 } shapes[] = {{4096, 4096}, {14336, 4096}};
-static const int64_t token_counts[] = {1, 2, 4, 8, 16, 64, 256};
-enum { MAX_TOKENS = 256, MAX_ROWS = 14336, MAX_COLS = 4096 };
+static const int64_t token_counts[] = {1, 2, 4, 8, 16, 64, 512};
+enum { MAX_TOKENS = 512, MAX_ROWS = 14336, MAX_COLS = 4096 };
 
 // One measurement: `copies` products one after the other, each thread its share of the rows.
 struct job {
@@ -63,22 +64,26 @@ static void measure(struct job job)
     double once = bench_parallel(job.threads, multiply_share, &job); // warms up, and says how often fits into 60 ms
     job.copies = 1 + (uint64_t)(0.06 / (once > 1e-6 ? once : 1e-6));
 
-    double rate[ROUNDS], share[ROUNDS], read[ROUNDS], before, after = 0;
+    bool integers = job.shape.kind == WEIGHT_INT8 || weight_is_tiled(job.shape.kind);
+    double rate[ROUNDS], share[ROUNDS], read[ROUNDS], of_peak[ROUNDS], before, after = 0;
     for (int i = 0; i < ROUNDS; i++) {
         before = i ? after : bandwidth_bytes_per_second(job.arena, READ_BYTES, job.threads);
         job.first_copy = (job.first_copy + job.copies) % job.all_copies;
         double seconds = bench_parallel(job.threads, multiply_share, &job);
+        double peak = peak_operations_per_second(job.kernels->name, integers, job.threads);
         after = bandwidth_bytes_per_second(job.arena + (uint64_t)(i % 2) * READ_BYTES, READ_BYTES, job.threads);
         rate[i] = (double)job.copies / seconds;
         read[i] = (before + after) / 2;
+        of_peak[i] = peak > 0 ? rate[i] * operations / peak : 0;
         share[i] = rate[i] * (double)(job.shape.data_bytes + job.shape.scale_bytes) / read[i];
     }
     double products = bench_median(rate, ROUNDS);
     printf("kernels table=%s kind=%s group=%" PRIu32 " rows=%" PRIu64 " cols=%" PRIu64 " tokens=%" PRId64
-           " threads=%d gb_s=%.2f read_gb_s=%.2f share=%.2f gop_s=%.1f\n",
+           " threads=%d gb_s=%.2f read_gb_s=%.2f share=%.2f gop_s=%.1f of_peak=%.2f\n",
            job.kernels->name, weight_kind_name(job.shape.kind), job.shape.group_size, job.shape.rows, job.shape.cols,
            job.tokens, job.threads, products * (double)(job.shape.data_bytes + job.shape.scale_bytes) / 1e9,
-           bench_median(read, ROUNDS) / 1e9, bench_median(share, ROUNDS), products * operations / 1e9);
+           bench_median(read, ROUNDS) / 1e9, bench_median(share, ROUNDS), products * operations / 1e9,
+           bench_median(of_peak, ROUNDS));
     fflush(stdout);
 }
 

@@ -9,11 +9,14 @@
 #ifdef __x86_64__
 
 #include <cpuid.h>
+#include <pthread.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
-const struct kernels *const kernels_all[] = {&kernels_avx512, &kernels_avx2, &kernels_scalar, NULL};
+const struct kernels *const kernels_all[] = {&kernels_amx, &kernels_avx512, &kernels_avx2, &kernels_scalar, NULL};
 
 // Register sets that the operating system saves at a context switch (XCR0).
-enum { XCR0_YMM = 0x06, XCR0_ZMM = 0xe6 };
+enum { XCR0_YMM = 0x06, XCR0_ZMM = 0xe6, XCR0_TILES = 0x60000 };
 
 static bool os_saves(uint32_t registers)
 {
@@ -40,6 +43,35 @@ bool kernels_supported_avx512(void)
     return os_saves(XCR0_ZMM) && kernels_supported_avx2() && __builtin_cpu_supports("avx512f") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+}
+
+// Eight tiles of 16 rows of 64 bytes: the first palette, as long as there is no other hardware.
+static bool cpu_has_amx(void)
+{
+    enum { AMX_TILE = 1 << 24, AMX_INT8 = 1 << 25, PALETTE_LEAF = 0x1d };
+    uint32_t eax, ebx, ecx, edx;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(edx & AMX_TILE) || !(edx & AMX_INT8))
+        return false;
+    return __get_cpuid_count(PALETTE_LEAF, 1, &eax, &ebx, &ecx, &edx) && (ebx & 0xffff) == 64 && ebx >> 16 >= 8 &&
+           (ecx & 0xffff) == 16;
+}
+
+// Tiles are 8 KiB for each thread that uses them, so Linux wants to be asked. It refuses when a signal stack of the process is too small for
+// them; systems that do not know the question refuse too. The answer holds for all threads and is handed on by fork.
+static bool amx_allowed;
+static void ask_for_amx(void)
+{
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_TILE_DATA = 18 };
+    amx_allowed = cpu_has_amx() && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_TILE_DATA) == 0;
+}
+
+bool kernels_supported_amx(void)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    if (!os_saves(XCR0_TILES) || !kernels_supported_avx512())
+        return false;
+    pthread_once(&once, ask_for_amx);
+    return amx_allowed;
 }
 
 #else

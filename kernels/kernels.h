@@ -12,8 +12,8 @@
 //     nvfp4  last = 2^7 * global_w[row], the codes doubled, scale_w = scale * 2^-8 (which is an f16)
 // where dot is the exact integer sum of products, and each *, +, - rounds to f32. bf16, fp8, fp8g and f32 matmul: 16 partial sums over
 // ascending columns (partial sum: column mod 16; fp8, fp8g: column mod 32 / 2), added by halves at the end; fp8g begins them anew for
-// each 128 columns and adds scale_w[row][g] times them, g ascending, to the 16 that are added at the end. avx2 and avx512 agree bit for
-// bit (fused multiply-add), scalar rounds products.
+// each 128 columns and adds scale_w[row][g] times them, g ascending, to the 16 that are added at the end. avx2, avx512 and amx agree
+// bit for bit (fused multiply-add), scalar rounds products.
 //
 // Attention, the same bits from every table: a product q . k is one chain of fused multiply-adds over ascending columns, then scaled and
 // capped. Positions are cut into chunks of KV_CHUNK_TOKENS, and these into pages, both by position alone. Within a chunk, page by page:
@@ -117,7 +117,7 @@ struct attention_query {
 };
 
 struct kernels {
-    const char *name;        // "scalar", "avx2", "avx512"
+    const char *name;        // "scalar", "avx2", "avx512", "amx"
     bool (*supported)(void); // CPU and operating system
 
     // Fills rows [token_begin, token_end) of act from x [.., x_stride] for a matmul with w: the parts that w's kind needs.
@@ -162,7 +162,7 @@ struct kernels {
     void (*add)(float *y, const float *x, int64_t count);
 };
 
-// The fastest supported table, or the one named ("auto", "scalar", "avx2", "avx512"); ERR_USAGE with the list of what this
+// The fastest supported table, or the one named ("auto", "scalar", "avx2", "avx512", "amx"); ERR_USAGE with the list of what this
 // machine supports when the name is unknown or unsupported.
 int kernels_select(const struct kernels **out, const char *wanted, struct error *err);
 // All tables compiled in, fastest first, NULL at the end; supported or not.

@@ -4,10 +4,11 @@
 
 #include "kernels/kernels.h"
 
-extern const struct kernels kernels_scalar, kernels_avx2, kernels_avx512;
+extern const struct kernels kernels_scalar, kernels_avx2, kernels_avx512, kernels_amx;
 
 // CPU and operating system. Not in the tables' own files: those may not run an instruction before they are asked.
 bool kernels_supported_avx2(void);
 bool kernels_supported_avx512(void);
+bool kernels_supported_amx(void); // asks the operating system once, for the whole process and its children
 
 #endif

@@ -1,9 +1,8 @@
 // Matmul with AVX2, FMA and F16C. The order of every sum: kernels.h.
 //
-// int8 and tiled kinds go by 8 rows and one group at a time: vpmaddubsw multiplies unsigned with signed bytes, and pairs of products
-// must fit 16 bits. int4 codes + 8 (at most 15) allow four such pairs to be added there, doubled e2m1 codes + 12 (at most 24) two;
-// int8 uses |w| and x with w's sign. Tiled kinds go from their cache lines to vpmaddubsw for one token; for more, they are unpacked into L1
-// first, with their scales, once for all of them.
+// vpmaddubsw multiplies unsigned with signed bytes, and pairs of products must fit 16 bits: of int4 codes + 8 (at most 15) eight such pairs
+// can be added there, of doubled e2m1 codes + 12 (at most 24) five; int8 uses |w| and x with w's sign. One token: weights go from their
+// cache lines to vpmaddubsw, 8 rows and one group at a time. More: avx2_panel.h.
 #include "kernels/attention.h"
 #include "kernels/kernels_internal.h"
 #include "kernels/lanes.h"
@@ -17,10 +16,9 @@ enum {
     BLOCK_TILES = BLOCK_ROWS / TILE_ROWS,
     DECODE_BLOCKS = 4, // blocks of a tiled kind read side by side
     DECODE_PREFETCH_BYTES = 2048,
-    ROWS = 8,         // of one sum across lanes
-    PANEL_COLS = 256, // 4 KiB of unpacked codes
-    PANEL_TOKENS = 96,
+    ROWS = 8, // of one sum across lanes
     PREFETCH_BYTES = 4096,
+    INT8_PREFETCH_BYTES = 512,
 };
 
 // ---- bf16, fp8 and fp8g --------------------------------------------------------------------------------------------------
@@ -66,12 +64,6 @@ VECTOR_INLINE bool magnitudes_nan(const struct magnitudes *largest)
 
 // ---- int8 and tiled kinds ------------------------------------------------------------------------------------------
 
-// Where the codes of 8 rows lie: row r, columns 64c.. at data + r * row_bytes + c * part_bytes.
-struct codes {
-    const uint8_t *data;
-    int64_t row_bytes, part_bytes;
-};
-
 VECTOR_INLINE __m256i load(const void *x) { return _mm256_loadu_si256((const __m256i *)x); }
 
 // Lane i: the sum of both 128-bit lanes' word i % 4 of low (i < 4) or high.
@@ -100,113 +92,21 @@ VECTOR_INLINE void sum_8_quarters(__m256i quarter[4], const __m256i v[ROWS])
     quarter[3] = _mm256_unpackhi_epi64(ab23, cd23);
 }
 
-// dot[r] = products of 64 * parts columns, parts <= 2, of row r. tiled: unpacked codes, which are unsigned.
-VECTOR_INLINE void dots(__m256i dot[ROWS], const struct codes *codes, const int8_t *q, int parts, bool tiled)
+// *sum += x, here and not elsewhere: gcc 12 adds what is independent in an order of its own, and runs out of registers.
+VECTOR_INLINE void add_16(__m256i *sum, __m256i x)
 {
-    const __m256i one = _mm256_set1_epi16(1);
-    __m256i x[4];
-    for (int i = 0; i < 2 * parts; i++)
-        x[i] = load(q + 32 * i);
-    for (int r = 0; r < ROWS; r++) {
-        __m256i products = _mm256_setzero_si256();
-        for (int i = 0; i < 2 * parts; i++) {
-            __m256i w = load(codes->data + r * codes->row_bytes + i / 2 * codes->part_bytes + i % 2 * 32);
-            if (tiled) {
-                products = _mm256_add_epi16(products, _mm256_maddubs_epi16(w, x[i]));
-            } else {
-                __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x[i], w));
-                products = _mm256_add_epi32(products, _mm256_madd_epi16(pairs, one));
-            }
-        }
-        dot[r] = tiled ? _mm256_madd_epi16(products, one) : products;
-    }
+    *sum = _mm256_add_epi16(*sum, x);
+    __asm__("" : "+x"(*sum));
+}
+VECTOR_INLINE void add_32(__m256i *sum, __m256i x)
+{
+    *sum = _mm256_add_epi32(*sum, x);
+    __asm__("" : "+x"(*sum));
 }
 
 VECTOR_INLINE __m256 add_term(__m256 sum, __m256 dot, __m256 scale)
 {
     return _mm256_add_ps(sum, _mm256_mul_ps(dot, scale));
-}
-
-// 16 rows of a tiled kind, up to PANEL_COLS columns, unpacked.
-struct panel {
-    uint8_t codes[PANEL_COLS / 64][TILE_ROWS][64];                             // + bias, in the order of act->q
-    float scale[PANEL_COLS / 16][TILE_ROWS], zero[PANEL_COLS / 32][TILE_ROWS]; // of each group
-    int32_t bias;
-    bool has_zero;
-};
-
-// sum[16 rows] += the panel's columns [0, cols) times one token.
-VECTOR_INLINE void tiled_rows(float *sum, const struct panel *panel, const int8_t *q, const float *q_scale,
-                              const int32_t *q_sum, int64_t cols, int group_size, bool has_zero)
-{
-    int32_t bias = panel->bias;
-    int step = group_size == 128 ? 128 : 64, groups = step / group_size;
-    __m256 y[2] = {_mm256_loadu_ps(sum), _mm256_loadu_ps(sum + ROWS)};
-    for (int64_t col = 0; col < cols; col += step) {
-        __m256 x_scale = _mm256_set1_ps(q_scale[col / ACT_GROUP]);
-        int32_t x_sum[4] = {0};
-        for (int i = 0; i < step / ACT_SUM; i++)
-            x_sum[i * ACT_SUM / group_size] += q_sum[col / ACT_SUM + i];
-        for (int half = 0; half < 2; half++) {
-            int row = half * ROWS;
-            struct codes from = {panel->codes[col / 64][row], 64, sizeof panel->codes[0]};
-            __m256i dot[ROWS], part[4];
-            dots(dot, &from, q + col, step / 64, true);
-            if (groups == 1)
-                part[0] = sum_8(dot);
-            else
-                sum_8_quarters(part, dot);
-            for (int g = 0; g < 2 && groups == 2; g++)
-                part[g] = _mm256_add_epi32(part[2 * g], part[2 * g + 1]);
-            for (int g = 0; g < groups; g++) {
-                int64_t group = col / group_size + g;
-                __m256 scale = _mm256_mul_ps(_mm256_loadu_ps(panel->scale[group] + row), x_scale);
-                __m256 value = _mm256_cvtepi32_ps(_mm256_sub_epi32(part[g], _mm256_set1_epi32(bias * x_sum[g])));
-                if (has_zero) {
-                    __m256 zero = _mm256_loadu_ps(panel->zero[group] + row);
-                    value = _mm256_sub_ps(value, _mm256_mul_ps(zero, _mm256_set1_ps((float)x_sum[g])));
-                }
-                y[half] = add_term(y[half], value, scale);
-            }
-        }
-    }
-    _mm256_storeu_ps(sum, y[0]);
-    _mm256_storeu_ps(sum + ROWS, y[1]);
-}
-
-static void tiled_rows_any(float *sum, const struct panel *panel, const int8_t *q, const float *q_scale,
-                           const int32_t *q_sum, int64_t cols, uint32_t group_size)
-{
-#define ROWS_CASE(group_size, has_zero)                                                                                \
-    case (group_size)*2 + (has_zero):                                                                                  \
-        tiled_rows(sum, panel, q, q_scale, q_sum, cols, group_size, has_zero);                                         \
-        break
-    switch (group_size * 2 + panel->has_zero) {
-        ROWS_CASE(128, 0);
-        ROWS_CASE(64, 0);
-        ROWS_CASE(32, 0);
-        ROWS_CASE(16, 0);
-        ROWS_CASE(128, 1);
-        ROWS_CASE(64, 1);
-        ROWS_CASE(32, 1);
-    }
-#undef ROWS_CASE
-}
-
-// 16 rows and 64 columns of a tile as codes + bias: [16][64].
-VECTOR_INLINE void unpack_tile(uint8_t *out, const uint8_t *tile, bool fp4)
-{
-    const __m256i low_bits = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
-    const __m256i doubled = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)e2m1_doubled_biased));
-    for (int i = 0; i < WEIGHT_TILE_BYTES; i += 32) {
-        __m256i v = load(tile + i);
-        __builtin_prefetch(tile + i + PREFETCH_BYTES);
-        __m256i low = _mm256_and_si256(v, low_bits), high = _mm256_and_si256(_mm256_srli_epi16(v, 4), low_bits);
-        low = fp4 ? _mm256_shuffle_epi8(doubled, low) : _mm256_xor_si256(low, eight);
-        high = fp4 ? _mm256_shuffle_epi8(doubled, high) : _mm256_xor_si256(high, eight);
-        _mm256_storeu_si256((__m256i *)(out + i), low);
-        _mm256_storeu_si256((__m256i *)(out + WEIGHT_TILE_BYTES + i), high);
-    }
 }
 
 VECTOR_INLINE __m256 load_f16(const uint8_t *x) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x)); }
@@ -226,47 +126,6 @@ VECTOR_INLINE __m256 load_scale(enum weight_kind kind, const uint8_t *scale)
     f16 = _mm_and_si128(f16, _mm_set1_epi16((short)0xbf80));
     __m128i nan = _mm_cmpeq_epi16(_mm_and_si128(f16, _mm_set1_epi16(0x3f80)), _mm_set1_epi16(0x3f80));
     return _mm256_cvtph_ps(_mm_or_si128(f16, _mm_and_si128(nan, _mm_set1_epi16(0x7e00))));
-}
-
-// Columns [col, col + cols) of the 16 rows from `row` on.
-VECTOR_INLINE void unpack_panel(struct panel *panel, const struct matrix *w, int64_t row, int64_t col, int64_t cols,
-                                enum weight_kind kind)
-{
-    int64_t tiles = (int64_t)w->shape.cols_padded / 64;
-    const uint8_t *tile =
-        (const uint8_t *)w->data + ((row / 64 * tiles + col / 64) * 4 + row % 64 / 16) * WEIGHT_TILE_BYTES;
-    for (int64_t c = 0; c < cols / 64; c++)
-        unpack_tile(panel->codes[c][0], tile + c * 4 * WEIGHT_TILE_BYTES, is_fp4(kind));
-    struct tile_scales scales = tile_scales(w, row);
-    int64_t half_bytes = scales.group_bytes / (kind == WEIGHT_INT4Z ? 4 : 2); // the scales of 8 rows
-    const uint8_t *from = tile_scales_at(&scales, col);
-    for (int64_t g = 0; g << scales.group_shift < cols; g++, from += scales.group_bytes) {
-        for (int64_t half = 0; half < 2; half++) {
-            _mm256_storeu_ps(&panel->scale[g][half * ROWS], load_scale(kind, from + half * half_bytes));
-            if (kind == WEIGHT_INT4Z)
-                _mm256_storeu_ps(&panel->zero[g][half * ROWS], load_f16(from + (2 + half) * half_bytes));
-        }
-    }
-    panel->bias = tile_bias(kind);
-    panel->has_zero = kind == WEIGHT_INT4Z;
-}
-
-static void unpack_panel_any(struct panel *panel, const struct matrix *w, int64_t row, int64_t col, int64_t cols)
-{
-    switch (w->shape.kind) {
-    case WEIGHT_INT4:
-        unpack_panel(panel, w, row, col, cols, WEIGHT_INT4);
-        break;
-    case WEIGHT_INT4Z:
-        unpack_panel(panel, w, row, col, cols, WEIGHT_INT4Z);
-        break;
-    case WEIGHT_MXFP4:
-        unpack_panel(panel, w, row, col, cols, WEIGHT_MXFP4);
-        break;
-    default:
-        unpack_panel(panel, w, row, col, cols, WEIGHT_NVFP4);
-        break;
-    }
 }
 
 // ---- Tiled kinds, one token ----------------------------------------------------------------------------------------
@@ -362,86 +221,80 @@ VECTOR_INLINE void tiled_decode(float *y, const struct matrix *w, const struct a
 
 #include "kernels/cpu/tiled_decode.h"
 
-// ---- Several tokens ------------------------------------------------------------------------------------------------
+// ---- int8, one token -----------------------------------------------------------------------------------------------
 
-// 64 rows from `row` on, tokens [token, token + tokens), tokens <= PANEL_TOKENS.
-static void tiled_block(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
-                        int64_t token, int64_t tokens, int64_t row, int64_t row_end)
+// dot[r] = products of 64 * parts columns, parts <= 2, of row r.
+VECTOR_INLINE void int8_dots(__m256i dot[ROWS], const uint8_t *codes, int64_t cols, const int8_t *q, int parts)
 {
-    int64_t cols = (int64_t)w->shape.cols_padded, stride = act->stride;
-    float sum[PANEL_TOKENS][BLOCK_ROWS];
-    memset(sum, 0, (size_t)tokens * sizeof *sum);
-    for (int64_t col = 0; col < cols; col += PANEL_COLS) {
-        int64_t part = cols - col < PANEL_COLS ? cols - col : PANEL_COLS;
-        for (int64_t i = 0; i < BLOCK_ROWS; i += TILE_ROWS) {
-            struct panel panel;
-            unpack_panel_any(&panel, w, row + i, col, part);
-            for (int64_t t = 0; t < tokens; t++)
-                tiled_rows_any(&sum[t][i], &panel, act->q + (token + t) * stride + col,
-                               act->q_scale + (token + t) * (stride / ACT_GROUP) + col / ACT_GROUP,
-                               act->q_sum + (token + t) * (stride / ACT_SUM) + col / ACT_SUM, part,
-                               w->shape.group_size);
+    __m256i x[4];
+    for (int i = 0; i < 2 * parts; i++)
+        x[i] = load(q + 32 * i);
+    for (int r = 0; r < ROWS; r++) {
+        dot[r] = _mm256_setzero_si256();
+        for (int i = 0; i < 2 * parts; i++) {
+            __m256i w = load(codes + r * cols + 32 * i);
+            __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x[i], w));
+            add_32(&dot[r], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+            if (i % 2 == 0)
+                __builtin_prefetch(codes + r * cols + 32 * i + INT8_PREFETCH_BYTES);
         }
-    }
-    for (int64_t r = 0; r < BLOCK_ROWS && row + r < row_end; r++) {
-        float last = tile_last(w->shape.kind, tile_scales(w, row + r).global, r % TILE_ROWS);
-        for (int64_t t = 0; t < tokens; t++)
-            y[(token + t) * y_stride + row + r] = sum[t][r] * last;
     }
 }
 
-// 8 rows, all tokens, 256 columns at a time for each, so that the weights come from L1 after the first.
-static void int8_block(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act, int64_t token,
-                       int64_t tokens, int64_t row, int64_t row_end)
+static void int8_decode(float *y, const struct matrix *w, const struct activations *act, int64_t row_begin,
+                        int64_t row_end)
 {
-    int64_t cols = (int64_t)w->shape.cols_padded, stride = act->stride;
-    float sum[PANEL_TOKENS][ROWS];
-    memset(sum, 0, (size_t)tokens * sizeof *sum);
-    for (int64_t begin = 0; begin < cols; begin += PANEL_COLS) {
-        int64_t end = begin + PANEL_COLS < cols ? begin + PANEL_COLS : cols;
-        for (int r = 0; r < ROWS; r++)
-            for (int64_t col = begin; col < end; col += 64)
-                __builtin_prefetch((const uint8_t *)w->data + (row + r) * cols + col + 2 * PANEL_COLS);
+    int64_t cols = (int64_t)w->shape.cols_padded;
+    for (int64_t row = row_begin; row < row_end; row += ROWS) {
+        const uint8_t *codes = (const uint8_t *)w->data + row * cols;
+        __m256 sum = _mm256_setzero_ps();
+        for (int64_t col = 0; col < cols; col += ACT_GROUP) {
+            __m256i dot[ROWS];
+            if (cols - col >= ACT_GROUP)
+                int8_dots(dot, codes + col, cols, act->q + col, 2);
+            else
+                int8_dots(dot, codes + col, cols, act->q + col, 1);
+            sum = add_term(sum, _mm256_cvtepi32_ps(sum_8(dot)), _mm256_set1_ps(act->q_scale[col / ACT_GROUP]));
+        }
+        float out[ROWS];
+        _mm256_storeu_ps(out, _mm256_mul_ps(sum, _mm256_loadu_ps((const float *)w->scale + row)));
+        memcpy(y + row, out, (size_t)(row_end - row < ROWS ? row_end - row : ROWS) * sizeof *y);
+    }
+}
+
+// ---- The table -----------------------------------------------------------------------------------------------------
+
+#include "kernels/cpu/avx2_panel.h"
+
+typedef void decode_fn(float *y, const struct matrix *w, const struct activations *act, int64_t row_begin,
+                       int64_t row_end);
+
+// Two or three tokens are not worth a panel: one after the other, while the weights are in L2.
+static void matmul_by(decode_fn *decode, float *y, int64_t y_stride, const struct matrix *w,
+                      const struct activations *act, int64_t tokens, int64_t row_begin, int64_t row_end)
+{
+    if (tokens > 3) {
+        panel_matmul(y, y_stride, w, act, tokens, row_begin, row_end);
+        return;
+    }
+    const int64_t step = tokens == 1 ? row_end - row_begin : DECODE_BLOCKS * BLOCK_ROWS;
+    for (int64_t row = row_begin; row < row_end; row += step)
         for (int64_t t = 0; t < tokens; t++) {
-            const int8_t *q = act->q + (token + t) * stride;
-            const float *q_scale = act->q_scale + (token + t) * (stride / ACT_GROUP);
-            for (int64_t col = begin; col < end; col += ACT_GROUP) {
-                struct codes codes = {(const uint8_t *)w->data + row * cols + col, cols, 64};
-                __m256i dot[ROWS];
-                if (end - col >= ACT_GROUP)
-                    dots(dot, &codes, q + col, 2, false);
-                else
-                    dots(dot, &codes, q + col, 1, false);
-                __m256 x_scale = _mm256_set1_ps(q_scale[col / ACT_GROUP]), y8 = _mm256_loadu_ps(sum[t]);
-                _mm256_storeu_ps(sum[t], add_term(y8, _mm256_cvtepi32_ps(sum_8(dot)), x_scale));
-            }
+            struct activations one = activations_rows(act, t);
+            decode(y + t * y_stride, w, &one, row, row_end - row < step ? row_end : row + step);
         }
-    }
-    for (int64_t t = 0; t < tokens; t++)
-        for (int64_t r = 0; r < ROWS && row + r < row_end; r++)
-            y[(token + t) * y_stride + row + r] = sum[t][r] * ((const float *)w->scale)[row + r];
 }
-
-static int64_t at_most(int64_t count, int64_t limit) { return count < limit ? count : limit; }
 
 static void int8_matmul(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
                         int64_t tokens, int64_t row_begin, int64_t row_end)
 {
-    for (int64_t row = row_begin; row < row_end; row += ROWS)
-        for (int64_t t = 0; t < tokens; t += PANEL_TOKENS)
-            int8_block(y, y_stride, w, act, t, at_most(tokens - t, PANEL_TOKENS), row, row_end);
+    matmul_by(int8_decode, y, y_stride, w, act, tokens, row_begin, row_end);
 }
 
 static void tiled_matmul(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
                          int64_t tokens, int64_t row_begin, int64_t row_end)
 {
-    if (tokens == 1) {
-        tiled_decode_any(y, w, act, row_begin, row_end);
-        return;
-    }
-    for (int64_t row = row_begin; row < row_end; row += BLOCK_ROWS)
-        for (int64_t t = 0; t < tokens; t += PANEL_TOKENS)
-            tiled_block(y, y_stride, w, act, t, at_most(tokens - t, PANEL_TOKENS), row, row_end);
+    matmul_by(tiled_decode_any, y, y_stride, w, act, tokens, row_begin, row_end);
 }
 
 #include "kernels/cpu/matmul.h"

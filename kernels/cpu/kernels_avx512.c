@@ -2,35 +2,16 @@
 //
 // One token (decode) is bound by memory: weights go from their cache lines to vpdpbusd or FMA once, several sequential
 // streams at a time; and so are few tokens (avx512_few.h, float_matmul.h), as long as all of them use a line while it passes.
-// More tokens: int8 and tiled weights of 64 rows and 256 columns are unpacked and transposed into a panel in L1 that all
-// tokens use, with 16 rows in the lanes of a vector, so that no sum goes across lanes; bf16, fp8 and fp8g keep 4 rows x 6
-// tokens of partial sums in registers.
+// More tokens: int8 and tiled weights are unpacked into panels that all tokens use (avx512_panel.h); bf16, fp8 and fp8g keep
+// 4 rows x 6 tokens of partial sums in registers.
 #include "kernels/attention.h"
+#include "kernels/cpu/avx512_help.h"
 #include "kernels/kernels_internal.h"
-#include "kernels/lanes.h"
-#include "kernels/vector_ops.h"
-
-#include <immintrin.h>
 
 enum {
-    BLOCK_ROWS = WEIGHT_ROW_UNIT,
-    BLOCK_VECTORS = BLOCK_ROWS / LANES,
-    TILE_TOKENS = 6,   // tokens whose sums stay in registers at once
-    PANEL_COLS = 256,  // 16 KiB of unpacked codes
-    PANEL_TOKENS = 96, // tokens that share a panel: 24 KiB of sums
     DECODE_BLOCKS = 4, // blocks of a tiled kind read side by side
     PREFETCH_BYTES = 2048,
 };
-
-VECTOR_INLINE void prefetch(const void *address) { _mm_prefetch((const char *)address, _MM_HINT_T0); }
-
-// Stores lanes whose row is below row_end.
-VECTOR_INLINE void store_rows(float *y, int64_t row, int64_t row_end, __m512 value)
-{
-    int64_t count = row_end - row;
-    if (count > 0)
-        _mm512_mask_storeu_ps(y + row, count >= LANES ? 0xffff : (__mmask16)((1u << count) - 1), value);
-}
 
 // ---- bf16, fp8 and fp8g --------------------------------------------------------------------------------------------------
 
@@ -100,17 +81,6 @@ VECTOR_INLINE __m512i sum_16(const __m512i v[16])
     return add_lane_pairs(add_lane_pairs(a, b), add_lane_pairs(c, d));
 }
 
-// Per 128-bit lane, 4x4 transpose of words: out[i] = word i of a, b, c, d.
-VECTOR_INLINE void transpose_words(__m512i out[4], __m512i a, __m512i b, __m512i c, __m512i d)
-{
-    __m512i ab01 = _mm512_unpacklo_epi32(a, b), ab23 = _mm512_unpackhi_epi32(a, b);
-    __m512i cd01 = _mm512_unpacklo_epi32(c, d), cd23 = _mm512_unpackhi_epi32(c, d);
-    out[0] = _mm512_unpacklo_epi64(ab01, cd01);
-    out[1] = _mm512_unpackhi_epi64(ab01, cd01);
-    out[2] = _mm512_unpacklo_epi64(ab23, cd23);
-    out[3] = _mm512_unpackhi_epi64(ab23, cd23);
-}
-
 // Lane i of quarter[w]: the sum of word w of all 128-bit lanes of v[i]: 16 natural columns of a tile row.
 VECTOR_INLINE void sum_16_quarters(__m512i quarter[4], const __m512i v[16])
 {
@@ -125,34 +95,6 @@ VECTOR_INLINE __m512i minus_bias(int bias, __m512i x)
 {
     __m512i zero = _mm512_setzero_si512();
     return _mm512_sub_epi32(zero, _mm512_dpbusd_epi32(zero, _mm512_set1_epi8((char)bias), x));
-}
-
-VECTOR_INLINE __m512 load_f16(const uint8_t *x) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x)); }
-
-// tile_scale of vector_ops.h, 16 rows at once.
-VECTOR_INLINE __m512 load_scale(enum weight_kind kind, const uint8_t *scale)
-{
-    if (kind == WEIGHT_INT4 || kind == WEIGHT_INT4Z)
-        return load_f16(scale);
-    __m128i codes = _mm_loadu_si128((const __m128i *)scale);
-    if (kind == WEIGHT_MXFP4) {
-        __m512i wide = _mm512_cvtepu8_epi32(codes);
-        __m512i bits = _mm512_max_epu32(_mm512_slli_epi32(wide, 23), _mm512_set1_epi32(0x00400000));
-        __mmask16 nan = _mm512_cmpeq_epi32_mask(wide, _mm512_set1_epi32(255));
-        return _mm512_castsi512_ps(_mm512_mask_mov_epi32(bits, nan, _mm512_set1_epi32(0x7fc00000)));
-    }
-    __m256i f16 = _mm256_srai_epi16(_mm256_slli_epi16(_mm256_cvtepu8_epi16(codes), 8), 1);
-    f16 = _mm256_and_si256(f16, _mm256_set1_epi16((short)0xbf80));
-    __m128i magnitude = _mm_and_si128(codes, _mm_set1_epi8(0x7f));
-    __mmask16 nan = _mm_cmpeq_epi8_mask(magnitude, _mm_set1_epi8(0x7f));
-    return _mm512_cvtph_ps(_mm256_mask_mov_epi16(f16, nan, _mm256_set1_epi16(0x7e00)));
-}
-
-VECTOR_INLINE __m512 load_last(enum weight_kind kind, const struct tile_scales *scales)
-{
-    if (kind == WEIGHT_NVFP4)
-        return _mm512_mul_ps(_mm512_set1_ps(0x1p7f), _mm512_loadu_ps(scales->global));
-    return _mm512_set1_ps(tile_last(kind, scales->global, 0));
 }
 
 // ---- Tiled kinds, one token ----------------------------------------------------------------------------------------
@@ -176,14 +118,6 @@ VECTOR_INLINE void add_tile(__m512i sum[16], const uint8_t *tile, __m512i x, boo
         sum[g] = _mm512_dpbusd_epi32(sum[g], low_codes(v, fp4), x);
         sum[g + 8] = _mm512_dpbusd_epi32(sum[g + 8], high_codes(v, fp4), x);
     }
-}
-
-VECTOR_INLINE int32_t sum_of_q(const int32_t *q_sum, int64_t col, int64_t cols)
-{
-    int32_t sum = 0;
-    for (int64_t i = col / ACT_SUM; i < (col + cols) / ACT_SUM; i++)
-        sum += q_sum[i];
-    return sum;
 }
 
 // `blocks` blocks of 64 rows side by side.
@@ -304,260 +238,10 @@ static void int8_decode(float *y, const struct matrix *w, const struct activatio
         int8_rows(y, w, act->q, act->q_scale, row, row_end);
 }
 
-// ---- int8 and tiled kinds, several tokens ---------------------------------------------------------------------------------
-
-// Unpacked codes + bias of 64 rows and up to PANEL_COLS columns: [cols / 4][4 vectors][16 rows][4 columns]; and of tiled kinds what
-// stands beside each group.
-struct panel {
-    __m512i v[PANEL_COLS / 4][BLOCK_VECTORS];
-    float scale[PANEL_COLS / 16][BLOCK_ROWS], zero[PANEL_COLS / 32][BLOCK_ROWS];
-};
-
-// 4x4 transpose of 128-bit lanes: out[i] = lane i of a, b, c, d.
-VECTOR_INLINE void transpose_lanes(__m512i out[4], __m512i a, __m512i b, __m512i c, __m512i d)
-{
-    __m512i ab02 = _mm512_shuffle_i32x4(a, b, 0x88),
-            ab13 = _mm512_shuffle_i32x4(a, b, 0xdd); // a0 a2 b0 b2, a1 a3 b1 b3
-    __m512i cd02 = _mm512_shuffle_i32x4(c, d, 0x88), cd13 = _mm512_shuffle_i32x4(c, d, 0xdd);
-    out[0] = _mm512_shuffle_i32x4(ab02, cd02, 0x88);
-    out[1] = _mm512_shuffle_i32x4(ab13, cd13, 0x88);
-    out[2] = _mm512_shuffle_i32x4(ab02, cd02, 0xdd);
-    out[3] = _mm512_shuffle_i32x4(ab13, cd13, 0xdd);
-}
-
-// 64 columns (16 words) of 64 rows into panel words 0..15.
-VECTOR_INLINE void panel_tiles(__m512i (*panel)[BLOCK_VECTORS], const uint8_t *tiles, bool fp4)
-{
-    for (int i = 0; i < BLOCK_VECTORS; i++, tiles += WEIGHT_TILE_BYTES) {
-        __m512i v[8], first[4], second[4], word[4];
-        for (int g = 0; g < 8; g++) {
-            v[g] = _mm512_loadu_si512(tiles + 64 * g);
-            prefetch(tiles + 2 * PREFETCH_BYTES + 64 * g);
-        }
-        transpose_words(first, v[0], v[1], v[2], v[3]);
-        transpose_words(second, v[4], v[5], v[6], v[7]);
-        for (int c = 0; c < 4; c++) {
-            transpose_lanes(word, low_codes(first[c], fp4), low_codes(second[c], fp4), high_codes(first[c], fp4),
-                            high_codes(second[c], fp4));
-            for (int l = 0; l < 4; l++)
-                panel[4 * l + c][i] = word[l];
-        }
-    }
-}
-
-static void panel_int4(__m512i (*panel)[BLOCK_VECTORS], const uint8_t *tiles) { panel_tiles(panel, tiles, false); }
-static void panel_fp4(__m512i (*panel)[BLOCK_VECTORS], const uint8_t *tiles) { panel_tiles(panel, tiles, true); }
-
-static void panel_int8(__m512i (*panel)[BLOCK_VECTORS], const int8_t *codes, int64_t cols)
-{
-    const __m512i flip = _mm512_set1_epi8((char)0x80);
-    for (int i = 0; i < BLOCK_VECTORS; i++) {
-        __m512i part[4][4], word[4];
-        for (int p = 0; p < 4; p++) {
-            const int8_t *row = codes + (i * LANES + 4 * p) * cols;
-            __m512i v[4];
-            for (int r = 0; r < 4; r++) {
-                v[r] = _mm512_xor_si512(_mm512_loadu_si512(row + r * cols), flip);
-                // To L2: 64 rows of a length of 2^n would crowd each other out of L1.
-                _mm_prefetch((const char *)(row + r * cols + PANEL_COLS), _MM_HINT_T1);
-            }
-            transpose_words(part[p], v[0], v[1], v[2], v[3]);
-        }
-        for (int c = 0; c < 4; c++) {
-            transpose_lanes(word, part[0][c], part[1][c], part[2][c], part[3][c]);
-            for (int l = 0; l < 4; l++)
-                panel[4 * l + c][i] = word[l];
-        }
-    }
-}
-
-// dot[t][i] += panel words `word` times the activations of each token. dot has elements of 32 bits by its type: gcc 12 keeps
-// sums of type __m512i twice, once as what they are, and runs out of registers.
-VECTOR_INLINE void add_word(i32x16 dot[TILE_TOKENS][BLOCK_VECTORS], const __m512i word[BLOCK_VECTORS], const int8_t *q,
-                            int64_t stride, int tokens)
-{
-    UNROLL
-    for (int t = 0; t < tokens; t++) {
-        int32_t four;
-        memcpy(&four, q + t * stride, sizeof four);
-        __m512i x = _mm512_set1_epi32(four);
-        UNROLL
-        for (int i = 0; i < BLOCK_VECTORS; i++)
-            dot[t][i] = (i32x16)_mm512_dpbusd_epi32((__m512i)dot[t][i], word[i], x);
-    }
-}
-
-// Scales and zeros of the groups in columns [col, col + cols).
-VECTOR_INLINE void panel_scales(struct panel *panel, const struct matrix *w, int64_t row, int64_t col, int64_t cols,
-                                enum weight_kind kind)
-{
-    for (int64_t i = 0; i < BLOCK_ROWS; i += LANES) {
-        struct tile_scales scales = tile_scales(w, row + i);
-        const uint8_t *from = tile_scales_at(&scales, col);
-        for (int64_t g = 0; g << scales.group_shift < cols; g++, from += scales.group_bytes) {
-            _mm512_storeu_ps(&panel->scale[g][i], load_scale(kind, from));
-            if (kind == WEIGHT_INT4Z)
-                _mm512_storeu_ps(&panel->zero[g][i], load_f16(from + 2 * LANES));
-        }
-    }
-}
-
-static void panel_fill(struct panel *panel, const struct matrix *w, int64_t row, int64_t col, int64_t cols)
-{
-    enum weight_kind kind = w->shape.kind;
-    int64_t row_cols = (int64_t)w->shape.cols_padded;
-    for (int64_t c = 0; c < cols; c += 64) {
-        const uint8_t *tiles = (const uint8_t *)w->data + (row * row_cols + (col + c) * BLOCK_ROWS) / 2;
-        if (kind == WEIGHT_INT8)
-            panel_int8(&panel->v[c / 4], (const int8_t *)w->data + row * row_cols + col + c, row_cols);
-        else
-            (is_fp4(kind) ? panel_fp4 : panel_int4)(&panel->v[c / 4], tiles);
-    }
-    if (kind == WEIGHT_INT4)
-        panel_scales(panel, w, row, col, cols, WEIGHT_INT4);
-    else if (kind == WEIGHT_INT4Z)
-        panel_scales(panel, w, row, col, cols, WEIGHT_INT4Z);
-    else if (kind == WEIGHT_MXFP4)
-        panel_scales(panel, w, row, col, cols, WEIGHT_MXFP4);
-    else if (kind == WEIGHT_NVFP4)
-        panel_scales(panel, w, row, col, cols, WEIGHT_NVFP4);
-}
-
-// What a panel is multiplied with; all pointers stand at the panel's first column and the tile's first token.
-struct panel_job {
-    const struct panel *panel;
-    int64_t cols, group_size; // of sums: the weight's group, or ACT_GROUP
-    enum weight_kind kind;
-    int32_t bias; // of the codes
-    const int8_t *q;
-    const float *q_scale;
-    const int32_t *q_sum;
-    int64_t stride;           // of act
-    float (*sum)[BLOCK_ROWS]; // [tokens]
-};
-
-// words: of every four words of a tile row, how many stand in one group: 1 or 2 in groups of 16 or 32, else all 4.
-VECTOR_INLINE void panel_tile(const struct panel_job *job, int tokens, int words)
-{
-    int64_t stride = job->stride, group_size = words < 4 ? words * 16 : job->group_size;
-    for (int64_t col = 0, group = 0; col < job->cols; col += group_size, group++) {
-        int64_t size = job->cols - col < group_size ? job->cols - col : group_size;
-        int32_t x_sum[TILE_TOKENS];
-        for (int t = 0; t < tokens; t++)
-            x_sum[t] = sum_of_q(job->q_sum + t * (stride / ACT_SUM), col, size);
-        i32x16 dot[TILE_TOKENS][BLOCK_VECTORS];
-        UNROLL
-        for (int t = 0; t < tokens; t++) {
-            UNROLL
-            for (int i = 0; i < BLOCK_VECTORS; i++)
-                dot[t][i] = (i32x16)_mm512_set1_epi32(-job->bias * x_sum[t]);
-        }
-        int64_t begin = col / 64 * 16 + col % 64 / 16, end = begin + (words < 4 ? 16 : size / 4);
-        for (int64_t k = begin; k < end; k += 4) {
-            UNROLL
-            for (int i = 0; i < words; i++)
-                add_word(dot, job->panel->v[k + i], job->q + 4 * (k + i), stride, tokens);
-        }
-        UNROLL
-        for (int i = 0; i < BLOCK_VECTORS; i++) {
-            __m512 scale = _mm512_set1_ps(1.0f), zero = _mm512_setzero_ps();
-            if (job->kind != WEIGHT_INT8)
-                scale = _mm512_loadu_ps(job->panel->scale[group] + i * LANES);
-            if (job->kind == WEIGHT_INT4Z)
-                zero = _mm512_loadu_ps(job->panel->zero[group] + i * LANES);
-            UNROLL
-            for (int t = 0; t < tokens; t++) {
-                __m512 x_scale = _mm512_set1_ps(job->q_scale[t * (stride / ACT_GROUP) + col / ACT_GROUP]);
-                __m512 value = _mm512_cvtepi32_ps((__m512i)dot[t][i]);
-                if (job->kind == WEIGHT_INT4Z)
-                    value = _mm512_sub_ps(value, _mm512_mul_ps(zero, _mm512_set1_ps((float)x_sum[t])));
-                float *sum = job->sum[t] + i * LANES;
-                value = _mm512_mul_ps(value, _mm512_mul_ps(scale, x_scale));
-                _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), value));
-            }
-        }
-    }
-}
-
-// tokens as tile_tokens says.
-VECTOR_INLINE void panel_tile_any(const struct panel_job *job, int64_t tokens, int words)
-{
-    switch (tokens) {
-    case 1:
-        panel_tile(job, 1, words);
-        break;
-    case 2:
-        panel_tile(job, 2, words);
-        break;
-    case 4:
-        panel_tile(job, 4, words);
-        break;
-    case 6:
-        panel_tile(job, 6, words);
-        break;
-    }
-}
-
-static void panel_tile_16(const struct panel_job *job, int64_t tokens) { panel_tile_any(job, tokens, 1); }
-static void panel_tile_32(const struct panel_job *job, int64_t tokens) { panel_tile_any(job, tokens, 2); }
-static void panel_tile_wide(const struct panel_job *job, int64_t tokens) { panel_tile_any(job, tokens, 4); }
-
-// 64 rows from `row` on, tokens [token, token + tokens), tokens <= PANEL_TOKENS.
-static void panel_block(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
-                        int64_t token, int64_t tokens, int64_t row, int64_t row_end)
-{
-    bool int8 = w->shape.kind == WEIGHT_INT8;
-    int64_t cols = (int64_t)w->shape.cols_padded, stride = act->stride;
-    struct panel panel;
-    float sum[PANEL_TOKENS][BLOCK_ROWS];
-    memset(sum, 0, (size_t)tokens * sizeof *sum);
-
-    for (int64_t col = 0; col < cols; col += PANEL_COLS) {
-        struct panel_job job = {
-            .panel = &panel,
-            .cols = cols - col < PANEL_COLS ? cols - col : PANEL_COLS,
-            .group_size = int8 ? ACT_GROUP : w->shape.group_size,
-            .kind = w->shape.kind,
-            .bias = int8 ? 128 : tile_bias(w->shape.kind),
-            .stride = stride,
-        };
-        panel_fill(&panel, w, row, col, job.cols);
-        for (int64_t t = 0, count; t < tokens; t += count) {
-            count = tile_tokens(tokens - t);
-            job.q = act->q + (token + t) * stride + col;
-            job.q_scale = act->q_scale + (token + t) * (stride / ACT_GROUP) + col / ACT_GROUP;
-            job.q_sum = act->q_sum + (token + t) * (stride / ACT_SUM) + col / ACT_SUM;
-            job.sum = sum + t;
-            (job.group_size == 16   ? panel_tile_16
-             : job.group_size == 32 ? panel_tile_32
-                                    : panel_tile_wide)(&job, count);
-        }
-    }
-    for (int i = 0; i < BLOCK_VECTORS; i++) {
-        __m512 last;
-        if (int8) {
-            last = _mm512_loadu_ps((const float *)w->scale + row + i * LANES);
-        } else {
-            struct tile_scales scales = tile_scales(w, row + i * LANES);
-            last = load_last(w->shape.kind, &scales);
-        }
-        for (int64_t t = 0; t < tokens; t++)
-            store_rows(y + (token + t) * y_stride, row + i * LANES, row_end,
-                       _mm512_mul_ps(_mm512_loadu_ps(sum[t] + i * LANES), last));
-    }
-}
-
 #include "kernels/cpu/avx512_few.h"
+#include "kernels/cpu/avx512_panel.h"
 
 // ---- The table -----------------------------------------------------------------------------------------------------
-
-static void panel_matmul(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
-                         int64_t tokens, int64_t row_begin, int64_t row_end)
-{
-    for (int64_t row = row_begin; row < row_end; row += BLOCK_ROWS)
-        for (int64_t t = 0; t < tokens; t += PANEL_TOKENS)
-            panel_block(y, y_stride, w, act, t, tokens - t < PANEL_TOKENS ? tokens - t : PANEL_TOKENS, row, row_end);
-}
 
 static void int8_matmul(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
                         int64_t tokens, int64_t row_begin, int64_t row_end)
