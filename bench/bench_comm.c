@@ -4,7 +4,10 @@
 //   us          median over rounds of the time per all_reduce, slowest rank of the round; best: the fastest round
 //   work_us     busy work of every rank before each all_reduce, not counted in us: 0 shows the collective alone, more
 //               a decode step, where a foreign busy process may cost its share of the cores and no more
+//   rows        1: as in decode; 256: as in a step of prefill, in pieces
 //   wire_bytes  what one rank writes for one all_reduce: its groups for the owners and its own sums
+//
+// How much of a model's decode that is, `tpengine bench` tells: exchange_us, exchange_share.
 #include "engine/comm.h"
 #include "kernels/futex.h"
 
@@ -17,10 +20,10 @@
 #include <sys/prctl.h>
 #include <sys/wait.h>
 
-enum { MAX_RANKS = 8, ROUNDS = 15, ROUND_NS = 12 * 1000000 };
+enum { MAX_RANKS = 8, ROUNDS = 15, ROUND_NS = 12 * 1000000, MAX_FLOATS = 256 * 2048 };
 
 struct bench {
-    int tp_size, cols, work_us;
+    int tp_size, rows, cols, work_us;
     bool processes, busy;
     enum wire wire;
     int calls; // of a round
@@ -47,10 +50,10 @@ static void *run_rank(void *arg)
     struct bench *bench = self->bench;
     struct comm *comm;
     struct error err;
-    static _Thread_local float data[65536];
+    static _Thread_local float data[MAX_FLOATS];
     if (comm_open(&comm, bench->region, self->rank, 60000, &err))
         goto fail;
-    for (int i = 0; i < bench->cols; i++)
+    for (int i = 0; i < bench->rows * bench->cols; i++)
         data[i] = (float)(i % 17) * 0.01f;
     for (int round = -1; round < ROUNDS; round++) { // the first warms up
         if (comm_barrier(comm, &err))
@@ -59,7 +62,7 @@ static void *run_rank(void *arg)
         for (int call = 0; call < bench->calls; call++) {
             if (bench->work_us)
                 work((int64_t)bench->work_us * 1000);
-            if (comm_all_reduce(comm, data, 1, bench->cols, bench->cols, bench->wire, NULL, &err))
+            if (comm_all_reduce(comm, data, bench->rows, bench->cols, bench->cols, bench->wire, NULL, &err))
                 goto fail;
         }
         if (round >= 0)
@@ -101,20 +104,20 @@ static uint64_t wire_bytes(const struct bench *bench)
 {
     uint64_t groups = wire_groups((uint64_t)bench->cols),
              own = (groups + (uint64_t)bench->tp_size - 1) / (uint64_t)bench->tp_size;
-    return (groups - own + own) * wire_group_bytes(bench->wire);
+    return (uint64_t)bench->rows * (groups - own + own) * wire_group_bytes(bench->wire);
 }
 
 static void run_bench(struct bench shape)
 {
-    uint64_t region_bytes = comm_region_bytes(shape.tp_size, 65536), bytes = sizeof shape + 4096 + region_bytes;
+    uint64_t region_bytes = comm_region_bytes(shape.tp_size, MAX_FLOATS), bytes = sizeof shape + 4096 + region_bytes;
     uint8_t *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED)
         exit(1);
     uint64_t offset = (sizeof shape + 4095) / 4096 * 4096;
     struct bench *bench = (struct bench *)memory;
     *bench = shape;
-    bench->region = comm_region_init(memory + offset, shape.tp_size, 65536);
-    bench->calls = ROUND_NS / ((shape.work_us + 20) * 1000) + 1;
+    bench->region = comm_region_init(memory + offset, shape.tp_size, MAX_FLOATS);
+    bench->calls = ROUND_NS / ((shape.work_us + 20 * shape.rows) * 1000) + 1;
     fflush(stdout);
     pid_t foreign = shape.busy ? start_process(be_busy, NULL) : 0;
     struct rank ranks[MAX_RANKS];
@@ -147,9 +150,10 @@ static void run_bench(struct bench shape)
         us[round] = (double)slowest_ns / 1000 / bench->calls - shape.work_us;
     }
     qsort(us, ROUNDS, sizeof *us, compare);
-    printf("all_reduce ranks=%d as=%s wire=%s floats=%d foreign_busy=%d work_us=%d us=%.1f best=%.1f wire_bytes=%llu\n",
-           shape.tp_size, shape.processes ? "processes" : "threads", wire_name(shape.wire), shape.cols, shape.busy,
-           shape.work_us, us[ROUNDS / 2], us[0], (unsigned long long)wire_bytes(&shape));
+    printf("all_reduce ranks=%d as=%s wire=%s rows=%d floats=%d foreign_busy=%d work_us=%d us=%.1f best=%.1f "
+           "wire_bytes=%llu\n",
+           shape.tp_size, shape.processes ? "processes" : "threads", wire_name(shape.wire), shape.rows, shape.cols,
+           shape.busy, shape.work_us, us[ROUNDS / 2], us[0], (unsigned long long)wire_bytes(&shape));
     munmap(memory, bytes);
 }
 
@@ -158,15 +162,24 @@ int main(void)
     for (int busy = 0; busy < 2; busy++)
         for (int tp_size = 2; tp_size <= 4; tp_size += 2)
             for (int processes = 0; processes < 2; processes++) {
-                for (int cols = 4096; cols <= 8192; cols *= 2)
+                for (int cols = 2048; cols <= 8192; cols *= 2)
                     for (int wire = 0; wire < WIRE_COUNT; wire++)
                         run_bench((struct bench){.tp_size = tp_size,
+                                                 .rows = 1,
                                                  .cols = cols,
                                                  .processes = processes,
                                                  .busy = busy,
                                                  .wire = (enum wire)wire});
                 run_bench((struct bench){
-                    .tp_size = tp_size, .cols = 4096, .processes = processes, .busy = busy, .work_us = 300});
+                    .tp_size = tp_size, .rows = 1, .cols = 4096, .processes = processes, .busy = busy, .work_us = 300});
+                run_bench((struct bench){
+                    .tp_size = tp_size, .rows = 256, .cols = 2048, .processes = processes, .busy = busy});
+                run_bench((struct bench){.tp_size = tp_size,
+                                         .rows = 256,
+                                         .cols = 2048,
+                                         .processes = processes,
+                                         .busy = busy,
+                                         .work_us = 3000});
             }
     return 0;
 }

@@ -24,7 +24,9 @@ struct result {
     double load_s, first_token_s, prefill_tokens_per_s, decode_tokens_per_s;
     int64_t rss_bytes, file_bytes;
     double sent_bytes_per_token; // by one rank to the others, in decode
-    uint32_t last_token;         // a hash of the run: faster but different shows
+    double exchange_us,
+        exchange_share;  // in decode, of rank 0: of one sum over ranks, waiting included; of all, in the time
+    uint32_t last_token; // a hash of the run: faster but different shows
 };
 
 static uint32_t next_random(uint32_t *state)
@@ -76,6 +78,10 @@ static int measure(struct session *session, struct result *out, double opened_s,
     out->decode_tokens_per_s = (double)decoded / (figures.end_s - figures.first_s);
     if (figures.decode_rows > 0)
         out->sent_bytes_per_token = (double)figures.sent_bytes / (double)figures.decode_rows;
+    if (figures.exchanges > 0) {
+        out->exchange_us = 1e-3 * (double)figures.exchange_ns / (double)figures.exchanges;
+        out->exchange_share = 1e-9 * (double)figures.exchange_ns / (figures.end_s - figures.first_s);
+    }
     for (uint32_t r = 0; r < manifest->tp_size; r++) {
         struct rank_report rank;
         session_rank_report(session, (int)r, &rank);
@@ -99,12 +105,13 @@ static int report(struct session *session, const struct result *r, struct error 
         printf("bench quant=%s tp_size=%u ranks=%s threads=%d kernels=%s wire=%s batch=%lld prompt_tokens=%lld "
                "gen_tokens=%lld "
                "load_s=%.3f first_token_s=%.3f prefill_tokens_per_s=%.1f decode_tokens_per_s=%.2f rss_mib=%.0f "
-               "file_mib=%.0f sent_bytes_per_token=%.0f experts=%s tokens=%08x\n",
+               "file_mib=%.0f sent_bytes_per_token=%.0f exchange_us=%.1f exchange_share=%.3f experts=%s tokens=%08x\n",
                weight_kind_name(m->quant.linear), m->tp_size, session_options.ranks, session_threads(session),
                session_backend(session), session_wire(session), (long long)options.batch,
                (long long)options.prompt_tokens, (long long)options.gen_tokens, r->load_s, r->first_token_s,
                r->prefill_tokens_per_s, r->decode_tokens_per_s, (double)r->rss_bytes / 0x1p20,
-               (double)r->file_bytes / 0x1p20, r->sent_bytes_per_token, experts_of(m), r->last_token);
+               (double)r->file_bytes / 0x1p20, r->sent_bytes_per_token, r->exchange_us, r->exchange_share,
+               experts_of(m), r->last_token);
         return 0;
     }
     json_t *object =
@@ -113,11 +120,12 @@ static int report(struct session *session, const struct result *r, struct error 
                   "threads", session_threads(session), "kernels", session_backend(session), "wire",
                   session_wire(session), "batch", (json_int_t)options.batch, "prompt_tokens",
                   (json_int_t)options.prompt_tokens, "gen_tokens", (json_int_t)options.gen_tokens);
-    json_t *figures = json_pack(
-        "{s:f, s:f, s:f, s:f, s:I, s:I, s:f, s:s, s:I}", "load_s", r->load_s, "first_token_s", r->first_token_s,
-        "prefill_tokens_per_s", r->prefill_tokens_per_s, "decode_tokens_per_s", r->decode_tokens_per_s, "rss_bytes",
-        (json_int_t)r->rss_bytes, "file_bytes", (json_int_t)r->file_bytes, "sent_bytes_per_token",
-        r->sent_bytes_per_token, "experts", experts_of(m), "tokens_hash", (json_int_t)r->last_token);
+    json_t *figures = json_pack("{s:f, s:f, s:f, s:f, s:I, s:I, s:f, s:f, s:f, s:s, s:I}", "load_s", r->load_s,
+                                "first_token_s", r->first_token_s, "prefill_tokens_per_s", r->prefill_tokens_per_s,
+                                "decode_tokens_per_s", r->decode_tokens_per_s, "rss_bytes", (json_int_t)r->rss_bytes,
+                                "file_bytes", (json_int_t)r->file_bytes, "sent_bytes_per_token",
+                                r->sent_bytes_per_token, "exchange_us", r->exchange_us, "exchange_share",
+                                r->exchange_share, "experts", experts_of(m), "tokens_hash", (json_int_t)r->last_token);
     bool complete = object && figures && json_object_update(object, figures) == 0;
     json_decref(figures);
     if (complete)

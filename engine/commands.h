@@ -96,6 +96,14 @@ extern struct session_options session_options;
          0,                                                                                                            \
          1024,                                                                                                         \
          "worker threads of each rank; 0: cores / ranks"},                                                             \
+        {"pin",                                                                                                        \
+         OPTION_CHOICE,                                                                                                \
+         &session_options.pin,                                                                                         \
+         "none|node|core",                                                                                             \
+         0,                                                                                                            \
+         0,                                                                                                            \
+         "keep a rank's threads and memory on a NUMA node, and each thread on a processor of its own; none: "          \
+         "anywhere"},                                                                                                  \
         {"context",                                                                                                    \
          OPTION_INT,                                                                                                   \
          &session_options.context,                                                                                     \

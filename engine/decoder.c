@@ -23,6 +23,7 @@ static int exchange(struct decoder *d, enum buffer buffer, enum wire wire, struc
     int64_t begin_ns = clock_now_ns();
     rc = comm_all_reduce(d->comm, rows, d->count, hidden, hidden, wire, d->pool, err);
     d->exchange_ns += clock_now_ns() - begin_ns;
+    d->exchanges++;
     return rc ? rc : b->returned(d->device, buffer, err);
 }
 

@@ -20,6 +20,7 @@ struct decoder {
     struct thread_pool *pool; // for the exchange
     int64_t count;            // rows of the last step
     int64_t exchange_ns;      // in exchanges with other ranks so far
+    int64_t exchanges;        // how many
 };
 
 // Runs rows (count <= max_rows) through all layers; KV room must be reserved. Collective: every rank calls it with the same rows.

@@ -23,6 +23,7 @@ const struct session_options session_defaults = {
     .verify = "full",
     .load = "auto",
     .ranks = "process",
+    .pin = "node",
     .timeout_s = 10,
     .default_context = 4096,
 };
@@ -93,6 +94,20 @@ static uint64_t shared_bytes(const struct session *s)
     return shared_area_place(NULL, &area, NULL, s->worker.logits_rows);
 }
 
+// Of one rank on the host, for steps of so many rows.
+static uint64_t rank_buffer_bytes(const struct session *s, int64_t rows)
+{
+    struct rank_share share = upper_share(&s->manifest->model, s->manifest->tp_size);
+    struct device_shape shape = {.desc = &s->manifest->model,
+                                 .share = &share,
+                                 .max_rows = rows,
+                                 .max_sequences = s->worker.max_sequences,
+                                 .decode_rows = s->worker.limits.decode_rows,
+                                 .context = s->worker.context,
+                                 .samples = s->manifest->tp_size == 1};
+    return s->worker.backend->host_bytes(&shape, s->worker.threads);
+}
+
 // The host's memory. Weights that are used where the file is mapped need not fit at once, but the engine is useless when they do not; all others are
 // memory of the rank's own, as much of it. The KV cache is made smaller, as far as it may. What a device must hold, and what compressed files
 // become, the ranks check.
@@ -102,16 +117,9 @@ static int settle_memory(struct session *s, double available, struct error *err)
     const struct model_desc *d = &s->manifest->model;
     int64_t tp = s->manifest->tp_size;
     struct rank_share share = upper_share(d, tp);
-    struct device_shape shape = {.desc = d,
-                                 .share = &share,
-                                 .max_rows = rank_step_pass_rows(s->worker.backend, &s->worker.limits),
-                                 .max_sequences = s->worker.max_sequences,
-                                 .decode_rows = s->worker.limits.decode_rows,
-                                 .context = s->worker.context,
-                                 .samples = tp == 1};
+    int64_t rows = rank_step_pass_rows(s->worker.backend, &s->worker.limits);
     double weights = 0, cache = 0;
-    double buffers =
-        (double)shared_bytes(s) + (double)tp * (double)s->worker.backend->host_bytes(&shape, s->worker.threads);
+    double buffers = (double)shared_bytes(s) + (double)tp * (double)rank_buffer_bytes(s, rows);
     if (s->worker.backend == &backend_cpu) {
         for (size_t i = 0; i < s->manifest->num_ranks; i++)
             weights += (double)s->manifest->ranks[i].bytes;
@@ -285,6 +293,17 @@ static int check_supported(const struct manifest *manifest, const char *dir, str
     return 0;
 }
 
+// On the host a rank keeps to few buffers beside its file and its KV cache: models with wide rows have shorter steps. That changes no result
+// (law 9), and from some 64 rows on little speed.
+static int64_t host_rows(const struct session *s, int64_t most, int64_t least)
+{
+    enum { BUFFERS_BYTES = 56 << 20, LEAST_ROWS = 64, ROWS_UNIT = 32 };
+    least = least > LEAST_ROWS ? least : LEAST_ROWS;
+    while (most - ROWS_UNIT >= least && rank_buffer_bytes(s, most) > BUFFERS_BYTES)
+        most -= ROWS_UNIT;
+    return most;
+}
+
 // What a step may hold. On a device decode rows cost memory for attention's parts, but a sequence that is computed again wants more of them than
 // one.
 static void plan_steps(struct session *s, const struct session_options *options)
@@ -298,6 +317,11 @@ static void plan_steps(struct session *s, const struct session_options *options)
     bool shorter = options->prefill_rows > 0 && options->prefill_rows < backend->prefill_rows;
     limits->prefill_rows = shorter ? options->prefill_rows : backend->prefill_rows;
     limits->max_rows = backend->mixes_phases ? backend->prefill_rows : limits->prefill_rows + limits->decode_rows;
+    if (backend == &backend_cpu) {
+        limits->max_rows = host_rows(s, limits->max_rows, usual);
+        limits->decode_rows = limits->decode_rows < limits->max_rows ? limits->decode_rows : limits->max_rows;
+        limits->prefill_rows = limits->prefill_rows < limits->max_rows ? limits->prefill_rows : limits->max_rows;
+    }
     limits->chunk = backend->chunks_fixed ? limits->prefill_rows : 1;
     s->worker.usual_choices = usual;
 }
@@ -361,6 +385,8 @@ int session_open(struct session **out, const char *place, const struct session_o
     s->recomputes = options->recomputes;
     s->draft_tokens = options->draft_tokens;
     s->ranks_are_threads = strcmp(options->ranks, "thread") == 0;
+    s->worker.ranks_are_threads = s->ranks_are_threads;
+    s->worker.pin = s->worker.backend == &backend_cpu ? numa_pin_from_name(options->pin) : PIN_NONE;
     s->timeout_ms = (int)(options->timeout_s * 1000);
     *out = s;
     return 0;

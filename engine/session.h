@@ -26,6 +26,7 @@ struct session_options {
     bool load_first;          // the ranks are ready when all weights are in place, not before
     struct store_options store;
     const char *ranks; // "process", "thread"
+    const char *pin;   // "none", "node", "core"; see numa.h
     int64_t threads;   // worker threads of each rank; 0: cores / ranks
     int64_t context;   // longest sequence; 0: default_context, or the model's own if that is less
     int64_t default_context;
@@ -140,6 +141,8 @@ struct generate_figures {
     double begin_s, first_s, end_s;         // CLOCK_MONOTONIC
     int64_t first_tokens, tokens;           // produced by first_s; altogether
     int64_t steps, decode_rows, sent_bytes; // of steps without prefill: rows fed, bytes sent by rank 0 to the others
+    int64_t exchanges,
+        exchange_ns; // of the same steps: rank 0's sums over ranks, and its time in them, waiting included
 };
 // Whether all prompts fit the model and the context; also done by session_generate, before the ranks start.
 int session_check_prompts(const struct session *session, const struct generation *generations, int64_t count,

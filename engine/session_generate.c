@@ -137,13 +137,16 @@ int session_generate(struct session *s, struct generation *generations, int64_t 
         generations[i].finished = FINISH_NONE;
     }
     int64_t steps = atomic_load(&s->shared->decode_steps), rows = atomic_load(&s->shared->decode_rows),
-            sent = atomic_load(&s->shared->decode_sent_bytes);
+            sent = atomic_load(&s->shared->decode_sent_bytes), exchanges = atomic_load(&s->shared->decode_exchanges),
+            exchange_ns = atomic_load(&s->shared->decode_exchange_ns);
     run.figures.begin_s = clock_now_s();
     rc = run_all(s, &run, sequences, generations, count, err);
     run.figures.end_s = clock_now_s();
     run.figures.steps = atomic_load(&s->shared->decode_steps) - steps;
     run.figures.decode_rows = atomic_load(&s->shared->decode_rows) - rows;
     run.figures.sent_bytes = atomic_load(&s->shared->decode_sent_bytes) - sent;
+    run.figures.exchanges = atomic_load(&s->shared->decode_exchanges) - exchanges;
+    run.figures.exchange_ns = atomic_load(&s->shared->decode_exchange_ns) - exchange_ns;
     if (figures)
         *figures = run.figures;
     return rc;

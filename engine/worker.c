@@ -34,6 +34,7 @@ struct worker {
     struct step_area area;
     float *logits; // of COMMAND_FORWARD
     struct thread_pool *pool;
+    struct numa_place place;
     struct model model;
     struct device *device;
     struct decoder decoder;
@@ -194,6 +195,17 @@ static int settle_memory(struct worker *w, struct device_shape *shape, struct er
 
 // ---- start -----------------------------------------------------------------------------------------------------
 
+static int keep_to_place(struct worker *w, struct error *err)
+{
+    cpu_set_t allowed;
+    CPU_ZERO(&w->place.cpus);
+    w->place.node = -1;
+    if (sched_getaffinity(0, sizeof allowed, &allowed)) // more processors than a set holds
+        return 0;
+    w->place = numa_place_of(NUMA_SYSTEM_DIR, &allowed, w->options->pin, w->env->rank, w->env->tp_size);
+    return numa_keep_to(&w->place, err);
+}
+
 // A thread of the rank waits for bytes, and some have come. When all ranks are to end, it must not wait for those that are on their way.
 static void on_progress(void *arg)
 {
@@ -268,6 +280,8 @@ static int finish_load(struct worker *w, struct error *err)
     start->cpu_s = (double)(used.ru_utime.tv_sec + used.ru_stime.tv_sec) +
                    1e-6 * (double)(used.ru_utime.tv_usec + used.ru_stime.tv_usec);
     atomic_store(&start->loaded_ns, start->load_ns + (int64_t)(1e9 * start->load.wall_s));
+    if (!w->options->ranks_are_threads)
+        numa_gather_pages(&w->place);
     return 0;
 }
 
@@ -280,7 +294,7 @@ static int worker_open(struct worker *w, struct error *err)
     w->area = (struct step_area){
         .context = o->context, .max_sequences = o->max_sequences, .vocab_size = o->manifest->model.vocab_size};
     shared_area_place(w->shared, &w->area, &w->logits, o->logits_rows);
-    if ((rc = agree(w, err)) ||
+    if ((rc = agree(w, err)) || (rc = keep_to_place(w, err)) ||
         (rc = model_open(&w->model, o->place, &o->store, o->manifest, w->env->rank, w->env->comm, err)))
         return rc;
     atomic_store(&w->shared->rank_payload_bytes[w->env->rank], (long long)shard_file_payload_bytes(w->model.file));
@@ -293,6 +307,9 @@ static int worker_open(struct worker *w, struct error *err)
         return rc;
     w->decoder.device = w->device;
     if ((rc = rank_step_create(&w->step, &w->decoder, &o->limits, o->usual_choices, err)))
+        return rc;
+    // Now that the threads which load have been started, on any of the rank's processors.
+    if (o->pin == PIN_CORE && (rc = thread_pool_pin(w->pool, &w->place.cpus, err)))
         return rc;
     start->prepared_ns = clock_now_ns();
     return o->load_first ? finish_load(w, err) : 0;
@@ -313,6 +330,7 @@ static int run_forward(struct worker *w, struct error *err)
 static int run_step(struct worker *w, struct error *err)
 {
     uint64_t sent = comm_sent_bytes(w->env->comm);
+    int64_t exchanges = w->decoder.exchanges, exchange_ns = w->decoder.exchange_ns;
     int rc = rank_step_run(w->step, &w->area, err);
     struct rank_step_rows rows = rank_step_rows(w->step);
     if (rc || w->env->rank > 0 || rows.prefill > 0)
@@ -320,6 +338,9 @@ static int run_step(struct worker *w, struct error *err)
     atomic_fetch_add_explicit(&w->shared->decode_steps, 1, memory_order_relaxed);
     atomic_fetch_add_explicit(&w->shared->decode_rows, rows.decode, memory_order_relaxed);
     atomic_fetch_add_explicit(&w->shared->decode_sent_bytes, (long long)(comm_sent_bytes(w->env->comm) - sent),
+                              memory_order_relaxed);
+    atomic_fetch_add_explicit(&w->shared->decode_exchanges, w->decoder.exchanges - exchanges, memory_order_relaxed);
+    atomic_fetch_add_explicit(&w->shared->decode_exchange_ns, w->decoder.exchange_ns - exchange_ns,
                               memory_order_relaxed);
     return 0;
 }

@@ -10,6 +10,7 @@
 
 #include "engine/launch.h"
 #include "engine/model.h"
+#include "engine/numa.h"
 #include "engine/step.h"
 #include "formats/manifest.h"
 #include "kernels/backend.h"
@@ -43,8 +44,9 @@ struct shared_area {
     } forward;
     // By rank 0: pages of the KV cache that it has made.
     atomic_llong num_pages;
-    // Totals since the start, by rank 0, of steps without prefill rows: steps, rows, bytes sent to the other ranks.
-    atomic_llong decode_steps, decode_rows, decode_sent_bytes;
+    // Totals since the start, by rank 0, of steps without prefill rows: steps, rows, bytes sent to the other ranks, sums over ranks and
+    // nanoseconds in them.
+    atomic_llong decode_steps, decode_rows, decode_sent_bytes, decode_exchanges, decode_exchange_ns;
     // Each rank's own: payload bytes that are in place, those there are (0: not known yet), nanoseconds in exchanges with other ranks (waiting
     // included), device (once it is prepared).
     atomic_llong rank_loaded_bytes[COMM_MAX_RANKS], rank_payload_bytes[COMM_MAX_RANKS],
@@ -65,6 +67,8 @@ struct worker_options {
     const struct backend *backend;
     const struct kernels *kernels; // of the host
     int threads;                   // worker threads of a rank
+    enum numa_pin pin;             // of the host's threads
+    bool ranks_are_threads;
     enum kv_format kv_format;
     enum wire wire;
     enum verify_mode verify;

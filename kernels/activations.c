@@ -8,12 +8,23 @@
 
 enum { ALIGNMENT = 64 };
 
-// Zeroed, so that no kernel ever meets bits that nobody wrote.
+// Zeroed, so that no kernel ever meets bits that nobody wrote; but by the kernel, when a page is first touched: what a model's kinds of
+// weights do not use costs nothing. Where calloc's memory begins stands before the aligned address.
 static void *alloc_zeroed(uint64_t bytes)
 {
-    bytes = round_up(bytes, ALIGNMENT);
-    void *memory = aligned_alloc(ALIGNMENT, bytes ? bytes : ALIGNMENT);
-    return memory ? memset(memory, 0, bytes) : NULL;
+    uint8_t *memory = calloc(1, bytes + ALIGNMENT + sizeof(void *));
+    if (!memory)
+        return NULL;
+    uint64_t begin = (uint64_t)(uintptr_t)memory;
+    void **aligned = (void **)(void *)(memory + (round_up(begin + sizeof(void *), ALIGNMENT) - begin));
+    aligned[-1] = memory;
+    return aligned;
+}
+
+static void free_zeroed(void *aligned)
+{
+    if (aligned)
+        free(((void **)aligned)[-1]);
 }
 
 int activations_alloc(struct activations *act, int64_t max_tokens, int64_t max_cols, struct error *err)
@@ -39,10 +50,10 @@ int activations_alloc(struct activations *act, int64_t max_tokens, int64_t max_c
 
 void activations_free(struct activations *act)
 {
-    free(act->f32);
-    free(act->q);
-    free(act->q_scale);
-    free(act->q_sum);
+    free_zeroed(act->f32);
+    free_zeroed(act->q);
+    free_zeroed(act->q_scale);
+    free_zeroed(act->q_sum);
     *act = (struct activations){0};
 }
 

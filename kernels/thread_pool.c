@@ -143,6 +143,23 @@ int thread_pool_default_threads(void)
 
 int thread_pool_size(const struct thread_pool *pool) { return pool->threads; }
 
+int thread_pool_pin(struct thread_pool *pool, const cpu_set_t *cpus, struct error *err)
+{
+    int cpu = -1;
+    for (int i = 0; i < pool->threads && CPU_COUNT(cpus) > 0; i++) {
+        do
+            cpu = (cpu + 1) % CPU_SETSIZE;
+        while (!CPU_ISSET(cpu, cpus));
+        cpu_set_t one;
+        CPU_ZERO(&one);
+        CPU_SET(cpu, &one);
+        int failed = pthread_setaffinity_np(i ? pool->workers[i].thread : pthread_self(), sizeof one, &one);
+        if (failed)
+            return error_set(err, ERR_OTHER, "cannot keep a thread to processor %d: %s", cpu, strerror(failed));
+    }
+    return 0;
+}
+
 static void wait_for_tasks(struct thread_pool *pool)
 {
     struct spin spin = spin_begin(&pool->caller_spinner);

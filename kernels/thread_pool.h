@@ -5,6 +5,7 @@
 
 #include "formats/error.h"
 
+#include <sched.h>
 #include <stdint.h>
 
 struct thread_pool;
@@ -15,6 +16,8 @@ void thread_pool_free(struct thread_pool *pool);
 // Processors that this process may run on, at least 1.
 int thread_pool_default_threads(void);
 int thread_pool_size(const struct thread_pool *pool);
+// Each thread keeps to one of the processors from now on, in order, and round again where they are fewer; the caller is thread 0.
+int thread_pool_pin(struct thread_pool *pool, const cpu_set_t *cpus, struct error *err);
 
 // Calls fn(arg, task, thread) once for every task in [0, tasks), on any of the threads (0 <= thread < size; the caller
 // is thread 0), and returns when all are done. Tasks are handed out dynamically: fn's results must not depend on the

@@ -1,0 +1,159 @@
+// See numa.h. Nodes are known by the kernel's files alone; no library is needed.
+#include "engine/numa.h"
+
+#include <linux/mempolicy.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+enum { MAX_NODES = 64, MASK_BITS = 8 * sizeof(unsigned long) };
+
+struct nodes {
+    int count;
+    int number[MAX_NODES];
+    cpu_set_t cpus[MAX_NODES]; // allowed ones
+};
+
+enum numa_pin numa_pin_from_name(const char *name)
+{
+    return strcmp(name, "core") == 0 ? PIN_CORE : strcmp(name, "node") == 0 ? PIN_NODE : PIN_NONE;
+}
+
+// "0-3,8,10-11\n", also empty, as a set of numbers below CPU_SETSIZE.
+static bool parse_list(const char *text, cpu_set_t *out)
+{
+    CPU_ZERO(out);
+    while (*text && *text != '\n') {
+        char *end;
+        if (*text < '0' || *text > '9')
+            return false;
+        unsigned long first = strtoul(text, &end, 10), last = first;
+        if (*end == '-') {
+            if (end[1] < '0' || end[1] > '9')
+                return false;
+            last = strtoul(end + 1, &end, 10);
+        }
+        if (last < first || last >= CPU_SETSIZE || (*end && *end != ',' && *end != '\n'))
+            return false;
+        for (unsigned long i = first; i <= last; i++)
+            CPU_SET(i, out);
+        text = *end == ',' ? end + 1 : end;
+    }
+    return true;
+}
+
+static bool read_list(const char *path, cpu_set_t *out)
+{
+    char text[4096];
+    FILE *f = fopen(path, "re");
+    if (!f)
+        return false;
+    bool read = fgets(text, sizeof text, f) != NULL;
+    fclose(f);
+    return read && parse_list(text, out);
+}
+
+// False when they cannot be told.
+static bool read_nodes(struct nodes *out, const char *system_dir, const cpu_set_t *allowed)
+{
+    char path[512];
+    cpu_set_t online;
+    out->count = 0;
+    snprintf(path, sizeof path, "%s/online", system_dir);
+    if (!read_list(path, &online))
+        return false;
+    for (int node = 0; node < CPU_SETSIZE; node++) {
+        cpu_set_t cpus;
+        if (!CPU_ISSET(node, &online))
+            continue;
+        snprintf(path, sizeof path, "%s/node%d/cpulist", system_dir, node);
+        if (!read_list(path, &cpus))
+            return false;
+        CPU_AND(&cpus, &cpus, allowed);
+        if (CPU_COUNT(&cpus) == 0)
+            continue;
+        if (out->count == MAX_NODES || node >= (int)MASK_BITS)
+            return false;
+        out->number[out->count] = node;
+        out->cpus[out->count++] = cpus;
+    }
+    return out->count > 0;
+}
+
+// Part `index` of `parts` of the processors; at least one.
+static cpu_set_t part_of(const cpu_set_t *cpus, int index, int parts)
+{
+    int count = CPU_COUNT(cpus), begin = index * count / parts, end = (index + 1) * count / parts, at = 0;
+    cpu_set_t part;
+    if (end == begin) {
+        begin = index % count;
+        end = begin + 1;
+    }
+    CPU_ZERO(&part);
+    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+        if (!CPU_ISSET(cpu, cpus))
+            continue;
+        if (at >= begin && at < end)
+            CPU_SET(cpu, &part);
+        at++;
+    }
+    return part;
+}
+
+struct numa_place numa_place_of(const char *system_dir, const cpu_set_t *allowed, enum numa_pin pin, int rank,
+                                int tp_size)
+{
+    struct numa_place place = {.node = -1};
+    struct nodes nodes;
+    CPU_ZERO(&place.cpus);
+    if (pin == PIN_NONE || CPU_COUNT(allowed) == 0)
+        return place;
+    if (!read_nodes(&nodes, system_dir, allowed)) {
+        nodes.count = 1;
+        nodes.cpus[0] = *allowed;
+    }
+    if (nodes.count == 1 && pin == PIN_NODE)
+        return place;
+    // Ranks [first_rank, end_rank) share the nodes [first, end).
+    int first = rank * nodes.count / tp_size, end = (rank + 1) * nodes.count / tp_size;
+    int first_rank = rank, end_rank = rank + 1;
+    if (end <= first)
+        end = first + 1;
+    if (tp_size > nodes.count) {
+        end = first + 1;
+        while (first_rank > 0 && (first_rank - 1) * nodes.count / tp_size == first)
+            first_rank--;
+        while (end_rank < tp_size && end_rank * nodes.count / tp_size == first)
+            end_rank++;
+    }
+    for (int node = first; node < end; node++)
+        CPU_OR(&place.cpus, &place.cpus, &nodes.cpus[node]);
+    if (nodes.count > 1 && end == first + 1)
+        place.node = nodes.number[first];
+    if (pin == PIN_CORE)
+        place.cpus = part_of(&place.cpus, rank - first_rank, end_rank - first_rank);
+    return place;
+}
+
+int numa_keep_to(const struct numa_place *place, struct error *err)
+{
+    if (CPU_COUNT(&place->cpus) > 0 && sched_setaffinity(0, sizeof place->cpus, &place->cpus))
+        return error_set_errno(err, "cannot keep a rank to %d processors; --pin none leaves them open",
+                               CPU_COUNT(&place->cpus));
+    if (place->node < 0)
+        return 0;
+    unsigned long node = 1ul << place->node;
+    // Refused in some containers: then the first touch decides, and it comes from a thread that is there.
+    syscall(SYS_set_mempolicy, MPOL_PREFERRED, &node, MASK_BITS + 1);
+    return 0;
+}
+
+void numa_gather_pages(const struct numa_place *place)
+{
+    if (place->node < 0)
+        return;
+    unsigned long node = 1ul << place->node, others = ~node;
+    syscall(SYS_migrate_pages, 0, MASK_BITS + 1, &others, &node); // pages that cannot move stay where they are
+}
