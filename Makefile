@@ -77,6 +77,7 @@ BENCH_HELPER_SRC := $(filter-out $(BENCH_SRC),$(wildcard bench/*.c))
 ifeq ($(filter x86_64%,$(shell $(CC) -dumpmachine 2>/dev/null)),)
 FORMATS_SRC := $(filter-out $(ISA_FILES),$(FORMATS_SRC))
 KERNELS_SRC := $(filter-out $(ISA_FILES),$(KERNELS_SRC))
+TEST_HELPER_SRC := $(filter-out $(ISA_FILES),$(TEST_HELPER_SRC))
 endif
 
 objects = $(patsubst %.c,$(BUILD)/obj/%.o,$(1))

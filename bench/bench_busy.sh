@@ -21,16 +21,19 @@ decode() { # tp
         sed -n 's/.* decode_tokens_per_s=\([^ ]*\).*/\1/p'
 }
 results=$(mktemp -d)
-trap 'rm -r "$results"' EXIT
+pid=
+trap 'rm -r "$results"; [ -z "$pid" ] || kill "$pid" 2>/dev/null || true' EXIT
+first=$(taskset -cp $$ | sed 's/.*: \([0-9]*\).*/\1/')
 for _ in $(seq "$rounds"); do
     for tp in 1 2; do
         decode "$tp" >>"$results/$tp-quiet"
         for foreign in free pinned; do
-            if [ $foreign = free ]; then sh -c 'while :; do :; done' & else taskset -c 0 sh -c 'while :; do :; done' & fi
+            if [ $foreign = free ]; then sh -c 'while :; do :; done' & else taskset -c "$first" sh -c 'while :; do :; done' & fi
             pid=$!
             decode "$tp" >>"$results/$tp-$foreign"
-            kill "$pid"
+            kill "$pid" 2>/dev/null || true
             wait "$pid" 2>/dev/null || true
+            pid=
         done
     done
 done

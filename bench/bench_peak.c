@@ -9,53 +9,7 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { ROUNDS = 5, TILE_STEPS = 250000 };
-
-#if defined(__x86_64__) && (__GNUC__ >= 11 || __clang_major__ >= 12) // older ones do not know tiles
-
-__attribute__((target("amx-tile,amx-int8"))) static void tile_sums(void *arg, int thread)
-{
-    (void)arg, (void)thread;
-    struct {
-        uint8_t palette, start, reserved[14];
-        uint16_t row_bytes[16];
-        uint8_t rows[16];
-    } shape = {.palette = 1};
-    for (int tile = 0; tile < 8; tile++)
-        shape.row_bytes[tile] = 64, shape.rows[tile] = 16;
-    _tile_loadconfig(&shape);
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    _tile_zero(4);
-    _tile_zero(5);
-    _tile_zero(6);
-    _tile_zero(7);
-    for (int i = 0; i < TILE_STEPS; i++) {
-        _tile_dpbssd(0, 4, 6);
-        _tile_dpbssd(1, 4, 7);
-        _tile_dpbssd(2, 5, 6);
-        _tile_dpbssd(3, 5, 7);
-    }
-    _tile_release();
-}
-
-static double tile_operations_per_second(int threads)
-{
-    double seconds = bench_parallel(threads, tile_sums, NULL);
-    return seconds > 0 ? threads * 2.0 * 16 * 16 * 64 * 4 * TILE_STEPS / seconds : 0;
-}
-
-#else
-
-static double tile_operations_per_second(int threads)
-{
-    (void)threads;
-    return 0;
-}
-
-#endif
+enum { ROUNDS = 5 };
 
 int main(int argc, char **argv)
 {
@@ -73,9 +27,7 @@ int main(int argc, char **argv)
                 continue;
             double best = 0;
             for (int round = 0; round < ROUNDS; round++) {
-                double rate = strcmp(kinds[k].table, "amx") == 0
-                                  ? tile_operations_per_second((int)threads)
-                                  : peak_operations_per_second(kinds[k].table, true, (int)threads);
+                double rate = peak_operations_per_second(kinds[k].table, true, (int)threads);
                 best = rate > best ? rate : best;
             }
             if (best > 0)

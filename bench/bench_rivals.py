@@ -29,10 +29,12 @@ import json
 import os
 import platform
 import resource
+import select
 import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import venv
 from pathlib import Path
@@ -119,17 +121,21 @@ class Watch:
 def child(*words, limit_s=1800):
     """Standard output and the seconds until its first byte."""
     begin = time.monotonic()
-    with subprocess.Popen([str(word) for word in words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+    with tempfile.TemporaryFile() as problem, \
+         subprocess.Popen([str(word) for word in words], stdout=subprocess.PIPE, stderr=problem, stdin=subprocess.DEVNULL,
                           preexec_fn=os.setpgrp) as process:
         try:
+            if not select.select([process.stdout], [], [], limit_s)[0]:
+                raise Failed(f"nothing in {limit_s} s")
             first = os.read(process.stdout.fileno(), 1)
             first_s = time.monotonic() - begin
-            out, problem = process.communicate(timeout=limit_s)
+            out, _ = process.communicate(timeout=limit_s)
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             raise
-    if process.returncode != 0:
-        raise Failed(last_words(problem.decode(errors="replace")))
+        problem.seek(0)
+        if process.returncode != 0:
+            raise Failed(last_words(problem.read().decode(errors="replace")))
     return (first + out).decode(errors="replace"), first_s
 
 

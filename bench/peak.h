@@ -9,9 +9,11 @@
 #include <stdbool.h>
 #include <string.h>
 
-enum { PEAK_STEPS = 400000, PEAK_CHAINS = 12 }; // chains: enough to hide any latency
+enum { PEAK_STEPS = 400000, PEAK_TILE_STEPS = 250000, PEAK_CHAINS = 12 }; // chains: enough to hide any latency
 
 #ifdef __x86_64__
+
+#include "kernels/cpu/amx_tiles.h"
 
 #include <immintrin.h>
 
@@ -46,16 +48,50 @@ PEAK_FN(peak_fma_512, "avx512f", __m512, _mm512_setzero_ps(), PEAK_FMA_512)
 PEAK_FN(peak_madd_256, "avx2", __m256i, _mm256_setzero_si256(), PEAK_MADD_256)
 PEAK_FN(peak_vnni_512, "avx512f,avx512vnni", __m512i, _mm512_setzero_si512(), PEAK_VNNI_512)
 
+#if __GNUC__ >= 11 || __clang_major__ >= 12 // older ones do not know tiles
+__attribute__((target("amx-tile,amx-int8"))) static void peak_tiles(void *arg, int thread)
+{
+    static const struct tile_config config = {
+        .palette = 1, .row_bytes = {64, 64, 64, 64, 64, 64, 64, 64}, .rows = {16, 16, 16, 16, 16, 16, 16, 16}};
+    (void)arg, (void)thread;
+    TILES_CONFIGURE(&config);
+    TILE_ZERO(0);
+    TILE_ZERO(1);
+    TILE_ZERO(2);
+    TILE_ZERO(3);
+    TILE_ZERO(4);
+    TILE_ZERO(5);
+    TILE_ZERO(6);
+    TILE_ZERO(7);
+    for (int i = 0; i < PEAK_TILE_STEPS; i++) {
+        TILE_DOT_INT8(0, 4, 6);
+        TILE_DOT_INT8(1, 4, 7);
+        TILE_DOT_INT8(2, 5, 6);
+        TILE_DOT_INT8(3, 5, 7);
+    }
+    TILES_RELEASE();
+}
+#else
+static void peak_tiles(void *arg, int thread) { (void)arg, (void)thread; }
+#endif
+
 // Of the table with this name (0: unknown), for weights that are multiplied as integers or as floats.
 static inline double peak_operations_per_second(const char *table, bool integers, int threads)
 {
-    bool wide = strcmp(table, "avx512") == 0;
-    if (!wide && strcmp(table, "avx2") != 0)
+    bool tiles = strcmp(table, "amx") == 0 && integers, wide = strcmp(table, "avx2") != 0;
+    if (!tiles && wide && strcmp(table, "avx512") != 0 && strcmp(table, "amx") != 0)
         return 0;
-    double products = integers ? 32 : 8; // of a step of 256 bits
-    double seconds = wide ? bench_parallel(threads, integers ? peak_vnni_512 : peak_fma_512, NULL)
-                          : bench_parallel(threads, integers ? peak_madd_256 : peak_fma_256, NULL);
-    return seconds > 0 ? threads * 2 * products * (wide ? 2 : 1) * PEAK_CHAINS * PEAK_STEPS / seconds : 0;
+    double products = (integers ? 32 : 8) * (wide ? 2.0 : 1.0) * PEAK_CHAINS * PEAK_STEPS; // a byte or a float each
+    double seconds;
+    if (tiles) {
+        products = 16.0 * 16 * 64 * 4 * PEAK_TILE_STEPS;
+        seconds = bench_parallel(threads, peak_tiles, NULL);
+    } else if (wide) {
+        seconds = bench_parallel(threads, integers ? peak_vnni_512 : peak_fma_512, NULL);
+    } else {
+        seconds = bench_parallel(threads, integers ? peak_madd_256 : peak_fma_256, NULL);
+    }
+    return seconds > 0 ? threads * 2 * products / seconds : 0;
 }
 
 #else

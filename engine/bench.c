@@ -24,8 +24,8 @@ struct result {
     double load_s, first_token_s, prefill_tokens_per_s, decode_tokens_per_s;
     int64_t rss_bytes, file_bytes;
     double sent_bytes_per_token; // by one rank to the others, in decode
-    double exchange_us,
-        exchange_share;  // in decode, of rank 0: of one sum over ranks, waiting included; of all, in the time
+    // In decode, of rank 0: of one sum over ranks, waiting included; of all of them, in the time.
+    double exchange_us, exchange_share;
     uint32_t last_token; // a hash of the run: faster but different shows
 };
 

@@ -45,7 +45,7 @@ extern struct session_options session_options;
     {"backend",                                                                                                        \
      OPTION_CHOICE,                                                                                                    \
      &session_options.backend,                                                                                         \
-     "auto|cpu|cuda|scalar|avx2|avx512",                                                                               \
+     "auto|cpu|cuda|scalar|avx2|avx512|amx",                                                                           \
      0,                                                                                                                \
      0,                                                                                                                \
      "where to compute; auto: cuda where there is a driver, else cpu, its fastest kernels"},                           \
@@ -102,8 +102,8 @@ extern struct session_options session_options;
          "none|node|core",                                                                                             \
          0,                                                                                                            \
          0,                                                                                                            \
-         "keep a rank's threads and memory on a NUMA node, and each thread on a processor of its own; none: "          \
-         "anywhere"},                                                                                                  \
+         "node: a rank's threads and memory stay on a NUMA node; core: each thread on a processor of its own too; "    \
+         "none: anywhere; of the CPU backend"},                                                                        \
         {"context",                                                                                                    \
          OPTION_INT,                                                                                                   \
          &session_options.context,                                                                                     \

@@ -1,6 +1,7 @@
 // See numa.h. Nodes are known by the kernel's files alone; no library is needed.
 #include "engine/numa.h"
 
+#include <errno.h>
 #include <linux/mempolicy.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -102,47 +103,66 @@ static cpu_set_t part_of(const cpu_set_t *cpus, int index, int parts)
     return part;
 }
 
-struct numa_place numa_place_of(const char *system_dir, const cpu_set_t *allowed, enum numa_pin pin, int rank,
-                                int tp_size)
+// On the nodes that there are. *sharing: how many ranks are on the same ones.
+static struct numa_place place_on(const struct nodes *nodes, enum numa_pin pin, int rank, int tp_size, int *sharing)
 {
     struct numa_place place = {.node = -1};
-    struct nodes nodes;
     CPU_ZERO(&place.cpus);
+    // Ranks [first_rank, end_rank) share the nodes [first, end).
+    int first = rank * nodes->count / tp_size, end = (rank + 1) * nodes->count / tp_size;
+    int first_rank = rank, end_rank = rank + 1;
+    if (end <= first)
+        end = first + 1;
+    if (tp_size > nodes->count) {
+        end = first + 1;
+        while (first_rank > 0 && (first_rank - 1) * nodes->count / tp_size == first)
+            first_rank--;
+        while (end_rank < tp_size && end_rank * nodes->count / tp_size == first)
+            end_rank++;
+    }
+    for (int node = first; node < end; node++)
+        CPU_OR(&place.cpus, &place.cpus, &nodes->cpus[node]);
+    if (nodes->count > 1 && end == first + 1)
+        place.node = nodes->number[first];
+    if (pin == PIN_CORE)
+        place.cpus = part_of(&place.cpus, rank - first_rank, end_rank - first_rank);
+    *sharing = end_rank - first_rank;
+    return place;
+}
+
+struct numa_place numa_place_of(const char *system_dir, const cpu_set_t *allowed, enum numa_pin pin, int rank,
+                                int tp_size, int threads)
+{
+    struct numa_place anywhere = {.node = -1}, place = anywhere;
+    struct nodes nodes;
+    int sharing;
+    CPU_ZERO(&anywhere.cpus);
     if (pin == PIN_NONE || CPU_COUNT(allowed) == 0)
-        return place;
+        return anywhere;
     if (!read_nodes(&nodes, system_dir, allowed)) {
         nodes.count = 1;
         nodes.cpus[0] = *allowed;
     }
     if (nodes.count == 1 && pin == PIN_NODE)
-        return place;
-    // Ranks [first_rank, end_rank) share the nodes [first, end).
-    int first = rank * nodes.count / tp_size, end = (rank + 1) * nodes.count / tp_size;
-    int first_rank = rank, end_rank = rank + 1;
-    if (end <= first)
-        end = first + 1;
-    if (tp_size > nodes.count) {
-        end = first + 1;
-        while (first_rank > 0 && (first_rank - 1) * nodes.count / tp_size == first)
-            first_rank--;
-        while (end_rank < tp_size && end_rank * nodes.count / tp_size == first)
-            end_rank++;
+        return anywhere;
+    for (int r = 0; r < tp_size && pin == PIN_NODE; r++) {
+        place = place_on(&nodes, pin, r, tp_size, &sharing);
+        if (CPU_COUNT(&place.cpus) < sharing * threads)
+            return anywhere;
     }
-    for (int node = first; node < end; node++)
-        CPU_OR(&place.cpus, &place.cpus, &nodes.cpus[node]);
-    if (nodes.count > 1 && end == first + 1)
-        place.node = nodes.number[first];
-    if (pin == PIN_CORE)
-        place.cpus = part_of(&place.cpus, rank - first_rank, end_rank - first_rank);
-    return place;
+    return place_on(&nodes, pin, rank, tp_size, &sharing);
 }
 
 int numa_keep_to(const struct numa_place *place, struct error *err)
 {
-    if (CPU_COUNT(&place->cpus) > 0 && sched_setaffinity(0, sizeof place->cpus, &place->cpus))
-        return error_set_errno(err, "cannot keep a rank to %d processors; --pin none leaves them open",
-                               CPU_COUNT(&place->cpus));
-    if (place->node < 0)
+    bool forbidden = false; // by a container: then ranks are wherever the kernel puts them
+    if (CPU_COUNT(&place->cpus) > 0 && sched_setaffinity(0, sizeof place->cpus, &place->cpus)) {
+        forbidden = errno == EPERM || errno == ENOSYS;
+        if (!forbidden)
+            return error_set_errno(err, "cannot keep a rank to %d processors; --pin none leaves them open",
+                                   CPU_COUNT(&place->cpus));
+    }
+    if (place->node < 0 || forbidden)
         return 0;
     unsigned long node = 1ul << place->node;
     // Refused in some containers: then the first touch decides, and it comes from a thread that is there.
@@ -150,10 +170,10 @@ int numa_keep_to(const struct numa_place *place, struct error *err)
     return 0;
 }
 
-void numa_gather_pages(const struct numa_place *place)
+void numa_gather_pages(const struct numa_place *place, const void *begin, uint64_t bytes)
 {
-    if (place->node < 0)
-        return;
-    unsigned long node = 1ul << place->node, others = ~node;
-    syscall(SYS_migrate_pages, 0, MASK_BITS + 1, &others, &node); // pages that cannot move stay where they are
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), at = (uintptr_t)begin / page * page;
+    unsigned long node = place->node < 0 ? 0 : 1ul << place->node;
+    if (node && bytes) // pages that cannot move stay where they are
+        syscall(SYS_mbind, at, (uintptr_t)begin + bytes - at, MPOL_PREFERRED, &node, MASK_BITS + 1, MPOL_MF_MOVE);
 }

@@ -1,8 +1,9 @@
 // Which processors and which memory a rank on the host keeps to. On a machine of several NUMA nodes a rank's threads stay on one node, and
 // its pages lie there: memory of another node is slower, and the way to it is shared.
 //
-// Ranks take nodes in order, as many ranks to each node as to the others; with fewer ranks than nodes a rank has several. Nodes without a
-// processor that the process may use do not count. A machine of one node is left alone, but for PIN_CORE.
+// Ranks take nodes in order, as evenly as their numbers allow; with fewer ranks than nodes a rank has several. Nodes without a processor that
+// the process may use do not count. A machine of one node is left alone, but for PIN_CORE; and so are all ranks where a node has fewer
+// processors than its ranks have threads.
 #ifndef TPSHARD_ENGINE_NUMA_H
 #define TPSHARD_ENGINE_NUMA_H
 
@@ -10,6 +11,7 @@
 
 #include <sched.h>
 #include <stdbool.h>
+#include <stdint.h>
 
 #define NUMA_SYSTEM_DIR "/sys/devices/system/node"
 
@@ -28,12 +30,11 @@ struct numa_place {
 // Where a rank belongs, by what system_dir (as NUMA_SYSTEM_DIR) says of nodes and their processors. What cannot be read is one node of all
 // allowed processors.
 struct numa_place numa_place_of(const char *system_dir, const cpu_set_t *allowed, enum numa_pin pin, int rank,
-                                int tp_size);
+                                int tp_size, int threads);
 // The calling thread, and threads and memory that it makes from now on, keep to the place. Where the kernel lets nobody choose memory it is
 // taken where it is touched first, which is there as well.
 int numa_keep_to(const struct numa_place *place, struct error *err);
-// Brings pages of this process that lie on other nodes, as those of a file that another has read before, to the place; only those that no
-// other process maps.
-void numa_gather_pages(const struct numa_place *place);
+// Brings the pages of a range, as those of a file that was read on another node before, to the place: those that no other process maps.
+void numa_gather_pages(const struct numa_place *place, const void *begin, uint64_t bytes);
 
 #endif

@@ -293,13 +293,14 @@ static int check_supported(const struct manifest *manifest, const char *dir, str
     return 0;
 }
 
-// On the host a rank keeps to few buffers beside its file and its KV cache: models with wide rows have shorter steps. That changes no result
-// (law 9), and from some 64 rows on little speed.
+// On the host a rank keeps to small buffers beside its file and its KV cache: models with wide rows have shorter steps, down to 64 rows. That
+// changes no result (law 9), and from there on little speed.
 static int64_t host_rows(const struct session *s, int64_t most, int64_t least)
 {
     enum { BUFFERS_BYTES = 56 << 20, LEAST_ROWS = 64, ROWS_UNIT = 32 };
     least = least > LEAST_ROWS ? least : LEAST_ROWS;
-    while (most - ROWS_UNIT >= least && rank_buffer_bytes(s, most) > BUFFERS_BYTES)
+    uint64_t fixed = rank_buffer_bytes(s, 0); // what shorter steps do not change
+    while (most - ROWS_UNIT >= least && rank_buffer_bytes(s, most) - fixed > BUFFERS_BYTES)
         most -= ROWS_UNIT;
     return most;
 }
@@ -386,6 +387,10 @@ int session_open(struct session **out, const char *place, const struct session_o
     s->draft_tokens = options->draft_tokens;
     s->ranks_are_threads = strcmp(options->ranks, "thread") == 0;
     s->worker.ranks_are_threads = s->ranks_are_threads;
+    if (s->worker.backend != &backend_cpu && strcmp(options->pin, "core") == 0) {
+        rc = error_set(err, ERR_USAGE, "--pin core is for the CPU backend; here it is %s", s->worker.backend->name);
+        goto fail;
+    }
     s->worker.pin = s->worker.backend == &backend_cpu ? numa_pin_from_name(options->pin) : PIN_NONE;
     s->timeout_ms = (int)(options->timeout_s * 1000);
     *out = s;

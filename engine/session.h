@@ -141,8 +141,7 @@ struct generate_figures {
     double begin_s, first_s, end_s;         // CLOCK_MONOTONIC
     int64_t first_tokens, tokens;           // produced by first_s; altogether
     int64_t steps, decode_rows, sent_bytes; // of steps without prefill: rows fed, bytes sent by rank 0 to the others
-    int64_t exchanges,
-        exchange_ns; // of the same steps: rank 0's sums over ranks, and its time in them, waiting included
+    int64_t exchanges, exchange_ns; // of the same steps: rank 0's sums over ranks, its time in them, waiting included
 };
 // Whether all prompts fit the model and the context; also done by session_generate, before the ranks start.
 int session_check_prompts(const struct session *session, const struct generation *generations, int64_t count,

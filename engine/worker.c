@@ -202,7 +202,8 @@ static int keep_to_place(struct worker *w, struct error *err)
     w->place.node = -1;
     if (sched_getaffinity(0, sizeof allowed, &allowed)) // more processors than a set holds
         return 0;
-    w->place = numa_place_of(NUMA_SYSTEM_DIR, &allowed, w->options->pin, w->env->rank, w->env->tp_size);
+    w->place =
+        numa_place_of(NUMA_SYSTEM_DIR, &allowed, w->options->pin, w->env->rank, w->env->tp_size, w->options->threads);
     return numa_keep_to(&w->place, err);
 }
 
@@ -280,8 +281,7 @@ static int finish_load(struct worker *w, struct error *err)
     start->cpu_s = (double)(used.ru_utime.tv_sec + used.ru_stime.tv_sec) +
                    1e-6 * (double)(used.ru_utime.tv_usec + used.ru_stime.tv_usec);
     atomic_store(&start->loaded_ns, start->load_ns + (int64_t)(1e9 * start->load.wall_s));
-    if (!w->options->ranks_are_threads)
-        numa_gather_pages(&w->place);
+    numa_gather_pages(&w->place, w->model.base, shard_file_payload_bytes(w->model.file));
     return 0;
 }
 

@@ -406,7 +406,7 @@ int checkpoint_read(const struct checkpoint *checkpoint, const struct safetensor
 void checkpoint_read_ahead(const struct checkpoint *checkpoint, const struct safetensors_tensor *tensor,
                            uint64_t byte_offset, uint64_t num_bytes)
 {
-    if (checked_range(byte_offset, num_bytes, tensor->bytes))
+    if (num_bytes > 0 && checked_range(byte_offset, num_bytes, tensor->bytes))
         posix_fadvise(checkpoint->files[tensor->file].fd, (off_t)(tensor->offset + byte_offset), (off_t)num_bytes,
                       POSIX_FADV_WILLNEED);
 }

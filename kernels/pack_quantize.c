@@ -1,4 +1,5 @@
 // The choice of the quantizers' implementation. See pack.h; the quantizers themselves stand in pack_quantize_impl.h.
+#include "kernels/kernels_internal.h"
 #include "kernels/pack.h"
 
 extern const struct pack_target pack_base, pack_avx2, pack_avx512;
@@ -8,13 +9,9 @@ const struct pack_target *pack_target_at(size_t index)
     const struct pack_target *supported[3] = {&pack_base};
     size_t count = 1;
 #ifdef __x86_64__
-    // What is asked for is what the build allows the compiler to use in these files, and whether the operating system saves the registers.
-    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (avx2)
+    if (kernels_supported_avx2())
         supported[count++] = &pack_avx2;
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512vnni"))
+    if (kernels_supported_avx512())
         supported[count++] = &pack_avx512;
 #endif
     return index < count ? supported[index] : NULL;

@@ -65,6 +65,15 @@ int output_dir_next(const struct dirent **entry, DIR *dir, const char *path, str
     return !*entry && errno ? error_set_errno(err, "%s: cannot read the directory", path) : 0;
 }
 
+// A link to one is none.
+static bool is_directory(DIR *dir, const struct dirent *entry)
+{
+    struct stat status;
+    if (entry->d_type != DT_UNKNOWN)
+        return entry->d_type == DT_DIR;
+    return fstatat(dirfd(dir), entry->d_name, &status, AT_SYMLINK_NOFOLLOW) == 0 && S_ISDIR(status.st_mode);
+}
+
 static int look(struct contents *out, const char *path, struct error *err)
 {
     int rc;
@@ -76,10 +85,10 @@ static int look(struct contents *out, const char *path, struct error *err)
         const char *name = entry->d_name;
         if (is_dot(name))
             continue;
-        bool is_work = strcmp(name, WORK_NAME) == 0;
-        if (is_work && (entry->d_type == DT_DIR || entry->d_type == DT_UNKNOWN))
+        bool is_work = strcmp(name, WORK_NAME) == 0, is_folder = is_directory(dir, entry);
+        if (is_work && is_folder)
             out->work = true;
-        else if (is_work || entry->d_type == DT_DIR) // a link that would be followed; a folder, whatever its name
+        else if (is_work || is_folder) // a link that would be followed; a folder, whatever its name
             snprintf(out->foreign, sizeof out->foreign, "%s", name);
         else if (strcmp(name, MANIFEST_FILE_NAME) == 0)
             out->manifest = true;

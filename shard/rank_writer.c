@@ -113,7 +113,8 @@ int rank_writer_put(struct rank_writer *writer, const struct band *band, uint32_
     if (rc)
         return rc;
     // The disk can begin now, and the sync at the end has little left to wait for. An error shows there.
-    sync_file_range(writer->fds[rank], (off_t)place.data_offset, (off_t)place.data_bytes, SYNC_FILE_RANGE_WRITE);
+    if (place.data_bytes > 0) // 0 means all
+        sync_file_range(writer->fds[rank], (off_t)place.data_offset, (off_t)place.data_bytes, SYNC_FILE_RANGE_WRITE);
     if (place.scale_bytes == 0)
         return 0;
     return file_pwrite_full(writer->fds[rank], bytes + place.data_bytes, place.scale_bytes, place.scale_offset,

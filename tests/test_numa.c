@@ -132,13 +132,32 @@ static void test_places(void **state)
         cpu_set_t allowed = range(cases[i].first_allowed, cases[i].last_allowed);
         make_tree(dir, cases[i].online, cases[i].cpulists);
         for (int rank = 0; rank < cases[i].tp_size; rank++) {
-            struct numa_place place = numa_place_of(dir, &allowed, cases[i].pin, rank, cases[i].tp_size);
+            struct numa_place place = numa_place_of(dir, &allowed, cases[i].pin, rank, cases[i].tp_size, 1);
             say(got, &place.cpus);
             if (strcmp(got, cases[i].want[rank].cpus) != 0 || place.node != cases[i].want[rank].node)
                 fail_msg("%s: rank %d has processors %s, node %d; wanted %s, node %d", cases[i].name, rank, got,
                          place.node, cases[i].want[rank].cpus, cases[i].want[rank].node);
         }
     }
+}
+
+// With more threads than processors on any node all ranks are left alone: the kernel deals better.
+static void test_too_small_nodes(void **state)
+{
+    static const char *const lists[MOST_NODES] = {"0-6", "7"};
+    char dir[128];
+    cpu_set_t allowed = range(0, 7);
+    (void)state;
+    make_tree(dir, "0-1", lists);
+    assert_int_equal(numa_place_of(dir, &allowed, PIN_NODE, 0, 2, 1).node, 0);
+    assert_int_equal(numa_place_of(dir, &allowed, PIN_NODE, 1, 2, 1).node, 1);
+    for (int rank = 0; rank < 2; rank++) {
+        struct numa_place place = numa_place_of(dir, &allowed, PIN_NODE, rank, 2, 4);
+        assert_int_equal(place.node, -1);
+        assert_int_equal(CPU_COUNT(&place.cpus), 0);
+    }
+    assert_int_equal(numa_place_of(dir, &allowed, PIN_NODE, 2, 3, 1).node, 1);
+    assert_int_equal(numa_place_of(dir, &allowed, PIN_NODE, 2, 3, 2).node, -1);
 }
 
 // However many nodes and ranks: nobody is without a processor, and every allowed one is somebody's.
@@ -155,7 +174,7 @@ static void test_all_are_used(void **state)
             cpu_set_t used;
             CPU_ZERO(&used);
             for (int rank = 0; rank < tp_size; rank++) {
-                struct numa_place place = numa_place_of(dir, &allowed, PIN_CORE, rank, tp_size);
+                struct numa_place place = numa_place_of(dir, &allowed, PIN_CORE, rank, tp_size, 1);
                 assert_true(CPU_COUNT(&place.cpus) > 0);
                 CPU_OR(&used, &used, &place.cpus);
             }
@@ -167,6 +186,7 @@ static void test_all_are_used(void **state)
 }
 
 struct seen {
+    pthread_barrier_t all; // so that each thread has a task
     cpu_set_t cpus[3];
     long policy[3];
 };
@@ -177,19 +197,28 @@ static long memory_policy(void)
     return syscall(SYS_get_mempolicy, &mode, NULL, 0, NULL, 0) ? -1 : mode;
 }
 
+// That memory may come from; -1: nobody tells.
+static int first_node(void)
+{
+    unsigned long nodes[16] = {0};
+    if (syscall(SYS_get_mempolicy, NULL, nodes, 8 * sizeof nodes, NULL, MPOL_F_MEMS_ALLOWED) || !nodes[0])
+        return -1;
+    return __builtin_ctzl(nodes[0]);
+}
+
 static void look(void *arg, int64_t task, int thread)
 {
     struct seen *seen = arg;
     (void)task;
     sched_getaffinity(0, sizeof seen->cpus[thread], &seen->cpus[thread]);
     seen->policy[thread] = memory_policy();
-    usleep(100000); // so that each thread has a task
+    pthread_barrier_wait(&seen->all);
 }
 
 static void *keep(void *arg)
 {
     cpu_set_t allowed = *(cpu_set_t *)arg, one;
-    struct numa_place place = {.node = 0};
+    struct numa_place place = {.node = first_node()};
     struct thread_pool *pool;
     struct error err = {0};
     struct seen seen = {0};
@@ -201,19 +230,21 @@ static void *keep(void *arg)
     place.cpus = one;
     if (numa_keep_to(&place, &err) || thread_pool_create(&pool, 3, &err))
         return strdup(err.msg);
-    numa_gather_pages(&place);
+    numa_gather_pages(&place, &seen, sizeof seen);
+    pthread_barrier_init(&seen.all, NULL, 3);
     thread_pool_run(pool, look, &seen, 3);
     for (int i = 0; i < 3; i++) {
         if (!CPU_EQUAL(&seen.cpus[i], &one))
             return strdup("a thread of the pool does not keep to its rank's processor");
-        if (memory_policy() >= 0 && seen.policy[i] != MPOL_PREFERRED)
+        if (place.node >= 0 && memory_policy() >= 0 && seen.policy[i] != MPOL_PREFERRED)
             return strdup("a thread of the pool takes memory anywhere");
     }
     if (thread_pool_pin(pool, &allowed, &err))
         return strdup(err.msg);
-    memset(&seen, 0, sizeof seen);
+    memset(seen.cpus, 0, sizeof seen.cpus);
     thread_pool_run(pool, look, &seen, 3);
     thread_pool_free(pool);
+    pthread_barrier_destroy(&seen.all);
     for (int i = 0; i < 3; i++)
         if (CPU_COUNT(&seen.cpus[i]) != 1)
             return strdup("a thread that was pinned has a choice");
@@ -263,9 +294,8 @@ static int tear_down(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_places),
-        cmocka_unit_test(test_all_are_used),
-        cmocka_unit_test(test_place_is_kept_to),
+        cmocka_unit_test(test_places),       cmocka_unit_test(test_too_small_nodes),
+        cmocka_unit_test(test_all_are_used), cmocka_unit_test(test_place_is_kept_to),
         cmocka_unit_test(test_names),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);

@@ -4,6 +4,7 @@ in decode. What a model has no use for is never touched.
 
 RssAnon of the rank processes is looked at while `tpengine bench` runs: what was touched once stays until the end.
 """
+import ctypes
 import json
 import os
 import subprocess
@@ -11,6 +12,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import case_help
+from case_help import report
 
 BUILD = Path(os.environ.get("BUILD", "build"))
 MIB = 1 << 20
@@ -38,18 +42,24 @@ def children(pid):
         return []
 
 
+def without_huge_pages():
+    """Where the system makes all memory of them, touching a byte takes 2 MiB."""
+    ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE, inherited
+
+
 def measure(shards):
-    """Most RssAnon of each rank, and the report."""
+    """Most RssAnon of each rank, and what the bench tells."""
     process = subprocess.Popen([BUILD / "tpengine", "bench", shards, "--backend", "cpu", "--threads", "1", "--prompt-tokens", str(CONTEXT - 64),
-                                "--gen-tokens", "64", "--json", "--quiet"], stdout=subprocess.PIPE, text=True)
+                                "--gen-tokens", "64", "--json", "--quiet"], stdout=subprocess.PIPE, text=True,
+                               preexec_fn=without_huge_pages)
     most = {}
     while process.poll() is None:
         for pid in children(process.pid):
             most[pid] = max(most.get(pid, 0), anonymous_bytes(pid))
         time.sleep(0.005)
-    report = process.stdout.read()
+    told = process.stdout.read()
     assert process.returncode == 0, f"{shards}: exit code {process.returncode}"
-    return list(most.values()), json.loads(report)
+    return list(most.values()), json.loads(told)
 
 
 def kv_bytes(shards):
@@ -63,8 +73,11 @@ def kv_bytes(shards):
 
 def main():
     if os.environ.get("TEST_QUICK"):  # a sanitizer's memory is none of the ranks'
-        print("SKIP: slow builds leave this out")
-        return
+        print("SKIP slow builds leave this out")
+        return 77
+    if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
+        print("SKIP this kernel does not tell of children")
+        return 77
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         subprocess.run([sys.executable, "scripts/make_synthetic_checkpoint.py", *WIDE, folder / "wide"], check=True, stdout=subprocess.DEVNULL)
@@ -72,13 +85,15 @@ def main():
         for name, quant, ranks, bound in CASES:
             shards = folder / f"{name}-{quant}-{ranks}"
             subprocess.run([BUILD / "tpshard", "--tp", str(ranks), "--quant", quant, "--quiet", models[name], shards], check=True)
-            anonymous, report = measure(shards)
+            anonymous, figures = measure(shards)
             cache = kv_bytes(shards)
-            assert len(anonymous) == ranks, f"{shards.name}: {len(anonymous)} rank processes were seen"
+            report(f"{shards.name}: a process for each rank", None if len(anonymous) == ranks else f"{len(anonymous)} were seen")
             for rank_bytes in anonymous:
-                print(f"{shards.name}: {rank_bytes / MIB:.1f} MiB of its own, KV cache {cache / MIB:.1f}")
-                assert MIB < rank_bytes <= cache + bound, f"{shards.name}: at most {(cache + bound) / MIB:.1f} MiB wanted"
-            assert report["rss_bytes"] <= report["file_bytes"] + ranks * (cache + 64 * MIB), report
+                said = f"{rank_bytes / MIB:.1f} MiB of its own, at most {bound / MIB:.0f} beside a KV cache of {cache / MIB:.1f}"
+                report(f"{shards.name}: memory of a rank", None if MIB < rank_bytes <= cache + bound else said)
+            whole = figures["file_bytes"] + ranks * (cache + 64 * MIB)
+            report(f"{shards.name}: resident memory", None if figures["rss_bytes"] <= whole else f"{figures['rss_bytes']}, at most {whole}")
+    return case_help.status()
 
 
-main()
+sys.exit(main())

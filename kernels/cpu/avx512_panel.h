@@ -75,21 +75,6 @@ static void fill_int8(__m512i (*panel)[BLOCK_VECTORS], const int8_t *codes, int6
     }
 }
 
-// Scales and zeros of the groups in columns [col, col + cols).
-VECTOR_INLINE void fill_scales(struct panel *panel, const struct matrix *w, int64_t row, int64_t col, int64_t cols,
-                               enum weight_kind kind)
-{
-    for (int64_t i = 0; i < BLOCK_ROWS; i += LANES) {
-        struct tile_scales scales = tile_scales(w, row + i);
-        const uint8_t *from = tile_scales_at(&scales, col);
-        for (int64_t g = 0; g << scales.group_shift < cols; g++, from += scales.group_bytes) {
-            _mm512_storeu_ps(&panel->scale[g][i], load_scale(kind, from));
-            if (kind == WEIGHT_INT4Z)
-                _mm512_storeu_ps(&panel->zero[g][i], load_f16(from + 2 * LANES));
-        }
-    }
-}
-
 static void panel_fill(struct panel *panel, const struct matrix *w, int64_t row, int64_t col, int64_t cols)
 {
     enum weight_kind kind = w->shape.kind;
@@ -101,14 +86,8 @@ static void panel_fill(struct panel *panel, const struct matrix *w, int64_t row,
         else
             (is_fp4(kind) ? fill_fp4 : fill_int4)(&panel->v[c / 4], tiles);
     }
-    if (kind == WEIGHT_INT4)
-        fill_scales(panel, w, row, col, cols, WEIGHT_INT4);
-    else if (kind == WEIGHT_INT4Z)
-        fill_scales(panel, w, row, col, cols, WEIGHT_INT4Z);
-    else if (kind == WEIGHT_MXFP4)
-        fill_scales(panel, w, row, col, cols, WEIGHT_MXFP4);
-    else if (kind == WEIGHT_NVFP4)
-        fill_scales(panel, w, row, col, cols, WEIGHT_NVFP4);
+    if (kind != WEIGHT_INT8)
+        load_scales(panel->scale, panel->zero, w, row, col, cols);
 }
 
 // dot[t][i] += panel words `word`, which are word k of the panel, times the activations of each token. dot has elements of 32 bits by its type: gcc 12 keeps

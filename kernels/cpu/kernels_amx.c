@@ -297,7 +297,9 @@ static void multiply_block(float *y, int64_t y_stride, const struct matrix *w, c
         struct tile_job job = {.block = &block, .w = w, .act = act, .group_size = group_size, .col = col};
         job.cols = cols - col < panel_cols ? cols - col : panel_cols;
         fill_panel(&block, w, row, col, job.cols);
-        multiply_panel(job, token, tokens, codes_at(w, row, col + job.cols));
+        bool is_last = col + job.cols == cols;
+        multiply_panel(job, token, tokens,
+                       is_last ? codes_at(w, row + BLOCK_ROWS, 0) : codes_at(w, row, col + job.cols));
     }
     for (int i = 0; i < BLOCK_VECTORS; i++) {
         __m512 last;
