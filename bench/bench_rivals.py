@@ -24,6 +24,7 @@ Rivals are spared their interpreter's start (not in `start`, which tells both) a
 Disk: 1b 8 GB, 8b 40 GB; memory: converting 8b for OpenVINO or ONNX Runtime takes some 40 GB.
 """
 import argparse
+import ctypes
 import datetime
 import json
 import os
@@ -312,8 +313,12 @@ def measurements(args, part, engine):
         yield {"foreign": 1}, lambda: beside_another(lambda: engine.measure(16, args.gen_tokens, 1))
 
 
+def end_with_parent():
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+
+
 def beside_another(function):
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as foreign:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"], preexec_fn=end_with_parent) as foreign:
         try:
             return function()
         finally:

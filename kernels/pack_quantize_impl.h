@@ -262,7 +262,8 @@ static inline uint16_t search_scale(const struct group *group, float largest, co
     enum { CANDIDATES = 25 };
     quad fits[CANDIDATES];
     for (int i = 0; i < CANDIDATES; i++) {
-        float inverse = 1.0f / (largest * 0.125f * (1.0f + 0.02f * (float)(i - CANDIDATES / 2)));
+        int step = i - CANDIDATES / 2;
+        float inverse = 1.0f / (largest * 0.125f * (1.0f + 0.02f * (float)step));
         if (largest * inverse < 7.49f) // below 7.5 nothing rounds to 8
             fits[i] = fit_codes(group, inverse, 1, weighted);
         else

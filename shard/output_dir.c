@@ -85,16 +85,15 @@ static int look(struct contents *out, const char *path, struct error *err)
         const char *name = entry->d_name;
         if (is_dot(name))
             continue;
-        bool is_work = strcmp(name, WORK_NAME) == 0, is_folder = is_directory(dir, entry);
-        if (is_work && is_folder)
+        // A link as the work folder would be followed; no other name is a folder's.
+        bool is_work = strcmp(name, WORK_NAME) == 0, fits = is_work == is_directory(dir, entry);
+        if (fits && is_work)
             out->work = true;
-        else if (is_work || is_folder) // a link that would be followed; a folder, whatever its name
-            snprintf(out->foreign, sizeof out->foreign, "%s", name);
-        else if (strcmp(name, MANIFEST_FILE_NAME) == 0)
+        else if (fits && strcmp(name, MANIFEST_FILE_NAME) == 0)
             out->manifest = true;
-        else if (is_rank_file(name))
+        else if (fits && is_rank_file(name))
             out->rank_files = true;
-        else if (is_own_extra(name))
+        else if (fits && is_own_extra(name))
             out->others = true;
         else
             snprintf(out->foreign, sizeof out->foreign, "%s", name);
