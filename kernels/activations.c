@@ -6,13 +6,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { ALIGNMENT = 64 };
+enum { ALIGNMENT = 64, MARGIN = 2 * ALIGNMENT }; // room for a pointer, and to be aligned behind it
 
 // Zeroed, so that no kernel ever meets bits that nobody wrote; but by the kernel, when a page is first touched: what a model's kinds of
 // weights do not use costs nothing. Where calloc's memory begins stands before the aligned address.
 static void *alloc_zeroed(uint64_t bytes)
 {
-    uint8_t *memory = calloc(1, bytes + ALIGNMENT + sizeof(void *));
+    uint8_t *memory = calloc(1, bytes + MARGIN);
     if (!memory)
         return NULL;
     uint64_t begin = (uint64_t)(uintptr_t)memory;
@@ -32,7 +32,7 @@ int activations_alloc(struct activations *act, int64_t max_tokens, int64_t max_c
     *act = (struct activations){0};
     uint64_t stride, elems;
     if (max_tokens < 0 || max_cols < 0 || !checked_round_up((uint64_t)max_cols, ACT_GROUP, &stride) ||
-        !checked_mul((uint64_t)max_tokens, stride, &elems) || elems > (PTRDIFF_MAX - ALIGNMENT) / sizeof(float))
+        !checked_mul((uint64_t)max_tokens, stride, &elems) || elems > (PTRDIFF_MAX - MARGIN) / sizeof(float))
         return error_set(err, ERR_MEMORY, "activations of %" PRId64 " tokens with %" PRId64 " columns are too large",
                          max_tokens, max_cols);
     act->max_tokens = max_tokens;

@@ -505,7 +505,7 @@ static uint8_t quantize_nvfp4_group(uint8_t *e2m1, const float *x, const float *
     static const float top[] = {6, 5.5f, 5, 4.5f, 4, 6.5f, 7, 7.5f};
     enum { CANDIDATES = sizeof top / sizeof *top };
     float largest = largest_magnitude(x, count), value[CANDIDATES];
-    uint8_t code[CANDIDATES];
+    uint8_t code[CANDIDATES] = {0};
     int candidates = scales == WEIGHT_SCALES_SEARCHED ? CANDIDATES : 1;
     for (int i = 0; i < candidates; i++) {
         code[i] = global > 0 ? f32_to_e4m3(largest / top[i] / global) : 0;

@@ -53,7 +53,7 @@ static void test_shorter_copy(void **state)
 {
     (void)state;
     for (int compressed = 0; compressed < 2; compressed++) {
-        struct both both;
+        struct both both = {0};
         struct error err = {0};
         uint8_t *out = malloc(4 * SHARD_LEAF_BYTES);
         assert_non_null(out);
