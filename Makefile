@@ -294,7 +294,8 @@ cppcheck:
 
 # ---- Running -------------------------------------------------------------------------------------------------------
 
-demo: programs ## shard the bundled model for two ranks and generate text with it
+# The CUDA backend takes minutes to compile: a machine that has no GPU sees text before that.
+demo: $(PROGRAMS) $(if $(wildcard /dev/nvidia[0-9]*),$(CUDA_BACKEND)) ## shard the bundled model for two ranks and generate text with it
 	$(BUILD)/tpshard --force --tp 2 --quant int4 tests/model $(BUILD)/demo
 	$(BUILD)/tpengine generate $(BUILD)/demo --prompt "$(PROMPT)" --max-tokens 90 --temperature 0.7 --top-p 0.9 --seed 5
 PROMPT = And the LORD said unto Moses,

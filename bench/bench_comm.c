@@ -62,7 +62,7 @@ static void *run_rank(void *arg)
         for (int call = 0; call < bench->calls; call++) {
             if (bench->work_us)
                 work((int64_t)bench->work_us * 1000);
-            if (comm_all_reduce(comm, data, bench->rows, bench->cols, bench->cols, bench->wire, NULL, &err))
+            if (comm_all_reduce(comm, data, bench->rows, bench->cols, bench->cols, bench->wire, NULL, NULL, &err))
                 goto fail;
         }
         if (round >= 0)

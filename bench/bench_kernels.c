@@ -22,8 +22,8 @@ enum { ROUNDS = 7 };
 static const struct {
     enum weight_kind kind;
     uint32_t group_size;
-} kinds[] = {{WEIGHT_INT4, 128}, {WEIGHT_INT4, 32}, {WEIGHT_INT4Z, 128}, {WEIGHT_MXFP4, 32}, {WEIGHT_NVFP4, 16},
-             {WEIGHT_INT8, 0},   {WEIGHT_FP8, 0},   {WEIGHT_FP8G, 128},  {WEIGHT_BF16, 0}};
+} kinds[] = {{WEIGHT_INT4, 128}, {WEIGHT_NL4, 128}, {WEIGHT_INT4, 32}, {WEIGHT_INT4Z, 128}, {WEIGHT_MXFP4, 32},
+             {WEIGHT_NVFP4, 16}, {WEIGHT_INT8, 0},  {WEIGHT_FP8, 0},   {WEIGHT_FP8G, 128},  {WEIGHT_BF16, 0}};
 static const struct {
     int64_t rows, cols;
 } shapes[] = {{4096, 4096}, {14336, 4096}};

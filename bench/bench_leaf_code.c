@@ -169,8 +169,9 @@ int main(int argc, char **argv)
     static const struct {
         enum weight_kind kind;
         uint32_t group_size;
-    } kinds[] = {{WEIGHT_F32, 0},    {WEIGHT_BF16, 0},  {WEIGHT_INT8, 0},    {WEIGHT_FP8, 0},    {WEIGHT_FP8G, 128},
-                 {WEIGHT_INT4, 128}, {WEIGHT_INT4, 32}, {WEIGHT_INT4Z, 128}, {WEIGHT_MXFP4, 32}, {WEIGHT_NVFP4, 16}};
+    } kinds[] = {{WEIGHT_F32, 0},    {WEIGHT_BF16, 0},   {WEIGHT_INT8, 0},  {WEIGHT_FP8, 0},
+                 {WEIGHT_FP8G, 128}, {WEIGHT_INT4, 128}, {WEIGHT_INT4, 32}, {WEIGHT_INT4Z, 128},
+                 {WEIGHT_NL4, 128},  {WEIGHT_MXFP4, 32}, {WEIGHT_NVFP4, 16}};
     for (int i = 1; i < argc; i++)
         measure_file(argv[i]);
     if (argc > 1)
@@ -186,6 +187,7 @@ int main(int argc, char **argv)
         measure_kind(weights, kinds[i].kind, kinds[i].group_size, WEIGHT_SCALES_SEARCHED);
     measure_kind(weights, WEIGHT_INT4, 128, WEIGHT_SCALES_LARGEST);
     measure_kind(weights, WEIGHT_INT4Z, 128, WEIGHT_SCALES_LARGEST);
+    measure_kind(weights, WEIGHT_NL4, 128, WEIGHT_SCALES_LARGEST);
     free(weights);
     return 0;
 }

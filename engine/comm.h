@@ -67,8 +67,10 @@ int comm_handshake(struct comm *comm, const void *contract, size_t bytes, const 
 int comm_barrier(struct comm *comm, struct error *err);
 // data [rows][stride] f32, cols <= stride: sum over ranks, in place, coded for the wire. tp_size 1: untouched. pool may
 // be NULL; it changes the speed of large messages and no bit.
+// lost (NULL: no error feedback) bf16 [rows][cols], zeros before the first of a chain of messages: this rank's part of what
+// the earlier ones lost on the wire, which this one makes up for; it becomes what is lost now. On all ranks or on none.
 int comm_all_reduce(struct comm *comm, float *data, int64_t rows, int64_t cols, int64_t stride, enum wire wire,
-                    struct thread_pool *pool, struct error *err);
+                    uint16_t *lost, struct thread_pool *pool, struct error *err);
 // Bytes that this rank has sent in all_reduces so far, as over links of its own.
 uint64_t comm_sent_bytes(const struct comm *comm);
 // all [tp_size][bytes] receives everyone's `mine`. bytes <= COMM_GATHER_MAX_BYTES.

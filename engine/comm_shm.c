@@ -5,14 +5,15 @@
 // enters only after all have posted t + 1, hence have read what they wanted of phase t. Tokens t are 32-bit counters
 // compared modulo 2^32.
 //
-// all_reduce is two phases a piece: everyone writes its groups for their owners; each owner adds them up in rank order,
-// its own part exact, and writes the encoded sum; everyone decodes the sums, the owner its own as well.
+// all_reduce is two phases a piece (comm_reduce.h): everyone writes its groups for their owners; each owner adds them up
+// and writes the encoded sum; everyone decodes the sums, the owner its own as well.
 //
 // Waking: a waiter that goes to sleep publishes whom it waits for and sleeps on its bell; that rank rings it after
 // posting. Both sides use sequentially consistent accesses, so one of the two sees the other. The abort word rings all
 // bells.
 #include "engine/comm.h"
 
+#include "engine/comm_reduce.h"
 #include "formats/checked.h"
 #include "kernels/futex.h"
 
@@ -472,77 +473,11 @@ int comm_handshake(struct comm *comm, const void *contract, size_t bytes, const 
 
 // ---- all_reduce ----------------------------------------------------------------------------------------------------
 
-// A piece: groups [first, first + count) of the message, counted row by row. Group i of the piece lies at i *
-// group_bytes of a buffer.
-struct piece {
-    struct comm *comm;
-    float *data;
-    uint64_t cols, stride, groups_per_row, first, count, group_bytes;
-    enum wire wire;
-};
-
-struct group {
-    float *x;
-    int count, owner;
-    uint64_t offset; // in each buffer
-};
-
-static struct group piece_group(const struct piece *piece, uint64_t index)
-{
-    uint64_t row = (piece->first + index) / piece->groups_per_row,
-             group = (piece->first + index) % piece->groups_per_row;
-    uint64_t col = group * WIRE_GROUP, left = piece->cols - col;
-    return (struct group){.x = piece->data + row * piece->stride + col,
-                          .count = left < WIRE_GROUP ? (int)left : WIRE_GROUP,
-                          .owner = (int)(group % (uint64_t)piece->comm->tp_size),
-                          .offset = index * piece->group_bytes};
-}
-
-static void encode_for_owners(const struct piece *piece, uint64_t begin, uint64_t end)
-{
-    struct comm *comm = piece->comm;
-    uint8_t *mine = buffer(comm, comm->rank, comm->token + 1);
-    for (uint64_t i = begin; i < end; i++) {
-        struct group group = piece_group(piece, i);
-        if (group.owner != comm->rank)
-            wire_encode_group(mine + group.offset, group.x, group.count, piece->wire);
-    }
-}
-
-static void reduce_own(const struct piece *piece, uint64_t begin, uint64_t end)
-{
-    struct comm *comm = piece->comm;
-    uint8_t *result = buffer(comm, comm->rank, comm->token + 1);
-    for (uint64_t i = begin; i < end; i++) {
-        struct group group = piece_group(piece, i);
-        if (group.owner != comm->rank)
-            continue;
-        float sum[WIRE_GROUP] = {0};
-        for (int rank = 0; rank < comm->tp_size; rank++) {
-            if (rank != comm->rank)
-                wire_add_group(sum, buffer(comm, rank, comm->token) + group.offset, group.count, piece->wire);
-            else
-                for (int k = 0; k < group.count; k++)
-                    sum[k] += group.x[k];
-        }
-        wire_encode_group(result + group.offset, sum, group.count, piece->wire);
-        wire_decode_group(group.x, result + group.offset, group.count, piece->wire);
-    }
-}
-
-static void decode_results(const struct piece *piece, uint64_t begin, uint64_t end)
-{
-    struct comm *comm = piece->comm;
-    for (uint64_t i = begin; i < end; i++) {
-        struct group group = piece_group(piece, i);
-        if (group.owner != comm->rank)
-            wire_decode_group(group.x, buffer(comm, group.owner, comm->token) + group.offset, group.count, piece->wire);
-    }
-}
+typedef void piece_step(const struct reduce_piece *piece, uint64_t begin, uint64_t end);
 
 struct piece_job {
-    const struct piece *piece;
-    void (*step)(const struct piece *piece, uint64_t begin, uint64_t end);
+    const struct reduce_piece *piece;
+    piece_step *step;
 };
 
 static void run_piece_task(void *arg, int64_t task, int thread)
@@ -553,27 +488,37 @@ static void run_piece_task(void *arg, int64_t task, int thread)
     job->step(job->piece, begin, end < job->piece->count ? end : job->piece->count);
 }
 
-static void run_step(struct piece_job job, struct thread_pool *pool)
+static void run_step(const struct reduce_piece *piece, piece_step *step, struct thread_pool *pool)
 {
+    struct piece_job job = {piece, step};
     if (pool)
-        thread_pool_run(pool, run_piece_task, &job, (int64_t)div_up(job.piece->count, TASK_GROUPS));
+        thread_pool_run(pool, run_piece_task, &job, (int64_t)div_up(piece->count, TASK_GROUPS));
     else
-        job.step(job.piece, 0, job.piece->count);
+        step(piece, 0, piece->count);
+}
+
+// What everyone has written in the last phase, and where this rank writes in the next one.
+static void set_buffers(struct reduce_piece *piece, const struct comm *comm)
+{
+    for (int rank = 0; rank < comm->tp_size; rank++)
+        piece->from[rank] = buffer(comm, rank, comm->token);
+    piece->to = buffer(comm, comm->rank, comm->token + 1);
 }
 
 int comm_all_reduce(struct comm *comm, float *data, int64_t rows, int64_t cols, int64_t stride, enum wire wire,
-                    struct thread_pool *pool, struct error *err)
+                    uint16_t *lost, struct thread_pool *pool, struct error *err)
 {
     if (comm->tp_size == 1)
         return check_abort(comm, err);
     assert(rows >= 0 && cols >= 0 && cols <= stride);
-    struct piece piece = {.comm = comm,
-                          .data = data,
-                          .cols = (uint64_t)cols,
-                          .stride = (uint64_t)stride,
-                          .groups_per_row = wire_groups((uint64_t)cols),
-                          .group_bytes = wire_group_bytes(wire),
-                          .wire = wire};
+    struct reduce_piece piece = {.data = data,
+                                 .lost = lost,
+                                 .cols = (uint64_t)cols,
+                                 .stride = (uint64_t)stride,
+                                 .groups_per_row = wire_groups((uint64_t)cols),
+                                 .wire = wire,
+                                 .rank = comm->rank,
+                                 .tp_size = comm->tp_size};
     uint64_t groups = (uint64_t)rows * piece.groups_per_row, amount = (uint64_t)rows * (uint64_t)cols;
     if (amount < PARALLEL_ELEMS)
         pool = NULL;
@@ -581,16 +526,19 @@ int comm_all_reduce(struct comm *comm, float *data, int64_t rows, int64_t cols, 
         uint64_t left = groups - piece.first;
         piece.count = left < comm->region->piece_groups ? left : comm->region->piece_groups;
         int rc;
-        run_step((struct piece_job){&piece, encode_for_owners}, pool);
+        set_buffers(&piece, comm);
+        run_step(&piece, reduce_encode, pool);
         if ((rc = phase(comm, ALL_REDUCE, (int)wire, amount, err)))
             return rc;
-        run_step((struct piece_job){&piece, reduce_own}, pool);
+        set_buffers(&piece, comm);
+        run_step(&piece, reduce_add_up, pool);
         if ((rc = phase(comm, ALL_REDUCE_END, (int)wire, amount, err)))
             return rc;
-        run_step((struct piece_job){&piece, decode_results}, pool);
+        set_buffers(&piece, comm);
+        run_step(&piece, reduce_decode, pool);
     }
     // The parts of the others go to their owners, and the own result to each of them: 2 (n - 1) / n of the message.
-    comm->sent_bytes += groups * piece.group_bytes * 2 * (uint64_t)(comm->tp_size - 1) / (uint64_t)comm->tp_size;
+    comm->sent_bytes += groups * wire_group_bytes(wire) * 2 * (uint64_t)(comm->tp_size - 1) / (uint64_t)comm->tp_size;
     return 0;
 }
 

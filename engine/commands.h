@@ -5,6 +5,7 @@
 #include "engine/session.h"
 #include "formats/error.h"
 #include "formats/options.h"
+#include "kernels/kv.h"
 
 #include <jansson.h>
 
@@ -56,8 +57,29 @@ extern struct session_options session_options;
          0,                                                                                                            \
          0,                                                                                                            \
          "the CUDA backend, if it is not beside tpengine or in ../lib"},                                               \
-        {"kv-cache", OPTION_CHOICE, &session_options.kv_cache, "bf16|fp8", 0, 0, "format of keys and values"},         \
-        {"wire", OPTION_CHOICE, &session_options.wire, "auto|bf16|fp8|s8x", 0, 0, "codec of the all-reduces"},         \
+        {"kv-cache",                                                                                                   \
+         OPTION_CHOICE,                                                                                                \
+         &session_options.kv_cache,                                                                                    \
+         KV_FORMAT_CHOICES,                                                                                            \
+         0,                                                                                                            \
+         0,                                                                                                            \
+         "format of keys and values; int8 and int4 are rotated and scaled by head and token, and not for models with " \
+         "latent attention"},                                                                                          \
+        {"wire",                                                                                                       \
+         OPTION_CHOICE,                                                                                                \
+         &session_options.wire,                                                                                        \
+         "auto|bf16|f32|fp8|s8x",                                                                                      \
+         0,                                                                                                            \
+         0,                                                                                                            \
+         "codec of the sums over ranks; auto: as the shards advise. fp8 and s8x are of prompts, decoding stays with "  \
+         "bf16"},                                                                                                      \
+        {"wire-feedback",                                                                                              \
+         OPTION_CHOICE,                                                                                                \
+         &session_options.wire_feedback,                                                                               \
+         "auto|off",                                                                                                   \
+         0,                                                                                                            \
+         0,                                                                                                            \
+         "what fp8 and s8x lose of one sum is made up for by the next; off: it is not. Models with post-norms: off"},  \
         {"verify",                                                                                                     \
          OPTION_CHOICE,                                                                                                \
          &session_options.verify,                                                                                      \
@@ -126,15 +148,17 @@ extern struct program_start program_start;
 // With --timings: one JSON object on standard error, of the ranks' last start. Before session_close.
 int print_timings(struct session *session, struct error *err);
 
-extern const struct option_spec generate_options[], serve_options[], bench_options[], eval_options[], logits_options[],
-    tokenize_options[];
+extern const struct option_spec generate_options[], serve_options[], bench_options[], eval_options[], advise_options[],
+    logits_options[], tokenize_options[], capture_options[];
 int generate_run(int argc, char **argv, struct error *err);
 int serve_run(int argc, char **argv, struct error *err);
 void serve_set_defaults(void); // before the parser runs: they stand in other parts' tables
 int bench_run(int argc, char **argv, struct error *err);
+int advise_run(int argc, char **argv, struct error *err);
 int eval_run(int argc, char **argv, struct error *err);
 int logits_run(int argc, char **argv, struct error *err);
 int tokenize_run(int argc, char **argv, struct error *err);
+int capture_run(int argc, char **argv, struct error *err);
 
 // Reads a whole text: a file, or standard input for "-". *out is malloc'ed and NUL-terminated.
 int read_text(const char *path, char **out, size_t *bytes, struct error *err);

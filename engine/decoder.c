@@ -4,13 +4,21 @@
 // at its start (OP_LOAD). The operation and layer that exchanges compare are said after that.
 //
 // The residual stream is the same on every rank. Each block ends in a partial sum that the ranks exchange; the next norm adds it to the
-// residual.
+// residual. What a compressing wire loses of one sum is made up for in the next one, so that the residual behind the last layer lacks no more than
+// one sum did.
 #include "engine/decoder.h"
 
 #include "kernels/clock.h"
 
-// The sum over ranks of a buffer's rows, in place. One rank alone has it already.
-static int exchange(struct decoder *d, enum buffer buffer, enum wire wire, struct error *err)
+#include <string.h>
+
+enum wire decoder_wire(const struct decoder *d, enum phase phase)
+{
+    return phase == PHASE_DECODE && wire_is_compressed(d->wire) ? WIRE_BF16 : d->wire;
+}
+
+// The sum over ranks of a buffer's rows, in place. One rank alone has it already. lost: see comm_all_reduce.
+static int exchange(struct decoder *d, enum buffer buffer, enum wire wire, uint16_t *lost, struct error *err)
 {
     const struct backend *b = d->backend;
     int64_t hidden = d->model->desc.hidden_size;
@@ -21,10 +29,16 @@ static int exchange(struct decoder *d, enum buffer buffer, enum wire wire, struc
     if ((rc = b->lend(d->device, buffer, &rows, err)))
         return rc;
     int64_t begin_ns = clock_now_ns();
-    rc = comm_all_reduce(d->comm, rows, d->count, hidden, hidden, wire, d->pool, err);
+    rc = comm_all_reduce(d->comm, rows, d->count, hidden, hidden, wire, lost, d->pool, err);
     d->exchange_ns += clock_now_ns() - begin_ns;
     d->exchanges++;
     return rc ? rc : b->returned(d->device, buffer, err);
+}
+
+static int exchange_partial(struct decoder *d, struct error *err)
+{
+    enum wire wire = decoder_wire(d, d->phase);
+    return exchange(d, BUFFER_PARTIAL, wire, wire_is_compressed(wire) ? d->lost : NULL, err);
 }
 
 // q and k are normed over all heads of all ranks together: their sums of squares are added up in rank order.
@@ -52,6 +66,11 @@ static int exchange_squares(struct decoder *d, int64_t layer, struct error *err)
     return b->returned(d->device, BUFFER_SQUARES, err);
 }
 
+static int tell(struct decoder *d, enum calibration_input input, int64_t layer, struct error *err)
+{
+    return d->watch ? d->watch->input(d->watch->arg, d, input, layer, err) : 0;
+}
+
 // Queries by way of their latent, where the model has one, and the latent of keys and values.
 static int project_latent(struct decoder *d, int64_t i, struct error *err)
 {
@@ -63,7 +82,8 @@ static int project_latent(struct decoder *d, int64_t i, struct error *err)
                    ? rc
                    : b->linear(d->device, BUFFER_KV_LATENT, &layer->kv_a, err);
     if ((rc = b->linear(d->device, BUFFER_Q_LATENT, &layer->q_a, err)) ||
-        (rc = b->linear(d->device, BUFFER_KV_LATENT, &layer->kv_a, err)) || (rc = b->norm_latent(d->device, i, err)))
+        (rc = b->linear(d->device, BUFFER_KV_LATENT, &layer->kv_a, err)) || (rc = b->norm_latent(d->device, i, err)) ||
+        (rc = tell(d, CALIBRATION_Q_LATENT, i, err)))
         return rc;
     return b->linear(d->device, BUFFER_QKV, &layer->q_b, err);
 }
@@ -109,19 +129,21 @@ static int attention_block(struct decoder *d, int64_t i, struct error *err)
     int rc;
     comm_at(d->comm, OP_ATTENTION, (int)i);
     if ((rc = b->norm(d->device, join, layer->attention_norm, layer->qkv_order, first, err)) ||
+        (rc = tell(d, CALIBRATION_ATTENTION, i, err)) ||
         (rc = latent ? project_latent(d, i, err) : b->linear(d->device, BUFFER_QKV, &layer->qkv, err)) ||
         (rc = desc->qk_norm == QK_NORM_FULL ? exchange_squares(d, i, err) : 0) ||
         (rc = b->finish_qkv(d->device, i, err)) || (rc = b->attend(d->device, i, err)) ||
-        (rc = b->linear(d->device, BUFFER_PARTIAL, &layer->o, err)))
+        (rc = tell(d, CALIBRATION_O, i, err)) || (rc = b->linear(d->device, BUFFER_PARTIAL, &layer->o, err)))
         return rc;
-    return exchange(d, BUFFER_PARTIAL, d->wire, err);
+    return exchange_partial(d, err);
 }
 
-static int dense_mlp(struct decoder *d, const struct mlp *mlp, struct error *err)
+static int dense_mlp(struct decoder *d, int64_t i, const struct mlp *mlp, struct error *err)
 {
     const struct backend *b = d->backend;
     int rc;
-    if ((rc = b->linear(d->device, BUFFER_GATE_UP, &mlp->gate_up, err)) || (rc = b->activate(d->device, mlp, err)))
+    if ((rc = b->linear(d->device, BUFFER_GATE_UP, &mlp->gate_up, err)) || (rc = b->activate(d->device, mlp, err)) ||
+        (rc = tell(d, CALIBRATION_DOWN, i, err)))
         return rc;
     return b->linear(d->device, BUFFER_PARTIAL, &mlp->down, err);
 }
@@ -135,29 +157,43 @@ static int mlp_block(struct decoder *d, int64_t i, struct error *err)
     int rc;
     comm_at(d->comm, OP_MLP, (int)i);
     if ((rc = b->norm(d->device, &layer->attention_join, layer->mlp_norm, layer->gate_up_order, first, err)) ||
+        (rc = tell(d, CALIBRATION_MLP, i, err)) ||
         (rc = experts ? b->linear(d->device, BUFFER_ROUTER, &layer->router, err) : 0) ||
         (rc = experts ? b->route(d->device, i, err) : 0) ||
-        (rc = !experts || shared ? dense_mlp(d, &layer->mlp, err) : 0) ||
-        (rc = experts ? b->experts(d->device, i, err) : 0))
+        (rc = !experts || shared ? dense_mlp(d, i, &layer->mlp, err) : 0) ||
+        (rc = experts ? b->experts(d->device, i, err) : 0) ||
+        (rc = experts ? tell(d, CALIBRATION_EXPERT_DOWN, i, err) : 0))
         return rc;
-    return exchange(d, BUFFER_PARTIAL, d->wire, err);
+    return exchange_partial(d, err);
 }
 
-// From the tokens to the residual and the last partial sum, which logits adds.
-static int run_layers(struct decoder *d, struct error *err)
+// From the tokens to the residual.
+static int begin_residual(struct decoder *d, struct error *err)
 {
     const struct model_desc *desc = &d->model->desc;
     int rc;
     comm_at(d->comm, OP_EMBED, -1);
+    if (d->lost)
+        memset(d->lost, 0, (size_t)(d->count * desc->hidden_size) * sizeof *d->lost);
     // Each rank holds some rows of the embedding, rounded to bf16; the others add zeros, so the sum over a bf16 wire is exact.
-    if ((rc = d->backend->embed(d->device, err)) || (rc = exchange(d, BUFFER_RESIDUAL, WIRE_BF16, err)) ||
-        (rc =
-             desc->embedding_scale != 1 ? d->backend->scale_residual(d->device, (float)desc->embedding_scale, err) : 0))
+    if ((rc = d->backend->embed(d->device, err)) || (rc = exchange(d, BUFFER_RESIDUAL, WIRE_BF16, NULL, err)))
         return rc;
-    for (int64_t i = 0; i < desc->num_layers; i++)
-        if ((rc = need_layer(d, i, err)) || (rc = attention_block(d, i, err)) || (rc = mlp_block(d, i, err)))
-            return rc;
-    return 0;
+    return desc->embedding_scale != 1 ? d->backend->scale_residual(d->device, (float)desc->embedding_scale, err) : 0;
+}
+
+int decoder_layer(struct decoder *d, int64_t i, struct error *err)
+{
+    int rc;
+    return (rc = need_layer(d, i, err)) || (rc = attention_block(d, i, err)) ? rc : mlp_block(d, i, err);
+}
+
+// From the residual to the last layer's residual and partial sum, which logits adds.
+static int run_layers(struct decoder *d, struct error *err)
+{
+    int rc = 0;
+    for (int64_t i = 0; !rc && i < d->model->desc.num_layers; i++)
+        rc = decoder_layer(d, i, err);
+    return rc;
 }
 
 static const struct join *last_join(const struct decoder *d)
@@ -165,14 +201,31 @@ static const struct join *last_join(const struct decoder *d)
     return &d->model->weights.layers[d->model->desc.num_layers - 1].mlp_join;
 }
 
-int decoder_forward(struct decoder *d, const struct token_row *rows, int64_t count, enum phase phase,
-                    const struct kv_pages *pages, struct error *err)
+int decoder_embed(struct decoder *d, const struct token_row *rows, int64_t count, enum phase phase,
+                  const struct kv_pages *pages, struct error *err)
 {
     int rc;
     d->count = count;
+    d->phase = phase;
     if ((rc = need_inputs(d, rows, count, err)) || (rc = d->backend->begin(d->device, rows, count, phase, pages, err)))
         return rc;
-    return run_layers(d, err);
+    return begin_residual(d, err);
+}
+
+int decoder_forward(struct decoder *d, const struct token_row *rows, int64_t count, enum phase phase,
+                    const struct kv_pages *pages, struct error *err)
+{
+    int rc = decoder_embed(d, rows, count, phase, pages, err);
+    return rc ? rc : run_layers(d, err);
+}
+
+int decoder_head_input(struct decoder *d, struct error *err)
+{
+    const struct weights *weights = &d->model->weights;
+    int rc = begin_head(d, err);
+    if (!rc)
+        rc = d->backend->norm(d->device, last_join(d), weights->final_norm, NULL, &weights->head, err);
+    return rc ? rc : tell(d, CALIBRATION_HEAD, -1, err);
 }
 
 int decoder_logits(struct decoder *d, const int64_t *row_index, int64_t count, float *logits, int64_t stride,
@@ -200,11 +253,12 @@ int decoder_sample(struct decoder *d, const struct token_row *rows, int64_t num_
     bool kept = phase == PHASE_DECODE && !row_index && d->model->loaded, replayed = false;
     int rc;
     d->count = num_rows;
+    d->phase = phase;
     if ((rc = need_inputs(d, rows, num_rows, err)) || (rc = b->begin(d->device, rows, num_rows, phase, pages, err)) ||
         (rc = b->sampling(d->device, sampling, steps, row_index, count, err)) ||
         (kept && (rc = b->record(d->device, &replayed, err))))
         return rc;
-    if (!replayed && ((rc = run_layers(d, err)) || (rc = begin_head(d, err)) ||
+    if (!replayed && ((rc = begin_residual(d, err)) || (rc = run_layers(d, err)) || (rc = begin_head(d, err)) ||
                       (rc = b->logits(d->device, last_join(d), row_index, count, NULL, 0, err)) ||
                       (rc = b->sample(d->device, err)) || (rc = b->finish(d->device, err))))
         return rc;

@@ -5,10 +5,19 @@
 
 #include "engine/comm.h"
 #include "engine/model.h"
+#include "formats/calibration_file.h"
 #include "kernels/backend.h"
 #include "kernels/thread_pool.h"
 
 #include <stdint.h>
+
+struct decoder;
+
+// Who is told, between the operations of a step, what the products that follow multiply.
+struct decoder_watch {
+    int (*input)(void *arg, struct decoder *decoder, enum calibration_input input, int64_t layer, struct error *err);
+    void *arg;
+};
 
 // Everything is borrowed. The device is prepared for the model, whose weights may still be on their way.
 struct decoder {
@@ -16,12 +25,18 @@ struct decoder {
     const struct backend *backend;
     struct device *device;
     struct comm *comm;
-    enum wire wire;
+    enum wire wire;           // of prefill; see decoder_wire
+    uint16_t *lost;           // of the wire's error feedback: bf16 [rows of a step][hidden]; NULL: there is none
     struct thread_pool *pool; // for the exchange
     int64_t count;            // rows of the last step
+    enum phase phase;         // its phase
     int64_t exchange_ns;      // in exchanges with other ranks so far
     int64_t exchanges;        // how many
+    const struct decoder_watch *watch; // NULL: nobody
 };
+
+// The codec of a phase: decode's messages are small and never compressed.
+enum wire decoder_wire(const struct decoder *decoder, enum phase phase);
 
 // Runs rows (count <= max_rows) through all layers; KV room must be reserved. Collective: every rank calls it with the same rows.
 // rows and pages stay as they are until the next step.
@@ -31,6 +46,12 @@ int decoder_forward(struct decoder *decoder, const struct token_row *rows, int64
 // row_index [count] (NULL: rows 0 .. count-1).
 int decoder_logits(struct decoder *decoder, const int64_t *row_index, int64_t count, float *logits, int64_t stride,
                    struct error *err);
+
+// The same step piece by piece, for who wants to see the residual between layers: the tokens' rows into it, one layer, and what the head multiplies.
+int decoder_embed(struct decoder *decoder, const struct token_row *rows, int64_t count, enum phase phase,
+                  const struct kv_pages *pages, struct error *err);
+int decoder_layer(struct decoder *decoder, int64_t layer, struct error *err);
+int decoder_head_input(struct decoder *decoder, struct error *err);
 
 // Whether the device chooses tokens itself: it can, and one rank holds the whole vocabulary.
 bool decoder_samples(const struct decoder *decoder);

@@ -220,6 +220,14 @@ static bool part_of(int64_t begin, int64_t count, int64_t total)
     return begin >= 0 && count >= 0 && count <= total && begin <= total - count;
 }
 
+// No block of columns that is rotated together is cut.
+static bool whole_blocks(const struct rank_share *s, const struct model_desc *d)
+{
+    int64_t block = d->mlp_rotation > 0 ? d->mlp_rotation : 1;
+    return s->mlp_begin % block == 0 && s->intermediate_local % block == 0 && s->expert_mlp_begin % block == 0 &&
+           s->expert_size_local % block == 0 && s->shared_begin % block == 0 && s->shared_size_local % block == 0;
+}
+
 static bool share_fits(const struct rank_share *s, const struct model_desc *d)
 {
     if (!part_of(s->head_begin, s->num_heads_local, d->num_heads) ||
@@ -234,7 +242,7 @@ static bool share_fits(const struct rank_share *s, const struct model_desc *d)
            part_of(s->vocab_begin, s->vocab_local, d->vocab_size) &&
            part_of(s->expert_begin, s->num_experts_local, d->experts.num_experts) &&
            part_of(s->expert_mlp_begin, s->expert_size_local, d->experts.expert_size) &&
-           part_of(s->shared_begin, s->shared_size_local, d->experts.shared_size);
+           part_of(s->shared_begin, s->shared_size_local, d->experts.shared_size) && whole_blocks(s, d);
 }
 
 static bool any_layer(const struct model_desc *d, unsigned flag)

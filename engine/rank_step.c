@@ -1,6 +1,6 @@
 // Running the parent's steps on one rank. See rank_step.h.
 //
-// Where the backend has one arithmetic for both phases, all segments are one forward pass. Elsewhere each prefill segment is a pass of its
+// Where backend and wire have one arithmetic for both phases, all segments are one forward pass. Elsewhere each prefill segment is a pass of its
 // own, then all decode rows together; prefill comes first since a slot's decode rows may follow its prefill rows.
 //
 // Tokens are chosen on the device where it can, but for slots that need logits on the host: for logprobs, a mask or edits. Their rows are
@@ -292,7 +292,8 @@ static int take_step(struct rank_step *s, const struct step_area *area, struct e
 
 int rank_step_run(struct rank_step *s, const struct step_area *area, struct error *err)
 {
-    bool mixed = s->decoder->backend->mixes_phases;
+    const struct decoder *d = s->decoder;
+    bool mixed = d->backend->mixes_phases && decoder_wire(d, PHASE_PREFILL) == decoder_wire(d, PHASE_DECODE);
     int rc;
     if ((rc = take_step(s, area, err)) || (!mixed && (rc = run_segments(s, area, PHASE_PREFILL, false, err))) ||
         (rc = run_segments(s, area, PHASE_DECODE, mixed, err)))
@@ -302,19 +303,21 @@ int rank_step_run(struct rank_step *s, const struct step_area *area, struct erro
     return 0;
 }
 
-int rank_step_forward(struct rank_step *s, const struct step_area *area, int64_t start, int64_t count, float *logits,
-                      int64_t stride, struct error *err)
+int rank_step_forward(struct rank_step *s, const struct step_area *area, int32_t sequence, int64_t start, int64_t count,
+                      float *logits, int64_t stride, struct error *err)
 {
     int64_t most = s->limits.prefill_rows;
+    const uint32_t *tokens = area->tokens + sequence * area->context + start;
     struct kv_pages pages = pages_of(area);
     int rc;
     for (int64_t done = 0; done < count; done += most) {
         int64_t rows = count - done < most ? count - done : most;
         for (int64_t i = 0; i < rows; i++)
-            s->rows[i] = (struct token_row){
-                .token = area->tokens[start + done + i], .sequence = 0, .position = start + done + i};
+            s->rows[i] =
+                (struct token_row){.token = tokens[done + i], .sequence = sequence, .position = start + done + i};
         if ((rc = decoder_forward(s->decoder, s->rows, rows, PHASE_PREFILL, &pages, err)) ||
-            (rc = decoder_logits(s->decoder, NULL, rows, logits + done * stride, stride, err)))
+            (rc = decoder_logits(s->decoder, NULL, rows, logits + done * stride, stride, err)) ||
+            (rc = s->decoder->watch ? decoder_head_input(s->decoder, err) : 0))
             return rc;
     }
     return 0;

@@ -17,9 +17,9 @@ void rank_step_free(struct rank_step *s); // accepts NULL
 
 // Checks the step in the area and runs it; rank 0 writes the choices back. Collective.
 int rank_step_run(struct rank_step *s, const struct step_area *area, struct error *err);
-// Tokens start .. start + count - 1 of slot 0; all their logits, [count][stride], of this rank's part of the vocabulary. Collective.
-int rank_step_forward(struct rank_step *s, const struct step_area *area, int64_t start, int64_t count, float *logits,
-                      int64_t stride, struct error *err);
+// Tokens start .. start + count - 1 of a slot; all their logits, [count][stride], of this rank's part of the vocabulary. Collective.
+int rank_step_forward(struct rank_step *s, const struct step_area *area, int32_t sequence, int64_t start, int64_t count,
+                      float *logits, int64_t stride, struct error *err);
 
 // Rows of the last step, by phase.
 struct rank_step_rows {

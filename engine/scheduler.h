@@ -69,6 +69,7 @@ struct scheduler_options {
     // Arithmetic depends on the chunk: chunks begin at multiples of prefill_chunk and are as long, but for a prompt's last, and only whole
     // chunks of prompts are shared. Otherwise every full page is.
     bool chunks_fixed;
+    bool phases_differ; // arithmetic depends on the phase: only pages of prompts are shared
     bool share_prefixes;
     int64_t draft_tokens; // longest draft by prompt lookup; 0: none
     // So many decode rows cost as much time as reading the weights: from there on a draft takes from other sequences, and must be likelier

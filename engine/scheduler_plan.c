@@ -34,8 +34,10 @@ void scheduler_publish(struct scheduler *s, struct sequence *q)
     if (!s->options.share_prefixes)
         return;
     int64_t good = q->computed;
+    if (s->options.chunks_fixed || s->options.phases_differ)
+        good = min_of(good, q->spec.prompt_count);
     if (s->options.chunks_fixed)
-        good = min_of(good, q->spec.prompt_count) / s->options.prefill_chunk * s->options.prefill_chunk;
+        good = good / s->options.prefill_chunk * s->options.prefill_chunk;
     for (; (q->num_published + 1) * KV_PAGE_TOKENS <= good; q->num_published++) {
         int64_t i = q->num_published;
         int32_t page = page_cache_publish(s->cache, q->pages[i], i > 0 ? q->pages[i - 1] : NO_PAGE, q->spec.salt,
@@ -52,7 +54,8 @@ void scheduler_publish(struct scheduler *s, struct sequence *q)
 static int64_t match(struct scheduler *s, struct sequence *q, const uint32_t *tokens)
 {
     int64_t had = q->num_published, most = (q->length - 1) / KV_PAGE_TOKENS, pages = had;
-    if (s->options.chunks_fixed) // where another's prompt goes on like this one's output its arithmetic was another
+    if (s->options.chunks_fixed ||
+        s->options.phases_differ) // where another's prompt goes on like this one's output its arithmetic was another
         most = min_of(most, q->spec.prompt_count / KV_PAGE_TOKENS);
     if (!s->options.share_prefixes || q->num_pages > had + 1)
         return 0;

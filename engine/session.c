@@ -2,10 +2,10 @@
 #include "engine/session_internal.h"
 
 #include "engine/backends.h"
-#include "engine/host_memory.h"
 #include "engine/rank_step.h"
 #include "formats/checked.h"
 #include "kernels/clock.h"
+#include "kernels/host_memory.h"
 #include "kernels/kv.h"
 
 #include <math.h>
@@ -20,6 +20,7 @@ const struct session_options session_defaults = {
     .backend = "auto",
     .kv_cache = "bf16",
     .wire = "auto",
+    .wire_feedback = "auto",
     .verify = "full",
     .load = "auto",
     .ranks = "process",
@@ -91,7 +92,8 @@ static struct rank_share upper_share(const struct model_desc *d, int64_t tp)
 static uint64_t shared_bytes(const struct session *s)
 {
     struct step_area area = s->area;
-    return shared_area_place(NULL, &area, NULL, s->worker.logits_rows);
+    struct forward_area forward = worker_forward_area(&s->worker);
+    return shared_area_place(NULL, &area, &forward);
 }
 
 // Of one rank on the host, for steps of so many rows.
@@ -105,7 +107,8 @@ static uint64_t rank_buffer_bytes(const struct session *s, int64_t rows)
                                  .decode_rows = s->worker.limits.decode_rows,
                                  .context = s->worker.context,
                                  .samples = s->manifest->tp_size == 1};
-    return s->worker.backend->host_bytes(&shape, s->worker.threads);
+    uint64_t feedback = s->worker.feedback ? (uint64_t)rows * (uint64_t)s->manifest->model.hidden_size * 2 : 0;
+    return s->worker.backend->host_bytes(&shape, s->worker.threads) + feedback;
 }
 
 // The host's memory. Weights that are used where the file is mapped need not fit at once, but the engine is useless when they do not; all others are
@@ -150,8 +153,16 @@ static int choose_wire(const struct manifest *manifest, const char *wanted, enum
 {
     const char *name = strcmp(wanted, "auto") == 0 ? manifest->wire_advice : wanted;
     if (!wire_from_name(name, wire))
-        return error_set(err, ERR_CORRUPT, "model.json: wire advice \"%s\" is not bf16, fp8 or s8x", name);
+        return error_set(err, ERR_CORRUPT, "model.json: wire advice \"%s\" is not bf16, f32, fp8 or s8x", name);
     return 0;
+}
+
+// What one sum lost is made up for by the next one: that needs sums that all enter the residual by the same factor, which
+// post-norms do not leave them.
+static bool feeds_back(const struct manifest *manifest, enum wire wire, const char *wanted)
+{
+    return strcmp(wanted, "off") != 0 && wire_is_compressed(wire) && manifest->tp_size > 1 &&
+           !manifest->model.post_norms;
 }
 
 static enum verify_mode verify_mode_of(const char *name)
@@ -203,7 +214,8 @@ int session_launch(struct session *s, struct error *err)
     if (rc || (rc = launch_start(&s->launch, &launch, worker_main, &s->worker, err)))
         return rc;
     s->shared = launch_shared(s->launch);
-    shared_area_place(s->shared, &s->area, &s->logits, s->worker.logits_rows);
+    s->forward = worker_forward_area(&s->worker);
+    shared_area_place(s->shared, &s->area, &s->forward);
     return 0;
 }
 
@@ -356,9 +368,11 @@ int session_open(struct session **out, const char *place, const struct session_o
     s->dir = store_place(s->store);
     if ((rc = store_manifest(&s->manifest, s->store, err)) || (rc = check_supported(s->manifest, s->dir, err)) ||
         (rc = choose_context(s->manifest, options, &context, err)) ||
+        (rc = kv_format_check(&s->manifest->model, kv_format_from_name(options->kv_cache), err)) ||
         (rc = choose_wire(s->manifest, options->wire, &s->worker.wire, err)) ||
         (rc = backends_select(&choice, options->backend, options->cuda_library, err)))
         goto fail;
+    s->worker.feedback = feeds_back(s->manifest, s->worker.wire, options->wire_feedback);
     s->worker.backend = choice.backend;
     s->worker.kernels = choice.kernels;
     s->backend_note = choice.note;
@@ -371,10 +385,11 @@ int session_open(struct session **out, const char *place, const struct session_o
     load_path_from_name(options->load, &s->worker.load_path);
     s->worker.load_threads = (int)options->load_threads;
     s->worker.load_first = options->load_first;
-    s->worker.kv_format = strcmp(options->kv_cache, "fp8") == 0 ? KV_E4M3 : KV_BF16;
+    s->worker.kv_format = kv_format_from_name(options->kv_cache);
     s->worker.context = context;
     s->worker.max_sequences = max_sequences;
     s->worker.logits_rows = logits_rows;
+    s->worker.residual_rows = options->residual_rows;
     plan_steps(s, options);
     if ((rc = plan_pages(s, options, err)))
         goto fail;
@@ -430,6 +445,8 @@ void session_print_devices(struct session *s, FILE *out)
             fprintf(out, "rank %u: %s\n", r, s->shared->device[r]);
 }
 int session_threads(const struct session *s) { return s->worker.threads; }
+bool session_feeds_back(const struct session *s) { return s->worker.feedback; }
+
 const char *session_wire(const struct session *s) { return wire_name(s->worker.wire); }
 
 // How much of a rank's file is in place, by its payload: that of a compressed file is longer.
@@ -483,6 +500,7 @@ void session_scheduler_options(const struct session *s, struct scheduler_options
         .decode_rows = w->limits.decode_rows,
         .prefill_chunk = w->limits.prefill_rows,
         .chunks_fixed = w->backend->chunks_fixed,
+        .phases_differ = !w->backend->mixes_phases || (wire_is_compressed(w->wire) && s->manifest->tp_size > 1),
         .balance_rows = w->backend->balance_rows,
     };
 }
@@ -525,30 +543,43 @@ int session_check_tokens(const struct session *s, const uint32_t *tokens, int64_
     return 0;
 }
 
+const float *session_residual(const struct session *s) { return s->forward.residual; }
+
 int session_forward(struct session *s, const uint32_t *tokens, int64_t count, int64_t start_position,
                     const float **logits, struct error *err)
+{
+    return session_forward_over(s, s->worker.wire, 0, tokens, count, start_position, logits, err);
+}
+
+int session_forward_over(struct session *s, enum wire wire, int32_t sequence, const uint32_t *tokens, int64_t count,
+                         int64_t start_position, const float **logits, struct error *err)
 {
     int rc = session_check_tokens(s, tokens, count, err);
     if (rc)
         return rc;
+    if (sequence < 0 || sequence >= s->worker.max_sequences)
+        return error_set(err, ERR_USAGE, "sequence %d of %lld", (int)sequence, (long long)s->worker.max_sequences);
     if (count < 1 || count > s->worker.logits_rows || start_position + count > s->worker.context)
         return error_set(err, ERR_USAGE, "%lld tokens at position %lld: the context is %lld tokens", (long long)count,
                          (long long)start_position, (long long)s->worker.context);
     if ((rc = session_start(s, err)))
         return rc;
-    if (s->area.num_pages < s->area.pages_per_sequence)
+    int64_t of_one = s->area.pages_per_sequence, first = sequence * of_one;
+    if (s->area.num_pages < first + of_one)
         return error_set(err, ERR_MEMORY, "the KV cache has no room for %lld tokens", (long long)s->worker.context);
     if (start_position == 0) { // pages in order
-        for (int64_t i = 0; i < s->area.pages_per_sequence; i++)
-            s->area.pages[i] = (int32_t)i;
+        for (int64_t i = 0; i < of_one; i++)
+            s->area.pages[first + i] = (int32_t)(first + i);
         ++*s->area.pages_version;
     }
-    memcpy(s->area.tokens + start_position, tokens, (size_t)count * sizeof *tokens);
+    memcpy(s->area.tokens + sequence * s->area.context + start_position, tokens, (size_t)count * sizeof *tokens);
     s->shared->forward.start = start_position;
     s->shared->forward.count = count;
+    s->shared->forward.sequence = sequence;
+    s->shared->forward.wire = wire;
     if ((rc = run_command(s, COMMAND_FORWARD, err)))
         return rc;
     have_result(s);
-    *logits = s->logits;
+    *logits = s->forward.logits;
     return 0;
 }

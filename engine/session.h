@@ -16,14 +16,15 @@
 #include <stdio.h>
 
 struct session_options {
-    const char *backend;      // "auto", "cuda" or a kernel table's name
-    const char *cuda_library; // NULL: libtpengine_cuda.so beside the program or in ../lib
-    const char *kv_cache;     // "bf16", "fp8"
-    const char *wire;         // "auto", "bf16", "fp8", "s8x"
-    const char *verify;       // "full", "sample", "off"
-    const char *load;         // "auto", "map", "read", "direct", "uring"
-    int64_t load_threads;     // of each rank; 0: as many as keep the store busy
-    bool load_first;          // the ranks are ready when all weights are in place, not before
+    const char *backend;       // "auto", "cuda" or a kernel table's name
+    const char *cuda_library;  // NULL: libtpengine_cuda.so beside the program or in ../lib
+    const char *kv_cache;      // a word of KV_FORMAT_CHOICES
+    const char *wire;          // "auto", "bf16", "f32", "fp8", "s8x"
+    const char *wire_feedback; // "auto", "off"
+    const char *verify;        // "full", "sample", "off"
+    const char *load;          // "auto", "map", "read", "direct", "uring"
+    int64_t load_threads;      // of each rank; 0: as many as keep the store busy
+    bool load_first;           // the ranks are ready when all weights are in place, not before
     struct store_options store;
     const char *ranks; // "process", "thread"
     const char *pin;   // "none", "node", "core"; see numa.h
@@ -37,6 +38,8 @@ struct session_options {
     // Most rows of a piece of a prompt, where that is less than the backend's own; 0: that. Others wait less while a prompt is computed; where
     // the cuts matter, prefixes are shared at its multiples.
     int64_t prefill_rows;
+    int64_t
+        residual_rows; // most tokens of a session_forward that shows the residual stream, at least the logits_rows; 0: it does not
     bool recomputes;    // session_generate shares no prefix of earlier or other prompts, for measuring
     bool leave_signals; // SIGINT and SIGTERM are the caller's (see launch.h)
 };
@@ -75,6 +78,7 @@ const char *session_backend(const struct session *session); // "cuda", or the na
 void session_print_devices(struct session *session, FILE *out);
 int session_threads(const struct session *session); // of each rank
 const char *session_wire(const struct session *session);
+bool session_feeds_back(const struct session *session); // what a compressing wire loses is made up for
 
 // The directory's compiled tokenizer, read and verified on first use. ERR_MODEL when the directory has none.
 int session_tokenizer(struct session *session, const struct tokenizer **out, struct error *err);
@@ -122,6 +126,14 @@ const struct start_figures *session_start_figures(struct session *session);
 // *logits: [count][vocab_size], valid until the next call.
 int session_forward(struct session *session, const uint32_t *tokens, int64_t count, int64_t start, const float **logits,
                     struct error *err);
+
+// Of the last session_forward, with residual_rows: the residual stream f32 [num_layers + 1][residual_rows][hidden_size], behind the embedding
+// and behind each layer.
+const float *session_residual(const struct session *session);
+// The same for any sequence below max_sequences, its sums over ranks coded otherwise than the session's: for comparing codecs. Each sequence
+// should keep to one.
+int session_forward_over(struct session *session, enum wire wire, int32_t sequence, const uint32_t *tokens,
+                         int64_t count, int64_t start, const float **logits, struct error *err);
 
 // One sequence of session_generate. on_tokens is called as new tokens come; returning false ends the sequence.
 struct generation {

@@ -24,7 +24,7 @@ struct session {
     struct launch *launch;
     struct shared_area *shared;
     struct step_area area;
-    float *logits;
+    struct forward_area forward;
     bool ready;
     struct scheduler *scheduler; // session_generate's
     struct start_figures start;  // of the last start

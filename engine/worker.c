@@ -2,10 +2,11 @@
 #include "engine/worker.h"
 
 #include "engine/decoder.h"
-#include "engine/host_memory.h"
 #include "engine/rank_step.h"
+#include "engine/residual_tap.h"
 #include "formats/checked.h"
 #include "kernels/futex.h"
+#include "kernels/host_memory.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -15,14 +16,25 @@
 
 // ---- the shared area -------------------------------------------------------------------------------------------
 
-uint64_t shared_area_place(struct shared_area *memory, struct step_area *area, float **logits, int64_t logits_rows)
+uint64_t shared_area_place(struct shared_area *memory, struct step_area *area, struct forward_area *forward)
 {
     uint64_t step = round_up(sizeof *memory, 64), logits_at = step + round_up(step_area_bytes(area), 64);
+    uint64_t logits_bytes = (uint64_t)forward->logits_rows * (uint64_t)area->vocab_size * sizeof *forward->logits;
+    uint64_t residual_at = logits_at + round_up(logits_bytes, 64);
     if (memory) {
         step_area_place(area, (uint8_t *)memory + step);
-        *logits = (float *)(void *)((uint8_t *)memory + logits_at);
+        forward->logits = (float *)(void *)((uint8_t *)memory + logits_at);
+        forward->residual = (float *)(void *)((uint8_t *)memory + residual_at);
     }
-    return logits_at + (uint64_t)logits_rows * (uint64_t)area->vocab_size * sizeof **logits;
+    return residual_at + (uint64_t)forward->residual_elems * sizeof *forward->residual;
+}
+
+struct forward_area worker_forward_area(const struct worker_options *options)
+{
+    const struct model_desc *model = &options->manifest->model;
+    return (struct forward_area){.logits_rows = options->logits_rows,
+                                 .residual_elems =
+                                     (model->num_layers + 1) * options->residual_rows * model->hidden_size};
 }
 
 // ---- a rank's state --------------------------------------------------------------------------------------------
@@ -32,7 +44,8 @@ struct worker {
     const struct worker_options *options;
     struct shared_area *shared;
     struct step_area area;
-    float *logits; // of COMMAND_FORWARD
+    struct forward_area forward;
+    struct residual_tap tap;
     struct thread_pool *pool;
     struct numa_place place;
     struct model model;
@@ -44,6 +57,7 @@ struct worker {
 static void worker_close(struct worker *w)
 {
     rank_step_free(w->step);
+    free(w->decoder.lost);
     model_stop(&w->model);
     w->options->backend->close(w->device);
     model_close(&w->model);
@@ -55,7 +69,7 @@ static struct rank_start *start_of(const struct worker *w) { return &w->shared->
 // What all ranks must agree on before they touch a weight.
 struct agreement {
     struct checksum128 contract;
-    uint32_t tp_size, wire;
+    uint32_t tp_size, wire, feedback;
     int64_t context, num_pages;
     struct step_limits limits;
     uint32_t kv_format;
@@ -71,6 +85,7 @@ static int agree(struct worker *w, struct error *err)
     mine.contract = o->manifest->contract;
     mine.tp_size = o->manifest->tp_size;
     mine.wire = (uint32_t)o->wire;
+    mine.feedback = o->feedback;
     mine.context = o->context;
     mine.limits = o->limits;
     mine.num_pages = o->num_pages;
@@ -293,7 +308,9 @@ static int worker_open(struct worker *w, struct error *err)
     start->begin_ns = clock_now_ns();
     w->area = (struct step_area){
         .context = o->context, .max_sequences = o->max_sequences, .vocab_size = o->manifest->model.vocab_size};
-    shared_area_place(w->shared, &w->area, &w->logits, o->logits_rows);
+    w->forward = worker_forward_area(o);
+    shared_area_place(w->shared, &w->area, &w->forward);
+    residual_tap_init(&w->tap, w->forward.residual, o->residual_rows);
     if ((rc = agree(w, err)) || (rc = keep_to_place(w, err)) ||
         (rc = model_open(&w->model, o->place, &o->store, o->manifest, w->env->rank, w->env->comm, err)))
         return rc;
@@ -303,9 +320,14 @@ static int worker_open(struct worker *w, struct error *err)
         return rc;
     w->decoder = (struct decoder){
         .model = &w->model, .backend = o->backend, .comm = w->env->comm, .wire = o->wire, .pool = w->pool};
+    if (o->residual_rows > 0 && w->env->rank == 0)
+        w->decoder.watch = &w->tap.watch;
     if ((rc = open_device(w, err)))
         return rc;
     w->decoder.device = w->device;
+    int64_t rows = rank_step_pass_rows(o->backend, &o->limits), hidden = w->model.desc.hidden_size;
+    if (o->feedback && !(w->decoder.lost = calloc((size_t)(rows * hidden), sizeof *w->decoder.lost)))
+        return error_set(err, ERR_MEMORY, "no memory for the wire's losses of %lld rows", (long long)rows);
     if ((rc = rank_step_create(&w->step, &w->decoder, &o->limits, o->usual_choices, err)))
         return rc;
     // Now that the threads which load have been started, on any of the rank's processors.
@@ -320,11 +342,18 @@ static int worker_open(struct worker *w, struct error *err)
 static int run_forward(struct worker *w, struct error *err)
 {
     int64_t start = w->shared->forward.start, count = w->shared->forward.count;
-    if (start < 0 || count < 1 || count > w->options->logits_rows || count > w->area.context - start)
+    int32_t sequence = w->shared->forward.sequence;
+    enum wire wire = w->shared->forward.wire;
+    if (start < 0 || count < 1 || count > w->options->logits_rows || count > w->area.context - start || sequence < 0 ||
+        sequence >= w->area.max_sequences || (unsigned)wire >= WIRE_COUNT)
         return error_set(err, ERR_OTHER, "logits of %lld tokens at position %lld are asked for", (long long)count,
                          (long long)start);
-    return rank_step_forward(w->step, &w->area, start, count, w->logits + w->model.share.vocab_begin,
-                             w->area.vocab_size, err);
+    w->tap.at = 0;
+    w->decoder.wire = wire;
+    int rc = rank_step_forward(w->step, &w->area, sequence, start, count,
+                               w->forward.logits + w->model.share.vocab_begin, w->area.vocab_size, err);
+    w->decoder.wire = w->options->wire;
+    return rc;
 }
 
 static int run_step(struct worker *w, struct error *err)

@@ -20,7 +20,7 @@
 #include <stdint.h>
 
 enum worker_command {
-    COMMAND_FORWARD = 1, // shared->forward: run tokens of slot 0, write all logits
+    COMMAND_FORWARD = 1, // shared->forward: run tokens of a slot, write all logits
     COMMAND_STEP,        // the step area: run the step, choose tokens
 };
 
@@ -38,9 +38,11 @@ struct rank_start {
 };
 
 struct shared_area {
-    // COMMAND_FORWARD: `count` <= logits_rows tokens of slot 0 at positions start .. start + count - 1
+    // COMMAND_FORWARD: `count` <= logits_rows tokens of a slot at positions start .. start + count - 1, sums over this wire.
     struct {
         int64_t start, count;
+        int32_t sequence;
+        enum wire wire;
     } forward;
     // By rank 0: pages of the KV cache that it has made.
     atomic_llong num_pages;
@@ -55,9 +57,17 @@ struct shared_area {
     struct rank_start starts[COMM_MAX_RANKS];
 };
 
-// Behind struct shared_area, at multiples of 64 bytes: the step area, then logits f32 [logits_rows][vocab_size]. area: its four sizes are set,
+// Numbers of COMMAND_FORWARD, f32.
+struct forward_area {
+    float *logits; // [logits_rows][vocab_size]
+    int64_t logits_rows;
+    float *residual; // of rank 0's residual_tap: residual_elems = [num_layers + 1][residual_rows][hidden_size]
+    int64_t residual_elems;
+};
+
+// Behind struct shared_area, at multiples of 64 bytes: the step area, then logits, then the residual stream. area and forward: their sizes are set,
 // the rest is filled in when memory is not NULL. Returns the bytes of all.
-uint64_t shared_area_place(struct shared_area *memory, struct step_area *area, float **logits, int64_t logits_rows);
+uint64_t shared_area_place(struct shared_area *memory, struct step_area *area, struct forward_area *forward);
 
 // Decided by the parent, read by every rank.
 struct worker_options {
@@ -71,16 +81,21 @@ struct worker_options {
     bool ranks_are_threads;
     enum kv_format kv_format;
     enum wire wire;
+    bool feedback; // what a compressing wire loses is made up for by the next sum
     enum verify_mode verify;
     enum load_path load_path;
     int load_threads; // 0: the loader's choice
     bool load_first;  // no command is taken before everything is in place
     int64_t context, max_sequences, logits_rows;
+    int64_t residual_rows; // most rows of a forward whose residual stream is shown; 0: of none
     int64_t num_pages,
         least_pages; // of the KV cache: wanted, and below what number, for want of memory, a rank refuses
     struct step_limits limits;
     int64_t usual_choices; // of a step
 };
+
+// Its sizes.
+struct forward_area worker_forward_area(const struct worker_options *options);
 
 rank_main_fn worker_main; // arg is a const struct worker_options *
 

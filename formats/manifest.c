@@ -24,13 +24,27 @@ enum { FILES_MAX = 10000, NAME_MAX_BYTES = 255, TOOL_MAX_BYTES = 255 };
 
 #define INT_MAX_DIM 0x7fffffff
 
-static const char *const wire_codecs[] = {"bf16", "fp8", "s8x"};
+static const char *const wire_codecs[] = {"bf16", "f32", "fp8", "s8x"};
 
 static bool is_wire_codec(const char *name)
 {
     for (size_t i = 0; i < sizeof wire_codecs / sizeof *wire_codecs; i++)
         if (strcmp(name, wire_codecs[i]) == 0)
             return true;
+    return false;
+}
+
+static const char *const method_names[] = {"none", "scales", "gptq"};
+
+const char *calibration_method_name(enum calibration_method method) { return method_names[method]; }
+
+bool calibration_method_from_name(const char *name, enum calibration_method *method)
+{
+    for (int i = CALIBRATION_NONE; i <= CALIBRATION_GPTQ; i++)
+        if (strcmp(name, method_names[i]) == 0) {
+            *method = (enum calibration_method)i;
+            return true;
+        }
     return false;
 }
 
@@ -68,15 +82,76 @@ static void emit_files(struct json_emit *to, const char *key, const struct manif
     json_emit_close(to, ']');
 }
 
-static void emit_quant(struct json_emit *to, const struct manifest_quant *quant)
+static int emit_matrices(struct json_emit *to, const struct manifest *manifest)
 {
+    struct matrix_kind *by_name = malloc((manifest->num_matrices + 1) * sizeof *by_name);
+    if (!by_name)
+        return ERR_MEMORY;
+    if (manifest->num_matrices > 0)
+        memcpy(by_name, manifest->matrices, manifest->num_matrices * sizeof *by_name);
+    qsort(by_name, manifest->num_matrices, sizeof *by_name, matrix_kinds_compare);
+    json_emit_open(to, "matrices", '{');
+    for (size_t i = 0; i < manifest->num_matrices; i++) {
+        char name[MATRIX_WORD_BYTES], kind[MATRIX_WORD_BYTES];
+        matrix_name_print(name, by_name[i].layer, by_name[i].role);
+        matrix_kind_print(kind, by_name[i].kind, by_name[i].group_size);
+        json_emit_string(to, name, kind);
+    }
+    json_emit_close(to, '}');
+    free(by_name);
+    return 0;
+}
+
+static int emit_quant(struct json_emit *to, const struct manifest *manifest)
+{
+    const struct manifest_quant *quant = &manifest->quant;
+    int rc = 0;
     json_emit_open(to, "quant", '{');
+    if (quant->calibration != CALIBRATION_NONE) {
+        json_emit_open(to, "calibration", '{');
+        json_emit_string(to, "method", calibration_method_name(quant->calibration));
+        emit_checksum(to, "statistics", quant->statistics);
+        json_emit_close(to, '}');
+    }
     json_emit_string(to, "embedding", weight_kind_name(quant->embedding));
     json_emit_int(to, "group_size", quant->group_size);
     json_emit_string(to, "head", weight_kind_name(quant->head));
     json_emit_string(to, "linear", weight_kind_name(quant->linear));
+    if (quant->millibits) {
+        rc = emit_matrices(to, manifest);
+        json_emit_int(to, "millibits", quant->millibits);
+    }
+    if (quant->rotation)
+        json_emit_int(to, "rotation", quant->rotation);
     if (quant->scales != WEIGHT_SCALES_SEARCHED)
         json_emit_string(to, "scales", weight_scales_name(quant->scales));
+    json_emit_close(to, '}');
+    return rc;
+}
+
+static void emit_wires(struct json_emit *to, const struct manifest_wires *measured)
+{
+    if (measured->count == 0)
+        return;
+    json_emit_open(to, "wires_measured", '{');
+    json_emit_int(to, "context", measured->context);
+    json_emit_bool(to, "feedback", measured->feedback);
+    json_emit_real(to, "limit", measured->limit);
+    emit_checksum(to, "text_xxh3_128", measured->text);
+    json_emit_int(to, "tokens", measured->tokens);
+    json_emit_open(to, "wires", '[');
+    for (size_t i = 0; i < measured->count; i++) {
+        const struct manifest_wire *wire = &measured->wires[i];
+        json_emit_open(to, NULL, '{');
+        if (wire->finite) {
+            json_emit_real(to, "kl_divergence", wire->kl_divergence);
+            json_emit_real(to, "kl_high", wire->kl_high);
+            json_emit_real(to, "same_top", wire->same_top);
+        }
+        json_emit_string(to, "wire", wire->name);
+        json_emit_close(to, '}');
+    }
+    json_emit_close(to, ']');
     json_emit_close(to, '}');
 }
 
@@ -96,7 +171,7 @@ static int emit(char **out, const struct manifest *manifest, const struct checks
         emit_files(to, "extras", manifest->extras, manifest->num_extras);
     model_json_emit(to, &manifest->model);
     json_emit_int(to, "pp_size", manifest->pp_size);
-    emit_quant(to, &manifest->quant);
+    int rc = emit_quant(to, manifest);
     if (contract)
         emit_files(to, "ranks", manifest->ranks, manifest->num_ranks);
     json_emit_open(to, "sources", '[');
@@ -107,12 +182,18 @@ static int emit(char **out, const struct manifest *manifest, const struct checks
         json_emit_string(to, "tool", manifest->tool);
     json_emit_int(to, "tp_size", manifest->tp_size);
     json_emit_int(to, "version", manifest->version);
-    if (contract)
+    if (contract) {
         json_emit_string(to, "wire_advice", manifest->wire_advice);
+        emit_wires(to, &manifest->wires_measured);
+    }
     json_emit_close(to, '}');
     if (to->pretty)
         fputc('\n', to->out);
     *out = memory_stream_close(&memory, NULL);
+    if (rc) {
+        free(*out);
+        *out = NULL;
+    }
     return *out ? 0 : error_set(err, ERR_MEMORY, MANIFEST_FILE_NAME ": out of memory");
 }
 
@@ -152,9 +233,14 @@ int manifest_to_json(const struct manifest *manifest, char **out, struct error *
 
 // ---- parsing --------------------------------------------------------------------------------------------------------
 
-static const char *const root_keys[] = {"contract", "experts", "extras",  "model",   "pp_size",     "quant", "ranks",
-                                        "sources",  "tool",    "tp_size", "version", "wire_advice", NULL};
-static const char *const quant_keys[] = {"embedding", "group_size", "head", "linear", "scales", NULL};
+static const char *const root_keys[] = {"contract", "experts",     "extras",         "model", "pp_size",
+                                        "quant",    "ranks",       "sources",        "tool",  "tp_size",
+                                        "version",  "wire_advice", "wires_measured", NULL};
+static const char *const measured_keys[] = {"context", "feedback", "limit", "text_xxh3_128", "tokens", "wires", NULL};
+static const char *const wire_keys[] = {"kl_divergence", "kl_high", "same_top", "wire", NULL};
+static const char *const calibration_keys[] = {"method", "statistics", NULL};
+static const char *const quant_keys[] = {"calibration", "embedding", "group_size", "head",   "linear",
+                                         "matrices",    "millibits", "rotation",   "scales", NULL};
 static const char *const file_keys[] = {"bytes", "name", "xxh3_128", NULL};
 
 static bool is_clean_text(const char *text, size_t max_bytes)
@@ -239,31 +325,146 @@ static int parse_scales(struct manifest_quant *quant, const struct json_object *
     if (rc || !name)
         return rc;
     if (weight_scales_from_name(name, &quant->scales) && quant->scales == WEIGHT_SCALES_LARGEST &&
-        (weight_is_tiled(quant->linear) || weight_is_tiled(quant->embedding) || weight_is_tiled(quant->head)))
+        (quant->millibits || weight_is_tiled(quant->linear) || weight_is_tiled(quant->embedding) ||
+         weight_is_tiled(quant->head)))
         return 0;
     return error_set(err, ERR_CORRUPT,
                      "%s: quant.scales must be absent, or max beside a kind of four bits; found '%.40s'",
                      object->file_name, name);
 }
 
-static int parse_quant(struct manifest_quant *quant, const struct json_object *root, struct error *err)
+// Not said: none.
+static int parse_calibration(struct manifest_quant *quant, const struct json_object *quant_object, struct error *err)
 {
+    struct json_object object = {0};
+    const char *name = NULL;
+    int rc;
+    quant->calibration = CALIBRATION_NONE;
+    if ((rc = json_file_get_object(&object, quant_object, "calibration", JSON_OPTIONAL, err)) || !object.json)
+        return rc;
+    if ((rc = json_file_check_keys(&object, calibration_keys, err)) ||
+        (rc = json_file_get_string(&name, &object, "method", JSON_REQUIRED, err)) ||
+        (rc = get_checksum(&quant->statistics, &object, "statistics", err)))
+        return rc;
+    if (calibration_method_from_name(name, &quant->calibration) && quant->calibration != CALIBRATION_NONE &&
+        quant->scales == WEIGHT_SCALES_SEARCHED)
+        return 0;
+    return error_set(err, ERR_CORRUPT,
+                     "%s: quant.calibration.method must be scales or gptq, without plain rounding; found '%.40s'",
+                     object.file_name, name);
+}
+
+// A rotated model has a head of its own, and norms in front of attention and mlp alone.
+static int parse_rotation(struct manifest_quant *quant, const struct model_desc *model,
+                          const struct json_object *object, struct error *err)
+{
+    int64_t block = 0;
+    int rc =
+        json_file_get_int(&block, object, "rotation", MANIFEST_MIN_ROTATION, MODEL_MAX_ROTATION, JSON_OPTIONAL, err);
+    if (rc)
+        return rc;
+    quant->rotation = (uint32_t)block;
+    if (block == 0 ? model->mlp_rotation == 0
+                   : (block & (block - 1)) == 0 && model->hidden_size % block == 0 && !model->tied_embeddings &&
+                         model->pre_norms && !model->post_norms)
+        return 0;
+    return error_set(
+        err, ERR_CORRUPT,
+        "%s: quant.rotation must be a power of two that divides hidden_size, of a model with a head of its own "
+        "and no post_norms, or absent where nothing is rotated; found %" PRId64,
+        object->file_name, block);
+}
+
+// After the model. Both keys or none.
+static int parse_matrices(struct manifest *manifest, const struct json_object *object, struct error *err)
+{
+    int64_t millibits = 0;
+    int rc;
+    if ((rc = json_file_get_int(&millibits, object, "millibits", 1, MANIFEST_MAX_MILLIBITS, JSON_OPTIONAL, err)) ||
+        (rc = matrix_kinds_parse(&manifest->matrices, &manifest->num_matrices, object, "matrices",
+                                 manifest->model.num_layers, err)))
+        return rc;
+    manifest->quant.millibits = (uint32_t)millibits;
+    if ((millibits > 0) == (manifest->num_matrices > 0))
+        return 0;
+    return error_set(err, ERR_CORRUPT, "%s: quant.%s must stand beside quant.%s", object->file_name,
+                     millibits > 0 ? "matrices" : "millibits", millibits > 0 ? "millibits" : "matrices");
+}
+
+static int parse_quant(struct manifest *manifest, const struct json_object *root, struct error *err)
+{
+    struct manifest_quant *quant = &manifest->quant;
     struct json_object object;
     int64_t group_size = 0;
     int rc;
     if ((rc = json_file_get_object(&object, root, "quant", JSON_REQUIRED, err)) ||
-        (rc = json_file_check_keys(&object, quant_keys, err)) ||
+        (rc = json_file_check_keys(&object, quant_keys, err)) || (rc = parse_matrices(manifest, &object, err)) ||
         (rc = get_kind(&quant->linear, &object, "linear", err)) ||
         (rc = get_kind(&quant->embedding, &object, "embedding", err)) ||
         (rc = get_kind(&quant->head, &object, "head", err)) || (rc = parse_scales(quant, &object, err)) ||
+        (rc = parse_rotation(quant, &manifest->model, &object, err)) || (rc = parse_calibration(quant, &object, err)) ||
         (rc = json_file_get_int(&group_size, &object, "group_size", 0, 128, JSON_REQUIRED, err)))
         return rc;
     bool int4 =
         weight_group_chosen(quant->linear) || weight_group_chosen(quant->embedding) || weight_group_chosen(quant->head);
     if (int4 ? group_size != 32 && group_size != 64 && group_size != 128 : group_size != 0)
         return error_set(err, ERR_CORRUPT, "%s: quant.group_size must be %s, found %" PRId64, root->file_name,
-                         int4 ? "32, 64 or 128" : "0, since nothing is int4", group_size);
+                         int4 ? "32, 64 or 128" : "0, since none of the kinds has groups of a chosen size", group_size);
     quant->group_size = (uint32_t)group_size;
+    return 0;
+}
+
+// One codec's figures: all or none.
+static int parse_wire(struct manifest_wire *out, const struct json_object *object, struct error *err)
+{
+    const char *name = NULL;
+    const double unknown = -2; // no divergence, no share
+    int rc;
+    out->kl_divergence = out->kl_high = out->same_top = unknown;
+    if ((rc = json_file_check_keys(object, wire_keys, err)) ||
+        (rc = json_file_get_string(&name, object, "wire", JSON_REQUIRED, err)) ||
+        (rc = json_file_get_number(&out->kl_divergence, object, "kl_divergence", -1, MANIFEST_MAX_KL, JSON_OPTIONAL,
+                                   err)) ||
+        (rc = json_file_get_number(&out->kl_high, object, "kl_high", -1, MANIFEST_MAX_KL, JSON_OPTIONAL, err)) ||
+        (rc = json_file_get_number(&out->same_top, object, "same_top", 0, 1, JSON_OPTIONAL, err)))
+        return rc;
+    if (!is_wire_codec(name))
+        return error_set(err, ERR_CORRUPT, "%s: %swire must be bf16, f32, fp8 or s8x, found '%.40s'", object->file_name,
+                         object->path, name);
+    snprintf(out->name, sizeof out->name, "%s", name);
+    out->finite = out->kl_divergence > unknown;
+    if ((out->kl_high > unknown) != out->finite || (out->same_top > unknown) != out->finite)
+        return error_set(err, ERR_CORRUPT, "%s: %skl_divergence, kl_high and same_top must stand together",
+                         object->file_name, object->path);
+    return 0;
+}
+
+static int parse_wires(struct manifest_wires *out, const struct json_object *root, struct error *err)
+{
+    struct json_object object;
+    const json_t *wires = NULL;
+    int rc;
+    if (!json_object_get(root->json, "wires_measured"))
+        return 0;
+    if ((rc = json_file_get_object(&object, root, "wires_measured", JSON_REQUIRED, err)) ||
+        (rc = json_file_check_keys(&object, measured_keys, err)) ||
+        (rc = json_file_get_int(&out->context, &object, "context", 1, INT_MAX_DIM, JSON_REQUIRED, err)) ||
+        (rc = json_file_get_int(&out->tokens, &object, "tokens", 1, INT64_MAX, JSON_REQUIRED, err)) ||
+        (rc = json_file_get_bool(&out->feedback, &object, "feedback", JSON_REQUIRED, err)) ||
+        (rc = json_file_get_number(&out->limit, &object, "limit", 0, MANIFEST_MAX_KL, JSON_REQUIRED, err)) ||
+        (rc = get_checksum(&out->text, &object, "text_xxh3_128", err)) ||
+        (rc = json_file_get_array(&wires, &object, "wires", JSON_REQUIRED, err)))
+        return rc;
+    size_t count = json_array_size(wires);
+    if (count < 1 || count > MANIFEST_MAX_WIRES)
+        return error_set(err, ERR_CORRUPT, "%s: wires_measured.wires must hold 1 to %d codecs, found %zu",
+                         root->file_name, MANIFEST_MAX_WIRES, count);
+    for (; out->count < count; out->count++) {
+        struct json_object wire;
+        if ((rc = json_file_get_object_at(&wire, &object, "wires", out->count, err)) ||
+            (rc = parse_wire(&out->wires[out->count], &wire, err)))
+            return rc;
+    }
     return 0;
 }
 
@@ -338,11 +539,12 @@ static int parse_root(struct manifest *manifest, const struct json_object *root,
                          root->file_name, version, MANIFEST_VERSION);
     manifest->version = MANIFEST_VERSION;
     if ((rc = json_file_check_keys(root, root_keys, err)) || (rc = parse_model(&manifest->model, root, err)) ||
-        (rc = parse_quant(&manifest->quant, root, err)) || (rc = parse_experts(&manifest->experts, root, err)) ||
+        (rc = parse_quant(manifest, root, err)) || (rc = parse_experts(&manifest->experts, root, err)) ||
         (rc = json_file_get_int(&tp_size, root, "tp_size", 1, SHARD_MAX_RANKS, JSON_REQUIRED, err)) ||
         (rc = json_file_get_int(&pp_size, root, "pp_size", 1, SHARD_MAX_RANKS, JSON_REQUIRED, err)) ||
         (rc = get_text(&manifest->tool, root, "tool", TOOL_MAX_BYTES, err)) ||
         (rc = get_text(&manifest->wire_advice, root, "wire_advice", NAME_MAX_BYTES, err)) ||
+        (rc = parse_wires(&manifest->wires_measured, root, err)) ||
         (rc = get_checksum(&manifest->contract, root, "contract", err)) ||
         (rc = parse_files(&manifest->ranks, &manifest->num_ranks, root, "ranks", err)) ||
         (rc = parse_files(&manifest->extras, &manifest->num_extras, root, "extras", err)) ||
@@ -351,8 +553,8 @@ static int parse_root(struct manifest *manifest, const struct json_object *root,
     manifest->tp_size = (uint32_t)tp_size;
     manifest->pp_size = (uint32_t)pp_size;
     if (!is_wire_codec(manifest->wire_advice))
-        return error_set(err, ERR_CORRUPT, "%s: wire_advice must be bf16, fp8 or s8x, found '%.40s'", root->file_name,
-                         manifest->wire_advice);
+        return error_set(err, ERR_CORRUPT, "%s: wire_advice must be bf16, f32, fp8 or s8x, found '%.40s'",
+                         root->file_name, manifest->wire_advice);
     if (manifest->num_ranks != (size_t)(tp_size * pp_size))
         return error_set(err, ERR_CORRUPT, "%s: ranks must hold tp_size x pp_size = %" PRId64 " files, found %zu",
                          root->file_name, tp_size * pp_size, manifest->num_ranks);
@@ -458,6 +660,7 @@ void manifest_free(struct manifest *manifest)
     free_files(manifest->ranks, manifest->num_ranks);
     free_files(manifest->extras, manifest->num_extras);
     free_files(manifest->sources, manifest->num_sources);
+    free(manifest->matrices);
     free(manifest->tool);
     free(manifest->wire_advice);
     free(manifest);

@@ -5,6 +5,7 @@
 
 #include "formats/checksum.h"
 #include "formats/error.h"
+#include "formats/matrix_kinds.h"
 #include "formats/model_desc.h"
 #include "formats/weight.h"
 
@@ -13,7 +14,10 @@
 #include <stdint.h>
 
 #define MANIFEST_FILE_NAME "model.json"
-enum { MANIFEST_VERSION = 2 };
+enum {
+    MANIFEST_VERSION = 2,
+    MANIFEST_MAX_MILLIBITS = 64000, // per weight; narrow matrices are mostly padding
+};
 
 // A file of the directory (rank file, tokenizer.bin, ...) or, under sources, of the checkpoint it was made from.
 struct manifest_file {
@@ -23,13 +27,27 @@ struct manifest_file {
                              // leaves); of all others, the whole file
 };
 
+// How calibration statistics decided about what was rounded to four bits (shard/calibrate.h).
+enum calibration_method { CALIBRATION_NONE, CALIBRATION_SCALES, CALIBRATION_GPTQ };
+const char *calibration_method_name(enum calibration_method method); // "none", "scales", "gptq"
+bool calibration_method_from_name(const char *name, enum calibration_method *method);
+
 // Kinds of the three groups of weights. A checkpoint that came quantized may hold single matrices of other kinds: what
-// counts is what the rank files say.
+// counts is what the rank files say. Where matrices were stored in kinds of their own (--bits, --kinds), linear is the one that holds most
+// weights, and the manifest lists them all.
 struct manifest_quant {
     enum weight_kind linear, embedding, head;
-    uint32_t group_size;       // int4 and int4z; 0 when nothing is
+    uint32_t group_size;       // int4, int4z and nl4; 0 when nothing is
     enum weight_scales scales; // of four-bit kinds; WEIGHT_SCALES_SEARCHED when there are none
+    uint32_t
+        rotation; // channels of the residual stream that were rotated together (tpshard --rot); 0: the model is as it was
+    // Matrices of the layers are stored in kinds of their own: together they take at most so many thousandths of a bit per weight,
+    // scales and padding of the whole matrices included. 0: all as linear says.
+    uint32_t millibits;
+    enum calibration_method calibration;
+    struct checksum128 statistics; // calibration_file_hash of the statistics; 0 without
 };
+enum { MANIFEST_MIN_ROTATION = 4 };
 
 // How the experts of a layer are dealt out to the ranks.
 enum experts_mode {
@@ -39,14 +57,37 @@ enum experts_mode {
 const char *experts_mode_name(enum experts_mode mode); // "tp", "ep"
 bool experts_mode_from_name(const char *name, enum experts_mode *mode);
 
+// What each codec of the sums over ranks does to the model's predictions of a text, beside sums without a loss, as
+// `tpengine advise` has measured it. Informative.
+#define MANIFEST_MAX_KL 1e6 // nats
+struct manifest_wire {
+    char name[8];
+    bool finite;          // false: NaN or infinity came out, and there are no figures
+    double kl_divergence; // in nats, the mean over tokens; at most MANIFEST_MAX_KL
+    double kl_high;       // the upper end of its interval of 95 %
+    double same_top;      // share of tokens where both find the same one likeliest
+};
+enum { MANIFEST_MAX_WIRES = 8 };
+struct manifest_wires {
+    struct checksum128 text; // XXH3-128 of the text
+    int64_t tokens, context; // scored tokens; longest window
+    bool feedback;           // with error feedback
+    double limit;            // kl_high above it counted as too much
+    struct manifest_wire wires[MANIFEST_MAX_WIRES];
+    size_t count; // 0: nothing was measured, and the rest counts for nothing
+};
+
 struct manifest {
     uint32_t version; // MANIFEST_VERSION
     char *tool;       // "tpshard 0.1.0 (commit)"; informative, not part of the contract
     struct model_desc model;
     uint32_t tp_size, pp_size;
     struct manifest_quant quant;
-    enum experts_mode experts;   // EXPERTS_TP where the model has none
-    char *wire_advice;           // "bf16", "fp8", "s8x": what `--wire auto` should take
+    struct matrix_kind *matrices; // with quant.millibits: those of the layers, sorted (matrix_kinds_sort); else none
+    size_t num_matrices;
+    enum experts_mode experts; // EXPERTS_TP where the model has none
+    char *wire_advice;         // "bf16", "f32", "fp8", "s8x": what `--wire auto` should take
+    struct manifest_wires wires_measured;
     struct checksum128 contract; // XXH3-128 of the canonical core: see manifest_core
     struct manifest_file *ranks; // tp_size * pp_size, in rank order
     size_t num_ranks;

@@ -15,6 +15,7 @@ enum {
     MODEL_MAX_LATENT_KEY_DIM = 640,  // of latent attention: kv_rank + rope_dim, a row of the cache
     MODEL_MAX_EXPERTS = 1024,
     MODEL_MAX_EXPERTS_PER_TOKEN = 32,
+    MODEL_MAX_ROTATION = 128, // columns of a block
 };
 
 // What layers differ in, one set of bits for each.
@@ -105,6 +106,9 @@ struct model_desc {
     int64_t rope_original_context;
 
     enum activation activation;
+    // What the activation of gate and up has made is rotated by a Hadamard matrix over each so many columns before down takes it
+    // (kernels/kernels.h), in experts too; a power of two that divides every share. 0: it is not.
+    int64_t mlp_rotation;
     struct experts_desc experts;
 
     bool tied_embeddings; // the head is the embedding: one stored tensor serves both

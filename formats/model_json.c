@@ -10,6 +10,7 @@
 enum field_type {
     FIELD_INT,           // int64_t, required
     FIELD_OPTIONAL_INT,  // int64_t, -1 and left out where there is none
+    FIELD_POSITIVE_INT,  // int64_t, 0 and left out where there is none
     FIELD_REAL,          // double, required
     FIELD_OPTIONAL_REAL, // double, NaN and left out where there is none
     FIELD_POSITIVE_REAL, // double, 0 and left out where there is none
@@ -65,6 +66,7 @@ static const struct field {
     {"logit_scale", FIELD_REAL, AT(logit_scale), DBL_MIN, 1e6, NULL},
     {"logit_softcap", FIELD_REAL, AT(logit_softcap), 0, 1e6, NULL},
     {"mlp_bias", FIELD_BOOL, AT(mlp_bias), 0, 0, NULL},
+    {"mlp_rotation", FIELD_POSITIVE_INT, AT(mlp_rotation), 2, MODEL_MAX_ROTATION, NULL},
     {"norm_eps", FIELD_REAL, AT(norm_eps), 0, 1, NULL},
     {"num_experts", FIELD_INT, AT(experts.num_experts), 0, MODEL_MAX_EXPERTS, NULL},
     {"num_heads", FIELD_INT, AT(num_heads), 1, 65536, NULL},
@@ -179,9 +181,22 @@ static bool check_attention(const struct model_desc *model, char *problem, size_
     return !wrong;
 }
 
+// A block that is cut by no end of a matrix. Shares are the engine's to check.
+static bool check_rotation(const struct model_desc *model, char *problem, size_t bytes)
+{
+    int64_t block = model->mlp_rotation;
+    if (block == 0 || ((block & (block - 1)) == 0 && model->intermediate_size % block == 0 &&
+                       model->experts.expert_size % block == 0 && model->experts.shared_size % block == 0))
+        return true;
+    snprintf(problem, bytes, "mlp_rotation must be a power of two that divides the intermediate sizes, found %" PRId64,
+             block);
+    return false;
+}
+
 bool model_json_check(const struct model_desc *model, char *problem, size_t problem_bytes)
 {
-    return check_attention(model, problem, problem_bytes) && check_experts(model, problem, problem_bytes);
+    return check_attention(model, problem, problem_bytes) && check_experts(model, problem, problem_bytes) &&
+           check_rotation(model, problem, problem_bytes);
 }
 
 // ---- writing --------------------------------------------------------------------------------------------------------
@@ -199,6 +214,10 @@ void model_json_emit(struct json_emit *to, const struct model_desc *model)
             break;
         case FIELD_OPTIONAL_INT:
             if (*(const int64_t *)value >= 0)
+                json_emit_int(to, field->name, *(const int64_t *)value);
+            break;
+        case FIELD_POSITIVE_INT:
+            if (*(const int64_t *)value != 0)
                 json_emit_int(to, field->name, *(const int64_t *)value);
             break;
         case FIELD_REAL:
@@ -314,7 +333,8 @@ static int parse_field(struct model_desc *model, const struct json_object *objec
     enum json_need need = JSON_REQUIRED;
     switch (field->type) {
     case FIELD_OPTIONAL_INT:
-        *(int64_t *)value = -1;
+    case FIELD_POSITIVE_INT:
+        *(int64_t *)value = field->type == FIELD_OPTIONAL_INT ? -1 : 0;
         need = JSON_OPTIONAL;
         // fallthrough
     case FIELD_INT:

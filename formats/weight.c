@@ -6,14 +6,15 @@
 #include <stddef.h>
 #include <string.h>
 
-static const char *const kind_names[WEIGHT_KIND_COUNT] = {"f32",   "bf16", "int8",  "fp8",  "int4",
-                                                          "int4z", "fp8g", "mxfp4", "nvfp4"};
+static const char *const kind_names[WEIGHT_KIND_COUNT] = {"f32",   "bf16", "int8",  "fp8",   "int4",
+                                                          "int4z", "fp8g", "mxfp4", "nvfp4", "nl4"};
 
 uint32_t weight_group_default(enum weight_kind kind)
 {
     switch (kind) {
     case WEIGHT_INT4:
     case WEIGHT_INT4Z:
+    case WEIGHT_NL4:
     case WEIGHT_FP8G:
         return 128;
     case WEIGHT_MXFP4:
@@ -27,7 +28,7 @@ uint32_t weight_group_default(enum weight_kind kind)
 
 bool weight_group_valid(enum weight_kind kind, uint32_t group_size)
 {
-    if (kind == WEIGHT_INT4 || kind == WEIGHT_INT4Z)
+    if (weight_group_chosen(kind))
         return group_size == 32 || group_size == 64 || group_size == 128;
     return group_size == weight_group_default(kind);
 }
@@ -70,6 +71,7 @@ bool weight_shape_make(struct weight_shape *out, enum weight_kind kind, uint32_t
         shape.scale_bytes = shape.rows_padded * sizeof(float);
         break;
     case WEIGHT_INT4:
+    case WEIGHT_NL4:
         shape.data_bytes = elems / 2;
         shape.scale_bytes = elems / group_size * 2;
         break;

@@ -7,6 +7,7 @@
 // ascending order, whatever the tile.
 #include "formats/checked.h"
 #include "kernels/attention.h"
+#include "kernels/kv_codes.h"
 #include "kernels/lanes.h"
 
 // One call's room.
@@ -48,18 +49,25 @@ VECTOR_INLINE int64_t panel_width(int64_t column, int64_t columns)
                                                                                         : LANES;
 }
 
-VECTOR_INLINE int64_t value_bytes(enum kv_format format) { return format == KV_BF16 ? 2 : 1; }
+// Of so many codes, an even number.
+VECTOR_INLINE int64_t codes_bytes(int64_t count, enum kv_format format)
+{
+    return format == KV_BF16 ? 2 * count : format == KV_INT4 ? count / 2 : count;
+}
 
 VECTOR_INLINE struct lanes widen(const uint8_t *codes, enum kv_format format)
 {
-    return format == KV_BF16 ? lanes_bf16(codes) : lanes_e4m3(codes);
+    return format == KV_BF16   ? lanes_bf16(codes)
+           : format == KV_E4M3 ? lanes_e4m3(codes)
+           : format == KV_INT8 ? lanes_int8(codes)
+                               : lanes_int4(codes);
 }
 
 // Rows [first, end) of codes [.][stride] to a panel. `vectors` and format are constants.
 VECTOR_INLINE void fill_panel(float *panel, const uint8_t *codes, int64_t stride, int64_t first, int64_t end,
                               int64_t vectors, enum kv_format format)
 {
-    int64_t vector_bytes = LANES * value_bytes(format), row_bytes = stride * value_bytes(format);
+    int64_t vector_bytes = codes_bytes(LANES, format), row_bytes = codes_bytes(stride, format);
     for (int64_t row = first; row < end; row++) {
         const uint8_t *from = codes + row * row_bytes;
         UNROLL
@@ -75,11 +83,37 @@ VECTOR_INLINE void fill_rest(float *panel, const uint8_t *codes, int64_t stride,
                              int64_t columns, enum kv_format format)
 {
     for (int64_t row = first; row < end; row++) {
+        const uint8_t *from = codes + codes_bytes(row * stride, format);
+        float *to = panel + row * LANES;
+        if (format == KV_INT4) {
+            for (int64_t i = 0; i < LANES; i++)
+                to[i] = i < columns ? (float)weight_nl4_level(
+                                          (uint8_t)(from[kv_int4_byte(i, columns)] >> kv_int4_shift(i, columns)))
+                                    : 0.0f;
+            continue;
+        }
         uint8_t whole[LANES * 2] = {0};
-        memcpy(whole, codes + row * stride * value_bytes(format), (size_t)(columns * value_bytes(format)));
+        memcpy(whole, from, (size_t)codes_bytes(columns, format));
         struct lanes value = widen(whole, format);
-        lanes_store(panel + row * LANES, &value);
+        lanes_store(to, &value);
     }
+}
+
+// Keys of int4, [depth / 2][KV_PAGE_TOKENS] bytes of two rows, to the panels of [depth][KV_PAGE_TOKENS].
+VECTOR_INLINE void fill_pairs(float *panel, const uint8_t *codes, int64_t depth)
+{
+    for (int64_t column = 0; column < KV_PAGE_TOKENS; column += WIDE_VECTORS * LANES)
+        for (int64_t row = 0; row < depth; row += 2) {
+            const uint8_t *from = codes + row / 2 * KV_PAGE_TOKENS + column;
+            float *to = panel + column * depth + row * WIDE_VECTORS * LANES;
+            UNROLL
+            for (int64_t v = 0; v < WIDE_VECTORS; v++) {
+                struct lanes low, high;
+                lanes_int4_pair(&low, &high, from + v * LANES);
+                lanes_store(to + v * LANES, &low);
+                lanes_store(to + (WIDE_VECTORS + v) * LANES, &high);
+            }
+        }
 }
 
 VECTOR_INLINE void fill_panels(float *panel, const uint8_t *codes, int64_t stride, int64_t depth, int64_t first,
@@ -89,7 +123,7 @@ VECTOR_INLINE void fill_panels(float *panel, const uint8_t *codes, int64_t strid
     for (int64_t column = 0, width; column < padded; column += width) {
         width = panel_width(column, columns);
         float *to = panel + column * depth;
-        const uint8_t *from = codes + column * value_bytes(format);
+        const uint8_t *from = codes + codes_bytes(column, format);
         if (column + width > columns)
             fill_rest(to, from, stride, first, end, columns - column, format);
         else if (width == LANES)
@@ -105,8 +139,12 @@ static void widen_panels(float *panel, const uint8_t *codes, int64_t stride, int
 {
     if (format == KV_BF16)
         fill_panels(panel, codes, stride, depth, first, end, columns, KV_BF16);
-    else
+    else if (format == KV_E4M3)
         fill_panels(panel, codes, stride, depth, first, end, columns, KV_E4M3);
+    else if (format == KV_INT8)
+        fill_panels(panel, codes, stride, depth, first, end, columns, KV_INT8);
+    else
+        fill_panels(panel, codes, stride, depth, first, end, columns, KV_INT4);
 }
 
 // ---- keys that lie in rows -----------------------------------------------------------------------------------------
@@ -120,16 +158,16 @@ VECTOR_INLINE void turn_8x8(uint16_t *out, const uint16_t *in, int64_t stride)
     for (int i = 0; i < 8; i++)
         memcpy(&a[i], in + i * stride, sizeof a[i]);
     for (int i = 0; i < 4; i++) { // three times the halves of the vectors are interleaved
-        b[2 * i] = __builtin_shufflevector(a[i], a[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
-        b[2 * i + 1] = __builtin_shufflevector(a[i], a[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+        b[2 * i] = VECTOR_SHUFFLE(u16x8, a[i], a[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+        b[2 * i + 1] = VECTOR_SHUFFLE(u16x8, a[i], a[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
     }
     for (int i = 0; i < 4; i++) {
-        a[2 * i] = __builtin_shufflevector(b[i], b[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
-        a[2 * i + 1] = __builtin_shufflevector(b[i], b[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+        a[2 * i] = VECTOR_SHUFFLE(u16x8, b[i], b[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+        a[2 * i + 1] = VECTOR_SHUFFLE(u16x8, b[i], b[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
     }
     for (int i = 0; i < 4; i++) {
-        b[2 * i] = __builtin_shufflevector(a[i], a[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
-        b[2 * i + 1] = __builtin_shufflevector(a[i], a[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+        b[2 * i] = VECTOR_SHUFFLE(u16x8, a[i], a[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+        b[2 * i + 1] = VECTOR_SHUFFLE(u16x8, a[i], a[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
     }
     for (int i = 0; i < 8; i++)
         memcpy(out + i * KV_PAGE_TOKENS, &b[i], sizeof b[i]);
@@ -342,8 +380,22 @@ VECTOR_INLINE void exp_page(f32x16 x[PAGE_VECTORS])
     }
 }
 
+// The page's scales of keys and values, bf16 [KV_PAGE_TOKENS]; NULL: the format has none.
+struct scales {
+    const uint16_t *k, *v;
+};
+
+// x *= bf16 scales.
+VECTOR_INLINE void multiply_scales(f32x16 *x, const uint16_t *scales)
+{
+    struct lanes wide = lanes_bf16((const uint8_t *)scales);
+    f32x16 factor;
+    memcpy(&factor, &wide, sizeof factor);
+    *x = *x * factor;
+}
+
 // Scores of query i in this page become weights, exp(score - largest); what was summed up before is brought to the new largest.
-static void weigh(struct work *w, int64_t i, const struct attention_scores *how)
+static void weigh(struct work *w, int64_t i, const struct attention_scores *how, struct scales scales)
 {
     float *scores = w->scores + i * KV_PAGE_TOKENS;
     f32x16 x[PAGE_VECTORS], none = {0}, sum;
@@ -351,6 +403,8 @@ static void weigh(struct work *w, int64_t i, const struct attention_scores *how)
     UNROLL
     for (int v = 0; v < PAGE_VECTORS; v++) {
         load16(&x[v], scores + v * LANES);
+        if (scales.k)
+            multiply_scales(&x[v], scales.k + v * LANES);
         x[v] = x[v] * how->scale;
     }
     for (int v = 0; v < PAGE_VECTORS && how->softcap > 0; v++) {
@@ -387,6 +441,8 @@ static void weigh(struct work *w, int64_t i, const struct attention_scores *how)
     UNROLL
     for (int v = 0; v < PAGE_VECTORS; v++) {
         sum += x[v];
+        if (scales.v)
+            multiply_scales(&x[v], scales.v + v * LANES);
         store16(scores + v * LANES, &x[v]);
     }
     store16(w->sums + i * LANES, &sum);
@@ -396,12 +452,24 @@ static void weigh(struct work *w, int64_t i, const struct attention_scores *how)
 
 static int64_t clamp_slot(int64_t slot) { return slot < 0 ? 0 : slot > KV_PAGE_TOKENS ? KV_PAGE_TOKENS : slot; }
 
+static int64_t place_of(const struct kv_view *kv, int64_t kv_head, int64_t position)
+{
+    return kv->pages[position / KV_PAGE_TOKENS] * kv->num_kv_heads + kv_head;
+}
 // Keys of the page of a position; with `values`, its values.
 static const uint8_t *page_of(const struct kv_view *kv, int64_t kv_head, int64_t position, bool values)
 {
-    int64_t page = kv->pages[position / KV_PAGE_TOKENS] * kv->num_kv_heads + kv_head;
+    int64_t page = place_of(kv, kv_head, position);
     return (const uint8_t *)(values ? kv->v : kv->k) +
-           page * KV_PAGE_TOKENS * (values ? kv->v_stride : kv->k_dim) * value_bytes(kv->format);
+           codes_bytes(page * KV_PAGE_TOKENS * (values ? kv->v_stride : kv->k_dim), kv->format);
+}
+
+static struct scales scales_of(const struct kv_view *kv, int64_t kv_head, int64_t position)
+{
+    int64_t at = place_of(kv, kv_head, position) * KV_PAGE_TOKENS;
+    if (!kv_format_scaled(kv->format))
+        return (struct scales){NULL, NULL};
+    return (struct scales){kv->k_scale + at, kv->v_scale + at};
 }
 
 // The page of position `begin`, its first; `last`: no page is behind it.
@@ -422,17 +490,20 @@ static void attend_page(struct work *w, const struct attention_query *queries, c
     if (first >= end)
         return;
 
-    int64_t k_bytes = KV_PAGE_TOKENS * w->k_dim * value_bytes(kv->format);
-    int64_t v_bytes = KV_PAGE_TOKENS * kv->v_stride * value_bytes(kv->format);
+    int64_t k_bytes = codes_bytes(KV_PAGE_TOKENS * w->k_dim, kv->format);
+    int64_t v_bytes = codes_bytes(KV_PAGE_TOKENS * kv->v_stride, kv->format);
     if (kv_in_rows(kv))
         widen_panels(w->panel, turn_rows(w, k, kv->format), KV_PAGE_TOKENS, w->k_dim, 0, w->k_dim, KV_PAGE_TOKENS,
                      KV_BF16);
+    else if (kv->format == KV_INT4)
+        fill_pairs(w->panel, k, w->k_dim);
     else
         widen_panels(w->panel, k, KV_PAGE_TOKENS, w->k_dim, 0, w->k_dim, KV_PAGE_TOKENS, kv->format);
     score(w, v, v_bytes);
+    const struct scales scales = scales_of(kv, kv_head, begin);
     for (int64_t i = 0; i < w->count; i++)
         if (w->first[i] < w->end[i])
-            weigh(w, i, how);
+            weigh(w, i, how, scales);
     widen_panels(w->panel, v, kv->v_stride, KV_PAGE_TOKENS, first, end, w->v_dim, kv->format);
     mix(w, next, k_bytes);
 }

@@ -37,7 +37,7 @@ struct join {
     const float *bias, *norm;
 };
 
-// A gated pair of products: down * activation(gate_up * x + bias). rows or columns are 0 where this rank holds no part.
+// A gated pair of products: down * activation(gate_up * x + bias), the activation rotated by mlp_rotation (model_desc.h). rows or columns are 0 where this rank holds no part.
 struct mlp {
     struct matrix gate_up, down;
     const float *gate_up_bias, *down_bias;
@@ -141,7 +141,7 @@ struct load_target {
 };
 
 enum {
-    BACKEND_ABI = 4,
+    BACKEND_ABI = 5,
     DEVICE_TEXT_BYTES = 512,
     LOAD_LANES = 16,             // threads that copy to a device at a time
     LOAD_BUFFER_BYTES = 8 << 20, // of one lane, at most
@@ -213,7 +213,7 @@ struct backend {
     int (*finish_qkv)(struct device *device, int64_t layer, struct error *err);
     // input = attention of the rows over their sequences, for o.
     int (*attend)(struct device *device, int64_t layer, struct error *err);
-    // input = activation(gate + bias, up + bias) of BUFFER_GATE_UP, for mlp->down.
+    // input = activation(gate + bias, up + bias) of BUFFER_GATE_UP, rotated where the model asks for it, for mlp->down.
     int (*activate)(struct device *device, const struct mlp *mlp, struct error *err);
     // Chooses experts and their weights by BUFFER_ROUTER, and the factor of the shared expert where it has one.
     int (*route)(struct device *device, int64_t layer, struct error *err);

@@ -375,6 +375,8 @@ static void activate_row(void *arg, int64_t row, int thread)
     if (job->mlp->gate_up_bias)
         d->k->add(gate, job->mlp->gate_up_bias, 2 * size);
     d->k->activate(gate, gate, gate + size, size, d->shape.desc->activation);
+    if (d->shape.desc->mlp_rotation > 0)
+        d->k->hadamard(gate, size, d->shape.desc->mlp_rotation);
 }
 
 static int cpu_activate(struct device *d, const struct mlp *mlp, struct error *err)

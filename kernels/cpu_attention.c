@@ -75,15 +75,20 @@ static struct kv_view view_of(const struct device *d, int64_t layer, int32_t seq
     const struct device_shape *s = &d->shape;
     const struct kv_shape *kv = &d->kv_shape;
     uint8_t *k = d->kv + (uint64_t)layer * kv_layer_bytes(kv, s->num_pages, s->kv_format);
-    uint8_t *v = kv->latent ? k : k + kv_keys_bytes(kv, s->num_pages, s->kv_format);
-    return (struct kv_view){.k = k,
-                            .v = v,
-                            .format = s->kv_format,
-                            .pages = d->pages.pages + sequence * d->pages.pages_per_sequence,
-                            .num_kv_heads = kv->heads,
-                            .k_dim = kv->k_dim,
-                            .v_dim = kv->v_dim,
-                            .v_stride = kv->k_dim};
+    uint64_t keys_bytes = kv_keys_bytes(kv, s->num_pages, s->kv_format);
+    uint8_t *v = kv->latent ? k : k + keys_bytes;
+    uint8_t *k_scale = kv_format_scaled(s->kv_format) ? v + keys_bytes : NULL;
+    return (struct kv_view){
+        .k = k,
+        .v = v,
+        .format = s->kv_format,
+        .pages = d->pages.pages + sequence * d->pages.pages_per_sequence,
+        .num_kv_heads = kv->heads,
+        .k_dim = kv->k_dim,
+        .v_dim = kv->v_dim,
+        .v_stride = kv->k_dim,
+        .k_scale = (uint16_t *)(void *)k_scale,
+        .v_scale = k_scale ? (uint16_t *)(void *)(k_scale + kv_scales_bytes(kv, s->num_pages, s->kv_format)) : NULL};
 }
 
 static float *qkv_of(const struct device *d, int64_t row)
@@ -170,6 +175,8 @@ static void finish_qkv_row(void *arg, int64_t row, int thread)
     for (float *head = q; head < v; head += desc->head_dim)
         rotate(job, row, head);
     struct kv_view kv = view_of(d, job->layer, d->rows[row].sequence);
+    if (kv_format_scaled(kv.format))
+        kv_rotate(q, d->shape.share->num_heads_local, desc->head_dim, kv_rotate_back(desc->head_dim));
     kv_store(&kv, d->rows[row].position, k, v);
 }
 
@@ -294,6 +301,16 @@ static const float *sink_of(const struct attention_job *job, int64_t head)
     return sinks ? sinks + head : NULL;
 }
 
+// The end of a head's row: what was summed up over rotated values is rotated back.
+static void finish_head(const struct attention_job *job, struct attention_query *query, int64_t head)
+{
+    const struct device *d = job->d;
+    int64_t v_dim = d->kv_shape.v_dim;
+    attention_finish(query, v_dim, sink_of(job, head));
+    if (kv_format_scaled(d->shape.kv_format))
+        kv_rotate(query->out, 1, v_dim, kv_rotate_back(v_dim));
+}
+
 // A task: the last rows, whose way is longest, come first.
 static void attend_task(void *arg, int64_t index, int thread)
 {
@@ -331,7 +348,7 @@ static void attend_task(void *arg, int64_t index, int thread)
         absorb_keys(job, &task, d->attention.latent + thread * latent_floats(&d->kv_shape));
     d->k->attention(task.queries, count, &kv, kv_head, 0, INT64_MAX, &scores, room);
     for (int64_t i = 0; i < count; i++)
-        attention_finish(&task.queries[i], kv.v_dim, sink_of(job, task.head_begin + i % heads));
+        finish_head(job, &task.queries[i], task.head_begin + i % heads);
     if (d->kv_shape.latent)
         absorb_values(job, &task);
 }
@@ -351,7 +368,7 @@ static void join_chunks(void *arg, int64_t index, int thread)
         struct attention_query part = {.out = out, .largest = out[v_dim], .sum = out[v_dim + 1]};
         attention_join(&total, &part, v_dim);
     }
-    attention_finish(&total, v_dim, sink_of(job, head));
+    finish_head(job, &total, head);
 }
 
 // Blocks of at most so many rows of one sequence, which stand next to each other.

@@ -65,4 +65,21 @@ struct device {
 // The rows of the next products are x [count][x_stride], prepared for `next`.
 void cpu_set_input(struct device *d, const float *x, int64_t x_stride, int64_t count, const struct matrix *next);
 
+// What the operation just done has left for the next products to multiply, before it is prepared for them: rows [count][stride].
+struct cpu_rows {
+    const float *x;
+    int64_t count, stride;
+};
+static inline struct cpu_rows cpu_input(const struct device *d)
+{
+    return (struct cpu_rows){d->input, d->count, d->input_stride};
+}
+// After `experts`: what an expert's down multiplied; its columns are the first of each row.
+static inline struct cpu_rows cpu_expert_input(const struct device *d, int64_t expert)
+{
+    const struct expert_work *e = &d->experts;
+    int64_t stride = 2 * d->shape.share->expert_size_local;
+    return (struct cpu_rows){e->gate_up + e->first[expert] * stride, e->first[expert + 1] - e->first[expert], stride};
+}
+
 #endif

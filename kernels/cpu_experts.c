@@ -248,6 +248,8 @@ static void activate_place(void *arg, int64_t place, int thread)
     if (mlp->gate_up_bias)
         d->k->add(gate, mlp->gate_up_bias, 2 * size);
     d->k->activate(gate, gate, gate + size, size, d->shape.desc->activation);
+    if (d->shape.desc->mlp_rotation > 0)
+        d->k->hadamard(gate, size, d->shape.desc->mlp_rotation);
     d->k->prepare(&d->experts.act, &mlp->down, d->experts.gate_up, 2 * size, place, place + 1);
 }
 

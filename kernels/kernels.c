@@ -10,6 +10,7 @@
 
 #include <cpuid.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -18,10 +19,20 @@ const struct kernels *const kernels_all[] = {&kernels_amx, &kernels_avx512, &ker
 // Register sets that the operating system saves at a context switch (XCR0).
 enum { XCR0_YMM = 0x06, XCR0_ZMM = 0xe6, XCR0_TILES = 0x60000 };
 
+// Features of leaf 1. Asked once: a virtual machine traps the question, which then takes longer than a row takes to be quantized.
+static uint32_t cpu_features(void)
+{
+    static _Atomic uint32_t known; // 0: not asked yet
+    uint32_t eax, ebx, ecx = atomic_load_explicit(&known, memory_order_relaxed), edx;
+    if (ecx == 0 && __get_cpuid(1, &eax, &ebx, &ecx, &edx))
+        atomic_store_explicit(&known, ecx, memory_order_relaxed);
+    return ecx;
+}
+
 static bool os_saves(uint32_t registers)
 {
-    uint32_t eax, ebx, ecx, edx;
-    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & bit_OSXSAVE))
+    uint32_t eax, edx;
+    if (!(cpu_features() & bit_OSXSAVE))
         return false;
     __asm__("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
     return (eax & registers) == registers;
@@ -29,8 +40,7 @@ static bool os_saves(uint32_t registers)
 
 static bool cpu_has_f16c(void) // not every compiler's __builtin_cpu_supports knows the name
 {
-    uint32_t eax, ebx, ecx, edx;
-    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+    return cpu_features() & bit_F16C;
 }
 
 bool kernels_supported_avx2(void)

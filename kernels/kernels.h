@@ -3,11 +3,12 @@
 //
 // Determinism (law 9): the result for one token row depends on that row and the weights alone: never on how many rows
 // stand beside it, on how rows of the matrix are dealt to threads, or on the number of threads. Every reduction has a fixed order.
-// Two things are the same bits from every table as well: all that is not a matmul (kernels/vector_ops.h), and int8 and int4 matmul:
+// Two things are the same bits from every table as well: all that is not a matmul (kernels/vector_ops.h), and int8 and four-bit matmul:
 //   int8   y = scale_w[row] * sum over groups of 128 columns g, ascending, of (float)dot(g) * q_scale[g]
 //   others y = last * sum over the weight's groups g, ascending, of (float)dot(g) * (scale_w[row][g] * q_scale[g / its 128 columns])
 //     int4   last = 2^-8
 //     int4z  last = 2^-8, and instead of (float)dot(g): (float)dot(g) - zero_w[row][g] * (float)sum(g), sum the exact sum of q
+//     nl4    last = 2^-10, the products those of levels
 //     mxfp4  last = 1/2, the codes doubled to integers, scale_w = 2^(scale - 127)
 //     nvfp4  last = 2^7 * global_w[row], the codes doubled, scale_w = scale * 2^-8 (which is an f16)
 // where dot is the exact integer sum of products, and each *, +, - rounds to f32. bf16, fp8, fp8g and f32 matmul: 16 partial sums over
@@ -15,10 +16,10 @@
 // each 128 columns and adds scale_w[row][g] times them, g ascending, to the 16 that are added at the end. avx2, avx512 and amx agree
 // bit for bit (fused multiply-add), scalar rounds products.
 //
-// Attention, the same bits from every table: a product q . k is one chain of fused multiply-adds over ascending columns, then scaled and
-// capped. Positions are cut into chunks of KV_CHUNK_TOKENS, and these into pages, both by position alone. Within a chunk, page by page:
+// Attention, the same bits from every table: a product q . k is one chain of fused multiply-adds over ascending columns (of codes, where the
+// cache has scales: then times the key's scale), then scaled and capped. Positions are cut into chunks of KV_CHUNK_TOKENS, and these into pages, both by position alone. Within a chunk, page by page:
 // largest becomes that of the scores so far, and what is summed up is multiplied by exp(old largest - new one); then out = fma(weight,
-// v, out) for ascending positions, weight = exp(score - largest), and the weights add up in 16 partial sums (position mod 16), added by
+// v, out) for ascending positions, weight = exp(score - largest) (times the value's scale, with v its code), and the weights add up in 16 partial sums (position mod 16), added by
 // halves at the chunk's end. Chunks are joined in ascending order (attention_join in kernels/attention.c).
 #ifndef TPSHARD_KERNELS_KERNELS_H
 #define TPSHARD_KERNELS_KERNELS_H
@@ -39,6 +40,7 @@ enum {
     KV_PAGE_TOKENS = 64,                            // positions of one page of the KV cache
     KV_CHUNK_TOKENS = 1024,                         // positions that are summed up by themselves
     ATTENTION_QUERIES = 64,                         // most of one call
+    KERNELS_MAX_ROTATION = 256,                     // columns of a block that hadamard rotates
 };
 
 // A weight matrix as it lies in the mapped rank file. Not owned.
@@ -86,12 +88,17 @@ static inline struct activations activations_rows(const struct activations *act,
     };
 }
 
-// How keys and values are kept. e4m3 has no scale: it saturates at 448, and a NaN stays NaN.
-enum kv_format { KV_BF16 = 0, KV_E4M3 = 1 };
+// How keys and values are kept. e4m3 has no scale: it saturates at 448, and a NaN stays NaN. int8 and int4 have a bf16 scale for each
+// position's key and value of a kv head, and keep them rotated (kernels/kv_codes.h).
+enum kv_format { KV_BF16 = 0, KV_E4M3 = 1, KV_INT8 = 2, KV_INT4 = 3, KV_FORMAT_COUNT };
+static inline bool kv_format_scaled(enum kv_format format) { return format >= KV_INT8; }
 
 // One layer's keys and values on one rank, in pages.
 //   k      [num_pages][num_kv_heads][k_dim][KV_PAGE_TOKENS] in the format: a page's keys lie turned, so that 16 of them fill a vector
 //   v      [num_pages][num_kv_heads][KV_PAGE_TOKENS][v_stride]
+//          int4: bytes of two codes, keys [k_dim / 2][KV_PAGE_TOKENS], with column 2i in the low nibbles of row i and 2i + 1 in the high ones,
+//          and values [KV_PAGE_TOKENS][v_stride / 2] as kv_int4_byte has them
+//   k_scale, v_scale  bf16 [num_pages][num_kv_heads][KV_PAGE_TOKENS] where the format has scales
 //   pages  [pages of this sequence]: position p lies in page pages[p / KV_PAGE_TOKENS], slot p % KV_PAGE_TOKENS
 // Latent attention keeps one row that is key and value, [num_pages][1][KV_PAGE_TOKENS][k_dim]: v is k, v_stride k_dim, and the value its first
 // v_dim columns.
@@ -100,6 +107,7 @@ struct kv_view {
     enum kv_format format;
     const int32_t *pages;
     int64_t num_kv_heads, k_dim, v_dim, v_stride;
+    uint16_t *k_scale, *v_scale;
 };
 static inline bool kv_in_rows(const struct kv_view *kv) { return kv->v == kv->k; }
 
@@ -148,6 +156,9 @@ struct kernels {
                       int64_t begin, int64_t end, const struct attention_scores *scores, float *room);
     // out[i] = activation(gate[i], up[i]); formats/model_desc.h has the formulas. out may be gate.
     void (*activate)(float *out, const float *gate, const float *up, int64_t count, enum activation activation);
+    // Rotates each `block` columns (a power of two, 2 to KERNELS_MAX_ROTATION, that divides count) by the Hadamard matrix in Sylvester's order
+    // over sqrt(block), which is its own inverse: sums and differences of columns 1 apart, then 2, 4, ... block / 2, then one product.
+    void (*hadamard)(float *x, int64_t count, int64_t block);
     // x[i] = cap * tanh(x[i] / cap)
     void (*softcap)(float *x, int64_t count, float cap);
     // sum over columns of x^2, in double from 16 partial sums.

@@ -3,8 +3,11 @@
 #ifndef TPSHARD_KERNELS_LANES_H
 #define TPSHARD_KERNELS_LANES_H
 
+#include "kernels/kv_codes.h"
 #include "kernels/vectors.h"
 
+// lanes_int4: 8 bytes, 16 columns in blocks of 8 as kv_int4_byte (kernels/kv_codes.h) has them; lanes_int4_pair: the low nibbles of 16 bytes, and
+// the high ones. They become levels.
 // lanes_e4m3: 16 codes; by way of f16, whose exponent has the bits that e4m3 lacks: each code is shifted to the top of its 16 bits, then
 // down by one, which gives 2^-8 times its value. A NaN becomes e4m3_to_f32's.
 
@@ -26,6 +29,27 @@ VECTOR_INLINE struct lanes lanes_bf16(const uint8_t *codes)
 {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)codes));
     return (struct lanes){_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+VECTOR_INLINE struct lanes lanes_int8(const uint8_t *codes)
+{
+    return (struct lanes){_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)codes)))};
+}
+// The upper bits of the codes do not matter.
+VECTOR_INLINE struct lanes lanes_levels(__m512i codes)
+{
+    __m128i levels = _mm_set_epi64x((int64_t)WEIGHT_NL4_NEGATIVE, (int64_t)WEIGHT_NL4_POSITIVE);
+    return (struct lanes){_mm512_permutexvar_ps(codes, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(levels)))};
+}
+VECTOR_INLINE struct lanes lanes_int4(const uint8_t *codes)
+{
+    __m128i low = _mm_loadl_epi64((const __m128i *)codes);
+    return lanes_levels(_mm512_cvtepu8_epi32(_mm_unpacklo_epi32(low, _mm_srli_epi16(low, 4))));
+}
+VECTOR_INLINE void lanes_int4_pair(struct lanes *low, struct lanes *high, const uint8_t *codes)
+{
+    __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes));
+    *low = lanes_levels(both);
+    *high = lanes_levels(_mm512_srli_epi32(both, 4));
 }
 VECTOR_INLINE struct lanes lanes_e4m3(const uint8_t *codes)
 {
@@ -67,6 +91,32 @@ VECTOR_INLINE __m256 lanes_half_bf16(const uint8_t *codes)
 VECTOR_INLINE struct lanes lanes_bf16(const uint8_t *codes)
 {
     return (struct lanes){lanes_half_bf16(codes), lanes_half_bf16(codes + 16)};
+}
+VECTOR_INLINE __m256 lanes_half_int8(const uint8_t *codes)
+{
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)codes)));
+}
+VECTOR_INLINE struct lanes lanes_int8(const uint8_t *codes)
+{
+    return (struct lanes){lanes_half_int8(codes), lanes_half_int8(codes + 8)};
+}
+VECTOR_INLINE struct lanes lanes_levels(__m128i codes)
+{
+    __m128i levels = _mm_set_epi64x((int64_t)WEIGHT_NL4_NEGATIVE, (int64_t)WEIGHT_NL4_POSITIVE);
+    __m128i value = _mm_shuffle_epi8(levels, _mm_and_si128(codes, _mm_set1_epi8(15)));
+    return (struct lanes){_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(value)),
+                          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(value, 8)))};
+}
+VECTOR_INLINE struct lanes lanes_int4(const uint8_t *codes)
+{
+    __m128i low = _mm_loadl_epi64((const __m128i *)codes);
+    return lanes_levels(_mm_unpacklo_epi32(low, _mm_srli_epi16(low, 4)));
+}
+VECTOR_INLINE void lanes_int4_pair(struct lanes *low, struct lanes *high, const uint8_t *codes)
+{
+    __m128i both = _mm_loadu_si128((const __m128i *)codes);
+    *low = lanes_levels(both);
+    *high = lanes_levels(_mm_srli_epi16(both, 4));
 }
 VECTOR_INLINE __m256 lanes_half_e4m3(__m128i half, __m128i codes)
 {
@@ -119,6 +169,27 @@ VECTOR_INLINE struct lanes lanes_bf16(const uint8_t *codes)
     for (int i = 0; i < LANES; i++)
         a.v[i] = bf16_to_f32(bits[i]);
     return a;
+}
+VECTOR_INLINE struct lanes lanes_int8(const uint8_t *codes)
+{
+    struct lanes a;
+    for (int i = 0; i < LANES; i++)
+        a.v[i] = (float)(int8_t)codes[i];
+    return a;
+}
+VECTOR_INLINE struct lanes lanes_int4(const uint8_t *codes)
+{
+    struct lanes a;
+    for (int i = 0; i < LANES; i++)
+        a.v[i] = (float)weight_nl4_level((uint8_t)(codes[i / 8 * 4 + i % 4] >> (i % 8 < 4 ? 0 : 4)));
+    return a;
+}
+VECTOR_INLINE void lanes_int4_pair(struct lanes *low, struct lanes *high, const uint8_t *codes)
+{
+    for (int i = 0; i < LANES; i++) {
+        low->v[i] = (float)weight_nl4_level(codes[i]);
+        high->v[i] = (float)weight_nl4_level((uint8_t)(codes[i] >> 4));
+    }
 }
 VECTOR_INLINE struct lanes lanes_e4m3(const uint8_t *codes)
 {

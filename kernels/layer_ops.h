@@ -182,6 +182,73 @@ static void layer_ops_activate(float *out, const float *gate, const float *up, i
     }
 }
 
+// ---- Rotation ------------------------------------------------------------------------------------------------------
+
+// 1 / sqrt(block), block a power of two.
+VECTOR_INLINE float hadamard_factor(int64_t block)
+{
+    int shift = __builtin_ctzll((unsigned long long)block);
+    return f32_from_bits((uint32_t)(127 - shift / 2) << 23) * (shift % 2 ? 0x1.6a09e6p-1f : 1.0f);
+}
+
+// Columns 1, 2, 4 and 8 apart. The upper one of two becomes the lower one less itself.
+#define HADAMARD_STEP(x, sign, ...) *(x) = VECTOR_SHUFFLE(i32x16, *(x), *(x), __VA_ARGS__) + *(x) * (sign)
+VECTOR_INLINE void hadamard16(f32x16 *x)
+{
+    const f32x16 by1 = {1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1};
+    const f32x16 by2 = {1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1};
+    const f32x16 by4 = {1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1};
+    const f32x16 by8 = {1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1};
+    HADAMARD_STEP(x, by1, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    HADAMARD_STEP(x, by2, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    HADAMARD_STEP(x, by4, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    HADAMARD_STEP(x, by8, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+}
+#undef HADAMARD_STEP
+
+// One block of at least 16 columns.
+static void hadamard_block(float *x, int64_t block)
+{
+    f32x16 v[KERNELS_MAX_ROTATION / LANES];
+    int64_t count = block / LANES;
+    float factor = hadamard_factor(block);
+    for (int64_t i = 0; i < count; i++) {
+        load16(&v[i], x + i * LANES);
+        hadamard16(&v[i]);
+    }
+    for (int64_t step = 1; step < count; step *= 2)
+        for (int64_t i = 0; i < count; i++) {
+            if (i & step)
+                continue;
+            f32x16 low = v[i], high = v[i + step];
+            v[i] = low + high;
+            v[i + step] = low - high;
+        }
+    for (int64_t i = 0; i < count; i++) {
+        v[i] *= factor;
+        store16(x + i * LANES, &v[i]);
+    }
+}
+
+static void layer_ops_hadamard(float *x, int64_t count, int64_t block)
+{
+    for (float *end = x + count; block >= LANES && x < end; x += block)
+        hadamard_block(x, block);
+    if (block >= LANES)
+        return;
+    float factor = hadamard_factor(block);
+    for (int64_t step = 1; step < block; step *= 2)
+        for (int64_t i = 0; i < count; i++) {
+            if (i & step)
+                continue;
+            float low = x[i], high = x[i + step];
+            x[i] = low + high;
+            x[i + step] = low - high;
+        }
+    for (int64_t i = 0; i < count; i++)
+        x[i] *= factor;
+}
+
 static void layer_ops_add_scaled(float *y, const float *x, int64_t count, float factor)
 {
     for (int64_t i = 0; i < count; i++)

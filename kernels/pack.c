@@ -23,6 +23,7 @@ static struct group_scale group_scale(enum weight_kind kind)
 {
     switch (kind) {
     case WEIGHT_INT4:
+    case WEIGHT_NL4:
         return (struct group_scale){1, sizeof(uint16_t)};
     case WEIGHT_INT4Z:
         return (struct group_scale){2, sizeof(uint16_t)};
@@ -74,6 +75,7 @@ void packed_row_place(struct packed_row *row, void *memory, enum weight_kind kin
 // ---- values ---------------------------------------------------------------------------------------------------------
 
 _Static_assert(WEIGHT_INT4_SCALE_EXPONENT == -8, "WEIGHT_INT4_FACTOR");
+_Static_assert(WEIGHT_NL4_SCALE_EXPONENT == -10, "WEIGHT_NL4_FACTOR");
 
 void pack_dequantize_row(float *out, const struct packed_row *row, enum weight_kind kind, uint32_t group_size,
                          uint64_t cols)
@@ -98,6 +100,10 @@ void pack_dequantize_row(float *out, const struct packed_row *row, enum weight_k
         case WEIGHT_INT4Z:
             out[i] = ((float)row->q[i] - f16_to_f32(row->zero_f16[i / group_size])) *
                      weight_int4_scale(row->scale_f16[i / group_size]);
+            break;
+        case WEIGHT_NL4:
+            out[i] =
+                (float)weight_nl4_level((uint8_t)(row->q[i] & 15)) * weight_nl4_scale(row->scale_f16[i / group_size]);
             break;
         case WEIGHT_FP8G:
             out[i] = e4m3_to_f32(row->e4m3[i]) * row->scale_f32[i / group_size];
@@ -195,7 +201,7 @@ static void store_tiled(uint8_t *data, const struct weight_shape *shape, uint64_
 
 static void load_tiled(uint8_t *codes, const uint8_t *data, const struct weight_shape *shape, uint64_t row)
 {
-    bool is_signed = shape->kind == WEIGHT_INT4 || shape->kind == WEIGHT_INT4Z;
+    bool is_signed = weight_group_chosen(shape->kind);
     int shift;
     const uint8_t *from = data + tile_row(row, &shift);
     for (uint64_t col = 0; col < shape->cols; col += WEIGHT_COL_UNIT, from += TILE_COLUMN_BYTES) {

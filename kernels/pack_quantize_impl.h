@@ -8,6 +8,7 @@
 
 #include "formats/checked.h"
 #include "formats/number_formats.h"
+#include "kernels/vectors.h"
 
 #include <float.h>
 #include <math.h>
@@ -24,7 +25,7 @@ enum { WIDTH = 8 };
 #else
 enum { WIDTH = 4 };
 #endif
-enum { MAX_GROUP = 128, LANES = 16, PARTS = LANES / WIDTH };
+enum { MAX_GROUP = 128, PARTS = LANES / WIDTH };
 
 // ---- groups ---------------------------------------------------------------------------------------------------------
 
@@ -72,6 +73,7 @@ static inline part part_load(const float *from)
 static inline part part_all(float value) { return value - (part){0}; } // -0 stays what it is
 
 typedef float quad __attribute__((vector_size(4 * sizeof(float))));
+typedef int32_t quad_index __attribute__((vector_size(4 * sizeof(int32_t))));
 
 // Lane l of LANES holds the terms l, l + LANES, ... The tree: lanes l + 8, then + 4; lanes_sum adds + 2 and + 1.
 static inline quad lanes_quad(const part lanes[PARTS])
@@ -91,9 +93,9 @@ static inline float lanes_sum(const part lanes[PARTS])
 static inline quad lanes_sums(const part a[PARTS], const part b[PARTS], const part c[PARTS], const part d[PARTS])
 {
     quad qa = lanes_quad(a), qb = lanes_quad(b), qc = lanes_quad(c), qd = lanes_quad(d);
-    quad ab = __builtin_shufflevector(qa, qb, 0, 4, 1, 5) + __builtin_shufflevector(qa, qb, 2, 6, 3, 7);
-    quad cd = __builtin_shufflevector(qc, qd, 0, 4, 1, 5) + __builtin_shufflevector(qc, qd, 2, 6, 3, 7);
-    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+    quad ab = VECTOR_SHUFFLE(quad_index, qa, qb, 0, 4, 1, 5) + VECTOR_SHUFFLE(quad_index, qa, qb, 2, 6, 3, 7);
+    quad cd = VECTOR_SHUFFLE(quad_index, qc, qd, 0, 4, 1, 5) + VECTOR_SHUFFLE(quad_index, qc, qd, 2, 6, 3, 7);
+    return VECTOR_SHUFFLE(quad_index, ab, cd, 0, 1, 4, 5) + VECTOR_SHUFFLE(quad_index, ab, cd, 2, 3, 6, 7);
 }
 
 // A group made ready: padded with zeros to a multiple of LANES; a missing element adds nothing to any sum.
@@ -163,12 +165,13 @@ static float largest_magnitude(const float *x, uint64_t count)
     return largest;
 }
 
-// The bits of a scale > 0, clamped to what f16 holds.
-static uint16_t int4_scale_bits(float scale)
+// The bits of a scale > 0 that is stored divided by `factor`, clamped to what f16 holds.
+static uint16_t scale_bits(float scale, float factor)
 {
-    float stored = scale / WEIGHT_INT4_FACTOR;
+    float stored = scale / factor;
     return f32_to_f16(stored < F16_MAX ? stored : F16_MAX);
 }
+static uint16_t int4_scale_bits(float scale) { return scale_bits(scale, WEIGHT_INT4_FACTOR); }
 
 // Below, every scale rounds to zero; stay clear of subnormal reciprocals.
 #define INT4_SMALLEST 0x1p-34f
@@ -421,9 +424,9 @@ static void quantize_int4z_group(int8_t *q, uint16_t *scale_f16, uint16_t *zero_
         memset(q, 0, count);
 }
 
-// ---- mxfp4, nvfp4: the scale of a group -----------------------------------------------------------------------------
+#include "kernels/pack_nl4_impl.h"
 
-typedef uint32_t part_bits __attribute__((vector_size(WIDTH * sizeof(uint32_t))));
+// ---- mxfp4, nvfp4: the scale of a group -----------------------------------------------------------------------------
 
 // e2m1_to_f32(f32_to_e2m1(x)) of magnitudes: from 1 to 6 a step is half the power of two below, and under 1 the same as above it.
 static inline part round_e2m1(part magnitude)
@@ -617,6 +620,9 @@ static void quantize_group(struct packed_row *out, enum weight_kind kind, uint64
         break;
     case WEIGHT_INT4Z:
         quantize_int4z_group(out->q + begin, &out->scale_f16[group], &out->zero_f16[group], x, a, count, scales);
+        break;
+    case WEIGHT_NL4:
+        out->scale_f16[group] = quantize_nl4_group(out->q + begin, x, a, count, scales);
         break;
     case WEIGHT_FP8G:
         quantize_fp8(out->e4m3 + begin, &out->scale_f32[group], x, count, largest_magnitude_bits(x, count));

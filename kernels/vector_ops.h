@@ -124,7 +124,8 @@ VECTOR_INLINE const uint8_t *tile_scales_at(const struct tile_scales *scales, in
 VECTOR_INLINE struct tile_scales tile_scales(const struct matrix *w, int64_t row)
 {
     int group_shift = __builtin_ctz(w->shape.group_size); // a division here would be felt
-    int64_t group_bytes = w->shape.kind == WEIGHT_INT4 ? 32 : w->shape.kind == WEIGHT_INT4Z ? 64 : 16;
+    enum weight_kind kind = w->shape.kind;
+    int64_t group_bytes = kind == WEIGHT_INT4Z ? 64 : weight_group_chosen(kind) ? 32 : 16;
     int64_t tile = row / 16, tile_bytes = ((int64_t)w->shape.cols_padded >> group_shift) * group_bytes;
     struct tile_scales scales = {(const uint8_t *)w->scale + tile * tile_bytes, group_bytes, group_shift, NULL};
     if (w->shape.kind == WEIGHT_NVFP4) { // behind each block of four tiles stand its 64 globals
@@ -149,14 +150,27 @@ VECTOR_INLINE float tile_zero(const uint8_t *scale, int64_t lane)
 }
 VECTOR_INLINE float tile_last(enum weight_kind kind, const float *global, int64_t lane)
 {
-    return kind == WEIGHT_NVFP4 ? 0x1p7f * global[lane] : kind == WEIGHT_MXFP4 ? 0.5f : WEIGHT_INT4_FACTOR;
+    return kind == WEIGHT_NVFP4   ? 0x1p7f * global[lane]
+           : kind == WEIGHT_MXFP4 ? 0.5f
+           : kind == WEIGHT_NL4   ? WEIGHT_NL4_FACTOR
+                                  : WEIGHT_INT4_FACTOR;
 }
 
 VECTOR_INLINE bool is_fp4(enum weight_kind kind) { return kind == WEIGHT_MXFP4 || kind == WEIGHT_NVFP4; }
 
-// What is added to codes to make them unsigned, and each e2m1 code doubled with it.
-VECTOR_INLINE int32_t tile_bias(enum weight_kind kind) { return is_fp4(kind) ? 12 : 8; }
+// What is added to codes to make them unsigned; and of kinds whose codes are looked up, what each stands for with it: e2m1 doubled, the levels
+// of nl4.
+VECTOR_INLINE int32_t tile_bias(enum weight_kind kind)
+{
+    return is_fp4(kind) ? 12 : kind == WEIGHT_NL4 ? WEIGHT_NL4_TOP : 8;
+}
+VECTOR_INLINE bool has_tile_table(enum weight_kind kind) { return is_fp4(kind) || kind == WEIGHT_NL4; }
 static const uint8_t e2m1_doubled_biased[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+static const uint8_t nl4_biased[16] = {34, 37, 40, 43, 47, 51, 56, 63, 0, 8, 14, 18, 22, 25, 28, 31};
+VECTOR_INLINE const uint8_t *tile_table(enum weight_kind kind)
+{
+    return kind == WEIGHT_NL4 ? nl4_biased : e2m1_doubled_biased;
+}
 
 // Of one row: group g at [16 * g].
 VECTOR_INLINE const float *fp8g_scales(const struct matrix *w, int64_t row)
@@ -217,6 +231,8 @@ static float group_value(const struct matrix *w, int64_t row, int64_t col)
     case WEIGHT_INT4Z:
         return ((float)int4_sign_extend(code) - tile_zero(scale, lane)) *
                (tile_scale(WEIGHT_INT4Z, scale, lane) * WEIGHT_INT4_FACTOR);
+    case WEIGHT_NL4:
+        return (float)weight_nl4_level(code) * (tile_scale(WEIGHT_NL4, scale, lane) * WEIGHT_NL4_FACTOR);
     case WEIGHT_MXFP4:
         return e2m1_to_f32(code) * tile_scale(WEIGHT_MXFP4, scale, lane);
     default:
@@ -263,8 +279,8 @@ static void vector_ops_dequantize_row(float *out, const struct matrix *w, int64_
 #define VECTOR_OPS_ENTRIES                                                                                             \
     .prepare = vector_ops_prepare, .dequantize_row = vector_ops_dequantize_row, .rms_norm = layer_ops_rms_norm,        \
     .scale_norm = layer_ops_scale_norm, .rope_table = layer_ops_rope_table, .rope = layer_ops_rope,                    \
-    .activate = layer_ops_activate, .softcap = layer_ops_softcap, .squares = layer_ops_squares,                        \
-    .mix_rows = layer_ops_mix_rows, .dot_rows = layer_ops_dot_rows, .add_scaled = layer_ops_add_scaled,                \
-    .add = layer_ops_add
+    .activate = layer_ops_activate, .hadamard = layer_ops_hadamard, .softcap = layer_ops_softcap,                      \
+    .squares = layer_ops_squares, .mix_rows = layer_ops_mix_rows, .dot_rows = layer_ops_dot_rows,                      \
+    .add_scaled = layer_ops_add_scaled, .add = layer_ops_add
 
 #endif

@@ -15,6 +15,13 @@ typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 #define VECTOR_INLINE static inline __attribute__((always_inline))
 
+// Elements of a and b, counted on from one to the other, as clang and gcc 12 say it and as gcc 11 does. index: a vector of as many integers.
+#if __has_builtin(__builtin_shufflevector)
+#define VECTOR_SHUFFLE(index, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define VECTOR_SHUFFLE(index, a, b, ...) __builtin_shuffle(a, b, (index){__VA_ARGS__})
+#endif
+
 // Before a loop over arrays of vectors: unrolled early, they live in registers. Sanitizers would need minutes for what comes of it.
 #ifdef KERNELS_SANITIZED
 #define UNROLL
@@ -67,6 +74,29 @@ VECTOR_INLINE float sum_lanes(const f32x16 *x)
         for (int i = 0; i < half; i++)
             lane[i] += lane[i + half];
     return lane[0];
+}
+
+// out[i] = sum_lanes(&x[i]), all in steps of whole vectors; x is lost.
+VECTOR_INLINE void sum_lanes_of_16(float *out, f32x16 x[16])
+{
+    UNROLL
+    for (int i = 0; i < 8; i++)
+        x[i] = VECTOR_SHUFFLE(i32x16, x[2 * i], x[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               VECTOR_SHUFFLE(i32x16, x[2 * i], x[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30,
+                              31);
+    UNROLL
+    for (int i = 0; i < 4; i++)
+        x[i] =
+            VECTOR_SHUFFLE(i32x16, x[2 * i], x[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+            VECTOR_SHUFFLE(i32x16, x[2 * i], x[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    UNROLL
+    for (int i = 0; i < 2; i++)
+        x[i] =
+            VECTOR_SHUFFLE(i32x16, x[2 * i], x[2 * i + 1], 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+            VECTOR_SHUFFLE(i32x16, x[2 * i], x[2 * i + 1], 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+    x[0] = VECTOR_SHUFFLE(i32x16, x[0], x[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           VECTOR_SHUFFLE(i32x16, x[0], x[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    store16(out, &x[0]);
 }
 
 // where[i] is all ones: a[i], all zeros: b[i].

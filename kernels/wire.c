@@ -10,7 +10,7 @@ extern const struct wire_target wire_base, wire_avx2;
 static const struct {
     const char *name;
     uint64_t group_bytes;
-} wires[WIRE_COUNT] = {{"bf16", 256}, {"fp8", 132}, {"s8x", 132}};
+} wires[WIRE_COUNT] = {{"bf16", 256}, {"fp8", 132}, {"s8x", 132}, {"f32", 512}};
 
 const char *wire_name(enum wire wire) { return wires[wire].name; }
 
@@ -59,4 +59,15 @@ void wire_add_group(float *sum, const uint8_t *in, int count, enum wire wire) { 
 void wire_decode_group(float *out, const uint8_t *in, int count, enum wire wire)
 {
     fastest()->decode[wire](out, in, count);
+}
+
+void wire_feed_group(uint8_t *out, float *decoded, const float *x, uint16_t *lost, int count, enum wire wire)
+{
+    fastest()->feed[wire](out, decoded, x, lost, count);
+}
+
+void wire_add_up_group(uint8_t *out, float *x, const uint8_t *const *parts, int own, int ranks, int count,
+                       enum wire wire)
+{
+    fastest()->add_up[wire](out, x, parts, own, ranks, count);
 }

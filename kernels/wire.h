@@ -3,13 +3,14 @@
 //   bf16  256 bytes a group: bfloat16 value[128]
 //   fp8   132 bytes: e4m3 q[128], f32 scale
 //   s8x   132 bytes: int8 q[128], u8 scale_code, u8 spike_index, bf16 spike
+//   f32   512 bytes: float value[128]; loses nothing, for comparing the others with it
 //
 // Every step is one correctly rounded f32 operation (nearest, ties to even) or integer work, so the bytes depend on
 // neither compiler nor machine. Nothing is ever clamped or dropped silently: what a codec cannot carry arrives as NaN,
 // on every rank alike.
 //
 // bf16: each value rounded; a NaN keeps its sign and upper payload, Inf stays Inf, beyond the largest bfloat16 gives
-// Inf.
+// Inf. f32: the bits as they are.
 //
 // fp8: largest = largest magnitude of the group.
 //   largest >= 2^-100: scale = largest / 448, inverse = 1 / scale, q = e4m3(x * inverse)
@@ -24,6 +25,9 @@
 //   spike 0x7fc0) and decodes to NaN throughout when it holds NaN or Inf, when the spike would round to Inf, or when no
 //   code is large enough (second largest above 127 * scale(254), about 437000). Magnitudes below half of scale(0),
 //   2^-21, may round to zero beside a spike.
+//
+// Error feedback: what a group lost on the wire is kept and added to the sender's next group of the same place, so that
+// in a sum over many messages (the residual stream of a model) the losses of all but the last one cancel.
 #ifndef TPSHARD_KERNELS_WIRE_H
 #define TPSHARD_KERNELS_WIRE_H
 
@@ -32,22 +36,31 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-enum wire { WIRE_BF16 = 0, WIRE_FP8 = 1, WIRE_S8X = 2, WIRE_COUNT = 3 };
-enum { WIRE_GROUP = 128, WIRE_MAX_GROUP_BYTES = 256 };
+enum wire { WIRE_BF16 = 0, WIRE_FP8 = 1, WIRE_S8X = 2, WIRE_F32 = 3, WIRE_COUNT = 4 };
+enum { WIRE_GROUP = 128, WIRE_MAX_GROUP_BYTES = 512 };
 
-const char *wire_name(enum wire wire); // "bf16", "fp8", "s8x"
+const char *wire_name(enum wire wire); // "bf16", "fp8", "s8x", "f32"
 bool wire_from_name(const char *name, enum wire *wire);
 uint64_t wire_group_bytes(enum wire wire);
+// Eight bits and a little a value: for messages whose bytes cost time, those of prefill.
+static inline bool wire_is_compressed(enum wire wire) { return wire == WIRE_FP8 || wire == WIRE_S8X; }
 static inline uint64_t wire_groups(uint64_t cols) { return (cols + WIRE_GROUP - 1) / WIRE_GROUP; }
 
 // In all of these 1 <= count <= WIRE_GROUP, and the buffers do not overlap.
 // Encodes `count` floats (missing ones are zeros) into wire_group_bytes(wire) bytes.
 void wire_encode_group(uint8_t *out, const float *x, int count, enum wire wire);
-// sum[i] = fma(q, scale, sum[i]) for i < count (bf16: sum[i] += value), then the spike is added at its index. Where
+// sum[i] = fma(q, scale, sum[i]) for i < count (bf16, f32: sum[i] += value), then the spike is added at its index. Where
 // that gives NaN, or the group is marked, sum[i] = 0x7fc00000.
 void wire_add_group(float *sum, const uint8_t *in, int count, enum wire wire);
 // out[i] = value; exactly wire_add_group on zeros.
 void wire_decode_group(float *out, const uint8_t *in, int count, enum wire wire);
+// With error feedback, for i < count: t[i] = x[i] + lost[i] is encoded and decoded again, and lost[i], a bfloat16, becomes
+// t[i] - decoded[i], rounded; 0 where that is NaN or infinite. decoded may be x.
+void wire_feed_group(uint8_t *out, float *decoded, const float *x, uint16_t *lost, int count, enum wire wire);
+// What an owner does: the sum, from 0 and in order, of parts[0 .. ranks - 1], encoded, but for parts[own] (not read), in
+// whose place x is; out becomes the encoded sum and x what it decodes to.
+void wire_add_up_group(uint8_t *out, float *x, const uint8_t *const *parts, int own, int ranks, int count,
+                       enum wire wire);
 
 // One implementation per instruction set; all give the same bits. The functions above use the fastest one.
 struct wire_target {
@@ -55,6 +68,8 @@ struct wire_target {
     void (*encode[WIRE_COUNT])(uint8_t *out, const float *x, int count);
     void (*add[WIRE_COUNT])(float *sum, const uint8_t *in, int count);
     void (*decode[WIRE_COUNT])(float *out, const uint8_t *in, int count);
+    void (*add_up[WIRE_COUNT])(uint8_t *out, float *x, const uint8_t *const *parts, int own, int ranks, int count);
+    void (*feed[WIRE_COUNT])(uint8_t *out, float *decoded, const float *x, uint16_t *lost, int count);
 };
 // The targets that this machine supports, fastest last; NULL past the end.
 const struct wire_target *wire_target_at(int index);

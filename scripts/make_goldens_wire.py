@@ -94,7 +94,12 @@ def code_s8x(x):
     return struct.pack("<128bBBH", *q, code, spike_index, spike), decoded
 
 
-CODECS = {"bf16": code_bf16, "fp8": code_fp8, "s8x": code_s8x}
+def code_f32(x):
+    decoded = [f32(np.nan) if np.isnan(v) else v + f32(0) for v in x]
+    return x.tobytes(), decoded
+
+
+CODECS = {"bf16": code_bf16, "fp8": code_fp8, "s8x": code_s8x, "f32": code_f32}
 
 
 def cases():

@@ -22,6 +22,8 @@ int band_list(struct band **out, uint64_t *count, const struct plan *plan, uint6
 {
     bool one_rank_each = plan->splits[tensor] == SPLIT_OUT;
     uint64_t step = rows_per_band(&plan->ranks[0].tensors[tensor]);
+    if (plan->quant.rotation > WEIGHT_ROW_UNIT) // rows that are rotated together are made together
+        step = round_up(step, plan->quant.rotation);
     uint64_t capacity = 0, used = 0;
     for (uint32_t rank = 0; rank < plan->tp_size; rank++)
         capacity += div_up(plan->ranks[rank].tensors[tensor].shape.rows_padded, step);

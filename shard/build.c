@@ -158,6 +158,8 @@ static int build_tensor(struct build *build, uint64_t tensor, struct error *err)
     if (!(job.hashes = calloc(count * job.ranks_per_band + 1, sizeof *job.hashes)))
         rc = error_set(err, ERR_MEMORY, "out of memory for the checksums of a tensor");
     plan_tensor_label(build->progress.label, sizeof build->progress.label, &build->plan->ranks[0].tensors[tensor]);
+    if (!rc && build->input->source->begin)
+        rc = build->input->source->begin(build->input->source, tensor, build->pool, err);
     for (uint64_t piece = 0; !rc && piece < pieces; piece++) {
         uint64_t begin = piece * count / pieces, end = (piece + 1) * count / pieces;
         job.bands = bands + begin;
@@ -189,6 +191,11 @@ static int describe(const struct build *build, struct manifest *manifest, struct
     manifest->tp_size = plan->tp_size;
     manifest->pp_size = 1;
     manifest->quant = plan->quant;
+    if (plan->quant.millibits) {
+        int rc = plan_matrices(&manifest->matrices, &manifest->num_matrices, plan, err);
+        if (rc)
+            return rc;
+    }
     manifest->experts = plan->experts;
     manifest->wire_advice = strdup("bf16");
     manifest->ranks = calloc(plan->tp_size, sizeof *manifest->ranks);

@@ -179,6 +179,14 @@ static void gather(float *out, const struct row_window *window, enum source_form
         widen(out, window->raw + row * cols * bytes, 1, dtype, cols);
 }
 
+static void take_values(float *out, const struct row_window *window, enum source_form form, uint64_t row)
+{
+    uint64_t cols = window->request.source->source_cols;
+    gather(out, window, form, row);
+    for (uint64_t i = 0; form == PLUS_ONE && i < cols; i++)
+        out[i] += 1;
+}
+
 static int source_row(const struct row_source *base, struct row_window *window, uint64_t row, struct packed_row *out,
                       struct error *err)
 {
@@ -186,23 +194,25 @@ static int source_row(const struct row_source *base, struct row_window *window, 
     const struct row_request *request = &window->request;
     const struct plan_source *from = &source->plan->sources[request->tensor][request->part];
     uint64_t cols = request->source->source_cols;
-    struct error cause;
     int rc = source_piece(source, window, from, row, err);
     if (rc)
         return rc;
     if (request->kind == WEIGHT_BF16 && window->raw_format == DTYPE_BF16 && from->form == AS_IS &&
         take_bf16(out->bf16, window->raw + (row - window->raw_row) * cols * sizeof(uint16_t), cols))
         return 0;
-    gather(window->values, window, from->form, row);
-    for (uint64_t i = 0; from->form == PLUS_ONE && i < cols; i++)
-        window->values[i] += 1;
-    rc = request->scales == WEIGHT_SCALES_LARGEST
-             ? pack_round_row(out, request->kind, request->group_size, window->values, cols, &cause)
-             : pack_quantize_row(out, request->kind, request->group_size, window->values, cols, NULL, &cause);
-    if (rc)
-        return error_set(err, rc, "tensor %s, row %llu: %s", request->source->source, (unsigned long long)row,
-                         cause.msg);
-    return 0;
+    take_values(window->values, window, from->form, row);
+    return row_source_pack(out, request, row, window->values, err);
+}
+
+static int source_values(const struct row_source *base, struct row_window *window, uint64_t row, float *out,
+                         struct error *err)
+{
+    const struct checkpoint_source *source = (const struct checkpoint_source *)base;
+    const struct plan_source *from = &source->plan->sources[window->request.tensor][window->request.part];
+    int rc = source_piece(source, window, from, row, err);
+    if (!rc)
+        take_values(out, window, from->form, row);
+    return rc;
 }
 
 static int source_computed(const struct row_source *base, uint64_t tensor, float *out, uint64_t values,
@@ -267,7 +277,7 @@ static int check_tensor(struct checkpoint_source *source, const struct shard_par
 static int compare_names(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
 
 // A tensor that nothing uses means that the model is not what its config says.
-static int refuse_unused(const struct checkpoint *checkpoint, const struct plan *plan,
+static int refuse_unused(const struct checkpoint *checkpoint, const struct plan *plan, const struct model_desc *model,
                          const struct checkpoint_claims *claims, struct error *err)
 {
     const struct family *family = family_find(plan->model.architecture);
@@ -283,7 +293,7 @@ static int refuse_unused(const struct checkpoint *checkpoint, const struct plan 
     for (size_t i = 0; !rc && i < checkpoint_tensor_count(checkpoint); i++) {
         const struct safetensors_tensor *tensor = checkpoint_tensor(checkpoint, i);
         if (!bsearch(&tensor->name, used, count, sizeof *used, compare_names) &&
-            !family_ignores(family, &plan->model, tensor->name) && !(claims && claims->reads(claims, tensor)))
+            !family_ignores(family, model, tensor->name) && !(claims && claims->reads(claims, tensor)))
             rc = error_set(err, ERR_MODEL, "%s: tensor %s has no place in a %s with this config.json",
                            checkpoint_file_name(checkpoint, (size_t)tensor->file), tensor->name,
                            plan->model.architecture);
@@ -293,14 +303,15 @@ static int refuse_unused(const struct checkpoint *checkpoint, const struct plan 
 }
 
 // A config that says "tied" beside a head of its own: which of the two is meant decides every logit.
-static int check_tied_head(const struct checkpoint *checkpoint, const struct plan *plan, struct error *err)
+static int check_tied_head(const struct checkpoint *checkpoint, const struct plan *plan, const struct model_desc *model,
+                           struct error *err)
 {
     enum { PIECE_BYTES = 1 << 20 };
     const struct safetensors_tensor *head = checkpoint_find(checkpoint, "lm_head.weight"), *embedding = NULL;
     for (uint64_t i = 0; i < plan->tensor_count && !embedding; i++)
         if (plan->ranks[0].tensors[i].role == ROLE_EMBEDDING)
             embedding = checkpoint_find(checkpoint, plan->sources[i][0].tensor);
-    if (!plan->model.tied_embeddings || !head || !embedding)
+    if (!model->tied_embeddings || !head || !embedding)
         return 0;
     uint64_t bytes = head->bytes;
     bool same = head->dtype == embedding->dtype && embedding->bytes == bytes;
@@ -326,8 +337,10 @@ int checkpoint_source_init(struct checkpoint_source *out, const struct checkpoin
                            const struct hf_config *config, const struct checkpoint_claims *claims, struct error *err)
 {
     int rc;
-    struct checkpoint_source source = {
-        .source = {source_read, source_computed, source_row}, .checkpoint = checkpoint, .plan = plan, .config = config};
+    struct checkpoint_source source = {.source = {source_read, source_computed, source_row, source_values, NULL},
+                                       .checkpoint = checkpoint,
+                                       .plan = plan,
+                                       .config = config};
     for (uint64_t i = 0; i < plan->tensor_count; i++) {
         const struct shard_tensor *tensor = &plan->ranks[0].tensors[i];
         for (int p = 0; p < tensor->num_parts; p++)
@@ -335,7 +348,9 @@ int checkpoint_source_init(struct checkpoint_source *out, const struct checkpoin
                 (rc = check_tensor(&source, &tensor->parts[p], &plan->sources[i][p], tensor->shape.kind, err)))
                 return rc;
     }
-    if ((rc = refuse_unused(checkpoint, plan, claims, err)) || (rc = check_tied_head(checkpoint, plan, err)))
+    // What the checkpoint holds its own config says; a plan may store the head apart from the embedding all the same.
+    if ((rc = refuse_unused(checkpoint, plan, &config->model, claims, err)) ||
+        (rc = check_tied_head(checkpoint, plan, &config->model, err)))
         return rc;
     *out = source;
     return 0;

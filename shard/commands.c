@@ -91,8 +91,9 @@ static bool rounds_to_four_bits(const char *word)
 
 int commands_check_scales(const struct model_options *options, bool chooses, struct error *err)
 {
-    if (strcmp(options->scales, "search") == 0 || (chooses && !options->quant) || rounds_to_four_bits(options->quant) ||
-        rounds_to_four_bits(options->embed) || rounds_to_four_bits(options->head))
+    if (strcmp(options->scales, "search") == 0 || commands_mixes(options) || (chooses && !options->quant) ||
+        rounds_to_four_bits(options->quant) || rounds_to_four_bits(options->embed) ||
+        rounds_to_four_bits(options->head))
         return 0;
     return error_set(err, ERR_USAGE, "--scales %s is for weights that are rounded to four bits; here are none",
                      options->scales);
@@ -107,9 +108,10 @@ struct plan_wish commands_wish(const struct model_options *options, enum experts
         .quant = options->quant ? options->quant : "keep",
         .embed = options->embed,
         .head = options->head,
-        .group_size = atoi(options->group_size),
+        .group_size = options->group_size ? atoi(options->group_size) : 128,
         .tp_size = options->tp > 0 ? (uint32_t)options->tp : 1,
         .experts = experts,
+        .rotate = options->rot,
     };
 }
 

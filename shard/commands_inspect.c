@@ -1,6 +1,7 @@
 // tpshard inspect: what is in a shard directory. Reads the manifest and the heads of the rank files, no weights.
 #include "formats/json_file.h"
 #include "shard/commands.h"
+#include "shard/mix_text.h"
 #include "shard/plan.h"
 #include "shard/progress.h"
 #include "shard/shard_dir.h"
@@ -141,11 +142,27 @@ static void print_stored(const struct shard_file *file)
                code + 1 < LEAF_CODE_COUNT ? "," : ")\n");
 }
 
+static void print_wires(const struct manifest *manifest)
+{
+    const struct manifest_wires *measured = &manifest->wires_measured;
+    printf("  sums over ranks: %s is advised", manifest->wire_advice);
+    if (measured->count)
+        printf("; KL divergence over %lld tokens, error feedback %s:", (long long)measured->tokens,
+               measured->feedback ? "on" : "off");
+    for (size_t i = 0; i < measured->count; i++)
+        if (measured->wires[i].finite)
+            printf("%s %s %.7f", i ? "," : "", measured->wires[i].name, measured->wires[i].kl_divergence);
+        else
+            printf("%s %s NaN", i ? "," : "", measured->wires[i].name);
+    printf("\n");
+}
+
 static void print_manifest(const char *path, const struct shard_dir *dir)
 {
     const struct manifest *manifest = dir->manifest;
     const struct model_desc *model = &manifest->model;
-    char contract[CHECKSUM128_HEX_DIGITS + 1], bytes[32];
+    char contract[CHECKSUM128_HEX_DIGITS + 1], statistics[CHECKSUM128_HEX_DIGITS + 1], bytes[32];
+    checksum128_to_hex(manifest->quant.statistics, statistics);
     checksum128_to_hex(manifest->contract, contract);
     printf("%s: %s, written by %s\n", path, model->architecture, manifest->tool);
     printf("  %lld layers, hidden %lld, intermediate %lld, heads %lld (kv %lld) of %lld, vocabulary %lld%s, context "
@@ -157,15 +174,23 @@ static void print_manifest(const char *path, const struct shard_dir *dir)
         printf("  %lld experts of %lld, %lld for each token, %s\n", (long long)model->experts.num_experts,
                (long long)model->experts.expert_size, (long long)model->experts.experts_per_token,
                manifest->experts == EXPERTS_EP ? "dealt out whole (ep)" : "each cut over all ranks (tp)");
-    printf("  weights: layers %s", weight_kind_name(manifest->quant.linear));
-    if (manifest->quant.group_size)
+    printf("  weights: layers %s",
+           manifest->quant.millibits ? "mixed, see below" : weight_kind_name(manifest->quant.linear));
+    if (manifest->quant.group_size && !manifest->quant.millibits)
         printf(" (groups of %u)", manifest->quant.group_size);
     if (manifest->quant.scales == WEIGHT_SCALES_LARGEST)
         printf(" (plain rounding)");
     printf(", embedding %s, head %s\n", weight_kind_name(manifest->quant.embedding),
            weight_kind_name(manifest->quant.head));
+    if (manifest->quant.rotation)
+        printf("  rotated: residual stream in blocks of %u, mlp of %lld (0: not)\n", manifest->quant.rotation,
+               (long long)model->mlp_rotation);
+    if (manifest->quant.calibration != CALIBRATION_NONE)
+        printf("  calibrated: %s, by statistics %s\n", calibration_method_name(manifest->quant.calibration),
+               statistics);
     print_kinds(dir);
     printf("  tp %u, contract %s\n", manifest->tp_size, contract);
+    print_wires(manifest);
     for (size_t i = 0; i < manifest->num_ranks; i++) {
         printf("  %-28s %s", manifest->ranks[i].name, progress_bytes_text(bytes, manifest->ranks[i].bytes));
         print_stored(dir->files[i]);
@@ -175,6 +200,53 @@ static void print_manifest(const char *path, const struct shard_dir *dir)
     for (size_t i = 0; i < manifest->num_sources; i++)
         printf("  made from %-40s %s\n", manifest->sources[i].name,
                progress_bytes_text(bytes, manifest->sources[i].bytes));
+}
+
+// Codes and scales of all ranks, without the padding of their cuts: rows x columns of each rank's share are the weights.
+static double bits_of_layers(const struct shard_dir *dir, int32_t layer)
+{
+    uint64_t weights = 0, bytes = 0;
+    for (uint32_t rank = 0; rank < dir->manifest->num_ranks; rank++)
+        for (uint64_t i = 0; i < shard_file_tensor_count(dir->files[rank]); i++) {
+            const struct shard_tensor *tensor = shard_file_tensor(dir->files[rank], i);
+            if (!tensor_role_is_linear(tensor->role) || (layer >= 0 && tensor->layer != layer))
+                continue;
+            weights += tensor->shape.rows * tensor->shape.cols;
+            bytes += tensor->shape.data_bytes + tensor->shape.scale_bytes;
+        }
+    return weights ? 8 * (double)bytes / (double)weights : 0;
+}
+
+// A line for each layer, with the kind of each of its matrices. Copies of key and value heads count on every rank that holds one.
+static void print_mix(const struct shard_dir *dir)
+{
+    enum { WIDTH = 15 };
+    const struct manifest *manifest = dir->manifest;
+    bool present[ROLE_COUNT] = {0};
+    char line[1024], word[MATRIX_WORD_BYTES];
+    if (!manifest->quant.millibits)
+        return;
+    mix_text_line(line, sizeof line, manifest->matrices, manifest->num_matrices);
+    printf("\nkinds of the layers' matrices (asked: at most %.3f bits per weight; stored %.3f):\n  %s\n  layer",
+           manifest->quant.millibits / 1000.0, bits_of_layers(dir, -1), line);
+    for (size_t i = 0; i < manifest->num_matrices; i++)
+        present[manifest->matrices[i].role] = true;
+    for (int role = 0; role < ROLE_COUNT; role++)
+        if (present[role])
+            printf("  %-*s", WIDTH, tensor_role_name((enum tensor_role)role));
+    printf("    bits\n");
+    for (int32_t layer = 0; layer < manifest->model.num_layers; layer++) {
+        printf("  %5d", layer);
+        for (int role = 0; role < ROLE_COUNT; role++) {
+            const struct matrix_kind *entry =
+                matrix_kinds_find(manifest->matrices, manifest->num_matrices, layer, (enum tensor_role)role);
+            if (entry)
+                matrix_kind_print(word, entry->kind, entry->group_size);
+            if (present[role])
+                printf("  %-*s", WIDTH, entry ? word : "-");
+        }
+        printf("  %6.3f\n", bits_of_layers(dir, layer));
+    }
 }
 
 static void print_tensors(const struct shard_dir *dir, uint32_t rank)
@@ -211,6 +283,7 @@ int inspect_run(int argc, char **argv, struct error *err)
         rc = print_json(&dir, err);
     } else if (!rc) {
         print_manifest(argv[0], &dir);
+        print_mix(&dir);
         print_tensors(&dir, (uint32_t)options.rank);
     }
     shard_dir_close(&dir);

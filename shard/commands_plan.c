@@ -2,9 +2,11 @@
 // a checkpoint is downloaded; of a quantized checkpoint that is there also what says the order of its columns. See commands.h.
 #include "formats/checkpoint.h"
 #include "formats/json_file.h"
+#include "kernels/kv.h"
 #include "shard/commands.h"
 #include "shard/plan_answer.h"
 
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -28,7 +30,7 @@ const struct option_spec plan_options[] = {
     MODEL_OPTION_SPECS(model_options),
     {"context", OPTION_INT, &options.context, "N", 1, 1 << 30,
      "tokens of KV cache to count (default: the model's own context, or what fits the card)"},
-    {"kv-cache", OPTION_CHOICE, &options.kv_cache, "bf16|fp8", 0, 0,
+    {"kv-cache", OPTION_CHOICE, &options.kv_cache, KV_FORMAT_CHOICES, 0, 0,
      "format of keys and values (default: bf16; with --gpu-memory fp8 where bf16 does not fit)"},
     {"gpu-memory", OPTION_BYTES, &options.gpu_memory_bytes, "BYTES", 0, 0,
      "memory of one rank's card, such as 24GiB: say whether it fits, and propose what --tp, --quant and --kv-cache "
@@ -52,6 +54,8 @@ struct subject {
     struct checkpoint *checkpoint;
     enum experts_mode experts;
     const struct model_options *wanted;
+    struct mix mix;
+    char mix_words[PATH_MAX + 16]; // "--bits 4.5"
 };
 
 static bool is_quantized(const struct subject *subject) { return subject->import.method != IMPORT_PLAIN; }
@@ -88,7 +92,9 @@ static int make_plan(struct plan **out, const struct subject *subject, const cha
     struct plan_wish wish = commands_wish(subject->wanted, experts);
     struct import *import = NULL;
     int rc = is_quantized(subject) ? import_open(&import, &subject->import, subject->checkpoint, err) : 0;
-    wish.quant = quant;
+    bool mixed = strcmp(quant, FIT_MIXED) == 0;
+    wish.quant = mixed ? "none" : quant;
+    wish.mix = mixed ? &subject->mix.choice : NULL;
     wish.tp_size = tp_size;
     if (!rc)
         rc = plan_of_wish(out, &subject->config.model, &subject->import, import, &wish, err);
@@ -168,16 +174,36 @@ static int check_question(const struct subject *subject, struct error *err)
     return 0;
 }
 
+// Weights are measured where they are there.
+static int make_mix(struct subject *subject, const char *path, struct error *err)
+{
+    const struct model_options *wanted = subject->wanted;
+    struct checkpoint *checkpoint = NULL;
+    struct error ignored; // of a checkpoint that is not there, or not yet as a whole
+    struct stat status;
+    bool is_file = stat(path, &status) == 0 && S_ISREG(status.st_mode);
+    bool has_weights = !is_file && checkpoint_open(&checkpoint, path, &ignored) == 0;
+    checkpoint_close(checkpoint);
+    if (wanted->bits > 0)
+        snprintf(subject->mix_words, sizeof subject->mix_words, "--bits %g", wanted->bits);
+    else if (wanted->kinds)
+        snprintf(subject->mix_words, sizeof subject->mix_words, "--kinds %s", wanted->kinds);
+    return commands_make_mix(&subject->mix, &subject->config, path, has_weights, wanted, thread_pool_default_threads(),
+                             err);
+}
+
 // Chooses what was left open, so that it fits where that is possible.
 static int choose_way(struct plan_answer *answer, struct subject *subject, struct error *err)
 {
-    static const enum kv_format formats[] = {KV_BF16, KV_E4M3};
     const struct model_options *wanted = subject->wanted;
     const struct model_desc *model = &subject->config.model;
-    const enum kv_format *format = !options.kv_cache ? NULL : &formats[strcmp(options.kv_cache, "fp8") == 0];
+    enum kv_format named = kv_format_from_name(options.kv_cache ? options.kv_cache : "bf16");
+    const enum kv_format *format = options.kv_cache ? &named : NULL;
     bool keep = wanted->quant && strcmp(wanted->quant, "keep") == 0;
     struct fit_question question = {
-        .quant = keep ? unchanged(subject) : wanted->quant,
+        .quant = subject->mix.choice.list ? FIT_MIXED
+                 : keep                   ? unchanged(subject)
+                                          : wanted->quant,
         .format = format,
         .tp_size = wanted->tp > 0 ? (uint32_t)wanted->tp : 0,
         .available_bytes = answer->available_bytes,
@@ -189,21 +215,23 @@ static int choose_way(struct plan_answer *answer, struct subject *subject, struc
         .arg = subject,
     };
     struct fit fit;
+    int rc = kv_format_check(model, named, err);
+    if (rc)
+        return rc;
     answer->way = (struct fit_way){question.quant ? question.quant : question.unchanged, format ? *format : KV_BF16,
                                    question.tp_size ? question.tp_size : 1};
     if (!answer->card_bytes)
         return 0;
-    int rc = fit_find(&fit, &question, err);
-    if (rc)
+    if ((rc = fit_find(&fit, &question, err)))
         return rc;
     answer->fits = fit.fits;
     answer->max_context = fit.max_context;
     answer->min_ranks = fit.min_ranks;
-    if (fit.fits || !wanted->quant || !question.tp_size)
+    if (fit.fits || !question.quant || !question.tp_size)
         answer->way = fit.way;
     if (!fit.fits && !question.tp_size)
         answer->way.tp_size = FIT_MAX_TP;
-    answer->proposed = !wanted->quant || !question.tp_size || (!format && answer->way.kv_format != KV_BF16);
+    answer->proposed = !question.quant || !question.tp_size || (!format && answer->way.kv_format != KV_BF16);
     return add_others(answer, &question, err);
 }
 
@@ -330,7 +358,22 @@ static json_t *compressed_json(const struct plan_answer *answer)
     return object;
 }
 
-static int print_json(const struct plan_answer *answer, struct error *err)
+// NULL where kinds are chosen matrix by matrix, which no word of --quant asks for.
+static const char *quant_word(const struct fit_way *way)
+{
+    return strcmp(way->quant, FIT_MIXED) == 0 ? NULL : way->quant;
+}
+
+// The values of --bits and --kinds that belong to a way; null, as its word is where there are some.
+static void set_mix(json_t *object, const struct fit_way *way, const struct model_options *wanted)
+{
+    bool mixed = !quant_word(way);
+    json_object_set_new(object, "bits", mixed && wanted->bits > 0 ? json_real(wanted->bits) : json_null());
+    json_object_set_new(object, "kinds", mixed && wanted->kinds ? json_string(wanted->kinds) : json_null());
+}
+
+static int print_json(const struct plan_answer *answer, const struct mix *mix, const struct model_options *wanted,
+                      struct error *err)
 {
     const struct plan *plan = answer->plan;
     const struct model_desc *model = &plan->model;
@@ -341,22 +384,25 @@ static int print_json(const struct plan_answer *answer, struct error *err)
         json_array_append_new(ranks, rank_json(answer, rank));
     for (int i = 0; i < answer->num_advice; i++) {
         const struct fit *fit = &answer->advice[i];
-        json_array_append_new(advice, json_pack("{s:i, s:s, s:s, s:I}", "tp_size", (int)fit->way.tp_size, "quant",
-                                                fit->way.quant, "kv_cache", fit_kv_name(fit->way.kv_format),
+        json_array_append_new(advice, json_pack("{s:i, s:s?, s:s, s:I}", "tp_size", (int)fit->way.tp_size, "quant",
+                                                quant_word(&fit->way), "kv_cache", kv_format_name(fit->way.kv_format),
                                                 "max_context", (json_int_t)fit->max_context));
+        set_mix(json_array_get(advice, (size_t)i), &fit->way, wanted);
     }
     for (int64_t layer = 0; layer < model->num_layers; layer++)
         with_window += (model->layer_flags[layer] & LAYER_WINDOW) != 0;
     bool cards = answer->card_bytes > 0, experts = model->experts.num_experts > 0;
     object =
-        json_pack("{s:i, s:s, s:I, s:I, s:i, s:s, s:s?, s:{s:s, s:s, s:s, s:i}, s:s?, s:s, s:b}", "schema_version", 2,
+        json_pack("{s:i, s:s, s:I, s:I, s:i, s:s?, s:s?, s:{s:s, s:s, s:s, s:i}, s:s?, s:s, s:b}", "schema_version", 2,
                   "architecture", model->architecture, "parameters", (json_int_t)memory_plan_parameters(plan),
                   "active_parameters", (json_int_t)memory_plan_active_parameters(plan), "tp_size", (int)plan->tp_size,
-                  "way", answer->way.quant, "source_format", answer->source_format, "quant", "layers",
+                  "way", quant_word(&answer->way), "source_format", answer->source_format, "quant", "layers",
                   weight_kind_name(plan->quant.linear), "embedding", weight_kind_name(plan->quant.embedding), "head",
                   weight_kind_name(plan->quant.head), "group_size", (int)plan->quant.group_size, "experts",
-                  experts ? experts_mode_name(plan->experts) : NULL, "kv_cache", fit_kv_name(answer->way.kv_format),
+                  experts ? experts_mode_name(plan->experts) : NULL, "kv_cache", kv_format_name(answer->way.kv_format),
                   "proposed", answer->proposed);
+    json_object_set_new(json_object_get(object, "quant"), "rotation", json_integer(plan->quant.rotation));
+    set_mix(object, &answer->way, wanted);
     set_bytes(object, "model_context", (uint64_t)model->context);
     set_bytes(object, "context", (uint64_t)answer->context_tokens);
     set_bytes(object, "window", (uint64_t)(with_window ? model->sliding_window : 0));
@@ -371,6 +417,7 @@ static int print_json(const struct plan_answer *answer, struct error *err)
     json_object_set_new(object, "other_experts", other_experts_json(answer));
     json_object_set_new(object, "compressed", compressed_json(answer));
     json_object_set_new(object, "empty_shares", json_boolean(plan_empty_shares(plan, line, sizeof line)));
+    json_object_set_new(object, "mixed", mix->choice.list ? commands_mix_json(mix) : json_null());
     json_object_set_new(object, "ranks", ranks);
     return commands_print_json(object, err);
 }
@@ -382,16 +429,23 @@ int plan_report(const char *model_path, const struct model_options *wanted, stru
     struct subject subject = {.wanted = wanted};
     struct plan_answer answer = {0};
     int rc;
-    if ((rc = commands_check_scales(wanted, true, err)) || (rc = read_subject(&subject, model_path, err)) ||
-        (rc = check_question(&subject, err)) || (rc = find_answer(&answer, &subject, err)))
+    if ((rc = commands_check_mix(wanted, err)) || (rc = commands_check_scales(wanted, true, err)) ||
+        (rc = read_subject(&subject, model_path, err)) || (rc = check_question(&subject, err)) ||
+        (rc = make_mix(&subject, model_path, err)))
+        goto done;
+    answer.mix_words = subject.mix.choice.list ? subject.mix_words : NULL;
+    answer.mix_average = subject.mix.average;
+    answer.mix_measured = subject.mix.bits.measured || wanted->kinds;
+    if ((rc = find_answer(&answer, &subject, err)))
         goto done;
     answer.source_format = is_quantized(&subject) ? subject.import.name : NULL;
-    rc = common.json ? print_json(&answer, err) : plan_screen_print(&answer, err);
+    rc = common.json ? print_json(&answer, &subject.mix, wanted, err) : plan_screen_print(&answer, err);
 done:
     plan_free(answer.plan);
     free(answer.ranks);
     checkpoint_close(subject.checkpoint);
     import_config_clear(&subject.import);
+    commands_mix_clear(&subject.mix);
     return rc;
 }
 

@@ -83,6 +83,7 @@ static int prepare(struct resharding *r, const char *from, struct error *err)
     struct plan_options to_options = {manifest->quant, (uint32_t)options.tp, wanted_experts(manifest), &kinds.kinds,
                                       NULL};
     if ((rc = plan_make(&r->from, &manifest->model, &from_options, err)) ||
+        (rc = plan_compare_matrices(r->from, manifest, MANIFEST_FILE_NAME, err)) ||
         (rc = plan_make(&r->to, &manifest->model, &to_options, err)) ||
         (rc = shards_source_init(&r->source, from, r->from, err)) ||
         (rc = extras_from_shards(&r->extras, from, manifest, err)))

@@ -13,13 +13,15 @@ enum { PRINTED = 20 };
 
 static struct {
     int64_t threads;
-    const char *against;
+    const char *against, *statistics;
     bool sha256;
 } options = {.threads = -1};
 
 const struct option_spec verify_options[] = {
     {"against", OPTION_TEXT, &options.against, "MODEL_DIR", 0, 0,
      "derive every weight again from this checkpoint and compare"},
+    {"calib-stats", OPTION_TEXT, &options.statistics, "FILE", 0, 0,
+     "with --against: the statistics that the weights were quantized by"},
     {"sha256", OPTION_FLAG, &options.sha256, NULL, 0, 0,
      "compare every file with the list SHA256SUMS too, which tpshard sums writes"},
     THREADS_OPTION_SPEC(&options.threads),
@@ -34,10 +36,10 @@ static int check_against(const struct shard_dir *dir, struct thread_pool *pool, 
 {
     struct origin origin;
     struct progress progress;
-    int rc = origin_open(&origin, options.against, dir, err);
+    int rc = origin_open(&origin, options.against, dir, options.statistics, err);
     if (!rc) {
         progress_start(&progress, "compare", plan_stored_bytes(origin.plan), common.quiet);
-        rc = verify_against(dir, origin.plan, origin.rows.source, pool, &progress, findings, err);
+        rc = verify_against(dir, origin.plan, origin.source, pool, &progress, findings, err);
         progress_end(&progress);
     }
     origin_close(&origin);
@@ -113,6 +115,10 @@ int verify_run(int argc, char **argv, struct error *err)
     if (!findings)
         return error_set(err, ERR_MEMORY, "out of memory");
     stop_install();
+    if (options.statistics && !options.against) {
+        free(findings);
+        return error_set(err, ERR_USAGE, "--calib-stats says how to read a checkpoint: it goes with --against");
+    }
     if ((rc = shard_dir_open(&dir, argv[0], err)) ||
         (rc = thread_pool_create(&pool, options.threads > 0 ? (int)options.threads : thread_pool_default_threads(),
                                  err)))

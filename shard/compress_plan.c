@@ -6,9 +6,9 @@
 static const struct {
     double ratio, core_gb_s;
 } kinds[WEIGHT_KIND_COUNT] = {
-    [WEIGHT_F32] = {0.89, 1.5},  [WEIGHT_BF16] = {0.67, 2.4}, [WEIGHT_INT8] = {0.90, 1.0},
-    [WEIGHT_FP8] = {0.82, 0.9},  [WEIGHT_INT4] = {0.92, 1.0}, [WEIGHT_INT4Z] = {0.93, 1.0},
-    [WEIGHT_FP8G] = {0.82, 0.9}, [WEIGHT_MXFP4] = {1, 6},     [WEIGHT_NVFP4] = {1, 6},
+    [WEIGHT_F32] = {0.89, 1.5},  [WEIGHT_BF16] = {0.67, 2.4},  [WEIGHT_INT8] = {0.90, 1.0}, [WEIGHT_FP8] = {0.82, 0.9},
+    [WEIGHT_INT4] = {0.92, 1.0}, [WEIGHT_INT4Z] = {0.93, 1.0}, [WEIGHT_NL4] = {0.97, 1.0},  [WEIGHT_FP8G] = {0.82, 0.9},
+    [WEIGHT_MXFP4] = {1, 6},     [WEIGHT_NVFP4] = {1, 6},
 };
 
 // Plain rounding leaves codes that are less evenly used.

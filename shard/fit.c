@@ -44,7 +44,7 @@ static int try_quant(struct fit *out, const struct fit_question *question, const
         int rc = question->plan(question->arg, &plan, quant, tp_size, err);
         if (rc)
             return rc;
-        enum kv_format least_changed = in_question(question, KV_BF16) ? KV_BF16 : KV_E4M3;
+        enum kv_format least_changed = question->format ? *question->format : KV_BF16;
         *out = judge(question, plan, quant, least_changed);
         if (!out->fits && !with_fp8.fits && in_question(question, KV_E4M3))
             with_fp8 = judge(question, plan, quant, KV_E4M3);

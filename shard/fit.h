@@ -10,14 +10,12 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#define FIT_MIXED "mixed" // in place of a word of --quant: kinds matrix by matrix
 struct fit_way {
-    const char *quant; // a word of --quant
+    const char *quant; // a word of --quant, or FIT_MIXED
     enum kv_format kv_format;
     uint32_t tp_size;
 };
-
-// The word of --kv-cache.
-static inline const char *fit_kv_name(enum kv_format format) { return format == KV_E4M3 ? "fp8" : "bf16"; }
 
 enum { FIT_MAX_TP = 16 }; // as many ranks are tried where none are asked for
 

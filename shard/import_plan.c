@@ -1,6 +1,8 @@
 // See import_plan.h.
 #include "shard/import_plan.h"
 
+#include "shard/rotate.h"
+
 #include <string.h>
 
 static int parts_of(struct import_part *out, const struct shard_tensor *tensor)
@@ -57,25 +59,63 @@ int import_quant(struct manifest_quant *out, const struct import_config *config,
 
 bool plan_wish_keeps(const struct plan_wish *wish, const struct import *import)
 {
-    return import && strcmp(wish->quant, "keep") == 0;
+    return import && strcmp(wish->quant, "keep") == 0 && !(wish->mix && wish->mix->list);
+}
+
+// The description to plan with.
+static int rotated_model(struct model_desc *out, uint32_t *block, const struct model_desc *model,
+                         const struct import_config *config, const struct plan_wish *wish, bool keep, struct error *err)
+{
+    *out = *model;
+    if (!wish->rotate)
+        return 0;
+    if (keep)
+        return error_set(err, ERR_USAGE,
+                         "--rot changes the weights: what the checkpoint holds quantized (%s) cannot be kept as it is. "
+                         "Say --quant int4 or another kind to store it anew, or leave --rot out",
+                         config->name);
+    return rotate_model(out, block, err);
 }
 
 int plan_of_wish(struct plan **out, const struct model_desc *model, const struct import_config *config,
                  struct import *import, const struct plan_wish *wish, struct error *err)
 {
     struct plan_options cut = {.tp_size = wish->tp_size, .experts = wish->experts};
+    const struct plan_mix *mix = wish->mix && wish->mix->list ? wish->mix : NULL;
     const char *quant = strcmp(wish->quant, "keep") == 0 ? "none" : wish->quant;
-    bool keep = plan_wish_keeps(wish, import), tied = model->tied_embeddings;
+    bool keep = plan_wish_keeps(wish, import);
+    struct model_desc planned;
+    struct plan_kinds_of_list mixed;
     struct import_kinds kinds;
-    int rc = keep ? import_quant(&cut.quant, config, wish->embed, wish->head, wish->group_size, tied, err)
-                  : plan_quant(&cut.quant, quant, wish->embed, wish->head, wish->group_size, tied, err);
+    struct plan *plan;
+    int rc;
+    if (mix) {
+        quant = mix->linear == WEIGHT_BF16 ? "none" : weight_kind_name(mix->linear);
+        plan_kinds_of_list_init(&mixed, mix->list, mix->count, mix->name, ERR_USAGE);
+        cut.kinds = &mixed.kinds;
+    }
+    if ((rc = rotated_model(&planned, &cut.quant.rotation, model, config, wish, keep, err)))
+        return rc;
+    bool tied = planned.tied_embeddings;
+    rc = keep ? import_quant(&cut.quant, config, wish->embed, wish->head, wish->group_size, tied, err)
+              : plan_quant(&cut.quant, quant, wish->embed, wish->head, wish->group_size, tied, err);
     if (rc)
         return rc;
-    if (weight_is_tiled(cut.quant.linear) || weight_is_tiled(cut.quant.embedding) || weight_is_tiled(cut.quant.head))
+    if (model->tied_embeddings && !tied && !wish->embed) // as if it were still the head
+        cut.quant.embedding = cut.quant.head;
+    cut.quant.millibits = mix ? mix->millibits : 0;
+    if (mix || weight_is_tiled(cut.quant.linear) || weight_is_tiled(cut.quant.embedding) ||
+        weight_is_tiled(cut.quant.head))
         cut.quant.scales = wish->scales;
     if (import) {
-        kinds = keep ? import_kinds_keep(import, wish->embed, wish->head) : import_kinds_as(import, NULL);
+        kinds = keep ? import_kinds_keep(import, wish->embed, wish->head) : import_kinds_as(import, cut.kinds);
         cut.kinds = &kinds.kinds;
     }
-    return plan_make(out, model, &cut, err);
+    if ((rc = plan_make(&plan, &planned, &cut, err)))
+        return rc;
+    if (wish->rotate && (rc = rotate_plan(plan, model, err)))
+        plan_free(plan);
+    else
+        *out = plan;
+    return rc;
 }

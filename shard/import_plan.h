@@ -24,6 +24,15 @@ struct import_kinds import_kinds_as(struct import *import, const struct plan_kin
 int import_quant(struct manifest_quant *out, const struct import_config *config, const char *embed, const char *head,
                  int64_t group_size, bool tied_embeddings, struct error *err);
 
+// Kinds matrix by matrix.
+struct plan_mix {
+    struct matrix_kind *list; // of all matrices of the layers, sorted (matrix_kinds_sort); NULL: no mix
+    size_t count;
+    enum weight_kind linear; // that of most weights
+    uint32_t millibits;      // thousandths of a bit per weight that they take at most, or were to take
+    const char *name;        // of where the list comes from, for messages
+};
+
 // How the command line wants a model stored and cut.
 struct plan_wish {
     const char
@@ -33,6 +42,8 @@ struct plan_wish {
     enum weight_scales scales; // of what is rounded to four bits
     uint32_t tp_size;
     enum experts_mode experts;
+    bool rotate;                // --rot
+    const struct plan_mix *mix; // instead of quant; NULL or without a list: none
 };
 // config says how the checkpoint is quantized; import NULL: it is not. Success: the caller owns *out (plan_free).
 int plan_of_wish(struct plan **out, const struct model_desc *model, const struct import_config *config,

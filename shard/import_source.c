@@ -71,6 +71,18 @@ static int source_row(const struct row_source *base, struct row_window *window, 
     return rc || request->kind != WEIGHT_F32 ? rc : reorder_vector(source, request, out, err);
 }
 
+static int source_values(const struct row_source *base, struct row_window *window, uint64_t row, float *out,
+                         struct error *err)
+{
+    const struct import_source *source = of_base(base);
+    const struct row_request *request = &window->request;
+    if (from_import(source, request))
+        return import_values(source->import, window->own, row, out, err);
+    int rc = source->plain.source.values(&source->plain.source, window, row, out, err);
+    struct packed_row vector = {.f32 = out};
+    return rc || request->kind != WEIGHT_F32 ? rc : reorder_vector(source, request, &vector, err);
+}
+
 // The order of columns stands right behind the matrix whose columns it orders.
 static int source_computed(const struct row_source *base, uint64_t tensor, float *out, uint64_t values,
                            struct error *err)
@@ -126,8 +138,10 @@ int import_source_init(struct import_source *out, struct import *import, const s
                        const struct plan *plan, const struct hf_config *config, struct error *err)
 {
     int rc;
-    *out = (struct import_source){
-        .source = {source_read, source_computed, source_row}, .claims = {makes, reads}, .import = import, .plan = plan};
+    *out = (struct import_source){.source = {source_read, source_computed, source_row, source_values, NULL},
+                                  .claims = {makes, reads},
+                                  .import = import,
+                                  .plan = plan};
     if ((rc = check_experts(plan, err)))
         return rc;
     // Those that have no choice of kind were not seen when the plan was made.

@@ -5,6 +5,7 @@
 
 #include "shard/import_plan.h"
 #include "shard/import_source.h"
+#include "shard/rotate.h"
 
 struct model_rows {
     const struct row_source *source; // after model_rows_init
@@ -14,6 +15,7 @@ struct model_rows {
     struct import *import; // NULL: the checkpoint is not quantized
     struct checkpoint_source plain;
     struct import_source quantized;
+    struct rotate_source rotated; // in front of either, if the plan says so
 };
 
 // Opens config and headers. Refuses a quantization that cannot be read. Success or failure: model_rows_close. *out must

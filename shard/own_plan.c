@@ -334,7 +334,10 @@ static int try_family(const struct family *family, const char *model_dir, const 
                       struct error *err)
 {
     struct hf_config *config = malloc(sizeof *config);
-    struct plan_options options = {.quant = {WEIGHT_BF16, WEIGHT_BF16, WEIGHT_BF16, 0, WEIGHT_SCALES_SEARCHED},
+    struct plan_options options = {.quant = {.linear = WEIGHT_BF16,
+                                             .embedding = WEIGHT_BF16,
+                                             .head = WEIGHT_BF16,
+                                             .scales = WEIGHT_SCALES_SEARCHED},
                                    .tp_size = 1};
     struct checkpoint_source source;
     struct plan *plan = NULL;

@@ -91,6 +91,29 @@ void plan_kinds_of_file_init(struct plan_kinds_of_file *out, const struct shard_
     *out = (struct plan_kinds_of_file){.kinds = {kind_of_file}, .file = file};
 }
 
+static int kind_of_list(const struct plan_kinds *kinds, struct plan_kind *out, const struct shard_tensor *tensor,
+                        const struct plan_source *sources, struct error *err)
+{
+    (void)sources;
+    const struct plan_kinds_of_list *of = (const struct plan_kinds_of_list *)kinds;
+    if (!tensor_role_is_linear(tensor->role))
+        return 0;
+    const struct matrix_kind *found = matrix_kinds_find(of->list, of->count, tensor->layer, tensor->role);
+    if (!found) {
+        char word[MATRIX_WORD_BYTES];
+        matrix_name_print(word, tensor->layer, tensor->role);
+        return error_set(err, of->bad_code, "%s: no kind is said for %s, a matrix that the model has", of->name, word);
+    }
+    *out = (struct plan_kind){found->kind, found->group_size, false};
+    return 0;
+}
+
+void plan_kinds_of_list_init(struct plan_kinds_of_list *out, const struct matrix_kind *list, size_t count,
+                             const char *name, int bad_code)
+{
+    *out = (struct plan_kinds_of_list){{kind_of_list}, list, count, name, bad_code};
+}
+
 // Asks for the kind of every matrix that has a choice. Its name and whole shape come from the share of all there is.
 static int ask_kinds(struct plan *plan, struct planned_list *list, const struct plan_kinds *kinds, struct error *err)
 {
@@ -134,6 +157,11 @@ static struct plan_units units_of(const struct model_desc *model, const struct p
         if (unit && tensor->kind.group_size > *unit)
             *unit = tensor->kind.group_size;
     }
+    // Columns that the engine rotates together stay together: a power of two as well.
+    int64_t *const rotated[] = {&units.mlp, &units.expert, &units.shared};
+    for (size_t i = 0; i < sizeof rotated / sizeof *rotated; i++)
+        if (model->mlp_rotation > *rotated[i])
+            *rotated[i] = model->mlp_rotation;
     while (units.heads * head_values % o_group != 0)
         units.heads++;
     return units;
@@ -343,6 +371,50 @@ int plan_compare(const struct plan *plan, uint32_t rank, const struct shard_file
                              (unsigned long long)i, label);
     }
     return 0;
+}
+
+// Of the experts of a layer the first stands for all.
+int plan_matrices(struct matrix_kind **out, size_t *count, const struct plan *plan, struct error *err)
+{
+    struct matrix_kind *list = calloc(plan->tensor_count + 1, sizeof *list);
+    if (!list)
+        return error_set(err, ERR_MEMORY, "out of memory for a list of matrices");
+    *count = 0;
+    for (uint64_t i = 0; i < plan->tensor_count; i++) {
+        const struct shard_tensor *tensor = &plan->ranks[0].tensors[i];
+        if (tensor_role_is_linear(tensor->role) && tensor->expert <= 0)
+            list[(*count)++] =
+                (struct matrix_kind){tensor->layer, tensor->role, tensor->shape.kind, tensor->shape.group_size};
+    }
+    matrix_kinds_sort(list, *count);
+    *out = list;
+    return 0;
+}
+
+int plan_compare_matrices(const struct plan *plan, const struct manifest *manifest, const char *name, struct error *err)
+{
+    struct matrix_kind *planned;
+    size_t count;
+    if (!manifest->quant.millibits)
+        return 0;
+    int rc = plan_matrices(&planned, &count, plan, err);
+    if (rc)
+        return rc;
+    for (size_t i = 0; !rc && (i < count || i < manifest->num_matrices); i++) {
+        const struct matrix_kind *a = i < count ? &planned[i] : NULL;
+        const struct matrix_kind *b = i < manifest->num_matrices ? &manifest->matrices[i] : NULL;
+        if (a && b && a->layer == b->layer && a->role == b->role && a->kind == b->kind &&
+            a->group_size == b->group_size)
+            continue;
+        char word[MATRIX_WORD_BYTES];
+        matrix_name_print(word, a ? a->layer : b->layer, a ? a->role : b->role);
+        rc = error_set(err, ERR_CORRUPT,
+                       "%s: quant.matrices is not what the rank files hold, first at %s: the manifest was edited or is "
+                       "another run's",
+                       name, word);
+    }
+    free(planned);
+    return rc;
 }
 
 bool plan_empty_shares(const struct plan *plan, char *line, size_t line_bytes)

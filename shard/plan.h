@@ -27,7 +27,7 @@ struct plan_source {
     enum source_form form;
 };
 
-// What is dealt out whole, so that groups of columns that share a scale are never cut.
+// What is dealt out whole, so that columns that share a scale, or are rotated together, are never cut apart.
 struct plan_units {
     int64_t heads, mlp, expert, shared; // query heads; rows of gate and up, columns of down
 };
@@ -70,6 +70,20 @@ struct plan_kinds_of_file {
 };
 void plan_kinds_of_file_init(struct plan_kinds_of_file *out, const struct shard_file *file);
 
+// Kinds of the layers' matrices from a list (a manifest's, or one that was chosen), which must hold all of them.
+struct plan_kinds_of_list {
+    struct plan_kinds kinds; // must be first
+    const struct matrix_kind *list;
+    size_t count;
+    const char *name; // of the file that holds the list, for messages
+    int bad_code;     // of a matrix that is not listed
+};
+void plan_kinds_of_list_init(struct plan_kinds_of_list *out, const struct matrix_kind *list, size_t count,
+                             const char *name, int bad_code);
+
+// The kinds of the layers' matrices as planned. Success: the caller frees *out, sorted (matrix_kinds_sort).
+int plan_matrices(struct matrix_kind **out, size_t *count, const struct plan *plan, struct error *err);
+
 struct plan_options {
     struct manifest_quant quant;
     uint32_t tp_size;
@@ -90,6 +104,9 @@ void plan_free(struct plan *plan); // accepts null
 // Rows of embedding and head are dealt out in this unit, so that padding costs nothing on all but the last rank.
 enum { PLAN_VOCAB_UNIT = WEIGHT_ROW_UNIT };
 
+// ERR_CORRUPT when a manifest lists other kinds than those of the plan. name is for messages.
+int plan_compare_matrices(const struct plan *plan, const struct manifest *manifest, const char *name,
+                          struct error *err);
 // ERR_CORRUPT when a rank file's share or tensors are not those of the plan.
 int plan_compare(const struct plan *plan, uint32_t rank, const struct shard_file *file, const char *name,
                  struct error *err);

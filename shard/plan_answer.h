@@ -9,6 +9,9 @@
 struct plan_answer {
     struct plan *plan;
     struct fit_way way;        // how the plan stores and cuts
+    const char *mix_words;     // "--bits 4.5"; NULL: every matrix as the way says
+    double mix_average;        // stored bits per weight of a plan with kinds matrix by matrix
+    bool mix_measured;         // chosen by errors of the checkpoint's weights
     bool proposed;             // something of the way was not asked for, and chosen so that it fits
     const char *source_format; // of a checkpoint that is quantized; NULL: it is not
     int64_t context_tokens;

@@ -1,10 +1,13 @@
 // The answer of `tpshard plan` on one screen: 24 lines of 100 columns.
 #include "formats/checked.h"
+#include "kernels/kv.h"
+#include "shard/mix_text.h"
 #include "shard/plan_answer.h"
 #include "shard/progress.h"
 
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum { SCREEN_COLUMNS = 100, INDENT = 10, MAX_ROWS = 8 };
@@ -159,13 +162,19 @@ static void print_title(const struct plan_answer *answer)
     printf("tp %u, ", plan->tp_size);
     if (strcmp(answer->way.quant, "keep") == 0)
         printf("weights as they are (%s)", answer->source_format);
+    else if (plan->quant.millibits)
+        printf("weights mixed (%.3f bits), embedding %s, head %s%s", answer->mix_average,
+               weight_kind_name(plan->quant.embedding), weight_kind_name(plan->quant.head),
+               model->tied_embeddings ? " (tied)" : "");
     else
         printf("weights %s%s, embedding %s, head %s%s", weight_kind_name(plan->quant.linear), groups,
                weight_kind_name(plan->quant.embedding), weight_kind_name(plan->quant.head),
                model->tied_embeddings ? " (tied)" : "");
+    if (plan->quant.rotation)
+        printf(", rotated");
     if (model->experts.num_experts > 0)
         printf(", experts %s", experts_mode_name(plan->experts));
-    printf(", KV cache %s%s\n\n", fit_kv_name(answer->way.kv_format), answer->proposed ? "; proposed" : "");
+    printf(", KV cache %s%s\n\n", kv_format_name(answer->way.kv_format), answer->proposed ? "; proposed" : "");
 }
 
 static void print_stored(const struct plan_answer *answer)
@@ -233,11 +242,13 @@ static void print_advice(const struct plan_answer *answer)
 {
     for (int i = 0; i < answer->num_advice; i++) {
         const struct fit *fit = &answer->advice[i];
+        bool mixed = strcmp(fit->way.quant, FIT_MIXED) == 0;
         paragraph(i > 0          ? ""
                   : answer->fits ? "also"
                                  : "instead",
-                  "--tp %u --quant %s%s: up to %lld tokens", fit->way.tp_size, fit->way.quant,
-                  fit->way.kv_format == KV_E4M3 ? " --kv-cache fp8" : "", (long long)fit->max_context);
+                  "--tp %u %s%s%s%s: up to %lld tokens", fit->way.tp_size, mixed ? "" : "--quant ",
+                  mixed ? answer->mix_words : fit->way.quant, fit->way.kv_format == KV_BF16 ? "" : " --kv-cache ",
+                  fit->way.kv_format == KV_BF16 ? "" : kv_format_name(fit->way.kv_format), (long long)fit->max_context);
     }
 }
 
@@ -287,6 +298,21 @@ static void print_compressed(const struct plan_answer *answer)
               (double)answer->cores * plan->core_gb_s);
 }
 
+static int print_mix(const struct plan_answer *answer, struct error *err)
+{
+    struct matrix_kind *list;
+    size_t count;
+    char line[768];
+    int rc = answer->plan->quant.millibits ? plan_matrices(&list, &count, answer->plan, err) : 0;
+    if (rc || !answer->plan->quant.millibits)
+        return rc;
+    mix_text_line(line, sizeof line, list, count);
+    paragraph("matrices", "%s%s", line,
+              answer->mix_measured ? "" : " (as if weights were normal: convert measures them)");
+    free(list);
+    return 0;
+}
+
 int plan_screen_print(const struct plan_answer *answer, struct error *err)
 {
     char line[256], cpu[TEXT_BYTES];
@@ -295,6 +321,9 @@ int plan_screen_print(const struct plan_answer *answer, struct error *err)
     print_ranks(answer, MAX_ROWS - (empty ? 2 : 0) - (answer->num_advice > 1 ? answer->num_advice - 1 : 0));
     printf("\n");
     print_stored(answer);
+    int rc = print_mix(answer, err);
+    if (rc)
+        return rc;
     print_compressed(answer);
     print_cache(answer);
     paragraph("buffers", "of a step of 2048 rows and the backend's reserve, on a GPU; on CPUs %s",

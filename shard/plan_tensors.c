@@ -11,23 +11,13 @@ enum { MAX_FAMILY_TENSORS = 64 };
 
 static enum weight_kind kind_of_role(enum tensor_role role, const struct manifest_quant *quant)
 {
+    if (tensor_role_is_linear(role))
+        return quant->linear;
     switch (role) {
     case ROLE_EMBEDDING:
         return quant->embedding;
     case ROLE_HEAD:
         return quant->head;
-    case ROLE_QKV:
-    case ROLE_O:
-    case ROLE_GATE_UP:
-    case ROLE_DOWN:
-    case ROLE_Q_A:
-    case ROLE_Q_B:
-    case ROLE_KV_A:
-    case ROLE_EXPERT_GATE_UP:
-    case ROLE_EXPERT_DOWN:
-    case ROLE_SHARED_GATE_UP:
-    case ROLE_SHARED_DOWN:
-        return quant->linear;
     case ROLE_KV_B:
     case ROLE_ROUTER:
         return WEIGHT_BF16;
@@ -38,7 +28,7 @@ static enum weight_kind kind_of_role(enum tensor_role role, const struct manifes
 
 bool planned_any_kind(enum tensor_role role)
 {
-    static const struct manifest_quant probe = {WEIGHT_INT8, WEIGHT_INT8, WEIGHT_INT8, 0, WEIGHT_SCALES_SEARCHED};
+    static const struct manifest_quant probe = {.linear = WEIGHT_INT8, .embedding = WEIGHT_INT8, .head = WEIGHT_INT8};
     return kind_of_role(role, &probe) == WEIGHT_INT8;
 }
 

@@ -64,7 +64,7 @@ static int take_band(struct from_checkpoint *from, int thread, uint32_t rank, st
         return 0;
     band.rank_begin = rank;
     band.rank_end = rank + 1;
-    int rc = band_build(buffer, plan, &band, from->origin.rows.source, err);
+    int rc = band_build(buffer, plan, &band, from->origin.source, err);
     if (rc)
         return rc;
     const uint8_t *built = band_bytes(buffer, plan, &band, rank);
@@ -143,7 +143,7 @@ int repair_from_checkpoint(struct repair_source **out, const char *path, const s
     from->source = (struct repair_source){
         .contents = contents, .payload = payload, .extra = extra, .close = close_source, .path = path};
     from->threads = threads;
-    int rc = origin_open(&from->origin, path, dir, err);
+    int rc = origin_open(&from->origin, path, dir, NULL, err);
     if (rc)
         close_source(&from->source);
     else

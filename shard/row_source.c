@@ -12,6 +12,19 @@ void row_window_free(struct row_window *window)
     *window = (struct row_window){0};
 }
 
+int row_source_pack(struct packed_row *out, const struct row_request *request, uint64_t row, const float *values,
+                    struct error *err)
+{
+    struct error cause;
+    uint64_t cols = request->source->source_cols;
+    int rc = request->scales == WEIGHT_SCALES_LARGEST
+                 ? pack_round_row(out, request->kind, request->group_size, values, cols, &cause)
+                 : pack_quantize_row(out, request->kind, request->group_size, values, cols, NULL, &cause);
+    return rc ? error_set(err, rc, "tensor %s, row %llu: %s", request->source->source, (unsigned long long)row,
+                          cause.msg)
+              : 0;
+}
+
 int row_window_reserve(struct row_window *window, uint64_t raw_bytes, uint64_t values, struct error *err)
 {
     if (raw_bytes > window->raw_capacity) {

@@ -7,6 +7,7 @@
 #include "formats/error.h"
 #include "formats/shard_file.h"
 #include "kernels/pack.h"
+#include "kernels/thread_pool.h"
 
 #include <stdint.h>
 
@@ -48,6 +49,15 @@ struct row_source {
     // Errors name the tensor and the row.
     int (*row)(const struct row_source *source, struct row_window *window, uint64_t row, struct packed_row *out,
                struct error *err);
+    // The same row before it is quantized, as floats: out [source_cols]. NULL: what is read is quantized for good.
+    int (*values)(const struct row_source *source, struct row_window *window, uint64_t row, float *out,
+                  struct error *err);
+    // Called before the first row of a tensor is asked for, and not while rows are: makes ready what they share. NULL: nothing is.
+    int (*begin)(const struct row_source *source, uint64_t tensor, struct thread_pool *pool, struct error *err);
 };
+
+// Quantizes a whole row of values as the request asks. The error names the tensor and the row.
+int row_source_pack(struct packed_row *out, const struct row_request *request, uint64_t row, const float *values,
+                    struct error *err);
 
 #endif

@@ -157,7 +157,7 @@ static int open_rank(struct shards_source *source, const char *dir, uint32_t ran
 int shards_source_init(struct shards_source *out, const char *dir, const struct plan *plan, struct error *err)
 {
     int rc = 0;
-    struct shards_source source = {.source = {source_read, source_computed, source_row}, .plan = plan};
+    struct shards_source source = {.source = {source_read, source_computed, source_row, NULL, NULL}, .plan = plan};
     if (!(source.ranks = calloc(plan->tp_size, sizeof *source.ranks)))
         return error_set(err, ERR_MEMORY, "out of memory for %u rank files", plan->tp_size);
     for (uint32_t rank = 0; !rc && rank < plan->tp_size; rank++)

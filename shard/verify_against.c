@@ -171,8 +171,8 @@ static int compare_tensor(struct against_job *job, uint64_t tensor, struct threa
 {
     struct band *bands;
     uint64_t count;
-    int rc = band_list(&bands, &count, job->plan, tensor, err);
-    if (rc)
+    int rc = job->source->begin ? job->source->begin(job->source, tensor, pool, err) : 0;
+    if (rc || (rc = band_list(&bands, &count, job->plan, tensor, err)))
         return rc;
     job->bands = bands;
     job->stored_bytes = largest_band_bytes(job->plan, bands, count);

@@ -31,9 +31,10 @@ struct kind_case {
     uint32_t group_size;
 };
 static const struct kind_case kind_cases[] = {
-    {WEIGHT_F32, 0},    {WEIGHT_BF16, 0},   {WEIGHT_INT8, 0},   {WEIGHT_FP8, 0},    {WEIGHT_INT4, 32},
-    {WEIGHT_INT4, 64},  {WEIGHT_INT4, 128}, {WEIGHT_INT4Z, 32}, {WEIGHT_INT4Z, 64}, {WEIGHT_INT4Z, 128},
-    {WEIGHT_FP8G, 128}, {WEIGHT_MXFP4, 32}, {WEIGHT_NVFP4, 16},
+    {WEIGHT_F32, 0},    {WEIGHT_BF16, 0},    {WEIGHT_INT8, 0},   {WEIGHT_FP8, 0},
+    {WEIGHT_INT4, 32},  {WEIGHT_INT4, 64},   {WEIGHT_INT4, 128}, {WEIGHT_INT4Z, 32},
+    {WEIGHT_INT4Z, 64}, {WEIGHT_INT4Z, 128}, {WEIGHT_FP8G, 128}, {WEIGHT_MXFP4, 32},
+    {WEIGHT_NVFP4, 16}, {WEIGHT_NL4, 32},    {WEIGHT_NL4, 64},   {WEIGHT_NL4, 128},
 };
 enum { KIND_CASES = sizeof kind_cases / sizeof *kind_cases };
 
@@ -52,6 +53,7 @@ static uint64_t scale_offset(const struct weight_shape *shape, uint64_t row, uin
     uint64_t groups = shape->cols_padded / shape->group_size, at = row / 16 * groups + group;
     switch (shape->kind) {
     case WEIGHT_INT4:
+    case WEIGHT_NL4:
         return (at * 16 + row % 16) * 2;
     case WEIGHT_INT4Z:
         return ((at * 2 + part) * 16 + row % 16) * 2;
@@ -90,6 +92,9 @@ static struct group_numbers random_group(uint8_t *scale, const struct weight_sha
         return (struct group_numbers){(double)f16_to_f32(f16) / 256,
                                       shape->kind == WEIGHT_INT4Z ? (double)f16_to_f32(zero) : 0};
     }
+    case WEIGHT_NL4:
+        memcpy(at, &f16, 2);
+        return (struct group_numbers){(double)f16_to_f32(f16) / 1024, 0};
     case WEIGHT_FP8G:
         memcpy(at, &f32, 4);
         return (struct group_numbers){(double)f32, 0};
@@ -106,6 +111,7 @@ static struct group_numbers random_group(uint8_t *scale, const struct weight_sha
 static struct test_matrix make_matrix(struct kind_case c, uint64_t rows, uint64_t cols)
 {
     static const double e2m1[8] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
+    static const double nl4[16] = {0, 3, 6, 9, 13, 17, 22, 29, -34, -26, -20, -16, -12, -9, -6, -3};
     struct test_matrix t = {0};
     struct weight_shape *shape = &t.m.shape;
     assert_true(weight_shape_make(shape, c.kind, c.group_size, rows, cols));
@@ -156,6 +162,9 @@ static struct test_matrix make_matrix(struct kind_case c, uint64_t rows, uint64_
             case WEIGHT_INT4:
             case WEIGHT_INT4Z:
                 *value = ((code < 8 ? code : code - 16) - group.zero) * group.scale;
+                break;
+            case WEIGHT_NL4:
+                *value = nl4[code] * group.scale;
                 break;
             case WEIGHT_MXFP4:
             case WEIGHT_NVFP4:

@@ -119,7 +119,7 @@ static inline int step(struct rank_env *env, const struct plan *plan, int comman
         if (faulty && plan->stage == AT_COLLECTIVE)
             atomic_store(&area->reached, 1);
         int64_t cols = faulty && plan->stage == AT_COMPUTE && plan->act == OTHER_SIZE ? 1000 : 1024;
-        rc = comm_all_reduce(env->comm, data, 1, cols, 1024, WIRE_BF16, NULL, err);
+        rc = comm_all_reduce(env->comm, data, 1, cols, 1024, WIRE_BF16, NULL, NULL, err);
         if (command == COMMAND_NOTIFY && env->rank == 0) {
             atomic_fetch_add(&area->tokens, 1);
             rank_notify(env);

@@ -23,7 +23,7 @@ static uint64_t next_random(void)
 }
 
 // Roughly Gaussian, exact in f32 and the same on every machine: the sum of four 16-bit numbers.
-static float next_weight(void)
+static inline float next_weight(void)
 {
     int32_t sum = -131070;
     for (int i = 0; i < 4; i++)
@@ -44,9 +44,10 @@ struct kind_case {
 };
 
 static const struct kind_case all_kinds[] = {
-    {WEIGHT_F32, 0},    {WEIGHT_BF16, 0},   {WEIGHT_INT8, 0},   {WEIGHT_FP8, 0},    {WEIGHT_INT4, 32},
-    {WEIGHT_INT4, 64},  {WEIGHT_INT4, 128}, {WEIGHT_INT4Z, 32}, {WEIGHT_INT4Z, 64}, {WEIGHT_INT4Z, 128},
-    {WEIGHT_FP8G, 128}, {WEIGHT_MXFP4, 32}, {WEIGHT_NVFP4, 16},
+    {WEIGHT_F32, 0},    {WEIGHT_BF16, 0},    {WEIGHT_INT8, 0},   {WEIGHT_FP8, 0},
+    {WEIGHT_INT4, 32},  {WEIGHT_INT4, 64},   {WEIGHT_INT4, 128}, {WEIGHT_INT4Z, 32},
+    {WEIGHT_INT4Z, 64}, {WEIGHT_INT4Z, 128}, {WEIGHT_FP8G, 128}, {WEIGHT_MXFP4, 32},
+    {WEIGHT_NVFP4, 16}, {WEIGHT_NL4, 32},    {WEIGHT_NL4, 64},   {WEIGHT_NL4, 128},
 };
 enum { NUM_KINDS = sizeof all_kinds / sizeof *all_kinds };
 
@@ -67,7 +68,8 @@ static uint64_t group_scale_size(enum weight_kind kind)
     return kind == WEIGHT_FP8G ? 4 : kind == WEIGHT_MXFP4 || kind == WEIGHT_NVFP4 ? 1 : 2;
 }
 
-static void assert_rows_equal(struct kind_case c, const struct packed_row *a, const struct packed_row *b, uint64_t cols)
+static inline void assert_rows_equal(struct kind_case c, const struct packed_row *a, const struct packed_row *b,
+                                     uint64_t cols)
 {
     assert_memory_equal(a->q, b->q, cols * code_size(c.kind));
     assert_memory_equal(&a->scale, &b->scale, sizeof a->scale);

@@ -80,7 +80,7 @@ static uint64_t entry_of(const uint64_t *before, int64_t position, uint32_t toke
 static uint64_t chunk_key(const struct scheduler_options *o, enum phase phase, int64_t start, int64_t count)
 {
     if (!o->chunks_fixed)
-        return 0;
+        return o->phases_differ ? phase == PHASE_PREFILL : 0;
     return phase == PHASE_PREFILL ? mixed((uint64_t)start, (uint64_t)count) : 1;
 }
 

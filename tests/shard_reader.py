@@ -23,9 +23,10 @@ TENSOR = struct.Struct("<IiII6QIIiI")
 PART = struct.Struct("<II7Q")
 assert (HEADER.size, TENSOR.size, PART.size) == (320, 80, 64)
 
-KINDS = ["f32", "bf16", "int8", "fp8", "int4", "int4z", "fp8g", "mxfp4", "nvfp4"]
-GROUPS = {"int4": (32, 64, 128), "int4z": (32, 64, 128), "fp8g": (128,), "mxfp4": (32,), "nvfp4": (16,)}
-TILED = {"int4", "int4z", "mxfp4", "nvfp4"}
+KINDS = ["f32", "bf16", "int8", "fp8", "int4", "int4z", "fp8g", "mxfp4", "nvfp4", "nl4"]
+GROUPS = {"int4": (32, 64, 128), "int4z": (32, 64, 128), "fp8g": (128,), "mxfp4": (32,), "nvfp4": (16,),
+          "nl4": (32, 64, 128)}
+TILED = {"int4", "int4z", "mxfp4", "nvfp4", "nl4"}
 ROLES = ["embedding", "rope_inv_freq", "attention_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "o_bias",
          "mlp_norm", "gate_up", "gate_up_bias", "down", "down_bias", "final_norm", "head", "rope_long", "rope_local",
          "sinks", "attention_post_norm", "mlp_post_norm", "q_a", "q_a_norm", "q_b", "kv_a", "kv_a_norm", "kv_b",
@@ -35,6 +36,7 @@ OUTSIDE_LAYERS = {"embedding", "rope_inv_freq", "final_norm", "head", "rope_long
 MATRICES = {"embedding", "qkv", "o", "gate_up", "down", "head", "q_a", "q_b", "kv_a", "kv_b", "router",
             "expert_gate_up", "expert_down", "shared_gate_up", "shared_down"}
 ALWAYS_BF16 = {"kv_b", "router"}
+LINEAR_ROLES = MATRICES - ALWAYS_BF16 - {"embedding", "head"}
 OF_EXPERTS = {"expert_gate_up", "expert_gate_up_bias", "expert_down", "expert_down_bias"}
 SHARE = ["head_begin", "num_heads", "kv_head_begin", "num_kv_heads", "mlp_begin", "intermediate", "vocab_begin",
          "vocab", "expert_begin", "num_experts", "expert_mlp_begin", "expert_size", "shared_begin", "shared_size"]
@@ -63,7 +65,7 @@ def stored_sizes(kind, group_size, rows, cols):
     if kind == "bf16":
         return padded_rows, padded_cols, elems * 2, 0
     groups = elems // group_size if group_size else 0
-    scale_bytes = {"int4": groups * 2, "int4z": groups * 4, "fp8g": groups * 4, "mxfp4": groups,
+    scale_bytes = {"int4": groups * 2, "nl4": groups * 2, "int4z": groups * 4, "fp8g": groups * 4, "mxfp4": groups,
                    "nvfp4": groups + padded_rows * 4}.get(kind, padded_rows * 4)
     return padded_rows, padded_cols, elems // 2 if kind in TILED else elems, scale_bytes
 
@@ -84,6 +86,7 @@ def e4m3_value(code):
     return -magnitude if code & 0x80 else magnitude
 
 
+NL4 = dict(zip(range(-8, 8), (-34, -26, -20, -16, -12, -9, -6, -3, 0, 3, 6, 9, 13, 17, 22, 29), strict=True))
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
 E4M3 = [e4m3_value(code) if code & 0x7F != 0x7F else float("nan") for code in range(256)]
 
@@ -311,11 +314,13 @@ class RankFile:
             codes = tiled_codes(data, padded_rows, padded_cols)
             if kind in ("mxfp4", "nvfp4"):
                 codes = [[E2M1[code & 15] for code in row] for row in codes]
-        if kind == "int4":
-            scales = struct.unpack(f"<{scale_bytes // 2}e", scales)
+            if kind == "nl4":
+                codes = [[NL4[code] for code in row] for row in codes]
+        if kind in ("int4", "nl4"):
+            scales, unit = struct.unpack(f"<{scale_bytes // 2}e", scales), 2.0**(-8 if kind == "int4" else -10)
 
             def scale_of(row, col):
-                return scales[group_of(row, col)] * 2.0**-8
+                return scales[group_of(row, col)] * unit
         elif kind == "int4z":
             scales = struct.unpack(f"<{scale_bytes // 2}e", scales)
 
@@ -379,7 +384,8 @@ def tiled_codes(data, padded_rows, padded_cols):
 
 ROOT_KEYS = {"version", "contract", "tool", "tp_size", "pp_size", "wire_advice", "quant", "experts", "model", "ranks",
              "extras", "sources"}
-NOT_IN_CORE = {"contract", "extras", "ranks", "tool", "wire_advice"}
+NOT_IN_CORE = {"contract", "extras", "ranks", "tool", "wire_advice", "wires_measured"}
+WIRES = ("bf16", "f32", "fp8", "s8x")
 REALS = {"norm_eps", "latent_norm_eps", "rope_attention_factor", "attention_scale", "attention_softcap",
          "embedding_scale", "logit_scale", "logit_softcap", "residual_scale", "router_scale", "default_temperature",
          "default_top_p", "default_repetition_penalty"}
@@ -401,7 +407,7 @@ MODEL_BOOLS = {"qkv_bias", "o_bias", "mlp_bias", "tied_embeddings", "pre_norms",
 MODEL_WORDS = {"qk_norm": ("none", "head", "full"), "activation": ("silu", "gelu_tanh", "gpt_oss"),
                "router": ("softmax", "chosen_softmax", "sigmoid")}
 WINDOW, EXPERTS = 1, 2  # bits of a layer
-OPTIONAL_RANGES = {"bos_token_id": (0, MAX_DIM), "default_temperature": (0, 1e6), "default_top_p": (0, 1),
+OPTIONAL_RANGES = {"mlp_rotation": (2, 128), "bos_token_id": (0, MAX_DIM), "default_temperature": (0, 1e6), "default_top_p": (0, 1),
                    "default_top_k": (0, MAX_DIM), "default_repetition_penalty": (5e-324, 1e6),
                    "latent_norm_eps": (2.2250738585072014e-308, 1)}
 
@@ -497,6 +503,55 @@ def check_experts(model):
     check(model["shared_size"] > 0 or not model["shared_gate"], "shared_gate")
 
 
+def check_rotation(model, block, rotated):
+    of_mlp = model.get("mlp_rotation", 1)
+    check(of_mlp & of_mlp - 1 == 0 and not any(model[key] % of_mlp for key in ("intermediate_size", "expert_size", "shared_size")),
+          "mlp_rotation")
+    if not rotated:
+        check("mlp_rotation" not in model, "mlp_rotation of a model that is not rotated")
+        return
+    check(is_number(block, "rotation") and 4 <= block <= 128 and block & block - 1 == 0 and model["hidden_size"] % block == 0
+          and not model["tied_embeddings"] and model["pre_norms"] and not model["post_norms"], "quant.rotation")
+
+
+def check_wires(measured):
+    """What codecs of the sums over ranks were found to cost; informative."""
+    if measured is None:
+        return
+    check(set(measured) == {"context", "feedback", "limit", "text_xxh3_128", "tokens", "wires"}, "keys of wires_measured")
+    check_hash(measured["text_xxh3_128"])
+    check(measured["context"] >= 1 and measured["tokens"] >= 1 and measured["limit"] >= 0, "wires_measured")
+    check(isinstance(measured["feedback"], bool) and 1 <= len(measured["wires"]) <= 8, "wires_measured")
+    for wire in measured["wires"]:
+        check(wire["wire"] in WIRES, "wire of wires_measured")
+        check(set(wire) - {"wire"} in (set(), {"kl_divergence", "kl_high", "same_top"}), "keys of a wire")
+
+
+def check_matrices(quant, model):
+    """Kinds matrix by matrix; read_directory compares them with the rank files."""
+    check(("matrices" in quant) == ("millibits" in quant), "matrices without millibits, or the reverse")
+    if "matrices" not in quant:
+        return
+    check(is_number(quant["millibits"], "millibits") and 1 <= quant["millibits"] <= 64000, "quant.millibits")
+    check(isinstance(quant["matrices"], dict) and quant["matrices"], "quant.matrices")
+    for name, word in quant["matrices"].items():
+        layer, _, role = name.partition(".")
+        check(role in LINEAR_ROLES and layer == str(int(layer)) and 0 <= int(layer) < model["num_layers"], f"quant.matrices.{name}")
+        kind, _, group = word.partition(":")
+        check(kind in KINDS and kind != "f32", f"quant.matrices.{name}")
+        check(group in ("32", "64", "128") if kind in ("int4", "int4z", "nl4") else word == kind, f"quant.matrices.{name}")
+
+
+def check_kinds(manifest, file):
+    listed = manifest["quant"].get("matrices")
+    found = {}
+    for tensor in file.tensors if listed else []:
+        if tensor["role"] in LINEAR_ROLES:
+            word = f"{tensor['kind']}:{tensor['group_size']}" if tensor["kind"] in ("int4", "int4z", "nl4") else tensor["kind"]
+            check(found.setdefault(f"{tensor['layer']}.{tensor['role']}", word) == word, f"{file.path}: experts of one layer in several kinds")
+    check(not listed or found == listed, f"{file.path}: holds other kinds than quant.matrices lists")
+
+
 def read_manifest(path):
     with open(path, encoding="utf-8") as file:
         text = file.read(4 * MIB + 1)
@@ -504,21 +559,28 @@ def read_manifest(path):
     try:
         manifest = json.loads(text, object_pairs_hook=no_duplicates)
         check(isinstance(manifest, dict) and manifest.get("version") == 2, "version")
-        check(set(manifest) == ROOT_KEYS, "keys")
+        check(set(manifest) - {"wires_measured"} == ROOT_KEYS, "keys")
         check_text(manifest["tool"], 255)
         check_hash(manifest["contract"])
         for key in ("tp_size", "pp_size"):
             check(is_number(manifest[key], key) and 1 <= manifest[key] <= 1024, key)
-        check(manifest["wire_advice"] in ("bf16", "fp8", "s8x"), "wire_advice")
+        check(manifest["wire_advice"] in WIRES, "wire_advice")
+        check_wires(manifest.get("wires_measured"))
         quant = manifest["quant"]
         kinds = [quant["linear"], quant["embedding"], quant["head"]]
         check(all(kind in KINDS for kind in kinds), "kinds of quant")
-        check(set(quant) - {"scales"} == {"linear", "embedding", "head", "group_size"}, "keys of quant")
-        check("scales" not in quant or quant["scales"] == "max" and TILED & set(kinds), "quant.scales")
-        own_group = "int4" in kinds or "int4z" in kinds
+        check(set(quant) - {"calibration", "matrices", "millibits", "rotation", "scales"} == {"linear", "embedding", "head", "group_size"}, "keys of quant")
+        check("scales" not in quant or quant["scales"] == "max" and (TILED & set(kinds) or "matrices" in quant), "quant.scales")
+        check_matrices(quant, manifest["model"])
+        if "calibration" in quant:
+            check(set(quant["calibration"]) == {"method", "statistics"} and quant["calibration"]["method"] in ("scales", "gptq") and "scales" not in quant,
+                  "quant.calibration")
+            check_hash(quant["calibration"]["statistics"])
+        own_group = bool({"int4", "int4z", "nl4"} & set(kinds))
         check(quant["group_size"] in ((32, 64, 128) if own_group else (0,)), "quant.group_size")
         check(manifest["experts"] in ("ep", "tp"), "experts")
         check_model(manifest["model"])
+        check_rotation(manifest["model"], quant.get("rotation", 0), "rotation" in quant)
         for key in ("ranks", "extras", "sources"):
             check_files(manifest[key])
         check(len(manifest["ranks"]) == manifest["tp_size"] * manifest["pp_size"], "count of ranks")
@@ -546,6 +608,7 @@ def read_directory(folder):
         check(file.pp_rank * file.tp_size + file.rank == number, f"{path}: rank {file.rank} in place {number}")
         check(file.contract.hex() == manifest["contract"], f"{path}: of another run (contract)")
         check(len(file.bytes) == entry["bytes"] and file.root == entry["xxh3_128"], f"{path}: size or root")
+        check_kinds(manifest, file)
         files.append(file)
     for entry in manifest["extras"]:
         path = os.path.join(folder, entry["name"])

@@ -1,7 +1,8 @@
-// Attention over the pages of a KV cache: every table against double and each other, and a query's bits whatever stands beside it, in both
+// Attention over the pages of a KV cache: every table against double and each other, and a query's bits whatever stands beside it, in all
 // formats and both layouts of keys.
 #include "formats/number_formats.h"
 #include "kernels/attention.h"
+#include "kernels/kv_codes.h"
 
 #include <math.h>
 #include <setjmp.h>
@@ -31,22 +32,44 @@ struct how {
 
 static int32_t table[PAGES]; // pages lie in disorder
 
-static float cached(const struct kv_view *kv, const void *pool, int64_t at)
+static double cached(const struct kv_view *kv, const void *pool, int64_t at, double scale)
 {
-    return kv->format == KV_BF16 ? bf16_to_f32(((const uint16_t *)pool)[at]) : e4m3_to_f32(((const uint8_t *)pool)[at]);
+    switch (kv->format) {
+    case KV_BF16:
+        return bf16_to_f32(((const uint16_t *)pool)[at]);
+    case KV_E4M3:
+        return e4m3_to_f32(((const uint8_t *)pool)[at]);
+    case KV_INT8:
+        return scale * ((const int8_t *)pool)[at];
+    default: // at: twice the byte's place, and which of its codes
+        return scale * weight_nl4_level((uint8_t)(((const uint8_t *)pool)[at / 2] >> at % 2 * 4));
+    }
 }
+
+// Of the scale of a position's key or value.
+static int64_t scale_at(const struct kv_view *kv, int64_t kv_head, int64_t position)
+{
+    int64_t page = kv->pages[position / KV_PAGE_TOKENS] * kv->num_kv_heads + kv_head;
+    return page * KV_PAGE_TOKENS + position % KV_PAGE_TOKENS;
+}
+static double scale_of(const uint16_t *scales, int64_t at) { return scales ? (double)bf16_to_f32(scales[at]) : 0; }
 
 // Where column d of a position's key or value lies.
 static int64_t key_at(const struct kv_view *kv, int64_t kv_head, int64_t position, int64_t d)
 {
     int64_t page = kv->pages[position / KV_PAGE_TOKENS] * kv->num_kv_heads + kv_head, slot = position % KV_PAGE_TOKENS;
+    if (kv->format == KV_INT4)
+        return ((page * kv->k_dim + d / 2 * 2) * KV_PAGE_TOKENS / 2 + slot) * 2 + d % 2;
     return kv->v == kv->k ? (page * KV_PAGE_TOKENS + slot) * kv->k_dim + d
                           : (page * kv->k_dim + d) * KV_PAGE_TOKENS + slot;
 }
 static int64_t value_at(const struct kv_view *kv, int64_t kv_head, int64_t position, int64_t d)
 {
     int64_t page = kv->pages[position / KV_PAGE_TOKENS] * kv->num_kv_heads + kv_head;
-    return (page * KV_PAGE_TOKENS + position % KV_PAGE_TOKENS) * kv->v_stride + d;
+    int64_t row = (page * KV_PAGE_TOKENS + position % KV_PAGE_TOKENS) * kv->v_stride;
+    if (kv->format == KV_INT4)
+        return row + 2 * kv_int4_byte(d, kv->v_dim) + kv_int4_shift(d, kv->v_dim) / 4;
+    return row + d;
 }
 
 static struct kv_view make_view(const struct shape *shape, enum kv_format format)
@@ -63,11 +86,24 @@ static struct kv_view make_view(const struct shape *shape, enum kv_format format
                          .v_dim = shape->v_dim,
                          .v_stride = shape->k_dim};
     kv.v = shape->latent ? kv.k : zeroed(bytes);
+    if (kv_format_scaled(format)) {
+        int64_t scales = (int64_t)PAGES * KV_HEADS * KV_PAGE_TOKENS;
+        float top = format == KV_INT8 ? 127 : 34;
+        kv.k_scale = zeroed((uint64_t)scales * sizeof *kv.k_scale);
+        kv.v_scale = zeroed((uint64_t)scales * sizeof *kv.v_scale);
+        for (int64_t i = 0; i < scales; i++) {
+            kv.k_scale[i] = f32_to_bf16((2 + uniform()) / top);
+            kv.v_scale[i] = f32_to_bf16((0.75f + 0.25f * uniform()) / top);
+        }
+    }
     for (int64_t i = 0; i < count; i++) {
         float k = uniform() * (shape->latent ? 1 : 3), v = uniform();
         if (format == KV_BF16) {
             ((uint16_t *)kv.v)[i] = f32_to_bf16(v);
             ((uint16_t *)kv.k)[i] = f32_to_bf16(k);
+        } else if (kv_format_scaled(format)) { // int4 has two codes in each byte, and half of them
+            ((int8_t *)kv.v)[i] = (int8_t)(random_below(255) - 127);
+            ((int8_t *)kv.k)[i] = (int8_t)(random_below(255) - 127);
         } else {
             ((uint8_t *)kv.v)[i] = f32_to_e4m3(v);
             ((uint8_t *)kv.k)[i] = f32_to_e4m3(k);
@@ -81,6 +117,8 @@ static void free_view(struct kv_view *kv)
     if (kv->v != kv->k)
         free(kv->v);
     free(kv->k);
+    free(kv->k_scale);
+    free(kv->v_scale);
 }
 
 static void reference(double *out, const float *q, const struct kv_view *kv, int64_t kv_head, int64_t first,
@@ -90,19 +128,19 @@ static void reference(double *out, const float *q, const struct kv_view *kv, int
     double *score = zeroed((uint64_t)(end - first) * sizeof *score);
     memset(out, 0, (size_t)kv->v_dim * sizeof *out);
     for (int64_t p = first; p < end; p++) {
-        double *s = &score[p - first];
+        double *s = &score[p - first], k_scale = scale_of(kv->k_scale, scale_at(kv, kv_head, p));
         for (int64_t d = 0; d < kv->k_dim; d++)
-            *s += (double)q[d] * cached(kv, kv->k, key_at(kv, kv_head, p, d));
+            *s += (double)q[d] * cached(kv, kv->k, key_at(kv, kv_head, p, d), k_scale);
         *s *= how->scale;
         if (how->softcap > 0)
             *s = how->softcap * tanh(*s / how->softcap);
         largest = fmax(largest, *s);
     }
     for (int64_t p = first; p < end; p++) {
-        double weight = exp(score[p - first] - largest);
+        double weight = exp(score[p - first] - largest), v_scale = scale_of(kv->v_scale, scale_at(kv, kv_head, p));
         sum += weight;
         for (int64_t d = 0; d < kv->v_dim; d++)
-            out[d] += weight * cached(kv, kv->v, value_at(kv, kv_head, p, d));
+            out[d] += weight * cached(kv, kv->v, value_at(kv, kv_head, p, d), v_scale);
     }
     if (how->sink)
         sum += exp(*how->sink - largest);
@@ -131,11 +169,17 @@ static void one(const struct kernels *k, float *out, const float *q, const struc
     run(k, &query, 1, kv, kv_head, how);
 }
 
-// NaN at one cached element. Returns what stood there.
-static uint16_t exchange(const struct kv_view *kv, void *pool, int64_t at, uint16_t code)
+// Another code at one cached element of a position's key or value, or where the format has scales another one of these. Returns what stood
+// there.
+static uint16_t exchange(const struct kv_view *kv, bool key, int64_t at, int64_t scale_at, uint16_t code)
 {
+    void *pool = key ? kv->k : kv->v;
     uint16_t had;
-    if (kv->format == KV_BF16) {
+    if (kv_format_scaled(kv->format)) {
+        uint16_t *scale = (key ? kv->k_scale : kv->v_scale) + scale_at;
+        had = *scale;
+        *scale = code;
+    } else if (kv->format == KV_BF16) {
         had = ((uint16_t *)pool)[at];
         ((uint16_t *)pool)[at] = code;
     } else {
@@ -148,7 +192,7 @@ static uint16_t exchange(const struct kv_view *kv, void *pool, int64_t at, uint1
 static void range_case(const struct kv_view *kv, const float *q, int64_t first, int64_t end, int64_t head,
                        const struct how *how)
 {
-    uint16_t nan = kv->format == KV_BF16 ? 0x7fc0 : 0x7f;
+    uint16_t nan = kv->format == KV_E4M3 ? 0x7f : 0x7fc0;
     double *exact = zeroed((uint64_t)kv->v_dim * sizeof *exact);
     float *want = zeroed((uint64_t)kv->v_dim * sizeof *want), *out = zeroed((uint64_t)kv->v_dim * sizeof *out);
     reference(exact, q, kv, head, first, end, how);
@@ -171,20 +215,20 @@ static void range_case(const struct kv_view *kv, const float *q, int64_t first, 
         for (int64_t d = 0; d < kv->v_dim; d++)
             assert_true(out[d] == 0);
         // A NaN in a key reaches every output; NaNs just before and behind the range none.
-        int64_t at = key_at(kv, head, first, kv->k_dim - 1);
-        uint16_t had = exchange(kv, kv->k, at, nan);
+        int64_t at = key_at(kv, head, first, kv->k_dim - 1), scale = scale_at(kv, head, first);
+        uint16_t had = exchange(kv, true, at, scale, nan);
         one(k, out, q, kv, head, first, end, how);
-        exchange(kv, kv->k, at, had);
+        exchange(kv, true, at, scale, had);
         for (int64_t d = 0; d < kv->v_dim; d++)
             assert_true(isnan(out[d]));
         for (int64_t p = first - 1; p <= end; p += end - first + 1) {
             if (p < 0)
                 continue;
-            int64_t k_at = key_at(kv, head, p, 0), v_at = value_at(kv, head, p, 0);
-            uint16_t k_had = exchange(kv, kv->k, k_at, nan), v_had = exchange(kv, kv->v, v_at, nan);
+            int64_t k_at = key_at(kv, head, p, 0), v_at = value_at(kv, head, p, 0), s_at = scale_at(kv, head, p);
+            uint16_t k_had = exchange(kv, true, k_at, s_at, nan), v_had = exchange(kv, false, v_at, s_at, nan);
             one(k, out, q, kv, head, first, end, how);
-            exchange(kv, kv->v, v_at, v_had);
-            exchange(kv, kv->k, k_at, k_had);
+            exchange(kv, false, v_at, s_at, v_had);
+            exchange(kv, true, k_at, s_at, k_had);
             assert_same(out, want, kv->v_dim, "attention beside a NaN");
         }
     }
@@ -200,8 +244,10 @@ static void test_ranges(void **state)
     (void)state;
     static const int64_t ranges[][2] = {{0, 1}, {0, 17}, {0, 64}, {3, 65}, {100, 200}, {1000, 1100}, {5, 2300}};
     for (size_t h = 0; h < sizeof shapes / sizeof *shapes; h++)
-        for (int f = 0; f < 2; f++) {
-            struct kv_view kv = make_view(&shapes[h], f ? KV_E4M3 : KV_BF16);
+        for (int f = 0; f < KV_FORMAT_COUNT; f++) {
+            if (shapes[h].latent && kv_format_scaled((enum kv_format)f))
+                continue; // kv_format_check refuses
+            struct kv_view kv = make_view(&shapes[h], (enum kv_format)f);
             const struct how hows[] = {
                 {1 / sqrtf((float)kv.k_dim), 0, NULL}, {0.3f, 5, NULL}, {0.1f, 0, &sink}, {0.1f, 4, &high_sink}};
             float *q = random_floats(kv.k_dim);
@@ -220,7 +266,8 @@ static void test_company(void **state)
     (void)state;
     static const int counts[] = {2, 3, 7, 13, ATTENTION_QUERIES};
     for (size_t h = 0; h < sizeof shapes / sizeof *shapes; h++) {
-        struct kv_view kv = make_view(&shapes[h], h % 2 ? KV_E4M3 : KV_BF16);
+        static const enum kv_format formats[] = {KV_BF16, KV_E4M3, KV_INT8, KV_INT4};
+        struct kv_view kv = make_view(&shapes[h], formats[h % (shapes[h].latent ? 2 : 4)]);
         const struct how how = {0.2f, h % 3 ? 0 : 6, NULL};
         const struct attention_scores scores = {how.scale, how.softcap};
         float *q = random_floats(ATTENTION_QUERIES * kv.k_dim);

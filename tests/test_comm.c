@@ -137,6 +137,7 @@ struct reduce_case {
     int pool_threads; // 0: none
     int calls;
     bool special; // NaN, Inf, zeros, denormals here and there
+    bool fed;     // with error feedback from call to call
 };
 
 struct reduce_run {
@@ -176,38 +177,63 @@ static int reduce_body(struct comm *comm, void *arg, struct error *err)
     const struct reduce_case *shape = &run->shape;
     size_t elems = (size_t)(shape->rows * shape->stride);
     float *mine = run->results + (size_t)comm_rank(comm) * elems;
+    uint16_t *lost = shape->fed ? calloc((size_t)(shape->rows * shape->cols) + 1, sizeof *lost) : NULL;
     struct thread_pool *pool = NULL;
     int rc = shape->pool_threads ? thread_pool_create(&pool, shape->pool_threads, err) : 0;
     for (int call = 0; call < shape->calls && !rc; call++) {
         fill_input(shape, call, comm_rank(comm), mine);
         comm_at(comm, OP_MLP, call);
-        rc = comm_all_reduce(comm, mine, shape->rows, shape->cols, shape->stride, shape->wire, pool, err);
+        rc = comm_all_reduce(comm, mine, shape->rows, shape->cols, shape->stride, shape->wire, lost, pool, err);
     }
     thread_pool_free(pool);
+    free(lost);
     return rc;
 }
 
-// The sum as comm.h defines it, for one row, computed by one thread from the definition.
-static void reference_row(const struct reduce_case *shape, int call, int64_t row, float *out)
+// Encodes count values, with what earlier messages lost where there is any feedback, as wire.h says it.
+static void reference_encode(uint8_t *bytes, const float *x, float *lost, int count, const struct reduce_case *shape)
+{
+    float t[WIRE_GROUP] = {0}, decoded[WIRE_GROUP];
+    for (int i = 0; i < count; i++)
+        t[i] = shape->fed ? x[i] + lost[i] : x[i];
+    wire_encode_group(bytes, t, count, shape->wire);
+    wire_decode_group(decoded, bytes, count, shape->wire);
+    for (int i = 0; i < count; i++) {
+        lost[i] = bf16_to_f32(f32_to_bf16(t[i] - decoded[i]));
+        if (!isfinite(lost[i]))
+            lost[i] = 0;
+    }
+}
+
+// The last sum as comm.h defines it, for one group of a row, computed by one thread from the definition.
+static void reference_group(const struct reduce_case *shape, int64_t row, int64_t col, float *out)
 {
     uint8_t bytes[WIRE_MAX_GROUP_BYTES];
-    for (int64_t col = 0; col < shape->cols; col += WIRE_GROUP) {
-        int count = shape->cols - col < WIRE_GROUP ? (int)(shape->cols - col) : WIRE_GROUP;
+    int count = shape->cols - col < WIRE_GROUP ? (int)(shape->cols - col) : WIRE_GROUP;
+    int owner = (int)(col / WIRE_GROUP % shape->tp_size);
+    float lost[COMM_MAX_RANKS][WIRE_GROUP] = {{0}};
+    for (int call = shape->fed ? 0 : shape->calls - 1; call < shape->calls; call++) {
         float sum[WIRE_GROUP] = {0}, part[WIRE_GROUP];
         for (int rank = 0; rank < shape->tp_size; rank++) {
             for (int i = 0; i < count; i++)
                 part[i] = input_value(shape, call, rank, row, col + i);
-            if (rank == col / WIRE_GROUP % shape->tp_size) {
+            if (rank == owner) {
                 for (int i = 0; i < count; i++)
                     sum[i] += part[i];
             } else {
-                wire_encode_group(bytes, part, count, shape->wire);
+                reference_encode(bytes, part, lost[rank], count, shape);
                 wire_add_group(sum, bytes, count, shape->wire);
             }
         }
-        wire_encode_group(bytes, sum, count, shape->wire);
-        wire_decode_group(out + col, bytes, count, shape->wire);
+        reference_encode(bytes, sum, lost[owner], count, shape);
+        wire_decode_group(out, bytes, count, shape->wire);
     }
+}
+
+static void reference_row(const struct reduce_case *shape, int64_t row, float *out)
+{
+    for (int64_t col = 0; col < shape->cols; col += WIRE_GROUP)
+        reference_group(shape, row, col, out + col);
 }
 
 static void check_reduce(enum mode mode, struct reduce_case shape)
@@ -215,14 +241,14 @@ static void check_reduce(enum mode mode, struct reduce_case shape)
     size_t elems = (size_t)(shape.rows * shape.stride), bytes = ((size_t)shape.tp_size * elems + 1) * sizeof(float);
     struct reduce_run run = {.shape = shape, .results = map_shared(bytes)};
     char name[160];
-    snprintf(name, sizeof name, "%s tp %d, %lld x %lld of %lld, max %llu, %s, pool %d", mode_names[mode], shape.tp_size,
-             (long long)shape.rows, (long long)shape.cols, (long long)shape.stride, (unsigned long long)shape.max_elems,
-             wire_name(shape.wire), shape.pool_threads);
+    snprintf(name, sizeof name, "%s tp %d, %lld x %lld of %lld, max %llu, %s%s, pool %d", mode_names[mode],
+             shape.tp_size, (long long)shape.rows, (long long)shape.cols, (long long)shape.stride,
+             (unsigned long long)shape.max_elems, wire_name(shape.wire), shape.fed ? " fed" : "", shape.pool_threads);
     expect_success(run_ranks(mode, shape.tp_size, shape.max_elems, 20000, reduce_body, &run), shape.tp_size, name);
     float *want = malloc((size_t)shape.stride * sizeof *want);
     assert_non_null(want);
     for (int64_t row = 0; row < shape.rows; row++) {
-        reference_row(&shape, shape.calls - 1, row, want);
+        reference_row(&shape, row, want);
         for (int64_t col = shape.cols; col < shape.stride; col++)
             want[col] = 12345.0f;
         for (int rank = 0; rank < shape.tp_size; rank++) {
@@ -242,20 +268,24 @@ static void test_all_reduce_bits(void **state)
 {
     (void)state;
     static const struct reduce_case shapes[] = {
-        // tp rows cols stride max_elems wire pool calls special
-        {2, 1, 4096, 4096, 4096, 0, 0, 40, false}, // 80 phases: across the wrap of the tokens
-        {2, 3, 128, 128, 4096, 0, 0, 3, false},    // one group a row: rank 0 owns all
-        {2, 1, 1, 1, 1, 0, 0, 20, false},
-        {2, 5, 200, 256, 512, 0, 0, 3, true},    // short last group, a gap between rows, pieces of 4 groups
-        {2, 4, 1000, 1000, 300, 0, 0, 3, true},  // pieces smaller than a row
-        {2, 0, 128, 128, 128, 0, 0, 2, false},   // nothing to do
-        {3, 7, 900, 900, 100000, 0, 0, 2, true}, // ranks no power of two
-        {4, 2, 8192, 8192, 16384, 0, 0, 9, true},
-        {8, 3, 2000, 2048, 4096, 0, 0, 2, true},
-        {2, 40, 4096, 4096, 1 << 20, 0, 2, 2, true}, // pool
-        {2, 40, 4096, 4096, 1 << 20, 0, 3, 2, true},
-        {3, 33, 1100, 1100, 1 << 20, 0, 2, 2, true},
-        {2, 200, 4096, 4096, 1 << 24, 0, 2, 1, false}, // more than fits one piece
+        // tp rows cols stride max_elems wire pool calls special fed
+        {2, 1, 4096, 4096, 4096, 0, 0, 40, false, false}, // 80 phases: across the wrap of the tokens
+        {2, 3, 128, 128, 4096, 0, 0, 3, false, false},    // one group a row: rank 0 owns all
+        {2, 1, 1, 1, 1, 0, 0, 20, false, false},
+        {2, 5, 200, 256, 512, 0, 0, 3, true, false},    // short last group, a gap between rows, pieces of 4 groups
+        {2, 4, 1000, 1000, 300, 0, 0, 3, true, false},  // pieces smaller than a row
+        {2, 0, 128, 128, 128, 0, 0, 2, false, false},   // nothing to do
+        {3, 7, 900, 900, 100000, 0, 0, 2, true, false}, // ranks no power of two
+        {4, 2, 8192, 8192, 16384, 0, 0, 9, true, false},
+        {8, 3, 2000, 2048, 4096, 0, 0, 2, true, false},
+        {2, 40, 4096, 4096, 1 << 20, 0, 2, 2, true, false}, // pool
+        {2, 40, 4096, 4096, 1 << 20, 0, 3, 2, true, false},
+        {3, 33, 1100, 1100, 1 << 20, 0, 2, 2, true, false},
+        {2, 200, 4096, 4096, 1 << 24, 0, 2, 1, false, false}, // more than fits one piece
+        // with error feedback
+        {2, 3, 512, 512, 4096, 0, 0, 12, false, true},
+        {3, 5, 1000, 1024, 700, 0, 0, 6, true, true}, // a short last group, a gap between rows, small pieces
+        {4, 9, 4096, 4096, 1 << 20, 0, 2, 5, true, true},
     };
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
         for (int wire = 0; wire < WIRE_COUNT; wire++) {
@@ -271,7 +301,7 @@ static int one_rank_body(struct comm *comm, void *arg, struct error *err)
     (void)arg;
     static const float before[3] = {1.0f + 0x1p-20f, -3, 1e-30f};
     float data[3] = {before[0], before[1], before[2]};
-    int rc = comm_all_reduce(comm, data, 1, 3, 3, WIRE_S8X, NULL, err);
+    int rc = comm_all_reduce(comm, data, 1, 3, 3, WIRE_S8X, NULL, NULL, err);
     if (!rc && !(data[0] == before[0] && data[1] == before[1] && data[2] == before[2]))
         return error_set(err, ERR_OTHER, "one rank: the data changed");
     int mine = 7, all = 0;
@@ -424,7 +454,7 @@ static int fault_body(struct comm *comm, void *arg, struct error *err)
                  : odd && fault->kind == TOO_MUCH
                      ? comm_all_gather(comm, data, data, COMM_GATHER_MAX_BYTES + 1, err)
                      : comm_all_reduce(comm, data, 1, odd && fault->kind == OTHER_SIZE ? 500 : 512, 512,
-                                       odd && fault->kind == OTHER_WIRE ? WIRE_FP8 : WIRE_BF16, NULL, err);
+                                       odd && fault->kind == OTHER_WIRE ? WIRE_FP8 : WIRE_BF16, NULL, NULL, err);
         if (rc)
             return rc;
     }

@@ -3,6 +3,11 @@
 // holds NaN.
 #include "tests/device/cuda_test.h"
 
+extern "C" {
+#include "kernels/kv.h"
+#include "kernels/kv_codes.h"
+}
+
 // ---- a model's attention with a filled cache -----------------------------------------------------------------------
 
 struct attention_case {
@@ -30,7 +35,11 @@ struct setup {
     void *scratch;
 };
 
-static int64_t element_bytes(const struct setup *s) { return s->c->format == KV_E4M3 ? 1 : 2; }
+static int64_t element_bytes(const struct setup *s) { return s->c->format == KV_BF16 ? 2 : 1; }
+static int64_t codes_bytes(const struct setup *s, int64_t count)
+{
+    return (int64_t)kv_codes_bytes((uint64_t)count, s->c->format);
+}
 
 static int64_t kv_at(const struct setup *s, int64_t sequence, int64_t position, int64_t kv_head)
 {
@@ -38,18 +47,52 @@ static int64_t kv_at(const struct setup *s, int64_t sequence, int64_t position, 
     return ((page * s->c->num_kv_heads + kv_head) * KV_PAGE_TOKENS + position % KV_PAGE_TOKENS) * s->c->head_dim;
 }
 
+// `at` counts elements; a row's scale has the row's number.
+static uint16_t *scale_of(const struct setup *s, const void *cache, int64_t at)
+{
+    return (cache == s->kv.k ? s->kv.k_scale : s->kv.v_scale) + at / s->c->head_dim;
+}
+
 static float kv_value(const struct setup *s, const void *cache, int64_t at)
 {
-    return s->c->format == KV_E4M3 ? e4m3_to_f32(((const uint8_t *)cache)[at])
-                                   : bf16_to_f32(((const uint16_t *)cache)[at]);
+    int64_t head_dim = s->c->head_dim, column = at % head_dim;
+    const uint8_t *bytes = (const uint8_t *)cache;
+    switch (s->c->format) {
+    case KV_E4M3:
+        return e4m3_to_f32(bytes[at]);
+    case KV_INT8:
+        return bf16_to_f32(*scale_of(s, cache, at)) * (float)(int8_t)bytes[at];
+    case KV_INT4:
+        return bf16_to_f32(*scale_of(s, cache, at)) *
+               (float)weight_nl4_level((uint8_t)(bytes[(at - column) / 2 + kv_int4_byte(column, head_dim)] >>
+                                                 kv_int4_shift(column, head_dim)));
+    default:
+        return bf16_to_f32(((const uint16_t *)cache)[at]);
+    }
 }
 
 static void kv_set(const struct setup *s, void *cache, int64_t at, float value)
 {
-    if (s->c->format == KV_E4M3)
-        ((uint8_t *)cache)[at] = f32_to_e4m3(value);
-    else
+    int64_t head_dim = s->c->head_dim, column = at % head_dim;
+    uint8_t *bytes = (uint8_t *)cache;
+    if (kv_format_scaled(s->c->format) && column == 0) // each row has its own
+        *scale_of(s, cache, at) = f32_to_bf16((1.25f + value) / (s->c->format == KV_INT8 ? 127 : 34));
+    switch (s->c->format) {
+    case KV_E4M3:
+        bytes[at] = f32_to_e4m3(value);
+        break;
+    case KV_INT8:
+        bytes[at] = (uint8_t)f32_to_int8(value * 127);
+        break;
+    case KV_INT4: {
+        uint8_t *byte = &bytes[(at - column) / 2 + kv_int4_byte(column, head_dim)];
+        int shift = kv_int4_shift(column, head_dim);
+        *byte = (uint8_t)((*byte & ~(15 << shift)) | kv_code_int4(value * 34, 1) << shift);
+        break;
+    }
+    default:
         ((uint16_t *)cache)[at] = f32_to_bf16(value);
+    }
 }
 
 // Positions [0, end) of a sequence get keys and values.
@@ -98,11 +141,17 @@ static void setup_make(struct setup *s, const struct attention_case *c, bool dec
         s->pages[i] = s->pages[other];
         s->pages[other] = page;
     }
-    int64_t cache_bytes = s->num_pages * c->num_kv_heads * KV_PAGE_TOKENS * c->head_dim * element_bytes(s);
+    int64_t slots = s->num_pages * c->num_kv_heads * KV_PAGE_TOKENS, cache_bytes = codes_bytes(s, slots * c->head_dim);
     s->kv.k = device_new(cache_bytes);
     s->kv.v = device_new(cache_bytes);
-    memset(s->kv.k, 0xff, (size_t)cache_bytes); // NaN in both formats
+    memset(s->kv.k, 0xff, (size_t)cache_bytes); // NaN, or codes with a scale that is
     memset(s->kv.v, 0xff, (size_t)cache_bytes);
+    if (kv_format_scaled(c->format)) {
+        s->kv.k_scale = device_array<uint16_t>(slots);
+        s->kv.v_scale = device_array<uint16_t>(slots);
+        memset(s->kv.k_scale, 0xff, (size_t)slots * sizeof *s->kv.k_scale);
+        memset(s->kv.v_scale, 0xff, (size_t)slots * sizeof *s->kv.v_scale);
+    }
     s->kv.format = c->format;
     s->kv.pages = s->pages;
     s->kv.pages_per_sequence = per_sequence;
@@ -134,8 +183,8 @@ static void setup_make(struct setup *s, const struct attention_case *c, bool dec
 
 static void setup_free(struct setup *s)
 {
-    void *const devices[] = {s->pages, s->kv.k, s->kv.v, s->sequence, s->position,
-                             s->sinks, s->qkv,  s->out,  s->scratch};
+    void *const devices[] = {s->pages,    s->kv.k,  s->kv.v, s->kv.k_scale, s->kv.v_scale, s->sequence,
+                             s->position, s->sinks, s->qkv,  s->out,        s->scratch};
     for (void *memory : devices)
         cudaFree(memory);
 }
@@ -264,6 +313,14 @@ static const struct attention_case decode_cases[] = {
     {20, 4, 0, 2, 0, 2, 0, 0, KV_BF16, 2, {300, 70}},
     {34, 2, 0, 1, 0, 2, 0, 0, KV_E4M3, 2, {70, 1}},
     {2, 1, 0, 1, 0, 1, 0, 0, KV_BF16, 2, {64, 300}},
+    {128, 8, 0, 4, 0, 2, 0, 0, KV_INT8, 3, {0, 256, 600}},
+    {64, 4, 4, 3, 1, 2, 100, 0, KV_INT8, 3, {260, 90, 0}},
+    {80, 3, 0, 3, 0, 1, 0, 20, KV_INT8, 2, {300, 31}, true},
+    {34, 2, 0, 1, 0, 2, 0, 0, KV_INT8, 2, {70, 1}},
+    {128, 8, 0, 4, 0, 2, 0, 0, KV_INT4, 3, {0, 256, 600}},
+    {256, 2, 0, 2, 0, 1, 257, 0, KV_INT4, 2, {257, 700}},
+    {96, 2, 0, 1, 0, 2, 0, 5, KV_INT4, 2, {300, 64}, true},
+    {34, 2, 0, 1, 0, 2, 0, 0, KV_INT4, 2, {70, 1}},
 };
 
 static const uint64_t seeds[] = {1, 5, 99};
@@ -322,6 +379,12 @@ static const struct attention_case prefill_cases[] = {
     {20, 2, 0, 1, 0, 2, 0, 0, KV_BF16, 66, {3}},
     {34, 1, 0, 1, 0, 1, 0, 0, KV_E4M3, 5, {66}},
     {2, 1, 0, 1, 0, 1, 0, 0, KV_BF16, 3, {62}},
+    {128, 2, 0, 1, 0, 2, 0, 0, KV_INT8, 66, {200}},
+    {80, 3, 5, 4, 1, 1, 100, 20, KV_INT8, 65, {90}, true},
+    {34, 1, 0, 1, 0, 1, 0, 0, KV_INT8, 5, {66}},
+    {64, 2, 0, 2, 0, 1, 0, 0, KV_INT4, 66, {1}},
+    {256, 1, 0, 1, 0, 1, 64, 0, KV_INT4, 3, {126}},
+    {34, 1, 0, 1, 0, 1, 0, 0, KV_INT4, 5, {66}},
 };
 
 static void prefill_is_close_to_double(void **state)
@@ -350,10 +413,11 @@ static void prefill_is_close_to_double(void **state)
         if (cut > 0) {
             for (int64_t p = s.position[cut]; p <= s.position[c->rows - 1]; p++)
                 for (int64_t kv_head = 0; kv_head < c->num_kv_heads; kv_head++) {
-                    memset((char *)s.kv.k + kv_at(&s, 2, p, kv_head) * element_bytes(&s), 0xff,
-                           (size_t)(c->head_dim * element_bytes(&s)));
-                    memset((char *)s.kv.v + kv_at(&s, 2, p, kv_head) * element_bytes(&s), 0xff,
-                           (size_t)(c->head_dim * element_bytes(&s)));
+                    int64_t at = kv_at(&s, 2, p, kv_head);
+                    memset((char *)s.kv.k + codes_bytes(&s, at), 0xff, (size_t)codes_bytes(&s, c->head_dim));
+                    memset((char *)s.kv.v + codes_bytes(&s, at), 0xff, (size_t)codes_bytes(&s, c->head_dim));
+                    if (kv_format_scaled(c->format))
+                        *scale_of(&s, s.kv.k, at) = *scale_of(&s, s.kv.v, at) = 0xffff;
                 }
             prefill(&s, part, 0, cut);
             assert_same_rows(part, s.out, cut * row_size, "prefill ended earlier");

@@ -91,6 +91,7 @@ PREFILL = {
     "int8": dict.fromkeys((80, 86, 89, 90, 120), "int8"),
     "fp8": {80: "cuBLASLt f16", 86: "cuBLASLt f16", 89: "cuBLASLt fp8, scales by tensor",
             90: "cuBLASLt fp8, scales by row and column", 120: "cuBLASLt fp8, scales by tensor"},
+    "nl4": {86: "cuBLASLt f16", 90: "cuBLASLt fp8, scales by row and column"},
     "int4": {80: "int8", 86: "int8", 89: "int8", 90: "cuBLASLt fp8, scales by row and column", 120: "int8"},
 }
 for kind, way in (("int4z", "cuBLASLt f16"), ("mxfp4", "cuBLASLt bf16"), ("nvfp4", "cuBLASLt bf16")):
@@ -135,6 +136,22 @@ def test_imports(tmp):
         check(f"{name} tp 2", error <= cpu + 0.02, f"error {100 * error:.3f} %, the CPU's {100 * cpu:.3f} %")
 
 
+# Rotated models, whose activations the device rotates: dense, with experts and a shared one, in blocks of 4 to 128, in every format of inputs.
+def test_rotated(tmp):
+    for name, words in ([("llama3", ["--quant", "int4"])] if QUICK else
+                        [("llama3", ["--quant", "none"]), ("llama3", ["--quant", "int4"]), ("llama3", ["--quant", "fp8"]),
+                         ("llama_biases", ["--quant", "int8"]), ("qwen2_moe", ["--quant", "int4"]), ("gpt_oss", ["--quant", "none"])]):
+        case = GOLDEN / name
+        ids = json.loads((case / "golden.json").read_text())["token_ids"]
+        want = read_npy(case / "logits.npy")
+        shards = tmp / "rotated"
+        run(BUILD / "tpshard", "--tp", 2, "--rot", *words, case, shards, "--quiet", "--force")
+        cpu = relative_error(logits(shards, ids, tmp / "cpu.npy"), want)
+        error = relative_error(logits(shards, ids, tmp / "out.npy", *DEVICE), want)
+        check(f"{name} {words[-1]} rotated", error <= cpu + (0.13 if words[-1] in ("fp8", "int4") else 0.02),
+              f"error {100 * error:.3f} %, the CPU's {100 * cpu:.3f} %")
+
+
 def described(shards, sm):
     rc, _, text = engine("bench", shards, "--prompt-tokens", 2, "--gen-tokens", 2, *DEVICE, EMULATED_SM=str(sm))
     return text if rc == 0 else f"exit {rc}: {text}"
@@ -156,21 +173,21 @@ def ids_of(shards, text):
 
 
 # How much likelier the CPU finds its own token than the device's, where the two texts part.
-def gap(shards, prompt, want, got, tmp):
+def gap(shards, prompt, want, got, tmp, *more):
     want, got = ([int(word) for word in text.split(",")] for text in (want, got))
     part = next(i for i in range(len(want)) if want[i] != got[i])
-    row = logits(shards, ids_of(shards, prompt) + want[:part], tmp / "gap.npy")
+    row = logits(shards, ids_of(shards, prompt) + want[:part], tmp / "gap.npy", *more)
     vocab = len(row) // (len(ids_of(shards, prompt)) + part)
     last = row[-vocab:]
     return last[want[part]] - last[got[part]]
 
 
-def check_greedy(name, shards, prompt, count, tie, tmp, **environment):
-    want = greedy(shards, [prompt], count)
-    got = greedy(shards, [prompt], count, *DEVICE, "--context", 256, **environment)
+def check_greedy(name, shards, prompt, count, tie, tmp, *more, **environment):
+    want = greedy(shards, [prompt], count, *more)
+    got = greedy(shards, [prompt], count, *DEVICE, "--context", 256, *more, **environment)
     near, apart = False, 0
     if want != got and len(got) == 1:
-        apart = gap(shards, prompt, want[0], got[0], tmp)
+        apart = gap(shards, prompt, want[0], got[0], tmp, *more)
         near = apart <= tie
     check(f"greedy {name} \"{prompt}\"", got == want or near,
           "" if got == want else f"{'a tie' if near else 'apart'} by {apart:.3f}: {got} {want}")
@@ -225,6 +242,29 @@ def test_kv_cache(tmp):
     error = relative_error(logits(shards, ids, tmp / "out.npy", *DEVICE, "--kv-cache", "fp8"), want)
     check("fp8 keys and values as good as the CPU's", error <= fp8 + 0.01, f"error {100 * error:.3f} %, {100 * fp8:.3f} %")
     check("fp8 keys and values are really rounded", fp8 > 2 * bf16 and error > 2 * bf16)
+    # Caches with scales: of several ranks, and a step that is recorded, of one row and of several.
+    run(BUILD / "tpshard", "--tp", 3, "--quant", "none", case, tmp / "llama_odd-3", "--quiet")
+    plain = logits(shards, ids, tmp / "out.npy", *DEVICE)
+    for cache in ("int8", "int4"):
+        words = ("--kv-cache", cache)
+        cpu = relative_error(logits(shards, ids, tmp / "cpu.npy", *words), want)
+        for tp, directory in ((1, shards), (3, tmp / "llama_odd-3")):
+            got = logits(directory, ids, tmp / "out.npy", *DEVICE, *words)
+            error = relative_error(got, want)
+            check(f"{cache} keys and values tp {tp} as good as the CPU's", error <= cpu + 0.01 and got != plain,
+                  f"error {100 * error:.3f} %, {100 * cpu:.3f} %")
+        if cache == "int4":
+            check("int4 keys and values are really rounded", cpu > 2 * bf16 and error > 2 * bf16)
+        model = tmp / "model-int4-1"
+        check_greedy(f"{cache} cache", model, PROMPTS[0], 8 if FULL else 4, 0.1, tmp, *words)
+        alone = [greedy(model, [prompt], 3, *DEVICE, "--context", 256, *words)[0] for prompt in PROMPTS[:2]]
+        together = greedy(model, PROMPTS[:2], 3, *DEVICE, "--context", 256, *words)
+        check(f"{cache} cache: greedy tokens equal alone and in a batch", alone == together, f"{alone} {together}")
+    latent = tmp / "latent"
+    run(BUILD / "tpshard", "--tp", 1, "--quant", "none", GOLDEN / "deepseek_v3", latent, "--quiet")
+    for cache in ("int8", "int4"):
+        rc, _, problem = engine("logits", latent, "--token-ids", "1,2", "--output", tmp / "out.npy", *DEVICE, "--kv-cache", cache)
+        check(f"a latent row has no {cache} cache", rc == 3 and "latent row" in problem and problem.count("\n") == 1, f"exit {rc}: {problem}")
 
 
 # Started for many sequences, int4 decodes in int8; a silent rank would be ended by its watchdog, so a long run needs signs of life.
@@ -272,7 +312,7 @@ def test_refusals(tmp):
 def main():
     with tempfile.TemporaryDirectory() as name:
         tmp = Path(name)
-        tests = (test_families, test_imports, test_arithmetic, test_greedy, test_company, test_sampling, test_kv_cache,
+        tests = (test_families, test_imports, test_rotated, test_arithmetic, test_greedy, test_company, test_sampling, test_kv_cache,
                  test_many, test_devices, test_refusals)
         for test in tests[:2] if QUICK else tests:
             attempt(test.__name__, lambda: test(tmp))

@@ -198,7 +198,7 @@ static void slots_are_listed(void **state)
 
 static const struct kind_case kinds[] = {
     {WEIGHT_BF16, 0},   {WEIGHT_INT8, 0},   {WEIGHT_FP8, 0},    {WEIGHT_INT4, 32},  {WEIGHT_INT4, 128},
-    {WEIGHT_INT4Z, 64}, {WEIGHT_FP8G, 128}, {WEIGHT_MXFP4, 32}, {WEIGHT_NVFP4, 16},
+    {WEIGHT_INT4Z, 64}, {WEIGHT_FP8G, 128}, {WEIGHT_MXFP4, 32}, {WEIGHT_NVFP4, 16}, {WEIGHT_NL4, 64},
 };
 
 static void fill(float *x, uint64_t row, uint64_t cols)

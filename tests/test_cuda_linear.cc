@@ -171,9 +171,9 @@ static void assert_f16_close(const struct matrix *w, struct device_input in, con
 // ---- tables ----------------------------------------------------------------------------------------------------------------
 
 static const struct kind_case f16_kinds[] = {
-    {WEIGHT_INT4, 128}, {WEIGHT_INT4, 64},   {WEIGHT_INT4, 32},  {WEIGHT_FP8, 0},
-    {WEIGHT_BF16, 0},   {WEIGHT_INT4Z, 128}, {WEIGHT_INT4Z, 64}, {WEIGHT_INT4Z, 32},
-    {WEIGHT_FP8G, 128}, {WEIGHT_MXFP4, 32},  {WEIGHT_NVFP4, 16},
+    {WEIGHT_INT4, 128},  {WEIGHT_INT4, 64},  {WEIGHT_INT4, 32},  {WEIGHT_FP8, 0},    {WEIGHT_BF16, 0},
+    {WEIGHT_INT4Z, 128}, {WEIGHT_INT4Z, 64}, {WEIGHT_INT4Z, 32}, {WEIGHT_FP8G, 128}, {WEIGHT_MXFP4, 32},
+    {WEIGHT_NVFP4, 16},  {WEIGHT_NL4, 128},  {WEIGHT_NL4, 64},   {WEIGHT_NL4, 32},
 };
 static const struct kind_case int8_kinds[] = {
     {WEIGHT_INT4, 128}, {WEIGHT_INT4, 64}, {WEIGHT_INT4, 32}, {WEIGHT_INT8, 0}};
@@ -361,7 +361,8 @@ static void test_order_and_memory(void **state)
         {{WEIGHT_FP8, 0}, false, 16},   {{WEIGHT_BF16, 0}, false, 8},   {{WEIGHT_INT4, 128}, true, 8},
         {{WEIGHT_INT4, 32}, true, 16},  {{WEIGHT_INT8, 0}, true, 16},   {{WEIGHT_INT4, 128}, true, 64},
         {{WEIGHT_INT8, 0}, true, 64},   {{WEIGHT_INT4Z, 32}, false, 8}, {{WEIGHT_FP8G, 128}, false, 16},
-        {{WEIGHT_MXFP4, 32}, false, 1}, {{WEIGHT_NVFP4, 16}, false, 8},
+        {{WEIGHT_MXFP4, 32}, false, 1}, {{WEIGHT_NVFP4, 16}, false, 8}, {{WEIGHT_NL4, 128}, false, 1},
+        {{WEIGHT_NL4, 32}, false, 16},
     };
     enum { ROWS = 128, COLS = 1280 };
     random_state = 6;

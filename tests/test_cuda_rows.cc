@@ -5,6 +5,11 @@
 // of the emulator.
 #include "tests/device/cuda_test.h"
 
+extern "C" {
+#include "kernels/kv.h"
+#include "kernels/kv_codes.h"
+}
+
 static const uint64_t seeds[] = {1, 2, 77};
 
 // ---- input formats -------------------------------------------------------------------------------------------------
@@ -259,8 +264,8 @@ static void activate_is_the_cpus(void **state)
                 emulator_seed(seeds[(w + 1) % 3]);
                 enum activation activation = (enum activation)((w + (size_t)format + (size_t)with_bias) % 3);
                 struct device_input out = new_input(format, rows, cols);
-                finish(
-                    launch_activate(out, format, activation, device_x, with_bias ? device_bias : NULL, rows, cols, 0));
+                finish(launch_activate(out, format, activation, 0, device_x, with_bias ? device_bias : NULL, rows, cols,
+                                       0));
                 for (int64_t row = 0; row < rows; row++) {
                     memcpy(want, x + row * 2 * cols, (size_t)cols * 8);
                     if (with_bias)
@@ -274,6 +279,37 @@ static void activate_is_the_cpus(void **state)
         cudaFree(device_bias);
         free(x);
         free(bias);
+        free(want);
+    }
+}
+
+// Every block in every format, also of rows whose last group of 128 columns is not full and of more than are kept in shared memory.
+static void activate_rotates_as_the_cpu(void **state)
+{
+    (void)state;
+    const struct kernels *k = scalar();
+    static const int64_t columns[] = {128, 384, 64, 224, 8320};
+    for (size_t w = 0; w < sizeof columns / sizeof *columns; w++) {
+        int64_t cols = columns[w], rows = cols > 5000 ? 1 : 2;
+        float *x = floats(rows * 2 * cols), *want = floats(2 * cols);
+        for (int64_t i = 0; i < rows * 2 * cols; i++)
+            x[i] = centred() * (i % 7 == 0 ? 120.0f : 4.0f);
+        float *device_x = device_copy(x, rows * 2 * cols);
+        for (int64_t block = cols > 5000 ? 128 : 2; block <= 128 && cols % block == 0; block *= 2)
+            for (enum input_format format : formats) {
+                struct device_input out = new_input(format, rows, cols);
+                emulator_seed(seeds[w % 3]);
+                finish(launch_activate(out, format, ACTIVATION_SILU, block, device_x, NULL, rows, cols, 0));
+                for (int64_t row = 0; row < rows; row++) {
+                    memcpy(want, x + row * 2 * cols, (size_t)cols * 8);
+                    k->activate(want, want, want + cols, cols, ACTIVATION_SILU);
+                    k->hadamard(want, cols, block);
+                    check_row(out, format, row, want, cols, "rotated activation");
+                }
+                free_input(out);
+            }
+        cudaFree(device_x);
+        free(x);
         free(want);
     }
 }
@@ -401,9 +437,10 @@ static void fill(float *x, uint64_t row, uint64_t cols)
 static void embed_is_the_cpus(void **state)
 {
     (void)state;
-    static const struct kind_case kinds[] = {
-        {WEIGHT_F32, 0},    {WEIGHT_BF16, 0},   {WEIGHT_INT8, 0},   {WEIGHT_FP8, 0},    {WEIGHT_INT4, 32},
-        {WEIGHT_INT4, 128}, {WEIGHT_INT4Z, 64}, {WEIGHT_FP8G, 128}, {WEIGHT_MXFP4, 32}, {WEIGHT_NVFP4, 16}};
+    static const struct kind_case kinds[] = {{WEIGHT_F32, 0},    {WEIGHT_BF16, 0},   {WEIGHT_INT8, 0},
+                                             {WEIGHT_FP8, 0},    {WEIGHT_INT4, 32},  {WEIGHT_INT4, 128},
+                                             {WEIGHT_INT4Z, 64}, {WEIGHT_FP8G, 128}, {WEIGHT_MXFP4, 32},
+                                             {WEIGHT_NVFP4, 16}, {WEIGHT_NL4, 64}};
     static const uint32_t tokens[] = {1000, 1069, 999, 1070, 1063, 1064, 1017, 0, UINT32_MAX};
     enum { ROWS = 70, VOCAB_BEGIN = 1000, TOKENS = sizeof tokens / sizeof *tokens };
     static const int64_t cols_of[] = {1, 64, 101, 130, 132, 2880};
@@ -501,7 +538,9 @@ static void check_finish_qkv(const struct qkv_case *c)
                            device_copy(pages, (int64_t)(sizeof pages / sizeof *pages)),
                            PAGES_PER_SEQUENCE,
                            c->num_kv_heads,
-                           head_dim};
+                           head_dim,
+                           NULL,
+                           NULL};
     char *untouched = (char *)zeroed(cache_count * element); // how the cache was, what is expected being put in
     memcpy(untouched, kv.k, (size_t)(cache_count * element));
     char *want_cache[2] = {untouched, (char *)zeroed(cache_count * element)};
@@ -597,6 +636,84 @@ static void check_finish_qkv(const struct qkv_case *c)
         free(memory);
 }
 
+// A cache with scales has the host's scales and codes bit for bit; queries are rotated as there, and rotate back.
+static void check_scaled_rows(int64_t head_dim, enum kv_format format)
+{
+    enum { HEADS = 3, KV_HEADS = 2, ROWS = 5, ALL = HEADS + 2 * KV_HEADS, SLOTS = 2 * KV_HEADS * KV_PAGE_TOKENS };
+    static const int32_t pages[] = {1, 0}, sequence[ROWS] = {0, 1, 0, 1, 0}, position[ROWS] = {0, 63, 5, 7, 63};
+    int64_t width = ALL * head_dim, bytes = (int64_t)kv_codes_bytes((uint64_t)(SLOTS * head_dim), format);
+    float *qkv = floats(ROWS * width);
+    for (int64_t i = 0; i < ROWS * width; i++)
+        qkv[i] = centred() * (i % 37 ? 1.0f : 30.0f);
+    memset(qkv + HEADS * head_dim, 0, (size_t)head_dim * sizeof *qkv); // a key of zeros, and a value that is not finite
+    qkv[2 * width - 1] = INFINITY;
+    struct device_kv kv = {device_new(bytes),
+                           device_new(bytes),
+                           format,
+                           device_copy(pages, 2),
+                           1,
+                           KV_HEADS,
+                           head_dim,
+                           device_array<uint16_t>(SLOTS),
+                           device_array<uint16_t>(SLOTS)};
+    struct device_rows rows = {device_copy(sequence, ROWS), device_copy(position, ROWS), ROWS};
+    float *device_qkv = device_copy(qkv, ROWS * width);
+    struct device_qkv how = {};
+    how.num_heads = HEADS;
+    finish(launch_finish_qkv(device_qkv, how, rows, kv, 0));
+    for (int64_t row = 0; row < ROWS; row++)
+        for (int64_t head = 0; head < ALL; head++) {
+            float *x = qkv + row * width + head * head_dim;
+            const float *got = device_qkv + row * width + head * head_dim;
+            kv_rotate(x, 1, head_dim, head < HEADS ? kv_rotate_back(head_dim) : 1);
+            uint32_t extent = 0;
+            for (int64_t i = 0; i < head_dim; i++) {
+                if (head < HEADS && !same(got[i], x[i]))
+                    fail_msg("head_dim %lld: a query's column %lld is %.9g, not %.9g", (long long)head_dim,
+                             (long long)i, (double)got[i], (double)x[i]);
+                extent = kv_extent(x[i]) > extent ? kv_extent(x[i]) : extent;
+            }
+            if (head < HEADS)
+                continue;
+            bool is_v = head >= HEADS + KV_HEADS;
+            int64_t slot =
+                (pages[sequence[row]] * KV_HEADS + (head - HEADS) % KV_HEADS) * KV_PAGE_TOKENS + position[row];
+            uint16_t scale = kv_scale(format, extent);
+            assert_int_equal((is_v ? kv.v_scale : kv.k_scale)[slot], scale);
+            const uint8_t *codes = (const uint8_t *)(is_v ? kv.v : kv.k);
+            for (int64_t i = 0; i < head_dim; i++) {
+                float inverse = kv_inverse_scale(scale);
+                if (format == KV_INT8)
+                    assert_int_equal(codes[slot * head_dim + i], kv_code_int8(x[i], inverse));
+                else
+                    assert_int_equal(
+                        codes[slot * head_dim / 2 + kv_int4_byte(i, head_dim)] >> kv_int4_shift(i, head_dim) & 15,
+                        kv_code_int4(x[i], inverse));
+            }
+        }
+    finish(launch_rotate_heads(device_qkv, HEADS, head_dim, 0.5f, 0));
+    kv_rotate(qkv, HEADS, head_dim, 0.5f);
+    for (int64_t i = 0; i < HEADS * head_dim; i++)
+        assert_true(same(device_qkv[i], qkv[i]));
+    void *const devices[] = {
+        kv.k, kv.v, kv.k_scale, kv.v_scale, (void *)kv.pages, (void *)rows.sequence, (void *)rows.position, device_qkv};
+    for (void *memory : devices)
+        cudaFree(memory);
+    free(qkv);
+}
+
+static void scaled_caches_are_the_cpus(void **state)
+{
+    (void)state;
+    static const int64_t head_dims[] = {2, 20, 34, 64, 80, 96, 128, 256};
+    int turn = 0;
+    for (int64_t head_dim : head_dims)
+        for (int format = KV_INT8; format <= KV_INT4; format++) {
+            emulator_seed(seeds[turn++ % 3]);
+            check_scaled_rows(head_dim, (enum kv_format)format);
+        }
+}
+
 static void finish_qkv_follows_the_cpu(void **state)
 {
     (void)state;
@@ -633,7 +750,7 @@ static void a_row_does_not_see_its_neighbours(void **state)
                 emulator_seed((uint64_t)(row + 5));
                 finish(operation == 0   ? launch_prepare(out, format, at, width, NULL, rows, COLS, 0)
                        : operation == 1 ? launch_norm(out, format, at, none, device_weight, NULL, rows, COLS, 1e-5f, 0)
-                                        : launch_activate(out, format, ACTIVATION_SILU, at, NULL, rows, COLS, 0));
+                                        : launch_activate(out, format, ACTIVATION_SILU, 0, at, NULL, rows, COLS, 0));
                 if (row < 0)
                     continue;
                 int64_t bytes = one.stride * value_bytes(format);
@@ -689,7 +806,7 @@ static void no_rows_are_no_work(void **state)
     struct matrix table = {};
     finish(launch_prepare(none, INPUT_INT8, NULL, 0, NULL, 0, 128, 0));
     finish(launch_norm(none, INPUT_INT8, NULL, join, NULL, NULL, 0, 128, 1e-5f, 0));
-    finish(launch_activate(none, INPUT_INT8, ACTIVATION_SILU, NULL, NULL, 0, 128, 0));
+    finish(launch_activate(none, INPUT_INT8, ACTIVATION_SILU, 0, NULL, NULL, 0, 128, 0));
     finish(launch_scale_values(NULL, 0, 1, 0, 0));
     finish(launch_squares(NULL, NULL, NULL, 0, 4, 2, 2, 3, 0));
     finish(launch_embed(NULL, &table, NULL, 0, 0, 0));
@@ -703,9 +820,11 @@ int main(void)
         cmocka_unit_test(prepare_follows_an_order),
         cmocka_unit_test(kept_rows_stay_apart),
         cmocka_unit_test(activate_is_the_cpus),
+        cmocka_unit_test(activate_rotates_as_the_cpu),
         cmocka_unit_test(norm_follows_the_cpu),
         cmocka_unit_test(embed_is_the_cpus),
         cmocka_unit_test(finish_qkv_follows_the_cpu),
+        cmocka_unit_test(scaled_caches_are_the_cpus),
         cmocka_unit_test(scale_is_the_cpus),
         cmocka_unit_test(a_row_does_not_see_its_neighbours),
         cmocka_unit_test(no_rows_are_no_work),

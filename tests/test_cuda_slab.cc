@@ -80,6 +80,8 @@ static const struct {
     {{WEIGHT_FP8, 0}, SLAB_F16},     {{WEIGHT_FP8, 0}, SLAB_BF16},    {{WEIGHT_INT8, 0}, SLAB_F16},
     {{WEIGHT_INT8, 0}, SLAB_BF16},   {{WEIGHT_INT4Z, 32}, SLAB_F16},  {{WEIGHT_INT4Z, 128}, SLAB_F16},
     {{WEIGHT_FP8G, 128}, SLAB_BF16}, {{WEIGHT_MXFP4, 32}, SLAB_BF16}, {{WEIGHT_NVFP4, 16}, SLAB_BF16},
+    {{WEIGHT_NL4, 32}, SLAB_F16},    {{WEIGHT_NL4, 128}, SLAB_BF16},  {{WEIGHT_NL4, 32}, SLAB_E4M3},
+    {{WEIGHT_NL4, 128}, SLAB_E4M3},
 };
 enum { NUM_KINDS = sizeof kinds / sizeof kinds[0] };
 
@@ -113,7 +115,7 @@ static void test_hostile_scales(void **)
         static const float scales[] = {1e30f, -3e38f, INFINITY, -INFINITY, NAN, 1e-44f, 600, -0.0f};
         static const uint16_t scales_f16[] = {0x7bff, 0xfbff, 0x7c00, 0xfc00, 0x7e00, 0x0001, 0x8000, 0x0400};
         for (int i = 0; i < 8; i++) {
-            bool f16 = kinds[k].kind.kind == WEIGHT_INT4 || kinds[k].kind.kind == WEIGHT_INT4Z;
+            bool f16 = weight_group_chosen(kinds[k].kind.kind);
             if (f16)
                 ((uint16_t *)(void *)w.scale)[i * 5] = scales_f16[i];
             else

@@ -209,17 +209,12 @@ static void test_nan_weight(void **state)
         enum { CODE, SCALE, ZERO, GLOBAL } where;
         uint32_t bits;
     } cases[] = {
-        {{WEIGHT_FP8, 0}, CODE, 0xff},
-        {{WEIGHT_FP8, 0}, CODE, 0x7f},
-        {{WEIGHT_FP8G, 128}, CODE, 0xff},
-        {{WEIGHT_FP8G, 128}, SCALE, 0x7fc00000},
-        {{WEIGHT_INT4, 64}, SCALE, 0x7e00},
-        {{WEIGHT_INT4Z, 32}, SCALE, 0x7e00},
-        {{WEIGHT_INT4Z, 128}, ZERO, 0xfe00},
-        {{WEIGHT_MXFP4, 32}, SCALE, 255},
-        {{WEIGHT_NVFP4, 16}, SCALE, 0x7f},
-        {{WEIGHT_NVFP4, 16}, SCALE, 0xff},
-        {{WEIGHT_NVFP4, 16}, GLOBAL, 0x7fc00000},
+        {{WEIGHT_FP8, 0}, CODE, 0xff},       {{WEIGHT_FP8, 0}, CODE, 0x7f},
+        {{WEIGHT_FP8G, 128}, CODE, 0xff},    {{WEIGHT_FP8G, 128}, SCALE, 0x7fc00000},
+        {{WEIGHT_INT4, 64}, SCALE, 0x7e00},  {{WEIGHT_NL4, 32}, SCALE, 0x7e00},
+        {{WEIGHT_INT4Z, 32}, SCALE, 0x7e00}, {{WEIGHT_INT4Z, 128}, ZERO, 0xfe00},
+        {{WEIGHT_MXFP4, 32}, SCALE, 255},    {{WEIGHT_NVFP4, 16}, SCALE, 0x7f},
+        {{WEIGHT_NVFP4, 16}, SCALE, 0xff},   {{WEIGHT_NVFP4, 16}, GLOBAL, 0x7fc00000},
     };
     for (size_t k = 0; k < sizeof cases / sizeof *cases; k++) {
         struct kind_case c = cases[k].c;
@@ -268,6 +263,7 @@ static void test_extreme_scales(void **state)
         bool fits;
     } cases[] = {
         {{WEIGHT_INT4, 32}, {0x7bff, 0x0001, 0x8001, 0xfbff}, 0, true},
+        {{WEIGHT_NL4, 128}, {0x7bff, 0x0001, 0x8001, 0xfbff}, 0, true},
         {{WEIGHT_INT4Z, 64}, {0x7bff, 0x0001, 0x8001, 0xfbff}, 0, true},
         {{WEIGHT_MXFP4, 32}, {0, 1, 2, 127}, 0, true},
         {{WEIGHT_MXFP4, 32}, {0, 60, 200, 238}, 0, true},

@@ -82,6 +82,15 @@ static struct manifest example(void)
         .quant = {.linear = WEIGHT_INT4, .embedding = WEIGHT_BF16, .head = WEIGHT_INT8, .group_size = 128},
         .experts = EXPERTS_EP,
         .wire_advice = "s8x",
+        .wires_measured = {.text = {.low = 3, .high = 4},
+                           .tokens = 2000,
+                           .context = 512,
+                           .feedback = true,
+                           .limit = 0.001,
+                           .wires = {{"f32", true, 0, 0, 1},
+                                     {"s8x", true, 0.00002, 0.00003, 0.995},
+                                     {"fp8", false, 0, 0, 0}},
+                           .count = 3},
         .ranks = ranks,
         .num_ranks = 2,
         .extras = extras,
@@ -156,6 +165,17 @@ static void round_trip(void **state)
     assert_string_equal(found->tool, wanted.tool);
     assert_string_equal(found->wire_advice, wanted.wire_advice);
     assert_int_equal(found->tp_size, 2);
+    const struct manifest_wires *wires = &found->wires_measured;
+    assert_int_equal(wires->count, 3);
+    assert_true(checksum128_equal(wires->text, wanted.wires_measured.text));
+    assert_true(wires->tokens == 2000 && wires->context == 512 && wires->feedback && wires->limit == 0.001);
+    for (size_t i = 0; i < wires->count; i++) {
+        const struct manifest_wire *got = &wires->wires[i], *want = &wanted.wires_measured.wires[i];
+        assert_string_equal(got->name, want->name);
+        assert_int_equal(got->finite, want->finite);
+        assert_true(!want->finite || (got->kl_divergence == want->kl_divergence && got->kl_high == want->kl_high &&
+                                      got->same_top == want->same_top));
+    }
     assert_int_equal(found->pp_size, 1);
     assert_memory_equal(&found->quant, &wanted.quant, sizeof wanted.quant);
     assert_int_equal(found->num_ranks, 2);
@@ -245,6 +265,97 @@ static void latent_norm_eps(void **state)
     }
 }
 
+// What is rotated has keys; what is not has none, so that older directories keep their contract.
+static void rotation(void **state)
+{
+    (void)state;
+    static const struct {
+        uint32_t block;
+        int64_t mlp;
+        bool tied, post_norms;
+        const char *refusal; // NULL: good
+    } cases[] = {
+        {0, 0, true, false, NULL},
+        {0, 0, false, true, NULL},
+        {128, 128, false, false, NULL},
+        {4, 0, false, false, NULL},
+        {64, 2, false, false, NULL},
+        {0, 64, false, false, "quant.rotation must be"}, // the engine would rotate what nothing rotates back
+        {96, 64, false, false, "quant.rotation must be"},
+        {2, 0, false, false, "quant.rotation must be an integer from 4 to 128"},
+        {256, 0, false, false, "quant.rotation must be an integer from 4 to 128"},
+        {128, 128, true, false, "quant.rotation must be"},
+        {128, 128, false, true, "quant.rotation must be"},
+        {128, 96, false, false, "mlp_rotation must be a power of two"},
+        {128, 256, false, false, "mlp_rotation must be an integer from 2 to 128"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct manifest manifest = example(), *found = NULL;
+        struct error err = {0};
+        char *text = NULL;
+        manifest.quant.rotation = cases[i].block;
+        manifest.model.mlp_rotation = cases[i].mlp;
+        manifest.model.tied_embeddings = cases[i].tied;
+        manifest.model.post_norms = cases[i].post_norms;
+        int rc = manifest_to_json(&manifest, &text, &err);
+        if (cases[i].refusal) {
+            assert_int_equal(rc, ERR_CORRUPT);
+            if (!strstr(err.msg, cases[i].refusal))
+                fail_msg("'%s' does not say '%s'", err.msg, cases[i].refusal);
+            continue;
+        }
+        if (rc || manifest_parse(&found, text, strlen(text), "model.json", &err))
+            fail_msg("%s", err.msg);
+        assert_int_equal(strstr(text, "\"rotation\"") != NULL, cases[i].block > 0);
+        assert_int_equal(strstr(text, "\"mlp_rotation\"") != NULL, cases[i].mlp > 0);
+        assert_int_equal(found->quant.rotation, cases[i].block);
+        assert_int_equal(found->model.mlp_rotation, cases[i].mlp);
+        manifest_free(found);
+        free(text);
+    }
+}
+
+static void calibration(void **state)
+{
+    (void)state;
+    static const struct {
+        enum calibration_method method;
+        enum weight_scales scales;
+        const char *refusal; // NULL: good
+    } cases[] = {
+        {CALIBRATION_NONE, WEIGHT_SCALES_SEARCHED, NULL},
+        {CALIBRATION_NONE, WEIGHT_SCALES_LARGEST, NULL},
+        {CALIBRATION_SCALES, WEIGHT_SCALES_SEARCHED, NULL},
+        {CALIBRATION_GPTQ, WEIGHT_SCALES_SEARCHED, NULL},
+        {CALIBRATION_GPTQ, WEIGHT_SCALES_LARGEST, "quant.calibration.method must be"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct manifest manifest = example(), *found = NULL;
+        struct error err = {0};
+        char *text = NULL;
+        manifest.quant.linear = WEIGHT_INT4;
+        manifest.quant.group_size = 128;
+        manifest.quant.scales = cases[i].scales;
+        manifest.quant.calibration = cases[i].method;
+        manifest.quant.statistics = (struct checksum128){0x1234, 0xabcd};
+        int rc = manifest_to_json(&manifest, &text, &err);
+        if (cases[i].refusal) {
+            assert_int_equal(rc, ERR_CORRUPT);
+            if (!strstr(err.msg, cases[i].refusal))
+                fail_msg("'%s' does not say '%s'", err.msg, cases[i].refusal);
+            continue;
+        }
+        if (rc || manifest_parse(&found, text, strlen(text), "model.json", &err))
+            fail_msg("%s", err.msg);
+        assert_int_equal(strstr(text, "\"calibration\"") != NULL, cases[i].method != CALIBRATION_NONE);
+        assert_int_equal(found->quant.calibration, cases[i].method);
+        if (cases[i].method != CALIBRATION_NONE)
+            assert_true(checksum128_equal(found->quant.statistics, manifest.quant.statistics));
+        manifest_free(found);
+        free(text);
+    }
+}
+
 // Replaces the first `from` in text.
 static char *replaced(const char *text, const char *from, const char *to)
 {
@@ -258,6 +369,39 @@ static char *replaced(const char *text, const char *from, const char *to)
     memcpy(out + before, to, strlen(to));
     memcpy(out + before + strlen(to), text + before + strlen(from), rest + 1);
     return out;
+}
+
+// Kinds matrix by matrix: listed by name, part of the contract, found again.
+static void matrices(void **state)
+{
+    (void)state;
+    struct matrix_kind list[] = {
+        {0, ROLE_QKV, WEIGHT_INT8, 0}, {2, ROLE_DOWN, WEIGHT_INT4, 32}, {3, ROLE_O, WEIGHT_BF16, 0}};
+    struct manifest wanted = example(), *found = NULL;
+    struct checksum128 without, with, other;
+    struct error err = {0};
+    char *text = NULL, *core = NULL;
+    assert_int_equal(manifest_contract(&wanted, &without, &err), 0);
+    wanted.matrices = list;
+    wanted.num_matrices = 3;
+    wanted.quant.millibits = 4500;
+    assert_int_equal(manifest_contract(&wanted, &with, &err), 0);
+    assert_false(checksum128_equal(without, with));
+    assert_int_equal(manifest_core(&wanted, &core, &err), 0);
+    assert_non_null(strstr(core, "\"linear\":\"int4\",\"matrices\":{\"0.qkv\":\"int8\",\"2.down\":\"int4:32\",\"3.o\":"
+                                 "\"bf16\"},\"millibits\":4500}"));
+    free(core);
+    to_json(&text, &wanted);
+    if (manifest_parse(&found, text, strlen(text), "model.json", &err))
+        fail_msg("%s", err.msg);
+    assert_int_equal(found->quant.millibits, 4500);
+    assert_int_equal(found->num_matrices, 3);
+    assert_memory_equal(found->matrices, list, sizeof list);
+    manifest_free(found);
+    free(text);
+    list[1].group_size = 64;
+    assert_int_equal(manifest_contract(&wanted, &other, &err), 0);
+    assert_false(checksum128_equal(other, with));
 }
 
 static void refusals(void **state)
@@ -280,10 +424,27 @@ static void refusals(void **state)
         {"\"tp_size\": 2", "\"tp_size\": 1025", "tp_size must be"},
         {"\"tp_size\": 2", "\"tp_size\": 2.0", "tp_size must be"},
         {"\"pp_size\": 1", "\"pp_size\": 2", "= 4 files, found 2"},
-        {"\"s8x\"", "\"s9x\"", "wire_advice must be bf16, fp8 or s8x, found 's9x'"},
+        {"\"wire\": \"s8x\"", "\"wire\": \"s9x\"",
+         "wires_measured.wires[1].wire must be bf16, f32, fp8 or s8x, found 's9x'"},
+        {"\"wire\": \"fp8\"", "\"same_top\": 1, \"wire\": \"fp8\"", "must stand together"},
+        {"\"same_top\": 1", "\"same_top\": 1.5", "same_top must be"},
+        {"\"tokens\": 2000", "\"tokens\": 0", "wires_measured.tokens must be"},
+        {"\"limit\"", "\"limits\"", "unknown key wires_measured.limits"},
+        {"\"wire_advice\": \"s8x\"", "\"wire_advice\": \"s9x\"",
+         "wire_advice must be bf16, f32, fp8 or s8x, found 's9x'"},
         {"\"linear\": \"int4\"", "\"linear\": \"int5\"",
          "quant.linear must be a kind of weight, such as bf16 or int4, found int5"},
         {"\"linear\": \"int4\"", "\"linear\": \"int8\"", "quant.group_size must be 0"},
+        {"\"linear\"", "\"millibits\": 4500, \"linear\"", "quant.matrices must stand beside quant.millibits"},
+        {"\"linear\"", "\"matrices\": {\"0.qkv\": \"int8\"}, \"linear\"",
+         "quant.millibits must stand beside quant.matrices"},
+        {"\"linear\"", "\"matrices\": {\"0.qkw\": \"int8\"}, \"linear\"",
+         "quant.matrices.0.qkw is no matrix of this model's layers; they are named like 0.qkv and 3.down"},
+        {"\"linear\"", "\"matrices\": {\"4.qkv\": \"int8\"}, \"linear\"", "quant.matrices.4.qkv is no matrix"},
+        {"\"linear\"", "\"matrices\": {\"0.qkv\": \"int4:31\"}, \"linear\"", "found int4:31"},
+        {"\"linear\"", "\"matrices\": {\"0.qkv\": 8}, \"linear\"", "found an integer"},
+        {"\"linear\"", "\"matrices\": [], \"linear\"", "quant.matrices must be an object"},
+        {"\"linear\"", "\"millibits\": 0, \"linear\"", "quant.millibits must be an integer from 1"},
         {"\"group_size\": 128", "\"group_size\": 48", "quant.group_size must be 32, 64 or 128"},
         {"\"group_size\": 128", "\"group_size\": 64", "contract does not match"},
         {"\"head_dim\": 128", "\"head_dim\": 127", "head_dim must be even"},
@@ -480,9 +641,10 @@ static void rank_file_names(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(core_and_contract), cmocka_unit_test(round_trip),  cmocka_unit_test(numbers_are_exact),
-        cmocka_unit_test(latent_norm_eps),   cmocka_unit_test(refusals),    cmocka_unit_test(every_byte),
-        cmocka_unit_test(writer_refuses),    cmocka_unit_test(directories), cmocka_unit_test(rank_file_names),
+        cmocka_unit_test(core_and_contract), cmocka_unit_test(round_trip),      cmocka_unit_test(matrices),
+        cmocka_unit_test(numbers_are_exact), cmocka_unit_test(latent_norm_eps), cmocka_unit_test(rotation),
+        cmocka_unit_test(calibration),       cmocka_unit_test(refusals),        cmocka_unit_test(every_byte),
+        cmocka_unit_test(writer_refuses),    cmocka_unit_test(directories),     cmocka_unit_test(rank_file_names),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -29,6 +29,8 @@ static void shapes(void **unused)
         {WEIGHT_INT4, 128, 4096, 14336, true, 4096, 14336, 29360128, 917504},
         {WEIGHT_INT4Z, 32, 65, 96, true, 128, 128, 8192, 2048},
         {WEIGHT_INT4Z, 128, 64, 129, true, 64, 256, 8192, 512},
+        {WEIGHT_NL4, 32, 65, 96, true, 128, 128, 8192, 1024},
+        {WEIGHT_NL4, 128, 64, 129, true, 64, 256, 8192, 256},
         {WEIGHT_FP8G, 128, 64, 129, true, 64, 256, 16384, 512},
         {WEIGHT_FP8G, 128, 0, 129, true, 0, 256, 0, 0},
         {WEIGHT_MXFP4, 32, 2880, 2880, true, 2880, 2880, 4147200, 259200},
@@ -38,6 +40,8 @@ static void shapes(void **unused)
         {WEIGHT_NVFP4, 16, 0x7fffffff, 0x7fffffff, true, 0x80000000u, 0x80000000u, 1ull << 61,
          (1ull << 58) + (1ull << 33)},
         {WEIGHT_INT4Z, 16, 64, 64, false, 0, 0, 0, 0},
+        {WEIGHT_NL4, 16, 64, 64, false, 0, 0, 0, 0},
+        {WEIGHT_NL4, 0, 64, 64, false, 0, 0, 0, 0},
         {WEIGHT_FP8G, 0, 64, 64, false, 0, 0, 0, 0},
         {WEIGHT_FP8G, 64, 64, 64, false, 0, 0, 0, 0},
         {WEIGHT_MXFP4, 16, 64, 64, false, 0, 0, 0, 0},
@@ -77,8 +81,8 @@ static void shapes(void **unused)
 static void kind_names(void **unused)
 {
     (void)unused;
-    static const char *const names[WEIGHT_KIND_COUNT] = {"f32",   "bf16", "int8",  "fp8",  "int4",
-                                                         "int4z", "fp8g", "mxfp4", "nvfp4"};
+    static const char *const names[WEIGHT_KIND_COUNT] = {"f32",   "bf16", "int8",  "fp8",   "int4",
+                                                         "int4z", "fp8g", "mxfp4", "nvfp4", "nl4"};
     for (int i = 0; i < WEIGHT_KIND_COUNT; i++) {
         enum weight_kind kind = WEIGHT_KIND_COUNT;
         assert_string_equal(weight_kind_name((enum weight_kind)i), names[i]);

@@ -81,8 +81,10 @@ static void error_figures(void **unused)
         {{WEIGHT_INT8, 0}, next_gauss, 0.87, 0.01},       {{WEIGHT_BF16, 0}, next_gauss, 0.166, 0.01},
         {{WEIGHT_INT4, 128}, next_student5, 14.00, 0.03}, {{WEIGHT_INT4Z, 128}, next_gauss, 9.09, 0.02},
         {{WEIGHT_INT4Z, 32}, next_gauss, 7.2, 0.03},      {{WEIGHT_INT4Z, 128}, next_student5, 12.07, 0.03},
-        {{WEIGHT_FP8G, 128}, next_gauss, 2.57, 0.01},     {{WEIGHT_MXFP4, 32}, next_gauss, 11.19, 0.01},
-        {{WEIGHT_NVFP4, 16}, next_gauss, 8.27, 0.01},     {{WEIGHT_NVFP4, 16}, next_student5, 8.28, 0.01},
+        {{WEIGHT_NL4, 128}, next_gauss, 8.66, 0.01},      {{WEIGHT_NL4, 32}, next_gauss, 7.37, 0.01},
+        {{WEIGHT_NL4, 128}, next_student5, 11.06, 0.03},  {{WEIGHT_FP8G, 128}, next_gauss, 2.57, 0.01},
+        {{WEIGHT_MXFP4, 32}, next_gauss, 11.19, 0.01},    {{WEIGHT_NVFP4, 16}, next_gauss, 8.27, 0.01},
+        {{WEIGHT_NVFP4, 16}, next_student5, 8.28, 0.01},
     };
     check_figures(cases, sizeof cases / sizeof *cases, WEIGHT_SCALES_SEARCHED);
 }
@@ -250,6 +252,131 @@ static void int4_grid_is_kept(void **unused)
     free_row(&row);
 }
 
+static const double nl4_levels[16] = {-34, -26, -20, -16, -12, -9, -6, -3, 0, 3, 6, 9, 13, 17, 22, 29};
+
+// The search for nl4's scale in double precision, without the refits.
+static double nl4_error_by_force(const float *x, const float *a, int count)
+{
+    double best = INFINITY, largest = 0;
+    for (int i = 0; i < count; i++)
+        largest = fmax(largest, fabs((double)x[i]));
+    for (int sign = -1; sign <= 1; sign += 2)
+        for (int f = -6; f <= 6; f++) {
+            double scale = sign * largest / 34 * (1 + 0.04 * f), xq = 0, qq = 0, error = 0;
+            for (int pass = 0; pass < 2; pass++, scale = pass < 2 ? xq / qq : scale)
+                for (int i = 0; i < count; i++) {
+                    double nearest = nl4_levels[0];
+                    for (int j = 1; j < 16; j++)
+                        nearest =
+                            fabs(x[i] - scale * nl4_levels[j]) < fabs(x[i] - scale * nearest) ? nl4_levels[j] : nearest;
+                    double weight = a ? a[i] : 1, rest = x[i] - scale * nearest;
+                    xq += pass ? 0 : weight * x[i] * nearest;
+                    qq += pass ? 0 : weight * nearest * nearest;
+                    error += pass ? weight * rest * rest : 0;
+                }
+            best = fmin(best, error);
+        }
+    return best;
+}
+
+static void nl4_search_is_as_good_as_force(void **unused)
+{
+    (void)unused;
+    state = 6;
+    static const int counts[] = {128, 128, 64, 32, 33, 5};
+    const struct kind_case c = {WEIGHT_NL4, 128};
+    struct packed_row row = new_row(c, 128);
+    for (int weighted = 0; weighted < 2; weighted++)
+        for (size_t k = 0; k < sizeof counts / sizeof *counts; k++) {
+            double found = 0, wanted = 0;
+            float x[128], a[128], y[128];
+            for (int repeat = 0; repeat < 200; repeat++) {
+                for (int i = 0; i < counts[k]; i++) {
+                    x[i] = (float)(k == 0 ? next_student5() : next_gauss()) * 0.02f;
+                    a[i] = (float)exp(next_gauss());
+                }
+                const float *weight = weighted ? a : NULL;
+                assert_int_equal(pack_quantize_row(&row, c.kind, c.group_size, x, (uint64_t)counts[k], weight, NULL),
+                                 0);
+                pack_dequantize_row(y, &row, c.kind, c.group_size, (uint64_t)counts[k]);
+                for (int i = 0; i < counts[k]; i++)
+                    found += (weight ? weight[i] : 1) * ((double)x[i] - y[i]) * ((double)x[i] - y[i]);
+                wanted += nl4_error_by_force(x, weight, counts[k]);
+            }
+            // Before the scale is rounded to f16, as with int4 above.
+            if (!(found <= wanted * (counts[k] >= 32 ? 1.001 : 1.5)))
+                fail_msg("%d values, weighted %d: squared error %g, by force %g", counts[k], weighted, found, wanted);
+        }
+    free_row(&row);
+}
+
+// The tables of levels are one: formats/weight.h's, the packer's, and this file's.
+static void nl4_levels_are_the_same(void **unused)
+{
+    (void)unused;
+    for (int i = 0; i < 16; i++) {
+        int level = weight_nl4_level((uint8_t)((i - 8) & 15));
+        assert_true((double)level == nl4_levels[i] && (float)level == pack_nl4_levels[i]);
+        if (i < 15)
+            assert_true(pack_nl4_between[i] == 0.5f * (pack_nl4_levels[i] + pack_nl4_levels[i + 1]));
+    }
+    assert_true(isinf(pack_nl4_between[15]));
+}
+
+static void nl4_grid_is_kept(void **unused)
+{
+    (void)unused;
+    state = 7;
+    const struct kind_case c = {WEIGHT_NL4, 64};
+    struct packed_row row = new_row(c, 64);
+    for (int repeat = 0; repeat < 200; repeat++) {
+        float x[64], y[64];
+        float scale = f16_to_f32((uint16_t)(0x2400 + next_random() % 0x1000)) * (repeat % 2 ? 0x1p-10f : -0x1p-10f);
+        for (int i = 0; i < 64; i++)
+            x[i] = (float)nl4_levels[next_random() % 16] * scale;
+        x[5] = -34 * scale;
+        for (int scales = 0; scales < 2; scales++) {
+            assert_int_equal((scales ? pack_round_row(&row, c.kind, c.group_size, x, 64, NULL)
+                                     : pack_quantize_row(&row, c.kind, c.group_size, x, 64, NULL, NULL)),
+                             0);
+            pack_dequantize_row(y, &row, c.kind, c.group_size, 64);
+            for (int i = 0; i < 64; i++)
+                assert_true(x[i] == y[i]);
+        }
+    }
+    free_row(&row);
+}
+
+// What the quantizers choose for a given scale is what pack_nearest_code says; and no other code is nearer.
+static void nearest_codes(void **unused)
+{
+    (void)unused;
+    static const enum weight_kind kinds[] = {WEIGHT_INT4, WEIGHT_NL4};
+    state = 12;
+    for (int k = 0; k < 2; k++) {
+        const struct kind_case c = {kinds[k], 128};
+        for (int8_t code = -8; code < 8; code++)
+            assert_int_equal(pack_nearest_code(c.kind, pack_code_value(c.kind, code)), code);
+        for (int i = -4000; i < 4000; i++) {
+            float x = (float)i * 0.01f;
+            double found = fabs((double)x - pack_code_value(c.kind, pack_nearest_code(c.kind, x)));
+            for (int8_t code = -8; code < 8; code++)
+                assert_true(found <= fabs((double)x - pack_code_value(c.kind, code)));
+        }
+        struct packed_row row = new_row(c, 128);
+        for (int repeat = 0; repeat < 50; repeat++) {
+            float x[128];
+            for (int i = 0; i < 128; i++)
+                x[i] = next_weight();
+            assert_int_equal(pack_quantize_row(&row, c.kind, c.group_size, x, 128, NULL, NULL), 0);
+            float inverse = 1.0f / (f16_to_f32(row.scale_f16[0]) * (k ? 0x1p-10f : 0x1p-8f));
+            for (int i = 0; i < 128; i++)
+                assert_int_equal(pack_nearest_code(c.kind, x[i] * inverse), row.q[i]);
+        }
+        free_row(&row);
+    }
+}
+
 static void importance(void **unused)
 {
     (void)unused;
@@ -367,7 +494,7 @@ static void extremes(void **unused)
             struct packed_row row = new_row(c, COLS);
             assert_int_equal(pack_quantize_row(&row, c.kind, c.group_size, x, COLS, NULL, NULL), 0);
             pack_dequantize_row(y, &row, c.kind, c.group_size, COLS);
-            bool int4 = c.kind == WEIGHT_INT4 || c.kind == WEIGHT_INT4Z;
+            bool int4 = weight_group_chosen(c.kind);
             bool fp4 =
                 c.kind == WEIGHT_MXFP4 || c.kind == WEIGHT_NVFP4; // largest values between codes 4 and 6, or above 6
             float limit = int4 ? cases[i].int4_limit : fabsf(x[0]) < 1e-34f ? 1 : fp4 ? 0.26f : 0.004f;
@@ -465,6 +592,9 @@ static int num_different_from_goldens(const struct pack_target *target)
         {{WEIGHT_INT4Z, 32}, false, 0x10d1ca44c10a67a2, 0xa15f583eb5e14f88},
         {{WEIGHT_INT4Z, 128}, false, 0x37f17743a5223cdb, 0x72105c0710e8574a},
         {{WEIGHT_INT4Z, 128}, true, 0xe367326db52832a5, 0xca99ae2ee9adcb35},
+        {{WEIGHT_NL4, 32}, false, 0x14ec11e03faf7dd5, 0x0c9b8edbf169ecf4},
+        {{WEIGHT_NL4, 128}, false, 0x5fe1983181447b45, 0x7fa7fde2baf58899},
+        {{WEIGHT_NL4, 128}, true, 0x43b974073b5539f9, 0xa472252951144ba8},
         {{WEIGHT_FP8G, 128}, false, 0x24d812e736fcdeb3, 0x2d6a3249ce7afe30},
         {{WEIGHT_MXFP4, 32}, false, 0x1c3807809be2cf0f, 0xdecc699e607f2085},
         {{WEIGHT_MXFP4, 32}, true, 0xa663cdc9d4e650b9, 0x065a3b7174d378c0},
@@ -560,6 +690,10 @@ int main(void)
         cmocka_unit_test(fp4_search_is_as_good_as_force),
         cmocka_unit_test(int4z_line_is_kept),
         cmocka_unit_test(int4_grid_is_kept),
+        cmocka_unit_test(nl4_search_is_as_good_as_force),
+        cmocka_unit_test(nl4_levels_are_the_same),
+        cmocka_unit_test(nl4_grid_is_kept),
+        cmocka_unit_test(nearest_codes),
         cmocka_unit_test(importance),
         cmocka_unit_test(fp4_equals_goldens),
         cmocka_unit_test(extremes),

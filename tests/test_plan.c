@@ -35,8 +35,10 @@ static struct model_desc model_of(int64_t heads, int64_t kv_heads, int64_t head_
 
 static struct manifest_quant quant_of(enum weight_kind linear, uint32_t group_size)
 {
-    return (struct manifest_quant){linear, WEIGHT_BF16, linear == WEIGHT_INT4 ? WEIGHT_INT8 : linear,
-                                   linear == WEIGHT_INT4 ? group_size : 0, WEIGHT_SCALES_SEARCHED};
+    return (struct manifest_quant){.linear = linear,
+                                   .embedding = WEIGHT_BF16,
+                                   .head = linear == WEIGHT_INT4 ? WEIGHT_INT8 : linear,
+                                   .group_size = linear == WEIGHT_INT4 ? group_size : 0};
 }
 
 static struct plan *planned_as(const struct model_desc *model, struct manifest_quant quant, uint32_t tp_size,
@@ -537,6 +539,7 @@ static void test_quant_words(void **state)
         {"int8", NULL, NULL, false, 0, WEIGHT_INT8, WEIGHT_BF16, WEIGHT_INT8, 0},
         {"fp8", NULL, NULL, false, 0, WEIGHT_FP8, WEIGHT_BF16, WEIGHT_FP8, 0},
         {"int4", NULL, NULL, false, 0, WEIGHT_INT4, WEIGHT_BF16, WEIGHT_INT8, 64},
+        {"nl4", NULL, NULL, false, 0, WEIGHT_NL4, WEIGHT_BF16, WEIGHT_INT8, 64},
         {"int4", NULL, NULL, true, 0, WEIGHT_INT4, WEIGHT_INT8, WEIGHT_INT8, 64},
         {"none", NULL, NULL, true, 0, WEIGHT_BF16, WEIGHT_BF16, WEIGHT_BF16, 0},
         {"int4", "none", NULL, true, 0, WEIGHT_INT4, WEIGHT_BF16, WEIGHT_BF16, 64},

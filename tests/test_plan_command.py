@@ -132,6 +132,15 @@ def windows():
         wrong.append(f"window {got['window']} in {got['window_layers']} layers")
     report("windows are read short and kept in full", "; ".join(wrong))
 
+    # Of 8 heads of 128 in 32 layers, keys and values: a byte or half of one for each, and a scale of two for each position of a head.
+    heads = 32 * 2 * 8
+    for words, head_bytes in ((("--kv-cache", "bf16"), 256), (("--kv-cache", "fp8"), 128), (("--kv-cache", "int8"), 130),
+                              (("--kv-cache", "int4"), 66)):
+        got = plan(MODELS / "Llama-3.1-8B.json", *words)["ranks"][0]
+        want = (heads * head_bytes, heads * head_bytes * 131072)
+        found = (got["kv_bytes_per_token"], got["kv_bytes"])
+        report(f"{words[1]}: bytes of the cache", "" if found == want else f"{found}, wanted {want}")
+
 
 # ---- against what is written -----------------------------------------------------------------------------------------
 
@@ -227,6 +236,8 @@ def fits():
         ("Llama-3.1-8B.json", ("--quant", "int8", "--gpu-memory", "8GiB"), ("int8", "bf16", 2)),
         ("Llama-3.1-8B.json", ("--tp", 1, "--context", 131072, "--gpu-memory", "28GiB"), ("none", "fp8", 1)),
         ("Llama-3.1-8B.json", ("--tp", 1, "--context", 131072, "--kv-cache", "bf16", "--gpu-memory", "28GiB"), ("int8", "bf16", 1)),
+        ("Llama-3.1-8B.json", ("--tp", 1, "--context", 131072, "--kv-cache", "int8", "--gpu-memory", "28GiB"), ("none", "int8", 1)),
+        ("Llama-3.1-8B.json", ("--tp", 1, "--context", 131072, "--kv-cache", "int4", "--gpu-memory", "28GiB"), ("none", "int4", 1)),
         ("gpt-oss-120b.json", ("--tp", 4, "--gpu-memory", "24GiB"), ("keep", "bf16", 4)),
     ]
     for name, words, want in ways:
@@ -241,6 +252,11 @@ def fits():
     wrong = [other for other in answer["others"] if not plan(MODELS / "Llama-3-70B.json", "--tp", other["tp_size"], "--quant", other["quant"],
              "--kv-cache", other["kv_cache"], "--context", other["max_context"], "--gpu-memory", "24GiB")["fits"]]
     report("what is advised fits", str(wrong) if wrong else "")
+    report("a word of --quant is no mix", "" if {(w["bits"], w["kinds"]) for w in (answer, *answer["others"])} == {(None, None)} else str(answer))
+    answer = plan(MODELS / "Llama-3-70B.json", "--tp", 2, "--bits", 5.5, "--gpu-memory", "24GiB")
+    others = [(other["quant"], other["bits"], other["kinds"], other["tp_size"]) for other in answer["others"]]
+    report("a mix is no word of --quant", "" if (answer["way"], answer["bits"], answer["kinds"]) == (None, 5.5, None) and not answer["fits"]
+           and (None, 5.5, None, 3) in others else f'{answer["way"]} {answer["bits"]} {others}')
     done = tpshard("plan", "--tp", 4, "--gpu-memory", "4GiB", MODELS / "Qwen3-235B-A22B.json")
     report("nothing fits", "" if done.returncode == 0 and "does not fit on" in done.stdout else done.stdout + done.stderr)
 
@@ -266,7 +282,8 @@ def refusals():
             ("--gpu-memory 24XB", 2, '"24XB"', ("--gpu-memory", "24XB", model)),
             ("--gpu-memory -1GiB", 2, '"-1GiB"', ("--gpu-memory", "-1GiB", model)),
             ("--context above the model's", 2, "at most 131072", ("--context", "131073", model)),
-            ("--kv-cache of a third kind", 2, "bf16|fp8", ("--kv-cache", "int4", model)),
+            ("--kv-cache of a third kind", 2, "bf16|fp8|int8|int4", ("--kv-cache", "int2", model)),
+            ("--kv-cache int8 of latents", 3, "latent row", ("--kv-cache", "int8", MODELS / "DeepSeek-V2-Lite.json")),
             ("--experts of a third kind", 2, "tp|ep", ("--experts", "pp", model)),
         ]
         for name, status, sentence, words in cases:

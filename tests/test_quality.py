@@ -3,7 +3,8 @@
 
 The reference, tests/golden/model_reference.json, is transformers in float32 on the same windows. Bounds are the project's promises: bf16
 shards within 0.1 % of transformers' perplexity, int8 and fp8 at most 1 % above bf16, int4 at most 4 % above, tp 1, 2 and 4 within
-0.01 % of each other on a bf16 wire, fp8 and s8x wires at most 0.5 % and 0.1 % above it. The comparison with transformers takes the whole
+0.01 % of each other on a bf16 wire, fp8 and s8x wires at most 0.5 % and 0.1 % above it, caches in fp8, int8 and int4 within 0.3 %, 0.05 % and
+1.5 %. The comparison with transformers takes the whole
 text, the others its first PART tokens. QUALITY_TOKENS sets both: 0 for the whole text everywhere (the figures in README.md), a small number for slow
 builds, which then leave the comparison with transformers out.
 """
@@ -47,10 +48,10 @@ class Shards:
             run(BUILD / "tpshard", "--tp", tp, "--quant", quant, MODEL, path, "--quiet")
         return path
 
-    def eval(self, quant, tp, wire="bf16", against=None, tokens=PART):
-        key = (quant, tp, wire, against, tokens)
+    def eval(self, quant, tp, wire="bf16", against=None, tokens=PART, cache="bf16"):
+        key = (quant, tp, wire, against, tokens, cache)
         if key not in self.done:
-            words = [BUILD / "tpengine", "eval", self.dir(quant, tp), "--text", MODEL / "heldout.txt", "--context", 512, "--wire", wire,
+            words = [BUILD / "tpengine", "eval", self.dir(quant, tp), "--text", MODEL / "heldout.txt", "--context", 512, "--wire", wire, "--kv-cache", cache,
                      "--max-tokens", tokens, "--json", "--quiet"]
             if against:
                 words += ["--against", self.dir(*against)]
@@ -92,6 +93,9 @@ def main():
         for wire, bound in (("fp8", 0.005), ("s8x", 0.001)):
             cost = relative(shards.eval("none", 2, wire=wire), shards.eval("none", 2))
             check(f"wire {wire} costs little", cost <= bound, f"{100 * cost:+.4f} %, bound {100 * bound:.1f} %")
+        for cache, bound in (("fp8", 0.003), ("int8", 0.0005), ("int4", 0.015)):
+            cost = relative(shards.eval("none", 2, cache=cache), shards.eval("none", 2))
+            check(f"a cache in {cache} costs little", abs(cost) <= bound, f"{100 * cost:+.4f} %, bound {100 * bound:.2f} %")
     return 1 if failures else 0
 
 

@@ -63,22 +63,25 @@ static void test_output_is_not_anothers_prompt(void **state)
     struct fake_model model;
     static struct watched first, second;
     static struct fake_output alone;
-    struct scheduler_options options = fake_options;
-    options.num_pages = 8;
-    options.chunks_fixed = true;
-    options.prefill_chunk = KV_PAGE_TOKENS;
-    fake_model_open(&model, &options);
-    make(&first, 3, 100, 200);
-    fake_model_output(&options, &first.spec, &alone);
-    make(&second, 3, 250, 200); // takes all pages in the end
-    memcpy(second.prompt + 100, alone.tokens, 150 * sizeof *alone.tokens);
-    add(&model, &second, 1);
-    add(&model, &first, 1);
-    run_out(&model);
-    assert_true(first.usage.preemptions > 0);
-    assert_int_equal(first.produced, alone.count);
-    assert_memory_equal(first.output, alone.tokens, (size_t)alone.count * sizeof *alone.tokens);
-    fake_model_close(&model);
+    for (int fixed = 0; fixed < 2; fixed++) {
+        struct scheduler_options options = fake_options;
+        options.num_pages = 8;
+        options.chunks_fixed = fixed;
+        options.phases_differ = !fixed;
+        options.prefill_chunk = KV_PAGE_TOKENS;
+        fake_model_open(&model, &options);
+        make(&first, 3, 100, 200);
+        fake_model_output(&options, &first.spec, &alone);
+        make(&second, 3, 250, 200); // takes all pages in the end
+        memcpy(second.prompt + 100, alone.tokens, 150 * sizeof *alone.tokens);
+        add(&model, &second, 1);
+        add(&model, &first, 1);
+        run_out(&model);
+        assert_true(first.usage.preemptions > 0);
+        assert_int_equal(first.produced, alone.count);
+        assert_memory_equal(first.output, alone.tokens, (size_t)alone.count * sizeof *alone.tokens);
+        fake_model_close(&model);
+    }
 }
 
 // Whether as one request or as several at the same time: a prompt is computed once.

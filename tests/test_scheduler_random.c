@@ -208,6 +208,7 @@ static void random_options(struct scheduler_options *o)
         .max_sequences = chance(10) ? MAX_SEQUENCES : between(1, 10),
         .prefill_chunk = fixed ? chunks[between(0, 5)] : between(1, 200),
         .chunks_fixed = fixed,
+        .phases_differ = chance(30),
         .share_prefixes = chance(85),
         .draft_tokens = chance(60) ? between(1, 12) : 0,
         .balance_rows = between(0, 20),

@@ -1,6 +1,6 @@
 // Steps of the ranks by hand, on the bundled model: law 9 to the bit (choices with their logprobs), whatever the pages, the pieces of the
 // prompt, the company, drafts, and what is computed again; penalties, masks and edits; damaged steps; ranks that are lost and start again.
-// On one rank and on two, and on an emulated device where its library is there.
+// On one rank and on two, there with a compressing wire too, and on an emulated device where its library is there.
 #include "engine/session.h"
 #include "tests/entries_help.h"
 
@@ -34,16 +34,18 @@ static const struct backend_case {
     const char *name, *library; // library: below the build folder
     const char *model;
     int tp_size;
-} backends[] = {{"cpu", NULL, "tests/model", 1},
-                {"cpu", NULL, "tests/model", 2},
-                {"cuda", "tests/libtpengine_cuda_emulated.so", TINY_MODEL, 1}};
+    const char *wire;
+} backends[] = {{"cpu", NULL, "tests/model", 1, "auto"},
+                {"cpu", NULL, "tests/model", 2, "auto"},
+                {"cpu", NULL, "tests/model", 2, "s8x"},
+                {"cuda", "tests/libtpengine_cuda_emulated.so", TINY_MODEL, 1, "auto"}};
 // Sanitizers make everything slow: two ranks run all that one does.
 #ifdef KERNELS_SANITIZED
-enum { FIRST_BACKEND = 1, CPU_BACKENDS = 2, NUM_BACKENDS = CPU_BACKENDS, RESTARTS = 2, PENALTIES = 1 };
+enum { FIRST_BACKEND = 1, CPU_BACKENDS = 3, NUM_BACKENDS = CPU_BACKENDS, RESTARTS = 2, PENALTIES = 1 };
 #else
 enum {
     FIRST_BACKEND = 0,
-    CPU_BACKENDS = 2,
+    CPU_BACKENDS = 3,
     NUM_BACKENDS = sizeof backends / sizeof *backends,
     RESTARTS = 3,
     PENALTIES = 3
@@ -168,6 +170,7 @@ static void open_fixture(struct fixture *f, const struct backend_case *b)
     snprintf(dir, sizeof dir, "%s/%d", work, (int)(b - backends));
     options.context = CONTEXT;
     options.backend = b->name;
+    options.wire = b->wire;
     options.threads = 1;
     options.timeout_s = 60;
     options.draft_tokens = 3;
@@ -494,6 +497,80 @@ static void test_memory(void **state)
 
 // ---- the tests --------------------------------------------------------------------------------------------------
 
+// ---- the wire ---------------------------------------------------------------------------------------------------
+
+enum { WIRE_PROMPT = 96, WIRE_OUTPUT = 5 };
+struct wire_run {
+    double logits_error; // of a prompt's logits, mean square, from those of the f32 wire
+    int64_t sent_bytes;  // in decode
+};
+
+// logits [WIRE_PROMPT][vocab] of the f32 wire: filled by the first run, compared with by the others.
+static struct wire_run run_wire(const char *wire, const char *feedback, float **exact)
+{
+    char dir[256];
+    uint32_t prompt[WIRE_PROMPT];
+    const float *logits;
+    struct error err;
+    struct session *session;
+    struct session_options options = session_defaults;
+    struct wire_run run = {0};
+    struct generate_figures figures;
+    snprintf(dir, sizeof dir, "%s/1", work);
+    options.context = CONTEXT;
+    options.backend = "cpu";
+    options.threads = 1;
+    options.timeout_s = 60;
+    options.wire = wire;
+    options.wire_feedback = feedback;
+    check(session_open(&session, dir, &options, 1, WIRE_PROMPT, &err), &err);
+    check(session_start(session, &err), &err);
+    int64_t vocab = session_manifest(session)->model.vocab_size;
+    for (int64_t i = 0; i < WIRE_PROMPT; i++)
+        prompt[i] = (uint32_t)((i * i * 31 + 7 * i + 11) % vocab);
+    check(session_forward(session, prompt, WIRE_PROMPT, 0, &logits, &err), &err);
+    if (!*exact) {
+        *exact = malloc((size_t)(WIRE_PROMPT * vocab) * sizeof **exact);
+        memcpy(*exact, logits, (size_t)(WIRE_PROMPT * vocab) * sizeof **exact);
+    }
+    for (int64_t i = 0; i < WIRE_PROMPT * vocab; i++)
+        run.logits_error += pow((double)logits[i] - (double)(*exact)[i], 2) / (double)(WIRE_PROMPT * vocab);
+    struct generation generation = {.prompt = prompt,
+                                    .prompt_count = WIRE_PROMPT,
+                                    .max_tokens = WIRE_OUTPUT,
+                                    .ignore_eos = true,
+                                    .sampling = {.top_p = 1, .repetition_penalty = 1}};
+    check(session_generate(session, &generation, 1, &figures, &err), &err);
+    assert_int_equal(generation.produced, WIRE_OUTPUT);
+    run.sent_bytes = figures.sent_bytes;
+    session_close(session);
+    return run;
+}
+
+// A prompt goes over the wire that was asked for, with error feedback unless it is off; decoding stays with bf16.
+static void test_wires(void **state)
+{
+    (void)state;
+    enum { RUNS = 6 };
+    static const char *const wires[RUNS][2] = {{"f32", "auto"}, {"bf16", "auto"}, {"s8x", "auto"},
+                                               {"s8x", "off"},  {"fp8", "auto"},  {"fp8", "off"}};
+    struct wire_run runs[RUNS];
+    float *exact = NULL;
+    for (int i = 0; i < RUNS; i++) {
+        runs[i] = run_wire(wires[i][0], wires[i][1], &exact);
+        print_message("wire %s, feedback %s: logits off by %.5f, decode sent %lld bytes\n", wires[i][0], wires[i][1],
+                      sqrt(runs[i].logits_error), (long long)runs[i].sent_bytes);
+    }
+    free(exact);
+    for (int i = 1; i < RUNS; i++) {
+        assert_true(runs[i].logits_error > 0 && runs[i].logits_error < 0.1);
+        assert_true(i == 1 || runs[i].logits_error > runs[1].logits_error);
+        assert_int_equal(runs[i].sent_bytes, runs[1].sent_bytes);
+    }
+    assert_true(runs[2].logits_error < runs[3].logits_error && runs[4].logits_error < runs[5].logits_error);
+    assert_true(runs[0].sent_bytes > 3 * runs[1].sent_bytes / 2);
+}
+
 static void test_company(void **state) { (void)state, on_backends(check_company, NUM_BACKENDS); }
 static void test_pages_again(void **state) { (void)state, on_backends(check_pages_again, NUM_BACKENDS); }
 static void test_many_choices(void **state) { (void)state, on_backends(check_many_choices, NUM_BACKENDS); }
@@ -530,7 +607,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_company),   cmocka_unit_test(test_pages_again),     cmocka_unit_test(test_many_choices),
         cmocka_unit_test(test_penalties), cmocka_unit_test(test_masks_and_edits), cmocka_unit_test(test_lost_ranks),
-        cmocka_unit_test(test_memory),    cmocka_unit_test(test_sampled_drafts),
+        cmocka_unit_test(test_memory),    cmocka_unit_test(test_sampled_drafts),  cmocka_unit_test(test_wires),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }

@@ -302,7 +302,7 @@ static void every_field(void **state)
         {"layer 65536", T + 80 * 3 + 4, 4, 65536, "impossible layer 65536"},
         {"layer outside the layers", T + 4, 4, 0, "tensor 0 (embedding): impossible layer 0"},
         {"twice the same", T + 80 * 3 + 4, 4, 1, "two tensors are qkv of layer 1"},
-        {"kind 9", T + 80 * 3 + 8, 4, 9, "impossible kind 9"},
+        {"kind 10", T + 80 * 3 + 8, 4, WEIGHT_KIND_COUNT, "impossible kind 10"},
         {"kind 2^32 - 1", T + 80 * 3 + 8, 4, 0xffffffffu, "impossible kind"},
         {"vector of bf16", T + 80 * 2 + 8, 4, 1, "one row of f32"},
         {"vector of two rows", T + 80 * 2 + 16, 8, 2, "one row of f32"},

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.." || exit 1
 
 leave_out_syncs
 synthetic=$work/llama
-kinds="none int8 fp8 int4"
+kinds="none int8 fp8 int4 nl4"
 sizes="1 2 3 4 5 8"
 with_experts="mixtral qwen2_moe gpt_oss granite_moe deepseek_v3 gemma3 phi3"
 flips=25 # of each file
@@ -270,7 +270,7 @@ tied_heads() {
 misfits_of_options() {
     expect "--tp 65" 2 "from 1 to 64" "$tpshard" --tp 65 "$model" "$work/x"
     expect "unknown option" 2 "did you mean --quant" "$tpshard" --quan int4 "$model" "$work/x"
-    expect "unknown kind" 2 "none|int8|fp8|int4|int4z|mxfp4|nvfp4" "$tpshard" --quant int3 "$model" "$work/x"
+    expect "unknown kind" 2 "none|int8|fp8|int4|int4z|nl4|mxfp4|nvfp4" "$tpshard" --quant int3 "$model" "$work/x"
     expect "no out_dir" 2 "two arguments" "$tpshard" "$model"
     expect "tied kinds" 2 "must agree" "$tpshard" --embed int8 --head int4 "$model" "$work/x"
     expect "model is there" 2 "--force" "$tpshard" "$model" "$work/model-2"

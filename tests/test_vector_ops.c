@@ -101,6 +101,45 @@ static void test_activate(void **state)
     }
 }
 
+// Entry (i, j) of the Hadamard matrix in Sylvester's order: -1 where i and j have an odd number of bits in common.
+static void test_hadamard(void **state)
+{
+    (void)state;
+    enum { COUNT = 512 };
+    for (int64_t block = 2; block <= KERNELS_MAX_ROTATION; block *= 2) {
+        float *x = random_floats(COUNT), *want = zeroed(COUNT * sizeof *want);
+        memcpy(want, x, COUNT * sizeof *want);
+        baseline.hadamard(want, COUNT, block);
+        for (int64_t i = 0; i < COUNT; i++) {
+            double exact = 0, magnitude = 0;
+            for (int64_t j = 0; j < block; j++) {
+                double term = x[i / block * block + j];
+                exact += __builtin_parityll((unsigned long long)(i % block & j)) ? -term : term;
+                magnitude += fabs(term);
+            }
+            exact /= sqrt((double)block);
+            // log2(block) sums and two products round, each by 2^-24 of what stands there at most.
+            assert_true(fabs(want[i] - exact) <= 10 * 0x1p-24 * magnitude / sqrt((double)block));
+        }
+        for (int n = 0; kernels_all[n]; n++) {
+            if (!kernels_all[n]->supported())
+                continue;
+            float *out = zeroed(COUNT * sizeof *out);
+            memcpy(out, x, COUNT * sizeof *out);
+            kernels_all[n]->hadamard(out, COUNT, block);
+            assert_same(out, want, COUNT, "hadamard");
+            kernels_all[n]->hadamard(out, 0, block); // a rank that holds nothing
+            out[0] = NAN;
+            kernels_all[n]->hadamard(out, COUNT, block);
+            for (int64_t i = 0; i < COUNT; i++)
+                assert_true(isnan(out[i]) == (i < block));
+            free(out);
+        }
+        free(x);
+        free(want);
+    }
+}
+
 static void test_rows(void **state)
 {
     (void)state;
@@ -250,8 +289,8 @@ static void test_rope(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_exp),      cmocka_unit_test(test_activate), cmocka_unit_test(test_rows),
-        cmocka_unit_test(test_rms_norm), cmocka_unit_test(test_rope),
+        cmocka_unit_test(test_exp),  cmocka_unit_test(test_activate), cmocka_unit_test(test_hadamard),
+        cmocka_unit_test(test_rows), cmocka_unit_test(test_rms_norm), cmocka_unit_test(test_rope),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -42,10 +42,11 @@ VECTOR_INLINE void transpose_8(__m256i out[ROWS], const __m256i row[ROWS])
 }
 
 // 64 columns (16 words) of 64 rows into panel words 0..15.
-VECTOR_INLINE void fill_tiles(__m256i (*panel)[PANEL_VECTORS], const uint8_t *tiles, bool fp4)
+VECTOR_INLINE void fill_tiles(__m256i (*panel)[PANEL_VECTORS], const uint8_t *tiles, enum weight_kind kind)
 {
     const __m256i low_bits = _mm256_set1_epi8(15), flip = _mm256_set1_epi8((char)0x88);
-    const __m256i doubled = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)e2m1_doubled_biased));
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)tile_table(kind)));
+    const bool by_table = has_tile_table(kind);
     for (int i = 0; i < PANEL_VECTORS; i += 2, tiles += WEIGHT_TILE_BYTES)
         for (int half = 0; half < 2; half++) {
             __m256i row[ROWS], word[ROWS];
@@ -55,10 +56,10 @@ VECTOR_INLINE void fill_tiles(__m256i (*panel)[PANEL_VECTORS], const uint8_t *ti
             }
             transpose_8(word, row);
             for (int k = 0; k < ROWS; k++) {
-                __m256i v = fp4 ? word[k] : _mm256_xor_si256(word[k], flip);
+                __m256i v = by_table ? word[k] : _mm256_xor_si256(word[k], flip);
                 __m256i low = _mm256_and_si256(v, low_bits), high = _mm256_and_si256(_mm256_srli_epi16(v, 4), low_bits);
-                panel[8 * half + k][i] = fp4 ? _mm256_shuffle_epi8(doubled, low) : low;
-                panel[8 * half + k][i + 1] = fp4 ? _mm256_shuffle_epi8(doubled, high) : high;
+                panel[8 * half + k][i] = by_table ? _mm256_shuffle_epi8(table, low) : low;
+                panel[8 * half + k][i + 1] = by_table ? _mm256_shuffle_epi8(table, high) : high;
             }
         }
 }
@@ -142,8 +143,9 @@ VECTOR_INLINE void panel_tile(float (*restrict sum)[BLOCK_ROWS], const struct pa
                               const struct panel_token *restrict x, int64_t cols, int64_t group_size, int tokens,
                               int words, enum weight_kind kind)
 {
-    // Eight pairs of products of 15 and 127 fit 16 bits, four of 24 and 127.
-    const int steps = (is_fp4(kind) ? 4 : 8) / words;
+    // Eight pairs of products of 15 and 127 fit 16 bits, four of 24 and 127, two of 63 and 127.
+    const int sums = kind == WEIGHT_NL4 ? 2 : is_fp4(kind) ? 4 : 8;
+    const int steps = sums < words ? 1 : sums / words, together = sums < words ? sums : words;
     for (int64_t col = 0, group = 0; col < cols; col += group_size, group++) {
         int64_t left = cols - col < group_size ? cols - col : group_size;
         int64_t first = col / 64 * 16 + col % 64 / 16, end = first + (words < 4 ? 16 : left / 4);
@@ -151,8 +153,11 @@ VECTOR_INLINE void panel_tile(float (*restrict sum)[BLOCK_ROWS], const struct pa
         for (int t = 0; t < tokens; t++)
             for (int i = 0; i < TILE_VECTORS; i++)
                 dot[t][i] = _mm256_set1_epi32(x[t].start[col / ACT_SUM]);
-        for (int64_t k = first; k < end; k += 4 * steps)
-            add_words(dot, panel, vector, x, k, tokens, words, steps, kind == WEIGHT_INT8);
+        for (int64_t k = first; k < end; k += 4 * steps) {
+            UNROLL
+            for (int word = 0; word < words; word += together)
+                add_words(dot, panel, vector, x, k + word, tokens, together, steps, kind == WEIGHT_INT8);
+        }
         for (int t = 0; t < tokens; t++)
             for (int i = 0; i < TILE_VECTORS; i++) {
                 int at = (vector + i) * ROWS;
@@ -178,7 +183,7 @@ VECTOR_INLINE void panel_kind(float (*sum)[BLOCK_ROWS], struct panel *panel, con
         if (kind == WEIGHT_INT8)
             fill_int8(&panel->v[c / 4], (const uint8_t *)w->data + at, row_cols);
         else
-            fill_tiles(&panel->v[c / 4], (const uint8_t *)w->data + at / 2, is_fp4(kind));
+            fill_tiles(&panel->v[c / 4], (const uint8_t *)w->data + at / 2, kind);
     }
     if (kind != WEIGHT_INT8)
         fill_scales(panel, w, row, col, cols, kind);
@@ -211,6 +216,10 @@ static void panel_block(float *y, int64_t y_stride, const struct matrix *w, cons
             panel_kind(sum, &panel, w, row, col, cols, x, tokens, 16, 1, WEIGHT_NVFP4);
         else if (kind == WEIGHT_MXFP4)
             panel_kind(sum, &panel, w, row, col, cols, x, tokens, 32, 2, WEIGHT_MXFP4);
+        else if (kind == WEIGHT_NL4 && group_size == 32)
+            panel_kind(sum, &panel, w, row, col, cols, x, tokens, 32, 2, WEIGHT_NL4);
+        else if (kind == WEIGHT_NL4)
+            panel_kind(sum, &panel, w, row, col, cols, x, tokens, group_size, 4, WEIGHT_NL4);
         else if (kind == WEIGHT_INT4 && group_size == 32)
             panel_kind(sum, &panel, w, row, col, cols, x, tokens, 32, 2, WEIGHT_INT4);
         else if (kind == WEIGHT_INT4)

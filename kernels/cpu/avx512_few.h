@@ -76,7 +76,7 @@ VECTOR_INLINE __m512i high_codes_16(__m512i v)
 
 VECTOR_INLINE void few_tiles(const struct few_step *step, int tokens, enum weight_kind kind, int group_size)
 {
-    const bool fp4 = is_fp4(kind), high_16 = !fp4 && group_size >= 64;
+    const bool high_16 = !has_tile_table(kind) && group_size >= 64;
     const int tile_count = group_size == 128 ? 2 : 1;
     const struct few_input *in = step->in;
     for (int i = 0; i < BLOCK_VECTORS; i++)
@@ -102,8 +102,8 @@ VECTOR_INLINE void few_tiles(const struct few_step *step, int tokens, enum weigh
                     for (int p = 0; p < 2; p++) {
                         __m512i codes = p ? _mm512_shuffle_i32x4(first[w], second[w], 0xee)
                                           : _mm512_shuffle_i32x4(first[w], second[w], 0x44);
-                        __m512i low = low_codes(codes, fp4);
-                        __m512i high = high_16 ? high_codes_16(codes) : high_codes(codes, fp4);
+                        __m512i low = low_codes(codes, kind);
+                        __m512i high = high_16 ? high_codes_16(codes) : high_codes(codes, kind);
                         UNROLL
                         for (int t = 0; t < tokens; t++) {
                             const __m256i *from = (const __m256i *)&in->x[step->token + t][c][w] + p;
@@ -211,6 +211,9 @@ FEW_TILED(int4_32, WEIGHT_INT4, 32);
 FEW_TILED(int4z_128, WEIGHT_INT4Z, 128);
 FEW_TILED(int4z_64, WEIGHT_INT4Z, 64);
 FEW_TILED(int4z_32, WEIGHT_INT4Z, 32);
+FEW_TILED(nl4_128, WEIGHT_NL4, 128);
+FEW_TILED(nl4_64, WEIGHT_NL4, 64);
+FEW_TILED(nl4_32, WEIGHT_NL4, 32);
 FEW_TILED(mxfp4, WEIGHT_MXFP4, 32);
 FEW_TILED(nvfp4, WEIGHT_NVFP4, 16);
 FEW_FN(int8, 1, few_int8(step, 1))
@@ -233,6 +236,8 @@ static few_fn *const *few_table(const struct weight_shape *shape)
         return shape->group_size == 128 ? few_int4_128 : shape->group_size == 64 ? few_int4_64 : few_int4_32;
     case WEIGHT_INT4Z:
         return shape->group_size == 128 ? few_int4z_128 : shape->group_size == 64 ? few_int4z_64 : few_int4z_32;
+    case WEIGHT_NL4:
+        return shape->group_size == 128 ? few_nl4_128 : shape->group_size == 64 ? few_nl4_64 : few_nl4_32;
     case WEIGHT_MXFP4:
         return few_mxfp4;
     default:

@@ -35,7 +35,7 @@ VECTOR_INLINE __m512 load_f16(const uint8_t *x) { return _mm512_cvtph_ps(_mm256_
 // tile_scale of vector_ops.h, 16 rows at once.
 VECTOR_INLINE __m512 load_scale(enum weight_kind kind, const uint8_t *scale)
 {
-    if (kind == WEIGHT_INT4 || kind == WEIGHT_INT4Z)
+    if (weight_group_chosen(kind))
         return load_f16(scale);
     __m128i codes = _mm_loadu_si128((const __m128i *)scale);
     if (kind == WEIGHT_MXFP4) {
@@ -69,7 +69,7 @@ VECTOR_INLINE void load_scales_kind(float (*scale)[BLOCK_ROWS], float (*zero)[BL
 VECTOR_INLINE void load_scales(float (*scale)[BLOCK_ROWS], float (*zero)[BLOCK_ROWS], const struct matrix *w,
                                int64_t row, int64_t col, int64_t cols)
 {
-    if (w->shape.kind == WEIGHT_INT4)
+    if (w->shape.kind == WEIGHT_INT4 || w->shape.kind == WEIGHT_NL4)
         load_scales_kind(scale, zero, w, row, col, cols, WEIGHT_INT4);
     else if (w->shape.kind == WEIGHT_INT4Z)
         load_scales_kind(scale, zero, w, row, col, cols, WEIGHT_INT4Z);
@@ -84,6 +84,15 @@ VECTOR_INLINE __m512 load_last(enum weight_kind kind, const struct tile_scales *
     if (kind == WEIGHT_NVFP4)
         return _mm512_mul_ps(_mm512_set1_ps(0x1p7f), _mm512_loadu_ps(scales->global));
     return _mm512_set1_ps(tile_last(kind, scales->global, 0));
+}
+
+// What the sums of 16 rows of an int8 or tiled matrix are multiplied with at last.
+VECTOR_INLINE __m512 load_last_of(const struct matrix *w, int64_t row)
+{
+    if (w->shape.kind == WEIGHT_INT8)
+        return _mm512_loadu_ps((const float *)w->scale + row);
+    struct tile_scales scales = tile_scales(w, row);
+    return load_last(w->shape.kind, &scales);
 }
 
 VECTOR_INLINE int32_t sum_of_q(const int32_t *q_sum, int64_t col, int64_t cols)

@@ -35,7 +35,7 @@ VECTOR_INLINE void transpose_lanes(__m512i out[4], __m512i a, __m512i b, __m512i
 }
 
 // 64 columns (16 words) of 64 rows into panel words 0..15.
-VECTOR_INLINE void fill_tiles(__m512i (*panel)[BLOCK_VECTORS], const uint8_t *tiles, bool fp4)
+VECTOR_INLINE void fill_tiles(__m512i (*panel)[BLOCK_VECTORS], const uint8_t *tiles, enum weight_kind kind)
 {
     for (int i = 0; i < BLOCK_VECTORS; i++, tiles += WEIGHT_TILE_BYTES) {
         __m512i v[8], first[4], second[4], word[4];
@@ -44,16 +44,18 @@ VECTOR_INLINE void fill_tiles(__m512i (*panel)[BLOCK_VECTORS], const uint8_t *ti
         transpose_words(first, v[0], v[1], v[2], v[3]);
         transpose_words(second, v[4], v[5], v[6], v[7]);
         for (int c = 0; c < 4; c++) {
-            transpose_lanes(word, low_codes(first[c], fp4), low_codes(second[c], fp4), high_codes(first[c], fp4),
-                            high_codes(second[c], fp4));
+            transpose_lanes(word, low_codes(first[c], kind), low_codes(second[c], kind), high_codes(first[c], kind),
+                            high_codes(second[c], kind));
             for (int l = 0; l < 4; l++)
                 panel[4 * l + c][i] = word[l];
         }
     }
 }
 
-static void fill_int4(__m512i (*panel)[BLOCK_VECTORS], const uint8_t *tiles) { fill_tiles(panel, tiles, false); }
-static void fill_fp4(__m512i (*panel)[BLOCK_VECTORS], const uint8_t *tiles) { fill_tiles(panel, tiles, true); }
+typedef void fill_fn(__m512i (*panel)[BLOCK_VECTORS], const uint8_t *tiles);
+static void fill_int4(__m512i (*panel)[BLOCK_VECTORS], const uint8_t *tiles) { fill_tiles(panel, tiles, WEIGHT_INT4); }
+static void fill_nl4(__m512i (*panel)[BLOCK_VECTORS], const uint8_t *tiles) { fill_tiles(panel, tiles, WEIGHT_NL4); }
+static void fill_fp4(__m512i (*panel)[BLOCK_VECTORS], const uint8_t *tiles) { fill_tiles(panel, tiles, WEIGHT_MXFP4); }
 
 static void fill_int8(__m512i (*panel)[BLOCK_VECTORS], const int8_t *codes, int64_t cols)
 {
@@ -79,12 +81,13 @@ static void panel_fill(struct panel *panel, const struct matrix *w, int64_t row,
 {
     enum weight_kind kind = w->shape.kind;
     int64_t row_cols = (int64_t)w->shape.cols_padded;
+    fill_fn *fill = is_fp4(kind) ? fill_fp4 : kind == WEIGHT_NL4 ? fill_nl4 : fill_int4;
     for (int64_t c = 0; c < cols; c += 64) {
         const uint8_t *tiles = (const uint8_t *)w->data + (row * row_cols + (col + c) * BLOCK_ROWS) / 2;
         if (kind == WEIGHT_INT8)
             fill_int8(&panel->v[c / 4], (const int8_t *)w->data + row * row_cols + col + c, row_cols);
         else
-            (is_fp4(kind) ? fill_fp4 : fill_int4)(&panel->v[c / 4], tiles);
+            fill(&panel->v[c / 4], tiles);
     }
     if (kind != WEIGHT_INT8)
         load_scales(panel->scale, panel->zero, w, row, col, cols);
@@ -239,14 +242,8 @@ static void panel_blocks(float *y, int64_t y_stride, const struct matrix *w, con
         }
     }
     __m512 last[PANEL_BLOCKS * BLOCK_VECTORS];
-    for (int64_t i = 0; i < blocks * BLOCK_VECTORS; i++) {
-        if (int8) {
-            last[i] = _mm512_loadu_ps((const float *)w->scale + row + i * LANES);
-        } else {
-            struct tile_scales scales = tile_scales(w, row + i * LANES);
-            last[i] = load_last(w->shape.kind, &scales);
-        }
-    }
+    for (int64_t i = 0; i < blocks * BLOCK_VECTORS; i++)
+        last[i] = load_last_of(w, row + i * LANES);
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t i = 0; i < blocks * BLOCK_VECTORS; i++) {
             __m512 total = _mm512_load_ps(&sum[i / BLOCK_VECTORS][t][i % BLOCK_VECTORS * LANES]);

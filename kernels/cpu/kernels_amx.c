@@ -89,8 +89,8 @@ static __m512i code_values(enum weight_kind kind)
 {
     static const int8_t int4[16] = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
     __m128i values = _mm_loadu_si128((const __m128i *)int4);
-    if (is_fp4(kind))
-        values = _mm_sub_epi8(_mm_loadu_si128((const __m128i *)e2m1_doubled_biased), _mm_set1_epi8(12));
+    if (has_tile_table(kind))
+        values = _mm_sub_epi8(_mm_loadu_si128((const __m128i *)tile_table(kind)), _mm_set1_epi8((char)tile_bias(kind)));
     return _mm512_broadcast_i32x4(values);
 }
 
@@ -302,13 +302,7 @@ static void multiply_block(float *y, int64_t y_stride, const struct matrix *w, c
                        is_last ? codes_at(w, row + BLOCK_ROWS, 0) : codes_at(w, row, col + job.cols));
     }
     for (int i = 0; i < BLOCK_VECTORS; i++) {
-        __m512 last;
-        if (int8) {
-            last = _mm512_loadu_ps((const float *)w->scale + row + i * LANES);
-        } else {
-            struct tile_scales scales = tile_scales(w, row + i * LANES);
-            last = load_last(w->shape.kind, &scales);
-        }
+        __m512 last = load_last_of(w, row + i * LANES);
         for (int64_t t = 0; t < tokens; t++)
             store_rows(y + (token + t) * y_stride, row + i * LANES, row_end,
                        _mm512_mul_ps(_mm512_loadu_ps(block.sum[t] + i * LANES), last));

@@ -1,7 +1,7 @@
 // Matmul with AVX2, FMA and F16C. The order of every sum: kernels.h.
 //
 // vpmaddubsw multiplies unsigned with signed bytes, and pairs of products must fit 16 bits: of int4 codes + 8 (at most 15) eight such pairs
-// can be added there, of doubled e2m1 codes + 12 (at most 24) five; int8 uses |w| and x with w's sign. One token: weights go from their
+// can be added there, of doubled e2m1 codes + 12 (at most 24) five, of nl4's levels + 34 (at most 63) two; int8 uses |w| and x with w's sign. One token: weights go from their
 // cache lines to vpmaddubsw, 8 rows and one group at a time. More: avx2_panel.h.
 #include "kernels/attention.h"
 #include "kernels/kernels_internal.h"
@@ -59,7 +59,8 @@ VECTOR_INLINE bool magnitudes_nan(const struct magnitudes *largest)
 #define FLOAT_TILE_ROWS 2
 #define FLOAT_TILE_TOKENS 3
 #define FLOAT_FEW_ROWS 4
-#define FLOAT_FEW_TOKENS 1
+#define FLOAT_FEW_TOKENS 2
+#define FLOAT_PANEL_TOKENS 12
 #include "kernels/cpu/float_matmul.h"
 
 // ---- int8 and tiled kinds ------------------------------------------------------------------------------------------
@@ -114,7 +115,7 @@ VECTOR_INLINE __m256 load_f16(const uint8_t *x) { return _mm256_cvtph_ps(_mm_loa
 // tile_scale of vector_ops.h, 8 rows at once.
 VECTOR_INLINE __m256 load_scale(enum weight_kind kind, const uint8_t *scale)
 {
-    if (kind == WEIGHT_INT4 || kind == WEIGHT_INT4Z)
+    if (weight_group_chosen(kind))
         return load_f16(scale);
     __m128i codes = _mm_loadl_epi64((const __m128i *)scale);
     if (kind == WEIGHT_MXFP4) {
@@ -131,21 +132,21 @@ VECTOR_INLINE __m256 load_scale(enum weight_kind kind, const uint8_t *scale)
 // ---- Tiled kinds, one token ----------------------------------------------------------------------------------------
 
 // products[r] += of 64 columns, for the 16 rows of a tile; pairs of products in 16 bits.
-VECTOR_INLINE void add_tile(__m256i products[TILE_ROWS], const uint8_t *tile, const int8_t *q, bool fp4)
+VECTOR_INLINE void add_tile(__m256i products[TILE_ROWS], const uint8_t *tile, const int8_t *q, enum weight_kind kind)
 {
     const __m256i low_bits = _mm256_set1_epi8(15), flip = _mm256_set1_epi8((char)0x88);
-    const __m256i doubled = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)e2m1_doubled_biased));
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)tile_table(kind)));
     __m256i x[2] = {load(q), load(q + 32)};
     for (int r = 0; r < ROWS; r++) {
         __builtin_prefetch(tile + 64 * r + DECODE_PREFETCH_BYTES);
         for (int i = 0; i < 2; i++) {
             __m256i v = load(tile + 64 * r + 32 * i);
-            if (!fp4)
+            if (!has_tile_table(kind))
                 v = _mm256_xor_si256(v, flip);
             __m256i low = _mm256_and_si256(v, low_bits), high = _mm256_and_si256(_mm256_srli_epi16(v, 4), low_bits);
-            if (fp4) {
-                low = _mm256_shuffle_epi8(doubled, low);
-                high = _mm256_shuffle_epi8(doubled, high);
+            if (has_tile_table(kind)) {
+                low = _mm256_shuffle_epi8(table, low);
+                high = _mm256_shuffle_epi8(table, high);
             }
             products[r] = _mm256_add_epi16(products[r], _mm256_maddubs_epi16(low, x[i]));
             products[r + ROWS] = _mm256_add_epi16(products[r + ROWS], _mm256_maddubs_epi16(high, x[i]));
@@ -153,14 +154,19 @@ VECTOR_INLINE void add_tile(__m256i products[TILE_ROWS], const uint8_t *tile, co
     }
 }
 
-// sum[8 rows] += `groups` groups of the columns whose products are given; half: 0 the first 8 rows of a tile, 1 the last.
-VECTOR_INLINE void add_groups(float *sum, const __m256i products[ROWS], const uint8_t *scales, int64_t group_bytes,
-                              int half, __m256 x_scale, const int32_t x_sum[4], int groups, enum weight_kind kind)
+// Products in 16 bits, added up in pairs.
+VECTOR_INLINE __m256i add_pairs(__m256i products) { return _mm256_madd_epi16(products, _mm256_set1_epi16(1)); }
+
+// sum[8 rows] += `groups` groups of the columns whose products are given; half: 0 the first 8 rows of a tile, 1 the last. first: pairs of
+// products of the same group, or NULL.
+VECTOR_INLINE void add_groups(float *sum, const __m256i products[ROWS], const __m256i *first, const uint8_t *scales,
+                              int64_t group_bytes, int half, __m256 x_scale, const int32_t x_sum[4], int groups,
+                              enum weight_kind kind)
 {
     int64_t half_bytes = group_bytes / (kind == WEIGHT_INT4Z ? 4 : 2); // the scales of 8 rows
     __m256i dot[ROWS], part[4];
     for (int r = 0; r < ROWS; r++)
-        dot[r] = _mm256_madd_epi16(products[r], _mm256_set1_epi16(1));
+        dot[r] = first ? _mm256_add_epi32(first[r], add_pairs(products[r])) : add_pairs(products[r]);
     if (groups == 1)
         part[0] = sum_8(dot);
     else
@@ -203,16 +209,22 @@ VECTOR_INLINE void tiled_decode(float *y, const struct matrix *w, const struct a
                     data + b * block_bytes + col / 64 * (BLOCK_TILES * WEIGHT_TILE_BYTES) + i * WEIGHT_TILE_BYTES;
                 const struct tile_scales *at = &scales[b * BLOCK_TILES + i];
                 const uint8_t *scale = tile_scales_at(at, col);
-                __m256i products[TILE_ROWS];
+                __m256i products[TILE_ROWS], first[TILE_ROWS];
                 for (int r = 0; r < TILE_ROWS; r++)
                     products[r] = _mm256_setzero_si256();
-                add_tile(products, tile, q, is_fp4(kind));
+                add_tile(products, tile, q, kind);
+                const bool in_two = step == 128 && kind == WEIGHT_NL4; // no more fit 16 bits
+                for (int r = 0; r < TILE_ROWS && in_two; r++) {
+                    first[r] = add_pairs(products[r]);
+                    products[r] = _mm256_setzero_si256();
+                }
                 if (step == 128)
-                    add_tile(products, tile + BLOCK_TILES * WEIGHT_TILE_BYTES, q + 64, is_fp4(kind));
+                    add_tile(products, tile + BLOCK_TILES * WEIGHT_TILE_BYTES, q + 64, kind);
                 __builtin_prefetch(scale + 256);
                 for (int half = 0; half < 2; half++)
-                    add_groups(sum[b * BLOCK_TILES + i] + half * ROWS, products + half * ROWS, scale, at->group_bytes,
-                               half, x_scale, x_sum, groups, kind);
+                    add_groups(sum[b * BLOCK_TILES + i] + half * ROWS, products + half * ROWS,
+                               in_two ? first + half * ROWS : NULL, scale, at->group_bytes, half, x_scale, x_sum,
+                               groups, kind);
             }
     }
     for (int64_t r = 0; r < blocks * BLOCK_ROWS && row + r < row_end; r++)

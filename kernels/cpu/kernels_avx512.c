@@ -16,15 +16,6 @@ enum {
 // ---- bf16, fp8 and fp8g --------------------------------------------------------------------------------------------------
 
 // By way of f16, whose exponent has the bits that e4m3 lacks: each code is shifted to the top of its 16 bits, then down by one.
-VECTOR_INLINE struct lanes lanes_fp8(const uint8_t *codes, bool odd)
-{
-    __m256i wide = _mm256_loadu_si256((const __m256i *)codes);
-    if (!odd)
-        wide = _mm256_slli_epi16(wide, 8);
-    wide = _mm256_and_si256(_mm256_srai_epi16(wide, 1), _mm256_set1_epi16((short)0xbf80));
-    return (struct lanes){_mm512_cvtph_ps(wide)};
-}
-
 VECTOR_INLINE void lanes_fp8_all(struct lanes out[4], const uint8_t *codes)
 {
     const __m512i bits = _mm512_set1_epi16((short)0xbf80);
@@ -55,6 +46,7 @@ VECTOR_INLINE bool magnitudes_nan(const struct magnitudes *largest)
 #define FLOAT_TILE_TOKENS 6
 #define FLOAT_FEW_ROWS 8
 #define FLOAT_FEW_TOKENS 4
+#define FLOAT_PANEL_TOKENS 12
 #include "kernels/cpu/float_matmul.h"
 
 // ---- Sums across lanes ---------------------------------------------------------------------------------------------
@@ -100,23 +92,23 @@ VECTOR_INLINE __m512i minus_bias(int bias, __m512i x)
 // ---- Tiled kinds, one token ----------------------------------------------------------------------------------------
 
 // Unsigned codes of rows 0..7 of a tile (low nibbles) and of rows 8..15.
-VECTOR_INLINE __m512i low_codes(__m512i v, bool fp4)
+VECTOR_INLINE __m512i low_codes(__m512i v, enum weight_kind kind)
 {
-    if (!fp4)
+    if (!has_tile_table(kind))
         return _mm512_ternarylogic_epi32(v, _mm512_set1_epi8(15), _mm512_set1_epi8(8), 0x6a); // (v & 15) ^ 8
-    __m512i doubled = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)e2m1_doubled_biased));
-    return _mm512_shuffle_epi8(doubled, _mm512_and_si512(v, _mm512_set1_epi8(15)));
+    __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)tile_table(kind)));
+    return _mm512_shuffle_epi8(table, _mm512_and_si512(v, _mm512_set1_epi8(15)));
 }
-VECTOR_INLINE __m512i high_codes(__m512i v, bool fp4) { return low_codes(_mm512_srli_epi16(v, 4), fp4); }
+VECTOR_INLINE __m512i high_codes(__m512i v, enum weight_kind kind) { return low_codes(_mm512_srli_epi16(v, 4), kind); }
 
 // sum[row] += products of 64 columns, for the 16 rows of a tile.
-VECTOR_INLINE void add_tile(__m512i sum[16], const uint8_t *tile, __m512i x, bool fp4)
+VECTOR_INLINE void add_tile(__m512i sum[16], const uint8_t *tile, __m512i x, enum weight_kind kind)
 {
     for (int g = 0; g < 8; g++) {
         __m512i v = _mm512_loadu_si512(tile + 64 * g);
         prefetch(tile + PREFETCH_BYTES + 64 * g);
-        sum[g] = _mm512_dpbusd_epi32(sum[g], low_codes(v, fp4), x);
-        sum[g + 8] = _mm512_dpbusd_epi32(sum[g + 8], high_codes(v, fp4), x);
+        sum[g] = _mm512_dpbusd_epi32(sum[g], low_codes(v, kind), x);
+        sum[g + 8] = _mm512_dpbusd_epi32(sum[g + 8], high_codes(v, kind), x);
     }
 }
 
@@ -152,9 +144,9 @@ VECTOR_INLINE void tiled_decode(float *y, const struct matrix *w, const struct a
                 __m512i dot[16], part[4];
                 for (int r = 0; r < 16; r++)
                     dot[r] = bias;
-                add_tile(dot, tile, x0, is_fp4(kind));
+                add_tile(dot, tile, x0, kind);
                 if (step == 128)
-                    add_tile(dot, tile + 4 * WEIGHT_TILE_BYTES, x1, is_fp4(kind));
+                    add_tile(dot, tile + 4 * WEIGHT_TILE_BYTES, x1, kind);
                 prefetch(scale + 256);
                 if (groups == 1)
                     part[0] = sum_16(dot);

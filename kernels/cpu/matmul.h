@@ -22,6 +22,7 @@ static void matmul(float *y, int64_t y_stride, const struct matrix *w, const str
         break;
     case WEIGHT_INT4:
     case WEIGHT_INT4Z:
+    case WEIGHT_NL4:
     case WEIGHT_MXFP4:
     case WEIGHT_NVFP4:
         tiled_matmul(y, y_stride, w, act, tokens, row_begin, row_end);

@@ -35,11 +35,11 @@ static void panel_tokens(struct panel_token *out, const struct activations *act,
         else
             memcpy(&sum, q_sum, (size_t)(cols / ACT_SUM) * sizeof *q_sum);
         if (group_size >= 32)
-            sum += __builtin_shufflevector(sum, sum, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+            sum += VECTOR_SHUFFLE(i32x16, sum, sum, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
         if (group_size >= 64)
-            sum += __builtin_shufflevector(sum, sum, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+            sum += VECTOR_SHUFFLE(i32x16, sum, sum, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
         if (group_size == 128)
-            sum += __builtin_shufflevector(sum, sum, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+            sum += VECTOR_SHUFFLE(i32x16, sum, sum, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
         i32x16 start = sum * -bias;
         f32x16 real = __builtin_convertvector(sum, f32x16);
         memcpy(out->start, &start, sizeof start);

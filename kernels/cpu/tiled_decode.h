@@ -26,6 +26,9 @@ static void tiled_decode_any(float *y, const struct matrix *w, const struct acti
         DECODE_CASE(WEIGHT_INT4Z, 128);
         DECODE_CASE(WEIGHT_INT4Z, 64);
         DECODE_CASE(WEIGHT_INT4Z, 32);
+        DECODE_CASE(WEIGHT_NL4, 128);
+        DECODE_CASE(WEIGHT_NL4, 64);
+        DECODE_CASE(WEIGHT_NL4, 32);
         DECODE_CASE(WEIGHT_MXFP4, 32);
         DECODE_CASE(WEIGHT_NVFP4, 16);
     }

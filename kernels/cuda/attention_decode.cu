@@ -5,7 +5,7 @@
 // What comes of a chunk, (maximum, sum, sums of values) per query head, goes to scratch, and a second kernel combines the chunks in ascending
 // order. The grid covers max_context; blocks whose chunk the row does not see leave at once, so a captured launch stays good.
 //
-// A row of keys is read by LANES neighbouring lanes, 8 elements each (16 bytes of bf16, 8 of e4m3); a group of LANES lanes takes STEP
+// A row of keys is read by LANES neighbouring lanes, 8 elements each (16 bytes of bf16, 8 of e4m3 or int8, 4 of int4); a group of LANES lanes takes STEP
 // consecutive positions at a time.
 #include "kernels/cuda/attention.cuh"
 
@@ -17,6 +17,7 @@ enum {
     MAX_DIM = KERNELS_MAX_HEAD_DIM,
     COMBINE_THREADS = 128,
 };
+static_assert((int)THREADS == (int)ATTENTION_CHUNK, "a thread for each scale");
 
 // Parts of one row: [num_heads][chunks] of maximum, sum, and [head_dim] sums of values, apart.
 struct parts {
@@ -120,8 +121,10 @@ __device__ __forceinline__ void chunk_scores(float *scores, const float *queries
 }
 
 // The scores become weights; their maximum and sum go to the parts of the heads, the first of which is number `part`.
+//   scales  shared, [2][ATTENTION_CHUNK] where the format has them: scores are times the first, weights that go on times the second
+template <bool SCALED>
 __device__ __forceinline__ void chunk_weights(float *scores, const struct decode_input &in, int64_t part, int count,
-                                              const struct chunk_place &at)
+                                              const float *scales, const struct chunk_place &at)
 {
     for (int h = at.warp; h < count; h += WARPS) {
         float score[ATTENTION_CHUNK / WARP], largest = -INFINITY, sum = 0;
@@ -129,7 +132,8 @@ __device__ __forceinline__ void chunk_weights(float *scores, const struct decode
         for (int i = 0; i < ATTENTION_CHUNK / WARP; i++) {
             int slot = i * WARP + at.lane;
             bool seen = slot >= at.seen_begin && slot < at.seen_end;
-            score[i] = seen ? finished_score(in.shape, scores[h * ATTENTION_CHUNK + slot]) : -INFINITY;
+            float dot = scores[h * ATTENTION_CHUNK + slot];
+            score[i] = seen ? finished_score(in.shape, SCALED ? dot * scales[slot] : dot) : -INFINITY;
             largest = fmaxf(largest, score[i]); // passes over NaN, which reaches the sum
         }
         for (int mask = WARP / 2; mask; mask /= 2)
@@ -137,7 +141,8 @@ __device__ __forceinline__ void chunk_weights(float *scores, const struct decode
 #pragma unroll
         for (int i = 0; i < ATTENTION_CHUNK / WARP; i++) {
             float weight = weight_of(score[i], largest);
-            scores[h * ATTENTION_CHUNK + i * WARP + at.lane] = weight;
+            int slot = i * WARP + at.lane;
+            scores[h * ATTENTION_CHUNK + slot] = SCALED ? weight * scales[ATTENTION_CHUNK + slot] : weight;
             sum += weight;
         }
         for (int mask = WARP / 2; mask; mask /= 2)
@@ -224,6 +229,7 @@ __global__ void __launch_bounds__(THREADS, 2) attend_chunk(struct decode_input i
     SHARED(float, scores, HEADS *ATTENTION_CHUNK);
     SHARED(float, work, WORK *MAX_DIM); // first the queries [HEADS], then the warps' sums of values [2][WARPS]
     SHARED(int64_t, row_of_page, ATTENTION_CHUNK / KV_PAGE_TOKENS);
+    SHARED(float, scales, scaled_cache<FORMAT> ? 2 * ATTENTION_CHUNK : 1);
     int64_t row = blockIdx.z, kv_head = blockIdx.y, chunk = blockIdx.x;
     int64_t position = in.rows.position[row], begin = chunk * ATTENTION_CHUNK;
     int64_t first = window_begin(in.shape, position);
@@ -245,6 +251,15 @@ __global__ void __launch_bounds__(THREADS, 2) attend_chunk(struct decode_input i
     int page = threadIdx.x; // pages that the row does not see may have no entry
     if (page * KV_PAGE_TOKENS < at.seen_end && (page + 1) * KV_PAGE_TOKENS > at.seen_begin)
         row_of_page[page] = kv_row(in.kv, pages[page], kv_head, 0);
+    if (scaled_cache<FORMAT>) { // a thread for each position; 0 where the row does not see it
+        int slot = threadIdx.x;
+        bool seen = slot >= at.seen_begin && slot < at.seen_end;
+        int64_t place = seen ? (pages[slot / KV_PAGE_TOKENS] * in.kv.num_kv_heads + kv_head) * KV_PAGE_TOKENS +
+                                   slot % KV_PAGE_TOKENS
+                             : 0;
+        scales[slot] = seen ? bf16_to_f32(in.kv.k_scale[place]) : 0.0f;
+        scales[ATTENTION_CHUNK + slot] = seen ? bf16_to_f32(in.kv.v_scale[place]) : 0.0f;
+    }
     __syncthreads();
 
     // This rank may hold only some of the query heads of a kv head.
@@ -264,7 +279,7 @@ __global__ void __launch_bounds__(THREADS, 2) attend_chunk(struct decode_input i
         // The first values are on their way while the weights are made.
         load_steps<FORMAT>(next, in.kv.v, at, 0);
         __syncthreads();
-        chunk_weights(scores, in, part, count, at);
+        chunk_weights<scaled_cache<FORMAT>>(scores, in, part, count, scales, at);
         __syncthreads();
         float value[HEADS][8];
         chunk_values<FORMAT, HEADS>(value, scores, in.kv.v, next, count, at);
@@ -363,8 +378,10 @@ extern "C" cudaError_t launch_attention_decode(float *out, const float *qkv, str
     while (in.lanes * 8 < kv.head_dim)
         in.lanes *= 2;
     dim3 grid((unsigned)chunks, (unsigned)kv.num_kv_heads, (unsigned)rows.count);
-    cudaError_t rc = kv.format == KV_E4M3 ? launch_chunks<KV_E4M3>(in, grid, shape.heads_per_kv, stream)
-                                          : launch_chunks<KV_BF16>(in, grid, shape.heads_per_kv, stream);
+    cudaError_t rc = kv.format == KV_BF16   ? launch_chunks<KV_BF16>(in, grid, shape.heads_per_kv, stream)
+                     : kv.format == KV_E4M3 ? launch_chunks<KV_E4M3>(in, grid, shape.heads_per_kv, stream)
+                     : kv.format == KV_INT8 ? launch_chunks<KV_INT8>(in, grid, shape.heads_per_kv, stream)
+                                            : launch_chunks<KV_INT4>(in, grid, shape.heads_per_kv, stream);
     return rc != cudaSuccess ? rc
                              : LAUNCH(combine_chunks, dim3((unsigned)shape.num_heads, (unsigned)rows.count),
                                       dim3(COMBINE_THREADS), 0, stream, out, in);

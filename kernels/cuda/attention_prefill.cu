@@ -2,8 +2,9 @@
 //
 // A block takes QUERIES rows of one query head, a warp 16 of them, and goes over the pages of keys and values that they see, in
 // ascending order, with the softmax of flash attention: scores, running maximum and sum in f32; queries, keys, weights and values
-// enter the products as bf16. A page is a tile, whatever the launch's first position: the order of a row's sums is given by its
-// position alone, and a tile that a row does not see leaves its sums as they are (law 9).
+// enter the products as bf16, codes of a scaled cache exactly, whose scales multiply scores and weights. A page is a tile, whatever the
+// launch's first position: the order of a row's sums is given by its position alone, and a tile that a row does not see leaves its sums
+// as they are (law 9).
 //
 // One buffer each for queries, keys and values: values arrive while scores are computed, the next keys while values are used.
 #include "kernels/cuda/attention.cuh"
@@ -36,19 +37,31 @@ template <int DIM> __device__ __forceinline__ int tile_place_of(int row, int uni
 // Threads are dealt to units of 16 bytes as if a row had this many, a power of two: so the 8 lanes that store together stay in one row.
 template <int DIM> constexpr int dealt_units = DIM <= 64 ? 8 : DIM <= 128 ? 16 : 32;
 
+__device__ __forceinline__ int64_t first_slot_of(const struct device_kv &kv, int64_t page, int64_t kv_head)
+{
+    return (page * kv.num_kv_heads + kv_head) * KV_PAGE_TOKENS;
+}
+
 // Starts to bring one page of keys or values; zeros behind head_dim and from slot `end` on: what lies there was never written, and 0 times
 // it might be a NaN.
+//   first_slot  of the page, counted over the cache's rows
+//   scales, scale_cache  where the format has them
 template <enum kv_format FORMAT, int DIM>
-__device__ __forceinline__ void load_page(uint4 *tile, const void *cache, int head_dim, int64_t row, int end)
+__device__ __forceinline__ void load_page(uint4 *tile, uint16_t *scales, const void *cache, const uint16_t *scale_cache,
+                                          int head_dim, int64_t first_slot, int end)
 {
+    if (scaled_cache<FORMAT> && threadIdx.x < KEYS) {
+        int slot = threadIdx.x;
+        store_shared(&scales[slot], slot < end ? load_global(scale_cache + first_slot + slot) : (uint16_t)0);
+    }
     bool by_eights = head_dim % 8 == 0;
-#pragma unroll 4
+#pragma unroll(FORMAT == KV_INT4 ? 2 : 4) // codes of four bits take registers on their way
     for (int i = threadIdx.x; i < KEYS * dealt_units<DIM>; i += THREADS) {
         int slot = i / dealt_units<DIM>, unit = i % dealt_units<DIM>;
         if (unit >= DIM / 8)
             continue;
         bool valid = slot < end && unit * 8 < head_dim;
-        int64_t at = row + (int64_t)slot * head_dim;
+        int64_t at = (first_slot + slot) * head_dim;
         uint4 *to = &tile[tile_place_of<DIM>(slot, unit)];
         if (FORMAT == KV_BF16 && by_eights)
             copy_async16(to, valid ? (const uint16_t *)cache + at + unit * 8 : (const uint16_t *)cache, valid);
@@ -101,9 +114,10 @@ __device__ __forceinline__ float quad_sum(float x)
 // the two rows.
 struct tile_place {
     int lane, warp, g, t;
-    int first_key;                 // position of the page
-    bool all_seen;                 // the page, by all rows of the block
-    int position[2], seen_from[2]; // of the rows
+    int first_key;                     // position of the page
+    bool all_seen;                     // the page, by all rows of the block
+    int position[2], seen_from[2];     // of the rows
+    const uint16_t *k_scale, *v_scale; // shared, bf16 [KEYS], of the page; where the format has them
 };
 
 // Flash attention's sums so far: of weights this thread's own share.
@@ -134,8 +148,14 @@ __device__ __forceinline__ void load_query(uint32_t (&q)[4], const uint4 *q_tile
     load_matrix_x4(q, &q_tile[tile_place_of<DIM>(at.warp * 16 + at.lane % 16, 2 * k + at.lane / 16)]);
 }
 
+// Those of this thread's two columns of key tile n, as they lie.
+__device__ __forceinline__ uint32_t two_scales(const uint16_t *scales, int n, const struct tile_place &at)
+{
+    return load_shared((const uint32_t *)(const void *)(scales + n * 8 + 2 * at.t));
+}
+
 // Scores of the warp's rows and the page's keys.
-template <int DIM>
+template <int DIM, bool SCALED>
 __device__ __forceinline__ void page_scores(float (&score)[KEY_TILES][4], uint32_t (&q)[query_parts<DIM>][4],
                                             const uint4 *q_tile, const uint4 *k_tile,
                                             const struct attention_shape &shape, const struct tile_place &at)
@@ -157,20 +177,23 @@ __device__ __forceinline__ void page_scores(float (&score)[KEY_TILES][4], uint32
         }
     }
 #pragma unroll
-    for (int n = 0; n < KEY_TILES; n++)
+    for (int n = 0; n < KEY_TILES; n++) {
+        uint32_t scales = SCALED ? two_scales(at.k_scale, n, at) : 0;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             int key = at.first_key + n * 8 + 2 * at.t + i % 2;
-            score[n][i] = finished_score(shape, score[n][i]);
+            float scale = f32_from_bits(i % 2 ? scales & 0xffff0000u : scales << 16);
+            score[n][i] = finished_score(shape, SCALED ? score[n][i] * scale : score[n][i]);
             if (!at.all_seen && (key > at.position[i / 2] || key < at.seen_from[i / 2]))
                 score[n][i] = -INFINITY;
         }
+    }
 }
 
-// The scores become weights, of which the sums take theirs; what they had before shrinks.
-template <int DIM>
+// The scores become weights, of which the sums take theirs; what they had before shrinks. A scale that a row does not see may be anything.
+template <int DIM, bool SCALED>
 __device__ __forceinline__ void page_weights(uint32_t (&weight)[KEY_TILES][2], struct tile_sums<DIM> &sums,
-                                             const float (&score)[KEY_TILES][4])
+                                             const float (&score)[KEY_TILES][4], const struct tile_place &at)
 {
     float tile_largest[2] = {-INFINITY, -INFINITY}, shrink[2];
 #pragma unroll
@@ -186,14 +209,20 @@ __device__ __forceinline__ void page_weights(uint32_t (&weight)[KEY_TILES][2], s
         sums.sum[h] *= shrink[h];
     }
 #pragma unroll
-    for (int n = 0; n < KEY_TILES; n++)
+    for (int n = 0; n < KEY_TILES; n++) {
+        uint32_t scales = SCALED ? two_scales(at.v_scale, n, at) : 0;
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             float a = weight_of(score[n][2 * h], sums.largest[h]), b = weight_of(score[n][2 * h + 1], sums.largest[h]);
             sums.sum[h] += a;
             sums.sum[h] += b;
+            if (SCALED) {
+                a *= score[n][2 * h] == -INFINITY ? 0.0f : f32_from_bits(scales << 16);
+                b *= score[n][2 * h + 1] == -INFINITY ? 0.0f : f32_from_bits(scales & 0xffff0000u);
+            }
             weight[n][h] = floats_to_bf162(a, b);
         }
+    }
 #pragma unroll
     for (int n = 0; n < DIM / 8; n++)
 #pragma unroll
@@ -287,6 +316,8 @@ __global__ void __launch_bounds__(THREADS, DIM > 128 ? 1 : 3) attend_tile(struct
     SHARED_DYNAMIC(uint4, tiles);
     uint4 *q_tile = tiles, *k_tile = tiles + TILE, *v_tile = tiles + 2 * TILE;
     int *special = (int *)(void *)(tiles + 3 * TILE);
+    SHARED(uint16_t, scales, scaled_cache<FORMAT> ? 2 * KEYS : 2);
+    uint16_t *v_scales = scales + (scaled_cache<FORMAT> ? (int)KEYS : 0);
     int head_dim = (int)in.kv.head_dim;
     int64_t head = blockIdx.y, kv_head = (in.shape.head_begin + head) / in.shape.heads_per_kv - in.shape.kv_head_begin;
     int64_t q_stride = (in.shape.num_heads + 2 * in.kv.num_kv_heads) * head_dim;
@@ -295,6 +326,8 @@ __global__ void __launch_bounds__(THREADS, DIM > 128 ? 1 : 3) attend_tile(struct
     at.warp = threadIdx.x / WARP;
     at.g = at.lane / 4;
     at.t = at.lane % 4;
+    at.k_scale = scales;
+    at.v_scale = v_scales;
 
     // The tiles with the longest way first.
     int row_begin = (int)(gridDim.x - 1 - blockIdx.x) * QUERIES;
@@ -304,7 +337,7 @@ __global__ void __launch_bounds__(THREADS, DIM > 128 ? 1 : 3) attend_tile(struct
     const int32_t *pages = in.kv.pages + in.rows.sequence[0] * in.kv.pages_per_sequence;
     int page = (int)window_begin(in.shape, first_position) / KEYS, page_end = last_position / KEYS + 1;
 
-    load_page<FORMAT, DIM>(k_tile, in.kv.k, head_dim, kv_row(in.kv, pages[page], kv_head, 0),
+    load_page<FORMAT, DIM>(k_tile, scales, in.kv.k, in.kv.k_scale, head_dim, first_slot_of(in.kv, pages[page], kv_head),
                            min(launch_end - page * KEYS, (int)KEYS));
     copy_async_commit();
     load_queries<DIM>(q_tile, in.qkv + row_begin * q_stride + head * head_dim, q_stride, row_count, head_dim);
@@ -332,20 +365,21 @@ __global__ void __launch_bounds__(THREADS, DIM > 128 ? 1 : 3) attend_tile(struct
             at.first_key + KEYS - 1 <= first_position && at.first_key >= window_begin(in.shape, last_position);
         copy_async_wait<0>();
         __syncthreads(); // the keys are there, the last values done with
-        load_page<FORMAT, DIM>(v_tile, in.kv.v, head_dim, kv_row(in.kv, pages[page], kv_head, 0),
-                               min(launch_end - at.first_key, (int)KEYS));
+        load_page<FORMAT, DIM>(v_tile, v_scales, in.kv.v, in.kv.v_scale, head_dim,
+                               first_slot_of(in.kv, pages[page], kv_head), min(launch_end - at.first_key, (int)KEYS));
         copy_async_commit();
         float score[KEY_TILES][4];
         uint32_t weight[KEY_TILES][2];
-        page_scores<DIM>(score, q, q_tile, k_tile, in.shape, at);
-        page_weights<DIM>(weight, sums, score);
+        page_scores<DIM, scaled_cache<FORMAT>>(score, q, q_tile, k_tile, in.shape, at);
+        page_weights<DIM, scaled_cache<FORMAT>>(weight, sums, score, at);
 
         copy_async_wait<0>();
-        __syncthreads(); // the values are there, the keys done with
-        if (!at.all_seen)
+        __syncthreads();                           // the values are there, the keys done with
+        if (!at.all_seen && !scaled_cache<FORMAT>) // codes are numbers, and what is not seen has no scale
             take_special<DIM>(sums, v_tile, (uint32_t *)k_tile, special, weight, at);
         if (page + 1 < page_end)
-            load_page<FORMAT, DIM>(k_tile, in.kv.k, head_dim, kv_row(in.kv, pages[page + 1], kv_head, 0),
+            load_page<FORMAT, DIM>(k_tile, scales, in.kv.k, in.kv.k_scale, head_dim,
+                                   first_slot_of(in.kv, pages[page + 1], kv_head),
                                    min(launch_end - at.first_key - KEYS, (int)KEYS));
         copy_async_commit();
         page_values<DIM>(sums, v_tile, weight, at.lane);
@@ -384,5 +418,8 @@ extern "C" cudaError_t launch_attention_prefill(float *out, const float *qkv, st
         return cudaErrorInvalidValue;
     struct prefill_input in = {qkv, out, shape, rows, kv};
     dim3 grid((unsigned)((rows.count + QUERIES - 1) / QUERIES), (unsigned)shape.num_heads);
-    return kv.format == KV_E4M3 ? launch_tiles<KV_E4M3>(in, grid, stream) : launch_tiles<KV_BF16>(in, grid, stream);
+    return kv.format == KV_BF16   ? launch_tiles<KV_BF16>(in, grid, stream)
+           : kv.format == KV_E4M3 ? launch_tiles<KV_E4M3>(in, grid, stream)
+           : kv.format == KV_INT8 ? launch_tiles<KV_INT8>(in, grid, stream)
+                                  : launch_tiles<KV_INT4>(in, grid, stream);
 }

@@ -66,8 +66,10 @@ cudaError_t launch_prepare(struct device_input out, enum input_format format, co
                            const float *order, int64_t rows, int64_t cols, cudaStream_t stream);
 
 // out[row, i] = activation(gate + bias, up + bias) in `format`; gate_up is [rows][2 * cols], gate first; bias [2 * cols] or NULL.
+// rotation: each so many columns, a power of two up to 128 that divides cols, are then rotated by a Hadamard matrix (kernels/kernels.h); 0: not.
 cudaError_t launch_activate(struct device_input out, enum input_format format, enum activation activation,
-                            const float *gate_up, const float *bias, int64_t rows, int64_t cols, cudaStream_t stream);
+                            int64_t rotation, const float *gate_up, const float *bias, int64_t rows, int64_t cols,
+                            cudaStream_t stream);
 
 // x[i] *= factor, then (softcap > 0) x[i] = softcap * tanh(x[i] / softcap).
 cudaError_t launch_scale_values(float *x, int64_t count, float factor, float softcap, cudaStream_t stream);
@@ -75,13 +77,15 @@ cudaError_t launch_scale_values(float *x, int64_t count, float factor, float sof
 // ---- attention ---------------------------------------------------------------------------------------------------------
 
 // One layer's keys and values, as struct kv_view, for all sequences.
-//   k, v    [num_pages][num_kv_heads][KV_PAGE_TOKENS][head_dim]
+//   k, v    [num_pages][num_kv_heads][KV_PAGE_TOKENS][head_dim]; int4: head_dim / 2 bytes, as kv_int4_byte (kernels/kv_codes.h) has them
+//   k_scale, v_scale  bf16 [num_pages][num_kv_heads][KV_PAGE_TOKENS] where the format has scales
 //   pages   [sequences][pages_per_sequence]: position p of sequence s lies in page pages[s][p / KV_PAGE_TOKENS]
 struct device_kv {
     void *k, *v;
     enum kv_format format;
     const int32_t *pages;
     int64_t pages_per_sequence, num_kv_heads, head_dim;
+    uint16_t *k_scale, *v_scale;
 };
 
 // The rows of a step: row i belongs to sequence[i] and stands at position[i].
@@ -120,8 +124,12 @@ struct device_qkv {
     int64_t num_heads;
 };
 // qkv [rows][(num_heads + 2 * num_kv_heads) * head_dim], q then k then v: adds the bias, normalises q and k, rotates them, writes q back and stores k and v of the row in the cache.
+// Where the cache has scales, q, k and v are multiplied by a Hadamard matrix before, as kernels/kv_codes.h says; what attention puts out then is
+// still to be rotated back.
 cudaError_t launch_finish_qkv(float *qkv, struct device_qkv how, struct device_rows rows, struct device_kv kv,
                               cudaStream_t stream);
+// x [heads][head_dim]: each head rotated as kernels/kv_codes.h says, times the factor.
+cudaError_t launch_rotate_heads(float *x, int64_t heads, int64_t head_dim, float factor, cudaStream_t stream);
 // qkv [rows][width] += bias (NULL: none); squares[row] = the sums of squares of columns [0, q_end) and [k_begin, k_end).
 cudaError_t launch_squares(float *squares, float *qkv, const float *bias, int64_t rows, int64_t width, int64_t q_end,
                            int64_t k_begin, int64_t k_end, cudaStream_t stream);
@@ -232,8 +240,9 @@ cudaError_t launch_linear_experts(float *y, const struct weight_shape *shape, st
                                   cudaStream_t stream);
 // launch_activate of the slots [count] whose expert is here, each with its expert's bias.
 cudaError_t launch_activate_slots(struct device_input out, enum input_format format, enum activation activation,
-                                  const float *gate_up, const int32_t *chosen, const struct device_expert *experts,
-                                  int64_t count, int64_t cols, cudaStream_t stream);
+                                  int64_t rotation, const float *gate_up, const int32_t *chosen,
+                                  const struct device_expert *experts, int64_t count, int64_t cols,
+                                  cudaStream_t stream);
 // partial [rows][cols] = (shared ? shared_factor (NULL: 1) * partial : 0) + the sum over the row's slots, in order, of weight *
 // (out [slot] + the expert's bias, if with_bias).
 cudaError_t launch_combine(float *partial, bool shared, const float *shared_factor, const float *out,

@@ -88,11 +88,13 @@ __device__ __forceinline__ uint32_t word_of(const uint4 &v, int i)
 
 // Codes of four bits in T16x64 tiles.
 #define IS_TILED(KIND)                                                                                                 \
-    ((KIND) == WEIGHT_INT4 || (KIND) == WEIGHT_INT4Z || (KIND) == WEIGHT_MXFP4 || (KIND) == WEIGHT_NVFP4)
+    ((KIND) == WEIGHT_INT4 || (KIND) == WEIGHT_INT4Z || (KIND) == WEIGHT_NL4 || (KIND) == WEIGHT_MXFP4 ||              \
+     (KIND) == WEIGHT_NVFP4)
 // 16-byte loads that a lane makes for its part of one step of a tile of rows.
 #define STEP_LOADS(KIND) (IS_TILED(KIND) ? 2 : (KIND) == WEIGHT_BF16 ? 8 : 4)
 // Bytes of what a group of 16 rows has: f16 scales; f16 scales and zeros; f32 scales; scales of a byte.
-#define GROUP_BYTES(KIND) ((KIND) == WEIGHT_INT4 ? 32 : (KIND) == WEIGHT_INT4Z || (KIND) == WEIGHT_FP8G ? 64 : 16)
+#define GROUP_BYTES(KIND)                                                                                              \
+    ((KIND) == WEIGHT_INT4 || (KIND) == WEIGHT_NL4 ? 32 : (KIND) == WEIGHT_INT4Z || (KIND) == WEIGHT_FP8G ? 64 : 16)
 
 // Where a lane's part of a tile of rows begins.
 template <int KIND>

@@ -55,6 +55,15 @@ __device__ __forceinline__ void f16_operands(uint32_t (&a)[2][4], const uint4 *w
 #pragma unroll
             for (int k = 0; k < 4 && KIND == WEIGHT_INT4Z; k++)
                 a[i][k] = fma_half2(a[i][k], 0x3c003c00u, minus_zero[k & 1]);
+        } else if (KIND == WEIGHT_NL4) {
+            uint32_t q = word_of(w[0], half * 2 + i), three_bits = q & 0x77777777u;
+            uint32_t choice = (q >> 1 & 0x44444444u) | 0x32103210u;
+            uint32_t low = nl4_bytes(three_bits, choice), high = nl4_bytes(three_bits >> 16, choice >> 16);
+            const uint32_t pairs[2] = {byte_permute(low, high, 0x5140), byte_permute(low, high, 0x7362)};
+#pragma unroll
+            for (int k = 0; k < 4; k++) // bytes in the mantissa of 1024, less 1024 + WEIGHT_NL4_TOP
+                a[i][k] = fma_half2(byte_permute(pairs[k / 2], 0x64646464u, k & 1 ? 0x4342 : 0x4140), 0x3c003c00u,
+                                    0xe422e422u);
         } else if (IS_TILED(KIND)) {
             uint32_t q = word_of(w[0], half * 2 + i);
             a[i][0] = e2m1_to_half2<0>(q);
@@ -154,6 +163,8 @@ template <int KIND> __device__ __forceinline__ float last_scale(const struct lin
         return ((const float *)l.weight_scale)[row];
     if (KIND == WEIGHT_INT4 || KIND == WEIGHT_INT4Z)
         return WEIGHT_INT4_FACTOR;
+    if (KIND == WEIGHT_NL4)
+        return WEIGHT_NL4_FACTOR;
     if (KIND == WEIGHT_MXFP4)
         return 0x1p14f;
     if (KIND != WEIGHT_NVFP4)
@@ -356,6 +367,8 @@ cudaError_t launch_for_kind(const struct linear *l, const JOB *job, const struct
         return launch_for_group<WEIGHT_INT4>(l, job, shape->group_size, stream);
     case WEIGHT_INT4Z:
         return launch_for_group<WEIGHT_INT4Z>(l, job, shape->group_size, stream);
+    case WEIGHT_NL4:
+        return launch_for_group<WEIGHT_NL4>(l, job, shape->group_size, stream);
     case WEIGHT_F32:
     case WEIGHT_KIND_COUNT:
         break;

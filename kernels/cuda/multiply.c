@@ -75,8 +75,10 @@ static enum arithmetic best_prefill(enum weight_kind kind, int sm)
     // Groups have scales of any size, which f16 cannot all hold; e2m1 times a power of two is a bf16.
     if (kind == WEIGHT_BF16 || kind == WEIGHT_FP8G || kind == WEIGHT_MXFP4 || kind == WEIGHT_NVFP4)
         return ARITHMETIC_GEMM_BF16;
-    if (sm == 90 && (kind == WEIGHT_FP8 || kind == WEIGHT_INT4))
+    if (sm == 90 && (kind == WEIGHT_FP8 || kind == WEIGHT_INT4 || kind == WEIGHT_NL4))
         return ARITHMETIC_FP8_OUTER;
+    if (kind == WEIGHT_NL4)
+        return ARITHMETIC_GEMM_F16;
     if (kind == WEIGHT_FP8)
         return sm >= 89 ? ARITHMETIC_FP8_TENSOR : ARITHMETIC_GEMM_F16;
     return own_kernel(kind, PHASE_PREFILL, 0);
@@ -128,7 +130,7 @@ enum input_format multiply_input(const struct device *d, const struct matrix *w)
 static bool needs_slab(enum arithmetic arithmetic, enum weight_kind kind)
 {
     return arithmetic == ARITHMETIC_GEMM_F16 || (arithmetic == ARITHMETIC_GEMM_BF16 && kind != WEIGHT_BF16) ||
-           (arithmetic == ARITHMETIC_FP8_OUTER && kind == WEIGHT_INT4);
+           (arithmetic == ARITHMETIC_FP8_OUTER && kind != WEIGHT_FP8);
 }
 
 static int64_t slab_rows(enum arithmetic arithmetic, const struct matrix *w)

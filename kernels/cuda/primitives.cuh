@@ -650,4 +650,16 @@ static inline uint32_t e4m3x2_to_half2(uint16_t two)
 }
 
 #endif
+
+// ---- for both --------------------------------------------------------------------------------------------------------
+
+// Four codes of nl4, the nibbles of half a word: their levels + WEIGHT_NL4_TOP as bytes. Of the table each half is looked up, by three bits; the
+// fourth chooses between them.
+__device__ __forceinline__ uint32_t nl4_bytes(uint32_t three_bits, uint32_t choice)
+{
+    uint32_t positive = byte_permute(0x2b282522u, 0x3f38332fu, three_bits);
+    uint32_t negative = byte_permute(0x120e0800u, 0x1f1c1916u, three_bits);
+    return byte_permute(positive, negative, choice);
+}
+
 #endif

@@ -1,5 +1,7 @@
 // Queries, keys and values after their product: bias, norms, rotation, and the way into the cache. Declared in launch.h.
 //
+// A cache with scales takes a second kernel: it has to know all of a head before it can round a part of it.
+//
 // The same bits as the CPU's table but for sums of squares, which are added in another order, and for what the device's cosf and sinf
 // make of an angle.
 #include "kernels/cuda/attention.cuh"
@@ -88,7 +90,7 @@ __global__ void __launch_bounds__(HEAD_WARPS *WARP) finish_heads(struct qkv_inpu
             bool rotates = !is_v && pair < rotating;
             float first = rotates ? a[i] * cosine[i] - b[i] * sine[i] : a[i];
             float second = rotates ? b[i] * cosine[i] + a[i] * sine[i] : b[i];
-            if (is_q) {
+            if (is_q || in.kv.k_scale) { // the scaled formats go on from here
                 x[at.x] = first;
                 x[at.y] = second;
             } else {
@@ -97,6 +99,127 @@ __global__ void __launch_bounds__(HEAD_WARPS *WARP) finish_heads(struct qkv_inpu
             }
         }
     }
+}
+
+// ---- scaled caches -------------------------------------------------------------------------------------------------------
+
+enum { HEAD_PARTS = KERNELS_MAX_HEAD_DIM / WARP }; // column lane + 32 i of a head is part i of a lane
+
+__device__ __forceinline__ void load_head(float (&part)[HEAD_PARTS], const float *x, int head_dim, int lane)
+{
+#pragma unroll
+    for (int i = 0; i < HEAD_PARTS; i++)
+        part[i] = i * WARP + lane < head_dim ? x[i * WARP + lane] : 0.0f;
+}
+
+// Columns behind the head are zeros and stay so: a block lies in the head or behind it.
+__device__ __forceinline__ void rotate_head(float (&part)[HEAD_PARTS], int head_dim, int lane)
+{
+    int block = (int)kv_rotation_block(head_dim);
+    for (int distance = 1; distance < WARP && distance < block; distance *= 2)
+#pragma unroll
+        for (int i = 0; i < HEAD_PARTS; i++) {
+            float other = __shfl_xor_sync(0xffffffffu, part[i], distance);
+            part[i] = lane & distance ? other - part[i] : part[i] + other;
+        }
+#pragma unroll
+    for (int step = 1; step < HEAD_PARTS; step *= 2)
+        if (step * WARP < block)
+#pragma unroll
+            for (int i = 0; i < HEAD_PARTS; i++)
+                if (!(i & step)) {
+                    float a = part[i], b = part[i + step];
+                    part[i] = a + b;
+                    part[i + step] = a - b;
+                }
+}
+
+__device__ __forceinline__ void store_head(float *x, const float (&part)[HEAD_PARTS], int head_dim, int lane,
+                                           float factor)
+{
+#pragma unroll
+    for (int i = 0; i < HEAD_PARTS; i++)
+        if (i * WARP + lane < head_dim)
+            x[i * WARP + lane] = part[i] * factor;
+}
+
+// to: of the row's codes.
+__device__ __forceinline__ void store_codes(uint8_t *to, uint16_t *scale, const float (&part)[HEAD_PARTS],
+                                            enum kv_format format, int head_dim, int lane)
+{
+    uint32_t extent = 0;
+#pragma unroll
+    for (int i = 0; i < HEAD_PARTS; i++)
+        if (i * WARP + lane < head_dim)
+            extent = max(extent, kv_extent(part[i]));
+    for (int mask = WARP / 2; mask; mask /= 2)
+        extent = max(extent, __shfl_xor_sync(0xffffffffu, extent, mask));
+    uint16_t bits = kv_scale(format, extent);
+    float inverse = kv_inverse_scale(bits);
+    if (lane == 0)
+        *scale = bits;
+#pragma unroll
+    for (int i = 0; i < HEAD_PARTS; i++) {
+        int column = i * WARP + lane;
+        if (format == KV_INT8) {
+            if (column < head_dim)
+                to[column] = kv_code_int8(part[i], inverse);
+            continue;
+        }
+        // The column that shares the byte stands behind by half of its block, whose columns are neighbouring lanes.
+        int block = column / 8 * 8, half = head_dim - block < 8 ? (head_dim - block) / 2 : 4;
+        unsigned code = kv_code_int4(part[i], inverse);
+        unsigned other = __shfl_sync(0xffffffffu, code, (lane + half) & (WARP - 1));
+        if (column < head_dim && kv_int4_shift(column, head_dim) == 0)
+            to[kv_int4_byte(column, head_dim)] = (uint8_t)(code | other << 4);
+    }
+}
+
+// One warp per head, as in finish_heads, whose results stand in qkv.
+__global__ void __launch_bounds__(HEAD_WARPS *WARP) store_scaled(struct qkv_input in)
+{
+    int lane = threadIdx.x % WARP, head_dim = (int)in.kv.head_dim;
+    int64_t row = blockIdx.x, position = in.rows.position[row], sequence = in.rows.sequence[row];
+    int64_t kv_heads = in.kv.num_kv_heads, heads = in.how.num_heads + 2 * kv_heads;
+    int64_t page = in.kv.pages[sequence * in.kv.pages_per_sequence + position / KV_PAGE_TOKENS];
+    for (int64_t head = (int64_t)blockIdx.y * HEAD_WARPS + threadIdx.x / WARP; head < heads;
+         head += (int64_t)gridDim.y * HEAD_WARPS) {
+        float *x = in.qkv + (row * heads + head) * head_dim, part[HEAD_PARTS];
+        load_head(part, x, head_dim, lane);
+        rotate_head(part, head_dim, lane);
+        if (head < in.how.num_heads) {
+            store_head(x, part, head_dim, lane, 1.0f / (float)kv_rotation_block(head_dim));
+            continue;
+        }
+        bool is_v = head >= in.how.num_heads + kv_heads;
+        int64_t kv_head = head - in.how.num_heads - (is_v ? kv_heads : 0);
+        int64_t slot = (page * kv_heads + kv_head) * KV_PAGE_TOKENS + position % KV_PAGE_TOKENS;
+        int64_t at = in.kv.format == KV_INT4 ? slot * head_dim / 2 : slot * head_dim;
+        store_codes((uint8_t *)(is_v ? in.kv.v : in.kv.k) + at, (is_v ? in.kv.v_scale : in.kv.k_scale) + slot, part,
+                    in.kv.format, head_dim, lane);
+    }
+}
+
+__global__ void __launch_bounds__(HEAD_WARPS *WARP) rotate_heads(float *x, int64_t heads, int head_dim, float factor)
+{
+    int lane = threadIdx.x % WARP;
+    int64_t head = (int64_t)blockIdx.x * HEAD_WARPS + threadIdx.x / WARP;
+    if (head >= heads)
+        return;
+    float part[HEAD_PARTS];
+    load_head(part, x + head * head_dim, head_dim, lane);
+    rotate_head(part, head_dim, lane);
+    store_head(x + head * head_dim, part, head_dim, lane, factor);
+}
+
+extern "C" cudaError_t launch_rotate_heads(float *x, int64_t heads, int64_t head_dim, float factor, cudaStream_t stream)
+{
+    if (heads == 0)
+        return cudaSuccess;
+    if (head_dim > KERNELS_MAX_HEAD_DIM)
+        return cudaErrorInvalidValue;
+    return LAUNCH(rotate_heads, dim3((unsigned)rounded_up_quotient(heads, HEAD_WARPS)), dim3(HEAD_WARPS * WARP), 0,
+                  stream, x, heads, (int)head_dim, factor);
 }
 
 extern "C" cudaError_t launch_finish_qkv(float *qkv, struct device_qkv how, struct device_rows rows,
@@ -109,7 +232,9 @@ extern "C" cudaError_t launch_finish_qkv(float *qkv, struct device_qkv how, stru
         return cudaErrorInvalidValue;
     struct qkv_input in = {qkv, how, rows, kv};
     unsigned parts = rows.count <= FEW_ROWS ? (unsigned)rounded_up_quotient(heads, HEAD_WARPS) : 1;
-    return LAUNCH(finish_heads, dim3((unsigned)rows.count, parts), dim3(HEAD_WARPS * WARP), 0, stream, in);
+    dim3 grid((unsigned)rows.count, parts);
+    cudaError_t rc = LAUNCH(finish_heads, grid, dim3(HEAD_WARPS * WARP), 0, stream, in);
+    return rc != cudaSuccess || !kv.k_scale ? rc : LAUNCH(store_scaled, grid, dim3(HEAD_WARPS * WARP), 0, stream, in);
 }
 
 // ---- sums of squares over all heads ----------------------------------------------------------------------------------

@@ -85,7 +85,9 @@ struct row_input {
     const float *weight;
     const int32_t *row_index;
     float eps;
-    enum activation activation; // activate, as is the following
+    enum activation activation; // activate, as are the following
+    int rotation;               // columns of a block that is rotated by a Hadamard matrix; 0: none
+    float rotation_factor;      // 1 / sqrt(rotation)
     const float *bias;
     const int32_t *chosen; // of each row, its expert, whose bias is meant; NULL: bias
     const struct device_expert *experts;
@@ -148,6 +150,38 @@ __device__ __forceinline__ float4 activated_four(const struct row_input &in, int
     }
     return make_float4(activation_as_cpu(in.activation, gate.x, up.x), activation_as_cpu(in.activation, gate.y, up.y),
                        activation_as_cpu(in.activation, gate.z, up.z), activation_as_cpu(in.activation, gate.w, up.w));
+}
+
+// Sums and differences of a column and the one of the lane that differs in `mask`; the lane with the bit set holds the upper one.
+__device__ __forceinline__ float4 hadamard_lanes(float4 x, int mask)
+{
+    float sign = threadIdx.x & mask ? -1.0f : 1.0f;
+    return make_float4(
+        __shfl_xor_sync(0xffffffffu, x.x, mask) + x.x * sign, __shfl_xor_sync(0xffffffffu, x.y, mask) + x.y * sign,
+        __shfl_xor_sync(0xffffffffu, x.z, mask) + x.z * sign, __shfl_xor_sync(0xffffffffu, x.w, mask) + x.w * sign);
+}
+
+// layer_ops_hadamard of kernels/layer_ops.h over the blocks of a warp's 128 columns: the same steps in the same order. All lanes take part.
+template <bool TILED> __device__ __forceinline__ float4 hadamard_four(float4 x, int block, float factor)
+{
+    if (block >= 2)
+        x = make_float4(x.x + x.y, x.x - x.y, x.z + x.w, x.z - x.w);
+    if (TILED) { // columns 1 | 2 4 | 8 | 16 32 | 64 apart: x y | lanes 4 8 | x z | lanes 1 2 | lane 16
+        for (int step = 2; step < 8 && step < block; step *= 2)
+            x = hadamard_lanes(x, step * 2);
+        if (block >= 16)
+            x = make_float4(x.x + x.z, x.y + x.w, x.x - x.z, x.y - x.w);
+        for (int step = 16; step < 64 && step < block; step *= 2)
+            x = hadamard_lanes(x, step / 16);
+        if (block >= 128)
+            x = hadamard_lanes(x, 16);
+    } else {
+        if (block >= 4)
+            x = make_float4(x.x + x.z, x.y + x.w, x.x - x.z, x.y - x.w);
+        for (int step = 4; step < block; step *= 2)
+            x = hadamard_lanes(x, step / 4);
+    }
+    return scale_four(x, factor);
 }
 
 // ---- writing a format ----------------------------------------------------------------------------------------------
@@ -309,7 +343,9 @@ __global__ void __launch_bounds__(MAX_WARPS *WARP)
             else if (SOURCE == SOURCE_NORM)
                 x = summed_four<TILED>(in, source_row, begin, join_inverse, write_back);
             else if (SOURCE == SOURCE_ACTIVATE)
-                x = activated_four<TILED>(in, row, begin);
+                x = in.rotation
+                        ? hadamard_four<TILED>(activated_four<TILED>(in, row, begin), in.rotation, in.rotation_factor)
+                        : activated_four<TILED>(in, row, begin);
             else
                 x = plain_four<TILED>(in, row, begin);
             if (SOURCE == SOURCE_NORM && in.weight && !(is_kept && ROW_SCALE && pass == 1))
@@ -425,28 +461,39 @@ extern "C" cudaError_t launch_prepare(struct device_input out, enum input_format
     return launch_rows<SOURCE_PLAIN>(out, format, in, rows, stream);
 }
 
+static void set_rotation(struct row_input *in, int64_t rotation)
+{
+    int log2 = 0;
+    while (rotation >> (log2 + 1))
+        log2++;
+    in->rotation = (int)rotation;
+    in->rotation_factor = f32_from_bits((uint32_t)(127 - log2 / 2) << 23) * (log2 % 2 ? 0x1.6a09e6p-1f : 1.0f);
+}
+
 extern "C" cudaError_t launch_activate(struct device_input out, enum input_format format, enum activation activation,
-                                       const float *gate_up, const float *bias, int64_t rows, int64_t cols,
-                                       cudaStream_t stream)
+                                       int64_t rotation, const float *gate_up, const float *bias, int64_t rows,
+                                       int64_t cols, cudaStream_t stream)
 {
     struct row_input in = {};
     in.x = gate_up;
     in.x_stride = 2 * cols;
     in.activation = activation;
+    set_rotation(&in, rotation);
     in.bias = bias;
     in.cols = cols;
     return launch_rows<SOURCE_ACTIVATE>(out, format, in, rows, stream);
 }
 
 extern "C" cudaError_t launch_activate_slots(struct device_input out, enum input_format format,
-                                             enum activation activation, const float *gate_up, const int32_t *chosen,
-                                             const struct device_expert *experts, int64_t count, int64_t cols,
-                                             cudaStream_t stream)
+                                             enum activation activation, int64_t rotation, const float *gate_up,
+                                             const int32_t *chosen, const struct device_expert *experts, int64_t count,
+                                             int64_t cols, cudaStream_t stream)
 {
     struct row_input in = {};
     in.x = gate_up;
     in.x_stride = 2 * cols;
     in.activation = activation;
+    set_rotation(&in, rotation);
     in.chosen = chosen;
     in.experts = experts;
     in.cols = cols;

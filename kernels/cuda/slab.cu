@@ -71,7 +71,14 @@ __device__ inline float nibble(uint32_t word, int shift)
     return f32_from_bits(((word >> shift & 15) ^ 8) | 0x4b000000u) - 8388616.0f;
 }
 
-// Largest magnitude of each row of int4 / 448. One block for 16 rows; a lane has the same two rows of every tile.
+// The code of int4 or nl4 at `shift` of a word, in units of the scale.
+template <int KIND> __device__ inline float code_of(uint32_t word, int shift)
+{
+    return KIND == WEIGHT_NL4 ? (float)weight_nl4_level((uint8_t)(word >> shift & 15)) : nibble(word, shift);
+}
+
+// Largest magnitude of each row of int4 or nl4 / 448. One block for 16 rows; a lane has the same two rows of every tile.
+template <int KIND>
 __global__ void __launch_bounds__(THREADS) row_scale_kernel(float *row_scale, struct tiled_part part)
 {
     SHARED(float, largest, WARPS *TILE_ROWS);
@@ -87,12 +94,12 @@ __global__ void __launch_bounds__(THREADS) row_scale_kernel(float *row_scale, st
 #pragma unroll
             for (int byte = 0; byte < 8; byte++) {
                 uint32_t word = words[pair * 2 + byte / 4] >> byte % 4 * 8;
-                low_code = fmaxf(low_code, fabsf(nibble(word, 0)));
-                high_code = fmaxf(high_code, fabsf(nibble(word, 4)));
+                low_code = fmaxf(low_code, fabsf(code_of<KIND>(word, 0)));
+                high_code = fmaxf(high_code, fabsf(code_of<KIND>(word, 4)));
             }
             int64_t col = tile_col * TILE_COLS + pair * 32;
-            low = fmaxf(low, low_code * fabsf(group_at(WEIGHT_INT4, part.w, first + row, col).scale));
-            high = fmaxf(high, high_code * fabsf(group_at(WEIGHT_INT4, part.w, first + row + 8, col).scale));
+            low = fmaxf(low, low_code * fabsf(group_at((enum weight_kind)KIND, part.w, first + row, col).scale));
+            high = fmaxf(high, high_code * fabsf(group_at((enum weight_kind)KIND, part.w, first + row + 8, col).scale));
         }
     }
     for (int mask = 1; mask <= 2; mask *= 2) {
@@ -174,8 +181,8 @@ cudaError_t launch_tiled(void *slab, float *row_scale, const struct tiled_part &
     unsigned tile_cols = (unsigned)(part.cols_padded / TILE_COLS);
     if (tile_rows > 65535)
         return cudaErrorInvalidValue;
-    if (FORMAT == SLAB_E4M3) {
-        cudaError_t status = LAUNCH(row_scale_kernel, dim3(tile_rows), THREADS, 0, stream, row_scale, part);
+    if constexpr (FORMAT == SLAB_E4M3) {
+        cudaError_t status = LAUNCH((row_scale_kernel<KIND>), dim3(tile_rows), THREADS, 0, stream, row_scale, part);
         if (status != cudaSuccess)
             return status;
     }
@@ -275,13 +282,16 @@ cudaError_t launch_slab(void *slab, enum slab_format format, float *row_scale, c
         return cudaSuccess;
     struct tiled_part part = {*w, (int64_t)w->shape.cols_padded, row_begin, row_end};
     if (scaled)
-        return w->shape.kind == WEIGHT_INT4 ? launch_tiled<WEIGHT_INT4, SLAB_E4M3>(slab, row_scale, part, stream)
-                                            : cudaErrorInvalidValue;
+        return w->shape.kind == WEIGHT_INT4  ? launch_tiled<WEIGHT_INT4, SLAB_E4M3>(slab, row_scale, part, stream)
+               : w->shape.kind == WEIGHT_NL4 ? launch_tiled<WEIGHT_NL4, SLAB_E4M3>(slab, row_scale, part, stream)
+                                             : cudaErrorInvalidValue;
     switch (w->shape.kind) {
     case WEIGHT_INT4:
         return launch_wide<WEIGHT_INT4>(slab, format, part, stream);
     case WEIGHT_INT4Z:
         return launch_wide<WEIGHT_INT4Z>(slab, format, part, stream);
+    case WEIGHT_NL4:
+        return launch_wide<WEIGHT_NL4>(slab, format, part, stream);
     case WEIGHT_MXFP4:
         return launch_wide<WEIGHT_MXFP4>(slab, format, part, stream);
     case WEIGHT_NVFP4:

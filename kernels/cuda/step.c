@@ -157,8 +157,9 @@ int step_activate(struct device *d, const struct mlp *mlp, struct error *err)
 {
     enum input_format format = multiply_input(d, &mlp->down);
     d->source = (struct step_input){.format = format};
-    return CHECK(launch_activate(d->input, format, d->shape.desc->activation, d->buffer[BUFFER_GATE_UP],
-                                 mlp->gate_up_bias, d->count, (int64_t)mlp->down.shape.cols, d->stream),
+    return CHECK(launch_activate(d->input, format, d->shape.desc->activation, d->shape.desc->mlp_rotation,
+                                 d->buffer[BUFFER_GATE_UP], mlp->gate_up_bias, d->count, (int64_t)mlp->down.shape.cols,
+                                 d->stream),
                  "the activation");
 }
 

@@ -8,14 +8,19 @@ static struct device_kv kv_of(const struct device *d, int64_t layer)
 {
     const struct device_shape *s = &d->shape;
     struct kv_shape shape = kv_shape(s->desc, s->share);
+    uint64_t keys_bytes = kv_keys_bytes(&shape, s->num_pages, s->kv_format);
+    uint64_t scales_bytes = kv_scales_bytes(&shape, s->num_pages, s->kv_format);
     uint8_t *k = d->kv + kv_layer_bytes(&shape, s->num_pages, s->kv_format) * (uint64_t)layer;
+    uint16_t *scales = kv_format_scaled(s->kv_format) ? (uint16_t *)(void *)(k + 2 * keys_bytes) : NULL;
     return (struct device_kv){.k = k,
-                              .v = k + kv_keys_bytes(&shape, s->num_pages, s->kv_format),
+                              .v = k + keys_bytes,
                               .format = s->kv_format,
                               .pages = d->pages,
                               .pages_per_sequence = d->pages_per_sequence,
                               .num_kv_heads = shape.heads,
-                              .head_dim = shape.k_dim};
+                              .head_dim = shape.k_dim,
+                              .k_scale = scales,
+                              .v_scale = scales ? scales + scales_bytes / sizeof *scales : NULL};
 }
 
 static struct device_rows rows_of(const struct device *d)
@@ -107,11 +112,16 @@ int step_finish_qkv(struct device *d, int64_t layer_index, struct error *err)
 static int attend_plain(struct device *d, struct attention_shape shape, struct device_kv kv, struct error *err)
 {
     const float *qkv = d->buffer[BUFFER_QKV];
-    return CHECK(d->phase == PHASE_PREFILL
-                     ? launch_attention_prefill(d->attended, qkv, shape, rows_of(d), kv, d->stream)
-                     : launch_attention_decode(d->attended, qkv, shape, rows_of(d), kv, d->shape.context,
-                                               d->attention_scratch, d->stream),
-                 "attention");
+    int rc =
+        CHECK(d->phase == PHASE_PREFILL ? launch_attention_prefill(d->attended, qkv, shape, rows_of(d), kv, d->stream)
+                                        : launch_attention_decode(d->attended, qkv, shape, rows_of(d), kv,
+                                                                  d->shape.context, d->attention_scratch, d->stream),
+              "attention");
+    if (rc || !kv.k_scale)
+        return rc;
+    return CHECK(launch_rotate_heads(d->attended, d->count * shape.num_heads, kv.head_dim, kv_rotate_back(kv.head_dim),
+                                     d->stream),
+                 "attention's results");
 }
 
 static int attend_latent(struct device *d, const struct layer *layer, struct attention_shape shape, struct device_kv kv,

@@ -90,8 +90,8 @@ static int run_experts(struct device *d, const struct mlp *mlp, const struct dev
                                           slots, d->stream),
                     "the experts' products")) ||
         (rc = CHECK(launch_activate_slots(e->input, multiply_widening_input(mlp->down.shape.kind),
-                                          d->shape.desc->activation, e->gate_up, chosen, table, num_slots,
-                                          (int64_t)mlp->down.shape.cols, d->stream),
+                                          d->shape.desc->activation, d->shape.desc->mlp_rotation, e->gate_up, chosen,
+                                          table, num_slots, (int64_t)mlp->down.shape.cols, d->stream),
                     "the experts' activation")))
         return rc;
     return CHECK(launch_linear_experts(e->out, &mlp->down.shape, e->input, 1, &table->down, step, slots, d->stream),

@@ -35,7 +35,7 @@ __device__ __forceinline__ struct weight_group group_at(enum weight_kind kind, c
     } else {
         bool zeros = kind == WEIGHT_INT4Z;
         const uint16_t *at = (const uint16_t *)(const void *)scales + group * (zeros ? 32 : 16) + lane;
-        g.scale = weight_int4_scale(at[0]);
+        g.scale = kind == WEIGHT_NL4 ? weight_nl4_scale(at[0]) : weight_int4_scale(at[0]);
         g.zero = zeros ? f16_to_f32(at[16]) : 0.0f;
     }
     return g;
@@ -46,6 +46,7 @@ __device__ __forceinline__ float weight_value(enum weight_kind kind, struct weig
 {
     float value = kind == WEIGHT_FP8G                            ? e4m3_to_f32((uint8_t)code)
                   : kind == WEIGHT_MXFP4 || kind == WEIGHT_NVFP4 ? e2m1_to_f32((uint8_t)code)
+                  : kind == WEIGHT_NL4                           ? (float)weight_nl4_level((uint8_t)code)
                                                                  : (float)int4_sign_extend((uint8_t)code) - g.zero;
     return value * g.scale * g.last;
 }

@@ -14,7 +14,9 @@ static int32_t dot_16(enum weight_kind kind, const uint8_t *bytes, bool high, co
     for (int t = 0; t < 4; t++)
         for (int j = 16 * t; j < 16 * t + 4; j++) {
             uint8_t code = high ? nibble_high(bytes[j]) : nibble_low(bytes[j]);
-            sum += q[j] * (kind == WEIGHT_INT4 || kind == WEIGHT_INT4Z ? int4_sign_extend(code) : e2m1_doubled(code));
+            sum += q[j] * (is_fp4(kind)         ? e2m1_doubled(code)
+                           : kind == WEIGHT_NL4 ? weight_nl4_level(code)
+                                                : int4_sign_extend(code));
         }
     return sum;
 }
@@ -122,6 +124,7 @@ static void matmul(float *y, int64_t y_stride, const struct matrix *w, const str
                 break;
             case WEIGHT_INT4:
             case WEIGHT_INT4Z:
+            case WEIGHT_NL4:
             case WEIGHT_MXFP4:
             case WEIGHT_NVFP4:
                 *out = dot_tiled_row(w, row, q, q_scale, q_sum);

@@ -1,5 +1,5 @@
 // See host_memory.h.
-#include "engine/host_memory.h"
+#include "kernels/host_memory.h"
 
 #include <stdio.h>
 #include <string.h>

@@ -1,6 +1,6 @@
 // What the kernel says of memory: of the machine, of the cgroup, of a process.
-#ifndef TPSHARD_ENGINE_HOST_MEMORY_H
-#define TPSHARD_ENGINE_HOST_MEMORY_H
+#ifndef TPSHARD_KERNELS_HOST_MEMORY_H
+#define TPSHARD_KERNELS_HOST_MEMORY_H
 
 // Bytes that may still be taken: what the kernel calls available, or what the cgroup leaves, whichever is less; -1: not known.
 double host_memory_available(void);

@@ -1,0 +1,36 @@
+// What joins the residual joins it in the next block's norm: the stream is looked at behind the norm of each layer, and of the head. See
+// residual_tap.h.
+#include "engine/residual_tap.h"
+
+#include <string.h>
+
+static int show(struct residual_tap *tap, struct decoder *d, int64_t stage, struct error *err)
+{
+    size_t hidden = (size_t)d->model->desc.hidden_size;
+    float *rows;
+    int rc;
+    if (d->count > tap->room - tap->at)
+        return error_set(err, ERR_OTHER, "the residual stream of %lld rows does not fit where %lld have room",
+                         (long long)(tap->at + d->count), (long long)tap->room);
+    if ((rc = d->backend->lend(d->device, BUFFER_RESIDUAL, &rows, err)))
+        return rc;
+    memcpy(tap->rows + (size_t)(stage * tap->room + tap->at) * hidden, rows, (size_t)d->count * hidden * sizeof *rows);
+    return d->backend->returned(d->device, BUFFER_RESIDUAL, err);
+}
+
+static int on_input(void *arg, struct decoder *d, enum calibration_input input, int64_t layer, struct error *err)
+{
+    struct residual_tap *tap = arg;
+    if (input == CALIBRATION_ATTENTION)
+        return show(tap, d, layer, err);
+    if (input != CALIBRATION_HEAD)
+        return 0;
+    int rc = show(tap, d, d->model->desc.num_layers, err);
+    tap->at += d->count;
+    return rc;
+}
+
+void residual_tap_init(struct residual_tap *tap, float *rows, int64_t room)
+{
+    *tap = (struct residual_tap){.watch = {.input = on_input, .arg = tap}, .rows = rows, .room = room};
+}
