@@ -29,17 +29,27 @@
 
 #define HOST "Host: x\r\n"
 
+// Of all deadlines here and of what the tests allow for them: a sanitized build lets a thread wait for tenths of a second.
+#if defined __has_feature
+#if __has_feature(thread_sanitizer) || __has_feature(address_sanitizer)
+#define PATIENCE 4
+#endif
+#endif
+#ifndef PATIENCE
+#define PATIENCE 1
+#endif
+
 static const struct http_limits limits = {
     .header_bytes = 16384,
     .headers = 64,
     .uri_bytes = 2048,
     .body_bytes = 100000,
     .all_bodies_bytes = 400000,
-    .header_s = 0.4,
-    .body_s = 0.7,
-    .idle_s = 1.0,
-    .write_stall_s = 0.8,
-    .linger_s = 0.5,
+    .header_s = PATIENCE * 0.4,
+    .body_s = PATIENCE * 0.7,
+    .idle_s = PATIENCE * 1.0,
+    .write_stall_s = PATIENCE * 0.8,
+    .linger_s = PATIENCE * 0.5,
     .output_bytes = 16384,
     .all_output_bytes = 6 << 20,
     .connections = 40,
@@ -226,10 +236,10 @@ static inline int stop(void **state)
            stats.requests_total != here.requests || stats.refused_total != here.refused;
 }
 
-// Waits up to two seconds for a counter.
+// Waits two seconds at most for a counter.
 static inline void wait_for(atomic_int *counter, int wanted)
 {
-    for (double until_s = clock_now_s() + 2; atomic_load(counter) != wanted && clock_now_s() < until_s;)
+    for (double until_s = clock_now_s() + PATIENCE * 2; atomic_load(counter) != wanted && clock_now_s() < until_s;)
         sleep_s(0.002);
     assert_int_equal(atomic_load(counter), wanted);
 }
