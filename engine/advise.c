@@ -7,7 +7,7 @@
 #include "engine/commands.h"
 
 #include "engine/eval_statistics.h"
-#include "engine/eval_windows.h"
+#include "engine/text_windows.h"
 #include "engine/store_url.h"
 #include "formats/checksum.h"
 #include "formats/file_io.h"
@@ -107,12 +107,12 @@ static int run_text(struct advice *a, const struct token_list *text, struct erro
 {
     const struct model_desc *desc = &session_manifest(a->session)->model;
     int64_t context = session_context(a->session), count, first;
-    struct eval_windows windows = {
+    struct text_windows windows = {
         .ids = text->ids, .count = (int64_t)text->count, .bos = desc->bos_token_id, .context = context};
     if (context < 2)
         return error_set(err, ERR_USAGE, "--context %lld: a window needs at least 2 tokens", (long long)context);
-    windows.stride = eval_windows_body(&windows);
-    int64_t tokens = eval_windows_total(windows);
+    windows.stride = text_windows_body(&windows);
+    int64_t tokens = text_windows_total(windows);
     if (tokens < LEAST_TOKENS)
         return error_set(err, ERR_USAGE,
                          "%s: %lld tokens to predict are too few to judge by; at least %d, and better thousands",
@@ -128,7 +128,7 @@ static int run_text(struct advice *a, const struct token_list *text, struct erro
     if (!there)
         return error_set(err, ERR_MEMORY, "no memory for the figures of %lld tokens", (long long)tokens);
     int rc = 0;
-    while (!rc && eval_windows_next(&windows, a->window, &count, &first))
+    while (!rc && text_windows_next(&windows, a->window, &count, &first))
         rc = run_window(a, count, first, err);
     return rc;
 }

@@ -3,6 +3,7 @@
 
 #include "engine/backends.h"
 #include "engine/capture.h"
+#include "engine/text_windows.h"
 #include "formats/checked.h"
 #include "kernels/clock.h"
 #include "kernels/host_memory.h"
@@ -51,28 +52,25 @@ struct capture_run {
 
 // ---- the text ------------------------------------------------------------------------------------------------------
 
-// Windows of tokens, each behind the token that begins a sequence where the model has one, as it will read them.
+// All windows one behind the other. None reaches into the next one.
 static int cut_windows(struct capture_run *run, const struct token_list *ids, struct error *err)
 {
     const struct model_desc *desc = &run->manifest->model;
-    int64_t window = options.window < desc->context ? options.window : desc->context;
-    int64_t lead = desc->bos_token_id >= 0, body = window - lead;
     int64_t used = (int64_t)ids->count < options.tokens ? (int64_t)ids->count : options.tokens;
+    struct text_windows windows = {.ids = ids->ids,
+                                   .count = used,
+                                   .bos = desc->bos_token_id,
+                                   .context = options.window < desc->context ? options.window : desc->context};
+    int64_t body = windows.stride = text_windows_body(&windows), count, first;
     if (used < 1 || body < 1)
         return error_set(err, ERR_USAGE, "%s: the text has no token to read in windows of %lld", options.text,
-                         (long long)window);
-    int64_t windows = (used + body - 1) / body, count = 0;
-    run->tokens.ids = malloc((size_t)(used + windows * lead) * sizeof *run->tokens.ids);
+                         (long long)windows.context);
+    run->tokens.ids = malloc((size_t)((used + body - 1) / body * windows.context) * sizeof *run->tokens.ids);
     if (!run->tokens.ids)
         return error_set(err, ERR_MEMORY, "no memory for %lld tokens", (long long)used);
-    for (int64_t at = 0; at < used; at += body) {
-        int64_t n = used - at < body ? used - at : body;
-        if (lead)
-            run->tokens.ids[count++] = (uint32_t)desc->bos_token_id;
-        memcpy(run->tokens.ids + count, ids->ids + at, (size_t)n * sizeof *ids->ids);
-        count += n;
-    }
-    run->text = (struct capture_text){run->tokens.ids, count, window};
+    run->text = (struct capture_text){.tokens = run->tokens.ids, .window_tokens = windows.context};
+    while (text_windows_next(&windows, run->tokens.ids + run->text.count, &count, &first))
+        run->text.count += count;
     return 0;
 }
 

@@ -1,6 +1,6 @@
 // tpengine eval: how well a model predicts a text, and how far it is from another one.
 //
-// The text is cut into windows (eval_windows.h); perplexity = exp(mean negative log-likelihood). Against a reference P, which is another
+// The text is cut into windows (text_windows.h); perplexity = exp(mean negative log-likelihood). Against a reference P, which is another
 // directory or logits that were saved from one: KL(P || Q) in nats, the mean over predicted positions, and the shares of positions where the
 // model finds the reference's likeliest token likeliest, or among its five likeliest. Intervals: eval_statistics.h. Each position is scored
 // by itself and sums are in text order, in double precision: no figure depends on threads.
@@ -10,7 +10,7 @@
 #include "engine/eval_logits.h"
 #include "engine/eval_needle.h"
 #include "engine/eval_statistics.h"
-#include "engine/eval_windows.h"
+#include "engine/text_windows.h"
 #include "formats/checksum.h"
 #include "kernels/clock.h"
 #include "kernels/thread_pool.h"
@@ -62,7 +62,7 @@ struct evaluation {
     struct session *session, *reference; // reference: NULL without --against
     struct eval_logits *from, *to;       // NULL without --logits, --save-logits
     struct token_list text;
-    struct eval_windows windows;
+    struct text_windows windows;
     uint32_t *window;              // [context]
     struct position_score *scores; // [total]
     int64_t total, done;
@@ -158,11 +158,11 @@ static int score_window(struct evaluation *e, int64_t count, int64_t first, stru
 
 static int score_text(struct evaluation *e, struct error *err)
 {
-    struct eval_windows windows = e->windows;
+    struct text_windows windows = e->windows;
     int64_t count, first;
     int rc = 0;
     e->said_ns = clock_now_ns();
-    while (!rc && eval_windows_next(&windows, e->window, &count, &first))
+    while (!rc && text_windows_next(&windows, e->window, &count, &first))
         rc = score_window(e, count, first, err);
     if (!rc && e->from)
         rc = eval_logits_check(e->from, err);
@@ -467,20 +467,20 @@ static int read_tokens(struct evaluation *e, struct error *err)
 
 static int plan_windows(struct evaluation *e, struct error *err)
 {
-    struct eval_windows *w = &e->windows;
-    *w = (struct eval_windows){.ids = e->text.ids,
+    struct text_windows *w = &e->windows;
+    *w = (struct text_windows){.ids = e->text.ids,
                                .count = (int64_t)e->text.count,
                                .bos = session_manifest(e->session)->model.bos_token_id,
                                .context = session_context(e->session)};
     if (w->context < 2)
         return error_set(err, ERR_USAGE, "--context %lld: a window needs at least 2 tokens", (long long)w->context);
-    w->stride = options.stride > 0 ? options.stride : eval_windows_body(w);
-    if (w->stride > eval_windows_body(w))
+    w->stride = options.stride > 0 ? options.stride : text_windows_body(w);
+    if (w->stride > text_windows_body(w))
         return error_set(
             err, ERR_USAGE,
             "--stride %lld: a window of --context %lld holds %lld tokens of the text, and more would be left out",
-            (long long)w->stride, (long long)w->context, (long long)eval_windows_body(w));
-    e->total = eval_windows_total(*w);
+            (long long)w->stride, (long long)w->context, (long long)text_windows_body(w));
+    e->total = text_windows_total(*w);
     if (e->total == 0)
         return error_set(err, ERR_USAGE, "%s: the text has no token to predict", options.text);
     return 0;

@@ -122,18 +122,58 @@ static void fold_down(struct fold *fold, const struct model_desc *model, int64_t
         fold_in(fold, (uint64_t)model->mlp_rotation, (uint64_t)size, mlp_signs(model), NULL);
 }
 
+// Of the matrices and gains that latent attention alone has.
+static struct fold fold_of_latent(const struct rotate_source *source, const struct shard_tensor *tensor, uint64_t rows)
+{
+    const struct model_desc *model = &source->plan->model;
+    const struct latent_desc *latent = &model->latent;
+    const struct rotate_gains *gains = &source->layers[tensor->layer];
+    uint64_t block = source->plan->quant.rotation, hidden = (uint64_t)model->hidden_size;
+    uint64_t values = (uint64_t)value_size(model), nope = (uint64_t)latent->nope_dim;
+    uint64_t q_rank = (uint64_t)latent->q_rank, q_block = rotate_block(latent->q_rank);
+    uint64_t kv_rank = (uint64_t)latent->kv_rank, kv_block = rotate_block(latent->kv_rank);
+    struct fold fold = {0};
+    switch (tensor->role) {
+    case ROLE_Q_A:
+        fold_in(&fold, block, hidden, true, gains->attention);
+        fold_out(&fold, q_block, 0, q_rank, 0, q_rank);
+        break;
+    case ROLE_Q_A_NORM:
+        fold.ones = q_block > 0;
+        break;
+    case ROLE_Q_B:
+        if (q_rank == 0)
+            fold_in(&fold, block, hidden, true, gains->attention);
+        else if (q_block > 0)
+            fold_in(&fold, q_block, q_rank, true, gains->q_a);
+        break;
+    case ROLE_KV_A:
+        fold_in(&fold, block, hidden, true, gains->attention);
+        fold_out(&fold, kv_block, 0, rows, 0, kv_rank);
+        break;
+    case ROLE_KV_A_NORM:
+        fold.ones = kv_block > 0;
+        break;
+    case ROLE_KV_B:
+        if (kv_block > 0)
+            fold_in(&fold, kv_block, kv_rank, true, gains->kv_a);
+        fold_out(&fold, rotate_block(value_size(model)), 0, nope + values, nope, values);
+        break;
+    default:
+        break;
+    }
+    return fold;
+}
+
 // rows: of the source, or elements of a vector.
 static struct fold fold_of(const struct rotate_source *source, const struct shard_tensor *tensor, int part,
                            uint64_t rows)
 {
     const struct model_desc *model = &source->plan->model;
-    const struct latent_desc *latent = &model->latent;
     const struct rotate_gains *gains = tensor->layer >= 0 ? &source->layers[tensor->layer] : NULL;
     uint64_t block = source->plan->quant.rotation, hidden = (uint64_t)model->hidden_size;
     uint64_t values = (uint64_t)value_size(model), value_block = rotate_block(value_size(model));
     uint64_t kv_rows = (uint64_t)model->num_kv_heads * values;
-    uint64_t q_rank = (uint64_t)latent->q_rank, q_block = rotate_block(latent->q_rank);
-    uint64_t kv_rank = (uint64_t)latent->kv_rank, kv_block = rotate_block(latent->kv_rank);
     struct fold fold = {0};
     switch (tensor->role) {
     case ROLE_ATTENTION_NORM:
@@ -195,30 +235,12 @@ static struct fold fold_of(const struct rotate_source *source, const struct shar
         fold_out(&fold, block, 0, hidden, 0, hidden);
         break;
     case ROLE_Q_A:
-        fold_in(&fold, block, hidden, true, gains->attention);
-        fold_out(&fold, q_block, 0, q_rank, 0, q_rank);
-        break;
     case ROLE_Q_A_NORM:
-        fold.ones = q_block > 0;
-        break;
     case ROLE_Q_B:
-        if (q_rank == 0)
-            fold_in(&fold, block, hidden, true, gains->attention);
-        else if (q_block > 0)
-            fold_in(&fold, q_block, q_rank, true, gains->q_a);
-        break;
     case ROLE_KV_A:
-        fold_in(&fold, block, hidden, true, gains->attention);
-        fold_out(&fold, kv_block, 0, rows, 0, kv_rank);
-        break;
     case ROLE_KV_A_NORM:
-        fold.ones = kv_block > 0;
-        break;
     case ROLE_KV_B:
-        if (kv_block > 0)
-            fold_in(&fold, kv_block, kv_rank, true, gains->kv_a);
-        fold_out(&fold, value_block, 0, (uint64_t)latent->nope_dim + values, (uint64_t)latent->nope_dim, values);
-        break;
+        return fold_of_latent(source, tensor, rows);
     default: // nothing of it is rotated
         break;
     }

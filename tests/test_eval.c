@@ -9,7 +9,7 @@
 
 #include "engine/eval_logits.h"
 #include "engine/eval_statistics.h"
-#include "engine/eval_windows.h"
+#include "engine/text_windows.h"
 #include "tests/floats_help.h"
 
 #include <dirent.h>
@@ -175,10 +175,10 @@ static void check_windows(int64_t count, int64_t bos, int64_t context, int64_t s
     uint32_t ids[64], window[64];
     for (int64_t i = 0; i < count; i++)
         ids[i] = (uint32_t)(100 + i);
-    struct eval_windows w = {.ids = ids, .count = count, .bos = bos, .context = context, .stride = stride};
-    int64_t body = eval_windows_body(&w), total = eval_windows_total(w), scored = 0, n, first, windows = 0;
+    struct text_windows w = {.ids = ids, .count = count, .bos = bos, .context = context, .stride = stride};
+    int64_t body = text_windows_body(&w), total = text_windows_total(w), scored = 0, n, first, windows = 0;
     int64_t next = bos >= 0 ? 0 : 1; // the token that is to be scored next
-    for (; eval_windows_next(&w, window, &n, &first); windows++) {
+    for (; text_windows_next(&w, window, &n, &first); windows++) {
         int64_t lead = bos >= 0, begin = windows * stride;
         assert_true(n >= 1 && n <= context && first >= 1 && first <= n);
         if (lead)

@@ -1,17 +1,17 @@
-// Cutting a text into windows. See eval_windows.h.
-#include "engine/eval_windows.h"
+// Cutting a text into windows. See text_windows.h.
+#include "engine/text_windows.h"
 
 #include <string.h>
 
-int64_t eval_windows_body(const struct eval_windows *w) { return w->context - (w->bos >= 0); }
+int64_t text_windows_body(const struct text_windows *w) { return w->context - (w->bos >= 0); }
 
 // The window's piece of the text [begin, end), and from where on it is scored; false at the end.
-static bool step(struct eval_windows *w, int64_t *begin, int64_t *end, int64_t *from)
+static bool step(struct text_windows *w, int64_t *begin, int64_t *end, int64_t *from)
 {
     if (w->scored >= w->count)
         return false;
     *begin = w->next;
-    *end = w->count - *begin < eval_windows_body(w) ? w->count : *begin + eval_windows_body(w);
+    *end = w->count - *begin < text_windows_body(w) ? w->count : *begin + text_windows_body(w);
     *from = w->scored;
     if (w->bos < 0 && *from == *begin) // nothing predicts the first one
         ++*from;
@@ -20,7 +20,7 @@ static bool step(struct eval_windows *w, int64_t *begin, int64_t *end, int64_t *
     return true;
 }
 
-bool eval_windows_next(struct eval_windows *w, uint32_t *tokens, int64_t *count, int64_t *first)
+bool text_windows_next(struct text_windows *w, uint32_t *tokens, int64_t *count, int64_t *first)
 {
     int64_t begin, end, from, lead = w->bos >= 0;
     if (!step(w, &begin, &end, &from))
@@ -33,7 +33,7 @@ bool eval_windows_next(struct eval_windows *w, uint32_t *tokens, int64_t *count,
     return true;
 }
 
-int64_t eval_windows_total(struct eval_windows w)
+int64_t text_windows_total(struct text_windows w)
 {
     int64_t begin, end, from, total = 0;
     while (step(&w, &begin, &end, &from))
