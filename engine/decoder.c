@@ -8,13 +8,14 @@
 // one sum did.
 #include "engine/decoder.h"
 
+#include "engine/comm_select.h"
 #include "kernels/clock.h"
 
 #include <string.h>
 
 enum wire decoder_wire(const struct decoder *d, enum phase phase)
 {
-    return phase == PHASE_DECODE && wire_is_compressed(d->wire) ? WIRE_BF16 : d->wire;
+    return comm_select_wire(phase, d->wire);
 }
 
 // The sum over ranks of a buffer's rows, in place. One rank alone has it already. lost: see comm_all_reduce.

@@ -1,6 +1,7 @@
 // One rank at work. See worker.h.
 #include "engine/worker.h"
 
+#include "engine/comm_select.h"
 #include "engine/decoder.h"
 #include "engine/rank_step.h"
 #include "engine/residual_tap.h"
@@ -92,7 +93,10 @@ static int agree(struct worker *w, struct error *err)
     mine.kv_format = (uint32_t)o->kv_format;
     snprintf(mine.backend, sizeof mine.backend, "%s", o->backend->name);
     snprintf(mine.kernels, sizeof mine.kernels, "%s", o->kernels->name);
-    return comm_handshake(w->env->comm, &mine, sizeof mine, "model contract and options", err);
+    int rc = comm_handshake(w->env->comm, &mine, sizeof mine, "model contract and options", err);
+    struct comm_select_options table = {
+        .transport = TRANSPORT_SHM, .tp_size = w->env->tp_size, .wire = o->wire, .feedback = o->feedback};
+    return rc ? rc : comm_select_agree(w->env->comm, comm_select_hash(&table), err);
 }
 
 // The ranks' parts must follow each other from 0 to the whole: each knows only its own file.

@@ -1,0 +1,46 @@
+// The table of exchanges: which algorithm and codec a sum over ranks takes. A pure function of what all ranks know alike; its hash
+// is part of what they compare at their start.
+//
+// Law 9: the codec follows from the phase and --wire alone, never from the size of a message, which depends on what else is in the
+// batch. The size chooses among algorithms that give the same bits (kernels/exchange_choice.h).
+//
+// The bounds of the table are seeds: from figures of others for PCIe 4.0 x16 (24 GB/s a direction, about 3 us for one more phase),
+// not measured by this project on GPUs.
+//   one-shot   its one phase less is worth 3 us, and it moves more: with M bytes of bf16, 1.5 M instead of 1 M for two ranks, 3.75 M
+//              instead of 1.5 M for four, 7.9 M instead of 1.75 M for eight. The two are equal at about 144, 32 and 12 KB.
+//   two-shot   in one kernel up to 1 MB.
+//   chunks     beyond; small enough for two of each rank to stay in a processor's last cache, large enough for copy engines.
+//   library    NCCL's own sum for codecs without a loss: it costs NCCL's latency once, all other ways twice.
+// CPU ranks have one algorithm; comm.c cuts their messages itself.
+#ifndef TPSHARD_ENGINE_COMM_SELECT_H
+#define TPSHARD_ENGINE_COMM_SELECT_H
+
+#include "engine/comm.h"
+#include "kernels/backend.h"
+#include "kernels/exchange_choice.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+// The codec of a phase: what compresses is of prompts; messages of decoding are small, time is all they cost, and they lose nothing
+// beyond bf16.
+enum wire comm_select_wire(enum phase phase, enum wire wanted);
+
+// message_bytes: of all values as bf16, 2 * rows * cols, whatever the codec. 1 <= tp_size <= COMM_MAX_RANKS. wanted: --wire, or the
+// advice of the shards. With larger messages the algorithm goes from one-shot over two-shot to chunks, and chunks grow.
+struct exchange_choice comm_select(enum transport transport, int tp_size, uint64_t message_bytes, enum phase phase,
+                                   enum wire wanted);
+
+// What decides, beside the table.
+struct comm_select_options {
+    enum transport transport;
+    int tp_size;
+    enum wire wire; // wanted
+    bool feedback;
+};
+// XXH3-64 of the table and the options, the same on every machine.
+uint64_t comm_select_hash(const struct comm_select_options *options);
+// All ranks of the group call it: ERR_CORRUPT with both hashes where they differ.
+int comm_select_agree(struct comm *comm, uint64_t hash, struct error *err);
+
+#endif
