@@ -1,25 +1,34 @@
 // The body of every attention_<isa>.c, compiled with its flags and exported as ATTENTION_FN; ATTENTION_VECTORS (1 or 4) times 16 columns
 // of ATTENTION_ROWS (at most 6) rows are the sums that fit its registers. Included once per file, by those files alone.
 //
-// A page at a time is widened to f32 once for all queries of the call, in panels that stream through L1, and both products are the same small
-// matrix product: scores [queries][64] = q [queries][k_dim] * keys [k_dim][64], which lie turned in the cache, so that no sum goes across
-// lanes; and out [queries][v_dim] += weights [queries][64] * values [64][v_dim]. Every element is one chain of fused multiply-adds in
-// ascending order, whatever the tile.
+// A page at a time is widened to f32 once for all queries of the call, in panels that stream through L1; for queries that fit
+// one tile it is widened as it is multiplied. Both products are the same small matrix product: scores [queries][64] = q [queries][k_dim] * keys
+// [k_dim][64], which lie turned in the cache, so that no sum goes across lanes; and out [queries][v_dim] += weights [queries][64] * values
+// [64][v_dim]. Every element is one chain of fused multiply-adds in ascending order, whatever the tile.
 #include "formats/checked.h"
 #include "kernels/attention.h"
 #include "kernels/kv_codes.h"
 #include "kernels/lanes.h"
 
+// The second operand of a product, [depth][columns]: f32 in panels, or codes as they lie in the cache.
+enum { IN_PANELS = -1 };
+struct operand {
+    const uint8_t *at;
+    int64_t row_bytes; // of codes
+    int form;          // IN_PANELS, or enum kv_format
+};
+
 // One call's room.
 struct work {
     int64_t k_dim, v_dim, count;
-    int64_t out_stride; // v_dim as whole vectors
-    float *q;           // [count][k_dim]
-    float *out;         // [count][out_stride], of the chunk
-    float *scores;      // [count][KV_PAGE_TOKENS]
-    float *sums;        // [count][LANES]: of weights, position p in lane p % LANES
-    float *panel;       // keys or values of a page
-    uint16_t *rows;     // [KV_PAGE_TOKENS][k_dim], and as much behind it, for keys that lie in rows
+    int64_t out_stride;          // v_dim as whole vectors
+    float *q;                    // [count][k_dim]
+    float *out;                  // [count][out_stride], of the chunk
+    float *scores;               // [count][KV_PAGE_TOKENS]
+    float *sums;                 // [count][LANES]: of weights, position p in lane p % LANES
+    float *panel;                // keys or values of a page
+    struct operand keys, values; // of the page
+    uint16_t *rows;              // [KV_PAGE_TOKENS][k_dim], and as much behind it, for keys that lie in rows
     float largest[ATTENTION_QUERIES];
     int64_t first[ATTENTION_QUERIES], end[ATTENTION_QUERIES]; // slots of the page
 };
@@ -195,7 +204,7 @@ static const uint8_t *turn_rows(const struct work *w, const uint8_t *codes, enum
 
 // ---- products ------------------------------------------------------------------------------------------------------
 
-// What is read next, brought nearer while products are computed: `step` bytes with each term of a sum.
+// What is read next, brought to the L2 cache while products are computed (misses of the L1 cache would hold them up): `step` bytes with each term of a sum.
 struct ahead {
     const uint8_t *from;
     int64_t step;
@@ -206,21 +215,29 @@ static struct ahead ahead_of(const struct ahead *page, int64_t terms, bool first
     return first ? (struct ahead){page->from + terms * page->step, page->step} : (struct ahead){page->from, 0};
 }
 
+VECTOR_INLINE struct lanes column_of(const uint8_t *b, int64_t d, int64_t row_bytes, int v, const int form)
+{
+    if (form == IN_PANELS)
+        return lanes_load((const float *)(const void *)(b + d * row_bytes) + v * LANES);
+    return widen(b + d * row_bytes + codes_bytes(v * LANES, (enum kv_format)form), (enum kv_format)form);
+}
+
 // c[r][v] (+)= sum over d < depth, ascending, of a[r][d] * b[d][v], for `rows` rows and `vectors` vectors of columns.
-VECTOR_INLINE void tile(float *c, int64_t c_stride, const float *a, int64_t a_stride, const float *b, int64_t depth,
-                        struct ahead ahead, int rows, int vectors, bool add)
+VECTOR_INLINE void tile(float *c, int64_t c_stride, const float *a, int64_t a_stride, const uint8_t *b,
+                        int64_t row_bytes, int64_t depth, struct ahead ahead, int rows, int vectors, const int form,
+                        bool add)
 {
     struct lanes sum[ATTENTION_ROWS * ATTENTION_VECTORS];
     UNROLL
     for (int i = 0; i < rows * vectors; i++)
         sum[i] = add ? lanes_load(c + i / vectors * c_stride + i % vectors * LANES) : lanes_zero();
     for (int64_t d = 0; d < depth; d++) {
-        __builtin_prefetch(ahead.from + d * ahead.step);
-        __builtin_prefetch(ahead.from + d * ahead.step + ahead.step / 2);
+        __builtin_prefetch(ahead.from + d * ahead.step, 0, 2);
+        __builtin_prefetch(ahead.from + d * ahead.step + ahead.step / 2, 0, 2);
         struct lanes column[ATTENTION_VECTORS];
         UNROLL
         for (int v = 0; v < vectors; v++)
-            column[v] = lanes_load(b + d * vectors * LANES + v * LANES);
+            column[v] = column_of(b, d, row_bytes, v, form);
         UNROLL
         for (int r = 0; r < rows; r++) {
             struct lanes x = lanes_all(a[r * a_stride + d]);
@@ -237,48 +254,71 @@ VECTOR_INLINE void tile(float *c, int64_t c_stride, const float *a, int64_t a_st
 #define TILE_CASE(n)                                                                                                   \
     case n:                                                                                                            \
         if (width == LANES)                                                                                            \
-            tile(c, c_stride, a, a_stride, b, depth, ahead, n, 1, add);                                                \
+            tile(c, c_stride, a, a_stride, b, row_bytes, depth, ahead, n, 1, form, add);                               \
         else                                                                                                           \
-            tile(c, c_stride, a, a_stride, b, depth, ahead, n, WIDE_VECTORS, add);                                     \
+            tile(c, c_stride, a, a_stride, b, row_bytes, depth, ahead, n, WIDE_VECTORS, form, add);                    \
         break
 
-// One panel; rows as tile_tokens gives them.
-VECTOR_INLINE void multiply(float *c, int64_t c_stride, const float *a, int64_t a_stride, const float *b, int64_t depth,
-                            int64_t rows, int64_t width, struct ahead ahead, const bool add)
-{
-    switch (rows) {
-        TILE_CASE(1);
-        TILE_CASE(2);
-        TILE_CASE(4);
-        TILE_CASE(6);
+// `width` columns of b; rows as tile_tokens gives them.
+#define MULTIPLY(name, form_of_b, adds)                                                                                \
+    static void name(float *c, int64_t c_stride, const float *a, int64_t a_stride, const uint8_t *b,                   \
+                     int64_t row_bytes, int64_t depth, int64_t rows, int64_t width, struct ahead ahead)                \
+    {                                                                                                                  \
+        const int form = form_of_b;                                                                                    \
+        const bool add = adds;                                                                                         \
+        switch (rows) {                                                                                                \
+            TILE_CASE(1);                                                                                              \
+            TILE_CASE(2);                                                                                              \
+            TILE_CASE(4);                                                                                              \
+            TILE_CASE(6);                                                                                              \
+        }                                                                                                              \
     }
-}
-
-static void multiply_zero(float *c, int64_t c_stride, const float *a, int64_t a_stride, const float *b, int64_t depth,
-                          int64_t rows, int64_t width, struct ahead ahead)
-{
-    multiply(c, c_stride, a, a_stride, b, depth, rows, width, ahead, false);
-}
-
-static void multiply_add(float *c, int64_t c_stride, const float *a, int64_t a_stride, const float *b, int64_t depth,
-                         int64_t rows, int64_t width, struct ahead ahead)
-{
-    multiply(c, c_stride, a, a_stride, b, depth, rows, width, ahead, true);
-}
+MULTIPLY(score_panels, IN_PANELS, false)
+MULTIPLY(score_bf16, KV_BF16, false)
+MULTIPLY(score_e4m3, KV_E4M3, false)
+MULTIPLY(score_int8, KV_INT8, false)
+MULTIPLY(mix_panels, IN_PANELS, true)
+MULTIPLY(mix_bf16, KV_BF16, true)
+MULTIPLY(mix_e4m3, KV_E4M3, true)
+MULTIPLY(mix_int8, KV_INT8, true)
+MULTIPLY(mix_int4, KV_INT4, true)
+#undef MULTIPLY
 #undef TILE_CASE
+
+typedef void multiply_fn(float *c, int64_t c_stride, const float *a, int64_t a_stride, const uint8_t *b,
+                         int64_t row_bytes, int64_t depth, int64_t rows, int64_t width, struct ahead ahead);
+
+// Keys of int4 are pairs of rows, which are always widened to panels.
+static multiply_fn *const score_by[] = {[KV_BF16] = score_bf16, [KV_E4M3] = score_e4m3, [KV_INT8] = score_int8};
+static multiply_fn *const mix_by[] = {
+    [KV_BF16] = mix_bf16, [KV_E4M3] = mix_e4m3, [KV_INT8] = mix_int8, [KV_INT4] = mix_int4};
+
+// Columns from `column` on of rows from `row` on, and the bytes from a row of them to the next.
+static const uint8_t *operand_at(const struct operand *b, int64_t depth, int64_t row, int64_t column, int64_t width,
+                                 int64_t *row_bytes)
+{
+    if (b->form != IN_PANELS) {
+        *row_bytes = b->row_bytes;
+        return b->at + row * b->row_bytes + codes_bytes(column, (enum kv_format)b->form);
+    }
+    *row_bytes = width * (int64_t)sizeof(float);
+    return b->at + (column * depth + row * width) * (int64_t)sizeof(float);
+}
 
 // bytes: of `next`.
 static void score(const struct work *w, const uint8_t *next, int64_t bytes)
 {
+    multiply_fn *multiply = w->keys.form == IN_PANELS ? score_panels : score_by[w->keys.form];
     int64_t panels = KV_PAGE_TOKENS / panel_width(0, KV_PAGE_TOKENS), panel = 0;
     const struct ahead page = {next, bytes / (panels * w->k_dim)};
     for (int64_t column = 0, width; column < KV_PAGE_TOKENS; column += width, panel++) {
         width = panel_width(column, KV_PAGE_TOKENS);
+        int64_t row_bytes;
+        const uint8_t *keys = operand_at(&w->keys, w->k_dim, 0, column, width, &row_bytes);
         for (int64_t i = 0, rows; i < w->count; i += rows) {
             rows = tile_tokens(w->count - i);
-            multiply_zero(w->scores + i * KV_PAGE_TOKENS + column, KV_PAGE_TOKENS, w->q + i * w->k_dim, w->k_dim,
-                          w->panel + column * w->k_dim, w->k_dim, rows, width,
-                          ahead_of(&page, panel * w->k_dim, i == 0));
+            multiply(w->scores + i * KV_PAGE_TOKENS + column, KV_PAGE_TOKENS, w->q + i * w->k_dim, w->k_dim, keys,
+                     row_bytes, w->k_dim, rows, width, ahead_of(&page, panel * w->k_dim, i == 0));
         }
     }
 }
@@ -287,10 +327,13 @@ static void score(const struct work *w, const uint8_t *next, int64_t bytes)
 VECTOR_INLINE void mix_slots(const struct work *w, int64_t i, int64_t rows, int64_t column, int64_t width,
                              int64_t first, int64_t end, struct ahead ahead)
 {
-    if (first < end)
-        multiply_add(w->out + i * w->out_stride + column, w->out_stride, w->scores + i * KV_PAGE_TOKENS + first,
-                     KV_PAGE_TOKENS, w->panel + column * KV_PAGE_TOKENS + first * width, end - first, rows, width,
-                     ahead);
+    if (first >= end)
+        return;
+    multiply_fn *multiply = w->values.form == IN_PANELS ? mix_panels : mix_by[w->values.form];
+    int64_t row_bytes;
+    const uint8_t *values = operand_at(&w->values, KV_PAGE_TOKENS, first, column, width, &row_bytes);
+    multiply(w->out + i * w->out_stride + column, w->out_stride, w->scores + i * KV_PAGE_TOKENS + first, KV_PAGE_TOKENS,
+             values, row_bytes, end - first, rows, width, ahead);
 }
 
 // Slots that all queries of a tile attend to are multiplied together, those before and behind for each query alone: a slot that is not
@@ -472,6 +515,33 @@ static struct scales scales_of(const struct kv_view *kv, int64_t kv_head, int64_
     return (struct scales){kv->k_scale + at, kv->v_scale + at};
 }
 
+// Codes that few queries read are not worth widening to panels first.
+static bool read_as_they_lie(const struct work *w) { return w->count <= ATTENTION_ROWS; }
+
+static void take_keys(struct work *w, const struct kv_view *kv, const uint8_t *codes)
+{
+    w->keys = (struct operand){(const uint8_t *)w->panel, 0, IN_PANELS};
+    if (kv_in_rows(kv))
+        widen_panels(w->panel, turn_rows(w, codes, kv->format), KV_PAGE_TOKENS, w->k_dim, 0, w->k_dim, KV_PAGE_TOKENS,
+                     KV_BF16);
+    else if (kv->format == KV_INT4)
+        fill_pairs(w->panel, codes, w->k_dim);
+    else if (read_as_they_lie(w))
+        w->keys = (struct operand){codes, codes_bytes(KV_PAGE_TOKENS, kv->format), (int)kv->format};
+    else
+        widen_panels(w->panel, codes, KV_PAGE_TOKENS, w->k_dim, 0, w->k_dim, KV_PAGE_TOKENS, kv->format);
+}
+
+// Slots [first, end) of the page.
+static void take_values(struct work *w, const struct kv_view *kv, const uint8_t *codes, int64_t first, int64_t end)
+{
+    w->values = (struct operand){(const uint8_t *)w->panel, 0, IN_PANELS};
+    if (read_as_they_lie(w) && w->v_dim == w->out_stride)
+        w->values = (struct operand){codes, codes_bytes(kv->v_stride, kv->format), (int)kv->format};
+    else
+        widen_panels(w->panel, codes, kv->v_stride, KV_PAGE_TOKENS, first, end, w->v_dim, kv->format);
+}
+
 // The page of position `begin`, its first; `last`: no page is behind it.
 static void attend_page(struct work *w, const struct attention_query *queries, const struct kv_view *kv,
                         int64_t kv_head, int64_t begin, bool last, const struct attention_scores *how)
@@ -492,19 +562,13 @@ static void attend_page(struct work *w, const struct attention_query *queries, c
 
     int64_t k_bytes = codes_bytes(KV_PAGE_TOKENS * w->k_dim, kv->format);
     int64_t v_bytes = codes_bytes(KV_PAGE_TOKENS * kv->v_stride, kv->format);
-    if (kv_in_rows(kv))
-        widen_panels(w->panel, turn_rows(w, k, kv->format), KV_PAGE_TOKENS, w->k_dim, 0, w->k_dim, KV_PAGE_TOKENS,
-                     KV_BF16);
-    else if (kv->format == KV_INT4)
-        fill_pairs(w->panel, k, w->k_dim);
-    else
-        widen_panels(w->panel, k, KV_PAGE_TOKENS, w->k_dim, 0, w->k_dim, KV_PAGE_TOKENS, kv->format);
+    take_keys(w, kv, k);
     score(w, v, v_bytes);
     const struct scales scales = scales_of(kv, kv_head, begin);
     for (int64_t i = 0; i < w->count; i++)
         if (w->first[i] < w->end[i])
             weigh(w, i, how, scales);
-    widen_panels(w->panel, v, kv->v_stride, KV_PAGE_TOKENS, first, end, w->v_dim, kv->format);
+    take_values(w, kv, v, first, end);
     mix(w, next, k_bytes);
 }
 

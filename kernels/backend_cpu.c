@@ -126,6 +126,22 @@ static int alloc_rows(struct device *d, struct error *err)
     return activations_alloc(&d->act, s->max_rows, widest_input(s->desc, s->share), err);
 }
 
+// Keys and values of a long context are read at the memory's speed from large pages only. The front of each layer's keys and of its values,
+// which every context takes, keeps small ones: a first token would wait until two large ones of each layer were cleared.
+static void want_large_pages(const struct device *d)
+{
+    static const uint64_t large = 2 << 20;
+    uint64_t layer = kv_layer_bytes(&d->kv_shape, d->shape.num_pages, d->shape.kv_format);
+    uint64_t part = kv_keys_bytes(&d->kv_shape, d->shape.num_pages, d->shape.kv_format);
+    for (uint64_t at = 0; part > 0 && at < d->kv_bytes; at += layer)
+        for (uint64_t begin = at; begin + part <= at + layer; begin += part) {
+            uint64_t first = round_up((uint64_t)(uintptr_t)d->kv + begin + large, large);
+            uint64_t end = ((uint64_t)(uintptr_t)d->kv + begin + part) / large * large;
+            if (first < end)
+                madvise((void *)(uintptr_t)first, end - first, MADV_HUGEPAGE); // where it is to be had
+        }
+}
+
 static int cpu_prepare(struct device *d, const struct device_shape *s, const struct weights *weights, struct error *err)
 {
     int rc;
@@ -142,6 +158,7 @@ static int cpu_prepare(struct device *d, const struct device_shape *s, const str
         return error_set(err, ERR_MEMORY, "no memory for a KV cache of %llu bytes; ask for a smaller --context",
                          (unsigned long long)d->kv_bytes);
     d->kv = kv;
+    want_large_pages(d);
     return 0;
 }
 
