@@ -109,14 +109,15 @@ static uint64_t wire_bytes(const struct bench *bench)
 
 static void run_bench(struct bench shape)
 {
-    uint64_t region_bytes = comm_region_bytes(shape.tp_size, MAX_FLOATS), bytes = sizeof shape + 4096 + region_bytes;
+    uint64_t region_bytes = comm_region_bytes(shape.tp_size, 1, MAX_FLOATS, 0),
+             bytes = sizeof shape + 4096 + region_bytes;
     uint8_t *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED)
         exit(1);
     uint64_t offset = (sizeof shape + 4095) / 4096 * 4096;
     struct bench *bench = (struct bench *)memory;
     *bench = shape;
-    bench->region = comm_region_init(memory + offset, shape.tp_size, MAX_FLOATS);
+    bench->region = comm_region_init(memory + offset, shape.tp_size, 1, MAX_FLOATS, 0);
     bench->calls = ROUND_NS / ((shape.work_us + 20 * shape.rows) * 1000) + 1;
     fflush(stdout);
     pid_t foreign = shape.busy ? start_process(be_busy, NULL) : 0;

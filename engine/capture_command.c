@@ -98,12 +98,12 @@ done:
 
 static int open_comm(struct capture_run *run, struct error *err)
 {
-    uint64_t bytes = round_up(comm_region_bytes(1, 1), 4096);
+    uint64_t bytes = round_up(comm_region_bytes(1, 1, 1, 0), 4096);
     void *memory = aligned_alloc(4096, bytes);
     if (!memory)
         return error_set(err, ERR_MEMORY, "no memory for a rank");
     memset(memory, 0, bytes);
-    run->region = comm_region_init(memory, 1, 1);
+    run->region = comm_region_init(memory, 1, 1, 1, 0);
     return comm_open(&run->comm, run->region, 0, SILENCE_MS, err);
 }
 

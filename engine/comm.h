@@ -1,5 +1,9 @@
-// Collectives between the ranks of one model: a table of operations over a transport. This transport is shared memory
-// on one host ("shm"), between processes or threads alike.
+// Collectives between the ranks of one model, and messages between two of them, over a transport: shared memory on one host
+// ("shm", comm_open), between processes or threads alike.
+//
+// The ranks are a grid: pp_size stages of tp_size ranks each; rank = stage * tp_size + its place in the stage. A rank has an
+// end of two groups: the world, which comm_open gives, and its stage, comm_stage. Both have all collectives; those of one
+// group say nothing of the other. In what follows, ranks and sizes are those of the group, and messages name ranks of the world.
 //
 // Law 4: every rank leaves with the same bits, the owner of a part included: what went over the wire defines the
 // result. The summation order is the rank order. Group g of a row belongs to rank g % tp_size, so a row's bits do not
@@ -20,7 +24,7 @@
 enum { COMM_MAX_RANKS = 64, COMM_GATHER_MAX_BYTES = 65536 };
 
 struct comm_region; // lives in memory that all ranks share; position independent
-struct comm;        // one rank's end
+struct comm;        // one rank's end of a group
 
 // What a rank is doing, for messages and the watchdog. Up to OP_HANDSHAKE a rank counts as starting.
 enum comm_operation {
@@ -37,20 +41,27 @@ enum comm_operation {
 };
 const char *comm_operation_name(enum comm_operation op);
 
-// Bytes of shared memory needed for 1 <= tp_size <= COMM_MAX_RANKS and messages of at most max_elems floats. Larger
-// messages are cut into pieces, and so is what does not fit a cache: a large max_elems does not cost memory in
-// proportion.
-uint64_t comm_region_bytes(int tp_size, uint64_t max_elems);
+// Bytes of shared memory needed for pp_size stages of tp_size ranks, COMM_MAX_RANKS at most, and all_reduces of at most
+// max_elems floats. Larger ones are cut into pieces, and so is what does not fit a cache: a large max_elems does not cost
+// memory in proportion.
+// message_bytes: of comm_send, so that two messages fit between each two ranks of different stages; 0: none are sent. Only
+// what is used of that memory is ever touched.
+uint64_t comm_region_bytes(int tp_size, int pp_size, uint64_t max_elems, uint64_t message_bytes);
 // Initialises zeroed shared memory (alignment 4096).
-struct comm_region *comm_region_init(void *memory, int tp_size, uint64_t max_elems);
+struct comm_region *comm_region_init(void *memory, int tp_size, int pp_size, uint64_t max_elems,
+                                     uint64_t message_bytes);
 // Before comm_open: how long a wait bears with a rank that is still starting and makes no progress (unset: timeout_ms
 // of comm_open).
 void comm_region_set_start_timeout(struct comm_region *region, int timeout_ms);
 
-// timeout_ms: deadline of each single wait. Time in which the waiter itself was stopped does not count. Success: caller
-// owns *out.
+// The world's end of a rank over shared memory. timeout_ms: deadline of each single wait. Time in which the waiter itself was
+// stopped does not count; with more than one stage, nor does time in which the rank moves for which it waits in the end
+// (another stage works longer than a layer). Success: caller owns *out.
 int comm_open(struct comm **out, struct comm_region *region, int rank, int timeout_ms, struct error *err);
-void comm_close(struct comm *comm);
+void comm_close(struct comm *comm); // of the world; its stage goes with it. Accepts NULL
+// This rank's end of its stage; `comm` itself where there is one stage. Belongs to comm.
+struct comm *comm_stage(struct comm *comm);
+int comm_num_stages(const struct comm *comm);
 int comm_rank(const struct comm *comm);
 int comm_size(const struct comm *comm);
 
@@ -76,6 +87,17 @@ uint64_t comm_sent_bytes(const struct comm *comm);
 // all [tp_size][bytes] receives everyone's `mine`. bytes <= COMM_GATHER_MAX_BYTES.
 int comm_all_gather(struct comm *comm, void *all, const void *mine, size_t bytes, struct error *err);
 int comm_broadcast(struct comm *comm, void *data, size_t bytes, int root, struct error *err);
+// The same for the next command: ranks other than the root wait for the root without a deadline (not for each other). They
+// end at an abort, and over a network when the root is lost.
+int comm_broadcast_idle(struct comm *comm, void *data, size_t bytes, int root, struct error *err);
+
+// ---- messages between two ranks of different stages ------------------------------------------------------------------
+// `comm` is the world's end, ranks are the world's. The sender may be two messages of message_bytes ahead of the receiver: it
+// copies and goes on. A longer message goes through in pieces, while both are there. Messages between two ranks arrive in
+// order; a receiver that asks for other than `bytes` is told so and ends the run. The wait for a rank lasts as long as that
+// rank, or the one it waits for in its turn, moves (comm_at, collectives, messages), and timeout_ms longer.
+int comm_send(struct comm *comm, const void *data, size_t bytes, int to, struct error *err);
+int comm_receive(struct comm *comm, void *data, size_t bytes, int from, struct error *err);
 
 // ---- failure, seen from the outside (parent, watchdog) ---------------------------------------------------------
 // Raises the abort word and wakes every waiter; the first caller's error (code, message, rank) is kept in the region.
@@ -92,6 +114,9 @@ struct comm_position {
     int waits_for;
 };
 struct comm_position comm_region_position(const struct comm_region *region, int rank);
+// The rank for which `rank` waits in the end, through all that wait themselves; `rank` where it waits for nobody or they wait
+// for each other.
+int comm_region_cause(const struct comm_region *region, int rank);
 // "attention of layer 2", "load"
 enum { COMM_PLACE_BYTES = 48 };
 void comm_place(char place[COMM_PLACE_BYTES], enum comm_operation op, int layer);

@@ -273,7 +273,8 @@ static int map_shared(struct launch *launch, struct error *err)
 {
     const struct launch_options *options = &launch->options;
     uint64_t area_bytes = round_up(sizeof(struct launch_area), PAGE_BYTES);
-    uint64_t region_bytes = round_up(comm_region_bytes(options->tp_size, options->comm_max_elems), PAGE_BYTES), bytes;
+    uint64_t region_bytes = round_up(comm_region_bytes(options->tp_size, 1, options->comm_max_elems, 0), PAGE_BYTES),
+             bytes;
     if (!checked_add(area_bytes + region_bytes, options->shared_bytes, &bytes))
         return error_set(err, ERR_MEMORY, "%zu bytes of shared memory cannot be had", options->shared_bytes);
     uint8_t *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
@@ -282,7 +283,7 @@ static int map_shared(struct launch *launch, struct error *err)
                                (unsigned long long)bytes);
     launch->mapped_bytes = bytes;
     launch->area = (struct launch_area *)memory;
-    launch->region = comm_region_init(memory + area_bytes, options->tp_size, options->comm_max_elems);
+    launch->region = comm_region_init(memory + area_bytes, options->tp_size, 1, options->comm_max_elems, 0);
     comm_region_set_start_timeout(launch->region, options->start_timeout_ms);
     launch->shared = memory + area_bytes + region_bytes;
     return 0;
@@ -550,11 +551,15 @@ static int watch(struct launch *launch, int *stuck, struct error *err)
         if (at.waits_for >= 0)
             other = comm_region_position(launch->region, at.waits_for);
         bool waits_for_load = is_starting(&other) && other.waits_for < 0;
-        if (!busy || at.progress != handle->progress || waits_for_load)
+        // Between stages a wait is as long as what it is for, so who waits moves with the rank for which it waits in the end.
+        uint64_t progress = at.progress;
+        if (at.waits_for >= 0)
+            progress += comm_region_position(launch->region, comm_region_cause(launch->region, rank)).progress;
+        if (!busy || progress != handle->progress || waits_for_load)
             handle->silent_ns = 0;
         else
             handle->silent_ns += passed_ns;
-        handle->progress = at.progress;
+        handle->progress = progress;
         int timeout_ms = starting ? launch->options.start_timeout_ms : launch->options.wait_timeout_ms;
         // A waiting rank reports who is missing by itself, so it gets the first word.
         int64_t limit_ns = (int64_t)timeout_ms * 1250000;

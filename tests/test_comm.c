@@ -2,6 +2,7 @@
 // every rank and for every batch, pool and mode; errors that name rank, operation and layer; deadlines; the abort word.
 #include "engine/comm.h"
 #include "kernels/clock.h"
+#include "tests/comm_help.h"
 
 #include <math.h>
 #include <pthread.h>
@@ -21,112 +22,6 @@
 
 #include <cmocka.h>
 
-enum mode { THREADS, PROCESSES };
-static const char *const mode_names[] = {"threads", "processes"};
-
-// ---- ranks ---------------------------------------------------------------------------------------------------------
-
-struct rank_run {
-    struct comm_region *region;
-    int rank, timeout_ms;
-    int (*body)(struct comm *comm, void *arg, struct error *err);
-    void *arg;
-    struct rank_result *result;
-};
-
-struct rank_result {
-    int code;
-    struct error error;
-    double seconds;
-};
-
-static void *map_shared(size_t bytes)
-{
-    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    assert_true(memory != MAP_FAILED);
-    return memory;
-}
-
-static void *run_rank(void *arg)
-{
-    struct rank_run *run = arg;
-    struct comm *comm = NULL;
-    struct error err = {0};
-    double start_s = clock_now_s();
-    int code = comm_open(&comm, run->region, run->rank, run->timeout_ms, &err);
-    if (!code) {
-        code = run->body(comm, run->arg, &err);
-        comm_close(comm);
-    }
-    run->result->code = code;
-    run->result->error = err;
-    run->result->seconds = clock_now_s() - start_s;
-    return NULL;
-}
-
-// Runs body on every rank of the region; results [tp_size] are shared memory.
-static void run_ranks_in(enum mode mode, struct comm_region *region, int tp_size, int timeout_ms,
-                         int (*body)(struct comm *, void *, struct error *), void *arg, struct rank_result *results)
-{
-    struct rank_run runs[COMM_MAX_RANKS];
-    pthread_t threads[COMM_MAX_RANKS];
-    pid_t pids[COMM_MAX_RANKS];
-    for (int rank = 0; rank < tp_size; rank++) {
-        runs[rank] = (struct rank_run){region, rank, timeout_ms, body, arg, &results[rank]};
-        results[rank].code = -99;
-        if (mode == THREADS) {
-            assert_int_equal(pthread_create(&threads[rank], NULL, run_rank, &runs[rank]), 0);
-            continue;
-        }
-        pids[rank] = fork();
-        if (pids[rank] == 0) {
-            prctl(PR_SET_PDEATHSIG, SIGKILL);
-            run_rank(&runs[rank]);
-            _exit(0);
-        }
-        assert_true(pids[rank] > 0);
-    }
-    for (int rank = 0; rank < tp_size; rank++) {
-        if (mode == THREADS)
-            pthread_join(threads[rank], NULL);
-        else
-            waitpid(pids[rank], NULL, 0);
-    }
-}
-
-// With a fresh region; results belong to the caller until the next call.
-static struct rank_result *run_ranks(enum mode mode, int tp_size, uint64_t max_elems, int timeout_ms,
-                                     int (*body)(struct comm *, void *, struct error *), void *arg)
-{
-    static struct rank_result *results;
-    if (!results)
-        results = map_shared(COMM_MAX_RANKS * sizeof *results);
-    uint64_t bytes = comm_region_bytes(tp_size, max_elems);
-    void *memory = map_shared(bytes);
-    run_ranks_in(mode, comm_region_init(memory, tp_size, max_elems), tp_size, timeout_ms, body, arg, results);
-    munmap(memory, bytes);
-    return results;
-}
-
-static void expect_success(const struct rank_result *results, int tp_size, const char *what)
-{
-    for (int rank = 0; rank < tp_size; rank++)
-        if (results[rank].code)
-            fail_msg("%s: rank %d: code %d: %s", what, rank, results[rank].code, results[rank].error.msg);
-}
-
-// Every rank left with the code, and with a sentence that holds all parts.
-static void expect_error(const struct rank_result *results, int tp_size, int code, const char *const *parts)
-{
-    for (int rank = 0; rank < tp_size; rank++) {
-        if (results[rank].code != code)
-            fail_msg("rank %d: code %d, wanted %d: %s", rank, results[rank].code, code, results[rank].error.msg);
-        for (const char *const *part = parts; *part; part++)
-            if (!strstr(results[rank].error.msg, *part))
-                fail_msg("rank %d: \"%s\" does not hold \"%s\"", rank, results[rank].error.msg, *part);
-    }
-}
-
 // ---- all_reduce ----------------------------------------------------------------------------------------------------
 
 struct reduce_case {
@@ -144,12 +39,6 @@ struct reduce_run {
     struct reduce_case shape;
     float *results; // shared: [tp_size][rows][stride], of the last call
 };
-
-static uint64_t mix(uint64_t x)
-{
-    x ^= x >> 33, x *= 0xff51afd7ed558ccdu, x ^= x >> 33, x *= 0xc4ceb9fe1a85ec53u;
-    return x ^ x >> 33;
-}
 
 static float input_value(const struct reduce_case *shape, int call, int rank, int64_t row, int64_t col)
 {
@@ -544,8 +433,8 @@ static void test_start_deadline(void **state)
     (void)state;
     struct rank_result *results = map_shared(2 * sizeof *results);
     for (int moves = 0; moves < 2; moves++) {
-        void *memory = map_shared(comm_region_bytes(2, 100));
-        struct comm_region *region = comm_region_init(memory, 2, 100);
+        void *memory = map_shared(comm_region_bytes(2, 1, 100, 0));
+        struct comm_region *region = comm_region_init(memory, 2, 1, 100, 0);
         comm_region_set_start_timeout(region, 300);
         struct start_run run = {.moves = moves};
         run_ranks_in(PROCESSES, region, 2, 150, starting_body, &run, results);
@@ -555,7 +444,7 @@ static void test_start_deadline(void **state)
             expect_error(
                 results, 2, ERR_RANK,
                 (const char *[]){"rank 1 did not reach handshake (load) within 0.3 s", "last seen in load", NULL});
-        munmap(memory, comm_region_bytes(2, 100));
+        munmap(memory, comm_region_bytes(2, 1, 100, 0));
     }
     munmap(results, 2 * sizeof *results);
 }
@@ -583,8 +472,8 @@ static int wait_body(struct comm *comm, void *arg, struct error *err)
 // Returns how long after the abort the last waiter left.
 static double time_abort(enum mode mode, struct rank_result *results)
 {
-    void *memory = map_shared(comm_region_bytes(3, 100));
-    struct comm_region *region = comm_region_init(memory, 3, 100);
+    void *memory = map_shared(comm_region_bytes(3, 1, 100, 0));
+    struct comm_region *region = comm_region_init(memory, 3, 1, 100, 0);
     assert_false(comm_region_aborted(region));
     pthread_t thread;
     pthread_create(&thread, NULL, abort_later, region);
@@ -602,7 +491,7 @@ static double time_abort(enum mode mode, struct rank_result *results)
     rank_0_waits = 1;
     run_ranks_in(mode, region, 3, 20000, wait_body, &rank_0_waits, results);
     expect_error(results, 3, ERR_IO, (const char *[]){"the parent has had enough", NULL});
-    munmap(memory, comm_region_bytes(3, 100));
+    munmap(memory, comm_region_bytes(3, 1, 100, 0));
     return last_s - ABORT_AFTER_US * 1e-6;
 }
 
@@ -634,9 +523,9 @@ static int position_body(struct comm *comm, void *arg, struct error *err)
 static void test_positions(void **state)
 {
     (void)state;
-    void *memory = map_shared(comm_region_bytes(2, 100));
+    void *memory = map_shared(comm_region_bytes(2, 1, 100, 0));
     struct rank_result *results = map_shared(2 * sizeof *results);
-    struct comm_region *region = comm_region_init(memory, 2, 100);
+    struct comm_region *region = comm_region_init(memory, 2, 1, 100, 0);
     struct comm_position at = comm_region_position(region, 0);
     assert_int_equal(at.op, OP_START);
     assert_int_equal(at.layer, -1);
@@ -661,7 +550,7 @@ static void test_positions(void **state)
     assert_int_equal(comm_open(&comm, region, -1, 100, &err), ERR_USAGE);
     assert_int_equal(comm_open(&comm, region, 0, 0, &err), ERR_USAGE);
     assert_null(comm);
-    munmap(memory, comm_region_bytes(2, 100));
+    munmap(memory, comm_region_bytes(2, 1, 100, 0));
     munmap(results, 2 * sizeof *results);
 }
 

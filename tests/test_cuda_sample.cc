@@ -39,10 +39,10 @@ static int cpu_choose(const struct cpu_row *row, int64_t vocab, uint32_t *token,
     static struct comm *comm;
     struct error err;
     if (!memory) {
-        uint64_t bytes = (comm_region_bytes(1, 4096) + 4095) / 4096 * 4096;
+        uint64_t bytes = (comm_region_bytes(1, 1, 4096, 0) + 4095) / 4096 * 4096;
         memory = aligned_alloc(4096, bytes);
         memset(memory, 0, bytes);
-        assert_int_equal(comm_open(&comm, comm_region_init(memory, 1, 4096), 0, 60000, &err), 0);
+        assert_int_equal(comm_open(&comm, comm_region_init(memory, 1, 1, 4096, 0), 0, 60000, &err), 0);
     }
     struct sampler *sampler;
     struct sampling how = cpu_settings(&row->how);

@@ -203,10 +203,10 @@ static void open_model(const char *name, const struct backend *backend, bool is_
     t.fails_at = UINT64_MAX;
     check(store_open(&store, dir, NULL, &err), &err);
     check(store_manifest(&t.manifest, store, &err), &err);
-    void *memory = aligned_alloc(4096, round_up(comm_region_bytes(1, 64), 4096));
+    void *memory = aligned_alloc(4096, round_up(comm_region_bytes(1, 1, 64, 0), 4096));
     assert_non_null(memory);
-    memset(memory, 0, comm_region_bytes(1, 64));
-    t.region = comm_region_init(memory, 1, 64);
+    memset(memory, 0, comm_region_bytes(1, 1, 64, 0));
+    t.region = comm_region_init(memory, 1, 1, 64, 0);
     memset(&t.decoder, 0, sizeof t.decoder);
     check(comm_open(&t.decoder.comm, t.region, 0, 1000, &err), &err);
     check(model_open(&t.model, dir, NULL, t.manifest, 0, t.decoder.comm, &err), &err);

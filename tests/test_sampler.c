@@ -88,10 +88,10 @@ static void *rank_thread(void *arg)
 static int choose_rows(int tp_size, const float *logits, const struct sampler_row *how, const uint32_t *history,
                        int num_history, int draws, bool together, struct step_choice *choices)
 {
-    uint64_t bytes = comm_region_bytes(tp_size, 4096);
+    uint64_t bytes = comm_region_bytes(tp_size, 1, 4096, 0);
     void *memory = aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
     memset(memory, 0, bytes);
-    struct comm_region *region = comm_region_init(memory, tp_size, 4096);
+    struct comm_region *region = comm_region_init(memory, tp_size, 1, 4096, 0);
     struct rank_job jobs[MAX_TP] = {{0}};
     pthread_t threads[MAX_TP];
     size_t choice_bytes = (size_t)draws * sizeof *choices;

@@ -29,11 +29,11 @@ static struct rank open_rank(void)
 {
     struct rank rank;
     struct error err;
-    uint64_t bytes = (comm_region_bytes(1, 4096) + 4095) / 4096 * 4096;
+    uint64_t bytes = (comm_region_bytes(1, 1, 4096, 0) + 4095) / 4096 * 4096;
     rank.memory = aligned_alloc(4096, bytes);
     assert_non_null(rank.memory);
     memset(rank.memory, 0, bytes);
-    assert_int_equal(comm_open(&rank.comm, comm_region_init(rank.memory, 1, 4096), 0, 5000, &err), 0);
+    assert_int_equal(comm_open(&rank.comm, comm_region_init(rank.memory, 1, 1, 4096, 0), 0, 5000, &err), 0);
     assert_int_equal(sampler_create(&rank.sampler, 1, 0, VOCAB, &err), 0);
     return rank;
 }

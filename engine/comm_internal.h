@@ -1,0 +1,138 @@
+// What the parts of the collectives share: the region (comm_region.c), one rank's end with its waits (comm_wait.c), its
+// operations (comm.c) and messages between two ranks (comm_channel.c), and what a transport adds to them (comm_shm.c and its
+// like). For users: comm.h.
+//
+// One primitive carries all operations of a group: a phase. In phase t a rank writes its own buffer t % 2, posts t, waits
+// until every rank has posted t or more, and then reads what the others wrote. It writes that buffer again in phase t + 2,
+// which it enters only after all have posted t + 1, hence have read what they wanted of phase t. Tokens t are 32-bit
+// counters compared modulo 2^32. The groups (world, stage) have tokens and buffers of their own.
+//
+// A transport makes this true where ranks do not share a region. Each rank then has a region of its own, in which the
+// transport plays the others: it moves the part of a buffer that is wanted there, then posts their tokens, and keeps their
+// positions, the abort and the channels up to date. Over shared memory nothing moves.
+#ifndef TPSHARD_ENGINE_COMM_INTERNAL_H
+#define TPSHARD_ENGINE_COMM_INTERNAL_H
+
+#include "engine/comm.h"
+#include "kernels/futex.h"
+
+enum {
+    CACHE_LINE = 64,
+    FIRST_TOKEN = -16, // the wrap to 0 belongs to every run
+    ABORT_NONE = 0,
+    ABORT_RAISED = 1, // the error is being written
+    ABORT_TOLD = 2,   // and can be read
+};
+
+enum comm_group { GROUP_WORLD, GROUP_STAGE, GROUP_COUNT }; // with one stage only the first is used
+
+enum collective { ALL_REDUCE, ALL_REDUCE_END, ALL_GATHER, BROADCAST, BARRIER, HANDSHAKE, SEND, RECEIVE };
+
+// What a rank takes its phase for; all ranks must agree.
+struct call {
+    enum collective collective;
+    int detail;      // wire of an all_reduce, root of a broadcast, the other rank of a message
+    uint64_t amount; // floats of an all_reduce, bytes else
+    enum comm_operation op;
+    int layer;
+};
+
+// Which part of the buffers must be seen by whom after a phase.
+struct comm_move {
+    enum {
+        MOVE_NOTHING,
+        MOVE_EVERYONE,    // the first `bytes` of each rank's buffer, by all
+        MOVE_ROOT,        // the first `bytes` of the root's buffer, by all
+        MOVE_TO_OWNERS,   // of each rank's groups of wire bytes those of an owner, by it
+        MOVE_FROM_OWNERS, // an owner's own groups, by all
+    } pattern;
+    int root; // in the group
+    uint64_t bytes;
+    // Group i of the buffer lies at i * group_bytes and belongs to rank (first + i) % groups_per_row % size of the group.
+    uint64_t first, count, groups_per_row, group_bytes;
+};
+
+struct rank_slot {
+    _Alignas(CACHE_LINE) _Atomic uint32_t posted[GROUP_COUNT];
+    struct call calls[GROUP_COUNT][2]; // of phase t in t % 2; published by posted
+    _Alignas(CACHE_LINE) _Atomic uint32_t bell;
+    _Atomic int32_t waits_for; // rank of the world, or -1
+    _Atomic uint32_t messages; // sent and received
+    _Alignas(CACHE_LINE) _Atomic uint64_t position;
+};
+
+// A ring of bytes from one rank to another; byte n of all that went through it lies at n % capacity of its data.
+struct channel {
+    _Alignas(CACHE_LINE) _Atomic uint64_t written; // by the sender
+    _Alignas(CACHE_LINE) _Atomic uint64_t taken;   // by the receiver
+};
+
+// Ranks are those of the world unless said otherwise.
+struct comm_region {
+    int tp_size, pp_size, world_size;
+    int start_timeout_ms;
+    uint64_t piece_groups, buffer_bytes, buffers_offset;
+    uint64_t channel_bytes, channels_offset; // capacity of one; 0: there are none
+    _Alignas(CACHE_LINE) _Atomic uint32_t abort;
+    int error_rank;
+    struct error error;
+    struct rank_slot slots[];
+};
+
+struct comm {
+    const struct comm_transport *transport;
+    void *link; // the transport's own
+    struct comm_region *region;
+    struct rank_slot *slot; // of this rank
+    enum comm_group group;
+    int first, rank, size; // ranks first .. first + size - 1 are the group, and this one is first + rank
+    int timeout_ms;
+    uint32_t token;      // last phase posted
+    uint64_t sent_bytes; // of all_reduces
+    struct spinner spinner;
+    struct comm *stage; // owned by the world's end; itself where there is one stage
+};
+
+struct comm_transport {
+    const char *name;
+    // This rank has written its buffer of phase comm->token and posted it: the others are to learn of it.
+    void (*post)(struct comm *comm, const struct comm_move *move);
+    // This rank has written to its channel to another rank, or taken from the one that comes from there.
+    void (*channel_moved)(struct comm *comm, int other);
+    // Takes in what has come, without waiting. NULL where others write to the region themselves.
+    void (*look)(struct comm *comm);
+    // Sleeps until something may have come, at most limit_ns. bell: this rank's bell before the caller looked last.
+    void (*sleep)(struct comm *comm, uint32_t bell, int64_t limit_ns);
+    void (*close)(struct comm *comm); // frees the link. NULL: nothing to do
+};
+
+// A wait for a rank's post of phase comm->token (counter NULL), or until a counter of a channel has reached a value.
+struct comm_wait {
+    const struct call *call;
+    const _Atomic uint64_t *counter;
+    uint64_t reach;
+    bool idle; // without a deadline
+};
+
+struct rank_slot *comm_slot(const struct comm *comm, int rank); // rank in the group
+uint8_t *comm_buffer(const struct comm *comm, int rank, uint32_t token);
+struct channel *comm_channel(const struct comm_region *region, int from, int to);
+uint8_t *comm_channel_data(const struct comm_region *region, int from, int to);
+struct comm_position comm_unpack_position(uint64_t bits);
+void comm_ring(struct rank_slot *slot);
+
+// Ends with world and stage of a rank over a transport. Takes the link in every case.
+int comm_open_over(struct comm **out, const struct comm_transport *transport, void *link, struct comm_region *region,
+                   int rank, int timeout_ms, struct error *err);
+int comm_check_abort(struct comm *comm, struct error *err);
+// Ends the run with an error that was found here, unless one came first: that one counts on every rank.
+int comm_raise(struct comm *comm, struct error *err, const struct error *found);
+// Waits for all ranks of the group to post, or for one rank of the group, with a deadline. See comm.h.
+int comm_wait_for_all(struct comm *comm, const struct call *call, struct error *err);
+int comm_wait_for(struct comm *comm, const struct comm_wait *wait, int rank, struct error *err);
+// What the rank is at, for a call.
+struct call comm_call(const struct comm *comm, enum collective collective, int detail, uint64_t amount);
+const char *comm_collective_name(enum collective collective);
+void comm_describe_call(char text[128], const struct call *call);
+
+#endif

@@ -1,0 +1,242 @@
+// A grid of ranks: the groups of world and stage beside each other, and messages between stages: order, bytes, the sender ahead
+// of its receiver, waits as long as somebody moves, and errors that name the rank behind a wait.
+#include "engine/comm.h"
+#include "kernels/clock.h"
+#include "tests/comm_help.h"
+
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+// ---- groups --------------------------------------------------------------------------------------------------------
+
+struct grid {
+    int tp_size, pp_size;
+};
+
+static int check(bool is_true, const char *what, struct error *err)
+{
+    return is_true ? 0 : error_set(err, ERR_OTHER, "%s", what);
+}
+
+// Sums over a stage and over the world take turns, out of step between the stages.
+static int groups_body(struct comm *comm, void *arg, struct error *err)
+{
+    const struct grid *grid = arg;
+    struct comm *stage = comm_stage(comm);
+    int rank = comm_rank(comm), own = rank / grid->tp_size, rc;
+    if ((rc = check(comm_size(comm) == grid->tp_size * grid->pp_size && comm_num_stages(comm) == grid->pp_size &&
+                        comm_size(stage) == grid->tp_size && comm_rank(stage) == rank % grid->tp_size &&
+                        (stage == comm) == (grid->pp_size == 1) && comm_stage(stage) == stage,
+                    "ranks and sizes", err)))
+        return rc;
+    for (int round = 0; round < 40; round++) {
+        for (int call = 0; call < own + 1; call++) { // each stage as often as it likes
+            float x[300], want = 0;
+            for (int i = 0; i < 300; i++)
+                x[i] = (float)(rank + 1) * (float)(i % 7 + call);
+            comm_at(stage, OP_MLP, call);
+            if ((rc = comm_all_reduce(stage, x, 1, 300, 300, WIRE_F32, NULL, NULL, err)))
+                return rc;
+            for (int r = 0; r < grid->tp_size; r++)
+                want += (float)(own * grid->tp_size + r + 1) * (float)(299 % 7 + call);
+            if ((rc = check(x[299] == want, "a stage's sum", err)))
+                return rc;
+        }
+        int all[COMM_MAX_RANKS], mine = rank * 1000 + round, last = round % comm_size(comm),
+                                 told = rank == last ? round : -1;
+        if ((rc = comm_all_gather(comm, all, &mine, sizeof mine, err)) ||
+            (rc = comm_broadcast_idle(comm, &told, sizeof told, last, err)))
+            return rc;
+        for (int r = 0; r < comm_size(comm) && !rc; r++)
+            rc = check(all[r] == r * 1000 + round, "the world's gather", err);
+        if (rc || (rc = check(told == round, "the world's broadcast", err)) || (rc = comm_barrier(stage, err)))
+            return rc;
+    }
+    return 0;
+}
+
+static void test_groups(void **state)
+{
+    (void)state;
+    static const struct grid grids[] = {{2, 2}, {1, 3}, {3, 2}, {2, 1}};
+    for (size_t i = 0; i < sizeof grids / sizeof *grids; i++)
+        for (int mode = 0; mode < 2; mode++)
+            expect_success(run_stages((enum mode)mode, grids[i].tp_size, grids[i].pp_size, 0, 20000, groups_body,
+                                      (void *)&grids[i]),
+                           grids[i].tp_size * grids[i].pp_size, "groups");
+}
+
+// ---- messages ------------------------------------------------------------------------------------------------------
+
+enum { MESSAGE_BYTES = 40000, MESSAGES = 60 };
+
+static size_t message_bytes(int number)
+{
+    static const size_t bytes[] = {MESSAGE_BYTES,     0,      1, 63, 64, 65, 4096, MESSAGE_BYTES - 1,
+                                   3 * MESSAGE_BYTES, 1000000};
+    return bytes[number % 10];
+}
+
+static void fill(uint8_t *data, size_t bytes, int from, int to, int number)
+{
+    for (size_t i = 0; i < bytes; i++)
+        data[i] = (uint8_t)(mix((i / 8 * 64 + (size_t)from) * 64 + (size_t)to + (size_t)number * 7919) >> i % 8 * 8);
+}
+
+// Around the stages: each rank sends to every rank of the next stage, receives from every one of the stage before.
+static int around_body(struct comm *comm, void *arg, struct error *err)
+{
+    const struct grid *grid = arg;
+    int rank = comm_rank(comm), own = rank / grid->tp_size, rc = 0;
+    int next = (own + 1) % grid->pp_size * grid->tp_size,
+        before = (own + grid->pp_size - 1) % grid->pp_size * grid->tp_size;
+    uint8_t *data = malloc(1000000), *want = malloc(1000000);
+    for (int number = 0; number < MESSAGES && !rc; number++) {
+        size_t bytes = message_bytes(number);
+        // What does not fit the ring goes through while both are there, so not all may send at once.
+        for (int turn = 0; turn < 2 && !rc; turn++)
+            for (int other = 0; other < grid->tp_size && !rc; other++) {
+                if ((turn == 0) == (own == 0)) {
+                    fill(data, bytes, rank, next + other, number);
+                    rc = comm_send(comm, data, bytes, next + other, err);
+                } else {
+                    memset(data, 0, bytes);
+                    rc = comm_receive(comm, data, bytes, before + other, err);
+                    fill(want, bytes, before + other, rank, number);
+                    if (!rc && memcmp(data, want, bytes) != 0)
+                        rc = error_set(err, ERR_OTHER, "message %d of rank %d arrived changed", number, before + other);
+                }
+            }
+        if (!rc && number % 7 == 0)
+            rc = comm_barrier(comm_stage(comm), err);
+    }
+    free(data);
+    free(want);
+    return rc;
+}
+
+static void test_messages(void **state)
+{
+    (void)state;
+    static const struct grid grids[] = {{1, 2}, {2, 2}, {1, 3}, {2, 4}};
+    for (size_t i = 0; i < sizeof grids / sizeof *grids; i++)
+        for (int mode = 0; mode < 2; mode++)
+            expect_success(run_stages((enum mode)mode, grids[i].tp_size, grids[i].pp_size, MESSAGE_BYTES, 20000,
+                                      around_body, (void *)&grids[i]),
+                           grids[i].tp_size * grids[i].pp_size, "messages");
+}
+
+// Two messages wait for a receiver that does not yet come, and the sender has gone on.
+static int ahead_body(struct comm *comm, void *arg, struct error *err)
+{
+    atomic_int *sent = arg;
+    uint8_t data[MESSAGE_BYTES] = {0};
+    int rc;
+    if (comm_rank(comm) == 0) {
+        for (int number = 0; number < 2; number++) {
+            fill(data, sizeof data, 0, 1, number);
+            if ((rc = comm_send(comm, data, sizeof data, 1, err)))
+                return rc;
+        }
+        atomic_store(sent, 1);
+        return 0;
+    }
+    for (int i = 0; i < 1000 && !atomic_load(sent); i++)
+        usleep(10000);
+    if (!atomic_load(sent))
+        return error_set(err, ERR_OTHER, "the sender waits for its receiver");
+    uint8_t want[MESSAGE_BYTES];
+    for (int number = 0; number < 2; number++) {
+        fill(want, sizeof want, 0, 1, number);
+        if ((rc = comm_receive(comm, data, sizeof data, 0, err)) ||
+            (rc = check(memcmp(data, want, sizeof data) == 0, "a message that waited", err)))
+            return rc;
+    }
+    return 0;
+}
+
+static void test_sender_is_ahead(void **state)
+{
+    (void)state;
+    for (int mode = 0; mode < 2; mode++) {
+        atomic_int *sent = map_shared(sizeof *sent);
+        expect_success(run_stages((enum mode)mode, 1, 2, MESSAGE_BYTES, 30000, ahead_body, sent), 2, "ahead");
+    }
+}
+
+// ---- waits and errors ------------------------------------------------------------------------------------------------
+
+struct chain {
+    enum { MOVES, STUCK, OTHER_SIZE, GONE, NO_ROOM, OWN_STAGE } kind;
+    int code;
+    const char *parts[4];
+};
+
+// Three stages of one rank: 2 waits for 1, which waits for 0, which works much longer than a deadline.
+static int chain_body(struct comm *comm, void *arg, struct error *err)
+{
+    const struct chain *chain = arg;
+    int rank = comm_rank(comm), rc = 0;
+    uint8_t data[4096] = {0};
+    comm_at(comm, rank == 0 ? OP_ATTENTION : OP_EMBED, rank == 0 ? 3 : -1);
+    if (chain->kind == GONE && rank == 0)
+        return 0;
+    if (chain->kind == OWN_STAGE && rank == 1)
+        return comm_send(comm, data, 10, 1, err);
+    if (chain->kind == NO_ROOM) { // to a rank that takes nothing
+        for (int i = 0; i < 3 && rank == 0 && !rc; i++)
+            rc = comm_send(comm, data, sizeof data, 1, err);
+        return rc || rank == 0 ? rc : comm_barrier(comm, err);
+    }
+    for (int i = 0; i < 12 && rank == 0 && chain->kind != OTHER_SIZE; i++) {
+        usleep(100000);
+        if (chain->kind == MOVES)
+            comm_at(comm, OP_ATTENTION, i);
+    }
+    if (rank > 0)
+        rc = comm_receive(comm, data, chain->kind == OTHER_SIZE ? 4000 : 4096, rank - 1, err);
+    if (rank < 2 && !rc)
+        rc = comm_send(comm, data, 4096, rank + 1, err);
+    return rc ? rc : comm_barrier(comm, err);
+}
+
+static void test_waits_between_stages(void **state)
+{
+    (void)state;
+    static const struct chain chains[] = {
+        {MOVES, 0, {NULL}},
+        {STUCK, ERR_RANK, {"within 0.4 s", "rank 0 was last seen in attention of layer 3", NULL}},
+        {GONE, ERR_RANK, {"within 0.4 s", "rank 0 was last seen in attention of layer 3", NULL}},
+        {OTHER_SIZE,
+         ERR_RANK,
+         {"rank 1 is at receive (embedding), 4000 bytes from rank 0",
+          "rank 0 is at send (attention of layer 3), 4096 bytes", NULL}},
+        {NO_ROOM, ERR_RANK, {"within 0.4 s", NULL}},
+        {OWN_STAGE, ERR_OTHER, {"rank 1: send of 10 bytes with rank 1", "different stages", NULL}},
+    };
+    for (size_t i = 0; i < sizeof chains / sizeof *chains; i++)
+        for (int mode = 0; mode < 2; mode++) {
+            struct rank_result *results = run_stages((enum mode)mode, 1, 3, 4096, 400, chain_body, (void *)&chains[i]);
+            print_message("%s: %s\n", mode_names[mode], results[2].error.msg);
+            if (!chains[i].code)
+                expect_success(results, 3, "a chain that moves");
+            else
+                expect_error(results + (chains[i].kind == GONE), 3 - (chains[i].kind == GONE), chains[i].code,
+                             chains[i].parts);
+            if (chains[i].kind == STUCK && !(results[2].seconds < 1.0))
+                fail_msg("a wait of 0.4 s took %.3f s", results[2].seconds);
+        }
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_groups),
+        cmocka_unit_test(test_messages),
+        cmocka_unit_test(test_sender_is_ahead),
+        cmocka_unit_test(test_waits_between_stages),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
