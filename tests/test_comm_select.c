@@ -196,10 +196,10 @@ static void *compare_tables(void *arg)
 // Ranks 0 to 2; the last one may have another table.
 static void run_comparison(struct rank_of_table ranks[3], uint64_t others, uint64_t last)
 {
-    size_t bytes = comm_region_bytes(3, 1);
+    size_t bytes = comm_region_bytes(3, 1, 1, 0);
     void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     assert_true(memory != MAP_FAILED);
-    struct comm_region *region = comm_region_init(memory, 3, 1);
+    struct comm_region *region = comm_region_init(memory, 3, 1, 1, 0);
     pthread_t threads[3];
     for (int i = 0; i < 3; i++) {
         ranks[i] = (struct rank_of_table){.region = region, .rank = i, .hash = i == 2 ? last : others};
