@@ -225,7 +225,7 @@ $(EMULATED_BACKEND): $(EMULATED_OBJ)
 
 # What `make gpu-check` runs: the kernels' tests, which run in the emulator, on the real thing, and benchmarks. Tests look into device
 # memory, so there they get memory that both sides see. test_cuda_backend stays with the emulator: it makes calls fail.
-DEVICE_TESTS := $(patsubst %,$(BUILD)/device/test_cuda_%,attention experts fp4 linear rows sample slab)
+DEVICE_TESTS := $(patsubst %,$(BUILD)/device/test_cuda_%,attention experts fp4 linear rows sample shares slab)
 CUDA_LIBRARIES = -L$(CUDA_HOME)/lib64 -lcudart_static -lrt -lstdc++
 DEVICE_CXXFLAGS = $(filter-out $(EMULATED_FLAGS),$(EMULATED_CXXFLAGS)) -isystem $(CUDA_HOME)/include
 

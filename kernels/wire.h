@@ -81,14 +81,14 @@ enum { S8X_MARKED = 255, S8X_MAX_CODE = 254, S8X_SPIKE_BYTE = 129, S8X_CODE_BYTE
 // Bits of 2^(k / 8) and 2^(-k / 8), k = 0..7, rounded to f32.
 TP_HD uint32_t s8x_mantissa(int k)
 {
-    const uint32_t bits[8] = {0x3f800000, 0x3f8b95c2, 0x3f9837f0, 0x3fa5fed7,
-                              0x3fb504f3, 0x3fc5672a, 0x3fd744fd, 0x3feac0c7};
+    static const uint32_t bits[8] = {0x3f800000, 0x3f8b95c2, 0x3f9837f0, 0x3fa5fed7,
+                                     0x3fb504f3, 0x3fc5672a, 0x3fd744fd, 0x3feac0c7};
     return bits[k];
 }
 TP_HD uint32_t s8x_inverse_mantissa(int k)
 {
-    const uint32_t bits[8] = {0x3f800000, 0x3f6ac0c7, 0x3f5744fd, 0x3f45672a,
-                              0x3f3504f3, 0x3f25fed7, 0x3f1837f0, 0x3f0b95c2};
+    static const uint32_t bits[8] = {0x3f800000, 0x3f6ac0c7, 0x3f5744fd, 0x3f45672a,
+                                     0x3f3504f3, 0x3f25fed7, 0x3f1837f0, 0x3f0b95c2};
     return bits[k];
 }
 // Multiplying by a power of two is adding to the exponent.
@@ -102,7 +102,7 @@ TP_HD float s8x_inverse(int code)
 TP_HD int s8x_code(uint32_t second)
 {
     // 127 * 2^(k / 8), k = 1..8, lies in 2^7 .. 2^8: its mantissas in rising order.
-    const uint32_t limit[8] = {0x0a7e96, 0x170780, 0x24b2d9, 0x339ae9, 0x43dc5c, 0x559673, 0x68eb45, 0x7e0000};
+    static const uint32_t limit[8] = {0x0a7e96, 0x170780, 0x24b2d9, 0x339ae9, 0x43dc5c, 0x559673, 0x68eb45, 0x7e0000};
     int code = ((int)(second >> 23) - 127 - 7 + 20) * 8 + 1;
     for (int k = 0; k < 8; k++)
         code += (second & 0x7fffff) > limit[k];
