@@ -7,6 +7,7 @@
 #include <cmocka.h>
 
 #include "tests/api_help.h"
+#include "tests/patience.h"
 
 // ---- streams -----------------------------------------------------------------------------------------------------
 
@@ -182,14 +183,14 @@ static void test_request_timeout(void **state)
     for (int held = 0; held < 4; held++) { // in the queue; amid a whole answer; amid a stream; while a worker has it
         FAKE_SET(&server, hold_after, held == 0 ? 0 : 2);
         FAKE_SET(&server, hold_submit, held == 3);
-        double began_s = clock_now_s();
+        struct stopwatch watch = stopwatch_start();
         int fd = client_connect(server.port);
         client_request(fd, "POST", CHAT, "", held == 2 ? "{" HELLO ",\"stream\":true}" : "{" HELLO "}");
         answer = client_read(fd);
-        double took_s = clock_now_s() - began_s;
+        double took_s = stopwatch_s(&watch), idle_s = stopwatch_idle_s(&watch);
         close(fd);
-        if (!(took_s >= 0.29 && took_s < 1.5))
-            fail_msg("%d: %.3f s", held, took_s);
+        if (!(took_s >= 0.29 && idle_s < PATIENCE * 1.5))
+            fail_msg("%d: %.3f s, %.3f of them on an idle machine", held, took_s, idle_s);
         assert_true(answer.complete);
         assert_int_equal(answer.status, held == 2 ? 200 : 504);
         assert_non_null(strstr(answer.body, "{\"error\":{\"message\":\"the answer was not complete within 0.3 s"));
@@ -343,15 +344,15 @@ static void test_stop_with_queue(void **state)
     }
     usleep(500000); // they wait for the worker
     assert_int_equal(pthread_create(&thread, NULL, let_go, &server), 0);
-    double began_s = clock_now_s();
+    struct stopwatch watch = stopwatch_start();
     test_server_stop(&server);
-    double took_s = clock_now_s() - began_s;
+    double took_s = stopwatch_idle_s(&watch);
     pthread_join(thread, NULL);
     for (int i = 0; i < WAITING; i++)
         close(fds[i]);
     close(held);
     free(body);
-    if (took_s > 3)
+    if (took_s > PATIENCE * 3)
         fail_msg("stopping took %.1f s", took_s);
 }
 

