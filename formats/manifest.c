@@ -178,6 +178,12 @@ static int emit(char **out, const struct manifest *manifest, const struct checks
     for (size_t i = 0; i < manifest->num_sources; i++)
         emit_file(to, manifest->sources[i].name, manifest->sources[i].bytes, manifest->sources[i].hash);
     json_emit_close(to, ']');
+    if (manifest->pp_size > 1) {
+        json_emit_open(to, "stage_layers", '[');
+        for (uint32_t stage = 0; stage < manifest->pp_size && stage < MODEL_MAX_LAYERS; stage++)
+            json_emit_int(to, NULL, manifest->stage_layers[stage]);
+        json_emit_close(to, ']');
+    }
     if (contract)
         json_emit_string(to, "tool", manifest->tool);
     json_emit_int(to, "tp_size", manifest->tp_size);
@@ -233,9 +239,9 @@ int manifest_to_json(const struct manifest *manifest, char **out, struct error *
 
 // ---- parsing --------------------------------------------------------------------------------------------------------
 
-static const char *const root_keys[] = {"contract", "experts",     "extras",         "model", "pp_size",
-                                        "quant",    "ranks",       "sources",        "tool",  "tp_size",
-                                        "version",  "wire_advice", "wires_measured", NULL};
+static const char *const root_keys[] = {"contract", "experts", "extras",      "model",          "pp_size",
+                                        "quant",    "ranks",   "sources",     "stage_layers",   "tool",
+                                        "tp_size",  "version", "wire_advice", "wires_measured", NULL};
 static const char *const measured_keys[] = {"context", "feedback", "limit", "text_xxh3_128", "tokens", "wires", NULL};
 static const char *const wire_keys[] = {"kl_divergence", "kl_high", "same_top", "wire", NULL};
 static const char *const calibration_keys[] = {"method", "statistics", NULL};
@@ -526,6 +532,38 @@ static int check_names(const struct manifest_file *a, size_t num_a, const struct
     return rc;
 }
 
+// Every stage has layers, and together they have all of them. One stage needs no list.
+static int parse_stages(struct manifest *manifest, const struct json_object *root, struct error *err)
+{
+    const json_t *list = NULL;
+    size_t stages = manifest->pp_size;
+    int64_t sum = 0, layers = manifest->model.num_layers;
+    int rc = json_file_get_array(&list, root, "stage_layers", stages > 1 ? JSON_REQUIRED : JSON_OPTIONAL, err);
+    if (rc || (stages == 1 && !list))
+        return rc;
+    if (stages == 1)
+        return error_set(err, ERR_CORRUPT, "%s: stage_layers is of models of several stages, and pp_size is 1",
+                         root->file_name);
+    if (json_array_size(list) != stages || (int64_t)stages > layers)
+        return error_set(err, ERR_CORRUPT,
+                         "%s: stage_layers must hold pp_size = %zu numbers of the model's %" PRId64
+                         " layers, at least one each; found %zu",
+                         root->file_name, stages, layers, json_array_size(list));
+    for (size_t stage = 0; stage < stages; stage++) {
+        const json_t *count = json_array_get(list, stage);
+        int64_t value = json_is_integer(count) ? json_integer_value(count) : 0;
+        if (value < 1 || value > layers - sum)
+            return error_set(err, ERR_CORRUPT,
+                             "%s: stage_layers[%zu] must be a number of layers, at least 1, and all together %" PRId64,
+                             root->file_name, stage, layers);
+        manifest->stage_layers[stage] = (uint16_t)value;
+        sum += value;
+    }
+    return sum == layers ? 0
+                         : error_set(err, ERR_CORRUPT, "%s: stage_layers add up to %" PRId64 ", the model has %" PRId64,
+                                     root->file_name, sum, layers);
+}
+
 static int parse_root(struct manifest *manifest, const struct json_object *root, struct error *err)
 {
     int rc;
@@ -558,7 +596,8 @@ static int parse_root(struct manifest *manifest, const struct json_object *root,
     if (manifest->num_ranks != (size_t)(tp_size * pp_size))
         return error_set(err, ERR_CORRUPT, "%s: ranks must hold tp_size x pp_size = %" PRId64 " files, found %zu",
                          root->file_name, tp_size * pp_size, manifest->num_ranks);
-    if ((rc = check_names(manifest->ranks, manifest->num_ranks, manifest->extras, manifest->num_extras, root->file_name,
+    if ((rc = parse_stages(manifest, root, err)) ||
+        (rc = check_names(manifest->ranks, manifest->num_ranks, manifest->extras, manifest->num_extras, root->file_name,
                           err)))
         return rc;
 
@@ -666,7 +705,26 @@ void manifest_free(struct manifest *manifest)
     free(manifest);
 }
 
-void manifest_rank_file_name(char *buffer, size_t bytes, uint32_t rank, uint32_t tp_size)
+void manifest_rank_file_name(char *buffer, size_t bytes, uint32_t rank, uint32_t tp_size, uint32_t pp_size)
 {
-    snprintf(buffer, bytes, "rank-%02" PRIu32 "-of-%02" PRIu32 ".tpshard", rank, tp_size);
+    int used = pp_size > 1 ? snprintf(buffer, bytes, "stage-%02" PRIu32 "-", rank / tp_size) : 0;
+    snprintf(buffer + used, bytes - (size_t)used, "rank-%02" PRIu32 "-of-%02" PRIu32 ".tpshard", rank % tp_size,
+             tp_size);
+}
+
+void manifest_stage(const uint16_t *stage_layers, uint32_t stage, int64_t *begin, int64_t *count)
+{
+    *begin = 0;
+    for (uint32_t i = 0; i < stage; i++)
+        *begin += stage_layers[i];
+    *count = stage_layers[stage];
+}
+
+void manifest_stage_model(struct model_desc *out, const struct model_desc *model, int64_t layer_begin,
+                          int64_t num_layers)
+{
+    *out = *model;
+    out->num_layers = num_layers;
+    memset(out->layer_flags, 0, sizeof out->layer_flags);
+    memcpy(out->layer_flags, model->layer_flags + layer_begin, (size_t)num_layers * sizeof *out->layer_flags);
 }

@@ -81,7 +81,9 @@ struct manifest {
     uint32_t version; // MANIFEST_VERSION
     char *tool;       // "tpshard 0.1.0 (commit)"; informative, not part of the contract
     struct model_desc model;
-    uint32_t tp_size, pp_size;
+    uint32_t tp_size, pp_size; // ranks of a stage; pipeline stages
+    // Layers that each stage has, one run behind the other; at least one, num_layers in all. Of pp_size stages.
+    uint16_t stage_layers[MODEL_MAX_LAYERS];
     struct manifest_quant quant;
     struct matrix_kind *matrices; // with quant.millibits: those of the layers, sorted (matrix_kinds_sort); else none
     size_t num_matrices;
@@ -89,7 +91,7 @@ struct manifest {
     char *wire_advice;         // "bf16", "f32", "fp8", "s8x": what `--wire auto` should take
     struct manifest_wires wires_measured;
     struct checksum128 contract; // XXH3-128 of the canonical core: see manifest_core
-    struct manifest_file *ranks; // tp_size * pp_size, in rank order
+    struct manifest_file *ranks; // tp_size * pp_size, stage by stage, in rank order
     size_t num_ranks;
     struct manifest_file *extras; // tokenizer.bin, chat_template.jinja, generation_config.json, config.json ...
     size_t num_extras;
@@ -97,7 +99,7 @@ struct manifest {
     size_t num_sources;
 };
 
-// The canonical core: compact JSON, sorted keys, of version, model, tp/pp, quant, experts, and sources (name, bytes, hash). It
+// The canonical core: compact JSON, sorted keys, of version, model, tp/pp and stages, quant, experts, and sources (name, bytes, hash). It
 // reads nothing else. Its XXH3-128 is the contract that every rank file carries, computable before the first weight is
 // written. Caller frees *out.
 int manifest_core(const struct manifest *manifest, char **out, struct error *err);
@@ -113,8 +115,14 @@ int manifest_read(struct manifest **out, const char *dir, struct error *err);
 // Frees the manifest and all it points to; accepts NULL.
 void manifest_free(struct manifest *manifest);
 
-// Name of a rank file: "rank-00-of-04.tpshard" (pp: "stage-00-rank-00-of-04.tpshard" is reserved). Buffer of at least
-// 64 bytes.
-void manifest_rank_file_name(char *buffer, size_t bytes, uint32_t rank, uint32_t tp_size);
+// Name of a rank file: "rank-00-of-04.tpshard"; with several stages "stage-01-rank-00-of-04.tpshard". rank counts over all stages: stage *
+// tp_size + rank of the stage. Buffer of at least 64 bytes.
+void manifest_rank_file_name(char *buffer, size_t bytes, uint32_t rank, uint32_t tp_size, uint32_t pp_size);
+
+// Layers [*begin, *begin + *count) of a stage, of stages with so many layers each.
+void manifest_stage(const uint16_t *stage_layers, uint32_t stage, int64_t *begin, int64_t *count);
+// The description of a stage's layers alone, numbered from 0 on.
+void manifest_stage_model(struct model_desc *out, const struct model_desc *model, int64_t layer_begin,
+                          int64_t num_layers);
 
 #endif

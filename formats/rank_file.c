@@ -23,12 +23,34 @@ int rank_file_check(const struct shard_file *file, const struct manifest *manife
     const struct shard_identity *identity = shard_file_identity(file);
     const struct manifest_file *wanted = &manifest->ranks[rank];
     char hint[REPAIR_HINT_BYTES];
+    int64_t layer_begin = 0, num_layers = 0;
     int rc;
-    if (identity->rank != rank || identity->tp_size != manifest->tp_size || identity->pp_size != manifest->pp_size)
+    if (manifest->pp_size > 1)
+        manifest_stage(manifest->stage_layers, rank / manifest->tp_size, &layer_begin, &num_layers);
+    if (identity->tp_size == manifest->tp_size && identity->pp_size == manifest->pp_size && manifest->pp_size > 1 &&
+        (identity->rank != rank % manifest->tp_size || identity->pp_rank != rank / manifest->tp_size))
+        return error_set(err, ERR_CORRUPT,
+                         "%s: it is the file of rank %" PRIu32 " of stage %" PRIu32 ", but rank %" PRIu32
+                         " of stage %" PRIu32 " belongs there; files were mixed up; %s",
+                         path, identity->rank, identity->pp_rank, rank % manifest->tp_size, rank / manifest->tp_size,
+                         repair_hint(hint, path));
+    if (identity->pp_size != manifest->pp_size)
+        return error_set(err, ERR_CORRUPT,
+                         "%s: it is of a model of %" PRIu32 " stages, and this one has %" PRIu32
+                         "; files were mixed up; %s",
+                         path, identity->pp_size, manifest->pp_size, repair_hint(hint, path));
+    if (identity->rank != rank % manifest->tp_size || identity->tp_size != manifest->tp_size)
         return error_set(err, ERR_CORRUPT,
                          "%s: it is the file of rank %" PRIu32 " of %" PRIu32 ", but rank %" PRIu32 " of %" PRIu32
                          " belongs there; files were mixed up; %s",
-                         path, identity->rank, identity->tp_size, rank, manifest->tp_size, repair_hint(hint, path));
+                         path, identity->rank, identity->tp_size, rank % manifest->tp_size, manifest->tp_size,
+                         repair_hint(hint, path));
+    if (identity->layer_begin != layer_begin || identity->num_layers != num_layers)
+        return error_set(err, ERR_CORRUPT,
+                         "%s: it holds %" PRIu32 " layers from layer %" PRIu32
+                         " on, and the manifest gives its stage %" PRId64 " from layer %" PRId64 " on; %s",
+                         path, identity->num_layers, identity->layer_begin, num_layers, layer_begin,
+                         repair_hint(hint, path));
     if ((rc = check_hash(path, "contract", checksum128_from_bytes(identity->contract), manifest->contract,
                          "the file comes from another run, model or setting", err)))
         return rc;

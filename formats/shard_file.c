@@ -158,13 +158,19 @@ static int check_head_hash(const struct shard_file *file, const struct disk_head
 static int read_header(struct shard_file *file, const struct disk_header *header, const uint8_t *bytes,
                        struct error *err)
 {
-    if (header->header_bytes != HEADER_BYTES || header->reserved ||
+    bool stages = header->required_features & FEATURE_STAGES;
+    if (header->header_bytes != HEADER_BYTES || (!stages && (header->layer_begin || header->num_layers)) ||
         !all_zero(header->reserved_end, 0, sizeof header->reserved_end))
         return refuse(file, err, "a reserved field of its header is in use");
     if (header->tp_size < 1 || header->tp_size > SHARD_MAX_RANKS || header->rank >= header->tp_size ||
         header->pp_size < 1 || header->pp_size > SHARD_MAX_RANKS || header->pp_rank >= header->pp_size)
         return refuse(file, err, "impossible rank %" PRIu32 " of %" PRIu32 ", stage %" PRIu32 " of %" PRIu32,
                       header->rank, header->tp_size, header->pp_rank, header->pp_size);
+    if (stages != (header->pp_size > 1) || stages != (header->num_layers > 0) ||
+        header->num_layers > MODEL_MAX_LAYERS || header->layer_begin > MODEL_MAX_LAYERS - header->num_layers)
+        return refuse(file, err,
+                      "impossible layers of stage %" PRIu32 " of %" PRIu32 ": %" PRIu32 " from layer %" PRIu32 " on",
+                      header->pp_rank, header->pp_size, header->num_layers, header->layer_begin);
     for (int i = 0; i < SHARE_FIELDS; i++)
         if (header->share[i] > WEIGHT_MAX_DIM)
             return refuse(file, err, "impossible share (field %d is %" PRIu64 ")", i, header->share[i]);
@@ -173,6 +179,8 @@ static int read_header(struct shard_file *file, const struct disk_header *header
         .tp_size = header->tp_size,
         .pp_rank = header->pp_rank,
         .pp_size = header->pp_size,
+        .layer_begin = header->layer_begin,
+        .num_layers = header->num_layers,
     };
     memcpy(&file->identity.share, header->share, sizeof header->share);
     memcpy(file->identity.contract, header->contract, sizeof header->contract);

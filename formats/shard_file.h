@@ -100,8 +100,10 @@ struct shard_tensor {
 
 // What a rank file says of itself, besides its tensors.
 struct shard_identity {
-    uint32_t rank, tp_size, pp_rank, pp_size; // pp_rank 0, pp_size 1 in this version's writer
-    uint8_t contract[16]; // XXH3-128 of the canonical manifest core (formats/manifest.h), big endian
+    uint32_t rank, tp_size;           // of its stage
+    uint32_t pp_rank, pp_size;        // stage
+    uint32_t layer_begin, num_layers; // of the stage, where there are several; else 0
+    uint8_t contract[16];             // XXH3-128 of the canonical manifest core (formats/manifest.h), big endian
     struct rank_share share;
 };
 

@@ -157,11 +157,14 @@ static struct disk_header make_header(const struct shard_disk_layout *layout, co
     struct disk_header header = {
         .version = SHARD_VERSION,
         .header_bytes = HEADER_BYTES,
-        .required_features = layout->table_bytes ? FEATURE_COMPRESSED : 0,
+        .required_features =
+            (layout->table_bytes ? FEATURE_COMPRESSED : 0u) | (identity->pp_size > 1 ? FEATURE_STAGES : 0u),
         .rank = identity->rank,
         .tp_size = identity->tp_size,
         .pp_rank = identity->pp_rank,
         .pp_size = identity->pp_size,
+        .layer_begin = identity->layer_begin,
+        .num_layers = identity->num_layers,
         .tensor_count = (uint32_t)tensor_count,
         .part_count = (uint32_t)layout->part_count,
         .tensors_offset = HEADER_BYTES,

@@ -16,7 +16,8 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the records are copie
 
 enum {
     FEATURE_COMPRESSED = 1, // leaves lie in the file as a table of the head says
-    REQUIRED_FEATURES_KNOWN = FEATURE_COMPRESSED,
+    FEATURE_STAGES = 2,     // the model is cut into several pipeline stages: the file holds one's layers
+    REQUIRED_FEATURES_KNOWN = FEATURE_COMPRESSED | FEATURE_STAGES,
     HEADER_BYTES = 320,
     HEAD_MAX_BYTES = 64 << 20,
     LEAVES_ALIGN = 16,
@@ -47,7 +48,8 @@ struct disk_header {
     uint64_t payload_offset;    //  96  end of the leaves, compressed: of the table behind them, rounded up to 2 MiB
     uint64_t payload_bytes;     // 104  multiple of 4096; not compressed: up to the end of the file
     uint64_t file_bytes;        // 112  payload_offset + what lies there
-    uint64_t reserved;          // 120  0
+    uint32_t layer_begin;       // 120  first layer of the stage, and
+    uint32_t num_layers;        // 124  how many; both 0 where there is one stage
     uint8_t contract[16];       // 128
     uint64_t share[14];         // 144  struct rank_share, in its order
     uint8_t head_hash[16];      // 256  XXH3-128, canonical, of [0, payload_offset) with this field zero
@@ -55,6 +57,7 @@ struct disk_header {
 };
 _Static_assert(sizeof(struct disk_header) == HEADER_BYTES, "on-disk layout");
 _Static_assert(offsetof(struct disk_header, tensors_offset) == 48, "on-disk layout");
+_Static_assert(offsetof(struct disk_header, layer_begin) == 120, "on-disk layout");
 _Static_assert(offsetof(struct disk_header, contract) == 128, "on-disk layout");
 _Static_assert(offsetof(struct disk_header, head_hash) == 256, "on-disk layout");
 _Static_assert(SHARE_FIELDS == 14, "on-disk layout");

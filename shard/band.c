@@ -25,16 +25,23 @@ int band_list(struct band **out, uint64_t *count, const struct plan *plan, uint6
     if (plan->quant.rotation > WEIGHT_ROW_UNIT) // rows that are rotated together are made together
         step = round_up(step, plan->quant.rotation);
     uint64_t capacity = 0, used = 0;
-    for (uint32_t rank = 0; rank < plan->tp_size; rank++)
+    for (uint32_t rank = 0; rank < plan->num_ranks; rank++)
         capacity += div_up(plan->ranks[rank].tensors[tensor].shape.rows_padded, step);
     struct band *bands = malloc((capacity + 1) * sizeof *bands);
     if (!bands)
         return error_set(err, ERR_MEMORY, "out of memory for a list of %llu bands", (unsigned long long)capacity);
-    for (uint32_t rank = 0; rank < (one_rank_each ? plan->tp_size : 1); rank++) {
+    uint32_t first = 0, behind = plan->num_ranks;
+    while (first < plan->num_ranks && !plan_rank_holds(plan, first, tensor))
+        first++;
+    while (behind > first && !plan_rank_holds(plan, behind - 1, tensor))
+        behind--;
+    for (uint32_t rank = first; rank < (one_rank_each ? behind : first + 1); rank++) {
         const struct weight_shape *shape = &plan->ranks[rank].tensors[tensor].shape;
+        if (!plan_rank_holds(plan, rank, tensor)) // a stage between two that hold it
+            continue;
         for (uint64_t row = 0; row < shape->rows_padded; row += step) {
             uint64_t end = row + step < shape->rows_padded ? row + step : shape->rows_padded;
-            bands[used++] = (struct band){tensor, rank, one_rank_each ? rank + 1 : plan->tp_size, row, end};
+            bands[used++] = (struct band){tensor, rank, one_rank_each ? rank + 1 : behind, row, end};
         }
     }
     *out = bands;

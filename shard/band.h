@@ -12,7 +12,7 @@
 
 struct band {
     uint64_t tensor;               // index in the plan
-    uint32_t rank_begin, rank_end; // columns cut or replicated: all ranks; rows cut: one
+    uint32_t rank_begin, rank_end; // columns cut or replicated: all ranks of the stages that hold it; rows cut: one
     uint64_t row_begin, row_end;   // stored rows, padding included
 };
 

@@ -96,7 +96,7 @@ static int run_bands(struct band_job *job, uint64_t count, struct checksum128 *h
 static uint64_t tensor_stored_bytes(const struct plan *plan, uint64_t tensor)
 {
     uint64_t bytes = 0;
-    for (uint32_t rank = 0; rank < plan->tp_size; rank++)
+    for (uint32_t rank = 0; rank < plan->num_ranks; rank++)
         bytes +=
             plan->ranks[rank].tensors[tensor].shape.data_bytes + plan->ranks[rank].tensors[tensor].shape.scale_bytes;
     return bytes;
@@ -189,7 +189,8 @@ static int describe(const struct build *build, struct manifest *manifest, struct
     manifest->tool = strdup(build_tool_name());
     manifest->model = plan->model;
     manifest->tp_size = plan->tp_size;
-    manifest->pp_size = 1;
+    manifest->pp_size = plan->pp_size;
+    memcpy(manifest->stage_layers, plan->stage_layers, sizeof manifest->stage_layers);
     manifest->quant = plan->quant;
     if (plan->quant.millibits) {
         int rc = plan_matrices(&manifest->matrices, &manifest->num_matrices, plan, err);
@@ -198,8 +199,8 @@ static int describe(const struct build *build, struct manifest *manifest, struct
     }
     manifest->experts = plan->experts;
     manifest->wire_advice = strdup("bf16");
-    manifest->ranks = calloc(plan->tp_size, sizeof *manifest->ranks);
-    manifest->num_ranks = manifest->ranks ? plan->tp_size : 0;
+    manifest->ranks = calloc(plan->num_ranks, sizeof *manifest->ranks);
+    manifest->num_ranks = manifest->ranks ? plan->num_ranks : 0;
     if (!manifest->tool || !manifest->wire_advice || !manifest->ranks)
         return error_set(err, ERR_MEMORY, "out of memory for the manifest");
     return build->input->sources(build->input->arg, manifest, err);
@@ -208,7 +209,7 @@ static int describe(const struct build *build, struct manifest *manifest, struct
 static uint64_t payload_bytes(const struct plan *plan)
 {
     uint64_t bytes = 0;
-    for (uint32_t rank = 0; rank < plan->tp_size; rank++)
+    for (uint32_t rank = 0; rank < plan->num_ranks; rank++)
         bytes += plan->ranks[rank].payload_bytes;
     return bytes;
 }

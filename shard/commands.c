@@ -110,6 +110,7 @@ struct plan_wish commands_wish(const struct model_options *options, enum experts
         .head = options->head,
         .group_size = options->group_size ? atoi(options->group_size) : 128,
         .tp_size = options->tp > 0 ? (uint32_t)options->tp : 1,
+        .pp_size = options->pp > 0 ? (uint32_t)options->pp : 1,
         .experts = experts,
         .rotate = options->rot,
     };
@@ -134,14 +135,15 @@ int commands_report_build(const struct build_result *result, const struct plan *
     double bytes_per_s = result->seconds > 0 ? (double)result->source_bytes / result->seconds : 0;
     if (common.json)
         return commands_print_json(
-            json_pack("{s:i, s:s, s:i, s:I, s:I, s:I, s:I, s:f, s:f, s:I}", "schema_version", 1, "out_dir", out_dir,
-                      "tp_size", (int)plan->tp_size, "source_bytes", (json_int_t)result->source_bytes, "written_bytes",
-                      (json_int_t)result->written_bytes, "rank_bytes", (json_int_t)result->rank_bytes,
-                      "largest_rank_bytes", (json_int_t)result->largest_rank_bytes, "seconds", result->seconds,
-                      "source_bytes_per_s", bytes_per_s, "peak_memory_bytes", (json_int_t)result->peak_memory_bytes),
+            json_pack("{s:i, s:s, s:i, s:i, s:I, s:I, s:I, s:I, s:f, s:f, s:I}", "schema_version", 1, "out_dir",
+                      out_dir, "tp_size", (int)plan->tp_size, "pp_size", (int)plan->pp_size, "source_bytes",
+                      (json_int_t)result->source_bytes, "written_bytes", (json_int_t)result->written_bytes,
+                      "rank_bytes", (json_int_t)result->rank_bytes, "largest_rank_bytes",
+                      (json_int_t)result->largest_rank_bytes, "seconds", result->seconds, "source_bytes_per_s",
+                      bytes_per_s, "peak_memory_bytes", (json_int_t)result->peak_memory_bytes),
             err);
-    commands_note("%s: %u rank file%s, %s, in %.1f s (%s/s of source, peak memory %s)", out_dir, plan->tp_size,
-                  plan->tp_size == 1 ? "" : "s", progress_bytes_text(written, result->rank_bytes), result->seconds,
+    commands_note("%s: %u rank file%s, %s, in %.1f s (%s/s of source, peak memory %s)", out_dir, plan->num_ranks,
+                  plan->num_ranks == 1 ? "" : "s", progress_bytes_text(written, result->rank_bytes), result->seconds,
                   progress_bytes_text(rate, (uint64_t)bytes_per_s),
                   progress_bytes_text(memory, result->peak_memory_bytes));
     return 0;

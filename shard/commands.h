@@ -22,7 +22,7 @@ extern struct common_options common;
 
 // Options that `convert` and `plan` share: how the model is to be cut and stored.
 struct model_options {
-    int64_t tp;             // -1: not said
+    int64_t tp, pp;         // -1: not said
     const char *quant;      // NULL: not said; "keep": as a checkpoint that is quantized has it
     const char *group_size; // NULL: not said
     const char *scales;
@@ -36,9 +36,11 @@ struct model_options {
 };
 
 // clang-format off
-#define MODEL_OPTIONS_DEFAULT {.tp = -1, .scales = "search", .bits = -1, .experts = "tp"}
+#define MODEL_OPTIONS_DEFAULT {.tp = -1, .pp = -1, .scales = "search", .bits = -1, .experts = "tp"}
 #define MODEL_OPTION_SPECS(options)                                                                                    \
     {"tp", OPTION_INT, &(options).tp, "N", 1, PLAN_MAX_TP, "ranks to cut the model for (default: 1)"},                 \
+    {"pp", OPTION_INT, &(options).pp, "N", 1, PLAN_MAX_PP,                                                             \
+     "pipeline stages to cut the layers for, each of --tp ranks (default: 1)"},                                        \
     {"quant", OPTION_CHOICE, &(options).quant, "keep|none|int8|fp8|int4|int4z|nl4|mxfp4|nvfp4", 0, 0,                      \
      "how the weights of the layers are stored; none is bf16, keep what a quantized checkpoint holds (its default)"},  \
     {"group-size", OPTION_CHOICE, &(options).group_size, "128|64|32", 0, 0,                                            \

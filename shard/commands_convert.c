@@ -198,9 +198,9 @@ static int write_directory(struct build_result *result, struct conversion *c, co
     checksum128_to_hex(quant->statistics, statistics);
     checksum128_to_hex(checksum_whole(c->mix.choice.list, c->mix.choice.count * sizeof *c->mix.choice.list), mix);
     snprintf(key, sizeof key,
-             "%s convert tp %u experts %s linear %d embedding %d head %d group %u keep %d%s%s%s %s %s%s%s",
-             build_tool_name(), c->plan->tp_size, experts_mode_name(c->plan->experts), quant->linear, quant->embedding,
-             quant->head, quant->group_size, c->keep, how->compress ? " zstd" : "",
+             "%s convert tp %u pp %u experts %s linear %d embedding %d head %d group %u keep %d%s%s%s %s %s%s%s",
+             build_tool_name(), c->plan->tp_size, c->plan->pp_size, experts_mode_name(c->plan->experts), quant->linear,
+             quant->embedding, quant->head, quant->group_size, c->keep, how->compress ? " zstd" : "",
              quant->scales == WEIGHT_SCALES_LARGEST ? " scales max" : "", quant->rotation ? " rot" : "",
              calibration_method_name(quant->calibration), statistics, quant->millibits ? " mix " : "",
              quant->millibits ? mix : "");
@@ -279,7 +279,7 @@ static int write_reference(const char *model_dir, const char *out_dir, struct er
     struct build_result result;
     const struct build_options how = {
         .out_dir = out_dir, .force = true, .resume = true, .quiet = common.quiet, .threads = threads()};
-    plain.tp = 1;
+    plain.tp = plain.pp = 1;
     plain.quant = "none";
     plain.bits = -1;
     plain.kinds = plain.sensitivity = plain.among = plain.group_size = NULL;

@@ -63,14 +63,26 @@ static json_t *stored_json(const struct shard_file *file)
                      leaves);
 }
 
+// The layers that a rank's stage holds.
+static void stage_of(const struct manifest *manifest, uint32_t rank, int64_t *layer_begin, int64_t *num_layers)
+{
+    *layer_begin = 0;
+    *num_layers = manifest->model.num_layers;
+    if (manifest->pp_size > 1)
+        manifest_stage(manifest->stage_layers, rank / manifest->tp_size, layer_begin, num_layers);
+}
+
 static json_t *rank_json(const struct shard_dir *dir, uint32_t rank)
 {
     const struct shard_file *file = dir->files[rank];
     const struct rank_share *share = &shard_file_identity(file)->share;
-    json_t *tensors = json_array();
+    const struct manifest *manifest = dir->manifest;
+    int64_t layer_begin, num_layers;
+    stage_of(manifest, rank, &layer_begin, &num_layers);
+    json_t *tensors = json_array(), *object;
     for (uint64_t i = 0; rank == (uint32_t)options.rank && i < shard_file_tensor_count(file); i++)
         json_array_append_new(tensors, tensor_json(shard_file_tensor(file, i)));
-    return json_pack(
+    object = json_pack(
         "{s:i, s:s, s:I, s:I, s:I, s:[I,I], s:[I,I], s:[I,I], s:[I,I], s:[I,I], s:[I,I], s:[I,I], s:I, s:o, s:o}",
         "rank", (int)rank, "file", dir->manifest->ranks[rank].name, "bytes",
         (json_int_t)dir->manifest->ranks[rank].bytes, "payload_offset", (json_int_t)shard_file_payload_offset(file),
@@ -84,6 +96,10 @@ static json_t *rank_json(const struct shard_dir *dir, uint32_t rank)
         "shared_intermediate", (json_int_t)share->shared_begin,
         (json_int_t)(share->shared_begin + share->shared_size_local), "tensor_count",
         (json_int_t)shard_file_tensor_count(file), "stored", stored_json(file), "tensors", tensors);
+    json_object_set_new(object, "stage", json_integer(rank / manifest->tp_size));
+    json_object_set_new(object, "layers",
+                        json_pack("[I,I]", (json_int_t)layer_begin, (json_int_t)(layer_begin + num_layers)));
+    return object;
 }
 
 static int print_json(const struct shard_dir *dir, struct error *err)
@@ -121,6 +137,19 @@ static void print_kinds(const struct shard_dir *dir)
             continue;
         printf("%s %s %s", between, weight_kind_name((enum weight_kind)kind), progress_bytes_text(text, bytes[kind]));
         between = ",";
+    }
+    printf("\n");
+}
+
+static void print_stages(const struct manifest *manifest)
+{
+    if (manifest->pp_size == 1)
+        return;
+    printf("  pp %u, layers of the stages:", manifest->pp_size);
+    for (uint32_t stage = 0; stage < manifest->pp_size; stage++) {
+        int64_t begin, count;
+        manifest_stage(manifest->stage_layers, stage, &begin, &count);
+        printf("%s %lld-%lld", stage ? "," : "", (long long)begin, (long long)(begin + count - 1));
     }
     printf("\n");
 }
@@ -190,6 +219,7 @@ static void print_manifest(const char *path, const struct shard_dir *dir)
                statistics);
     print_kinds(dir);
     printf("  tp %u, contract %s\n", manifest->tp_size, contract);
+    print_stages(manifest);
     print_wires(manifest);
     for (size_t i = 0; i < manifest->num_ranks; i++) {
         printf("  %-28s %s", manifest->ranks[i].name, progress_bytes_text(bytes, manifest->ranks[i].bytes));
@@ -252,11 +282,15 @@ static void print_mix(const struct shard_dir *dir)
 static void print_tensors(const struct shard_dir *dir, uint32_t rank)
 {
     const struct shard_file *file = dir->files[rank];
+    int64_t layer_begin, num_layers;
+    stage_of(dir->manifest, rank, &layer_begin, &num_layers);
     printf("\ntensors of rank %u:\n  %-24s %-5s %17s %12s %14s  %s\n", rank, "tensor", "kind", "rows x cols", "bytes",
            "offset", "from");
     for (uint64_t i = 0; i < shard_file_tensor_count(file); i++) {
         const struct shard_tensor *tensor = shard_file_tensor(file, i);
         char label[96], shape[48];
+        if (tensor->layer >= 0 && (tensor->layer < layer_begin || tensor->layer >= layer_begin + num_layers))
+            continue; // another stage's
         plan_tensor_label(label, sizeof label, tensor);
         snprintf(shape, sizeof shape, "%llu x %llu", (unsigned long long)tensor->shape.rows,
                  (unsigned long long)tensor->shape.cols);

@@ -206,6 +206,7 @@ static int choose_way(struct plan_answer *answer, struct subject *subject, struc
                                           : wanted->quant,
         .format = format,
         .tp_size = wanted->tp > 0 ? (uint32_t)wanted->tp : 0,
+        .pp_size = wanted->pp > 0 ? (uint32_t)wanted->pp : 1,
         .available_bytes = answer->available_bytes,
         .context_tokens = options.context > 0                ? options.context
                           : model->context < DEFAULT_CONTEXT ? model->context
@@ -230,7 +231,7 @@ static int choose_way(struct plan_answer *answer, struct subject *subject, struc
     if (fit.fits || !question.quant || !question.tp_size)
         answer->way = fit.way;
     if (!fit.fits && !question.tp_size)
-        answer->way.tp_size = FIT_MAX_TP;
+        answer->way.tp_size = FIT_MAX_TP / question.pp_size;
     answer->proposed = !question.quant || !question.tp_size || (!format && answer->way.kv_format != KV_BF16);
     return add_others(answer, &question, err);
 }
@@ -245,7 +246,7 @@ static int count_other_experts(struct plan_answer *answer, const struct subject 
     int rc = make_plan(&plan, subject, answer->way.quant, answer->way.tp_size, answer->other_experts, err);
     if (rc)
         return rc;
-    for (uint32_t rank = 0; rank < plan->tp_size; rank++) {
+    for (uint32_t rank = 0; rank < plan->num_ranks; rank++) {
         struct rank_memory memory;
         memory_plan_rank(&memory, plan, rank, answer->context_tokens, answer->way.kv_format);
         if (memory.total_bytes > answer->other_largest_bytes)
@@ -273,10 +274,10 @@ static int find_answer(struct plan_answer *answer, struct subject *subject, stru
     bool shorter = answer->fits && answer->max_context < own;
     answer->context_tokens = options.context > 0 ? options.context : shorter ? answer->max_context : own;
     answer->context_is = options.context > 0 ? "asked for" : shorter ? "as many as fit" : "the model's own context";
-    answer->ranks = calloc(answer->plan->tp_size, sizeof *answer->ranks);
+    answer->ranks = calloc(answer->plan->num_ranks, sizeof *answer->ranks);
     if (!answer->ranks)
-        return error_set(err, ERR_MEMORY, "out of memory for the plan of %u ranks", answer->plan->tp_size);
-    for (uint32_t rank = 0; rank < answer->plan->tp_size; rank++)
+        return error_set(err, ERR_MEMORY, "out of memory for the plan of %u ranks", answer->plan->num_ranks);
+    for (uint32_t rank = 0; rank < answer->plan->num_ranks; rank++)
         memory_plan_rank(&answer->ranks[rank], answer->plan, rank, answer->context_tokens, answer->way.kv_format);
     answer->largest_bytes = memory_plan_largest(answer->plan, answer->context_tokens, answer->way.kv_format);
     answer->compress = options.zstd;
@@ -306,7 +307,11 @@ static json_t *rank_json(const struct plan_answer *answer, uint32_t rank)
     for (int kind = 0; kind < WEIGHT_KIND_COUNT; kind++)
         if (memory->kind_bytes[kind])
             set_bytes(kinds, weight_kind_name((enum weight_kind)kind), memory->kind_bytes[kind]);
+    int64_t layer_begin, num_layers;
+    manifest_stage(answer->plan->stage_layers, rank / answer->plan->tp_size, &layer_begin, &num_layers);
     json_object_set_new(object, "rank", json_integer(rank));
+    json_object_set_new(object, "stage", json_integer(rank / answer->plan->tp_size));
+    json_object_set_new(object, "layers", range_json(layer_begin, num_layers));
     set_bytes(object, "bytes", memory->file_bytes);
     set_bytes(object, "weight_bytes", memory->weight_bytes);
     json_object_set_new(object, "kind_bytes", kinds);
@@ -380,7 +385,7 @@ static int print_json(const struct plan_answer *answer, const struct mix *mix, c
     json_t *ranks = json_array(), *advice = json_array(), *object;
     int64_t with_window = 0;
     char line[256];
-    for (uint32_t rank = 0; rank < plan->tp_size; rank++)
+    for (uint32_t rank = 0; rank < plan->num_ranks; rank++)
         json_array_append_new(ranks, rank_json(answer, rank));
     for (int i = 0; i < answer->num_advice; i++) {
         const struct fit *fit = &answer->advice[i];
@@ -401,6 +406,7 @@ static int print_json(const struct plan_answer *answer, const struct mix *mix, c
                   weight_kind_name(plan->quant.head), "group_size", (int)plan->quant.group_size, "experts",
                   experts ? experts_mode_name(plan->experts) : NULL, "kv_cache", kv_format_name(answer->way.kv_format),
                   "proposed", answer->proposed);
+    json_object_set_new(object, "pp_size", json_integer(plan->pp_size));
     json_object_set_new(json_object_get(object, "quant"), "rotation", json_integer(plan->quant.rotation));
     set_mix(object, &answer->way, wanted);
     set_bytes(object, "model_context", (uint64_t)model->context);

@@ -189,9 +189,6 @@ static int read_manifest(struct shard_dir *dir, const char *path, struct error *
                          cause.msg);
     if (rc)
         *err = cause;
-    else if (dir->manifest->pp_size != 1)
-        rc = error_set(err, ERR_CORRUPT, "%s: it is cut into %u stages, which this version does not write", path,
-                       dir->manifest->pp_size);
     return rc;
 }
 

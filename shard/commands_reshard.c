@@ -10,13 +10,15 @@
 #include <sys/stat.h>
 
 static struct {
-    int64_t tp, threads;
-    const char *experts; // NULL: as they are
+    int64_t tp, pp, threads; // -1: not said
+    const char *experts;     // NULL: as they are
     bool zstd, resume, force;
-} options = {.tp = -1, .threads = -1};
+} options = {.tp = -1, .pp = -1, .threads = -1};
 
 const struct option_spec reshard_options[] = {
     {"tp", OPTION_INT, &options.tp, "N", 1, PLAN_MAX_TP, "ranks to cut the model for"},
+    {"pp", OPTION_INT, &options.pp, "N", 1, PLAN_MAX_PP,
+     "pipeline stages of so many ranks each (default: as in out_dir)"},
     {"experts", OPTION_CHOICE, &options.experts, "tp|ep", 0, 0,
      "tp: every rank holds a slice of each expert; ep: some of them, whole (default: as in out_dir)"},
     ZSTD_OPTION_SPEC(&options.zstd),
@@ -79,9 +81,17 @@ static int prepare(struct resharding *r, const char *from, struct error *err)
     const struct manifest *manifest = r->dir.manifest;
     struct plan_kinds_of_file kinds;
     plan_kinds_of_file_init(&kinds, r->dir.files[0]);
-    struct plan_options from_options = {manifest->quant, manifest->tp_size, manifest->experts, &kinds.kinds, NULL};
-    struct plan_options to_options = {manifest->quant, (uint32_t)options.tp, wanted_experts(manifest), &kinds.kinds,
-                                      NULL};
+    struct plan_options from_options = {.quant = manifest->quant,
+                                        .tp_size = manifest->tp_size,
+                                        .pp_size = manifest->pp_size,
+                                        .stage_layers = manifest->stage_layers,
+                                        .experts = manifest->experts,
+                                        .kinds = &kinds.kinds};
+    struct plan_options to_options = from_options;
+    to_options.tp_size = options.tp > 0 ? (uint32_t)options.tp : manifest->tp_size;
+    to_options.pp_size = options.pp > 0 ? (uint32_t)options.pp : manifest->pp_size;
+    to_options.stage_layers = NULL;
+    to_options.experts = wanted_experts(manifest);
     if ((rc = plan_make(&r->from, &manifest->model, &from_options, err)) ||
         (rc = plan_compare_matrices(r->from, manifest, MANIFEST_FILE_NAME, err)) ||
         (rc = plan_make(&r->to, &manifest->model, &to_options, err)) ||
@@ -118,8 +128,8 @@ static int reshard(struct resharding *r, const char *to, struct error *err)
 {
     char key[512], contract[CHECKSUM128_HEX_DIGITS + 1];
     checksum128_to_hex(r->dir.manifest->contract, contract);
-    snprintf(key, sizeof key, "%s reshard tp %u experts %s from %s%s", build_tool_name(), r->to->tp_size,
-             experts_mode_name(r->to->experts), contract, options.zstd ? " zstd" : "");
+    snprintf(key, sizeof key, "%s reshard tp %u pp %u experts %s from %s%s", build_tool_name(), r->to->tp_size,
+             r->to->pp_size, experts_mode_name(r->to->experts), contract, options.zstd ? " zstd" : "");
     struct build_input input = {
         .plan = r->to,
         .source = &r->source.source,
@@ -148,8 +158,8 @@ int reshard_run(int argc, char **argv, struct error *err)
     struct resharding resharding = {0};
     int rc;
     (void)argc;
-    if (options.tp < 0)
-        return error_set(err, ERR_USAGE, "reshard needs --tp N: for how many ranks?");
+    if (options.tp < 0 && options.pp < 0)
+        return error_set(err, ERR_USAGE, "reshard needs --tp N or --pp N: for how many ranks?");
     if ((rc = refuse_same_dir(argv[0], argv[1], err)))
         return rc;
     if (!(rc = prepare(&resharding, argv[0], err)))

@@ -23,7 +23,7 @@ void compress_plan_make(struct compress_plan *out, const struct rank_memory *ran
 {
     double payload = 0, stored = 0, seconds = 0;
     struct compress_plan made = {0};
-    for (uint32_t rank = 0; rank < plan->tp_size; rank++) {
+    for (uint32_t rank = 0; rank < plan->num_ranks; rank++) {
         double rank_stored = 0;
         for (int kind = 0; kind < WEIGHT_KIND_COUNT; kind++) {
             double bytes = (double)ranks[rank].kind_bytes[kind];

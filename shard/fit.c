@@ -20,7 +20,7 @@ static struct fit judge(const struct fit_question *question, const struct plan *
 {
     struct fit fit = {.way = {quant, format, plan->tp_size}};
     uint64_t stored = 0;
-    for (uint32_t rank = 0; rank < plan->tp_size; rank++)
+    for (uint32_t rank = 0; rank < plan->num_ranks; rank++)
         stored += plan->ranks[rank].payload_bytes;
     uint64_t min_ranks = div_up(stored, question->available_bytes ? question->available_bytes : 1);
     fit.min_ranks = min_ranks > UINT32_MAX ? UINT32_MAX : (uint32_t)min_ranks;
@@ -37,7 +37,8 @@ static bool in_question(const struct fit_question *question, enum kv_format form
 // The best way with these weights: the fewest ranks on which the cache fits in bf16, or else in fp8.
 static int try_quant(struct fit *out, const struct fit_question *question, const char *quant, struct error *err)
 {
-    uint32_t first = question->tp_size ? question->tp_size : 1, last = question->tp_size ? first : FIT_MAX_TP;
+    uint32_t first = question->tp_size ? question->tp_size : 1, pp_size = question->pp_size ? question->pp_size : 1,
+             last = question->tp_size ? first : FIT_MAX_TP / pp_size;
     struct fit with_fp8 = {0};
     for (uint32_t tp_size = first; tp_size <= last; tp_size++) {
         struct plan *plan;
@@ -52,8 +53,9 @@ static int try_quant(struct fit *out, const struct fit_question *question, const
         if (out->fits)
             return 0;
         // More ranks never store less in all, so that counts too small for these weights need not be tried.
-        if (out->min_ranks > tp_size + 1)
-            tp_size = out->min_ranks - 1;
+        uint32_t least = (uint32_t)div_up(out->min_ranks, pp_size);
+        if (least > tp_size + 1)
+            tp_size = least - 1;
     }
     if (in_question(question, KV_E4M3))
         *out = with_fp8;

@@ -22,7 +22,8 @@ enum { FIT_MAX_TP = 16 }; // as many ranks are tried where none are asked for
 struct fit_question {
     const char *quant;            // NULL: any
     const enum kv_format *format; // NULL: any
-    uint32_t tp_size;             // 0: 1 to FIT_MAX_TP
+    uint32_t tp_size;             // 0: 1 to FIT_MAX_TP / pp_size
+    uint32_t pp_size;             // 0: 1
     uint64_t available_bytes;     // on each card, for its rank
     int64_t context_tokens;       // at least so many must fit
     const char *unchanged;        // the first word to try: "none", or "keep" for a checkpoint that is quantized

@@ -80,7 +80,10 @@ static int rotated_model(struct model_desc *out, uint32_t *block, const struct m
 int plan_of_wish(struct plan **out, const struct model_desc *model, const struct import_config *config,
                  struct import *import, const struct plan_wish *wish, struct error *err)
 {
-    struct plan_options cut = {.tp_size = wish->tp_size, .experts = wish->experts};
+    struct plan_options cut = {.tp_size = wish->tp_size,
+                               .pp_size = wish->pp_size,
+                               .stage_layers = wish->stage_layers,
+                               .experts = wish->experts};
     const struct plan_mix *mix = wish->mix && wish->mix->list ? wish->mix : NULL;
     const char *quant = strcmp(wish->quant, "keep") == 0 ? "none" : wish->quant;
     bool keep = plan_wish_keeps(wish, import);

@@ -39,8 +39,9 @@ struct plan_wish {
         *quant; // "keep": as the checkpoint has it (bf16 where it is not quantized), "none", or the name of a kind
     const char *embed, *head; // NULL: not said
     int64_t group_size;
-    enum weight_scales scales; // of what is rounded to four bits
-    uint32_t tp_size;
+    enum weight_scales scales;    // of what is rounded to four bits
+    uint32_t tp_size, pp_size;    // pp_size 0: 1
+    const uint16_t *stage_layers; // [pp_size]; NULL: balanced
     enum experts_mode experts;
     bool rotate;                // --rot
     const struct plan_mix *mix; // instead of quant; NULL or without a list: none

@@ -28,12 +28,13 @@ static uint64_t chosen_of(const struct model_desc *model, uint64_t bytes)
 static uint64_t read_bytes(const struct plan *plan, const struct plan_rank *rank)
 {
     uint64_t always = 0, experts = 0;
+    bool last = rank >= plan->ranks + plan->num_ranks - plan->tp_size, is_head = plan->model.tied_embeddings && last;
     for (uint64_t i = 0; i < plan->tensor_count; i++) {
         const struct shard_tensor *tensor = &rank->tensors[i];
         uint64_t bytes = tensor->shape.data_bytes + tensor->shape.scale_bytes;
         if (tensor->expert >= 0)
             experts += bytes;
-        else if (tensor->role != ROLE_EMBEDDING || plan->model.tied_embeddings)
+        else if (tensor->role != ROLE_EMBEDDING || is_head)
             always += bytes;
         else if (tensor->shape.rows_padded > 0)
             always += bytes / tensor->shape.rows_padded;
@@ -66,12 +67,16 @@ uint64_t memory_plan_active_parameters(const struct plan *plan)
 static uint64_t cache_bytes(const struct plan *plan, uint32_t rank, int64_t context_tokens, enum kv_format format)
 {
     int64_t pages = (int64_t)div_up((uint64_t)context_tokens, KV_PAGE_TOKENS);
-    return kv_bytes(&plan->model, &plan->ranks[rank].share, pages, format);
+    struct model_desc model;
+    plan_rank_model(&model, plan, rank);
+    return kv_bytes(&model, &plan->ranks[rank].share, pages, format);
 }
 
 static uint64_t cache_read_bytes(const struct plan *plan, uint32_t rank, int64_t context_tokens, enum kv_format format)
 {
-    const struct model_desc *model = &plan->model;
+    struct model_desc stage;
+    const struct model_desc *model = &stage;
+    plan_rank_model(&stage, plan, rank);
     struct kv_shape shape = kv_shape(model, &plan->ranks[rank].share);
     uint64_t layer_bytes = kv_layer_bytes(&shape, 1, format) / KV_PAGE_TOKENS, sum = 0;
     for (int64_t layer = 0; layer < model->num_layers; layer++) {
@@ -125,8 +130,10 @@ static uint64_t cuda_attention_bytes(const struct model_desc *model, const struc
 
 static uint64_t cuda_scratch(const struct plan *plan, uint32_t rank, int64_t context_tokens)
 {
-    const struct model_desc *model = &plan->model;
+    struct model_desc stage;
+    const struct model_desc *model = &stage;
     const struct rank_share *share = &plan->ranks[rank].share;
+    plan_rank_model(&stage, plan, rank);
     uint64_t vocab = (uint64_t)share->vocab_local, widest = round_up((uint64_t)widest_input(model, share), ACT_GROUP);
     uint64_t row_floats = (uint64_t)attended_width(model, share);
     for (int buffer = 0; buffer < BUFFER_COUNT; buffer++)
@@ -136,15 +143,17 @@ static uint64_t cuda_scratch(const struct plan *plan, uint32_t rank, int64_t con
     uint64_t bytes = CUDA_ROWS * (row_floats * sizeof(float) + widest * 2 + widest / ACT_GROUP * sizeof(float)) +
                      cuda_experts_bytes(model, share) + cuda_attention_bytes(model, share, context_tokens) +
                      CUDA_LOGITS_ROWS * vocab * sizeof(float) + CUDA_SLAB_BYTES + CUDA_SLAB_BYTES / 64 * sizeof(float);
-    if (plan->tp_size == 1) // the device samples
+    if (plan->num_ranks == 1) // the device samples
         bytes += vocab * 3;
     return bytes + CUDA_SMALL_BYTES + CUDA_WORKSPACE_BYTES + CUDA_RESERVE_BYTES;
 }
 
 static uint64_t cpu_scratch(const struct plan *plan, uint32_t rank, int64_t context_tokens)
 {
+    struct model_desc stage;
+    plan_rank_model(&stage, plan, rank);
     struct device_shape shape = {
-        .desc = &plan->model,
+        .desc = &stage,
         .share = &plan->ranks[rank].share,
         .max_rows = backend_cpu.prefill_rows,
         .max_sequences = 1,
@@ -167,12 +176,16 @@ static uint64_t gpu_bytes(const struct plan *plan, uint32_t rank, int64_t contex
            cuda_scratch(plan, rank, context_tokens);
 }
 
-// The embedding and two sums a layer. Every rank sends its part of each sum to the other ranks, and its share of the result.
-static uint64_t sent_bytes(const struct plan *plan)
+// The embedding and two sums a layer, of the rank's stage. Every rank sends its part of each sum to the other ranks, and its share of the result; and,
+// to the next stage, a row of the residual in f32.
+static uint64_t sent_bytes(const struct plan *plan, uint32_t rank)
 {
-    uint64_t sums = 1 + 2 * (uint64_t)plan->model.num_layers;
-    uint64_t row = wire_groups((uint64_t)plan->model.hidden_size) * wire_group_bytes(WIRE_BF16);
-    return sums * (row * 2 * (plan->tp_size - 1) / plan->tp_size);
+    struct model_desc model;
+    plan_rank_model(&model, plan, rank);
+    bool first = rank < plan->tp_size, last = rank + plan->tp_size >= plan->num_ranks;
+    uint64_t sums = (first ? 1 : 0) + 2 * (uint64_t)model.num_layers, hidden = (uint64_t)model.hidden_size;
+    uint64_t row = wire_groups(hidden) * wire_group_bytes(WIRE_BF16);
+    return sums * (row * 2 * (plan->tp_size - 1) / plan->tp_size) + (last ? 0 : hidden * sizeof(float));
 }
 
 void memory_plan_rank(struct rank_memory *out, const struct plan *plan, uint32_t rank, int64_t context_tokens,
@@ -194,14 +207,14 @@ void memory_plan_rank(struct rank_memory *out, const struct plan *plan, uint32_t
     memory.total_bytes = gpu_bytes(plan, rank, context_tokens, kv_format);
     memory.read_bytes = read_bytes(plan, planned);
     memory.kv_read_bytes = cache_read_bytes(plan, rank, context_tokens, kv_format);
-    memory.sent_bytes = sent_bytes(plan);
+    memory.sent_bytes = sent_bytes(plan, rank);
     *out = memory;
 }
 
 uint64_t memory_plan_largest(const struct plan *plan, int64_t context_tokens, enum kv_format kv_format)
 {
     uint64_t largest = 0;
-    for (uint32_t rank = 0; rank < plan->tp_size; rank++) {
+    for (uint32_t rank = 0; rank < plan->num_ranks; rank++) {
         uint64_t bytes = gpu_bytes(plan, rank, context_tokens, kv_format);
         largest = bytes > largest ? bytes : largest;
     }

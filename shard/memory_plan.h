@@ -18,7 +18,7 @@ struct rank_memory {
     uint64_t weight_bytes;                  // its payload: what lies in memory
     uint64_t kind_bytes[WEIGHT_KIND_COUNT]; // weights and scales as stored
     uint64_t padding_bytes;                 // in the payload: rounding of rows, columns, tensors and the end
-    uint64_t kv_bytes_per_token;            // all layers; those with a window keep as much as the others
+    uint64_t kv_bytes_per_token;            // all layers of its stage; those with a window keep as much as the others
     uint64_t kv_bytes;                      // at the context, in whole pages
     uint64_t scratch_bytes;                 // on a GPU: buffers of a step of 2048 rows, and the backend's reserve
     uint64_t cpu_scratch_bytes;             // on a CPU, one thread
@@ -26,7 +26,7 @@ struct rank_memory {
     // One token of decoding.
     uint64_t read_bytes;    // weights, of the experts the chosen ones alone; whole experts: on average
     uint64_t kv_read_bytes; // at the context's end; layers with a window read no more than that
-    uint64_t sent_bytes;    // to the other ranks, on a bf16 wire
+    uint64_t sent_bytes;    // to the other ranks, on a bf16 wire, and to the next stage
 };
 void memory_plan_rank(struct rank_memory *out, const struct plan *plan, uint32_t rank, int64_t context_tokens,
                       enum kv_format kv_format);

@@ -36,7 +36,12 @@ static const struct shard_file *any_open(const struct shard_dir *dir)
 static int plan_with(struct origin *origin, const struct manifest *manifest, const struct plan_kinds *kinds,
                      struct error *err)
 {
-    struct plan_options cut = {manifest->quant, manifest->tp_size, manifest->experts, kinds, NULL};
+    struct plan_options cut = {.quant = manifest->quant,
+                               .tp_size = manifest->tp_size,
+                               .pp_size = manifest->pp_size,
+                               .stage_layers = manifest->stage_layers,
+                               .experts = manifest->experts,
+                               .kinds = kinds};
     struct import_kinds imported;
     if (origin->rows.import) {
         imported = import_kinds_as(origin->rows.import, kinds);
@@ -86,6 +91,8 @@ static int plan_of_manifest(struct origin *origin, const struct manifest *manife
                                  .group_size = manifest->quant.group_size,
                                  .scales = manifest->quant.scales,
                                  .tp_size = manifest->tp_size,
+                                 .pp_size = manifest->pp_size,
+                                 .stage_layers = manifest->stage_layers,
                                  .experts = manifest->experts,
                                  .rotate = manifest->quant.rotation > 0};
         struct plan *plan;
@@ -113,7 +120,7 @@ static int make_plan(struct origin *origin, const struct shard_dir *dir, struct 
                                               : plan_of_manifest(origin, dir->manifest, err);
     if (!rc)
         rc = plan_compare_matrices(origin->plan, dir->manifest, MANIFEST_FILE_NAME, err);
-    for (uint32_t rank = 0; !rc && rank < origin->plan->tp_size; rank++)
+    for (uint32_t rank = 0; !rc && rank < origin->plan->num_ranks; rank++)
         if (dir->files[rank])
             rc = plan_compare(origin->plan, rank, dir->files[rank], dir->paths[rank], err);
     return rc;

@@ -24,7 +24,11 @@ static const char *const own_extras[] = {
     "config.json",   "SHA256SUMS",       "SHA256SUMS.asc",        "SHA256SUMS.minisig",     "SHA256SUMS.sig",
 };
 
-static bool is_rank_file(const char *name) { return fnmatch("rank-[0-9][0-9]-of-[0-9][0-9].tpshard", name, 0) == 0; }
+static bool is_rank_file(const char *name)
+{
+    return fnmatch("rank-[0-9][0-9]-of-[0-9][0-9].tpshard", name, 0) == 0 ||
+           fnmatch("stage-[0-9][0-9]-rank-[0-9][0-9]-of-[0-9][0-9].tpshard", name, 0) == 0;
+}
 
 static bool is_own_name(const char *name)
 {

@@ -2,6 +2,7 @@
 #include "shard/plan.h"
 
 #include "shard/plan_tensors.h"
+#include "shard/stages.h"
 
 #include <assert.h>
 #include <stdio.h>
@@ -206,6 +207,65 @@ static struct rank_share share_of(const struct plan *plan, uint32_t rank)
 
 // ---- tensors -----------------------------------------------------------------------------------------------------
 
+// Whether a stage of the plan holds tensors of this role and layer (-1: none). The head of the last stage may be the embedding.
+static bool stage_holds(const struct plan *plan, uint32_t stage, enum tensor_role role, int32_t layer)
+{
+    bool first = stage == 0, last = stage + 1 == plan->pp_size;
+    int64_t begin, count;
+    if (layer >= 0) {
+        manifest_stage(plan->stage_layers, stage, &begin, &count);
+        return layer >= begin && layer < begin + count;
+    }
+    switch (role) {
+    case ROLE_EMBEDDING:
+        return first || (last && plan->model.tied_embeddings);
+    case ROLE_FINAL_NORM:
+    case ROLE_HEAD:
+        return last;
+    default:
+        return true;
+    }
+}
+
+bool plan_rank_holds(const struct plan *plan, uint32_t rank, uint64_t tensor)
+{
+    const struct shard_tensor *of = &plan->ranks[rank].tensors[tensor];
+    return stage_holds(plan, rank / plan->tp_size, of->role, of->layer);
+}
+
+void plan_rank_model(struct model_desc *out, const struct plan *plan, uint32_t rank)
+{
+    int64_t begin, count;
+    manifest_stage(plan->stage_layers, rank / plan->tp_size, &begin, &count);
+    manifest_stage_model(out, &plan->model, begin, count);
+}
+
+// A rank's slice of a tensor, parts without their names. holds: its stage has the tensor.
+static int slice_tensor(struct shard_tensor *tensor, const struct plan *plan, const struct planned *planned,
+                        const struct rank_share *share, bool holds, struct error *err)
+{
+    bool vector = planned->kind.kind == WEIGHT_F32;
+    uint64_t rows = 0, cols = 0;
+    *tensor = (struct shard_tensor){.role = planned->role, .layer = planned->layer, .expert = planned->expert};
+    for (int p = 0; p < planned->num_entries; p++) {
+        struct shard_part part = planned_part(planned, p, &plan->model, plan->experts, share);
+        if (!holds && vector)
+            part.col_begin = part.cols = 0;
+        else if (!holds)
+            part.row_begin = part.rows = 0;
+        rows = vector ? 1 : rows + part.rows;
+        cols = vector ? cols + part.cols : part.cols;
+        if (strcmp(planned->entries[p]->source, FAMILY_COMPUTED) != 0)
+            tensor->parts[tensor->num_parts++] = part;
+    }
+    if (weight_shape_make(&tensor->shape, planned->kind.kind, planned->kind.group_size, rows, cols))
+        return 0;
+    char label[NAME_BYTES];
+    plan_tensor_label(label, sizeof label, tensor);
+    return error_set(err, ERR_MODEL, "%s: %llu x %llu elements as %s are more than a tensor can hold", label,
+                     (unsigned long long)rows, (unsigned long long)cols, weight_kind_name(planned->kind.kind));
+}
+
 // Fills stored tensor `index` on every rank, and where its parts come from. Names are taken from *next_name.
 static int add_tensor(struct plan *plan, uint64_t index, const struct planned *planned, char **next_name,
                       struct error *err)
@@ -215,30 +275,62 @@ static int add_tensor(struct plan *plan, uint64_t index, const struct planned *p
     plan->splits[index] = planned_split(planned, plan->experts);
     for (int p = 0; p < planned->num_entries; p++)
         if (strcmp(planned->entries[p]->source, FAMILY_COMPUTED) != 0) {
-            names[p] = name_part(&plan->sources[index][p], plan->prefix, planned, p, next_name);
+            names[num_parts] = name_part(&plan->sources[index][p], plan->prefix, planned, p, next_name);
             num_parts++;
         }
-    for (uint32_t rank = 0; rank < plan->tp_size; rank++) {
+    for (uint32_t rank = 0; rank < plan->num_ranks; rank++) {
         struct shard_tensor *tensor = &plan->ranks[rank].tensors[index];
-        *tensor = (struct shard_tensor){.role = planned->role, .layer = planned->layer, .expert = planned->expert};
-        uint64_t rows = 0, cols = 0;
-        for (int p = 0; p < planned->num_entries; p++) {
-            struct shard_part part = planned_part(planned, p, &plan->model, plan->experts, &plan->ranks[rank].share);
-            rows = planned->kind.kind == WEIGHT_F32 ? 1 : rows + part.rows;
-            cols = planned->kind.kind == WEIGHT_F32 ? cols + part.cols : part.cols;
-            if (p >= num_parts)
-                continue;
-            part.source = names[p];
-            tensor->parts[tensor->num_parts++] = part;
-        }
-        if (!weight_shape_make(&tensor->shape, planned->kind.kind, planned->kind.group_size, rows, cols)) {
-            char label[NAME_BYTES];
-            plan_tensor_label(label, sizeof label, tensor);
-            return error_set(err, ERR_MODEL, "%s: %llu x %llu elements as %s are more than a tensor can hold", label,
-                             (unsigned long long)rows, (unsigned long long)cols, weight_kind_name(planned->kind.kind));
-        }
+        bool holds = stage_holds(plan, rank / plan->tp_size, planned->role, planned->layer);
+        int rc = slice_tensor(tensor, plan, planned, &plan->ranks[rank].share, holds, err);
+        if (rc)
+            return rc;
+        for (int p = 0; p < num_parts; p++)
+            tensor->parts[p].source = names[p];
     }
     return 0;
+}
+
+// ---- stages ------------------------------------------------------------------------------------------------------
+
+// What each layer takes on all ranks of a stage together, and what lies outside of the layers.
+static int weigh_layers(struct plan *plan, const struct planned_list *list, uint64_t *layer_bytes,
+                        uint64_t *first_bytes, uint64_t *last_bytes, struct error *err)
+{
+    for (uint64_t i = 0; i < list->count; i++) {
+        const struct planned *planned = &list->tensors[i];
+        uint64_t bytes = 0;
+        for (uint32_t rank = 0; rank < plan->tp_size; rank++) {
+            struct shard_tensor tensor;
+            int rc = slice_tensor(&tensor, plan, planned, &plan->ranks[rank].share, true, err);
+            if (rc)
+                return rc;
+            bytes += tensor.shape.data_bytes + tensor.shape.scale_bytes;
+        }
+        if (planned->layer >= 0) {
+            layer_bytes[planned->layer] += bytes;
+            continue;
+        }
+        *first_bytes += stage_holds(plan, 0, planned->role, -1) ? bytes : 0;
+        *last_bytes += stage_holds(plan, plan->pp_size - 1, planned->role, -1) ? bytes : 0;
+    }
+    return 0;
+}
+
+// Decides which layers each stage holds.
+static int cut_stages(struct plan *plan, const struct planned_list *list, const uint16_t *wanted, struct error *err)
+{
+    uint64_t layer_bytes[MODEL_MAX_LAYERS] = {0}, first_bytes = 0, last_bytes = 0;
+    plan->stage_layers[0] = (uint16_t)plan->model.num_layers;
+    if (plan->pp_size == 1)
+        return 0;
+    if (wanted) {
+        memcpy(plan->stage_layers, wanted, plan->pp_size * sizeof *wanted);
+        return 0;
+    }
+    int rc = weigh_layers(plan, list, layer_bytes, &first_bytes, &last_bytes, err);
+    return rc ? rc
+              : stages_balance(plan->stage_layers, plan->pp_size, layer_bytes, plan->model.num_layers, first_bytes,
+                               last_bytes, err);
 }
 
 // ---- the whole ---------------------------------------------------------------------------------------------------
@@ -249,13 +341,13 @@ static int allocate(struct plan *plan, const struct planned_list *list)
     for (uint64_t i = 0; i < list->count; i++)
         names += 2 * (uint64_t)list->tensors[i].num_entries;
     plan->tensor_count = list->count;
-    plan->ranks = calloc(plan->tp_size, sizeof *plan->ranks);
+    plan->ranks = calloc(plan->num_ranks, sizeof *plan->ranks);
     plan->splits = calloc(list->count, sizeof *plan->splits);
     plan->sources = calloc(list->count, sizeof *plan->sources);
     plan->names = calloc(names, NAME_BYTES);
     if (!plan->ranks || !plan->splits || !plan->sources || !plan->names)
         return -1;
-    for (uint32_t rank = 0; rank < plan->tp_size; rank++)
+    for (uint32_t rank = 0; rank < plan->num_ranks; rank++)
         if (!(plan->ranks[rank].tensors = calloc(list->count, sizeof *plan->ranks[rank].tensors)))
             return -1;
     return 0;
@@ -268,12 +360,25 @@ static int fill(struct plan *plan, const struct planned_list *list, struct error
     for (uint64_t i = 0; i < list->count; i++)
         if ((rc = add_tensor(plan, i, &list->tensors[i], &next_name, err)))
             return rc;
-    for (uint32_t rank = 0; rank < plan->tp_size; rank++) {
+    for (uint32_t rank = 0; rank < plan->num_ranks; rank++) {
         struct plan_rank *r = &plan->ranks[rank];
         if ((rc = shard_layout(r->tensors, plan->tensor_count, &r->payload_offset, &r->payload_bytes, &r->file_bytes,
                                err)))
             return rc;
     }
+    return 0;
+}
+
+static int check_ranks(uint32_t tp_size, uint32_t pp_size, const struct model_desc *model, struct error *err)
+{
+    if (tp_size < 1 || tp_size > PLAN_MAX_TP)
+        return error_set(err, ERR_USAGE, "--tp %u: a model can be cut for 1 to %d ranks", tp_size, PLAN_MAX_TP);
+    if (pp_size > PLAN_MAX_PP || tp_size * pp_size > PLAN_MAX_RANKS)
+        return error_set(err, ERR_USAGE, "--tp %u --pp %u: a model can be cut for %d ranks in all, not for %u", tp_size,
+                         pp_size, PLAN_MAX_RANKS, tp_size * pp_size);
+    if (pp_size > model->num_layers)
+        return error_set(err, ERR_USAGE, "--pp %u: the model has %lld layers, and each stage needs one", pp_size,
+                         (long long)model->num_layers);
     return 0;
 }
 
@@ -284,9 +389,9 @@ int plan_make(struct plan **out, const struct model_desc *model, const struct pl
     if (!family)
         return error_set(err, ERR_MODEL, "architecture \"%s\" is not supported (known: %s)", model->architecture,
                          family_list());
-    if (options->tp_size < 1 || options->tp_size > PLAN_MAX_TP)
-        return error_set(err, ERR_USAGE, "--tp %u: a model can be cut for 1 to %d ranks", options->tp_size,
-                         PLAN_MAX_TP);
+    uint32_t pp_size = options->pp_size ? options->pp_size : 1;
+    if ((rc = check_ranks(options->tp_size, pp_size, model, err)))
+        return rc;
 
     struct planned_list list = {0};
     struct plan *plan = calloc(1, sizeof *plan);
@@ -296,19 +401,22 @@ int plan_make(struct plan **out, const struct model_desc *model, const struct pl
     plan->quant = options->quant;
     plan->experts = model->experts.num_experts > 0 ? options->experts : EXPERTS_TP;
     plan->tp_size = options->tp_size;
+    plan->pp_size = pp_size;
+    plan->num_ranks = options->tp_size * pp_size;
     plan->prefix = family->prefix ? family->prefix : "";
     if ((rc = planned_list_make(&list, model, options->tensors ? options->tensors : family->tensors, &plan->quant,
                                 err)) ||
         (rc = ask_kinds(plan, &list, options->kinds, err)))
         goto done;
     if (allocate(plan, &list)) {
-        rc = error_set(err, ERR_MEMORY, "out of memory for the plan of %u ranks", plan->tp_size);
+        rc = error_set(err, ERR_MEMORY, "out of memory for the plan of %u ranks", plan->num_ranks);
         goto done;
     }
     plan->units = units_of(model, &list);
-    for (uint32_t rank = 0; rank < plan->tp_size; rank++)
-        plan->ranks[rank].share = share_of(plan, rank);
-    rc = fill(plan, &list, err);
+    for (uint32_t rank = 0; rank < plan->num_ranks; rank++)
+        plan->ranks[rank].share = share_of(plan, rank % plan->tp_size);
+    if (!(rc = cut_stages(plan, &list, options->stage_layers, err)))
+        rc = fill(plan, &list, err);
 done:
     free(list.tensors);
     if (rc)
@@ -322,7 +430,7 @@ void plan_free(struct plan *plan)
 {
     if (!plan)
         return;
-    for (uint32_t rank = 0; plan->ranks && rank < plan->tp_size; rank++)
+    for (uint32_t rank = 0; plan->ranks && rank < plan->num_ranks; rank++)
         free(plan->ranks[rank].tensors);
     free(plan->ranks);
     free(plan->splits);
@@ -445,7 +553,7 @@ bool plan_empty_shares(const struct plan *plan, char *line, size_t line_bytes)
 uint64_t plan_stored_bytes(const struct plan *plan)
 {
     uint64_t bytes = 0;
-    for (uint32_t rank = 0; rank < plan->tp_size; rank++)
+    for (uint32_t rank = 0; rank < plan->num_ranks; rank++)
         for (uint64_t i = 0; i < plan->tensor_count; i++)
             bytes += plan->ranks[rank].tensors[i].shape.data_bytes + plan->ranks[rank].tensors[i].shape.scale_bytes;
     return bytes;

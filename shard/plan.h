@@ -11,7 +11,7 @@
 
 #include <stdint.h>
 
-enum { PLAN_MAX_TP = 64 };
+enum { PLAN_MAX_TP = 64, PLAN_MAX_PP = 64, PLAN_MAX_RANKS = 64 }; // ranks of a stage, stages, ranks in all
 
 struct plan_rank {
     struct rank_share share;
@@ -38,13 +38,14 @@ struct plan {
     struct model_desc model;
     struct manifest_quant quant;
     enum experts_mode experts;
-    uint32_t tp_size;
+    uint32_t tp_size, pp_size, num_ranks;    // of a stage; stages; tp_size * pp_size
+    uint16_t stage_layers[MODEL_MAX_LAYERS]; // [pp_size]
     struct plan_units units;
     const char *prefix; // of all source names, "" for most
     uint64_t tensor_count;
     enum split *splits;                             // [tensor_count]
     struct plan_source (*sources)[SHARD_MAX_PARTS]; // [tensor_count]
-    struct plan_rank *ranks;                        // [tp_size]
+    struct plan_rank *ranks;                        // [num_ranks], stage by stage
     char *names;                                    // what shard_part.source and plan_source.tensor point into
 };
 
@@ -90,6 +91,8 @@ struct plan_options {
     enum experts_mode experts;
     const struct plan_kinds *kinds;      // NULL: as quant says
     const struct family_tensor *tensors; // NULL: the table of the model's architecture
+    uint32_t pp_size;                    // 0: 1
+    const uint16_t *stage_layers;        // [pp_size]; NULL: balanced (stages.h)
 };
 
 // Kinds of the three groups of weights from the words of the command line ("none", or the name of a kind); embed and
@@ -97,9 +100,14 @@ struct plan_options {
 int plan_quant(struct manifest_quant *out, const char *quant, const char *embed, const char *head, int64_t group_size,
                bool tied_embeddings, struct error *err);
 
-// Success: the caller owns *out (plan_free). ERR_USAGE for tp_size above PLAN_MAX_TP, ERR_MODEL for an unknown family.
+// Success: the caller owns *out (plan_free). ERR_USAGE for more ranks than PLAN_MAX_RANKS or more stages than layers, ERR_MODEL for an unknown family.
 int plan_make(struct plan **out, const struct model_desc *model, const struct plan_options *options, struct error *err);
 void plan_free(struct plan *plan); // accepts null
+
+// Whether a rank's stage holds the tensor. Of the others no rank has any rows (of vectors: columns).
+bool plan_rank_holds(const struct plan *plan, uint32_t rank, uint64_t tensor);
+// The description of the layers of a rank's stage, numbered from 0 on.
+void plan_rank_model(struct model_desc *out, const struct plan *plan, uint32_t rank);
 
 // Rows of embedding and head are dealt out in this unit, so that padding costs nothing on all but the last rank.
 enum { PLAN_VOCAB_UNIT = WEIGHT_ROW_UNIT };

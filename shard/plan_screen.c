@@ -49,7 +49,7 @@ static const char *size_text(char out[TEXT_BYTES], uint64_t bytes)
 
 // ---- the table of ranks --------------------------------------------------------------------------------------------
 
-enum { MAX_TABLE_COLUMNS = 12 };
+enum { MAX_TABLE_COLUMNS = 14 };
 struct table {
     int columns, rows; // row 0 holds the titles
     char cells[MAX_ROWS + 1][MAX_TABLE_COLUMNS][TEXT_BYTES];
@@ -101,6 +101,13 @@ static void fill_row(struct table *table, int row, const struct plan_answer *ans
     table->right[0] = true;
     snprintf(table->cells[0][table->columns], TEXT_BYTES, "rank");
     snprintf(table->cells[row][table->columns++], TEXT_BYTES, "%u", rank);
+    if (plan->pp_size > 1) {
+        int64_t layer_begin, num_layers;
+        manifest_stage(plan->stage_layers, rank / plan->tp_size, &layer_begin, &num_layers);
+        snprintf(table->cells[0][table->columns], TEXT_BYTES, "stage");
+        snprintf(table->cells[row][table->columns++], TEXT_BYTES, "%u", rank / plan->tp_size);
+        add_range(table, "layers", row, layer_begin, num_layers);
+    }
     add_range(table, "heads", row, share->head_begin, share->num_heads_local);
     if (model->latent.kv_rank == 0)
         add_range(table, "kv heads", row, share->kv_head_begin, share->num_kv_heads_local);
@@ -122,12 +129,12 @@ static void fill_row(struct table *table, int row, const struct plan_answer *ans
 static void print_ranks(const struct plan_answer *answer, int max_rows)
 {
     struct table table = {0};
-    uint32_t tp_size = answer->plan->tp_size;
-    bool all = tp_size <= (uint32_t)max_rows;
-    table.rows = (int)(all ? tp_size : (uint32_t)max_rows) + 1;
+    uint32_t ranks = answer->plan->num_ranks;
+    bool all = ranks <= (uint32_t)max_rows;
+    table.rows = (int)(all ? ranks : (uint32_t)max_rows) + 1;
     for (int row = 1; row < table.rows;
          row++) // the last row is the last rank, and the one above it stands for the rest
-        fill_row(&table, row, answer, row == table.rows - 1 ? tp_size - 1 : (uint32_t)row - 1);
+        fill_row(&table, row, answer, row == table.rows - 1 ? ranks - 1 : (uint32_t)row - 1);
     if (!all)
         for (int c = 0; c < table.columns; c++)
             snprintf(table.cells[table.rows - 2][c], TEXT_BYTES, "...");
@@ -160,6 +167,8 @@ static void print_title(const struct plan_answer *answer)
     printf("%s: %.2f billion parameters%s, %lld layers, context %lld\n", model->architecture, (double)parameters / 1e9,
            active, (long long)model->num_layers, (long long)model->context);
     printf("tp %u, ", plan->tp_size);
+    if (plan->pp_size > 1)
+        printf("pp %u, ", plan->pp_size);
     if (strcmp(answer->way.quant, "keep") == 0)
         printf("weights as they are (%s)", answer->source_format);
     else if (plan->quant.millibits)
@@ -182,7 +191,7 @@ static void print_stored(const struct plan_answer *answer)
     uint64_t bytes[WEIGHT_KIND_COUNT] = {0}, padding = 0, files = 0;
     char text[256], size[TEXT_BYTES], files_size[TEXT_BYTES];
     int used = 0;
-    for (uint32_t rank = 0; rank < answer->plan->tp_size; rank++) {
+    for (uint32_t rank = 0; rank < answer->plan->num_ranks; rank++) {
         padding += answer->ranks[rank].padding_bytes;
         files += answer->ranks[rank].file_bytes;
         for (int kind = 0; kind < WEIGHT_KIND_COUNT; kind++)
@@ -203,7 +212,7 @@ static void print_cache(const struct plan_answer *answer)
     char token[TEXT_BYTES], window[160] = "";
     uint64_t largest = 0;
     int with_window = 0;
-    for (uint32_t rank = 0; rank < answer->plan->tp_size; rank++)
+    for (uint32_t rank = 0; rank < answer->plan->num_ranks; rank++)
         if (answer->ranks[rank].kv_bytes_per_token > largest)
             largest = answer->ranks[rank].kv_bytes_per_token;
     for (int64_t layer = 0; layer < model->num_layers; layer++)
@@ -220,12 +229,12 @@ static void print_speed(const struct plan_answer *answer)
 {
     char read[TEXT_BYTES], cache[TEXT_BYTES], sent[TEXT_BYTES], sends[96] = "";
     uint64_t read_bytes = 0, cache_bytes = 0;
-    for (uint32_t rank = 0; rank < answer->plan->tp_size; rank++) {
+    for (uint32_t rank = 0; rank < answer->plan->num_ranks; rank++) {
         const struct rank_memory *memory = &answer->ranks[rank];
         read_bytes = memory->read_bytes > read_bytes ? memory->read_bytes : read_bytes;
         cache_bytes = memory->kv_read_bytes > cache_bytes ? memory->kv_read_bytes : cache_bytes;
     }
-    if (answer->plan->tp_size > 1)
+    if (answer->plan->num_ranks > 1)
         snprintf(sends, sizeof sends, ", sends %s", size_text(sent, answer->ranks[0].sent_bytes));
     paragraph("decoding", "a rank reads %s of weights%s and up to %s of KV cache a token%s",
               size_text(read, read_bytes), answer->plan->experts == EXPERTS_EP ? " (on average)" : "",
@@ -240,13 +249,16 @@ static void print_speed(const struct plan_answer *answer)
 
 static void print_advice(const struct plan_answer *answer)
 {
+    char stages[24] = "";
+    if (answer->plan->pp_size > 1)
+        snprintf(stages, sizeof stages, " --pp %u", answer->plan->pp_size);
     for (int i = 0; i < answer->num_advice; i++) {
         const struct fit *fit = &answer->advice[i];
         bool mixed = strcmp(fit->way.quant, FIT_MIXED) == 0;
         paragraph(i > 0          ? ""
                   : answer->fits ? "also"
                                  : "instead",
-                  "--tp %u %s%s%s%s: up to %lld tokens", fit->way.tp_size, mixed ? "" : "--quant ",
+                  "--tp %u%s %s%s%s%s: up to %lld tokens", fit->way.tp_size, stages, mixed ? "" : "--quant ",
                   mixed ? answer->mix_words : fit->way.quant, fit->way.kv_format == KV_BF16 ? "" : " --kv-cache ",
                   fit->way.kv_format == KV_BF16 ? "" : kv_format_name(fit->way.kv_format), (long long)fit->max_context);
     }
@@ -271,7 +283,7 @@ static void print_fit(const struct plan_answer *answer)
     print_advice(answer);
     if (!answer->fits && answer->num_advice == 0)
         paragraph("", "the model does not fit on %u card%s of %s in any way; stored as int4 it needs %u or more",
-                  answer->plan->tp_size, answer->plan->tp_size == 1 ? "" : "s", card, answer->min_ranks);
+                  answer->plan->num_ranks, answer->plan->num_ranks == 1 ? "" : "s", card, answer->min_ranks);
 }
 
 static void print_compressed(const struct plan_answer *answer)

@@ -32,7 +32,7 @@ struct rank_writer {
 static void final_path(char path[PATH_MAX], const struct rank_writer *writer, uint32_t rank)
 {
     char name[64];
-    manifest_rank_file_name(name, sizeof name, rank, writer->plan->tp_size);
+    manifest_rank_file_name(name, sizeof name, rank, writer->plan->tp_size, writer->plan->pp_size);
     snprintf(path, PATH_MAX, "%s/%s", writer->dir, name);
 }
 
@@ -74,14 +74,14 @@ int rank_writer_open(struct rank_writer **out, const char *dir, const struct pla
     writer->dir = dir;
     writer->compress = compress;
     writer->keep = keep;
-    writer->fds = malloc(plan->tp_size * sizeof *writer->fds);
-    writer->paths = calloc(plan->tp_size, sizeof *writer->paths);
-    writer->stays_raw = calloc(plan->tp_size, sizeof *writer->stays_raw);
-    for (uint32_t rank = 0; writer->fds && rank < plan->tp_size; rank++)
+    writer->fds = malloc(plan->num_ranks * sizeof *writer->fds);
+    writer->paths = calloc(plan->num_ranks, sizeof *writer->paths);
+    writer->stays_raw = calloc(plan->num_ranks, sizeof *writer->stays_raw);
+    for (uint32_t rank = 0; writer->fds && rank < plan->num_ranks; rank++)
         writer->fds[rank] = -1;
     if (!writer->fds || !writer->paths || !writer->stays_raw)
-        rc = error_set(err, ERR_MEMORY, "out of memory for %u rank files", plan->tp_size);
-    for (uint32_t rank = 0; !rc && rank < plan->tp_size; rank++)
+        rc = error_set(err, ERR_MEMORY, "out of memory for %u rank files", plan->num_ranks);
+    for (uint32_t rank = 0; !rc && rank < plan->num_ranks; rank++)
         rc = open_rank(writer, rank, err);
     if (rc)
         rank_writer_free(writer);
@@ -94,7 +94,7 @@ void rank_writer_free(struct rank_writer *writer)
 {
     if (!writer)
         return;
-    for (uint32_t rank = 0; writer->fds && rank < writer->plan->tp_size; rank++)
+    for (uint32_t rank = 0; writer->fds && rank < writer->plan->num_ranks; rank++)
         if (writer->fds[rank] >= 0)
             close(writer->fds[rank]);
     free(writer->fds);
@@ -225,11 +225,18 @@ static int finish_rank(struct rank_writer *writer, uint32_t rank, struct checksu
 {
     bool shorter = false;
     int rc = 0;
-    struct shard_identity identity = {.rank = rank,
-                                      .tp_size = writer->plan->tp_size,
-                                      .pp_rank = 0,
-                                      .pp_size = 1,
-                                      .share = writer->plan->ranks[rank].share};
+    const struct plan *plan = writer->plan;
+    struct shard_identity identity = {.rank = rank % plan->tp_size,
+                                      .tp_size = plan->tp_size,
+                                      .pp_rank = rank / plan->tp_size,
+                                      .pp_size = plan->pp_size,
+                                      .share = plan->ranks[rank].share};
+    if (plan->pp_size > 1) {
+        int64_t layer_begin, num_layers;
+        manifest_stage(plan->stage_layers, identity.pp_rank, &layer_begin, &num_layers);
+        identity.layer_begin = (uint32_t)layer_begin;
+        identity.num_layers = (uint32_t)num_layers;
+    }
     checksum128_to_bytes(contract, identity.contract);
     if (writer->compress)
         rc = finish_compressed(&shorter, writer, rank, &identity, pool, progress, file, err);
@@ -244,7 +251,7 @@ int rank_writer_finish(struct rank_writer *writer, struct checksum128 contract, 
 {
     char path[PATH_MAX];
     int rc;
-    for (uint32_t rank = 0; rank < writer->plan->tp_size; rank++) {
+    for (uint32_t rank = 0; rank < writer->plan->num_ranks; rank++) {
         final_path(path, writer, rank);
         if (!files[rank].name && !(files[rank].name = strdup(strrchr(path, '/') + 1)))
             return error_set(err, ERR_MEMORY, "out of memory for a file name");
@@ -253,7 +260,7 @@ int rank_writer_finish(struct rank_writer *writer, struct checksum128 contract, 
             return rc;
     }
     // Last of all: until here a run that resumes finds its payloads.
-    for (uint32_t rank = 0; rank < writer->plan->tp_size; rank++) {
+    for (uint32_t rank = 0; rank < writer->plan->num_ranks; rank++) {
         final_path(path, writer, rank);
         if (writer->stays_raw[rank] && rename(writer->paths[rank], path))
             return error_set_errno(err, "%s: cannot rename", writer->paths[rank]);

@@ -26,7 +26,7 @@ int rank_writer_put(struct rank_writer *writer, const struct band *band, uint32_
 int rank_writer_get(struct rank_writer *writer, const struct band *band, uint32_t rank, uint8_t *bytes,
                     struct error *err);
 
-// Hashes or compresses every payload, writes the heads with this contract, syncs and closes. files [tp_size] receives name, size and
+// Hashes or compresses every payload, writes the heads with this contract, syncs and closes. files [num_ranks] receives name, size and
 // root of each; the caller frees the names. progress: shows the compression, which counts payload. A file in which nothing became shorter is as if it were not to be compressed.
 int rank_writer_finish(struct rank_writer *writer, struct checksum128 contract, struct thread_pool *pool,
                        struct progress *progress, struct manifest_file *files, struct error *err);

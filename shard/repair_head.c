@@ -43,9 +43,16 @@ static int lay_out(struct remaking *r, struct error *err)
     int rc = r->source->contents(r->source, r->rank, &r->identity.share, &tensors, &r->tensor_count, err);
     if (rc)
         return rc;
-    r->identity.rank = r->rank;
+    r->identity.rank = r->rank % manifest->tp_size;
+    r->identity.pp_rank = r->rank / manifest->tp_size;
     r->identity.tp_size = manifest->tp_size;
     r->identity.pp_size = manifest->pp_size;
+    if (manifest->pp_size > 1) {
+        int64_t layer_begin, num_layers;
+        manifest_stage(manifest->stage_layers, r->identity.pp_rank, &layer_begin, &num_layers);
+        r->identity.layer_begin = (uint32_t)layer_begin;
+        r->identity.num_layers = (uint32_t)num_layers;
+    }
     checksum128_to_bytes(manifest->contract, r->identity.contract);
     if (!(r->tensors = malloc(r->tensor_count * sizeof *r->tensors + 1)))
         return error_set(err, ERR_MEMORY, "%s: out of memory for its index", r->path);

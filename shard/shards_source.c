@@ -61,7 +61,7 @@ static int read_vector(const struct shards_source *source, struct row_window *wi
                        struct error *err)
 {
     int rc = row_window_reserve(window, 0, request->source->source_cols, err);
-    for (uint32_t rank = 0; !rc && rank < source->plan->tp_size; rank++) {
+    for (uint32_t rank = 0; !rc && rank < source->plan->num_ranks; rank++) {
         const struct shard_part *part;
         uint64_t offset = vector_slice(source, request, rank, &part);
         rc = payload_reader_read(source->ranks[rank].reader, window->values + part->col_begin,
@@ -80,12 +80,12 @@ static int source_read(const struct row_source *base, struct row_window *window,
     window->request = *request;
     if (request->kind == WEIGHT_F32)
         return read_vector(source, window, request, err);
-    for (uint32_t rank = 0; rank < source->plan->tp_size; rank++)
+    for (uint32_t rank = 0; rank < source->plan->num_ranks; rank++)
         if (slice_of(&slice, source, request, rank))
             bytes += slice.data_bytes + slice.scale_bytes;
     if ((rc = row_window_reserve(window, bytes, 0, err)))
         return rc;
-    for (uint32_t rank = 0; rank < source->plan->tp_size; rank++) {
+    for (uint32_t rank = 0; rank < source->plan->num_ranks; rank++) {
         if (!slice_of(&slice, source, request, rank))
             continue;
         struct payload_reader *reader = source->ranks[rank].reader;
@@ -111,7 +111,7 @@ static int source_row(const struct row_source *base, struct row_window *window, 
             out->f32[c] = window->values[c];
         return 0;
     }
-    for (uint32_t rank = 0; rank < source->plan->tp_size; rank++) {
+    for (uint32_t rank = 0; rank < source->plan->num_ranks; rank++) {
         if (!slice_of(&slice, source, request, rank))
             continue;
         uint64_t stored = slice.part_begin + row - slice.part->row_begin;
@@ -144,7 +144,7 @@ static int open_rank(struct shards_source *source, const char *dir, uint32_t ran
     char name[64], path[PATH_MAX];
     struct shards_source_rank *opened = &source->ranks[rank];
     int rc;
-    manifest_rank_file_name(name, sizeof name, rank, source->plan->tp_size);
+    manifest_rank_file_name(name, sizeof name, rank, source->plan->tp_size, source->plan->pp_size);
     snprintf(path, sizeof path, "%s/%s", dir, name);
     if (!(opened->path = strdup(path)))
         return error_set(err, ERR_MEMORY, "out of memory for a path");
@@ -158,9 +158,9 @@ int shards_source_init(struct shards_source *out, const char *dir, const struct 
 {
     int rc = 0;
     struct shards_source source = {.source = {source_read, source_computed, source_row, NULL, NULL}, .plan = plan};
-    if (!(source.ranks = calloc(plan->tp_size, sizeof *source.ranks)))
-        return error_set(err, ERR_MEMORY, "out of memory for %u rank files", plan->tp_size);
-    for (uint32_t rank = 0; !rc && rank < plan->tp_size; rank++)
+    if (!(source.ranks = calloc(plan->num_ranks, sizeof *source.ranks)))
+        return error_set(err, ERR_MEMORY, "out of memory for %u rank files", plan->num_ranks);
+    for (uint32_t rank = 0; !rc && rank < plan->num_ranks; rank++)
         rc = open_rank(&source, dir, rank, err);
     if (rc)
         shards_source_clear(&source);
@@ -171,7 +171,7 @@ int shards_source_init(struct shards_source *out, const char *dir, const struct 
 
 void shards_source_clear(struct shards_source *source)
 {
-    for (uint32_t rank = 0; source->ranks && rank < source->plan->tp_size; rank++) {
+    for (uint32_t rank = 0; source->ranks && rank < source->plan->num_ranks; rank++) {
         payload_reader_close(source->ranks[rank].reader);
         shard_file_close(source->ranks[rank].file);
         free(source->ranks[rank].path);

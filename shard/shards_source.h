@@ -15,7 +15,7 @@ struct shards_source_rank {
 struct shards_source {
     struct row_source source;         // must be first
     const struct plan *plan;          // of the files that are read
-    struct shards_source_rank *ranks; // [plan->tp_size]
+    struct shards_source_rank *ranks; // [plan->num_ranks]
 };
 
 // Opens the rank files of dir and checks that each is laid out as the plan says; contents are not verified here.

@@ -14,7 +14,7 @@ struct against_job {
     const struct plan *plan;
     const struct row_source *source;
     const struct shard_dir *dir;
-    struct payload_reader **readers; // [plan->tp_size]
+    struct payload_reader **readers; // [plan->num_ranks]
     const struct band *bands;
     struct band_buffer *buffers; // one for each thread
     uint8_t *stored;             // stored_bytes for each thread
@@ -199,17 +199,17 @@ int verify_against(const struct shard_dir *dir, const struct plan *plan, const s
 {
     int threads = thread_pool_size(pool), rc = 0;
     struct against_job job = {.plan = plan, .source = source, .dir = dir, .progress = progress};
-    job.readers = calloc(plan->tp_size, sizeof *job.readers);
+    job.readers = calloc(plan->num_ranks, sizeof *job.readers);
     job.buffers = calloc((size_t)threads, sizeof *job.buffers);
     if (!job.readers || !job.buffers)
         rc = error_set(err, ERR_MEMORY, "out of memory to compare weights");
-    for (uint32_t rank = 0; !rc && rank < plan->tp_size; rank++)
+    for (uint32_t rank = 0; !rc && rank < plan->num_ranks; rank++)
         rc = payload_reader_open(&job.readers[rank], dir->files[rank], dir->paths[rank], err);
     for (uint64_t tensor = 0; !rc && tensor < plan->tensor_count; tensor++) {
         plan_tensor_label(progress->label, sizeof progress->label, &plan->ranks[0].tensors[tensor]);
         rc = compare_tensor(&job, tensor, pool, findings, err);
     }
-    for (uint32_t rank = 0; job.readers && rank < plan->tp_size; rank++)
+    for (uint32_t rank = 0; job.readers && rank < plan->num_ranks; rank++)
         payload_reader_close(job.readers[rank]);
     for (int thread = 0; job.buffers && thread < threads; thread++)
         band_buffer_free(&job.buffers[thread]);

@@ -308,7 +308,7 @@ void shard_fixture_write(const char *out_dir, bool compressed)
         shard_fixture_make(&file, rank, contract, 0);
         if (compressed)
             shard_fixture_compress(&file);
-        manifest_rank_file_name(names[rank], sizeof names[rank], rank, TP);
+        manifest_rank_file_name(names[rank], sizeof names[rank], rank, TP, 1);
         ranks[rank] = (struct manifest_file){names[rank], file.file_bytes, file.root};
         if (file_write_atomic(out_dir, names[rank], file.bytes, file.file_bytes, &err))
             fail_msg("%s", err.msg);

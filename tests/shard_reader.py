@@ -16,9 +16,9 @@ import xxhash
 MIB = 1 << 20
 FRAME = 128 << 10
 MAX_DIM = 2**31 - 1
-COMPRESSED = 1  # required feature
+COMPRESSED, STAGES = 1, 2  # required features
 RAW, ZSTD, PLANES = 0, 1, 2
-HEADER = struct.Struct("<8s10I10Q16s14Q16s48s")
+HEADER = struct.Struct("<8s10I9Q2I16s14Q16s48s")
 TENSOR = struct.Struct("<IiII6QIIiI")
 PART = struct.Struct("<II7Q")
 assert (HEADER.size, TENSOR.size, PART.size) == (320, 80, 64)
@@ -149,12 +149,12 @@ class RankFile:
         check(len(data) >= 320, "truncated")
         (magic, version, header_bytes, required, _optional, self.rank, self.tp_size, self.pp_rank, self.pp_size,
          self.tensor_count, self.part_count, tensors_offset, self.parts_offset, self.strings_offset, self.strings_bytes,
-         self.leaves_offset, self.leaf_count, self.payload_offset, self.payload_bytes, file_bytes, reserved,
+         self.leaves_offset, self.leaf_count, self.payload_offset, self.payload_bytes, file_bytes, self.layer_begin, self.num_layers,
          self.contract, *rest) = HEADER.unpack_from(data, 0)
         share, head_hash, reserved_end = rest[:14], rest[14], rest[15]
         check(magic == b"TPSHARD\n", "not a rank file")
         check(version == 2, f"version {version}")
-        check(required & ~COMPRESSED == 0, f"unknown required features {required:#x}")
+        check(required & ~(COMPRESSED | STAGES) == 0, f"unknown required features {required:#x}")
         check(header_bytes == 320, f"header_bytes {header_bytes}")
         check(file_bytes == len(data), f"{len(data)} bytes long, the header says {file_bytes}")
         check(self.payload_offset <= min(64 * MIB, len(data)), f"payload_offset {self.payload_offset}")
@@ -162,8 +162,11 @@ class RankFile:
         self.root = xxhash.xxh3_128_hexdigest(head)
         check(xxhash.xxh3_128_digest(head[:256] + bytes(16) + head[272:]) == head_hash, "head_hash")
 
-        check(reserved == 0 and reserved_end == bytes(48), "a reserved field is in use")
+        check(reserved_end == bytes(48), "a reserved field is in use")
         check(self.rank < self.tp_size <= 1024 and self.pp_rank < self.pp_size <= 1024, "rank or stage")
+        stages = self.pp_size > 1
+        check(bool(required & STAGES) == stages == (self.num_layers > 0), "stages")
+        check(self.layer_begin + self.num_layers <= 512 and (stages or self.layer_begin == 0), "layers of the stage")
         check(max(share) <= MAX_DIM, "share")
         self.share = dict(zip(SHARE, share))
         check(self.tensor_count >= 1, "no tensor")
@@ -173,7 +176,7 @@ class RankFile:
         strings_end = self.strings_offset + self.strings_bytes
         check(self.leaves_offset == round_up(strings_end, 16), "leaves_offset")
         check(self.leaf_count == -(-self.payload_bytes // MIB), "leaf_count")
-        leaves_end = self.leaves_offset + 8 * self.leaf_count * (2 if required else 1)
+        leaves_end = self.leaves_offset + 8 * self.leaf_count * (2 if required & COMPRESSED else 1)
         check(self.payload_offset == round_up(leaves_end, 2 * MIB), "payload_offset")
         check(leaves_end <= len(head), "leaves")
         self.read_table(required & COMPRESSED)
@@ -552,6 +555,33 @@ def check_kinds(manifest, file):
     check(not listed or found == listed, f"{file.path}: holds other kinds than quant.matrices lists")
 
 
+def check_stages(manifest):
+    check(("stage_layers" in manifest) == (manifest["pp_size"] > 1), "stage_layers")
+    layers = manifest.get("stage_layers", [manifest["model"]["num_layers"]])
+    check(len(layers) == manifest["pp_size"] and all(type(count) is int and count >= 1 for count in layers) and
+          sum(layers) == manifest["model"]["num_layers"], "stage_layers")
+
+
+def check_stage(manifest, file):
+    """A stage's file holds its own layers, and of the rest what belongs to its place."""
+    stages, layers = manifest["pp_size"], manifest.get("stage_layers", [])
+    if stages == 1:
+        return
+    check((file.layer_begin, file.num_layers) == (sum(layers[:file.pp_rank]), layers[file.pp_rank]), f"{file.path}: layers")
+    last, tied = file.pp_rank == stages - 1, manifest["model"]["tied_embeddings"]
+    for tensor in file.tensors:
+        if tensor["layer"] >= 0:
+            here = file.layer_begin <= tensor["layer"] < file.layer_begin + file.num_layers
+        elif tensor["role"] == "embedding":
+            here = file.pp_rank == 0 or last and tied
+        else:
+            here = last or tensor["role"] not in ("final_norm", "head")
+        empty = tensor["cols"] == 0 if tensor["kind"] == "f32" else tensor["rows"] == 0
+        check(here or empty, f"{file.path}: {tensor['role']} of layer {tensor['layer']} is another stage's")
+        check(not here or not empty or tensor["layer"] < 0 or tensor["role"] not in ("attention_norm", "mlp_norm", "router"),
+              f"{file.path}: {tensor['role']} of layer {tensor['layer']} is missing")
+
+
 def read_manifest(path):
     with open(path, encoding="utf-8") as file:
         text = file.read(4 * MIB + 1)
@@ -559,7 +589,7 @@ def read_manifest(path):
     try:
         manifest = json.loads(text, object_pairs_hook=no_duplicates)
         check(isinstance(manifest, dict) and manifest.get("version") == 2, "version")
-        check(set(manifest) - {"wires_measured"} == ROOT_KEYS, "keys")
+        check(set(manifest) - {"wires_measured", "stage_layers"} == ROOT_KEYS, "keys")
         check_text(manifest["tool"], 255)
         check_hash(manifest["contract"])
         for key in ("tp_size", "pp_size"):
@@ -580,6 +610,7 @@ def read_manifest(path):
         check(quant["group_size"] in ((32, 64, 128) if own_group else (0,)), "quant.group_size")
         check(manifest["experts"] in ("ep", "tp"), "experts")
         check_model(manifest["model"])
+        check_stages(manifest)
         check_rotation(manifest["model"], quant.get("rotation", 0), "rotation" in quant)
         for key in ("ranks", "extras", "sources"):
             check_files(manifest[key])
@@ -609,6 +640,7 @@ def read_directory(folder):
         check(file.contract.hex() == manifest["contract"], f"{path}: of another run (contract)")
         check(len(file.bytes) == entry["bytes"] and file.root == entry["xxh3_128"], f"{path}: size or root")
         check_kinds(manifest, file)
+        check_stage(manifest, file)
         files.append(file)
     for entry in manifest["extras"]:
         path = os.path.join(folder, entry["name"])

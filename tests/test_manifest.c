@@ -632,9 +632,9 @@ static void rank_file_names(void **state)
 {
     (void)state;
     char name[64];
-    manifest_rank_file_name(name, sizeof name, 0, 4);
+    manifest_rank_file_name(name, sizeof name, 0, 4, 1);
     assert_string_equal(name, "rank-00-of-04.tpshard");
-    manifest_rank_file_name(name, sizeof name, 127, 1024);
+    manifest_rank_file_name(name, sizeof name, 127, 1024, 1);
     assert_string_equal(name, "rank-127-of-1024.tpshard");
 }
 

@@ -107,7 +107,7 @@ static int fill_payload(const char *dir, const struct plan *plan, double rope_ba
 {
     char name[64], path[4096];
     uint64_t state = 1;
-    manifest_rank_file_name(name, sizeof name, 0, 1);
+    manifest_rank_file_name(name, sizeof name, 0, 1, 1);
     snprintf(path, sizeof path, "%s/%s", dir, name);
     uint8_t *block = malloc(BLOCK_BYTES);
     int fd = open(path, O_RDWR | O_CLOEXEC);
