@@ -149,7 +149,7 @@ extern struct program_start program_start;
 int print_timings(struct session *session, struct error *err);
 
 extern const struct option_spec generate_options[], serve_options[], bench_options[], eval_options[], advise_options[],
-    logits_options[], tokenize_options[], capture_options[];
+    logits_options[], tokenize_options[], capture_options[], doctor_options[];
 int generate_run(int argc, char **argv, struct error *err);
 int serve_run(int argc, char **argv, struct error *err);
 void serve_set_defaults(void); // before the parser runs: they stand in other parts' tables
@@ -159,6 +159,7 @@ int eval_run(int argc, char **argv, struct error *err);
 int logits_run(int argc, char **argv, struct error *err);
 int tokenize_run(int argc, char **argv, struct error *err);
 int capture_run(int argc, char **argv, struct error *err);
+int doctor_run(int argc, char **argv, struct error *err);
 
 // Reads a whole text: a file, or standard input for "-". *out is malloc'ed and NUL-terminated.
 int read_text(const char *path, char **out, size_t *bytes, struct error *err);

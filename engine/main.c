@@ -39,6 +39,9 @@ static const struct command_spec commands[] = {
      tokenize_run},
     {"capture", "out_dir", 1, 1, "statistics of a model's inputs over a text, for tpshard convert --calib-stats",
      capture_options, capture_run},
+    {"doctor", "", 0, 0,
+     "what this machine offers to ranks: cards, links, times of exchanges, and the one thing to change", doctor_options,
+     doctor_run},
     {NULL, NULL, 0, 0, NULL, NULL, NULL},
 };
 
@@ -61,7 +64,7 @@ static const struct program_spec program = {
                    "corrupt or mismatched "
                    "shards\n5    input or output failed\n6    GPU or driver\n7    a rank was lost or a deadline "
                    "passed\n8    out of "
-                   "memory\n130  interrupted\n143  terminated",
+                   "memory\n9    doctor: something hinders\n130  interrupted\n143  terminated",
 };
 
 int choose_store(struct store_options *out, const char *place, struct error *err)

@@ -13,6 +13,7 @@ enum {
     ERR_GPU = -6,       // device or driver
     ERR_RANK = -7,      // a rank was lost or a deadline passed
     ERR_MEMORY = -8,    // out of memory
+    ERR_HINDERED = -9,  // tpengine doctor: something hinders
     ERR_SIGINT = -130,  // stopped by the user (SIGINT)
     ERR_SIGTERM = -143, // stopped by SIGTERM
 };

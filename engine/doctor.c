@@ -1,0 +1,114 @@
+// tpengine doctor: what this machine offers to ranks that work together, what their exchanges take, and what hinders. Its parts are
+// in doctor_*.c; none of them can hang it (doctor.h).
+#include "engine/doctor.h"
+
+#include "engine/backends.h"
+#include "engine/comm_select.h"
+#include "engine/commands.h"
+
+#include <string.h>
+
+static struct {
+    const char *root;
+    const char *cuda_library;
+    double deadline_s;
+    bool no_times;
+} options = {.root = "", .cuda_library = NULL, .deadline_s = 10};
+
+const struct option_spec doctor_options[] = {
+    {"deadline", OPTION_NUMBER, &options.deadline_s, "SECONDS", 0.1, 3600,
+     "longest time of each probe; then it is ended"},
+    {"no-times", OPTION_FLAG, &options.no_times, NULL, 0, 0, "measure nothing, look only"},
+    {"root", OPTION_TEXT, &options.root, "DIR", 0, 0,
+     "read /sys, /proc and /dev below DIR, as they were copied from another machine"},
+    {"cuda-library", OPTION_TEXT, &options.cuda_library, "FILE", 0, 0,
+     "the CUDA backend, if it is not beside tpengine or in ../lib"},
+    {NULL, OPTION_FLAG, NULL, NULL, 0, 0, NULL},
+};
+
+enum { TIMES = 2 };
+static const int time_ranks[TIMES] = {2, 4};
+
+struct doctor {
+    struct doctor_system *system;
+    struct doctor_nvml *nvml;
+    struct doctor_times *times[TIMES];
+    struct doctor_report report;
+};
+
+static void take_names(struct doctor *d)
+{
+    for (int i = 0; i < d->system->num_cards; i++) {
+        struct doctor_card *card = &d->system->cards[i];
+        if (d->nvml->name[i][0])
+            memcpy(card->name, d->nvml->name[i], sizeof card->name);
+        card->memory_bytes = d->nvml->memory_bytes[i];
+    }
+}
+
+// A backend that does not load is a finding, not the doctor's own failure.
+static void choose(struct doctor *d)
+{
+    static struct error problem;
+    struct backend_choice backend = {.backend = &backend_cpu};
+    struct doctor_report *report = &d->report;
+    if (!options.root[0] && backends_select(&backend, "auto", options.cuda_library, &problem))
+        report->backend_note = problem.msg;
+    else
+        report->backend_note = backend.note;
+    report->transport = TRANSPORT_SHM;
+    snprintf(report->why, sizeof report->why, "%s",
+             backend.backend == &backend_cpu
+                 ? "ranks compute on the CPU of one host and share its memory"
+                 : "ranks on the cards of one host exchange through its memory, by its CPU");
+}
+
+static int measure(struct doctor *d, struct error *err)
+{
+    for (int i = 0; i < TIMES && !options.no_times; i++) {
+        d->times[i] = doctor_probe_new(sizeof *d->times[i]);
+        if (!d->times[i])
+            return error_set(err, ERR_MEMORY, "no memory for what is measured");
+        doctor_links_measure(d->times[i], TRANSPORT_SHM, time_ranks[i], options.deadline_s);
+        d->report.times[d->report.num_times++] = d->times[i];
+    }
+    return 0;
+}
+
+static int examine(struct doctor *d, struct error *err)
+{
+    int rc;
+    d->system = doctor_probe_new(sizeof *d->system);
+    d->nvml = doctor_probe_new(sizeof *d->nvml);
+    if (!d->system || !d->nvml)
+        return error_set(err, ERR_MEMORY, "no memory for what is found");
+    doctor_system_read(d->system, options.root, options.deadline_s);
+    if (!options.root[0])
+        doctor_nvml_read(d->nvml, d->system, NULL, options.deadline_s);
+    take_names(d);
+    d->report.system = d->system;
+    d->report.nvml = d->nvml;
+    choose(d);
+    if ((rc = measure(d, err)))
+        return rc;
+    doctor_advice(&d->report);
+    return 0;
+}
+
+int doctor_run(int argc, char **argv, struct error *err)
+{
+    (void)argc, (void)argv;
+    static struct doctor d; // large
+    int rc = examine(&d, err);
+    if (!rc && common_options.json)
+        rc = doctor_print_json(&d.report, err);
+    else if (!rc)
+        doctor_print(&d.report, stdout);
+    if (!rc && d.report.num_findings > 0 && d.report.findings[0].hinders)
+        rc = error_set(err, ERR_HINDERED, "%s", d.report.findings[0].text);
+    for (int i = 0; i < TIMES; i++)
+        doctor_probe_free(d.times[i], sizeof *d.times[i]);
+    doctor_probe_free(d.nvml, sizeof *d.nvml);
+    doctor_probe_free(d.system, sizeof *d.system);
+    return rc;
+}

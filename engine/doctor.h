@@ -1,0 +1,146 @@
+// What stands between the ranks on this machine: cards and their links, memory, what exchanges take, and what hinders. The command
+// is in doctor.c; its parts share this.
+//
+// Law 6, sharpened: the doctor itself waits for nothing without a deadline. Everything that asks a driver or reads its files runs in
+// a child process that is killed when it is late; what it had found until then stays, in memory that both share, and the report says
+// what it was at.
+#ifndef TPSHARD_ENGINE_DOCTOR_H
+#define TPSHARD_ENGINE_DOCTOR_H
+
+#include "engine/comm.h"
+#include "kernels/exchange_choice.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+
+// ---- probes: doctor_probe.c ----------------------------------------------------------------------------------------
+
+enum probe_end {
+    PROBE_NOT_RUN,
+    PROBE_DONE,  // the body returned
+    PROBE_LATE,  // killed at its deadline
+    PROBE_STUCK, // killed, and does not even end: it hangs in the kernel
+    PROBE_DIED,  // it ended by itself otherwise
+};
+enum { PROBE_AT_BYTES = 192 };
+// In memory that both processes share, for what a body finds; the body's own struct begins with it.
+struct probe {
+    enum probe_end end;
+    double seconds;          // until the end
+    char at[PROBE_AT_BYTES]; // what the body is at; written by it
+    struct error err;        // of the body; code 0: none
+};
+// Zeroed memory that a child shares; freed with doctor_probe_free. NULL: none is left.
+void *doctor_probe_new(size_t bytes);
+void doctor_probe_free(void *probe, size_t bytes); // accepts NULL
+// Runs the body in a child, the leader of a process group of its own, and waits for at most `seconds` and a little more.
+void doctor_probe_run(struct probe *probe, void (*body)(struct probe *probe, void *arg), void *arg, double seconds);
+// "was ended after 5.0 s, at /proc/driver/nvidia/version"; for probes that are not PROBE_DONE.
+enum { PROBE_SENTENCE_BYTES = 512 };
+void doctor_probe_sentence(char text[PROBE_SENTENCE_BYTES], const struct probe *probe);
+
+// ---- the machine: doctor_system.c ----------------------------------------------------------------------------------
+
+enum { DOCTOR_CARDS = 16, DOCTOR_NODES = 16, DOCTOR_PATH_BYTES = 384 };
+
+struct pcie_link {
+    double gt_s; // transfers per second and lane, 1e9: 8 is PCIe 3.0, 16 is 4.0; 0: not told
+    int width;   // lanes; 0: not told
+};
+struct doctor_card {
+    char bus[16]; // "0000:01:00.0"
+    char name[64];
+    struct pcie_link now, card,
+        slot;                     // as it runs (an idle card slows down), what the card can, what the port above it can
+    int node;                     // NUMA; -1: none told
+    char cpus[64];                // near it; "": not told
+    int iommu_group;              // -1: none
+    int redirects;                // ACS on its way sends what is for another card up to the root; -1: not told
+    double memory_bytes;          // 0: not told
+    char path[DOCTOR_PATH_BYTES]; // from the host bridge down: "pci0000:00/0000:00:01.0/0000:01:00.0"
+};
+// How two cards reach each other, in the words of nvidia-smi topo -m.
+enum doctor_way { WAY_SELF, WAY_PIX, WAY_PXB, WAY_PHB, WAY_NODE, WAY_SYS };
+const char *doctor_way_name(enum doctor_way way); // "X", "PIX" ...
+enum doctor_way doctor_way_between(const struct doctor_card *a, const struct doctor_card *b);
+// What the driver says of a card's writes to another's memory.
+enum p2p_claim { P2P_UNKNOWN, P2P_CLAIMED, P2P_REFUSED };
+
+struct doctor_system {
+    struct probe probe;
+    int num_cards, cards_left_out; // beyond DOCTOR_CARDS
+    struct doctor_card cards[DOCTOR_CARDS];
+    char driver[32];   // version; "": none loaded
+    bool device_files; // /dev/nvidiactl is there
+    int num_nodes;
+    int node[DOCTOR_NODES];
+    char node_cpus[DOCTOR_NODES][64];
+    char allowed_cpus[256]; // of this process; "": not told
+    int iommu_groups;       // 0: no IOMMU at work
+    char iommu_words[128];  // of the kernel's command line
+    double shm_bytes;       // of /dev/shm; 0: there is none; -1: not told
+    double memlock_bytes;   // INFINITY: no limit; -1: not told
+    double memory_bytes;    // of the host; 0: not told
+    char kernel[64];
+};
+// root: "" or a folder that holds /sys, /proc and /dev of another machine.
+void doctor_system_read(struct doctor_system *out, const char *root, double seconds);
+
+// ---- NVML: doctor_nvml.c -------------------------------------------------------------------------------------------
+
+struct doctor_nvml {
+    struct probe probe;
+    bool there;
+    enum p2p_claim p2p[DOCTOR_CARDS][DOCTOR_CARDS];
+    char refused[DOCTOR_CARDS][DOCTOR_CARDS][40]; // the driver's reason
+    char name[DOCTOR_CARDS][64];
+    double memory_bytes[DOCTOR_CARDS];
+};
+// library: a handle of dlopen in which NVML's functions are looked up; NULL: libnvidia-ml.so.1.
+void doctor_nvml_read(struct doctor_nvml *out, const struct doctor_system *system, void *library, double seconds);
+
+// ---- exchanges on this machine: doctor_links.c ---------------------------------------------------------------------
+
+enum { DOCTOR_SIZES = 5 };
+struct doctor_size {
+    int64_t rows; // of DOCTOR_COLS values
+    enum wire wire;
+};
+enum { DOCTOR_COLS = 8192 };
+extern const struct doctor_size doctor_sizes[DOCTOR_SIZES];
+struct doctor_times {
+    struct probe probe;
+    enum transport transport;
+    int ranks;
+    double us[DOCTOR_SIZES]; // the fastest of several all_reduces, of the slowest rank; 0: not measured
+};
+// Really runs all_reduces between `ranks` processes.
+void doctor_links_measure(struct doctor_times *out, enum transport transport, int ranks, double seconds);
+
+// ---- what to change: doctor_advice.c -------------------------------------------------------------------------------
+
+enum { DOCTOR_FINDINGS = 64, DOCTOR_FINDING_BYTES = 512, DOCTOR_TIMES = 8 };
+struct doctor_finding {
+    bool hinders; // else it is good to know
+    char text[DOCTOR_FINDING_BYTES];
+};
+struct doctor_report {
+    const struct doctor_system *system;
+    const struct doctor_nvml *nvml;
+    const struct doctor_times *times[DOCTOR_TIMES];
+    int num_times;
+    const char *backend_note; // why ranks do not run on the cards; NULL: they do, or there are none
+    enum transport transport; // that auto takes
+    char why[256];
+    struct doctor_finding findings[DOCTOR_FINDINGS]; // worst first
+    int num_findings;
+};
+void doctor_advice(struct doctor_report *report);
+
+// ---- the report: doctor_print.c ------------------------------------------------------------------------------------
+
+void doctor_print(const struct doctor_report *report, FILE *out);
+int doctor_print_json(const struct doctor_report *report, struct error *err);
+
+#endif

@@ -1,0 +1,295 @@
+// The doctor's probes: bodies that end, hang, die or leave processes behind; and NVML as a stand-in that this program itself is:
+// pairs that can, that cannot, cards that are kept from us, and a library that hangs.
+#include "engine/doctor.h"
+#include "kernels/clock.h"
+
+#include <dlfcn.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+// ---- NVML's stand-in: found by its names in this program ---------------------------------------------------------------
+
+struct fake_memory {
+    unsigned long long total, free, used;
+};
+static int fake_init_status, fake_hang;
+int nvmlInit_v2(void);
+int nvmlDeviceGetHandleByPciBusId_v2(const char *bus, void **device);
+int nvmlDeviceGetName(const void *device, char *name, unsigned bytes);
+int nvmlDeviceGetMemoryInfo(const void *device, struct fake_memory *memory);
+int nvmlDeviceGetP2PStatus(const void *a, const void *b, int caps, int *status);
+
+static char devices[] = "ABCD"; // a device is a pointer to its letter
+
+int nvmlInit_v2(void) { return fake_init_status; }
+
+int nvmlDeviceGetHandleByPciBusId_v2(const char *bus, void **device)
+{
+    if (bus[6] > '4')
+        return 6; // not found
+    *device = &devices[bus[6] - '1'];
+    return 0;
+}
+
+int nvmlDeviceGetName(const void *device, char *name, unsigned bytes)
+{
+    snprintf(name, bytes, "NVIDIA GeForce RTX %c090", *(const char *)device);
+    return 0;
+}
+
+int nvmlDeviceGetMemoryInfo(const void *device, struct fake_memory *memory)
+{
+    memory->total = (unsigned long long)(*(const char *)device - 'A' + 1) << 30;
+    return *(const char *)device == 'D'; // fails for the last
+}
+
+// A and B can; A and C can read and not write; with D the question fails.
+int nvmlDeviceGetP2PStatus(const void *a, const void *b, int caps, int *status)
+{
+    const char first = *(const char *)a, second = *(const char *)b;
+    while (fake_hang)
+        pause();
+    *status = first + second == 'A' + 'B' ? 0 : first + second == 'A' + 'C' && caps == 0 ? 0 : 3;
+    return first == 'D' || second == 'D';
+}
+
+static struct doctor_nvml *ask(struct doctor_system *system, double seconds)
+{
+    struct doctor_nvml *nvml = doctor_probe_new(sizeof *nvml);
+    void *self = dlopen(NULL, RTLD_NOW);
+    assert_non_null(nvml);
+    assert_non_null(self);
+    doctor_nvml_read(nvml, system, self, seconds);
+    dlclose(self);
+    return nvml;
+}
+
+static struct doctor_system *new_system(int cards)
+{
+    struct doctor_system *system = doctor_probe_new(sizeof *system);
+    assert_non_null(system);
+    system->probe.end = PROBE_DONE;
+    system->num_cards = cards;
+    system->device_files = true;
+    system->shm_bytes = system->memlock_bytes = -1;
+    strcpy(system->driver, "550.54.14");
+    for (int i = 0; i < cards; i++) {
+        system->cards[i].node = system->cards[i].iommu_group = system->cards[i].redirects = -1;
+        snprintf(system->cards[i].bus, sizeof system->cards[i].bus, "0000:0%d:00.0", i + 1);
+    }
+    return system;
+}
+
+static void test_nvml(void **state)
+{
+    (void)state;
+    struct doctor_system *system = new_system(5);
+    struct doctor_nvml *nvml = ask(system, 60);
+    assert_int_equal(nvml->probe.end, PROBE_DONE);
+    assert_true(nvml->there);
+    assert_int_equal(nvml->p2p[0][1], P2P_CLAIMED);
+    assert_int_equal(nvml->p2p[1][0], P2P_CLAIMED);
+    assert_int_equal(nvml->p2p[0][2], P2P_REFUSED);
+    assert_string_equal(nvml->refused[0][2], "not across this topology");
+    assert_int_equal(nvml->p2p[1][2], P2P_REFUSED);
+    assert_int_equal(nvml->p2p[0][3], P2P_UNKNOWN);
+    assert_int_equal(nvml->p2p[0][4], P2P_UNKNOWN); // the driver keeps that card from us
+    assert_int_equal(nvml->p2p[0][0], P2P_UNKNOWN);
+    assert_string_equal(nvml->name[1], "NVIDIA GeForce RTX B090");
+    assert_string_equal(nvml->name[4], "");
+    assert_true(nvml->memory_bytes[2] == 3 * 0x1p30);
+    assert_true(nvml->memory_bytes[3] == 0);
+    doctor_probe_free(nvml, sizeof *nvml);
+
+    fake_init_status = 9;
+    nvml = ask(system, 60);
+    assert_non_null(strstr(nvml->probe.err.msg, "NVML does not start (status 9)"));
+    assert_int_equal(nvml->p2p[0][1], P2P_UNKNOWN);
+    fake_init_status = 0;
+    doctor_probe_free(nvml, sizeof *nvml);
+    doctor_probe_free(system, sizeof *system);
+}
+
+static bool found(const struct doctor_report *report, const char *words, bool hinders)
+{
+    for (int i = 0; i < report->num_findings; i++)
+        if (strstr(report->findings[i].text, words))
+            return report->findings[i].hinders == hinders;
+    return false;
+}
+
+static void test_nvml_that_hangs(void **state)
+{
+    (void)state;
+    struct doctor_system *system = new_system(2);
+    fake_hang = 1;
+    struct doctor_nvml *nvml = ask(system, 0.3);
+    fake_hang = 0;
+    assert_int_equal(nvml->probe.end, PROBE_LATE);
+    assert_string_equal(nvml->name[1], "NVIDIA GeForce RTX B090"); // what came before stays
+    struct doctor_report *report = calloc(1, sizeof *report);
+    assert_non_null(report);
+    report->system = system;
+    report->nvml = nvml;
+    doctor_advice(report);
+    assert_true(found(report, "asking the driver through NVML was ended after 0.", true));
+    assert_true(found(report, "at nvmlDeviceGetP2PStatus of cards 0 and 1", true));
+    free(report);
+    doctor_probe_free(nvml, sizeof *nvml);
+    doctor_probe_free(system, sizeof *system);
+}
+
+// What the driver claims makes ACS and the IOMMU a hindrance: without it no card would write to another anyway.
+static void test_claims_and_acs(void **state)
+{
+    (void)state;
+    struct doctor_system *system = new_system(2);
+    struct doctor_nvml *nvml = doctor_probe_new(sizeof *nvml);
+    struct doctor_report *report = calloc(1, sizeof *report);
+    assert_true(nvml && report);
+    report->system = system;
+    report->nvml = nvml;
+    for (int claimed = 0; claimed < 2; claimed++) {
+        nvml->p2p[0][1] = nvml->p2p[1][0] = claimed ? P2P_CLAIMED : P2P_REFUSED;
+        system->cards[1].redirects = 1;
+        system->iommu_groups = 3;
+        doctor_advice(report);
+        assert_true(found(report, "ACS sends", claimed));
+        assert_true(found(report, "the IOMMU translates", false)); // one thing at a time
+        system->cards[1].redirects = -1;
+        doctor_advice(report);
+        assert_false(found(report, "ACS sends", claimed));
+        assert_true(found(report, "the IOMMU translates", claimed));
+    }
+    free(report);
+    doctor_probe_free(nvml, sizeof *nvml);
+    doctor_probe_free(system, sizeof *system);
+}
+
+// ---- bodies ------------------------------------------------------------------------------------------------------------
+
+struct trial {
+    struct probe probe;
+    pid_t left; // a process that the body has started
+    int reached;
+};
+
+static void ends(struct probe *probe, void *arg)
+{
+    ((struct trial *)(void *)probe)->reached = *(int *)arg;
+    probe->at[0] = 0;
+}
+
+static void hangs(struct probe *probe, void *arg)
+{
+    (void)arg;
+    struct trial *trial = (struct trial *)(void *)probe;
+    snprintf(probe->at, sizeof probe->at, "the third step");
+    signal(SIGTERM, SIG_IGN);
+    trial->left = fork();
+    for (;;)
+        pause();
+}
+
+static void dies(struct probe *probe, void *arg)
+{
+    (void)arg;
+    snprintf(probe->at, sizeof probe->at, "a bad place");
+    raise(SIGKILL);
+}
+
+static void fails(struct probe *probe, void *arg)
+{
+    (void)arg;
+    error_set(&probe->err, ERR_IO, "no such thing");
+}
+
+static void fills_at(struct probe *probe, void *arg)
+{
+    (void)arg;
+    memset(probe->at, 'x', sizeof probe->at); // as one that was killed in the middle of it
+    raise(SIGKILL);
+}
+
+static void test_bodies(void **state)
+{
+    (void)state;
+    static const struct {
+        void (*body)(struct probe *probe, void *arg);
+        double seconds;
+        enum probe_end end;
+        const char *sentence;
+    } cases[] = {
+        {ends, 60, PROBE_DONE, "ended"},
+        {hangs, 0.2, PROBE_LATE, "was ended after 0."},
+        {dies, 60, PROBE_DIED, "at a bad place: it was ended by signal 9"},
+        {fails, 60, PROBE_DONE, "no such thing"},
+        {fills_at, 60, PROBE_DIED, "at xxxxxxxx"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct trial *trial = doctor_probe_new(sizeof *trial);
+        char sentence[PROBE_SENTENCE_BYTES];
+        int word = 77;
+        double begin_s = clock_now_s();
+        assert_non_null(trial);
+        doctor_probe_run(&trial->probe, cases[i].body, &word, cases[i].seconds);
+        assert_true(clock_now_s() - begin_s < 30);
+        assert_int_equal(trial->probe.end, cases[i].end);
+        assert_int_equal(trial->reached, cases[i].body == ends ? 77 : 0);
+        doctor_probe_sentence(sentence, &trial->probe);
+        if (!strstr(sentence, cases[i].sentence))
+            fail_msg("case %zu: \"%s\" lacks \"%s\"", i, sentence, cases[i].sentence);
+        // What a body has started ends with it; who is nobody's child any more is reaped by init, sooner or later.
+        for (int tries = 0; trial->left > 0 && kill(trial->left, 0) == 0 && tries < 2000; tries++) {
+            char path[64], text[256] = "";
+            snprintf(path, sizeof path, "/proc/%d/stat", trial->left);
+            FILE *f = fopen(path, "re");
+            if (f) {
+                size_t got = fread(text, 1, sizeof text - 1, f);
+                text[got] = 0;
+                fclose(f);
+            }
+            if (strstr(text, ") Z "))
+                break;
+            assert_true(tries < 1999);
+            usleep(10000);
+        }
+        doctor_probe_free(trial, sizeof *trial);
+    }
+}
+
+// ---- exchanges -----------------------------------------------------------------------------------------------------------
+
+static void test_measured_in_time(void **state)
+{
+    (void)state;
+    struct doctor_times *times = doctor_probe_new(sizeof *times);
+    assert_non_null(times);
+    doctor_links_measure(times, TRANSPORT_SHM, 3, 100);
+    assert_int_equal(times->probe.end, PROBE_DONE);
+    assert_int_equal(times->probe.err.code, 0);
+    for (int i = 0; i < DOCTOR_SIZES; i++)
+        assert_true(times->us[i] > 0 && times->us[i] < 1e8);
+    memset(times, 0, sizeof *times);
+    doctor_links_measure(times, TRANSPORT_SHM, 3, 0.01); // less than the first sizes take
+    assert_int_equal(times->probe.end, PROBE_LATE);
+    assert_true(times->us[DOCTOR_SIZES - 1] == 0);
+    doctor_probe_free(times, sizeof *times);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_nvml),   cmocka_unit_test(test_nvml_that_hangs),  cmocka_unit_test(test_claims_and_acs),
+        cmocka_unit_test(test_bodies), cmocka_unit_test(test_measured_in_time),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
