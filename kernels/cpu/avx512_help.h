@@ -9,7 +9,8 @@
 
 enum { BLOCK_ROWS = WEIGHT_ROW_UNIT, BLOCK_VECTORS = BLOCK_ROWS / LANES };
 
-VECTOR_INLINE void prefetch(const void *address) { _mm_prefetch((const char *)address, _MM_HINT_T0); }
+// To the L2 cache: a line that is fetched to the L1 cache occupies one of its few buffers for misses until it comes.
+VECTOR_INLINE void prefetch(const void *address) { _mm_prefetch((const char *)address, _MM_HINT_T1); }
 
 // Stores lanes whose row is below row_end.
 VECTOR_INLINE void store_rows(float *y, int64_t row, int64_t row_end, __m512 value)

@@ -21,7 +21,7 @@ enum {
     FLOAT_ROWS = 64,   // rows and columns that are unpacked for all tokens of a block; with its sums
     FLOAT_COLS = 512,  //   they stay in L2, and a tile's activations
     FLOAT_TOKENS = 48, //   in L1
-    FLOAT_PREFETCH_BYTES = 256,
+    FLOAT_PREFETCH_BYTES = 1024,
     FP8G_COLS = 128, // of one scale
 };
 
@@ -133,7 +133,7 @@ VECTOR_INLINE void float_few(float *y, int64_t y_stride, const struct matrix *w,
             const uint8_t *from = codes + r * row_bytes + col * elem_bytes;
             struct lanes weights[PARTS];
             for (int64_t line = 0; line < elem_bytes; line++)
-                __builtin_prefetch(from + line * 64 + FLOAT_PREFETCH_BYTES);
+                __builtin_prefetch(from + line * 64 + FLOAT_PREFETCH_BYTES, 0, 2);
             if (kind == WEIGHT_BF16) {
                 for (int part = 0; part < PARTS; part++)
                     weights[part] = lanes_bf16(from + 2 * part * LANES);

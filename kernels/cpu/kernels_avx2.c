@@ -15,10 +15,10 @@ enum {
     TILE_ROWS = 16,
     BLOCK_TILES = BLOCK_ROWS / TILE_ROWS,
     DECODE_BLOCKS = 4, // blocks of a tiled kind read side by side
-    DECODE_PREFETCH_BYTES = 2048,
+    DECODE_PREFETCH_BYTES = 6144,
     ROWS = 8, // of one sum across lanes
     PREFETCH_BYTES = 4096,
-    INT8_PREFETCH_BYTES = 512,
+    INT8_PREFETCH_BYTES = 2048,
 };
 
 // ---- bf16, fp8 and fp8g --------------------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ VECTOR_INLINE void add_tile(__m256i products[TILE_ROWS], const uint8_t *tile, co
     const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)tile_table(kind)));
     __m256i x[2] = {load(q), load(q + 32)};
     for (int r = 0; r < ROWS; r++) {
-        __builtin_prefetch(tile + 64 * r + DECODE_PREFETCH_BYTES);
+        __builtin_prefetch(tile + 64 * r + DECODE_PREFETCH_BYTES, 0, 2);
         for (int i = 0; i < 2; i++) {
             __m256i v = load(tile + 64 * r + 32 * i);
             if (!has_tile_table(kind))
@@ -248,7 +248,7 @@ VECTOR_INLINE void int8_dots(__m256i dot[ROWS], const uint8_t *codes, int64_t co
             __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x[i], w));
             add_32(&dot[r], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
             if (i % 2 == 0)
-                __builtin_prefetch(codes + r * cols + 32 * i + INT8_PREFETCH_BYTES);
+                __builtin_prefetch(codes + r * cols + 32 * i + INT8_PREFETCH_BYTES, 0, 2);
         }
     }
 }

@@ -10,7 +10,7 @@
 
 enum {
     DECODE_BLOCKS = 4, // blocks of a tiled kind read side by side
-    PREFETCH_BYTES = 2048,
+    PREFETCH_BYTES = 6144, // of codes, ahead
 };
 
 // ---- bf16, fp8 and fp8g --------------------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ VECTOR_INLINE void int8_dots(__m512i dot[INT8_ROWS], const int8_t *codes, int64_
         dot[r] = bias;
         for (int p = 0; p < parts; p++) {
             __m512i v = _mm512_loadu_si512(codes + r * cols + 64 * p);
-            prefetch(codes + r * cols + 64 * p + PREFETCH_BYTES / 2);
+            prefetch(codes + (r + INT8_ROWS) * cols + 64 * p); // of the next rows
             dot[r] = _mm512_dpbusd_epi32(dot[r], _mm512_xor_si512(v, _mm512_set1_epi8((char)0x80)), x[p]);
         }
     }
