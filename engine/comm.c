@@ -254,3 +254,5 @@ int comm_all_reduce(struct comm *comm, float *data, int64_t rows, int64_t cols, 
 }
 
 uint64_t comm_sent_bytes(const struct comm *comm) { return comm->sent_bytes; }
+
+uint64_t comm_moved_bytes(const struct comm *comm) { return comm->moved_bytes; }

@@ -84,6 +84,8 @@ int comm_all_reduce(struct comm *comm, float *data, int64_t rows, int64_t cols, 
                     uint16_t *lost, struct thread_pool *pool, struct error *err);
 // Bytes that this rank has sent in all_reduces so far, as over links of its own.
 uint64_t comm_sent_bytes(const struct comm *comm);
+// Bytes that the transport has sent to others for this group's collectives so far, without what frames them; 0 over shared memory.
+uint64_t comm_moved_bytes(const struct comm *comm);
 // all [tp_size][bytes] receives everyone's `mine`. bytes <= COMM_GATHER_MAX_BYTES.
 int comm_all_gather(struct comm *comm, void *all, const void *mine, size_t bytes, struct error *err);
 int comm_broadcast(struct comm *comm, void *data, size_t bytes, int root, struct error *err);

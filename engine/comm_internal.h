@@ -87,8 +87,9 @@ struct comm {
     enum comm_group group;
     int first, rank, size; // ranks first .. first + size - 1 are the group, and this one is first + rank
     int timeout_ms;
-    uint32_t token;      // last phase posted
-    uint64_t sent_bytes; // of all_reduces
+    uint32_t token;       // last phase posted
+    uint64_t sent_bytes;  // of all_reduces
+    uint64_t moved_bytes; // that the transport has sent for phases, beside heads of its own
     struct spinner spinner;
     struct comm *stage; // owned by the world's end; itself where there is one stage
 };

@@ -2,6 +2,7 @@
 // every rank and for every batch, pool and mode; errors that name rank, operation and layer; deadlines; the abort word.
 #include "engine/comm.h"
 #include "kernels/clock.h"
+#include "tests/comm_cases.h"
 #include "tests/comm_help.h"
 
 #include <math.h>
@@ -24,41 +25,10 @@
 
 // ---- all_reduce ----------------------------------------------------------------------------------------------------
 
-struct reduce_case {
-    int tp_size;
-    int64_t rows, cols, stride;
-    uint64_t max_elems;
-    enum wire wire;
-    int pool_threads; // 0: none
-    int calls;
-    bool special; // NaN, Inf, zeros, denormals here and there
-    bool fed;     // with error feedback from call to call
-};
-
 struct reduce_run {
     struct reduce_case shape;
     float *results; // shared: [tp_size][rows][stride], of the last call
 };
-
-static float input_value(const struct reduce_case *shape, int call, int rank, int64_t row, int64_t col)
-{
-    if (col >= shape->cols)
-        return 12345.0f; // between the rows: must stay
-    uint64_t bits = mix((uint64_t)(((row * 131072 + col) * 64 + rank) * 100 + call));
-    float value = (float)((double)(int64_t)bits * 0x1p-63);
-    value *= col % 61 == 7 ? 50.0f : 1.0f;
-    static const uint32_t special[] = {0x7f800000, 0xff800000, 0x7fc00000, 0, 0x80000000, 1, 0x007fffff, 0x7f7fffff};
-    if (shape->special && row % 3 == 1 && bits % 97 == 0)
-        return f32_from_bits(special[bits / 97 % 8]);
-    return shape->special && row % 3 == 2 ? (row % 2 ? 0.0f : value * 0x1p-130f) : value;
-}
-
-static void fill_input(const struct reduce_case *shape, int call, int rank, float *data)
-{
-    for (int64_t row = 0; row < shape->rows; row++)
-        for (int64_t col = 0; col < shape->stride; col++)
-            data[row * shape->stride + col] = input_value(shape, call, rank, row, col);
-}
 
 static int reduce_body(struct comm *comm, void *arg, struct error *err)
 {
@@ -70,59 +40,13 @@ static int reduce_body(struct comm *comm, void *arg, struct error *err)
     struct thread_pool *pool = NULL;
     int rc = shape->pool_threads ? thread_pool_create(&pool, shape->pool_threads, err) : 0;
     for (int call = 0; call < shape->calls && !rc; call++) {
-        fill_input(shape, call, comm_rank(comm), mine);
+        reduce_case_fill(shape, call, comm_rank(comm), mine);
         comm_at(comm, OP_MLP, call);
         rc = comm_all_reduce(comm, mine, shape->rows, shape->cols, shape->stride, shape->wire, lost, pool, err);
     }
     thread_pool_free(pool);
     free(lost);
     return rc;
-}
-
-// Encodes count values, with what earlier messages lost where there is any feedback, as wire.h says it.
-static void reference_encode(uint8_t *bytes, const float *x, float *lost, int count, const struct reduce_case *shape)
-{
-    float t[WIRE_GROUP] = {0}, decoded[WIRE_GROUP];
-    for (int i = 0; i < count; i++)
-        t[i] = shape->fed ? x[i] + lost[i] : x[i];
-    wire_encode_group(bytes, t, count, shape->wire);
-    wire_decode_group(decoded, bytes, count, shape->wire);
-    for (int i = 0; i < count; i++) {
-        lost[i] = bf16_to_f32(f32_to_bf16(t[i] - decoded[i]));
-        if (!isfinite(lost[i]))
-            lost[i] = 0;
-    }
-}
-
-// The last sum as comm.h defines it, for one group of a row, computed by one thread from the definition.
-static void reference_group(const struct reduce_case *shape, int64_t row, int64_t col, float *out)
-{
-    uint8_t bytes[WIRE_MAX_GROUP_BYTES];
-    int count = shape->cols - col < WIRE_GROUP ? (int)(shape->cols - col) : WIRE_GROUP;
-    int owner = (int)(col / WIRE_GROUP % shape->tp_size);
-    float lost[COMM_MAX_RANKS][WIRE_GROUP] = {{0}};
-    for (int call = shape->fed ? 0 : shape->calls - 1; call < shape->calls; call++) {
-        float sum[WIRE_GROUP] = {0}, part[WIRE_GROUP];
-        for (int rank = 0; rank < shape->tp_size; rank++) {
-            for (int i = 0; i < count; i++)
-                part[i] = input_value(shape, call, rank, row, col + i);
-            if (rank == owner) {
-                for (int i = 0; i < count; i++)
-                    sum[i] += part[i];
-            } else {
-                reference_encode(bytes, part, lost[rank], count, shape);
-                wire_add_group(sum, bytes, count, shape->wire);
-            }
-        }
-        reference_encode(bytes, sum, lost[owner], count, shape);
-        wire_decode_group(out, bytes, count, shape->wire);
-    }
-}
-
-static void reference_row(const struct reduce_case *shape, int64_t row, float *out)
-{
-    for (int64_t col = 0; col < shape->cols; col += WIRE_GROUP)
-        reference_group(shape, row, col, out + col);
 }
 
 static void check_reduce(enum mode mode, struct reduce_case shape)
@@ -137,7 +61,7 @@ static void check_reduce(enum mode mode, struct reduce_case shape)
     float *want = malloc((size_t)shape.stride * sizeof *want);
     assert_non_null(want);
     for (int64_t row = 0; row < shape.rows; row++) {
-        reference_row(&shape, row, want);
+        reduce_case_row(&shape, row, want);
         for (int64_t col = shape.cols; col < shape.stride; col++)
             want[col] = 12345.0f;
         for (int rank = 0; rank < shape.tp_size; rank++) {
@@ -213,47 +137,12 @@ static void test_one_rank(void **state)
 
 // ---- the other operations ------------------------------------------------------------------------------------------
 
-static uint8_t pattern(int rank, size_t i) { return (uint8_t)mix(i * 64 + (size_t)rank); }
-
-static int gather_body(struct comm *comm, void *arg, struct error *err)
-{
-    (void)arg;
-    static const size_t sizes[] = {1, 0, 4, 1000, 65535, COMM_GATHER_MAX_BYTES, 3};
-    static const size_t broadcasts[] = {0, 1, 8, 65536, 65537, 1000000};
-    int tp_size = comm_size(comm), rank = comm_rank(comm), rc = 0;
-    uint8_t *mine = malloc(1000000), *all = malloc((size_t)tp_size * COMM_GATHER_MAX_BYTES);
-    for (int round = 0; round < 3 && !rc; round++) {
-        for (size_t s = 0; s < sizeof sizes / sizeof *sizes && !rc; s++) {
-            for (size_t i = 0; i < sizes[s]; i++)
-                mine[i] = pattern(rank, i + (size_t)round);
-            rc = comm_all_gather(comm, all, mine, sizes[s], err);
-            for (size_t i = 0; i < (size_t)tp_size * sizes[s] && !rc; i++)
-                if (all[i] != pattern((int)(i / sizes[s]), i % sizes[s] + (size_t)round))
-                    rc = error_set(err, ERR_OTHER, "all_gather of %zu: byte %zu is wrong", sizes[s], i);
-        }
-        for (size_t s = 0; s < sizeof broadcasts / sizeof *broadcasts && !rc; s++) {
-            int root = (int)s % tp_size;
-            for (size_t i = 0; i < broadcasts[s]; i++)
-                mine[i] = rank == root ? pattern(root, i) : 0;
-            rc = comm_broadcast(comm, mine, broadcasts[s], root, err);
-            for (size_t i = 0; i < broadcasts[s] && !rc; i++)
-                if (mine[i] != pattern(root, i))
-                    rc = error_set(err, ERR_OTHER, "broadcast of %zu: byte %zu is wrong", broadcasts[s], i);
-        }
-        if (!rc)
-            rc = comm_barrier(comm, err);
-    }
-    free(mine);
-    free(all);
-    return rc;
-}
-
 static void test_gather_broadcast(void **state)
 {
     (void)state;
     for (int tp_size = 1; tp_size <= 5; tp_size++)
         for (int mode = 0; mode < 2; mode++)
-            expect_success(run_ranks((enum mode)mode, tp_size, 100, 20000, gather_body, NULL), tp_size, "gather");
+            expect_success(run_ranks((enum mode)mode, tp_size, 100, 20000, comm_cases_gather, NULL), tp_size, "gather");
 }
 
 // The barrier's promise: nobody leaves before the last has come.
@@ -280,7 +169,7 @@ static int barrier_body(struct comm *comm, void *arg, struct error *err)
 static void test_barrier(void **state)
 {
     (void)state;
-    for (int mode = 0; mode < 2; mode++) {
+    for (int mode = 0; mode < MODE_COUNT; mode++) {
         struct barrier_run *run = map_shared(sizeof *run);
         expect_success(run_ranks((enum mode)mode, 4, 100, 20000, barrier_body, run), 4, "barrier");
         munmap(run, sizeof *run);
@@ -301,7 +190,7 @@ static void test_handshake(void **state)
 {
     (void)state;
     uint8_t same[2] = {99, 0}, short_one[2] = {1, 2}, long_one[2] = {2, 40}, first[2] = {0, 60};
-    for (int mode = 0; mode < 2; mode++) {
+    for (int mode = 0; mode < MODE_COUNT; mode++) {
         expect_success(run_ranks((enum mode)mode, 3, 100, 20000, handshake_body, same), 3, "handshake");
         expect_error(
             run_ranks((enum mode)mode, 3, 100, 20000, handshake_body, short_one), 3, ERR_CORRUPT,
@@ -380,7 +269,7 @@ static void test_faults_are_named(void **state)
         {"too much", 1, 4, TOO_MUCH, ERR_OTHER, {"rank 1", "65537 bytes", NULL}},
     };
     for (size_t i = 0; i < sizeof faults / sizeof *faults; i++)
-        for (int mode = 0; mode < 2; mode++) {
+        for (int mode = 0; mode < MODE_COUNT; mode++) {
             const int timeout_ms = faults[i].kind == LATE ? 300 : faults[i].kind == WAIT ? 1000 : 20000;
             struct rank_result *results =
                 run_ranks((enum mode)mode, 2, 1000, timeout_ms, fault_body, (void *)&faults[i]);

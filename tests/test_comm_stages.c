@@ -2,6 +2,7 @@
 // of its receiver, waits as long as somebody moves, and errors that name the rank behind a wait.
 #include "engine/comm.h"
 #include "kernels/clock.h"
+#include "tests/comm_cases.h"
 #include "tests/comm_help.h"
 
 #include <stdatomic.h>
@@ -70,61 +71,14 @@ static void test_groups(void **state)
 
 // ---- messages ------------------------------------------------------------------------------------------------------
 
-enum { MESSAGE_BYTES = 40000, MESSAGES = 60 };
-
-static size_t message_bytes(int number)
-{
-    static const size_t bytes[] = {MESSAGE_BYTES,     0,      1, 63, 64, 65, 4096, MESSAGE_BYTES - 1,
-                                   3 * MESSAGE_BYTES, 1000000};
-    return bytes[number % 10];
-}
-
-static void fill(uint8_t *data, size_t bytes, int from, int to, int number)
-{
-    for (size_t i = 0; i < bytes; i++)
-        data[i] = (uint8_t)(mix((i / 8 * 64 + (size_t)from) * 64 + (size_t)to + (size_t)number * 7919) >> i % 8 * 8);
-}
-
-// Around the stages: each rank sends to every rank of the next stage, receives from every one of the stage before.
-static int around_body(struct comm *comm, void *arg, struct error *err)
-{
-    const struct grid *grid = arg;
-    int rank = comm_rank(comm), own = rank / grid->tp_size, rc = 0;
-    int next = (own + 1) % grid->pp_size * grid->tp_size,
-        before = (own + grid->pp_size - 1) % grid->pp_size * grid->tp_size;
-    uint8_t *data = malloc(1000000), *want = malloc(1000000);
-    for (int number = 0; number < MESSAGES && !rc; number++) {
-        size_t bytes = message_bytes(number);
-        // What does not fit the ring goes through while both are there, so not all may send at once.
-        for (int turn = 0; turn < 2 && !rc; turn++)
-            for (int other = 0; other < grid->tp_size && !rc; other++) {
-                if ((turn == 0) == (own == 0)) {
-                    fill(data, bytes, rank, next + other, number);
-                    rc = comm_send(comm, data, bytes, next + other, err);
-                } else {
-                    memset(data, 0, bytes);
-                    rc = comm_receive(comm, data, bytes, before + other, err);
-                    fill(want, bytes, before + other, rank, number);
-                    if (!rc && memcmp(data, want, bytes) != 0)
-                        rc = error_set(err, ERR_OTHER, "message %d of rank %d arrived changed", number, before + other);
-                }
-            }
-        if (!rc && number % 7 == 0)
-            rc = comm_barrier(comm_stage(comm), err);
-    }
-    free(data);
-    free(want);
-    return rc;
-}
-
 static void test_messages(void **state)
 {
     (void)state;
     static const struct grid grids[] = {{1, 2}, {2, 2}, {1, 3}, {2, 4}};
     for (size_t i = 0; i < sizeof grids / sizeof *grids; i++)
         for (int mode = 0; mode < 2; mode++)
-            expect_success(run_stages((enum mode)mode, grids[i].tp_size, grids[i].pp_size, MESSAGE_BYTES, 20000,
-                                      around_body, (void *)&grids[i]),
+            expect_success(run_stages((enum mode)mode, grids[i].tp_size, grids[i].pp_size, CASES_MESSAGE_BYTES, 20000,
+                                      comm_cases_messages, NULL),
                            grids[i].tp_size * grids[i].pp_size, "messages");
 }
 
@@ -132,11 +86,11 @@ static void test_messages(void **state)
 static int ahead_body(struct comm *comm, void *arg, struct error *err)
 {
     atomic_int *sent = arg;
-    uint8_t data[MESSAGE_BYTES] = {0};
+    uint8_t data[CASES_MESSAGE_BYTES] = {0};
     int rc;
     if (comm_rank(comm) == 0) {
         for (int number = 0; number < 2; number++) {
-            fill(data, sizeof data, 0, 1, number);
+            memset(data, number + 1, sizeof data);
             if ((rc = comm_send(comm, data, sizeof data, 1, err)))
                 return rc;
         }
@@ -147,9 +101,9 @@ static int ahead_body(struct comm *comm, void *arg, struct error *err)
         usleep(10000);
     if (!atomic_load(sent))
         return error_set(err, ERR_OTHER, "the sender waits for its receiver");
-    uint8_t want[MESSAGE_BYTES];
+    uint8_t want[CASES_MESSAGE_BYTES];
     for (int number = 0; number < 2; number++) {
-        fill(want, sizeof want, 0, 1, number);
+        memset(want, number + 1, sizeof want);
         if ((rc = comm_receive(comm, data, sizeof data, 0, err)) ||
             (rc = check(memcmp(data, want, sizeof data) == 0, "a message that waited", err)))
             return rc;
@@ -162,7 +116,7 @@ static void test_sender_is_ahead(void **state)
     (void)state;
     for (int mode = 0; mode < 2; mode++) {
         atomic_int *sent = map_shared(sizeof *sent);
-        expect_success(run_stages((enum mode)mode, 1, 2, MESSAGE_BYTES, 30000, ahead_body, sent), 2, "ahead");
+        expect_success(run_stages((enum mode)mode, 1, 2, CASES_MESSAGE_BYTES, 30000, ahead_body, sent), 2, "ahead");
     }
 }
 
