@@ -147,7 +147,7 @@ $(ALL_LIB): $(ALL_OBJ) $(BUILD)/sources
 	$(call say,AR,$@) rm -f $@ && $(AR) rcs $@ $(filter %.o,$^)
 # Each test takes the helpers that it uses: one may have functions of its own in place of those that another helper brings in.
 TEST_HELPERS := $(BUILD)/obj/tests/helpers.a
-$(TEST_HELPERS): $(call objects,$(TEST_HELPER_SRC)) $(BUILD)/sources
+$(TEST_HELPERS): $(call objects,$(TEST_HELPER_SRC) $(BENCH_HELPER_SRC)) $(BUILD)/sources
 	$(call say,AR,$@) rm -f $@ && $(AR) rcs $@ $(filter %.o,$^)
 $(TEST_PROGRAMS): $(BUILD)/%: $(BUILD)/obj/%.o $(TEST_HELPERS) $(ALL_LIB)
 	$(call link,-rdynamic,$(TEST_LIBRARIES))

@@ -4,12 +4,13 @@
 // Law 9: the codec follows from the phase and --wire alone, never from the size of a message, which depends on what else is in the
 // batch. The size chooses among algorithms that give the same bits (kernels/exchange_choice.h).
 //
-// The bounds of the table are seeds: from figures of others for PCIe 4.0 x16 (24 GB/s a direction, about 3 us for one more phase),
-// not measured by this project on GPUs.
-//   one-shot   its one phase less is worth 3 us, and it moves more: with M bytes of bf16, 1.5 M instead of 1 M for two ranks, 3.75 M
-//              instead of 1.5 M for four, 7.9 M instead of 1.75 M for eight. The two are equal at about 144, 32 and 12 KB.
-//   two-shot   in one kernel up to 1 MB.
-//   chunks     beyond; small enough for two of each rank to stay in a processor's last cache, large enough for copy engines.
+// The bounds of the table are those of bench/bench_links, a simulation with published rates of PCIe 4.0 x16; not measured by this
+// project on GPUs.
+//   one-shot   its one phase less is worth 3 us over P2P and 4.6 over the host, and it moves more: with M bytes of bf16, 1.5 M instead
+//              of 1 M for two ranks, 3.75 M instead of 1.5 M for four, 7.9 M instead of 1.75 M for eight.
+//   two-shot   in one kernel, as long as copy engines, which take both directions at once, do not win by more than their start costs:
+//              up to 256 KB over the host, which a kernel reads at half the speed of a copy, up to 1 MB over P2P.
+//   chunks     beyond; a few of each message, and two of each rank stay in a processor's last cache.
 //   library    NCCL's own sum for codecs without a loss: it costs NCCL's latency once, all other ways twice.
 // CPU ranks have one algorithm; comm.c cuts their messages itself.
 #ifndef TPSHARD_ENGINE_COMM_SELECT_H
