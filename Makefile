@@ -306,7 +306,7 @@ test: tests ## run every test that this machine can run (ONLY='test_json*' selec
 
 # What ThreadSanitizer runs.
 .PHONY: test-threads benchmarks
-THREAD_TESTS := $(foreach test,$(TEST_PROGRAMS),$(if $(strip $(foreach word,thread comm api http loader store decoder_load,$(findstring $(word),$(test)))),$(test)))
+THREAD_TESTS := $(foreach test,$(TEST_PROGRAMS),$(if $(strip $(foreach word,thread comm api http loader store decoder_load sequence,$(findstring $(word),$(test)))),$(test)))
 test-threads: $(THREAD_TESTS) $(BUILD)/tpshard
 	@BUILD="$(BUILD)" tests/run_tests --if-any $(THREAD_TESTS)
 benchmarks: programs $(BENCH_PROGRAMS) $(BUILD)/bench/synthetic_shards

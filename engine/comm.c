@@ -18,11 +18,18 @@ enum {
 
 // ---- phases --------------------------------------------------------------------------------------------------------
 
+// Of values in a codec, amid a step.
+static bool is_reduce(enum collective collective)
+{
+    return collective == ALL_REDUCE || collective == ALL_REDUCE_END || collective == ROWS_TO_OWNERS ||
+           collective == ROWS_TO_ALL;
+}
+
 static void describe_difference(char text[192], const struct call *call)
 {
     char where[128];
     comm_describe_call(where, call);
-    bool reduce = call->collective == ALL_REDUCE || call->collective == ALL_REDUCE_END;
+    bool reduce = is_reduce(call->collective);
     if (reduce)
         snprintf(text, 192, "%s, %llu values in %s", where, (unsigned long long)call->amount,
                  wire_name((enum wire)call->detail));
@@ -34,7 +41,7 @@ static void describe_difference(char text[192], const struct call *call)
 
 static bool calls_agree(const struct call *a, const struct call *b)
 {
-    bool reduce = a->collective == ALL_REDUCE || a->collective == ALL_REDUCE_END;
+    bool reduce = is_reduce(a->collective);
     return a->collective == b->collective && a->detail == b->detail && a->amount == b->amount &&
            (!reduce || (a->op == b->op && a->layer == b->layer));
 }
@@ -70,8 +77,8 @@ static int post(struct comm *comm, const struct call *call, const struct comm_mo
 }
 
 // Posts, and waits for the others.
-static int phase(struct comm *comm, enum collective collective, int detail, uint64_t amount,
-                 const struct comm_move *move, struct error *err)
+int comm_phase(struct comm *comm, enum collective collective, int detail, uint64_t amount, const struct comm_move *move,
+               struct error *err)
 {
     struct call call = comm_call(comm, collective, detail, amount);
     int rc;
@@ -82,7 +89,7 @@ static int phase(struct comm *comm, enum collective collective, int detail, uint
 
 int comm_barrier(struct comm *comm, struct error *err)
 {
-    return phase(comm, BARRIER, 0, 0, &(struct comm_move){.pattern = MOVE_NOTHING}, err);
+    return comm_phase(comm, BARRIER, 0, 0, &(struct comm_move){.pattern = MOVE_NOTHING}, err);
 }
 
 static int gather(struct comm *comm, enum collective collective, const void *mine, size_t bytes, struct error *err)
@@ -94,7 +101,7 @@ static int gather(struct comm *comm, enum collective collective, const void *min
         return comm_raise(comm, err, &found);
     }
     memcpy(comm_buffer(comm, comm->rank, comm->token + 1), mine, bytes);
-    return phase(comm, collective, 0, bytes, &(struct comm_move){.pattern = MOVE_EVERYONE, .bytes = bytes}, err);
+    return comm_phase(comm, collective, 0, bytes, &(struct comm_move){.pattern = MOVE_EVERYONE, .bytes = bytes}, err);
 }
 
 int comm_all_gather(struct comm *comm, void *all, const void *mine, size_t bytes, struct error *err)
@@ -238,12 +245,12 @@ int comm_all_reduce(struct comm *comm, float *data, int64_t rows, int64_t cols, 
         int rc;
         set_buffers(&piece, comm);
         run_step(&piece, reduce_encode, pool);
-        if ((rc = phase(comm, ALL_REDUCE, (int)wire, amount, &move, err)))
+        if ((rc = comm_phase(comm, ALL_REDUCE, (int)wire, amount, &move, err)))
             return rc;
         set_buffers(&piece, comm);
         run_step(&piece, reduce_add_up, pool);
         move.pattern = MOVE_FROM_OWNERS;
-        if ((rc = phase(comm, ALL_REDUCE_END, (int)wire, amount, &move, err)))
+        if ((rc = comm_phase(comm, ALL_REDUCE_END, (int)wire, amount, &move, err)))
             return rc;
         set_buffers(&piece, comm);
         run_step(&piece, reduce_decode, pool);

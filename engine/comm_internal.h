@@ -26,13 +26,24 @@ enum {
 
 enum comm_group { GROUP_WORLD, GROUP_STAGE, GROUP_COUNT }; // with one stage only the first is used
 
-enum collective { ALL_REDUCE, ALL_REDUCE_END, ALL_GATHER, BROADCAST, BARRIER, HANDSHAKE, SEND, RECEIVE };
+enum collective {
+    ALL_REDUCE,
+    ALL_REDUCE_END,
+    ROWS_TO_OWNERS,
+    ROWS_TO_ALL,
+    ALL_GATHER,
+    BROADCAST,
+    BARRIER,
+    HANDSHAKE,
+    SEND,
+    RECEIVE
+};
 
 // What a rank takes its phase for; all ranks must agree.
 struct call {
     enum collective collective;
-    int detail;      // wire of an all_reduce, root of a broadcast, the other rank of a message
-    uint64_t amount; // floats of an all_reduce, bytes else
+    int detail;      // wire of what is coded, root of a broadcast, the other rank of a message
+    uint64_t amount; // floats of what is coded, bytes else
     enum comm_operation op;
     int layer;
 };
@@ -131,6 +142,10 @@ int comm_raise(struct comm *comm, struct error *err, const struct error *found);
 // Waits for all ranks of the group to post, or for one rank of the group, with a deadline. See comm.h.
 int comm_wait_for_all(struct comm *comm, const struct call *call, struct error *err);
 int comm_wait_for(struct comm *comm, const struct comm_wait *wait, int rank, struct error *err);
+// One phase: posts what this rank wrote to its buffer of phase comm->token + 1 and waits for the others, whose calls must agree with this
+// one. Afterwards comm->token is that phase.
+int comm_phase(struct comm *comm, enum collective collective, int detail, uint64_t amount, const struct comm_move *move,
+               struct error *err);
 // What the rank is at, for a call.
 struct call comm_call(const struct comm *comm, enum collective collective, int detail, uint64_t amount);
 const char *comm_collective_name(enum collective collective);

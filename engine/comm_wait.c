@@ -111,8 +111,9 @@ int comm_raise(struct comm *comm, struct error *err, const struct error *found)
 
 // ---- what a rank waits for -------------------------------------------------------------------------------------------
 
-static const char *const collective_names[] = {"all_reduce", "all_reduce", "all_gather", "broadcast",
-                                               "barrier",    "handshake",  "send",       "receive"};
+static const char *const collective_names[] = {"all_reduce", "all_reduce", "reduce_scatter", "all_gather of rows",
+                                               "all_gather", "broadcast",  "barrier",        "handshake",
+                                               "send",       "receive"};
 
 const char *comm_collective_name(enum collective collective) { return collective_names[collective]; }
 

@@ -80,6 +80,21 @@ extern struct session_options session_options;
          0,                                                                                                            \
          0,                                                                                                            \
          "what fp8 and s8x lose of one sum is made up for by the next; off: it is not. Models with post-norms: off"},  \
+        {"sequence-parallel",                                                                                          \
+         OPTION_CHOICE,                                                                                                \
+         &session_options.sequence_parallel,                                                                           \
+         "auto|on|off",                                                                                                \
+         0,                                                                                                            \
+         0,                                                                                                            \
+         "prompts: each rank adds up and norms some of the rows, and the ranks exchange normed rows; auto: off"},      \
+        {"overlap",                                                                                                    \
+         OPTION_CHOICE,                                                                                                \
+         &session_options.overlap,                                                                                     \
+         "auto|on|off",                                                                                                \
+         0,                                                                                                            \
+         0,                                                                                                            \
+         "prompts go through the layers in two halves: while one's sums are on their way, the other computes; auto: " \
+         "off"},                                                                                                       \
         {"verify",                                                                                                     \
          OPTION_CHOICE,                                                                                                \
          &session_options.verify,                                                                                      \

@@ -3,59 +3,44 @@
 // While the model is being loaded, each phase first waits for the weights that it reads; to the other ranks and to the watchdog this rank is then
 // at its start (OP_LOAD). The operation and layer that exchanges compare are said after that.
 //
-// The residual stream is the same on every rank. Each block ends in a partial sum that the ranks exchange; the next norm adds it to the
-// residual. What a compressing wire loses of one sum is made up for in the next one, so that the residual behind the last layer lacks no more than
-// one sum did.
+// Each block ends in a partial sum that the ranks exchange; the next norm adds it to the residual. What a compressing wire loses of one sum is made
+// up for in the next one, so that the residual behind the last layer lacks no more than one sum did. decoder_parts.h says how a prompt's rows are
+// cut and where their residual lies.
 #include "engine/decoder.h"
 
 #include "engine/comm_select.h"
-#include "kernels/clock.h"
+#include "engine/decoder_parts.h"
 
 #include <string.h>
 
-enum wire decoder_wire(const struct decoder *d, enum phase phase)
-{
-    return comm_select_wire(phase, d->wire);
-}
+enum wire decoder_wire(const struct decoder *d, enum phase phase) { return comm_select_wire(phase, d->wire); }
 
-// The sum over ranks of a buffer's rows, in place. One rank alone has it already. lost: see comm_all_reduce.
-static int exchange(struct decoder *d, enum buffer buffer, enum wire wire, uint16_t *lost, struct error *err)
+bool decoder_mixes(const struct decoder *d)
 {
-    const struct backend *b = d->backend;
-    int64_t hidden = d->model->desc.hidden_size;
-    float *rows;
-    int rc;
-    if (comm_size(d->comm) == 1)
-        return 0;
-    if ((rc = b->lend(d->device, buffer, &rows, err)))
-        return rc;
-    int64_t begin_ns = clock_now_ns();
-    rc = comm_all_reduce(d->comm, rows, d->count, hidden, hidden, wire, lost, d->pool, err);
-    d->exchange_ns += clock_now_ns() - begin_ns;
-    d->exchanges++;
-    return rc ? rc : b->returned(d->device, buffer, err);
-}
-
-static int exchange_partial(struct decoder *d, struct error *err)
-{
-    enum wire wire = decoder_wire(d, d->phase);
-    return exchange(d, BUFFER_PARTIAL, wire, wire_is_compressed(wire) ? d->lost : NULL, err);
+    return d->backend->mixes_phases && !(d->deals && comm_size(d->comm) > 1) &&
+           decoder_wire(d, PHASE_PREFILL) == decoder_wire(d, PHASE_DECODE);
 }
 
 // q and k are normed over all heads of all ranks together: their sums of squares are added up in rank order.
-static int exchange_squares(struct decoder *d, int64_t layer, struct error *err)
+static int exchange_squares(struct decoder *d, const struct block *block, struct error *err)
 {
     enum { PIECE = 64 }; // rows of one exchange
     const struct backend *b = d->backend;
-    int ranks = comm_size(d->comm), rc = b->squares(d->device, layer, err);
+    int ranks = comm_size(d->comm), rc = b->squares(d->device, block->layer, err);
     float *squares, all[COMM_MAX_RANKS * 2 * PIECE];
     if (rc || ranks == 1)
         return rc;
     if ((rc = b->lend(d->device, BUFFER_SQUARES, &squares, err)))
         return rc;
-    for (int64_t row = 0; row < d->count; row += PIECE) {
-        int64_t values = 2 * (d->count - row < PIECE ? d->count - row : PIECE);
-        if ((rc = comm_all_gather(d->comm, all, squares + 2 * row, (size_t)values * sizeof *all, err)))
+    for (int64_t row = 0; row < d->part->count; row += PIECE) {
+        int64_t values = 2 * (d->part->count - row < PIECE ? d->part->count - row : PIECE);
+        struct exchange gather = {.kind = EXCHANGE_GATHER,
+                                  .op = block->op,
+                                  .layer = (int)block->layer,
+                                  .data = squares + 2 * row,
+                                  .cols = values,
+                                  .all = all};
+        if ((rc = part_exchange(d, &gather, err)))
             return rc;
         for (int64_t i = 0; i < values; i++) {
             float sum = all[i];
@@ -67,9 +52,11 @@ static int exchange_squares(struct decoder *d, int64_t layer, struct error *err)
     return b->returned(d->device, BUFFER_SQUARES, err);
 }
 
+// Between two operations of a part: who watches is told, and the other part's sums may have come.
 static int tell(struct decoder *d, enum calibration_input input, int64_t layer, struct error *err)
 {
-    return d->watch ? d->watch->input(d->watch->arg, d, input, layer, err) : 0;
+    int rc = d->watch ? d->watch->input(d->watch->arg, d, input, layer, err) : 0;
+    return rc ? rc : part_look(d, err);
 }
 
 // Queries by way of their latent, where the model has one, and the latent of keys and values.
@@ -93,7 +80,7 @@ static int need_layer(struct decoder *d, int64_t i, struct error *err)
 {
     if (d->model->loaded)
         return 0;
-    comm_at(d->comm, OP_LOAD, -1);
+    comm_at(d->comm, OP_LOAD, -1); // before it is loaded, no other thread has the comm
     return model_need_layer(d->model, i, err);
 }
 
@@ -119,53 +106,48 @@ static int begin_head(struct decoder *d, struct error *err)
     return rc;
 }
 
-static int attention_block(struct decoder *d, int64_t i, struct error *err)
+static int attention_block(struct decoder *d, const struct block *block, struct error *err)
 {
     const struct backend *b = d->backend;
     const struct model_desc *desc = &d->model->desc;
+    int64_t i = block->layer;
     const struct layer *layer = &d->model->weights.layers[i];
-    const struct join *join = i > 0 ? &layer[-1].mlp_join : NULL;
     bool latent = desc->latent.kv_rank > 0;
-    const struct matrix *first = !latent ? &layer->qkv : desc->latent.q_rank > 0 ? &layer->q_a : &layer->q_b;
     int rc;
-    comm_at(d->comm, OP_ATTENTION, (int)i);
-    if ((rc = b->norm(d->device, join, layer->attention_norm, layer->qkv_order, first, err)) ||
-        (rc = tell(d, CALIBRATION_ATTENTION, i, err)) ||
+    if ((rc = part_enter(d, block, err)) || (rc = tell(d, CALIBRATION_ATTENTION, i, err)) ||
         (rc = latent ? project_latent(d, i, err) : b->linear(d->device, BUFFER_QKV, &layer->qkv, err)) ||
-        (rc = desc->qk_norm == QK_NORM_FULL ? exchange_squares(d, i, err) : 0) ||
-        (rc = b->finish_qkv(d->device, i, err)) || (rc = b->attend(d->device, i, err)) ||
+        (rc = desc->qk_norm == QK_NORM_FULL ? exchange_squares(d, block, err) : 0) ||
+        (rc = b->finish_qkv(d->device, i, err)) || (rc = part_look(d, err)) || (rc = b->attend(d->device, i, err)) ||
         (rc = tell(d, CALIBRATION_O, i, err)) || (rc = b->linear(d->device, BUFFER_PARTIAL, &layer->o, err)))
         return rc;
-    return exchange_partial(d, err);
+    return part_leave(d, block, err);
 }
 
 static int dense_mlp(struct decoder *d, int64_t i, const struct mlp *mlp, struct error *err)
 {
     const struct backend *b = d->backend;
     int rc;
-    if ((rc = b->linear(d->device, BUFFER_GATE_UP, &mlp->gate_up, err)) || (rc = b->activate(d->device, mlp, err)) ||
-        (rc = tell(d, CALIBRATION_DOWN, i, err)))
+    if ((rc = b->linear(d->device, BUFFER_GATE_UP, &mlp->gate_up, err)) || (rc = part_look(d, err)) ||
+        (rc = b->activate(d->device, mlp, err)) || (rc = tell(d, CALIBRATION_DOWN, i, err)))
         return rc;
     return b->linear(d->device, BUFFER_PARTIAL, &mlp->down, err);
 }
 
-static int mlp_block(struct decoder *d, int64_t i, struct error *err)
+static int mlp_block(struct decoder *d, const struct block *block, struct error *err)
 {
     const struct backend *b = d->backend;
+    int64_t i = block->layer;
     const struct layer *layer = &d->model->weights.layers[i];
     bool experts = layer->flags & LAYER_EXPERTS, shared = d->model->desc.experts.shared_size > 0;
-    const struct matrix *first = experts ? &layer->router : &layer->mlp.gate_up;
     int rc;
-    comm_at(d->comm, OP_MLP, (int)i);
-    if ((rc = b->norm(d->device, &layer->attention_join, layer->mlp_norm, layer->gate_up_order, first, err)) ||
-        (rc = tell(d, CALIBRATION_MLP, i, err)) ||
+    if ((rc = part_enter(d, block, err)) || (rc = tell(d, CALIBRATION_MLP, i, err)) ||
         (rc = experts ? b->linear(d->device, BUFFER_ROUTER, &layer->router, err) : 0) ||
         (rc = experts ? b->route(d->device, i, err) : 0) ||
         (rc = !experts || shared ? dense_mlp(d, i, &layer->mlp, err) : 0) ||
         (rc = experts ? b->experts(d->device, i, err) : 0) ||
         (rc = experts ? tell(d, CALIBRATION_EXPERT_DOWN, i, err) : 0))
         return rc;
-    return exchange_partial(d, err);
+    return part_leave(d, block, err);
 }
 
 // From the tokens to the residual.
@@ -177,15 +159,33 @@ static int begin_residual(struct decoder *d, struct error *err)
     if (d->lost)
         memset(d->lost, 0, (size_t)(d->count * desc->hidden_size) * sizeof *d->lost);
     // Each rank holds some rows of the embedding, rounded to bf16; the others add zeros, so the sum over a bf16 wire is exact.
-    if ((rc = d->backend->embed(d->device, err)) || (rc = exchange(d, BUFFER_RESIDUAL, WIRE_BF16, NULL, err)))
+    if ((rc = d->backend->embed(d->device, err)) || (rc = part_sum_embedding(d, err)))
         return rc;
     return desc->embedding_scale != 1 ? d->backend->scale_residual(d->device, (float)desc->embedding_scale, err) : 0;
 }
 
+// All parts of the step through one block.
+static int run_block(struct decoder *d, const struct block *block, struct error *err)
+{
+    int rc = 0;
+    for (int i = 0; i < d->num_parts && !rc; i++) {
+        d->part = &d->parts[i];
+        rc = block->op == OP_ATTENTION ? attention_block(d, block, err) : mlp_block(d, block, err);
+    }
+    return rc;
+}
+
+static int run_layer(struct decoder *d, int64_t i, struct error *err)
+{
+    struct block attention = block_at(d->model, 2 * i), mlp = block_at(d->model, 2 * i + 1);
+    int rc;
+    return (rc = need_layer(d, i, err)) || (rc = run_block(d, &attention, err)) ? rc : run_block(d, &mlp, err);
+}
+
 int decoder_layer(struct decoder *d, int64_t i, struct error *err)
 {
-    int rc;
-    return (rc = need_layer(d, i, err)) || (rc = attention_block(d, i, err)) ? rc : mlp_block(d, i, err);
+    int rc = run_layer(d, i, err);
+    return parts_settle(d, rc, err);
 }
 
 // From the residual to the last layer's residual and partial sum, which logits adds.
@@ -193,8 +193,8 @@ static int run_layers(struct decoder *d, struct error *err)
 {
     int rc = 0;
     for (int64_t i = 0; !rc && i < d->model->desc.num_layers; i++)
-        rc = decoder_layer(d, i, err);
-    return rc;
+        rc = run_layer(d, i, err);
+    return parts_settle(d, rc, err);
 }
 
 static const struct join *last_join(const struct decoder *d)
@@ -208,6 +208,7 @@ int decoder_embed(struct decoder *d, const struct token_row *rows, int64_t count
     int rc;
     d->count = count;
     d->phase = phase;
+    parts_begin(d, rows);
     if ((rc = need_inputs(d, rows, count, err)) || (rc = d->backend->begin(d->device, rows, count, phase, pages, err)))
         return rc;
     return begin_residual(d, err);
@@ -241,6 +242,8 @@ int decoder_logits(struct decoder *d, const int64_t *row_index, int64_t count, f
             return error_set(err, ERR_OTHER, "logits of row %lld were asked for after a step of %lld rows",
                              (long long)row, (long long)d->count);
     }
+    if ((rc = parts_gather(d, row_index, count, err)))
+        return rc;
     return d->backend->logits(d->device, last_join(d), row_index, count, logits, stride, err);
 }
 
@@ -255,6 +258,7 @@ int decoder_sample(struct decoder *d, const struct token_row *rows, int64_t num_
     int rc;
     d->count = num_rows;
     d->phase = phase;
+    parts_begin(d, rows);
     if ((rc = need_inputs(d, rows, num_rows, err)) || (rc = b->begin(d->device, rows, num_rows, phase, pages, err)) ||
         (rc = b->sampling(d->device, sampling, steps, row_index, count, err)) ||
         (kept && (rc = b->record(d->device, &replayed, err))))

@@ -12,6 +12,18 @@
 #include <stdint.h>
 
 struct decoder;
+struct exchanger;
+
+// Rows of a step that go through the blocks together. Those of a prompt may be cut in two, so that one part computes while the other's sums are on
+// their way; decoder_parts.c keeps its state here.
+struct decoder_part {
+    int64_t first, count; // rows of the step
+    int64_t first_owner;  // rank that owns row `first`, where rows have owners
+    int64_t next_block;   // number; 0: it has been through none
+    uint64_t ticket;      // of the exchange under way; 0: none
+    bool lent;            // its partial sums are lent to the host
+    bool joined;          // the residual has taken the last sum, and its normed rows are on their way or there
+};
 
 // Who is told, between the operations of a step, what the products that follow multiply.
 struct decoder_watch {
@@ -25,18 +37,28 @@ struct decoder {
     const struct backend *backend;
     struct device *device;
     struct comm *comm;
-    enum wire wire;           // of prefill; see decoder_wire
-    uint16_t *lost;           // of the wire's error feedback: bf16 [rows of a step][hidden]; NULL: there is none
-    struct thread_pool *pool; // for the exchange
-    int64_t count;            // rows of the last step
-    enum phase phase;         // its phase
-    int64_t exchange_ns;      // in exchanges with other ranks so far
-    int64_t exchanges;        // how many
-    const struct decoder_watch *watch; // NULL: nobody
+    enum wire wire;              // of prefill; see decoder_wire
+    uint16_t *lost;              // of the wire's error feedback: bf16 [rows of a step][hidden]; NULL: there is none
+    struct thread_pool *pool;    // for the exchange
+    bool deals;                  // of prefill: the residual is dealt out to the ranks (sequence parallel)
+    bool shows_residual;         // every rank has all of the residual behind each norm, dealt out or not
+    bool in_parts;               // steps with enough rows are cut in two
+    struct exchanger *exchanger; // does a part's exchanges while the other computes; NULL: they are done in turn
+    int64_t count;               // rows of the last step
+    enum phase phase;            // its phase
+    int64_t exchange_ns;         // that computing has stood still for exchanges with other ranks, so far
+    int64_t exchanges;           // how many
+    bool dealt;                  // of the last step: the residual is dealt out
+    bool threaded;               // and its exchanges go to the exchanger
+    int num_parts;
+    struct decoder_part parts[2], *part; // part: under way
+    const struct decoder_watch *watch;   // NULL: nobody
 };
 
 // The codec of a phase: decode's messages are small and never compressed.
 enum wire decoder_wire(const struct decoder *decoder, enum phase phase);
+// Whether prefill and decode are one arithmetic here, so that rows of both may go together.
+bool decoder_mixes(const struct decoder *decoder);
 
 // Runs rows (count <= max_rows) through all layers; KV room must be reserved. Collective: every rank calls it with the same rows.
 // rows and pages stay as they are until the next step.

@@ -292,8 +292,7 @@ static int take_step(struct rank_step *s, const struct step_area *area, struct e
 
 int rank_step_run(struct rank_step *s, const struct step_area *area, struct error *err)
 {
-    const struct decoder *d = s->decoder;
-    bool mixed = d->backend->mixes_phases && decoder_wire(d, PHASE_PREFILL) == decoder_wire(d, PHASE_DECODE);
+    bool mixed = decoder_mixes(s->decoder);
     int rc;
     if ((rc = take_step(s, area, err)) || (!mixed && (rc = run_segments(s, area, PHASE_PREFILL, false, err))) ||
         (rc = run_segments(s, area, PHASE_DECODE, mixed, err)))

@@ -16,15 +16,17 @@
 #include <stdio.h>
 
 struct session_options {
-    const char *backend;       // "auto", "cuda" or a kernel table's name
-    const char *cuda_library;  // NULL: libtpengine_cuda.so beside the program or in ../lib
-    const char *kv_cache;      // a word of KV_FORMAT_CHOICES
-    const char *wire;          // "auto", "bf16", "f32", "fp8", "s8x"
-    const char *wire_feedback; // "auto", "off"
-    const char *verify;        // "full", "sample", "off"
-    const char *load;          // "auto", "map", "read", "direct", "uring"
-    int64_t load_threads;      // of each rank; 0: as many as keep the store busy
-    bool load_first;           // the ranks are ready when all weights are in place, not before
+    const char *backend;           // "auto", "cuda" or a kernel table's name
+    const char *cuda_library;      // NULL: libtpengine_cuda.so beside the program or in ../lib
+    const char *kv_cache;          // a word of KV_FORMAT_CHOICES
+    const char *wire;              // "auto", "bf16", "f32", "fp8", "s8x"
+    const char *wire_feedback;     // "auto", "off"
+    const char *sequence_parallel; // "auto", "on", "off"
+    const char *overlap;           // "auto", "on", "off"
+    const char *verify;            // "full", "sample", "off"
+    const char *load;              // "auto", "map", "read", "direct", "uring"
+    int64_t load_threads;          // of each rank; 0: as many as keep the store busy
+    bool load_first;               // the ranks are ready when all weights are in place, not before
     struct store_options store;
     const char *ranks; // "process", "thread"
     const char *pin;   // "none", "node", "core"; see numa.h
@@ -78,6 +80,8 @@ const char *session_backend(const struct session *session); // "cuda", or the na
 void session_print_devices(struct session *session, FILE *out);
 int session_threads(const struct session *session); // of each rank
 const char *session_wire(const struct session *session);
+// How the rows of prompts travel, as words to put behind the wire's name: "", ", sequence parallel", ", in overlapping halves" or both.
+const char *session_prefill_way(const struct session *session);
 bool session_feeds_back(const struct session *session); // what a compressing wire loses is made up for
 
 // The directory's compiled tokenizer, read and verified on first use. ERR_MODEL when the directory has none.

@@ -3,6 +3,7 @@
 
 #include "engine/comm_select.h"
 #include "engine/decoder.h"
+#include "engine/exchange.h"
 #include "engine/rank_step.h"
 #include "engine/residual_tap.h"
 #include "formats/checked.h"
@@ -58,6 +59,7 @@ struct worker {
 static void worker_close(struct worker *w)
 {
     rank_step_free(w->step);
+    exchanger_free(w->decoder.exchanger);
     free(w->decoder.lost);
     model_stop(&w->model);
     w->options->backend->close(w->device);
@@ -70,7 +72,7 @@ static struct rank_start *start_of(const struct worker *w) { return &w->shared->
 // What all ranks must agree on before they touch a weight.
 struct agreement {
     struct checksum128 contract;
-    uint32_t tp_size, wire, feedback;
+    uint32_t tp_size, wire, feedback, deals, overlap;
     int64_t context, num_pages;
     struct step_limits limits;
     uint32_t kv_format;
@@ -87,6 +89,8 @@ static int agree(struct worker *w, struct error *err)
     mine.tp_size = o->manifest->tp_size;
     mine.wire = (uint32_t)o->wire;
     mine.feedback = o->feedback;
+    mine.deals = o->deals;
+    mine.overlap = o->overlap;
     mine.context = o->context;
     mine.limits = o->limits;
     mine.num_pages = o->num_pages;
@@ -326,6 +330,9 @@ static int worker_open(struct worker *w, struct error *err)
         .model = &w->model, .backend = o->backend, .comm = w->env->comm, .wire = o->wire, .pool = w->pool};
     if (o->residual_rows > 0 && w->env->rank == 0)
         w->decoder.watch = &w->tap.watch;
+    w->decoder.deals = o->deals;
+    w->decoder.shows_residual = o->residual_rows > 0;
+    w->decoder.in_parts = o->overlap && o->residual_rows == 0;
     if ((rc = open_device(w, err)))
         return rc;
     w->decoder.device = w->device;
@@ -333,6 +340,8 @@ static int worker_open(struct worker *w, struct error *err)
     if (o->feedback && !(w->decoder.lost = calloc((size_t)(rows * hidden), sizeof *w->decoder.lost)))
         return error_set(err, ERR_MEMORY, "no memory for the wire's losses of %lld rows", (long long)rows);
     if ((rc = rank_step_create(&w->step, &w->decoder, &o->limits, o->usual_choices, err)))
+        return rc;
+    if (w->decoder.in_parts && (rc = exchanger_create(&w->decoder.exchanger, w->env->comm, err)))
         return rc;
     // Now that the threads which load have been started, on any of the rank's processors.
     if (o->pin == PIN_CORE && (rc = thread_pool_pin(w->pool, &w->place.cpus, err)))

@@ -81,7 +81,8 @@ struct worker_options {
     bool ranks_are_threads;
     enum kv_format kv_format;
     enum wire wire;
-    bool feedback; // what a compressing wire loses is made up for by the next sum
+    bool feedback;       // what a compressing wire loses is made up for by the next sum
+    bool deals, overlap; // decoder.h: deals, in_parts
     enum verify_mode verify;
     enum load_path load_path;
     int load_threads; // 0: the loader's choice

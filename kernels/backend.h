@@ -116,6 +116,7 @@ enum buffer {
     BUFFER_GATE_UP,   // [rows][2 * columns of down]
     BUFFER_ROUTER,    // [rows][num_experts (+ 1)]
     BUFFER_PARTIAL,   // [rows][hidden]: this rank's part of a sum over ranks
+    BUFFER_NORMED, // [rows][hidden]: norm_own's rows, and their like from other ranks; a backend may give it BUFFER_PARTIAL's place
     BUFFER_COUNT,
 };
 
@@ -141,7 +142,7 @@ struct load_target {
 };
 
 enum {
-    BACKEND_ABI = 5,
+    BACKEND_ABI = 6,
     DEVICE_TEXT_BYTES = 512,
     LOAD_LANES = 16,             // threads that copy to a device at a time
     LOAD_BUFFER_BYTES = 8 << 20, // of one lane, at most
@@ -156,8 +157,9 @@ struct backend {
     int64_t balance_rows; // so many rows of a decode step take about as long as reading the weights
     bool
         mixes_phases; // one arithmetic: a step may hold rows of both phases and of any sequences, and says PHASE_DECODE
-    bool chunks_fixed; // results of prefill depend on where its steps are cut
-    bool reads_map;    // computes on a mapped file where it lies
+    bool chunks_fixed;   // results of prefill depend on where its steps are cut
+    bool reads_map;      // computes on a mapped file where it lies
+    int64_t window_rows; // multiples of it may begin a window
     // Host memory that a rank's device takes beside the KV cache, for a parent that plans before its ranks run.
     uint64_t (*host_bytes)(const struct device_shape *shape, int threads);
 
@@ -222,6 +224,18 @@ struct backend {
     // Lends a buffer's rows to the host (f32), which changes them; returned takes them back.
     int (*lend)(struct device *device, enum buffer buffer, float **host, struct error *err);
     int (*returned)(struct device *device, enum buffer buffer, struct error *err);
+
+    // ---- part of the rows; the three are NULL where a backend cannot do it ---------------------------------------------
+    // From now on the operations above act on rows [first, first + count) of the step alone, and count them from there; begin sets it to all
+    // rows. first: a multiple of window_rows. The input stays that of the rows it was made of, until the next one is made. Rows of other
+    // windows keep what they have in every buffer. logits and sample are for a window of all rows.
+    int (*window)(struct device *device, int64_t first, int64_t count, struct error *err);
+    // A residual whose rows are dealt out to the ranks, of which this one owns rows first, first + stride, ... of the window: these take the
+    // last block's sum as in norm, and BUFFER_NORMED = RMSNorm(residual) * weight in them. The input stays as it is.
+    int (*norm_own)(struct device *device, const struct join *join, const float *weight, int64_t first, int64_t stride,
+                    struct error *err);
+    // input = BUFFER_NORMED, its columns in the given order; with norm_own and an exchange between them it stands for norm.
+    int (*take_normed)(struct device *device, const float *order, const struct matrix *next, struct error *err);
 
     // Logits of some rows after the last layer, whose sum joins for them alone, so that logits may be asked for again; row_index [count]
     // (NULL: 0 .. count-1). The logits stay with the device for sample, or go to host [count][stride] when host is not NULL.

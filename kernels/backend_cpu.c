@@ -10,7 +10,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-enum { CPU_STEP_ROWS = 256 };
+enum { CPU_STEP_ROWS = 256, CPU_WINDOW_ROWS = 32 };
 
 // ---- memory ----------------------------------------------------------------------------------------------------
 
@@ -19,7 +19,7 @@ static uint64_t prepared_bytes(int64_t cols) { return round_up((uint64_t)cols, A
 
 static uint64_t row_bytes(const struct model_desc *desc, const struct rank_share *share)
 {
-    uint64_t floats = (uint64_t)(desc->hidden_size + attended_width(desc, share) + 2 * desc->rotary_dim);
+    uint64_t floats = (uint64_t)(attended_width(desc, share) + 2 * desc->rotary_dim);
     for (int b = 0; b < BUFFER_COUNT; b++)
         floats += (uint64_t)buffer_width(desc, share, (enum buffer)b);
     uint64_t slot = (uint64_t)(2 * share->expert_size_local + desc->hidden_size) * sizeof(float) +
@@ -42,12 +42,11 @@ static int cpu_open(struct device **out, const struct device_options *options, s
 static void free_buffers(struct device *d)
 {
     for (int b = 0; b < BUFFER_COUNT; b++)
-        free(d->buffers[b]);
-    free(d->normed);
+        free(d->all_buffers[b]);
     free(d->attended);
     for (int table = 0; table < 2; table++) {
-        free(d->cosines[table]);
-        free(d->sines[table]);
+        free(d->all_cosines[table]);
+        free(d->all_sines[table]);
     }
     free(d->head_rows);
     activations_free(&d->act);
@@ -114,11 +113,10 @@ static int alloc_rows(struct device *d, struct error *err)
     int64_t half = s->desc->rotary_dim / 2, threads = thread_pool_size(d->pool);
     bool ok = true;
     for (int b = 0; b < BUFFER_COUNT; b++)
-        ok &= (d->buffers[b] = floats(s->max_rows * buffer_width(s->desc, s->share, (enum buffer)b))) != NULL;
+        ok &= (d->all_buffers[b] = floats(s->max_rows * buffer_width(s->desc, s->share, (enum buffer)b))) != NULL;
     for (int table = 0; table < 2; table++)
-        ok &= (d->cosines[table] = floats(s->max_rows * half)) != NULL &&
-              (d->sines[table] = floats(s->max_rows * half)) != NULL;
-    ok &= (d->normed = floats(s->max_rows * s->desc->hidden_size)) != NULL;
+        ok &= (d->all_cosines[table] = floats(s->max_rows * half)) != NULL &&
+              (d->all_sines[table] = floats(s->max_rows * half)) != NULL;
     ok &= (d->attended = floats(s->max_rows * attended_width(s->desc, s->share))) != NULL;
     ok &= (d->head_rows = floats(threads * s->desc->hidden_size)) != NULL;
     if (!ok)
@@ -176,14 +174,33 @@ static void rope_row(void *arg, int64_t row, int thread)
                              d->rows[row].position, table == 0 ? (float)d->shape.desc->rope_attention_factor : 1.0f);
 }
 
+static int cpu_window(struct device *d, int64_t first, int64_t count, struct error *err)
+{
+    int64_t half = d->shape.desc->rotary_dim / 2;
+    if (first < 0 || count < 0 || first % CPU_WINDOW_ROWS || first + count > d->step_count)
+        return error_set(err, ERR_OTHER, "a window of rows %lld to %lld in a step of %lld", (long long)first,
+                         (long long)(first + count), (long long)d->step_count);
+    d->rows = d->step_rows + first;
+    d->count = count;
+    for (int b = 0; b < BUFFER_COUNT; b++)
+        d->buffers[b] = d->all_buffers[b] + first * buffer_width(d->shape.desc, d->shape.share, (enum buffer)b);
+    for (int table = 0; table < 2; table++) {
+        d->cosines[table] = d->all_cosines[table] + first * half;
+        d->sines[table] = d->all_sines[table] + first * half;
+    }
+    return 0;
+}
+
 static int cpu_begin(struct device *d, const struct token_row *rows, int64_t count, enum phase phase,
                      const struct kv_pages *pages, struct error *err)
 {
     (void)phase; // one arithmetic for both
-    (void)err;
-    d->rows = rows;
-    d->count = count;
+    d->step_rows = rows;
+    d->step_count = count;
     d->pages = *pages;
+    int rc = cpu_window(d, 0, count, err);
+    if (rc)
+        return rc;
     thread_pool_run(d->pool, rope_row, d, count);
     return 0;
 }
@@ -308,6 +325,7 @@ struct norm_job {
     const struct join *join;
     const float *weight, *order;
     const int64_t *row_index;
+    int64_t first, stride; // of a rank's own rows
 };
 
 // residual += residual_scale * RMSNorm(partial + bias). partial is changed.
@@ -326,25 +344,50 @@ static void join_row(const struct norm_job *job, float *residual, float *partial
         d->k->add(residual, partial, hidden);
 }
 
-static void norm_row(void *arg, int64_t row, int thread)
+// The residual takes the sum; its normed row.
+static void join_and_norm(const struct norm_job *job, int64_t row)
 {
-    (void)thread;
-    struct norm_job *job = arg;
     struct device *d = job->d;
     int64_t hidden = d->shape.desc->hidden_size;
-    float *residual = d->buffers[BUFFER_RESIDUAL] + row * hidden, *partial = d->buffers[BUFFER_PARTIAL] + row * hidden;
-    float *normed = d->normed + row * hidden;
+    float *residual = d->buffers[BUFFER_RESIDUAL] + row * hidden, *normed = d->buffers[BUFFER_NORMED] + row * hidden;
     if (job->join)
-        join_row(job, residual, partial);
+        join_row(job, residual, d->buffers[BUFFER_PARTIAL] + row * hidden);
     if (job->weight)
         d->k->rms_norm(normed, residual, job->weight, hidden, (float)d->shape.desc->norm_eps);
     else
         memcpy(normed, residual, (size_t)hidden * sizeof *normed);
-    if (job->order) { // partial has been taken and is free
-        memcpy(partial, normed, (size_t)hidden * sizeof *partial);
-        for (int64_t i = 0; i < hidden; i++)
-            normed[i] = partial[(int64_t)job->order[i]];
-    }
+}
+
+static void order_columns(const struct norm_job *job, int64_t row)
+{
+    struct device *d = job->d;
+    int64_t hidden = d->shape.desc->hidden_size;
+    float *partial = d->buffers[BUFFER_PARTIAL] + row * hidden, *normed = d->buffers[BUFFER_NORMED] + row * hidden;
+    if (!job->order)
+        return;
+    memcpy(partial, normed, (size_t)hidden * sizeof *partial); // partial has been taken and is free
+    for (int64_t i = 0; i < hidden; i++)
+        normed[i] = partial[(int64_t)job->order[i]];
+}
+
+static void norm_row(void *arg, int64_t row, int thread)
+{
+    (void)thread;
+    join_and_norm(arg, row);
+    order_columns(arg, row);
+}
+
+static void norm_own_row(void *arg, int64_t i, int thread)
+{
+    (void)thread;
+    const struct norm_job *job = arg;
+    join_and_norm(job, job->first + i * job->stride);
+}
+
+static void order_row(void *arg, int64_t row, int thread)
+{
+    (void)thread;
+    order_columns(arg, row);
 }
 
 static int cpu_norm(struct device *d, const struct join *join, const float *weight, const float *order,
@@ -353,7 +396,27 @@ static int cpu_norm(struct device *d, const struct join *join, const float *weig
     struct norm_job job = {.d = d, .join = join, .weight = weight, .order = order};
     (void)err;
     thread_pool_run(d->pool, norm_row, &job, d->count);
-    cpu_set_input(d, d->normed, d->shape.desc->hidden_size, d->count, next);
+    cpu_set_input(d, d->buffers[BUFFER_NORMED], d->shape.desc->hidden_size, d->count, next);
+    return 0;
+}
+
+static int cpu_norm_own(struct device *d, const struct join *join, const float *weight, int64_t first, int64_t stride,
+                        struct error *err)
+{
+    struct norm_job job = {.d = d, .join = join, .weight = weight, .first = first, .stride = stride};
+    (void)err;
+    if (first < d->count)
+        thread_pool_run(d->pool, norm_own_row, &job, (d->count - first + stride - 1) / stride);
+    return 0;
+}
+
+static int cpu_take_normed(struct device *d, const float *order, const struct matrix *next, struct error *err)
+{
+    struct norm_job job = {.d = d, .order = order};
+    (void)err;
+    if (order)
+        thread_pool_run(d->pool, order_row, &job, d->count);
+    cpu_set_input(d, d->buffers[BUFFER_NORMED], d->shape.desc->hidden_size, d->count, next);
     return 0;
 }
 
@@ -422,13 +485,13 @@ static int cpu_returned(struct device *d, enum buffer buffer, struct error *err)
     return 0;
 }
 
-// Into normed, by way of copies, so that the residual stays as it is and logits may be asked for again.
+// Into BUFFER_NORMED, by way of copies, so that the residual stays as it is and logits may be asked for again.
 static void head_norm_row(void *arg, int64_t i, int thread)
 {
     struct norm_job *job = arg;
     struct device *d = job->d;
     int64_t hidden = d->shape.desc->hidden_size, row = job->row_index ? job->row_index[i] : i;
-    float *x = d->normed + i * hidden, *partial = d->head_rows + thread * hidden;
+    float *x = d->buffers[BUFFER_NORMED] + i * hidden, *partial = d->head_rows + thread * hidden;
     memcpy(x, d->buffers[BUFFER_RESIDUAL] + row * hidden, (size_t)hidden * sizeof *x);
     memcpy(partial, d->buffers[BUFFER_PARTIAL] + row * hidden, (size_t)hidden * sizeof *partial);
     join_row(job, x, partial);
@@ -461,7 +524,7 @@ static int cpu_logits(struct device *d, const struct join *join, const int64_t *
     struct logits_job shaping = {d, host, stride};
     (void)err;
     thread_pool_run(d->pool, head_norm_row, &job, count);
-    cpu_set_input(d, d->normed, d->shape.desc->hidden_size, count, &d->weights->head);
+    cpu_set_input(d, d->buffers[BUFFER_NORMED], d->shape.desc->hidden_size, count, &d->weights->head);
     multiply(d, host, stride, &d->weights->head, count);
     if (d->shape.desc->logit_scale != 1 || d->shape.desc->logit_softcap > 0)
         thread_pool_run(d->pool, shape_logits, &shaping, count);
@@ -476,6 +539,7 @@ const struct backend backend_cpu = {
     .balance_rows = 8, // measured, int4 and int8
     .mixes_phases = true,
     .reads_map = true,
+    .window_rows = CPU_WINDOW_ROWS,
     .host_bytes = cpu_host_bytes,
     .open = cpu_open,
     .close = cpu_close,
@@ -498,5 +562,8 @@ const struct backend backend_cpu = {
     .experts = cpu_experts,
     .lend = cpu_lend,
     .returned = cpu_returned,
+    .window = cpu_window,
+    .norm_own = cpu_norm_own,
+    .take_normed = cpu_take_normed,
     .logits = cpu_logits,
 };

@@ -18,6 +18,7 @@ static inline int64_t buffer_width(const struct model_desc *desc, const struct r
     switch (buffer) {
     case BUFFER_RESIDUAL:
     case BUFFER_PARTIAL:
+    case BUFFER_NORMED:
         return desc->hidden_size;
     case BUFFER_QKV:
         return (share->num_heads_local + 2 * kv_heads) * desc->head_dim;

@@ -42,17 +42,22 @@ struct device {
     struct kv_shape kv_shape;
     int64_t q_size, kv_size; // floats of a row of BUFFER_QKV: queries, then keys, then values
 
-    const struct token_row *rows; // of the step under way
-    int64_t count;
+    const struct token_row *step_rows; // of the step under way
+    int64_t step_count;
     struct kv_pages pages;
 
+    // The window's rows. What is here counts them from its first.
+    const struct token_row *rows;
+    int64_t count;
     float *buffers[BUFFER_COUNT];
-    float *normed;                // [max_rows][hidden]
-    float *attended;              // [max_rows][attended_width]
-    float *cosines[2], *sines[2]; // [max_rows][rotary_dim / 2]: by the first table, by the local one
-    float *head_rows;             // [threads][hidden]
-    uint8_t *kv;                  // [num_layers][k, v], each as in struct kv_view
-    uint64_t kv_bytes;            // mapped, so that untouched pages cost nothing
+    float *cosines[2], *sines[2]; // [rows][rotary_dim / 2]: by the first table, by the local one
+
+    // The step's.
+    float *all_buffers[BUFFER_COUNT], *all_cosines[2], *all_sines[2]; // [max_rows]
+    float *attended;                                                  // [max_rows][attended_width]
+    float *head_rows;                                                 // [threads][hidden]
+    uint8_t *kv;                                                      // [num_layers][k, v], each as in struct kv_view
+    uint64_t kv_bytes;                                                // mapped, so that untouched pages cost nothing
     struct attention_work attention;
     struct expert_work experts;
 

@@ -287,7 +287,7 @@ int cpu_experts(struct device *d, int64_t layer, struct error *err)
     (void)err;
     if (d->shape.share->num_experts_local > 0) {
         place_slots(d);
-        cpu_set_input(d, d->normed, hidden, d->count, &job.layer->experts[0].gate_up);
+        cpu_set_input(d, d->buffers[BUFFER_NORMED], hidden, d->count, &job.layer->experts[0].gate_up);
         thread_pool_run(d->pool, gather_row, &job, d->count);
         expert_products(&job, false);
         thread_pool_run(d->pool, activate_place, &job, d->experts.first[d->shape.share->num_experts_local]);

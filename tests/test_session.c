@@ -1,6 +1,6 @@
 // Steps of the ranks by hand, on the bundled model: law 9 to the bit (choices with their logprobs), whatever the pages, the pieces of the
 // prompt, the company, drafts, and what is computed again; penalties, masks and edits; damaged steps; ranks that are lost and start again.
-// On one rank and on two, there with a compressing wire too, and on an emulated device where its library is there.
+// On one rank and on two, there with a compressing wire too and with a prompt's residual dealt out, and on an emulated device where its library is there.
 #include "engine/session.h"
 #include "tests/entries_help.h"
 
@@ -35,17 +35,19 @@ static const struct backend_case {
     const char *model;
     int tp_size;
     const char *wire;
-} backends[] = {{"cpu", NULL, "tests/model", 1, "auto"},
-                {"cpu", NULL, "tests/model", 2, "auto"},
-                {"cpu", NULL, "tests/model", 2, "s8x"},
-                {"cuda", "tests/libtpengine_cuda_emulated.so", TINY_MODEL, 1, "auto"}};
+    const char *dealt; // sequence parallel and in overlapping halves
+} backends[] = {{"cpu", NULL, "tests/model", 1, "auto", "auto"},
+                {"cpu", NULL, "tests/model", 2, "auto", "auto"},
+                {"cpu", NULL, "tests/model", 2, "s8x", "auto"},
+                {"cpu", NULL, "tests/model", 2, "s8x", "on"},
+                {"cuda", "tests/libtpengine_cuda_emulated.so", TINY_MODEL, 1, "auto", "auto"}};
 // Sanitizers make everything slow: two ranks run all that one does.
 #ifdef KERNELS_SANITIZED
-enum { FIRST_BACKEND = 1, CPU_BACKENDS = 3, NUM_BACKENDS = CPU_BACKENDS, RESTARTS = 2, PENALTIES = 1 };
+enum { FIRST_BACKEND = 1, CPU_BACKENDS = 4, NUM_BACKENDS = CPU_BACKENDS, RESTARTS = 2, PENALTIES = 1 };
 #else
 enum {
     FIRST_BACKEND = 0,
-    CPU_BACKENDS = 3,
+    CPU_BACKENDS = 4,
     NUM_BACKENDS = sizeof backends / sizeof *backends,
     RESTARTS = 3,
     PENALTIES = 3
@@ -171,6 +173,7 @@ static void open_fixture(struct fixture *f, const struct backend_case *b)
     options.context = CONTEXT;
     options.backend = b->name;
     options.wire = b->wire;
+    options.sequence_parallel = options.overlap = b->dealt;
     options.threads = 1;
     options.timeout_s = 60;
     options.draft_tokens = 3;

@@ -1,0 +1,289 @@
+// The parts of a step and their exchanges. See decoder_parts.h.
+//
+// The exchanges of all parts are posted in one order on every rank: in a block the first part's sum, then the second's. Where rows are dealt out, a
+// part's normed rows follow its sum before the other part's next sum, however early or late that one's coming is noticed.
+#include "engine/decoder_parts.h"
+
+#include "kernels/clock.h"
+
+struct block block_at(const struct model *model, int64_t number)
+{
+    int64_t i = number / 2;
+    const struct layer *layer = &model->weights.layers[i];
+    const struct latent_desc *latent = &model->desc.latent;
+    if (number % 2 == 1)
+        return (struct block){OP_MLP,
+                              i,
+                              number,
+                              &layer->attention_join,
+                              layer->mlp_norm,
+                              layer->gate_up_order,
+                              layer->flags & LAYER_EXPERTS ? &layer->router : &layer->mlp.gate_up};
+    return (struct block){OP_ATTENTION,
+                          i,
+                          number,
+                          i > 0 ? &layer[-1].mlp_join : NULL,
+                          layer->attention_norm,
+                          layer->qkv_order,
+                          latent->kv_rank == 0 ? &layer->qkv
+                          : latent->q_rank > 0 ? &layer->q_a
+                                               : &layer->q_b};
+}
+
+// ---- exchanges -------------------------------------------------------------------------------------------------
+
+// Done in turn, or begun on the exchanger: then part->ticket is set.
+static int begin_exchange(struct decoder *d, struct decoder_part *part, const struct exchange *exchange,
+                          struct error *err)
+{
+    d->exchanges++;
+    if (d->threaded) {
+        part->ticket = exchange_post(d->exchanger, exchange);
+        return 0;
+    }
+    int64_t begin_ns = clock_now_ns();
+    int rc = exchange_run(d->comm, exchange, d->pool, err);
+    d->exchange_ns += clock_now_ns() - begin_ns;
+    return rc;
+}
+
+static int end_exchange(struct decoder *d, struct decoder_part *part, struct error *err)
+{
+    if (!part->ticket)
+        return 0;
+    int64_t begin_ns = clock_now_ns();
+    int rc = exchange_wait(d->exchanger, part->ticket, err);
+    d->exchange_ns += clock_now_ns() - begin_ns;
+    part->ticket = 0;
+    return rc;
+}
+
+int part_exchange(struct decoder *d, const struct exchange *exchange, struct error *err)
+{
+    struct decoder_part alone = {0}; // what the part has under way stays so
+    int rc = begin_exchange(d, &alone, exchange, err);
+    return rc ? rc : end_exchange(d, &alone, err);
+}
+
+static int window(struct decoder *d, const struct decoder_part *part, struct error *err)
+{
+    return d->num_parts > 1 ? d->backend->window(d->device, part->first, part->count, err) : 0;
+}
+
+// What a block's end has sent out: the part's sums have come, and its window is set.
+static int take_back(struct decoder *d, struct decoder_part *part, struct error *err)
+{
+    bool lent = part->lent;
+    int rc;
+    if ((rc = end_exchange(d, part, err)) || (rc = window(d, part, err)))
+        return rc;
+    part->lent = false;
+    return lent ? d->backend->returned(d->device, BUFFER_PARTIAL, err) : 0;
+}
+
+static struct exchange exchange_of(const struct decoder *d, const struct decoder_part *part, const struct block *block,
+                                   enum exchange_kind kind, float *data)
+{
+    return (struct exchange){.kind = kind,
+                             .op = block->op,
+                             .layer = (int)block->layer,
+                             .data = data,
+                             .rows = part->count,
+                             .cols = d->model->desc.hidden_size,
+                             .first_owner = part->first_owner,
+                             .wire = decoder_wire(d, d->phase)};
+}
+
+// ---- a residual that is dealt out ------------------------------------------------------------------------------
+
+// Of the part's rows, the first that this rank owns.
+static int64_t first_own(const struct decoder *d, const struct decoder_part *part)
+{
+    int64_t ranks = comm_size(d->comm);
+    return (comm_rank(d->comm) - part->first_owner + ranks) % ranks;
+}
+
+// Rows [first, first + count) of the step from their owners, as they are.
+static int gather_exactly(struct decoder *d, enum buffer buffer, int64_t first, int64_t count, enum comm_operation op,
+                          int layer, struct error *err)
+{
+    float *rows;
+    int64_t hidden = d->model->desc.hidden_size;
+    int rc = d->backend->lend(d->device, buffer, &rows, err);
+    if (rc)
+        return rc;
+    struct exchange exchange = {.kind = EXCHANGE_OWN_TO_ALL,
+                                .op = op,
+                                .layer = layer,
+                                .data = rows + first * hidden,
+                                .rows = count,
+                                .cols = hidden,
+                                .first_owner = (d->parts[0].first_owner + first) % comm_size(d->comm),
+                                .wire = WIRE_F32};
+    if ((rc = part_exchange(d, &exchange, err)))
+        return rc;
+    return d->backend->returned(d->device, buffer, err);
+}
+
+// The layer of a block may still be on its way.
+static int need_block(struct decoder *d, const struct block *block, struct error *err)
+{
+    if (d->model->loaded)
+        return 0;
+    comm_at(d->comm, OP_LOAD, -1);
+    int rc = model_need_layer(d->model, block->layer, err);
+    comm_at(d->comm, block->op, (int)block->layer);
+    return rc;
+}
+
+// The part's sum enters the residual of its own rows, and their normed rows set out. With the part's window; it is the caller's to set it again.
+static int join_own(struct decoder *d, struct decoder_part *part, const struct block *block, struct error *err)
+{
+    const struct backend *b = d->backend;
+    float *normed;
+    int rc;
+    if ((rc = need_block(d, block, err)) || (rc = take_back(d, part, err)) ||
+        (rc = b->norm_own(d->device, block->join, block->weight, first_own(d, part), comm_size(d->comm), err)) ||
+        (rc = b->lend(d->device, BUFFER_NORMED, &normed, err)))
+        return rc;
+    struct exchange exchange = exchange_of(d, part, block, EXCHANGE_OWN_TO_ALL, normed);
+    part->joined = true;
+    return begin_exchange(d, part, &exchange, err);
+}
+
+// The other part's next block; false where there is none to be joined.
+static bool next_of_other(struct decoder *d, struct decoder_part **other, struct block *next)
+{
+    *other = d->part == &d->parts[0] ? &d->parts[1] : &d->parts[0];
+    if (!d->dealt || d->num_parts < 2 || (*other)->joined || (*other)->next_block == 0 ||
+        (*other)->next_block >= 2 * d->model->desc.num_layers)
+        return false;
+    *next = block_at(d->model, (*other)->next_block);
+    return true;
+}
+
+static int join_other(struct decoder *d, bool wait, struct error *err)
+{
+    struct decoder_part *other;
+    struct block next;
+    int rc;
+    if (!next_of_other(d, &other, &next) || (!wait && other->ticket && !exchange_done(d->exchanger, other->ticket)))
+        return 0;
+    return (rc = join_own(d, other, &next, err)) ? rc : window(d, d->part, err);
+}
+
+int part_look(struct decoder *d, struct error *err) { return join_other(d, false, err); }
+
+// ---- a part's way through a block ------------------------------------------------------------------------------
+
+static int enter_dealt(struct decoder *d, const struct block *block, struct error *err)
+{
+    const struct backend *b = d->backend;
+    struct decoder_part *part = d->part;
+    int rc;
+    if ((rc = part->joined ? 0 : join_own(d, part, block, err)) || (rc = end_exchange(d, part, err)) ||
+        (rc = window(d, part, err)) || (rc = b->returned(d->device, BUFFER_NORMED, err)))
+        return rc;
+    part->joined = false;
+    rc = b->take_normed(d->device, block->order, block->first, err);
+    return rc || !d->shows_residual
+               ? rc
+               : gather_exactly(d, BUFFER_RESIDUAL, 0, d->count, block->op, (int)block->layer, err);
+}
+
+int part_enter(struct decoder *d, const struct block *block, struct error *err)
+{
+    struct decoder_part *part = d->part;
+    int rc;
+    if (!d->threaded)
+        comm_at(d->comm, block->op, (int)block->layer);
+    if (d->dealt)
+        return enter_dealt(d, block, err);
+    if ((rc = take_back(d, part, err)))
+        return rc;
+    return d->backend->norm(d->device, block->join, block->weight, block->order, block->first, err);
+}
+
+int part_leave(struct decoder *d, const struct block *block, struct error *err)
+{
+    float *partial;
+    struct decoder_part *part = d->part;
+    int rc;
+    if (comm_size(d->comm) == 1)
+        return 0;
+    if ((rc = join_other(d, true, err)) || (rc = d->backend->lend(d->device, BUFFER_PARTIAL, &partial, err)))
+        return rc;
+    struct exchange exchange = exchange_of(d, part, block, d->dealt ? EXCHANGE_SUM_TO_OWN : EXCHANGE_SUM, partial);
+    if (d->lost && wire_is_compressed(exchange.wire))
+        exchange.lost = d->lost + part->first * exchange.cols;
+    part->lent = true;
+    part->next_block = block->number + 1;
+    return begin_exchange(d, part, &exchange, err);
+}
+
+// ---- the step --------------------------------------------------------------------------------------------------
+
+void parts_begin(struct decoder *d, const struct token_row *rows)
+{
+    int ranks = comm_size(d->comm);
+    int64_t unit = d->backend->window_rows;
+    bool prefill = d->phase == PHASE_PREFILL, alone = ranks == 1;
+    d->dealt = prefill && d->deals && !alone;
+    bool cut = d->in_parts && !alone && (prefill || d->backend->mixes_phases) && d->count >= 2 * unit;
+    int64_t first = cut ? (d->count / 2 + unit - 1) / unit * unit : d->count;
+    int64_t position = d->count > 0 ? rows[0].position : 0;
+    d->num_parts = cut ? 2 : 1;
+    d->parts[0] = (struct decoder_part){.count = first, .first_owner = position % ranks};
+    d->parts[1] =
+        (struct decoder_part){.first = first, .count = d->count - first, .first_owner = (position + first) % ranks};
+    d->part = &d->parts[0];
+    d->threaded = cut && d->exchanger && d->model->loaded;
+}
+
+int part_sum_embedding(struct decoder *d, struct error *err)
+{
+    float *rows;
+    int rc;
+    if (comm_size(d->comm) == 1)
+        return 0;
+    if ((rc = d->backend->lend(d->device, BUFFER_RESIDUAL, &rows, err)))
+        return rc;
+    struct exchange exchange = {.kind = d->dealt ? EXCHANGE_SUM_TO_OWN : EXCHANGE_SUM,
+                                .op = OP_EMBED,
+                                .layer = -1,
+                                .data = rows,
+                                .rows = d->count,
+                                .cols = d->model->desc.hidden_size,
+                                .first_owner = d->parts[0].first_owner,
+                                .wire = WIRE_BF16};
+    if ((rc = part_exchange(d, &exchange, err)))
+        return rc;
+    return d->backend->returned(d->device, BUFFER_RESIDUAL, err);
+}
+
+int parts_settle(struct decoder *d, int rc, struct error *err)
+{
+    struct error other;
+    for (int i = 0; i < d->num_parts; i++) {
+        struct decoder_part *part = &d->parts[i];
+        int ended = rc ? end_exchange(d, part, &other) : take_back(d, part, err);
+        rc = rc ? rc : ended;
+    }
+    if (!rc && d->num_parts > 1)
+        rc = d->backend->window(d->device, 0, d->count, err);
+    return rc;
+}
+
+int parts_gather(struct decoder *d, const int64_t *row_index, int64_t count, struct error *err)
+{
+    int rc = 0;
+    for (int64_t i = 0, run; d->dealt && i < count && !rc; i += run) { // rows one after the other go together
+        int64_t first = row_index ? row_index[i] : i;
+        run = row_index ? 1 : count;
+        while (i + run < count && row_index[i + run] == first + run)
+            run++;
+        if ((rc = gather_exactly(d, BUFFER_RESIDUAL, first, run, OP_HEAD, -1, err)) == 0)
+            rc = gather_exactly(d, BUFFER_PARTIAL, first, run, OP_HEAD, -1, err);
+    }
+    return rc;
+}
