@@ -9,7 +9,7 @@
 #include "kernels/kernels_internal.h"
 
 enum {
-    DECODE_BLOCKS = 4, // blocks of a tiled kind read side by side
+    DECODE_BLOCKS = 4,     // blocks of a tiled kind read side by side
     PREFETCH_BYTES = 6144, // of codes, ahead
 };
 
