@@ -107,12 +107,14 @@ endif
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: FORCE all programs tests host-tests demo test check bench gpu-check install uninstall fuzz check-fresh format clean man help
+.PHONY: FORCE all programs tests host-tests host-objects demo test check bench gpu-check install uninstall fuzz check-fresh format clean man help
 
 all: programs ## build the programs, and the CUDA backend where nvcc is there (the default)
 programs: $(PROGRAMS) $(CUDA_BACKEND) $(ALL_OBJ)
 tests: host-tests $(EMULATED_TESTS) $(EMULATED_BACKEND)
 host-tests: programs $(TEST_PROGRAMS) $(FUZZ_PROGRAMS) $(IO_SHIM)
+# All that these are linked from.
+host-objects: $(ALL_OBJ) $(call objects,$(wildcard shard/main.c engine/main.c) $(TEST_SRC) $(TEST_HELPER_SRC) $(FUZZ_SRC)) $(IO_SHIM)
 
 # ---- Compiling and linking -----------------------------------------------------------------------------------------
 
@@ -199,7 +201,8 @@ EMULATED_CXX = $(or $(CXX_OF_$(notdir $(CC))),$(CXX))
 comma := ,
 # Sanitizers need minutes for what the kernels' pragmas unroll; and their C++ checks want a run-time part that a C program lacks.
 EMULATED_OPTIMIZE = $(if $(SANITIZE),-O1 $(if $(findstring clang,$(CC)),-mllvm -pragma-unroll-threshold=64),-O2)
-EMULATED_CXXFLAGS = -std=gnu++17 -D_GNU_SOURCE $(EMULATED_FLAGS) -I. -I$(BUILD) $(EMULATED_OPTIMIZE) -g -ffp-contract=off -fno-math-errno \
+EMULATED_DEBUG = $(if $(SANITIZE),-g1,-g) # lines are all that a sanitizer tells
+EMULATED_CXXFLAGS = -std=gnu++17 -D_GNU_SOURCE $(EMULATED_FLAGS) -I. -I$(BUILD) $(EMULATED_OPTIMIZE) $(EMULATED_DEBUG) -ffp-contract=off -fno-math-errno \
                     -fPIC -Wall -Wextra -Wno-unknown-pragmas -Wno-pass-failed $(WERROR) $(SANITIZE) \
                     $(if $(SANITIZE),$(if $(findstring clang,$(CC)),-fno-sanitize=function$(comma)vptr))
 EMULATED_CFLAGS = $(filter-out -fPIE,$(HOUSE_CFLAGS)) -fPIC $(EMULATED_FLAGS)

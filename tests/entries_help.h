@@ -4,6 +4,7 @@
 
 #include <dirent.h>
 #include <stddef.h>
+#include <string.h>
 
 // -1: there is no such directory.
 static inline int count_entries(const char *path)
@@ -14,6 +15,19 @@ static inline int count_entries(const char *path)
         return -1;
     while (readdir(dir))
         count++;
+    closedir(dir);
+    return count;
+}
+
+// Those with this in their names.
+static inline int count_entries_named(const char *path, const char *part)
+{
+    DIR *dir = opendir(path);
+    int count = 0;
+    if (!dir)
+        return -1;
+    for (struct dirent *entry; (entry = readdir(dir));)
+        count += strstr(entry->d_name, part) != NULL;
     closedir(dir);
     return count;
 }

@@ -7,8 +7,13 @@ cd "$(dirname "$0")/.." || exit 1
 tpshard_binary=$tpshard
 leave_out_syncs
 text=$model/heldout.txt
+tokens=300
+crashes="100 3000 1000000 4000000 9000000"
+kinds="int4z mxfp4 nvfp4"
+# Slow builds: less of the same.
+if [ -n "${TEST_QUICK:-}" ]; then tokens=120 crashes="3000 4000000" kinds=int4z; fi
 
-capture() { run "$tpengine" capture --quiet --window 100 --tokens 300 --text "$text" "$@"; }
+capture() { run "$tpengine" capture --quiet --window 100 --tokens $tokens --text "$text" "$@"; }
 
 test_capture() {
     convert --quant none "$model" "$work/bf16" || { not_ok "convert --quant none: $(cat "$work/err")"; return; }
@@ -19,13 +24,13 @@ test_capture() {
         rm -f "$work/more"
     done
     # Cut off at any place, and with or without the residuals of the layer that comes next.
-    for part in 100 3000 1000000 4000000 9000000; do
-        head -c $part "$work/one" >"$work/part"
+    for part in $crashes; do
+        head -c "$part" "$work/one" >"$work/part"
         capture --output "$work/part" "$work/bf16"
         check "statistics after a crash at byte $part" cmp "$work/one" "$work/part"
     done
     rm -f "$work/part"
-    "$tpengine" capture --quiet --window 100 --tokens 300 --text "$text" --output "$work/part" "$work/bf16" >/dev/null 2>&1 &
+    "$tpengine" capture --quiet --window 100 --tokens $tokens --text "$text" --output "$work/part" "$work/bf16" >/dev/null 2>&1 &
     local pid=$! layers=0
     for _ in $(seq 200); do
         [ "$(stat -c %s "$work/part" 2>/dev/null || echo 0)" -gt 3000000 ] && { layers=1; break; }
@@ -47,16 +52,16 @@ test_capture_refuses() {
     : >"$work/empty"
     expect "capture: an empty text" 2 "no token to read" "$tpengine" capture --text "$work/empty" --output "$work/x" "$work/bf16"
     expect "capture: another text" 2 "does not hold statistics of this model, text and settings" \
-        "$tpengine" capture --quiet --window 100 --tokens 301 --text "$text" --output "$work/one" "$work/bf16"
+        "$tpengine" capture --quiet --window 100 --tokens $((tokens + 1)) --text "$text" --output "$work/one" "$work/bf16"
     expect "capture: other kernels" 2 "were begun with the kernels" \
-        "$tpengine" capture --quiet --window 100 --tokens 300 --backend scalar --text "$text" --output "$work/one" "$work/bf16"
+        "$tpengine" capture --quiet --window 100 --tokens $tokens --backend scalar --text "$text" --output "$work/one" "$work/bf16"
     if "$tpengine" capture --help >/dev/null && grep -q avx2 /proc/cpuinfo; then
-        run "$tpengine" capture --quiet --window 100 --tokens 300 --backend avx2 --text "$text" --output "$work/avx2" "$work/bf16"
+        run "$tpengine" capture --quiet --window 100 --tokens $tokens --backend avx2 --text "$text" --output "$work/avx2" "$work/bf16"
         check "capture: the same bytes from avx2 as from the best kernels" cmp "$work/one" "$work/avx2"
     fi
     cp "$work/one" "$work/busy"
     expect "capture: a file that another writes" 2 "another capture is writing it" \
-        flock "$work/busy" "$tpengine" capture --quiet --window 100 --tokens 300 --text "$text" --output "$work/busy" "$work/bf16"
+        flock "$work/busy" "$tpengine" capture --quiet --window 100 --tokens $tokens --text "$text" --output "$work/busy" "$work/bf16"
     printf 'notes' >"$work/notes"
     expect "capture: a file of the user's" 2 "name another one" "$tpengine" capture --quiet --text "$text" --output "$work/notes" "$work/bf16"
     check "the user's file is as it was" test "$(cat "$work/notes")" = notes
@@ -65,7 +70,7 @@ test_capture_refuses() {
 
 # The synthetic model has biases, several groups in each row and dimensions that divide unevenly.
 test_convert() {
-    local stats=$work/stats calib=(--calib "$text" --calib-tokens 300)
+    local stats=$work/stats calib=(--calib "$text" --calib-tokens "$tokens")
     if ! convert --quant int4 "${calib[@]}" --calib-stats "$stats" --threads 1 "$model" "$work/c1"; then
         not_ok "convert --calib: $(cat "$work/err")"
         return
@@ -82,8 +87,8 @@ test_convert() {
     run "$tpshard" reshard --quiet --tp 1 "$work/t4" "$work/t1"
     check "tp 4 to 1 equals tp 1, byte for byte" same "$work/c1" "$work/t1"
     check "equal to the checkpoint with its statistics" run "$tpshard" verify --quiet --against "$model" --calib-stats "$stats" "$work/t4"
-    for kind in int4z mxfp4 nvfp4; do
-        convert --quant $kind --calib-stats "$stats" --tp 2 "$model" "$work/$kind-2" && convert --quant $kind --calib-stats "$stats" "$model" "$work/$kind-1" &&
+    for kind in $kinds; do
+        convert --quant "$kind" --calib-stats "$stats" --tp 2 "$model" "$work/$kind-2" && convert --quant "$kind" --calib-stats "$stats" "$model" "$work/$kind-1" &&
             run "$tpshard" reshard --quiet --tp 2 "$work/$kind-1" "$work/$kind-r"
         check "$kind: slices commute" same "$work/$kind-2" "$work/$kind-r"
     done
@@ -95,6 +100,10 @@ divergence() { "$tpengine" eval "$1" --against "$work/bf16" --text "$text" --max
 
 # What it is for. Measured over 8000 tokens: 0.0123 without, 0.0119 by scales, 0.0049 by gptq.
 test_quality() {
+    if [ -n "${TEST_QUICK:-}" ]; then
+        ok "quality # SKIP slow builds compute the same numbers"
+        return
+    fi
     convert --quant int4 "$model" "$work/plain"
     head -c 60000 "$text" | tail -c 50000 >"$work/other" # not what is scored
     convert --quant int4 --calib "$work/other" --calib-tokens 3000 "$model" "$work/gptq"
@@ -108,9 +117,9 @@ test_convert_refuses() {
     local stats=$work/stats
     expect "another text" 2 "of another text" "$tpshard" convert --quant int4 --calib "$model/config.json" --calib-stats "$stats" "$model" "$work/x"
     expect "no such text" 5 "cannot open" "$tpshard" convert --quant int4 --calib "$work/nothing" "$model" "$work/x"
-    expect "other tokens" 2 "captured from 300 tokens" \
+    expect "other tokens" 2 "captured from $tokens tokens" \
         "$tpshard" convert --quant int4 --calib "$text" --calib-tokens 200 --calib-stats "$stats" "$model" "$work/x"
-    expect "more tokens" 2 "captured from 300 tokens" "$tpshard" convert --quant int4 --calib "$text" --calib-stats "$stats" "$model" "$work/x"
+    expect "more tokens" 2 "captured from $tokens tokens" "$tpshard" convert --quant int4 --calib "$text" --calib-stats "$stats" "$model" "$work/x"
     expect "too few tokens" 2 "--calib-tokens" "$tpshard" convert --quant int4 --calib "$text" --calib-tokens 9 "$model" "$work/x"
     expect "calibration and a mere look" 2 "go with --calib" "$tpshard" convert --dry-run --quant int4 --calib-method gptq "$model"
     expect "nothing of four bits" 2 "of which there are none" "$tpshard" convert --quant int8 --calib "$text" "$model" "$work/x"
@@ -149,7 +158,7 @@ test_damaged() {
     flip "$work/damaged" 200 3
     expect "damaged numbers" 4 "remove the file" "$tpshard" convert --quant int4 --calib-stats "$work/damaged" "$model" "$work/x"
     expect "damaged numbers, and the text" 4 "remove the file" \
-        "$tpshard" convert --quiet --quant int4 --calib "$text" --calib-tokens 300 --calib-stats "$work/damaged" "$model" "$work/x"
+        "$tpshard" convert --quiet --quant int4 --calib "$text" --calib-tokens $tokens --calib-stats "$work/damaged" "$model" "$work/x"
     "$tpengine" capture --quiet --tokens 12 --text "$text" --output "$work/short" "$work/bf16" >/dev/null
     expect "a short text" 2 "from a longer text" "$tpshard" convert --quant int4 --calib-stats "$work/short" "$model" "$work/x"
     rm -rf "$work/x.calib"
@@ -166,7 +175,7 @@ with open(sys.argv[1], "r+b") as file:
     file.seek(8 + count + begin)
     file.write(bytes(end - begin))
 END
-    check "a layer that puts out nothing" convert --quant int4 --calib "$text" --calib-tokens 300 "$work/silent" "$work/silent-1"
+    check "a layer that puts out nothing" convert --quant int4 --calib "$text" --calib-tokens $tokens "$work/silent" "$work/silent-1"
     check "it verifies" run "$tpshard" verify --quiet "$work/silent-1"
 }
 
@@ -174,18 +183,18 @@ END
 test_own_folder() {
     mkdir -p "$work/u.calib/bf16"
     printf 'mine' >"$work/u.calib/bf16/mine"
-    expect "a folder of the user's" 2 "move it away" "$tpshard" convert --quant int4 --calib "$text" --calib-tokens 300 "$model" "$work/u"
+    expect "a folder of the user's" 2 "move it away" "$tpshard" convert --quant int4 --calib "$text" --calib-tokens $tokens "$model" "$work/u"
     check "statistics that are there do not need it" convert --quant int4 --calib-stats "$work/stats" "$model" "$work/u"
     check "the user's folder is as it was" test "$(cat "$work/u.calib/bf16/mine")" = mine
     mkdir "$work/v.calib"
-    check "an empty folder is as good as none" convert --quant int4 --calib "$text" --calib-tokens 300 "$model" "$work/v"
+    check "an empty folder is as good as none" convert --quant int4 --calib "$text" --calib-tokens $tokens "$model" "$work/v"
     check "the same bytes" same "$work/c1" "$work/v"
     check "nothing is left of it" test ! -e "$work/v.calib"
 }
 
 # Ended while it captures, it goes on.
 test_interrupted() {
-    "$tpshard_binary" convert --quiet --quant int4 --calib "$text" --calib-tokens 300 "$model" "$work/again" 2>"$work/err" &
+    "$tpshard_binary" convert --quiet --quant int4 --calib "$text" --calib-tokens $tokens "$model" "$work/again" 2>"$work/err" &
     local pid=$! got=0
     for _ in $(seq 500); do
         [ "$(stat -c %s "$work/again.calib/statistics" 2>/dev/null || echo 0)" -gt 100 ] && break
@@ -195,7 +204,7 @@ test_interrupted() {
     wait $pid || got=$?
     check "ended while it captures: status $got" test "$got" -eq 143
     check "what is done is kept" test -s "$work/again.calib/statistics"
-    convert --quant int4 --calib "$text" --calib-tokens 300 "$model" "$work/again"
+    convert --quant int4 --calib "$text" --calib-tokens $tokens "$model" "$work/again"
     check "the same command goes on and ends in the same bytes" same "$work/c1" "$work/again"
     check "and leaves nothing" test ! -e "$work/again.calib"
 }
