@@ -92,6 +92,7 @@ PROGRAMS := $(if $(wildcard shard/main.c),$(BUILD)/tpshard) $(if $(wildcard engi
 TEST_PROGRAMS := $(TEST_SRC:%.c=$(BUILD)/%)
 EMULATED_TESTS := $(EMULATED_TEST_SRC:%.cc=$(BUILD)/%)
 EMULATED_BACKEND := $(BUILD)/tests/libtpengine_cuda_emulated.so
+NCCL_STAND_IN := $(BUILD)/tests/libnccl_stand_in.so
 IO_SHIM := $(if $(SANITIZE),,$(BUILD)/tests/libio_shim.so) # sanitizers have functions of these names of their own
 TEST_SCRIPTS := $(filter-out $(LEAVE_OUT:%=tests/%),$(wildcard tests/test_*.sh tests/test_*.py))
 FUZZ_PROGRAMS := $(FUZZ_SRC:tests/fuzz/%.c=$(BUILD)/tests/%)
@@ -111,7 +112,7 @@ endif
 
 all: programs ## build the programs, and the CUDA backend where nvcc is there (the default)
 programs: $(PROGRAMS) $(CUDA_BACKEND) $(ALL_OBJ)
-tests: host-tests $(EMULATED_TESTS) $(EMULATED_BACKEND)
+tests: host-tests $(EMULATED_TESTS) $(EMULATED_BACKEND) $(NCCL_STAND_IN)
 host-tests: programs $(TEST_PROGRAMS) $(FUZZ_PROGRAMS) $(IO_SHIM)
 # All that these are linked from.
 host-objects: $(ALL_OBJ) $(call objects,$(wildcard shard/main.c engine/main.c) $(TEST_SRC) $(TEST_HELPER_SRC) $(FUZZ_SRC)) $(IO_SHIM)
@@ -219,10 +220,13 @@ EMULATED_LIB := $(BUILD)/obj/emulated/all.a
 $(EMULATED_LIB): $(EMULATED_OBJ) $(BUILD)/sources
 	$(call say,AR,$@) rm -f $@ && $(AR) rcs $@ $(filter %.o,$^)
 $(EMULATED_TESTS): $(BUILD)/%: $(BUILD)/obj/emulated/%.cc.o $(EMULATED_LIB) $(ALL_LIB)
-	$(call say,LINK,$@) mkdir -p $(@D) && $(EMULATED_CXX) $(HOUSE_LDFLAGS) $(LDFLAGS) -o $@ $(filter %.o %.a,$^) \
+	$(call say,LINK,$@) mkdir -p $(@D) && $(EMULATED_CXX) $(HOUSE_LDFLAGS) -rdynamic $(LDFLAGS) -o $@ $(filter %.o %.a,$^) \
 	    $(TEST_LIBRARIES) $(LDLIBS)
 $(EMULATED_BACKEND): $(EMULATED_OBJ)
 	$(call say,LINK,$@) mkdir -p $(@D) && $(EMULATED_CXX) -shared $(SANITIZE) -o $@ $^
+# A library in NCCL's place; it finds the emulator in the program that loads it, or in the backend beside it.
+$(NCCL_STAND_IN): tests/nccl/stand_in.c tests/nccl/stand_in.h kernels/cuda/nccl_library.h $(BUILD)/flags
+	$(call say,LINK,$@) mkdir -p $(@D) && $(CC) $(EMULATED_CFLAGS) -fvisibility=hidden $(CFLAGS) -shared $(SANITIZE) -o $@ $< -ldl -lrt
 
 # ---- On a device ---------------------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ bool emulator_present(void);
 // The order of threads and blocks from now on (0: as numbered).
 void emulator_seed(uint64_t seed);
 // The compute capability that the device reports, 10 * major + minor. Without it: EMULATED_SM, or 86. Other variables:
-// EMULATED_MEMORY (bytes), EMULATED_DEVICES.
+// EMULATED_MEMORY (bytes), EMULATED_DEVICES, EMULATED_DRIVER (CUDA's version, 13000).
 void emulator_set_sm(int sm);
 // The nth call from now (0: the next) of the runtime function of this name fails with the error. NULL: nothing planned fails any more.
 void emulator_fail_call(const char *name, int nth, cudaError_t error);
@@ -35,6 +35,8 @@ void emulator_fail_call(const char *name, int nth, cudaError_t error);
 void emulator_misread_scales(bool wrong);
 // Runs fn(arg) when the stream comes to it; may be captured.
 void emulator_enqueue(cudaStream_t stream, void (*fn)(void *arg), void *arg);
+// Work that waits for others: when the stream comes to it, it is tried until done(arg) is true. Nothing behind it runs before.
+void emulator_enqueue_until(cudaStream_t stream, bool (*done)(void *arg), void *arg);
 
 // What kernels did since the reset, which also turns counting on. Counted are the accesses through the wrappers of
 // kernels/cuda/primitives.cuh, grouped as a warp issues them: the nth access of each lane at the same place in the source.

@@ -6,6 +6,7 @@
 #include <deque>
 #include <map>
 #include <mutex>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -88,14 +89,27 @@ cudaError_t planned(const char *name)
 
 CUstream_st *stream_of(cudaStream_t stream) { return stream ? stream : &default_stream; }
 
+thread_local bool not_done; // said by the work that ran last
+
+// Runs what comes next; false: it waits for others and is tried again.
+bool run_next(CUstream_st *s)
+{
+    work next = std::move(s->queue.front());
+    s->queue.pop_front();
+    not_done = false;
+    next();
+    if (not_done)
+        s->queue.push_front(std::move(next));
+    else
+        s->run++;
+    return !not_done;
+}
+
 void run_until(CUstream_st *s, uint64_t ticket)
 {
-    while (s->run < ticket) {
-        work next = std::move(s->queue.front());
-        s->queue.pop_front();
-        next();
-        s->run++;
-    }
+    while (s->run < ticket)
+        if (!run_next(s))
+            sched_yield();
 }
 
 double now_ms()
@@ -218,6 +232,11 @@ void emulator_enqueue(cudaStream_t stream, void (*fn)(void *arg), void *arg)
     emulator::enqueue(stream, [=] { fn(arg); });
 }
 
+void emulator_enqueue_until(cudaStream_t stream, bool (*done)(void *arg), void *arg)
+{
+    emulator::enqueue(stream, [=] { not_done = !done(arg); });
+}
+
 // ---- devices and errors --------------------------------------------------------------------------------------------
 
 cudaError_t cudaGetDeviceCount(int *count)
@@ -279,6 +298,20 @@ cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, in
         return cudaSuccess;
     }
     return give(cudaErrorInvalidValue);
+}
+
+cudaError_t cudaDeviceGetPCIBusId(char *text, int bytes, int device)
+{
+    PLANNED();
+    snprintf(text, (size_t)bytes, "0000:%02x:00.0", device + 1);
+    return cudaSuccess;
+}
+
+cudaError_t cudaDriverGetVersion(int *version)
+{
+    PLANNED();
+    *version = (int)setting("EMULATED_DRIVER", 13000);
+    return cudaSuccess;
 }
 
 cudaError_t cudaMemGetInfo(size_t *available, size_t *total)
@@ -444,7 +477,7 @@ cudaError_t cudaStreamQuery(cudaStream_t stream)
     CUstream_st *s = stream_of(stream);
     if (s->run == s->queued)
         return cudaSuccess;
-    run_until(s, s->run + 1); // time passes
+    run_next(s); // time passes
     return cudaErrorNotReady;
 }
 
@@ -502,7 +535,7 @@ cudaError_t cudaEventQuery(cudaEvent_t event)
 {
     if (!event->stream || event->stream->run >= event->ticket)
         return cudaSuccess;
-    run_until(event->stream, event->stream->run + 1);
+    run_next(event->stream);
     return cudaErrorNotReady;
 }
 
