@@ -26,8 +26,11 @@ const struct option_spec doctor_options[] = {
     {NULL, OPTION_FLAG, NULL, NULL, 0, 0, NULL},
 };
 
-enum { TIMES = 2 };
-static const int time_ranks[TIMES] = {2, 4};
+enum { TIMES = 4 };
+static const struct {
+    enum transport transport;
+    int ranks;
+} measured[TIMES] = {{TRANSPORT_SHM, 2}, {TRANSPORT_SHM, 4}, {TRANSPORT_TCP, 2}, {TRANSPORT_TCP, 4}};
 
 struct doctor {
     struct doctor_system *system;
@@ -69,7 +72,7 @@ static int measure(struct doctor *d, struct error *err)
         d->times[i] = doctor_probe_new(sizeof *d->times[i]);
         if (!d->times[i])
             return error_set(err, ERR_MEMORY, "no memory for what is measured");
-        doctor_links_measure(d->times[i], TRANSPORT_SHM, time_ranks[i], options.deadline_s);
+        doctor_links_measure(d->times[i], measured[i].transport, measured[i].ranks, options.deadline_s);
         d->report.times[d->report.num_times++] = d->times[i];
     }
     return 0;

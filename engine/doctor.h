@@ -115,7 +115,7 @@ struct doctor_times {
     int ranks;
     double us[DOCTOR_SIZES]; // the fastest of several all_reduces, of the slowest rank; 0: not measured
 };
-// Really runs all_reduces between `ranks` processes.
+// Really runs all_reduces between 2 to 8 processes: TRANSPORT_SHM, or TRANSPORT_TCP over the loopback.
 void doctor_links_measure(struct doctor_times *out, enum transport transport, int ranks, double seconds);
 
 // ---- what to change: doctor_advice.c -------------------------------------------------------------------------------

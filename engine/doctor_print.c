@@ -138,7 +138,8 @@ static void print_times(const struct doctor_report *report, FILE *out)
     char name[24], sentence[PROBE_SENTENCE_BYTES];
     if (report->num_times == 0)
         return;
-    fprintf(out, "\ntimes   of one all_reduce in microseconds, by what it would be in bf16 and by the codec it took\n");
+    fprintf(out, "\ntimes   of one all_reduce in microseconds, by what it would be in bf16 and by the codec it took; "
+                 "processes of this host\n");
     fprintf(out, "  %-10s %5s", "transport", "ranks");
     for (int i = 0; i < DOCTOR_SIZES; i++) {
         size_name(name, &doctor_sizes[i]);

@@ -273,15 +273,21 @@ static void test_measured_in_time(void **state)
     (void)state;
     struct doctor_times *times = doctor_probe_new(sizeof *times);
     assert_non_null(times);
-    doctor_links_measure(times, TRANSPORT_SHM, 3, 100);
-    assert_int_equal(times->probe.end, PROBE_DONE);
-    assert_int_equal(times->probe.err.code, 0);
-    for (int i = 0; i < DOCTOR_SIZES; i++)
-        assert_true(times->us[i] > 0 && times->us[i] < 1e8);
+    for (int transport = TRANSPORT_SHM; transport <= TRANSPORT_TCP; transport++) {
+        memset(times, 0, sizeof *times);
+        doctor_links_measure(times, (enum transport)transport, 3, 100);
+        if (times->probe.end != PROBE_DONE || times->probe.err.code)
+            fail_msg("%s: %s", transport_name((enum transport)transport), times->probe.err.msg);
+        for (int i = 0; i < DOCTOR_SIZES; i++)
+            assert_true(times->us[i] > 0 && times->us[i] < 1e8);
+    }
     memset(times, 0, sizeof *times);
     doctor_links_measure(times, TRANSPORT_SHM, 3, 0.01); // less than the first sizes take
     assert_int_equal(times->probe.end, PROBE_LATE);
     assert_true(times->us[DOCTOR_SIZES - 1] == 0);
+    memset(times, 0, sizeof *times);
+    doctor_links_measure(times, TRANSPORT_NCCL, 2, 1);
+    assert_int_equal(times->probe.err.code, ERR_USAGE);
     doctor_probe_free(times, sizeof *times);
 }
 

@@ -177,9 +177,9 @@ check("JSON: nothing to change", code == 0 and json.loads(out)["change"] is None
 # This machine, really measured.
 code, out, problem = run(ENGINE, "doctor", "--json", "--deadline", "100", env=CLEAN)
 times = json.loads(out)["times"]
-for ranks in 2, 4:
-    mine = [t for t in times if t["transport"] == "shm" and t["ranks"] == ranks]
-    check(f"shm of {ranks} ranks is measured", len(mine) == 5 and all(t["us"] > 0 for t in mine) and {t["wire"] for t in mine} == {"bf16", "s8x"}, out + problem)
+for transport, ranks in ("shm", 2), ("shm", 4), ("tcp", 2), ("tcp", 4):
+    mine = [t for t in times if t["transport"] == transport and t["ranks"] == ranks]
+    check(f"{transport} of {ranks} ranks is measured", len(mine) == 5 and all(t["us"] > 0 for t in mine) and {t["wire"] for t in mine} == {"bf16", "s8x"}, out + problem)
 code, out, problem = run(ENGINE, "doctor", "--deadline", "0.1", env=CLEAN)
 check("measuring too short a time ends", code in (0, HINDERED), f"exit status {code}: {out}{problem}")
 code, out, problem = run(ENGINE, "--help-man", env=CLEAN)
