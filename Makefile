@@ -7,6 +7,7 @@
 #   tests/fuzz/fuzz_<name>.c with tests/fuzz/corpus/<name>/       replayed by `make test`, explored by `make fuzz`
 #   bench/bench_*.c, bench/bench_*.sh                             run by `make bench`
 #   kernels/cuda/*.cu                                             the CUDA backend, built when nvcc is there
+#   engine/mpi/*.c                                                ranks over MPI, built when Open MPI's headers are there
 #
 # Variables for the command line: CC, CFLAGS, LDFLAGS (added to the house's own), BUILD (output folder), PREFIX, DESTDIR,
 # V=1 (show commands), ONLY (make test: name patterns), WERROR= (let newer compilers warn), SANITIZE.
@@ -97,6 +98,10 @@ IO_SHIM := $(if $(SANITIZE),,$(BUILD)/tests/libio_shim.so) # sanitizers have fun
 TEST_SCRIPTS := $(filter-out $(LEAVE_OUT:%=tests/%),$(wildcard tests/test_*.sh tests/test_*.py))
 FUZZ_PROGRAMS := $(FUZZ_SRC:tests/fuzz/%.c=$(BUILD)/tests/%)
 BENCH_PROGRAMS := $(BENCH_SRC:%.c=$(BUILD)/%)
+# Ranks over MPI, where Open MPI is found by its own name. MPI= leaves it out, and sanitizers, which would find what is not ours.
+MPI ?= $(shell $(PKG_CONFIG) --exists ompi-c 2>/dev/null && echo ompi-c)
+MPI_SRC := $(wildcard engine/mpi/*.c)
+MPI_LIBRARY := $(if $(SANITIZE),,$(if $(MPI),$(BUILD)/libtpengine_mpi.so))
 CUDA_BACKEND := $(if $(and $(NVCC),$(CUDA_SRC)),$(BUILD)/libtpengine_cuda.so)
 
 ifeq ($(V),)
@@ -111,7 +116,7 @@ endif
 .PHONY: FORCE all programs tests host-tests host-objects demo test check bench gpu-check install uninstall fuzz check-fresh format clean man help
 
 all: programs ## build the programs, and the CUDA backend where nvcc is there (the default)
-programs: $(PROGRAMS) $(CUDA_BACKEND) $(ALL_OBJ)
+programs: $(PROGRAMS) $(CUDA_BACKEND) $(MPI_LIBRARY) $(ALL_OBJ)
 tests: host-tests $(EMULATED_TESTS) $(EMULATED_BACKEND) $(NCCL_STAND_IN)
 host-tests: programs $(TEST_PROGRAMS) $(FUZZ_PROGRAMS) $(IO_SHIM)
 # All that these are linked from.
@@ -160,6 +165,14 @@ $(FUZZ_PROGRAMS): $(BUILD)/tests/%: $(BUILD)/obj/tests/fuzz/%.o $(BUILD)/obj/tes
 	$(call link)
 $(BENCH_PROGRAMS): $(BUILD)/%: $(BUILD)/obj/%.o $(call objects,$(BENCH_HELPER_SRC)) $(ALL_LIB)
 	$(call link,-rdynamic)
+
+# Loaded at run time, when ranks are to talk over MPI. Its headers are the system's: their warnings are not ours.
+MPI_CFLAGS = $(filter-out -fPIE,$(HOUSE_CFLAGS)) -fPIC -fvisibility=hidden \
+             $(patsubst -I%,-isystem %,$(shell $(PKG_CONFIG) --cflags $(MPI)))
+$(BUILD)/obj/engine/mpi/%.o: engine/mpi/%.c $(BUILD)/flags | $(BUILD)/version.h
+	$(call say,CC,$<) mkdir -p $(@D) && $(CC) $(MPI_CFLAGS) $(CFLAGS) -MMD -MP -c -o $@ $<
+$(BUILD)/libtpengine_mpi.so: $(call objects,$(MPI_SRC))
+	$(call say,LINK,$@) mkdir -p $(@D) && $(CC) -shared $(SANITIZE) $(LDFLAGS) -o $@ $^ $(shell $(PKG_CONFIG) --libs $(MPI))
 
 # The page is embedded by the assembler, which writes no dependencies.
 $(BUILD)/obj/engine/serve/page.o: engine/serve/page.html
@@ -363,14 +376,14 @@ libdir = $(DESTDIR)$(PREFIX)/lib
 mandir = $(DESTDIR)$(PREFIX)/share/man/man1
 completiondir = $(DESTDIR)$(PREFIX)/share/bash-completion/completions
 install: all man ## install programs, man pages and completions under PREFIX
-	install -d $(bindir) $(mandir) $(completiondir) $(if $(CUDA_BACKEND),$(libdir))
+	install -d $(bindir) $(mandir) $(completiondir) $(if $(CUDA_BACKEND)$(MPI_LIBRARY),$(libdir))
 	install -m 755 $(PROGRAMS) $(bindir)
 	install -m 644 $(MAN_PAGES) $(mandir)
 	install -m 644 $(COMPLETIONS) $(completiondir)
-	$(if $(CUDA_BACKEND),install -m 755 $(CUDA_BACKEND) $(libdir))
+	$(if $(CUDA_BACKEND)$(MPI_LIBRARY),install -m 755 $(CUDA_BACKEND) $(MPI_LIBRARY) $(libdir))
 uninstall: ## remove what install put under PREFIX
 	rm -f $(PROGRAM_NAMES:%=$(bindir)/%) $(PROGRAM_NAMES:%=$(mandir)/%.1) $(PROGRAM_NAMES:%=$(completiondir)/%) \
-	    $(libdir)/libtpengine_cuda.so
+	    $(libdir)/libtpengine_cuda.so $(libdir)/libtpengine_mpi.so
 
 clean: ## remove everything that was built
 	rm -rf $(BUILD)

@@ -22,8 +22,7 @@ static bool gpu_driver_present(void)
     return false;
 }
 
-// The library beside the program, or in the lib folder beside the program's; false: in neither.
-static bool find_library(char path[PATH_MAX])
+bool backends_find_library(char path[PATH_MAX], const char *name)
 {
     static const char *const places[] = {"", "../lib/"};
     char program[PATH_MAX];
@@ -36,7 +35,7 @@ static bool find_library(char path[PATH_MAX])
         return false;
     slash[1] = 0;
     for (size_t i = 0; i < sizeof places / sizeof *places; i++)
-        if (snprintf(path, PATH_MAX, "%s%s" CUDA_LIBRARY, program, places[i]) < PATH_MAX && access(path, R_OK) == 0)
+        if (snprintf(path, PATH_MAX, "%s%s%s", program, places[i], name) < PATH_MAX && access(path, R_OK) == 0)
             return true;
     return false;
 }
@@ -86,7 +85,7 @@ int backends_select(struct backend_choice *out, const char *wanted, const char *
         return rc;
     if (library && library[0])
         return load(&out->backend, library, err);
-    if (find_library(path))
+    if (backends_find_library(path, CUDA_LIBRARY))
         return load(&out->backend, path, err);
     out->note =
         "there is a GPU driver, but " CUDA_LIBRARY " is neither beside tpengine nor in ../lib: running on the CPU";

@@ -6,6 +6,9 @@
 #include "formats/error.h"
 #include "kernels/backend.h"
 
+#include <limits.h>
+#include <stdbool.h>
+
 struct backend_choice {
     const struct backend *backend;
     const struct kernels *kernels; // the host's table, which every backend gets
@@ -16,5 +19,7 @@ struct backend_choice {
 // there, else the fastest kernel table. library: the shared object's file; NULL or "": libtpengine_cuda.so beside the program or in
 // ../lib of it. ERR_USAGE for a name that this machine cannot run; ERR_GPU when "cuda" cannot be loaded.
 int backends_select(struct backend_choice *out, const char *wanted, const char *library, struct error *err);
+// A library of that name beside the program, or in the lib folder beside the program's; false: in neither.
+bool backends_find_library(char path[PATH_MAX], const char *name);
 
 #endif

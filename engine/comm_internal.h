@@ -106,7 +106,6 @@ struct comm {
 };
 
 struct comm_transport {
-    const char *name;
     // This rank has written its buffer of phase comm->token and posted it: the others are to learn of it.
     void (*post)(struct comm *comm, const struct comm_move *move);
     // This rank has written to its channel to another rank, or taken from the one that comes from there.

@@ -29,7 +29,6 @@
 
 // Bytes between this rank and each other one, in order. All but wait are called under the link's lock.
 struct comm_carrier {
-    const char *name;
     // Gives bytes of the parts, in order, to a rank; returns how many it took, 0 while it can take none, -1 when the rank is
     // lost (errno says why, 0: its end was closed).
     int64_t (*send)(void *carrier, int rank, const struct iovec *parts, int count);

@@ -22,8 +22,7 @@ static void sleep_on_bell(struct comm *comm, uint32_t bell, int64_t limit_ns)
     futex_wait(&comm->slot->bell, bell, limit_ns);
 }
 
-static const struct comm_transport shm = {
-    .name = "shm", .post = ring_waiters, .channel_moved = ring_other, .sleep = sleep_on_bell};
+static const struct comm_transport shm = {.post = ring_waiters, .channel_moved = ring_other, .sleep = sleep_on_bell};
 
 int comm_open(struct comm **out, struct comm_region *region, int rank, int timeout_ms, struct error *err)
 {

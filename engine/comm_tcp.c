@@ -67,8 +67,7 @@ static void socket_close(void *carrier)
     free(sockets);
 }
 
-static const struct comm_carrier carrier = {.name = "tcp",
-                                            .send = socket_send,
+static const struct comm_carrier carrier = {.send = socket_send,
                                             .receive = socket_receive,
                                             .wait = socket_wait,
                                             .finish = socket_finish,
