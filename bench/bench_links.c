@@ -120,7 +120,7 @@ static struct exchange_choice fastest(enum transport transport, int tp_size, int
 {
     struct exchange_choice best = {0}, tried = {.wire = wire};
     *seconds = INFINITY;
-    for (int algorithm = 0; algorithm < ALGORITHM_LIBRARY; algorithm++)
+    for (int algorithm = 0; algorithm < ALGORITHM_COUNT; algorithm++)
         for (uint64_t kib = 256; kib <= 8192; kib *= 2) {
             bool chunks = algorithm == ALGORITHM_CHUNKS;
             if ((!chunks && kib > 256) || (algorithm == ALGORITHM_ONE_SHOT && wire_is_compressed(wire)))

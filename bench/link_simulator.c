@@ -420,7 +420,7 @@ static int check_message(const struct link_message *m, struct error *err)
         return error_set(err, ERR_USAGE, "transport %s is not simulated: host and p2p are",
                          transport_name(m->transport));
     if (m->tp_size < 2 || m->tp_size > LINK_MAX_RANKS || m->rows < 1 || m->cols < 1 || m->cols % WIRE_GROUP ||
-        m->choice.algorithm == ALGORITHM_LIBRARY ||
+        m->choice.algorithm >= ALGORITHM_COUNT ||
         (m->choice.algorithm == ALGORITHM_CHUNKS && m->choice.chunk_bytes < 256))
         return error_set(err, ERR_USAGE,
                          "%d ranks, %lld x %lld values, %s: wanted 2 to %d ranks and rows of whole groups", m->tp_size,

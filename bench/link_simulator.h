@@ -29,8 +29,8 @@ extern const struct link_rates link_rates_pcie4_x16;
 
 enum { LINK_MAX_RANKS = 8 };
 struct link_message {
-    enum transport transport;      // TRANSPORT_HOST or TRANSPORT_P2P
-    struct exchange_choice choice; // not ALGORITHM_LIBRARY
+    enum transport transport; // TRANSPORT_HOST or TRANSPORT_P2P
+    struct exchange_choice choice;
     int tp_size;
     int64_t rows, cols;
     struct link_rates rates;

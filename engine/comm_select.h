@@ -11,7 +11,8 @@
 //   two-shot   in one kernel, as long as copy engines, which take both directions at once, do not win by more than their start costs:
 //              up to 256 KB over the host, which a kernel reads at half the speed of a copy, up to 1 MB over P2P.
 //   chunks     beyond; a few of each message, and two of each rank stay in a processor's last cache.
-//   library    NCCL's own sum for codecs without a loss: it costs NCCL's latency once, all other ways twice.
+// Over NCCL there is one algorithm, two-shot. NCCL's own sum would cost its latency once instead of twice, but its order of additions
+// changes with the size of the message, and on a ring each step rounds.
 // CPU ranks have one algorithm; comm.c cuts their messages itself.
 #ifndef TPSHARD_ENGINE_COMM_SELECT_H
 #define TPSHARD_ENGINE_COMM_SELECT_H

@@ -1,7 +1,7 @@
 // How the ranks' sums are exchanged: transports, algorithms, and one choice of them. engine/comm_select.h makes the choice; who
 // carries it out is told it and chooses nothing, since a choice made by one rank alone is a hang.
 //
-// Law: all algorithms but ALGORITHM_LIBRARY give the same bits, those of engine/comm_reduce.h, so that the size of a message,
+// Law: all algorithms give the same bits, those of engine/comm_reduce.h, so that the size of a message,
 // which depends on the company of a row, decides how bytes move and never what a row becomes (laws 4 and 9). The owner of group g
 // of a row is rank g % tp_size; it adds up in rank order, its own part exact in f32; what the encoded sum decodes to is the result.
 #ifndef TPSHARD_KERNELS_EXCHANGE_CHOICE_H
@@ -31,8 +31,6 @@ enum exchange_algorithm {
     ALGORITHM_TWO_SHOT,
     // ALGORITHM_TWO_SHOT in chunks of chunk_bytes that copy engines move while the chunks before are added up.
     ALGORITHM_CHUNKS,
-    // The library's own all_reduce of values of the codec (bf16, f32): the order of additions is the library's.
-    ALGORITHM_LIBRARY,
     ALGORITHM_COUNT
 };
 
@@ -50,7 +48,7 @@ static inline const char *transport_name(enum transport transport)
 
 static inline const char *exchange_algorithm_name(enum exchange_algorithm algorithm)
 {
-    static const char *const names[ALGORITHM_COUNT] = {"one-shot", "two-shot", "chunks", "library"};
+    static const char *const names[ALGORITHM_COUNT] = {"one-shot", "two-shot", "chunks"};
     return (unsigned)algorithm < ALGORITHM_COUNT ? names[algorithm] : "unknown";
 }
 

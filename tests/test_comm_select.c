@@ -41,7 +41,7 @@ static void test_rows(void **state)
         {TRANSPORT_HOST, 4, 16 * KB, PHASE_DECODE, WIRE_S8X, ALGORITHM_ONE_SHOT, WIRE_BF16, 0},
         {TRANSPORT_P2P, 4, 16 * KB, PHASE_DECODE, WIRE_FP8, ALGORITHM_ONE_SHOT, WIRE_BF16, 0},
         {TRANSPORT_P2P, 8, 16 * KB, PHASE_DECODE, WIRE_S8X, ALGORITHM_TWO_SHOT, WIRE_BF16, 0},
-        {TRANSPORT_NCCL, 2, 16 * KB, PHASE_DECODE, WIRE_S8X, ALGORITHM_LIBRARY, WIRE_BF16, 0},
+        {TRANSPORT_NCCL, 2, 16 * KB, PHASE_DECODE, WIRE_S8X, ALGORITHM_TWO_SHOT, WIRE_BF16, 0},
         // the bounds of one-shot
         {TRANSPORT_HOST, 2, 64 * KB, PHASE_DECODE, WIRE_BF16, ALGORITHM_ONE_SHOT, WIRE_BF16, 0},
         {TRANSPORT_HOST, 2, 64 * KB + 1, PHASE_DECODE, WIRE_BF16, ALGORITHM_TWO_SHOT, WIRE_BF16, 0},
@@ -65,7 +65,7 @@ static void test_rows(void **state)
         {TRANSPORT_HOST, 2, 4 * MB, PHASE_DECODE, WIRE_S8X, ALGORITHM_CHUNKS, WIRE_BF16, 1 * MB},
         {TRANSPORT_HOST, 64, UINT64_MAX, PHASE_PREFILL, WIRE_S8X, ALGORITHM_CHUNKS, WIRE_S8X, 2 * MB},
         {TRANSPORT_NCCL, 4, 32 * MB, PHASE_PREFILL, WIRE_S8X, ALGORITHM_TWO_SHOT, WIRE_S8X, 0},
-        {TRANSPORT_NCCL, 4, 32 * MB, PHASE_PREFILL, WIRE_BF16, ALGORITHM_LIBRARY, WIRE_BF16, 0},
+        {TRANSPORT_NCCL, 4, 32 * MB, PHASE_PREFILL, WIRE_BF16, ALGORITHM_TWO_SHOT, WIRE_BF16, 0},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct exchange_choice got =
@@ -103,8 +103,6 @@ static void check_monotone(enum transport transport, int tp_size, enum phase pha
                      wire_name(wire), (unsigned long long)size_at(i), exchange_algorithm_name(now.algorithm));
         // Law 9: the size changes no bit.
         assert_int_equal(now.wire, comm_select_wire(phase, wire));
-        if (now.algorithm == ALGORITHM_LIBRARY)
-            assert_int_equal(last.algorithm, ALGORITHM_LIBRARY);
         assert_int_equal(now.chunk_bytes > 0, now.algorithm == ALGORITHM_CHUNKS);
         assert_int_equal(now.chunk_bytes % (2 * WIRE_GROUP), 0);
         last = now;

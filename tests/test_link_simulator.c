@@ -170,7 +170,7 @@ static void test_table(void **state)
                     struct exchange_choice choice =
                         comm_select(transports[t], tp_size, (uint64_t)rows * 16384, phase, (enum wire)wire);
                     double ours_s = seconds_of(transports[t], choice, tp_size, rows), best_s = INFINITY;
-                    for (int algorithm = 0; algorithm < ALGORITHM_LIBRARY; algorithm++)
+                    for (int algorithm = 0; algorithm < ALGORITHM_COUNT; algorithm++)
                         for (uint64_t bytes = 256 << 10; bytes <= 2 << 20; bytes *= 2) {
                             if (algorithm == ALGORITHM_ONE_SHOT && wire_is_compressed((enum wire)wire))
                                 continue;
@@ -187,11 +187,11 @@ static void test_table(void **state)
 static void test_refusals(void **state)
 {
     (void)state;
-    struct exchange_choice two_shot = {ALGORITHM_TWO_SHOT, WIRE_BF16, 0}, library = {ALGORITHM_LIBRARY, WIRE_BF16, 0};
+    struct exchange_choice two_shot = {ALGORITHM_TWO_SHOT, WIRE_BF16, 0}, unknown = {ALGORITHM_COUNT, WIRE_BF16, 0};
     const struct link_message messages[] = {
         message_of(TRANSPORT_NCCL, two_shot, 2, 1, 128), message_of(TRANSPORT_HOST, two_shot, 1, 1, 128),
         message_of(TRANSPORT_HOST, two_shot, 9, 1, 128), message_of(TRANSPORT_HOST, two_shot, 2, 0, 128),
-        message_of(TRANSPORT_HOST, two_shot, 2, 1, 100), message_of(TRANSPORT_P2P, library, 2, 1, 128),
+        message_of(TRANSPORT_HOST, two_shot, 2, 1, 100), message_of(TRANSPORT_P2P, unknown, 2, 1, 128),
     };
     for (size_t i = 0; i < sizeof messages / sizeof *messages; i++) {
         struct link_result result;
