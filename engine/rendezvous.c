@@ -1,0 +1,399 @@
+// Ranks of several processes find each other. See rendezvous.h, and rendezvous_wire.h for what they say.
+//
+// First all others join rank 0 (join_all, join). Then each rank calls all lower ones, in their order, and afterwards takes the
+// calls of the higher ones: rank 0 takes calls from the start, so rank 1 does soon, and so on; nobody waits in a circle, and
+// calls that come early wait in the listener's queue.
+#include "engine/rendezvous_internal.h"
+
+#include "kernels/clock.h"
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <netdb.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+// ---- sockets ---------------------------------------------------------------------------------------------------
+
+int meet_wait(int fd, short events, int64_t until_ns)
+{
+    for (;;) {
+        int64_t left_ns = until_ns - clock_now_ns();
+        struct pollfd poller = {.fd = fd, .events = events};
+        int n = poll(&poller, 1, left_ns > 0 ? (int)(left_ns / 1000000) + 1 : 0);
+        if (n > 0 || (n == 0 && left_ns <= 0))
+            return n;
+        if (n < 0 && errno != EINTR)
+            return -1;
+    }
+}
+
+int meet_read(int fd, void *to, size_t bytes, int64_t until_ns)
+{
+    for (size_t got = 0; got < bytes;) {
+        ssize_t n = recv(fd, (uint8_t *)to + got, bytes - got, MSG_DONTWAIT);
+        if (n > 0) {
+            got += (size_t)n;
+            continue;
+        }
+        if (n == 0)
+            return MEET_CLOSED;
+        if (errno == EINTR)
+            continue;
+        if (errno != EAGAIN && errno != EWOULDBLOCK)
+            return MEET_CLOSED;
+        if (meet_wait(fd, POLLIN, until_ns) <= 0)
+            return MEET_LATE;
+    }
+    return 0;
+}
+
+int meet_write(int fd, const void *from, size_t bytes, int64_t until_ns)
+{
+    for (size_t put = 0; put < bytes;) {
+        ssize_t n = send(fd, (const uint8_t *)from + put, bytes - put, MSG_NOSIGNAL | MSG_DONTWAIT);
+        if (n > 0) {
+            put += (size_t)n;
+            continue;
+        }
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n == 0 || (errno != EAGAIN && errno != EWOULDBLOCK))
+            return MEET_CLOSED;
+        if (meet_wait(fd, POLLOUT, until_ns) <= 0)
+            return MEET_LATE;
+    }
+    return 0;
+}
+
+void meet_close(int *fd)
+{
+    if (*fd >= 0)
+        close(*fd);
+    *fd = -1;
+}
+
+void meet_name(char name[MEET_NAME_BYTES], const struct sockaddr_storage *address)
+{
+    char host[INET6_ADDRSTRLEN] = "?";
+    if (address->ss_family == AF_INET6)
+        inet_ntop(AF_INET6, &((const struct sockaddr_in6 *)(const void *)address)->sin6_addr, host, sizeof host);
+    else if (address->ss_family == AF_INET)
+        inet_ntop(AF_INET, &((const struct sockaddr_in *)(const void *)address)->sin_addr, host, sizeof host);
+    snprintf(name, MEET_NAME_BYTES, "%s", host);
+}
+
+int meet_port(const struct sockaddr_storage *a)
+{
+    return ntohs(a->ss_family == AF_INET6 ? ((const struct sockaddr_in6 *)(const void *)a)->sin6_port
+                                          : ((const struct sockaddr_in *)(const void *)a)->sin_port);
+}
+
+void meet_set_port(struct sockaddr_storage *a, int port)
+{
+    if (a->ss_family == AF_INET6)
+        ((struct sockaddr_in6 *)(void *)a)->sin6_port = htons((uint16_t)port);
+    else
+        ((struct sockaddr_in *)(void *)a)->sin_port = htons((uint16_t)port);
+}
+
+bool meet_is_loopback(const struct sockaddr_storage *a)
+{
+    if (a->ss_family == AF_INET)
+        return ntohl(((const struct sockaddr_in *)(const void *)a)->sin_addr.s_addr) >> 24 == 127;
+    const struct in6_addr *v6 = &((const struct sockaddr_in6 *)(const void *)a)->sin6_addr;
+    return IN6_IS_ADDR_LOOPBACK(v6) || (IN6_IS_ADDR_V4MAPPED(v6) && v6->s6_addr[12] == 127);
+}
+
+static socklen_t length_of(const struct sockaddr_storage *a)
+{
+    return a->ss_family == AF_INET6 ? sizeof(struct sockaddr_in6) : sizeof(struct sockaddr_in);
+}
+
+// ---- calling ---------------------------------------------------------------------------------------------------
+
+// 0, or MEET_LATE, MEET_CLOSED where it may be tried again.
+static int try_connect(int *out, const struct sockaddr_storage *address, int64_t until_ns)
+{
+    int yes = 1, failed = 0;
+    socklen_t bytes = sizeof failed;
+    int fd = socket(address->ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (fd < 0)
+        return MEET_CLOSED;
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
+    if (connect(fd, (const struct sockaddr *)address, length_of(address)) != 0) {
+        if (errno != EINPROGRESS) {
+            close(fd);
+            return MEET_CLOSED;
+        }
+        int ready = meet_wait(fd, POLLOUT, until_ns);
+        if (ready <= 0 || getsockopt(fd, SOL_SOCKET, SO_ERROR, &failed, &bytes) != 0 || failed) {
+            close(fd);
+            errno = failed;
+            return ready <= 0 ? MEET_LATE : MEET_CLOSED;
+        }
+    }
+    *out = fd;
+    return 0;
+}
+
+// Connects, takes the challenge and says hello. MEET_CLOSED, MEET_LATE: it may be tried again; < 0: an error.
+static int knock(const struct meeting *m, const struct sockaddr_storage *address, struct meet_hello *hello, int *out,
+                 struct error *err)
+{
+    int64_t until_ns = clock_now_ns() + MEET_CALL_NS;
+    struct meet_challenge challenge;
+    int fd = -1, rc;
+    until_ns = until_ns < m->until_ns ? until_ns : m->until_ns;
+    if ((rc = try_connect(&fd, address, until_ns)) || (rc = meet_read(fd, &challenge, sizeof challenge, until_ns)))
+        goto fail;
+    if (memcmp(challenge.magic, MEET_CHALLENGE, sizeof challenge.magic) != 0) {
+        char name[MEET_NAME_BYTES];
+        meet_name(name, address);
+        rc = error_set(err, ERR_RANK, "what listens at %s port %d is no rank of this version; give another --master",
+                       name, meet_port(address));
+        goto fail;
+    }
+    if ((rc = meet_nonce(hello->nonce, err)))
+        goto fail;
+    meet_hello_seal(hello, m->key, challenge.nonce);
+    if ((rc = meet_write(fd, hello, sizeof *hello, until_ns)))
+        goto fail;
+    *out = fd;
+    return 0;
+fail:
+    meet_close(&fd);
+    return rc;
+}
+
+// Reads an answer and what follows it into buffer [MEET_ANSWER_MAX_BYTES]. who: "rank 0 at ...". MEET_CLOSED, MEET_LATE: there
+// is none.
+static int take_answer(const struct meeting *m, int fd, const struct meet_hello *hello, const char *who, bool *noted,
+                       uint8_t *buffer, struct error *err)
+{
+    struct meet_answer *answer = (struct meet_answer *)(void *)buffer;
+    struct error found;
+    size_t rest;
+    int rc;
+    while ((rc = meet_read(fd, answer->magic, sizeof answer->magic, m->until_ns)) == 0 &&
+           memcmp(answer->magic, MEET_NOTED, sizeof answer->magic) == 0)
+        *noted = true;
+    if (rc || (rc = meet_read(fd, buffer + sizeof answer->magic, sizeof *answer - sizeof answer->magic, m->until_ns)))
+        return rc;
+    if (meet_answer_rest(answer, &rest, &found))
+        return error_set(err, ERR_RANK, "%s: %s", who, found.msg);
+    if ((rc = meet_read(fd, buffer + sizeof *answer, rest, m->until_ns)))
+        return rc;
+    if (!meet_answer_is_genuine(buffer, sizeof *answer + rest, m->key, hello->nonce))
+        return error_set(err, ERR_RANK,
+                         "%s has another token than rank %d, or is of another job of %s: give all ranks the same "
+                         "--token-file or TPENGINE_TOKEN",
+                         who, m->rank, m->options->place->launcher);
+    if (answer->code)
+        return error_set(err, answer->code, "%s", answer->sentence);
+    return 0;
+}
+
+int meet_last_word(struct meeting *m, struct error *err)
+{
+    _Alignas(8) uint8_t buffer[MEET_ANSWER_MAX_BYTES];
+    struct pollfd poller = {.fd = m->out->control[0], .events = POLLRDHUP};
+    bool noted;
+    if (poll(&poller, 1, 0) <= 0)
+        return 0;
+    int rc = take_answer(m, m->out->control[0], &m->joined, "rank 0", &noted, buffer, err);
+    return rc < 0 ? rc : error_set(err, ERR_RANK, "rank 0 has ended while the ranks met");
+}
+
+static void fill_hello(const struct meeting *m, struct meet_hello *hello, enum meet_purpose purpose, int to)
+{
+    memset(hello, 0, sizeof *hello);
+    memcpy(hello->magic, MEET_HELLO, sizeof hello->magic);
+    memcpy(hello->contract, m->options->contract, sizeof hello->contract);
+    hello->purpose = purpose;
+    hello->rank = (uint32_t)m->rank;
+    hello->to = (uint32_t)to;
+    hello->world = (uint32_t)m->world;
+    hello->tp_size = (uint32_t)m->options->tp_size;
+    hello->pp_size = (uint32_t)m->options->pp_size;
+    hello->port = (uint32_t)m->port;
+    snprintf(hello->version, sizeof hello->version, "%s", m->options->version);
+}
+
+static void rest_between_tries(int *pause_ms)
+{
+    poll(NULL, 0, *pause_ms);
+    *pause_ms = *pause_ms * 2 < MEET_PAUSE_MAX_MS ? *pause_ms * 2 : MEET_PAUSE_MAX_MS;
+}
+
+static int nobody(const struct meeting *m, const char *who, int last, struct error *err)
+{
+    return error_set(err, ERR_RANK, "%s was not reached by rank %d within %.1f s (%s)", who, m->rank,
+                     m->options->timeout_ms / 1000.0,
+                     last == MEET_LATE ? "it does not answer" : "nobody listens there, or the connection was closed");
+}
+
+// Until there is an answer, or the deadline has passed. resolve: the address is looked up before each try (names may come late).
+static int call(struct meeting *m, struct sockaddr_storage *address, bool resolve, enum meet_purpose purpose, int to,
+                uint8_t *buffer, int *out, struct error *err)
+{
+    struct meet_hello hello;
+    char who[LAUNCHER_HOST_BYTES + 64], name[MEET_NAME_BYTES];
+    bool noted = false;
+    int pause_ms = MEET_PAUSE_MS, rc = MEET_CLOSED, fd = -1, ended;
+    for (;; rest_between_tries(&pause_ms)) {
+        bool found = !resolve || meet_resolve(m, address, false, NULL) == 0;
+        meet_name(name, address);
+        if (resolve)
+            snprintf(who, sizeof who, "rank 0 at %s port %d", m->options->place->host, m->options->place->port);
+        else
+            snprintf(who, sizeof who, "rank %d at %s port %d", to, name, meet_port(address));
+        fill_hello(m, &hello, purpose, to);
+        if (found && (rc = knock(m, address, &hello, &fd, err)) == 0 &&
+            (rc = take_answer(m, fd, &hello, who, &noted, buffer, err)) == 0) {
+            *out = fd;
+            m->joined = purpose == MEET_JOIN ? hello : m->joined;
+            return 0;
+        }
+        meet_close(&fd);
+        if (rc < 0)
+            return rc;
+        if (purpose == MEET_LINK && (ended = meet_last_word(m, err)))
+            return ended;
+        if (noted)
+            return error_set(err, ERR_RANK, "%s %s while rank %d waited for the other ranks", who,
+                             rc == MEET_LATE ? "did not get all ranks together" : "has ended", m->rank);
+        if (clock_now_ns() >= m->until_ns)
+            return found ? nobody(m, who, rc, err) : meet_resolve(m, address, false, err);
+    }
+}
+
+// ---- the other ranks ---------------------------------------------------------------------------------------------
+
+static void address_of(struct sockaddr_storage *out, const struct meet_address *from,
+                       const struct sockaddr_storage *rank_0)
+{
+    *out = *rank_0;
+    if (from->family == 6) {
+        struct sockaddr_in6 *v6 = (struct sockaddr_in6 *)(void *)out;
+        *v6 = (struct sockaddr_in6){.sin6_family = AF_INET6, .sin6_scope_id = from->scope};
+        memcpy(&v6->sin6_addr, from->bytes, 16);
+    } else if (from->family == 4) {
+        struct sockaddr_in *v4 = (struct sockaddr_in *)(void *)out;
+        *v4 = (struct sockaddr_in){.sin_family = AF_INET};
+        memcpy(&v4->sin_addr, from->bytes, 4);
+    }
+    meet_set_port(out, (int)from->port);
+}
+
+static int join(struct meeting *m, void *blob, size_t bytes, struct error *err)
+{
+    static const char wrong[] = "rank 0's answer does not fit this rank: %u addresses and %u bytes, wanted %d and %zu";
+    _Alignas(8) uint8_t buffer[MEET_ANSWER_MAX_BYTES], ignored[MEET_ANSWER_MAX_BYTES];
+    const struct meet_answer *answer = (const struct meet_answer *)(const void *)buffer;
+    struct sockaddr_storage rank_0 = {0}, other;
+    int rc = call(m, &rank_0, true, MEET_JOIN, 0, buffer, &m->out->control[0], err);
+    if (rc)
+        return rc;
+    if (answer->num_addresses != (uint32_t)m->world || answer->blob_bytes != bytes)
+        return error_set(err, ERR_RANK, wrong, answer->num_addresses, answer->blob_bytes, m->world, bytes);
+    const struct meet_address *addresses = (const struct meet_address *)(const void *)(answer + 1);
+    memcpy(blob, addresses + m->world, bytes);
+    for (int rank = 0; rank < m->rank && !rc; rank++) {
+        address_of(&other, &addresses[rank], &rank_0);
+        rc = call(m, &other, false, MEET_LINK, rank, ignored, &m->out->links[rank], err);
+    }
+    return rc;
+}
+
+int rendezvous_meet(struct rendezvous *out, const struct rendezvous_options *options, void *blob, size_t bytes,
+                    struct error *err)
+{
+    const struct launcher_place *place = options->place;
+    struct meeting m = {.options = options,
+                        .out = out,
+                        .rank = place->rank,
+                        .world = place->world_size,
+                        .until_ns = clock_now_ns() + (int64_t)options->timeout_ms * 1000000,
+                        .listener = -1};
+    int rc = 0;
+    *out = (struct rendezvous){.rank = m.rank, .world = m.world};
+    memset(out->links, -1, sizeof out->links);
+    memset(out->control, -1, sizeof out->control);
+    for (int i = 0; i < MEET_WAITING; i++)
+        m.callers[i].fd = -1;
+    if (m.world < 2 || m.world > MEET_MAX_RANKS || m.world > COMM_MAX_RANKS || bytes > MEET_BLOB_MAX_BYTES)
+        rc = error_set(err, ERR_USAGE, "%d ranks: wanted 2 to %d", m.world, COMM_MAX_RANKS);
+    meet_key(m.key, options->token, place->job);
+    if (!rc)
+        rc = meet_listen(&m, err);
+    if (!rc)
+        rc = m.rank == 0 ? meet_take_joins(&m, blob, bytes, err) : join(&m, blob, bytes, err);
+    if (!rc)
+        rc = meet_take_links(&m, err);
+    for (int i = 0; i < MEET_WAITING; i++)
+        meet_close(&m.callers[i].fd);
+    meet_close(&m.listener);
+    explicit_bzero(m.key, sizeof m.key);
+    if (rc)
+        rendezvous_close(out);
+    return rc;
+}
+
+void rendezvous_close(struct rendezvous *r)
+{
+    for (int i = 0; i < r->world && i < COMM_MAX_RANKS; i++) {
+        meet_close(&r->links[i]);
+        meet_close(&r->control[i]);
+    }
+    r->world = 0;
+}
+
+// ---- afterwards --------------------------------------------------------------------------------------------------
+
+struct least {
+    int64_t value;
+    int32_t code, reserved; // 0: value counts; else an error's
+    char sentence[MEET_SENTENCE_BYTES];
+};
+
+static int read_least(struct rendezvous *r, int rank, struct least *out, int64_t until_ns, struct error *err)
+{
+    int rc = meet_read(r->control[rank], out, sizeof *out, until_ns);
+    if (rc)
+        return error_set(err, ERR_RANK, "rank %d %s while the ranks planned their memory", rank,
+                         rc == MEET_LATE ? "was silent" : "has ended");
+    out->sentence[sizeof out->sentence - 1] = 0;
+    return 0;
+}
+
+int rendezvous_least(struct rendezvous *r, int64_t *value, const struct error *why, int timeout_ms, struct error *err)
+{
+    int64_t until_ns = clock_now_ns() + (int64_t)timeout_ms * 1000000;
+    struct least mine = {.value = *value}, other;
+    int rc = 0;
+    if (why) {
+        mine.code = why->code;
+        snprintf(mine.sentence, sizeof mine.sentence, "rank %d: %.480s", r->rank, why->msg);
+    }
+    for (int rank = 1; rank < r->world && r->rank == 0; rank++) {
+        struct error found;
+        if (read_least(r, rank, &other, until_ns, &found)) {
+            other = (struct least){.code = found.code};
+            snprintf(other.sentence, sizeof other.sentence, "%.500s", found.msg);
+        }
+        if (other.code && !mine.code)
+            mine = other;
+        mine.value = other.value < mine.value ? other.value : mine.value;
+    }
+    // The lowest rank's result goes back to all, also where nobody can go on.
+    for (int rank = r->rank == 0; rank < (r->rank == 0 ? r->world : 1); rank++)
+        meet_write(r->control[rank], &mine, sizeof mine, until_ns);
+    if (r->rank > 0 && (rc = read_least(r, 0, &mine, until_ns, err)))
+        return rc;
+    *value = mine.value;
+    return mine.code ? error_set(err, mine.code < 0 ? mine.code : ERR_OTHER, "%s", mine.sentence) : 0;
+}

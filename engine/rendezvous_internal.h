@@ -1,0 +1,72 @@
+// What the two files of a rendezvous share.
+//
+//   rendezvous.c         sockets, calling others, the whole
+//   rendezvous_listen.c  the one that is called
+#ifndef TPSHARD_ENGINE_RENDEZVOUS_INTERNAL_H
+#define TPSHARD_ENGINE_RENDEZVOUS_INTERNAL_H
+
+#include "engine/rendezvous.h"
+
+#include <netinet/in.h>
+#include <sys/socket.h>
+
+enum {
+    MEET_WAITING = 32,                      // callers that have not yet said who they are
+    MEET_NAME_BYTES = INET6_ADDRSTRLEN + 1, // of an address
+    MEET_PAUSE_MS = 50,                     // between two tries, doubled each time
+    MEET_PAUSE_MAX_MS = 1000,
+    MEET_CLOSED = 1, // results that are no errors yet
+    MEET_LATE = 2,
+};
+#define MEET_CALL_NS 5000000000ll // for one to connect, or to say who it is
+
+struct caller {
+    int fd; // -1: none
+    int64_t until_ns;
+    struct sockaddr_storage address;
+    uint8_t nonce[MEET_NONCE_BYTES];
+    struct meet_hello hello;
+    size_t got;
+};
+
+struct member { // that has joined
+    struct sockaddr_storage address;
+    int port;
+    uint8_t nonce[MEET_NONCE_BYTES];
+};
+
+struct meeting {
+    const struct rendezvous_options *options;
+    struct rendezvous *out;
+    int rank, world;
+    int64_t until_ns;
+    uint8_t key[MEET_KEY_BYTES];
+    int listener, port;
+    struct caller callers[MEET_WAITING];
+    struct member members[COMM_MAX_RANKS];
+    struct meet_hello joined;            // other ranks: what they said to rank 0
+    char sent_away[MEET_SENTENCE_BYTES]; // the last one; "": nobody
+};
+
+// Until a descriptor is ready: > 0; 0: the time is over.
+int meet_wait(int fd, short events, int64_t until_ns);
+// All bytes: 0, MEET_CLOSED or MEET_LATE.
+int meet_read(int fd, void *to, size_t bytes, int64_t until_ns);
+int meet_write(int fd, const void *from, size_t bytes, int64_t until_ns);
+void meet_close(int *fd);
+void meet_name(char name[MEET_NAME_BYTES], const struct sockaddr_storage *address);
+int meet_port(const struct sockaddr_storage *address);
+void meet_set_port(struct sockaddr_storage *address, int port);
+bool meet_is_loopback(const struct sockaddr_storage *address);
+// Other ranks, once they have joined: 0 while rank 0 is there; else its last word, or that it has ended.
+int meet_last_word(struct meeting *m, struct error *err);
+// Rank 0's address by its name. passive: to listen there.
+int meet_resolve(const struct meeting *m, struct sockaddr_storage *out, bool passive, struct error *err);
+
+int meet_listen(struct meeting *m, struct error *err);
+// Rank 0: until all others have joined; then they are told where each one is.
+int meet_take_joins(struct meeting *m, const void *blob, size_t bytes, struct error *err);
+// Until all higher ranks have called.
+int meet_take_links(struct meeting *m, struct error *err);
+
+#endif

@@ -1,0 +1,93 @@
+// Messages of a rendezvous and their tags. See rendezvous_wire.h.
+#include "engine/rendezvous_wire.h"
+
+#include <errno.h>
+#include <openssl/crypto.h>
+#include <openssl/hmac.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+
+void meet_key(uint8_t key[MEET_KEY_BYTES], const char *token, const char *job)
+{
+    static const char domain[] = "tpengine rendezvous 1: ";
+    char text[sizeof domain + 512];
+    size_t used = sizeof domain - 1, bytes = strnlen(job, 511);
+    unsigned length = MEET_KEY_BYTES;
+    memcpy(text, domain, used);
+    memcpy(text + used, job, bytes);
+    token = token ? token : "";
+    HMAC(EVP_sha256(), token, (int)strlen(token), (const uint8_t *)text, used + bytes, key, &length);
+}
+
+int meet_nonce(uint8_t nonce[MEET_NONCE_BYTES], struct error *err)
+{
+    return getrandom(nonce, MEET_NONCE_BYTES, 0) == MEET_NONCE_BYTES
+               ? 0
+               : error_set_errno(err, "no random numbers can be had");
+}
+
+// Of what was said with the tag left out, behind the other side's nonce and a word for the direction.
+static void tag_of(uint8_t tag[MEET_TAG_BYTES], const uint8_t *key, const uint8_t *nonce, const uint8_t *said,
+                   size_t bytes, size_t tag_at)
+{
+    enum { MOST = MEET_NONCE_BYTES + MEET_ANSWER_MAX_BYTES };
+    uint8_t text[MOST];
+    unsigned length = MEET_TAG_BYTES;
+    memcpy(text, nonce, MEET_NONCE_BYTES);
+    memcpy(text + MEET_NONCE_BYTES, said, bytes);
+    memset(text + MEET_NONCE_BYTES + tag_at, 0, MEET_TAG_BYTES);
+    HMAC(EVP_sha256(), key, MEET_KEY_BYTES, text, MEET_NONCE_BYTES + bytes, tag, &length);
+}
+
+void meet_hello_seal(struct meet_hello *hello, const uint8_t *key, const uint8_t *nonce)
+{
+    uint8_t tag[MEET_TAG_BYTES];
+    tag_of(tag, key, nonce, (const uint8_t *)hello, sizeof *hello, offsetof(struct meet_hello, tag));
+    memcpy(hello->tag, tag, sizeof tag);
+}
+
+int meet_hello_check(const struct meet_hello *h, const uint8_t *key, const uint8_t *nonce, bool *genuine,
+                     struct error *err)
+{
+    uint8_t tag[MEET_TAG_BYTES];
+    if (memcmp(h->magic, MEET_HELLO, sizeof h->magic) != 0)
+        return error_set(err, ERR_CORRUPT, "it does not speak as a rank of this version");
+    tag_of(tag, key, nonce, (const uint8_t *)h, sizeof *h, offsetof(struct meet_hello, tag));
+    *genuine = CRYPTO_memcmp(tag, h->tag, sizeof tag) == 0;
+    if (h->purpose >= MEET_PURPOSES || h->rank >= MEET_MAX_RANKS || h->to >= MEET_MAX_RANKS || h->world < 1 ||
+        h->world > MEET_MAX_RANKS || h->tp_size < 1 || h->tp_size > MEET_MAX_RANKS || h->pp_size < 1 ||
+        h->pp_size > MEET_MAX_RANKS || h->port > 65535 || (h->purpose == MEET_JOIN && h->port == 0) || h->reserved)
+        return error_set(err, ERR_CORRUPT, "it says numbers out of their ranges");
+    if (!memchr(h->version, 0, sizeof h->version))
+        return error_set(err, ERR_CORRUPT, "its version has no end");
+    return 0;
+}
+
+void meet_answer_seal(uint8_t *answer, size_t bytes, const uint8_t *key, const uint8_t *nonce)
+{
+    const size_t at = offsetof(struct meet_answer, tag);
+    uint8_t tag[MEET_TAG_BYTES];
+    tag_of(tag, key, nonce, answer, bytes, at);
+    memcpy(answer + at, tag, sizeof tag);
+}
+
+int meet_answer_rest(const struct meet_answer *head, size_t *rest, struct error *err)
+{
+    if (memcmp(head->magic, MEET_ANSWER, sizeof head->magic) != 0 || head->num_addresses > MEET_MAX_RANKS ||
+        head->blob_bytes > MEET_BLOB_MAX_BYTES || head->reserved || head->code > 0 ||
+        !memchr(head->sentence, 0, sizeof head->sentence))
+        return error_set(err, ERR_CORRUPT, "its answer is none of this version");
+    *rest = head->num_addresses * sizeof(struct meet_address) + head->blob_bytes;
+    return 0;
+}
+
+bool meet_answer_is_genuine(const uint8_t *answer, size_t bytes, const uint8_t *key, const uint8_t *nonce)
+{
+    uint8_t tag[MEET_TAG_BYTES];
+    const size_t at = offsetof(struct meet_answer, tag);
+    if (bytes < sizeof(struct meet_answer) || bytes > MEET_ANSWER_MAX_BYTES)
+        return false;
+    tag_of(tag, key, nonce, answer, bytes, at);
+    return CRYPTO_memcmp(tag, answer + at, sizeof tag) == 0;
+}
