@@ -176,6 +176,7 @@ enum { INT8_ROWS = 8 };
 // dot[r] = products of 64 * parts columns of row r.
 VECTOR_INLINE void int8_dots(__m512i dot[INT8_ROWS], const int8_t *codes, int64_t cols, const int8_t *q, int parts)
 {
+    const int8_t *next = codes + INT8_ROWS * cols; // of the next rows
     __m512i x[2], bias = _mm512_setzero_si512();
     for (int p = 0; p < parts; p++) {
         x[p] = _mm512_loadu_si512(q + 64 * p);
@@ -185,7 +186,7 @@ VECTOR_INLINE void int8_dots(__m512i dot[INT8_ROWS], const int8_t *codes, int64_
         dot[r] = bias;
         for (int p = 0; p < parts; p++) {
             __m512i v = _mm512_loadu_si512(codes + r * cols + 64 * p);
-            prefetch(codes + (r + INT8_ROWS) * cols + 64 * p); // of the next rows
+            prefetch(next + r * cols + 64 * p);
             dot[r] = _mm512_dpbusd_epi32(dot[r], _mm512_xor_si512(v, _mm512_set1_epi8((char)0x80)), x[p]);
         }
     }
