@@ -5,6 +5,7 @@
 
 #include <assert.h>
 #include <stddef.h>
+#include <string.h>
 
 enum {
     CPU_RANKS = 1 << TRANSPORT_SHM | 1 << TRANSPORT_TCP | 1 << TRANSPORT_MPI,
@@ -40,8 +41,7 @@ static const struct row table[] = {
     {P2P, ANY, COMM_MAX_RANKS, 1 * MB, ALGORITHM_TWO_SHOT, 0},
     {HOST | P2P, ANY, COMM_MAX_RANKS, 4 * MB, ALGORITHM_CHUNKS, 1 * MB},
     {HOST | P2P, ANY, COMM_MAX_RANKS, UINT64_MAX, ALGORITHM_CHUNKS, 2 * MB},
-    {NCCL, ANY, COMM_MAX_RANKS, UINT64_MAX, ALGORITHM_TWO_SHOT, 0},
-    {CPU_RANKS, ANY, COMM_MAX_RANKS, UINT64_MAX, ALGORITHM_TWO_SHOT, 0},
+    {CPU_RANKS | NCCL, ANY, COMM_MAX_RANKS, UINT64_MAX, ALGORITHM_TWO_SHOT, 0},
 };
 enum { ROWS = sizeof table / sizeof *table, ROW_FIELDS = 6, OPTION_FIELDS = 6 };
 
@@ -61,6 +61,24 @@ struct exchange_choice comm_select(enum transport transport, int tp_size, uint64
            message_bytes > row->most_bytes)
         row++; // each transport has a row without bounds
     return (struct exchange_choice){.algorithm = row->algorithm, .wire = wire, .chunk_bytes = row->chunk_bytes};
+}
+
+int comm_select_transport(enum transport *out, const char *wanted, const char *const missing[TRANSPORT_COUNT],
+                          struct error *err)
+{
+    static const enum transport best_first[TRANSPORT_COUNT] = {TRANSPORT_P2P, TRANSPORT_HOST, TRANSPORT_NCCL,
+                                                               TRANSPORT_SHM, TRANSPORT_TCP,  TRANSPORT_MPI};
+    bool any = strcmp(wanted, "auto") == 0;
+    for (int i = 0; i < TRANSPORT_COUNT; i++) {
+        enum transport transport = best_first[i];
+        if (any ? missing[transport] != NULL : strcmp(wanted, transport_name(transport)) != 0)
+            continue;
+        if (missing[transport])
+            return error_set(err, ERR_USAGE, "--transport %s: %s", wanted, missing[transport]);
+        *out = transport;
+        return 0;
+    }
+    return error_set(err, ERR_USAGE, "--transport %s: no such transport between these ranks", wanted);
 }
 
 uint64_t comm_select_hash(const struct comm_select_options *options)

@@ -33,6 +33,11 @@ enum wire comm_select_wire(enum phase phase, enum wire wanted);
 struct exchange_choice comm_select(enum transport transport, int tp_size, uint64_t message_bytes, enum phase phase,
                                    enum wire wanted);
 
+// --transport. missing[t]: why ranks cannot have transport t here, a clause; NULL: they can. wanted: a transport's name, or "auto", which
+// is the first that there is of p2p, host, nccl, shm, tcp, mpi. ERR_USAGE with the reason where it is missing.
+int comm_select_transport(enum transport *out, const char *wanted, const char *const missing[TRANSPORT_COUNT],
+                          struct error *err);
+
 // What decides, beside the table.
 struct comm_select_options {
     enum transport transport;

@@ -80,6 +80,13 @@ extern struct session_options session_options;
          0,                                                                                                            \
          0,                                                                                                            \
          "what fp8 and s8x lose of one sum is made up for by the next; off: it is not. Models with post-norms: off"},  \
+        {"transport",                                                                                                  \
+         OPTION_CHOICE,                                                                                                \
+         &session_options.transport,                                                                                   \
+         "auto|shm|tcp|mpi|host|p2p|nccl",                                                                             \
+         0,                                                                                                            \
+         0,                                                                                                            \
+         "how the ranks reach each other; auto: the first that there is of p2p, host, nccl, shm, tcp, mpi"},           \
         {"sequence-parallel",                                                                                          \
          OPTION_CHOICE,                                                                                                \
          &session_options.sequence_parallel,                                                                           \
@@ -93,7 +100,7 @@ extern struct session_options session_options;
          "auto|on|off",                                                                                                \
          0,                                                                                                            \
          0,                                                                                                            \
-         "prompts go through the layers in two halves: while one's sums are on their way, the other computes; auto: " \
+         "prompts go through the layers in two halves: while one's sums are on their way, the other computes; auto: "  \
          "off"},                                                                                                       \
         {"verify",                                                                                                     \
          OPTION_CHOICE,                                                                                                \

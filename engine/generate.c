@@ -236,10 +236,10 @@ static void print_start(struct session *session)
 {
     const struct manifest *m = session_manifest(session);
     if (!common_options.quiet)
-        fprintf(stderr, "%u rank%s (%s), %d thread%s each, %s kernels, %s wire%s, context %lld\n", m->tp_size,
+        fprintf(stderr, "%u rank%s (%s), %d thread%s each, %s kernels, %s wire over %s%s, context %lld\n", m->tp_size,
                 m->tp_size == 1 ? "" : "s", session_options.ranks, session_threads(session),
                 session_threads(session) == 1 ? "" : "s", session_backend(session), session_wire(session),
-                session_prefill_way(session), (long long)session_context(session));
+                session_transport(session), session_prefill_way(session), (long long)session_context(session));
     if (!common_options.quiet)
         session_print_devices(session, stderr);
 }

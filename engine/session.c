@@ -2,6 +2,7 @@
 #include "engine/session_internal.h"
 
 #include "engine/backends.h"
+#include "engine/comm_select.h"
 #include "engine/rank_step.h"
 #include "formats/checked.h"
 #include "kernels/clock.h"
@@ -21,6 +22,7 @@ const struct session_options session_defaults = {
     .kv_cache = "bf16",
     .wire = "auto",
     .wire_feedback = "auto",
+    .transport = "auto",
     .sequence_parallel = "auto",
     .overlap = "auto",
     .verify = "full",
@@ -165,6 +167,19 @@ static bool feeds_back(const struct manifest *manifest, enum wire wire, const ch
 {
     return strcmp(wanted, "off") != 0 && wire_is_compressed(wire) && manifest->tp_size > 1 &&
            !manifest->model.post_norms;
+}
+
+static int choose_transport(struct session *s, const char *wanted, struct error *err)
+{
+    const char *elsewhere = "it is for ranks of several hosts; these are all on this one and share its memory (shm)";
+    const char *for_gpus = s->worker.backend == &backend_cpu
+                               ? "it is for GPUs, and these ranks compute on the CPU"
+                               : "this version's ranks on GPUs exchange through the host's shared memory (shm)";
+    const char *missing[TRANSPORT_COUNT] = {
+        [TRANSPORT_TCP] = elsewhere, [TRANSPORT_MPI] = elsewhere, [TRANSPORT_HOST] = for_gpus,
+        [TRANSPORT_P2P] = for_gpus,  [TRANSPORT_NCCL] = for_gpus,
+    };
+    return comm_select_transport(&s->worker.transport, wanted, missing, err);
 }
 
 // Whether the residual of prompts is dealt out to the ranks. Not by itself: what normed rows lose on the wire each layer sees at once, and with the
@@ -402,7 +417,8 @@ int session_open(struct session **out, const char *place, const struct session_o
         goto fail;
     s->worker.feedback = feeds_back(s->manifest, s->worker.wire, options->wire_feedback);
     s->worker.backend = choice.backend;
-    if ((rc = choose_deal(s, options->sequence_parallel, err)) || (rc = choose_overlap(s, options->overlap, err)))
+    if ((rc = choose_transport(s, options->transport, err)) || (rc = choose_deal(s, options->sequence_parallel, err)) ||
+        (rc = choose_overlap(s, options->overlap, err)))
         goto fail;
     s->worker.kernels = choice.kernels;
     s->backend_note = choice.note;
@@ -478,6 +494,8 @@ int session_threads(const struct session *s) { return s->worker.threads; }
 bool session_feeds_back(const struct session *s) { return s->worker.feedback; }
 
 const char *session_wire(const struct session *s) { return wire_name(s->worker.wire); }
+
+const char *session_transport(const struct session *s) { return transport_name(s->worker.transport); }
 
 const char *session_prefill_way(const struct session *s)
 {

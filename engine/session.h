@@ -21,6 +21,7 @@ struct session_options {
     const char *kv_cache;          // a word of KV_FORMAT_CHOICES
     const char *wire;              // "auto", "bf16", "f32", "fp8", "s8x"
     const char *wire_feedback;     // "auto", "off"
+    const char *transport;         // "auto" or a transport's name
     const char *sequence_parallel; // "auto", "on", "off"
     const char *overlap;           // "auto", "on", "off"
     const char *verify;            // "full", "sample", "off"
@@ -80,6 +81,7 @@ const char *session_backend(const struct session *session); // "cuda", or the na
 void session_print_devices(struct session *session, FILE *out);
 int session_threads(const struct session *session); // of each rank
 const char *session_wire(const struct session *session);
+const char *session_transport(const struct session *session); // between the ranks
 // How the rows of prompts travel, as words to put behind the wire's name: "", ", sequence parallel", ", in overlapping halves" or both.
 const char *session_prefill_way(const struct session *session);
 bool session_feeds_back(const struct session *session); // what a compressing wire loses is made up for

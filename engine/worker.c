@@ -99,7 +99,7 @@ static int agree(struct worker *w, struct error *err)
     snprintf(mine.kernels, sizeof mine.kernels, "%s", o->kernels->name);
     int rc = comm_handshake(w->env->comm, &mine, sizeof mine, "model contract and options", err);
     struct comm_select_options table = {
-        .transport = TRANSPORT_SHM, .tp_size = w->env->tp_size, .wire = o->wire, .feedback = o->feedback};
+        .transport = o->transport, .tp_size = w->env->tp_size, .wire = o->wire, .feedback = o->feedback};
     return rc ? rc : comm_select_agree(w->env->comm, comm_select_hash(&table), err);
 }
 

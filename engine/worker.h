@@ -14,6 +14,7 @@
 #include "engine/step.h"
 #include "formats/manifest.h"
 #include "kernels/backend.h"
+#include "kernels/exchange_choice.h"
 #include "kernels/wire.h"
 
 #include <stdatomic.h>
@@ -80,6 +81,7 @@ struct worker_options {
     enum numa_pin pin;             // of the host's threads
     bool ranks_are_threads;
     enum kv_format kv_format;
+    enum transport transport;
     enum wire wire;
     bool feedback;       // what a compressing wire loses is made up for by the next sum
     bool deals, overlap; // decoder.h: deals, in_parts

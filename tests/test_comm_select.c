@@ -119,6 +119,42 @@ static void test_monotone_in_size(void **state)
     for_all(check_monotone);
 }
 
+// ---- which transport ---------------------------------------------------------------------------------------------------
+
+static void test_transport(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *wanted, *there; // names of those that are there
+        int rc;
+        enum transport transport;
+    } cases[] = {
+        {"auto", "shm", 0, TRANSPORT_SHM},
+        {"auto", "tcp mpi", 0, TRANSPORT_TCP},
+        {"auto", "mpi", 0, TRANSPORT_MPI},
+        {"auto", "shm host nccl", 0, TRANSPORT_HOST},
+        {"auto", "shm nccl", 0, TRANSPORT_NCCL},
+        {"auto", "shm host nccl p2p", 0, TRANSPORT_P2P},
+        {"auto", "", ERR_USAGE, TRANSPORT_COUNT},
+        {"shm", "shm host nccl p2p", 0, TRANSPORT_SHM},
+        {"p2p", "shm", ERR_USAGE, TRANSPORT_COUNT},
+        {"tcp", "tcp", 0, TRANSPORT_TCP},
+        {"infiniband", "shm", ERR_USAGE, TRANSPORT_COUNT},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const char *missing[TRANSPORT_COUNT];
+        enum transport got = TRANSPORT_COUNT;
+        struct error err = {0};
+        for (int t = 0; t < TRANSPORT_COUNT; t++)
+            missing[t] = strstr(cases[i].there, transport_name((enum transport)t)) ? NULL : "it is elsewhere";
+        int rc = comm_select_transport(&got, cases[i].wanted, missing, &err);
+        if (rc != cases[i].rc || got != cases[i].transport)
+            fail_msg("case %zu: %d, %s: %s", i, rc, transport_name(got), err.msg);
+        if (strcmp(cases[i].wanted, "p2p") == 0)
+            assert_string_equal(err.msg, "--transport p2p: it is elsewhere");
+    }
+}
+
 // ---- the same on every rank ----------------------------------------------------------------------------------------
 
 static uint64_t digest;
@@ -242,6 +278,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_rows),
         cmocka_unit_test(test_monotone_in_size),
+        cmocka_unit_test(test_transport),
         cmocka_unit_test(test_same_in_processes),
         cmocka_unit_test(test_hash_of_options),
         cmocka_unit_test(test_tables_that_differ),

@@ -185,5 +185,15 @@ check("measuring too short a time ends", code in (0, HINDERED), f"exit status {c
 code, out, problem = run(ENGINE, "--help-man", env=CLEAN)
 check("the man page has it", "doctor" in out and "something hinders" in out, out[:500])
 
+# What the doctor says of auto is what the ranks take; what they cannot have is refused with the reason.
+SHARD = Path(os.environ.get("BUILD", "build")) / "tpshard"
+model = work / "model"
+code, out, problem = run(SHARD, "--tp", 2, "tests/model", model, env=CLEAN)
+check("a model for two ranks", code == 0, problem)
+for transport, wanted, words in ("auto", 0, "bf16 wire over shm"), ("shm", 0, "bf16 wire over shm"), ("tcp", 2, "--transport tcp: it is for ranks of several hosts"), \
+        ("nccl", 2, "--transport nccl: it is for GPUs, and these ranks compute on the CPU"), ("ib", 2, "--transport"):
+    code, out, problem = run(ENGINE, "generate", model, "--backend", "cpu", "--transport", transport, "--prompt", "And", "--max-tokens", 3, env=CLEAN)
+    check(f"--transport {transport}", code == wanted and words in problem, f"exit status {code}: {out}{problem}")
+
 shutil.rmtree(work)
 sys.exit(status())
