@@ -5,40 +5,24 @@
 // As a rank (COMM_MPI_CASE is set): COMM_MPI_CASE names what it does, COMM_MPI_STAGES the number of stages.
 #include "engine/comm_mpi.h"
 #include "kernels/clock.h"
-#include "tests/comm_cases.h"
-#include "tests/comm_help.h"
+#include "tests/comm_rank_help.h"
 #include "tests/patience.h"
 
 #include <libgen.h>
 #include <limits.h>
-#include <signal.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <cmocka.h>
+
 // ---- as a rank -----------------------------------------------------------------------------------------------------
-
-enum { LOST_TIMEOUT_MS = 1500 * PATIENCE, TIMEOUT_MS = 30000 };
-
-static int run_body(const char *name, struct comm *comm, struct error *err)
-{
-    int rc = strcmp(name, "all") == 0 ? comm_cases_all(comm, NULL, err) : comm_barrier(comm, err);
-    if (rc || strcmp(name, "all") == 0)
-        return rc;
-    comm_at(comm, OP_HEAD, -1);
-    if (comm_rank(comm) == 1) {
-        usleep(200000); // the others see where it is
-        if (strcmp(name, "stop") == 0)
-            raise(SIGSTOP);
-        if (strcmp(name, "kill") == 0)
-            raise(SIGKILL);
-        if (strcmp(name, "fail") == 0)
-            return error_set(err, ERR_IO, "rank 1 has an error of its own");
-    }
-    return comm_barrier(comm, err);
-}
 
 static int be_rank(const char *name)
 {
@@ -51,17 +35,12 @@ static int be_rank(const char *name)
         printf("no rank: %s\n", err.msg);
         return 1;
     }
-    int timeout_ms = strcmp(name, "all") == 0 ? TIMEOUT_MS : LOST_TIMEOUT_MS;
-    void *memory = map_shared(comm_region_bytes(size / pp_size, pp_size, 4096, CASES_MESSAGE_BYTES));
-    struct comm_region *region = comm_region_init(memory, size / pp_size, pp_size, 4096, CASES_MESSAGE_BYTES);
-    if ((rc = comm_open_mpi(&comm, region, timeout_ms, &err)) == 0) {
-        double start_s = clock_now_s();
-        if ((rc = run_body(name, comm, &err)))
-            comm_region_abort(region, rank, &err);
-        printf("rank %d of %d after %.2f s: %s\n", rank, size, clock_now_s() - start_s, rc ? err.msg : "all is well");
-        fflush(stdout);
-        comm_close(comm);
-    }
+    int timeout_ms = comm_rank_timeout_ms(name);
+    struct comm_region *region = comm_rank_region(size, pp_size);
+    if ((rc = comm_open_mpi(&comm, region, timeout_ms, &err)))
+        printf("rank %d of %d: %s\n", rank, size, err.msg);
+    else
+        rc = comm_rank_run(name, comm, region);
     if (!rc && (rc = comm_mpi_end(0, timeout_ms, &err)))
         printf("rank %d of %d: %s\n", rank, size, err.msg);
     fflush(stdout);

@@ -4,10 +4,13 @@
 #include "kernels/clock.h"
 #include "tests/comm_cases.h"
 #include "tests/comm_help.h"
+#include "tests/comm_rank_help.h"
 
+#include <arpa/inet.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -346,8 +349,70 @@ static void test_other_figures(void **state)
     munmap(memory, 2 * comm_region_bytes(2, 1, 100000, 0));
 }
 
+// ---- as a rank of several hosts: test_comm_namespaces.py -------------------------------------------------------------
+
+enum { CONNECT_TRIES = 1000, CONNECT_NAP_US = 10000 };
+
+// "address:port" of each rank, separated by commas.
+static int parse_addresses(struct sockaddr_in addresses[COMM_MAX_RANKS], char *text)
+{
+    int count = 0;
+    for (char *one = strtok(text, ","); one && count < COMM_MAX_RANKS; one = strtok(NULL, ",")) {
+        char *colon = strchr(one, ':');
+        assert_non_null(colon);
+        *colon = 0;
+        addresses[count] = (struct sockaddr_in){.sin_family = AF_INET, .sin_port = htons((uint16_t)atoi(colon + 1))};
+        assert_int_equal(inet_pton(AF_INET, one, &addresses[count++].sin_addr), 1);
+    }
+    return count;
+}
+
+// Connects to the ranks below this one, which are told who it is, and takes those above it.
+static void connect_hosts(int *fds, const struct sockaddr_in *addresses, int rank, int count)
+{
+    int listener = socket(AF_INET, SOCK_STREAM, 0);
+    setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &(int){1}, sizeof(int));
+    assert_int_equal(bind(listener, (const struct sockaddr *)&addresses[rank], sizeof *addresses), 0);
+    assert_int_equal(listen(listener, COMM_MAX_RANKS), 0);
+    for (int other = 0; other < rank; other++) {
+        int tries = 0;
+        while (fds[other] = socket(AF_INET, SOCK_STREAM, 0),
+               connect(fds[other], (const struct sockaddr *)&addresses[other], sizeof *addresses) < 0) {
+            close(fds[other]);
+            assert_true(tries++ < CONNECT_TRIES);
+            usleep(CONNECT_NAP_US);
+        }
+        assert_int_equal(write(fds[other], &rank, sizeof rank), sizeof rank);
+    }
+    for (int more = rank + 1; more < count; more++) {
+        int other = -1, fd = accept(listener, NULL, NULL);
+        assert_int_equal(recv(fd, &other, sizeof other, MSG_WAITALL), sizeof other);
+        assert_in_range(other, rank + 1, count - 1);
+        fds[other] = fd;
+    }
+    close(listener);
+}
+
+static int be_rank(const char *name)
+{
+    struct sockaddr_in addresses[COMM_MAX_RANKS];
+    int fds[COMM_MAX_RANKS] = {0}, count = parse_addresses(addresses, getenv("COMM_TCP_ADDRESSES"));
+    int rank = atoi(getenv("COMM_TCP_RANK")), stages = atoi(getenv("COMM_TCP_STAGES"));
+    connect_hosts(fds, addresses, rank, count);
+    struct comm_region *region = comm_rank_region(count, stages);
+    struct error err = {0};
+    struct comm *comm;
+    if (comm_open_sockets(&comm, region, fds, rank, comm_rank_timeout_ms(name), &err)) {
+        printf("rank %d of %d: %s\n", rank, count, err.msg);
+        return 1;
+    }
+    return comm_rank_run(name, comm, region) ? 3 : 0;
+}
+
 int main(void)
 {
+    if (getenv("COMM_TCP_CASE"))
+        return be_rank(getenv("COMM_TCP_CASE"));
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_all_operations),   cmocka_unit_test(test_sender_is_ahead),
         cmocka_unit_test(test_losses_are_named), cmocka_unit_test(test_region_tells_of_ranks_elsewhere),
