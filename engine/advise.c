@@ -7,8 +7,8 @@
 #include "engine/commands.h"
 
 #include "engine/eval_statistics.h"
-#include "engine/text_windows.h"
 #include "engine/store_url.h"
+#include "engine/text_windows.h"
 #include "formats/checksum.h"
 #include "formats/file_io.h"
 

@@ -26,6 +26,10 @@ struct result {
     double sent_bytes_per_token; // by one rank to the others, in decode
     // In decode, of rank 0: of one sum over ranks, waiting included; of all of them, in the time.
     double exchange_us, exchange_share;
+    // Of several stages. Passes in flight: when one begins, itself included, on average and at most. Share of the time in which a rank waits for
+    // another stage, on average.
+    double passes_in_flight, stage_wait_share;
+    int64_t most_in_flight;
     uint32_t last_token; // a hash of the run: faster but different shows
 };
 
@@ -82,13 +86,18 @@ static int measure(struct session *session, struct result *out, double opened_s,
         out->exchange_us = 1e-3 * (double)figures.exchange_ns / (double)figures.exchanges;
         out->exchange_share = 1e-9 * (double)figures.exchange_ns / (figures.end_s - figures.first_s);
     }
-    for (uint32_t r = 0; r < manifest->tp_size; r++) {
+    for (uint32_t r = 0; r < manifest->num_ranks; r++) {
         struct rank_report rank;
         session_rank_report(session, (int)r, &rank);
+        out->stage_wait_share += rank.stage_wait_s / (figures.end_s - figures.begin_s) / (double)manifest->num_ranks;
         out->file_bytes += rank.file_bytes;
         if (r == 0 || strcmp(session_options.ranks, "process") == 0) // else one process holds all ranks
             out->rss_bytes += rank.rss_bytes;
     }
+    const struct pass_counts *passes = &session_shared(session)->passes;
+    long long begun = atomic_load(&passes->begun);
+    out->passes_in_flight = begun > 0 ? (double)atomic_load(&passes->sum_in_flight) / (double)begun : 0;
+    out->most_in_flight = atomic_load(&passes->most_in_flight);
     out->last_token = hash;
     return 0;
 }
@@ -102,16 +111,18 @@ static int report(struct session *session, const struct result *r, struct error 
 {
     const struct manifest *m = session_manifest(session);
     if (!common_options.json) {
-        printf("bench quant=%s tp_size=%u ranks=%s threads=%d kernels=%s wire=%s batch=%lld prompt_tokens=%lld "
-               "gen_tokens=%lld "
-               "load_s=%.3f first_token_s=%.3f prefill_tokens_per_s=%.1f decode_tokens_per_s=%.2f rss_mib=%.0f "
-               "file_mib=%.0f sent_bytes_per_token=%.0f exchange_us=%.1f exchange_share=%.3f experts=%s tokens=%08x\n",
-               weight_kind_name(m->quant.linear), m->tp_size, session_options.ranks, session_threads(session),
-               session_backend(session), session_wire(session), (long long)options.batch,
-               (long long)options.prompt_tokens, (long long)options.gen_tokens, r->load_s, r->first_token_s,
-               r->prefill_tokens_per_s, r->decode_tokens_per_s, (double)r->rss_bytes / 0x1p20,
-               (double)r->file_bytes / 0x1p20, r->sent_bytes_per_token, r->exchange_us, r->exchange_share,
-               experts_of(m), r->last_token);
+        printf(
+            "bench quant=%s tp_size=%u pp_size=%u ranks=%s threads=%d kernels=%s wire=%s batch=%lld prompt_tokens=%lld "
+            "gen_tokens=%lld "
+            "load_s=%.3f first_token_s=%.3f prefill_tokens_per_s=%.1f decode_tokens_per_s=%.2f rss_mib=%.0f "
+            "file_mib=%.0f sent_bytes_per_token=%.0f exchange_us=%.1f exchange_share=%.3f passes_in_flight=%.2f "
+            "most_in_flight=%lld stage_wait_share=%.3f experts=%s tokens=%08x\n",
+            weight_kind_name(m->quant.linear), m->tp_size, m->pp_size, session_options.ranks, session_threads(session),
+            session_backend(session), session_wire(session), (long long)options.batch, (long long)options.prompt_tokens,
+            (long long)options.gen_tokens, r->load_s, r->first_token_s, r->prefill_tokens_per_s, r->decode_tokens_per_s,
+            (double)r->rss_bytes / 0x1p20, (double)r->file_bytes / 0x1p20, r->sent_bytes_per_token, r->exchange_us,
+            r->exchange_share, r->passes_in_flight, (long long)r->most_in_flight, r->stage_wait_share, experts_of(m),
+            r->last_token);
         return 0;
     }
     json_t *object =
@@ -120,12 +131,14 @@ static int report(struct session *session, const struct result *r, struct error 
                   "threads", session_threads(session), "kernels", session_backend(session), "wire",
                   session_wire(session), "batch", (json_int_t)options.batch, "prompt_tokens",
                   (json_int_t)options.prompt_tokens, "gen_tokens", (json_int_t)options.gen_tokens);
-    json_t *figures = json_pack("{s:f, s:f, s:f, s:f, s:I, s:I, s:f, s:f, s:f, s:s, s:I}", "load_s", r->load_s,
-                                "first_token_s", r->first_token_s, "prefill_tokens_per_s", r->prefill_tokens_per_s,
-                                "decode_tokens_per_s", r->decode_tokens_per_s, "rss_bytes", (json_int_t)r->rss_bytes,
-                                "file_bytes", (json_int_t)r->file_bytes, "sent_bytes_per_token",
-                                r->sent_bytes_per_token, "exchange_us", r->exchange_us, "exchange_share",
-                                r->exchange_share, "experts", experts_of(m), "tokens_hash", (json_int_t)r->last_token);
+    json_t *figures = json_pack(
+        "{s:i, s:f, s:I, s:f, s:f, s:f, s:f, s:f, s:I, s:I, s:f, s:f, s:f, s:s, s:I}", "pp_size", (int)m->pp_size,
+        "passes_in_flight", r->passes_in_flight, "most_in_flight", (json_int_t)r->most_in_flight, "stage_wait_share",
+        r->stage_wait_share, "load_s", r->load_s, "first_token_s", r->first_token_s, "prefill_tokens_per_s",
+        r->prefill_tokens_per_s, "decode_tokens_per_s", r->decode_tokens_per_s, "rss_bytes", (json_int_t)r->rss_bytes,
+        "file_bytes", (json_int_t)r->file_bytes, "sent_bytes_per_token", r->sent_bytes_per_token, "exchange_us",
+        r->exchange_us, "exchange_share", r->exchange_share, "experts", experts_of(m), "tokens_hash",
+        (json_int_t)r->last_token);
     bool complete = object && figures && json_object_update(object, figures) == 0;
     json_decref(figures);
     if (complete)

@@ -37,6 +37,7 @@ enum comm_operation {
     OP_MLP,
     OP_HEAD,
     OP_SAMPLE,
+    OP_HAND_OVER, // of the residual, from stage to stage
     OP_COUNT
 };
 const char *comm_operation_name(enum comm_operation op);
@@ -67,6 +68,8 @@ int comm_size(const struct comm *comm);
 
 // Tells the others (and the watchdog) where this rank is; layer -1: none. Cheap: one relaxed store.
 void comm_at(struct comm *comm, enum comm_operation op, int layer);
+// Layers that comm_at is told count from this one of the model on: a stage numbers its own from 0. `comm`: the world's end; its stage's does so, too.
+void comm_count_layers_from(struct comm *comm, int first_layer);
 
 // The collectives below: all ranks call them in the same order with the same sizes. That is checked in every call;
 // ranks that differ are named. For all_reduce the operation and layer of comm_at must agree as well. An error of one

@@ -98,6 +98,7 @@ struct comm {
     enum comm_group group;
     int first, rank, size; // ranks first .. first + size - 1 are the group, and this one is first + rank
     int timeout_ms;
+    int first_layer;      // of comm_at's
     uint32_t token;       // last phase posted
     uint64_t sent_bytes;  // of all_reduces
     uint64_t moved_bytes; // that the transport has sent for phases, beside heads of its own

@@ -136,8 +136,8 @@ bool comm_region_error(const struct comm_region *region, int *rank, struct error
 
 const char *comm_operation_name(enum comm_operation op)
 {
-    static const char *const names[OP_COUNT] = {"start",     "load", "handshake", "idle",  "embedding",
-                                                "attention", "mlp",  "head",      "sample"};
+    static const char *const names[OP_COUNT] = {"start",     "load", "handshake", "idle",   "embedding",
+                                                "attention", "mlp",  "head",      "sample", "hand-over"};
     return (unsigned)op < OP_COUNT ? names[op] : "unknown";
 }
 

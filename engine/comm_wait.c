@@ -82,8 +82,14 @@ int comm_size(const struct comm *comm) { return comm->size; }
 void comm_at(struct comm *comm, enum comm_operation op, int layer)
 {
     uint64_t moves = (atomic_load_explicit(&comm->slot->position, memory_order_relaxed) >> 32) + 1;
-    uint64_t bits = moves << 32 | (uint64_t)((uint32_t)(layer + 1) & 0xffffff) << 8 | (uint64_t)op;
+    uint32_t place = layer < 0 ? 0 : (uint32_t)(comm->first_layer + layer + 1);
+    uint64_t bits = moves << 32 | (uint64_t)(place & 0xffffff) << 8 | (uint64_t)op;
     atomic_store_explicit(&comm->slot->position, bits, memory_order_relaxed);
+}
+
+void comm_count_layers_from(struct comm *comm, int first_layer)
+{
+    comm->first_layer = comm->stage->first_layer = first_layer;
 }
 
 int comm_check_abort(struct comm *comm, struct error *err)

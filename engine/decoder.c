@@ -10,6 +10,7 @@
 
 #include "engine/comm_select.h"
 #include "engine/decoder_parts.h"
+#include "engine/decoder_stage.h"
 
 #include <string.h>
 
@@ -211,14 +212,16 @@ int decoder_embed(struct decoder *d, const struct token_row *rows, int64_t count
     parts_begin(d, rows);
     if ((rc = need_inputs(d, rows, count, err)) || (rc = d->backend->begin(d->device, rows, count, phase, pages, err)))
         return rc;
-    return begin_residual(d, err);
+    return d->model->stage_before ? decoder_stage_take(d, err) : begin_residual(d, err);
 }
 
 int decoder_forward(struct decoder *d, const struct token_row *rows, int64_t count, enum phase phase,
                     const struct kv_pages *pages, struct error *err)
 {
     int rc = decoder_embed(d, rows, count, phase, pages, err);
-    return rc ? rc : run_layers(d, err);
+    if (rc || (rc = run_layers(d, err)))
+        return rc;
+    return d->model->stage_behind ? decoder_stage_pass_on(d, err) : 0;
 }
 
 int decoder_head_input(struct decoder *d, struct error *err)
@@ -247,7 +250,10 @@ int decoder_logits(struct decoder *d, const int64_t *row_index, int64_t count, f
     return d->backend->logits(d->device, last_join(d), row_index, count, logits, stride, err);
 }
 
-bool decoder_samples(const struct decoder *d) { return d->backend->sample && comm_size(d->comm) == 1; }
+bool decoder_samples(const struct decoder *d)
+{
+    return d->backend->sample && comm_size(d->comm) == 1 && !d->model->stage_before && !d->model->stage_behind;
+}
 
 int decoder_sample(struct decoder *d, const struct token_row *rows, int64_t num_rows, enum phase phase,
                    const struct kv_pages *pages, const int64_t *row_index, const struct sampling *const *sampling,

@@ -36,7 +36,8 @@ struct decoder {
     struct model *model;
     const struct backend *backend;
     struct device *device;
-    struct comm *comm;
+    struct comm *comm;           // of its stage
+    struct comm *world;          // of all stages
     enum wire wire;              // of prefill; see decoder_wire
     uint16_t *lost;              // of the wire's error feedback: bf16 [rows of a step][hidden]; NULL: there is none
     struct thread_pool *pool;    // for the exchange
@@ -48,6 +49,7 @@ struct decoder {
     enum phase phase;            // its phase
     int64_t exchange_ns;         // that computing has stood still for exchanges with other ranks, so far
     int64_t exchanges;           // how many
+    int64_t stage_wait_ns;       // in handing over from stage to stage, so far
     bool dealt;                  // of the last step: the residual is dealt out
     bool threaded;               // and its exchanges go to the exchanger
     int num_parts;
@@ -60,11 +62,11 @@ enum wire decoder_wire(const struct decoder *decoder, enum phase phase);
 // Whether prefill and decode are one arithmetic here, so that rows of both may go together.
 bool decoder_mixes(const struct decoder *decoder);
 
-// Runs rows (count <= max_rows) through all layers; KV room must be reserved. Collective: every rank calls it with the same rows.
+// Runs rows (count <= max_rows) through all layers of the stage, which takes them from the stage before and hands them to the next; KV room must be reserved. Collective: every rank calls it with the same rows.
 // rows and pages stay as they are until the next step.
 int decoder_forward(struct decoder *decoder, const struct token_row *rows, int64_t count, enum phase phase,
                     const struct kv_pages *pages, struct error *err);
-// Logits of this rank's part of the vocabulary for some rows of the last forward: logits [count][stride], f32, stride >= vocab_local.
+// On the last stage: logits of this rank's part of the vocabulary for some rows of the last forward: logits [count][stride], f32, stride >= vocab_local.
 // row_index [count] (NULL: rows 0 .. count-1).
 int decoder_logits(struct decoder *decoder, const int64_t *row_index, int64_t count, float *logits, int64_t stride,
                    struct error *err);
@@ -75,7 +77,7 @@ int decoder_embed(struct decoder *decoder, const struct token_row *rows, int64_t
 int decoder_layer(struct decoder *decoder, int64_t layer, struct error *err);
 int decoder_head_input(struct decoder *decoder, struct error *err);
 
-// Whether the device chooses tokens itself: it can, and one rank holds the whole vocabulary.
+// Whether the device chooses tokens itself: it can, and one rank holds the whole model.
 bool decoder_samples(const struct decoder *decoder);
 // One step on such a device: forward, then a token for each of `count` rows, row_index [count] (NULL: all rows). sampling [count],
 // steps [count]: tokens that their sequence has produced so far. tokens [count]. A decode step with a choice behind every row may be run

@@ -236,8 +236,8 @@ static void print_start(struct session *session)
 {
     const struct manifest *m = session_manifest(session);
     if (!common_options.quiet)
-        fprintf(stderr, "%u rank%s (%s), %d thread%s each, %s kernels, %s wire over %s%s, context %lld\n", m->tp_size,
-                m->tp_size == 1 ? "" : "s", session_options.ranks, session_threads(session),
+        fprintf(stderr, "%u rank%s (%s), %d thread%s each, %s kernels, %s wire over %s%s, context %lld\n",
+                (unsigned)m->num_ranks, m->num_ranks == 1 ? "" : "s", session_options.ranks, session_threads(session),
                 session_threads(session) == 1 ? "" : "s", session_backend(session), session_wire(session),
                 session_transport(session), session_prefill_way(session), (long long)session_context(session));
     if (!common_options.quiet)
@@ -251,12 +251,12 @@ static void print_load(struct session *session)
     const struct start_figures *start = session_start_figures(session);
     double load_s = session_load_s(session);
     uint64_t bytes = 0;
-    for (uint32_t r = 0; r < m->tp_size; r++)
+    for (uint32_t r = 0; r < m->num_ranks; r++)
         bytes += m->ranks[r].bytes;
     if (load_s > 0 && !common_options.quiet)
         fprintf(stderr, "loaded %.1f MiB in %.3f s (%s: %s)\n", (double)bytes / 0x1p20, load_s,
                 load_path_name(start->ranks[0].load.path), start->ranks[0].load.why);
-    for (uint32_t r = 0; r < m->tp_size && load_s > 0; r++)
+    for (uint32_t r = 0; r < m->num_ranks && load_s > 0; r++)
         if (start->ranks[r].note[0])
             fprintf(stderr, "rank %u: %s\n", r, start->ranks[r].note);
 }

@@ -68,6 +68,7 @@ struct launch {
     struct comm_region *region;
     void *shared;
     size_t mapped_bytes;
+    int num_ranks; // of all stages
     int event_fd;
     bool ready;           // all ranks have reached rank_next_command
     bool command_running; // posted, not yet done everywhere
@@ -138,7 +139,8 @@ int rank_next_command(struct rank_env *env, int *command, struct error *err)
     struct rank_state *state = state_of(launch, env->rank);
     struct spinner *spinner = &launch->ranks[env->rank].spinner;
     comm_at(env->comm, OP_IDLE, -1);
-    if (!atomic_exchange(&state->started, 1) && atomic_fetch_add(&area->started_ranks, 1) + 1 == (uint32_t)env->tp_size)
+    if (!atomic_exchange(&state->started, 1) &&
+        atomic_fetch_add(&area->started_ranks, 1) + 1 == (uint32_t)env->num_ranks)
         wake_parent(launch->event_fd);
 
     uint32_t taken = atomic_load_explicit(&state->taken, memory_order_relaxed);
@@ -175,7 +177,7 @@ void rank_command_done(struct rank_env *env)
     struct launch *launch = env->launch;
     struct rank_state *state = state_of(launch, env->rank);
     atomic_store(&state->done, atomic_load(&state->taken));
-    if (atomic_fetch_add(&launch->area->done_ranks, 1) + 1 == (uint32_t)env->tp_size)
+    if (atomic_fetch_add(&launch->area->done_ranks, 1) + 1 == (uint32_t)env->num_ranks)
         wake_parent(launch->event_fd);
 }
 
@@ -273,7 +275,9 @@ static int map_shared(struct launch *launch, struct error *err)
 {
     const struct launch_options *options = &launch->options;
     uint64_t area_bytes = round_up(sizeof(struct launch_area), PAGE_BYTES);
-    uint64_t region_bytes = round_up(comm_region_bytes(options->tp_size, 1, options->comm_max_elems, 0), PAGE_BYTES),
+    uint64_t region_bytes = round_up(comm_region_bytes(options->tp_size, options->pp_size, options->comm_max_elems,
+                                                       options->comm_message_bytes),
+                                     PAGE_BYTES),
              bytes;
     if (!checked_add(area_bytes + region_bytes, options->shared_bytes, &bytes))
         return error_set(err, ERR_MEMORY, "%zu bytes of shared memory cannot be had", options->shared_bytes);
@@ -283,7 +287,8 @@ static int map_shared(struct launch *launch, struct error *err)
                                (unsigned long long)bytes);
     launch->mapped_bytes = bytes;
     launch->area = (struct launch_area *)memory;
-    launch->region = comm_region_init(memory + area_bytes, options->tp_size, 1, options->comm_max_elems, 0);
+    launch->region = comm_region_init(memory + area_bytes, options->tp_size, options->pp_size, options->comm_max_elems,
+                                      options->comm_message_bytes);
     comm_region_set_start_timeout(launch->region, options->start_timeout_ms);
     launch->shared = memory + area_bytes + region_bytes;
     return 0;
@@ -321,12 +326,16 @@ int launch_start(struct launch **out, const struct launch_options *options, rank
                  struct error *err)
 {
     int rc = 0;
-    if (options->tp_size < 1 || options->tp_size > COMM_MAX_RANKS)
-        return error_set(err, ERR_USAGE, "%d ranks: wanted 1 to %d", options->tp_size, COMM_MAX_RANKS);
+    int pp_size = options->pp_size ? options->pp_size : 1, num_ranks = options->tp_size * pp_size;
+    if (options->tp_size < 1 || options->tp_size > COMM_MAX_RANKS || pp_size < 1 || pp_size > COMM_MAX_RANKS ||
+        num_ranks > COMM_MAX_RANKS)
+        return error_set(err, ERR_USAGE, "%d ranks: wanted 1 to %d", num_ranks, COMM_MAX_RANKS);
     struct launch *launch = calloc(1, sizeof *launch);
     if (!launch)
-        return error_set(err, ERR_MEMORY, "out of memory for %d ranks", options->tp_size);
+        return error_set(err, ERR_MEMORY, "out of memory for %d ranks", num_ranks);
     launch->options = *options;
+    launch->options.pp_size = pp_size;
+    launch->num_ranks = num_ranks;
     if (launch->options.start_timeout_ms <= 0)
         launch->options.start_timeout_ms = DEFAULT_START_TIMEOUT_MS;
     if (launch->options.wait_timeout_ms <= 0)
@@ -343,14 +352,17 @@ int launch_start(struct launch **out, const struct launch_options *options, rank
     if (!options->leave_signals)
         handle_signals(launch);
     launch->looked_ns = clock_now_ns();
-    for (int rank = 0; rank < options->tp_size; rank++)
+    for (int rank = 0; rank < num_ranks; rank++)
         launch->ranks[rank].pidfd = -1; // also of those that a failed start never reaches
     fflush(NULL);                       // or every rank would write what is buffered once more
-    for (int rank = 0; rank < options->tp_size && !rc; rank++) {
+    for (int rank = 0; rank < num_ranks && !rc; rank++) {
         struct rank_handle *handle = &launch->ranks[rank];
         *handle = (struct rank_handle){.pidfd = -1, .launch = launch};
-        handle->env =
-            (struct rank_env){.rank = rank, .tp_size = options->tp_size, .shared = launch->shared, .launch = launch};
+        handle->env = (struct rank_env){.rank = rank,
+                                        .num_ranks = num_ranks,
+                                        .tp_size = options->tp_size,
+                                        .shared = launch->shared,
+                                        .launch = launch};
         spinner_init(&handle->spinner);
         rc = options->threads ? start_thread(handle, err) : start_process(handle, err);
     }
@@ -418,7 +430,7 @@ static int explain_end(struct launch *launch, struct rank_handle *handle, int st
 static int reap(struct launch *launch, bool stopping, int *bad_rank, struct error *err)
 {
     int rc = 0;
-    for (int rank = 0; rank < launch->options.tp_size; rank++) {
+    for (int rank = 0; rank < launch->num_ranks; rank++) {
         struct rank_handle *handle = &launch->ranks[rank];
         int status = 0;
         if (!handle->running)
@@ -451,7 +463,7 @@ static int reap(struct launch *launch, bool stopping, int *bad_rank, struct erro
 
 static bool any_running(const struct launch *launch)
 {
-    for (int rank = 0; rank < launch->options.tp_size; rank++)
+    for (int rank = 0; rank < launch->num_ranks; rank++)
         if (launch->ranks[rank].running)
             return true;
     return false;
@@ -464,7 +476,7 @@ static bool wait_for_events(struct launch *launch, int extra_fd, int timeout_ms)
     nfds_t count = 0;
     fds[count++] = (struct pollfd){.fd = extra_fd, .events = POLLIN};
     fds[count++] = (struct pollfd){.fd = launch->event_fd, .events = POLLIN};
-    for (int rank = 0; rank < launch->options.tp_size && !launch->options.threads; rank++) {
+    for (int rank = 0; rank < launch->num_ranks && !launch->options.threads; rank++) {
         if (launch->ranks[rank].running && launch->ranks[rank].pidfd < 0 && (timeout_ms < 0 || timeout_ms > LOOK_MS))
             timeout_ms = LOOK_MS;
         fds[count++] = (struct pollfd){.fd = launch->ranks[rank].pidfd, .events = POLLIN};
@@ -504,7 +516,7 @@ static bool end_ranks(struct launch *launch, int grace_ms, struct error *first)
     bool ended = wait_for_ends(launch, launch->options.threads ? STOP_GRACE_MS : grace_ms, &bad_rank, first);
     if (ended || launch->options.threads)
         return ended;
-    for (int rank = 0; rank < launch->options.tp_size; rank++) {
+    for (int rank = 0; rank < launch->num_ranks; rank++) {
         if (!launch->ranks[rank].running)
             continue;
         kill(launch->ranks[rank].pid, SIGKILL);
@@ -541,7 +553,7 @@ static int watch(struct launch *launch, int *stuck, struct error *err)
     if (passed_ns > 2 * (int64_t)LOOK_MS * 1000000)
         passed_ns = 2 * (int64_t)LOOK_MS * 1000000;
     launch->looked_ns = now_ns;
-    for (int rank = 0; rank < launch->options.tp_size; rank++) {
+    for (int rank = 0; rank < launch->num_ranks; rank++) {
         struct rank_handle *handle = &launch->ranks[rank];
         struct rank_state *state = state_of(launch, rank);
         struct comm_position at = comm_region_position(launch->region, rank), other = {.op = OP_COUNT, .waits_for = -1};
@@ -586,7 +598,7 @@ int launch_post(struct launch *launch, int command, struct error *err)
     if (launch->command_running || command <= 0)
         return error_set(err, ERR_OTHER, "command %d was posted %s", command,
                          command <= 0 ? "but commands are above 0" : "while another one runs");
-    for (int rank = 0; rank < launch->options.tp_size; rank++)
+    for (int rank = 0; rank < launch->num_ranks; rank++)
         launch->ranks[rank].silent_ns = 0;
     launch->looked_ns = clock_now_ns();
     launch->command_running = true;
@@ -598,7 +610,7 @@ int launch_post(struct launch *launch, int command, struct error *err)
 int launch_wait(struct launch *launch, int extra_fd, struct error *err)
 {
     struct launch_area *area = launch->area;
-    uint32_t tp_size = (uint32_t)launch->options.tp_size;
+    uint32_t num_ranks = (uint32_t)launch->num_ranks;
     somebody_waits = 1;
     for (int timeout_ms = 0;; timeout_ms = launch->ready && !launch->command_running ? -1 : LOOK_MS) {
         if (launch->error.code) {
@@ -619,8 +631,8 @@ int launch_wait(struct launch *launch, int extra_fd, struct error *err)
             return fail(launch, rank, &found, err);
 
         bool was_ready = launch->ready, notice = atomic_load(&area->notices);
-        launch->ready = atomic_load(&area->started_ranks) == tp_size;
-        if (launch->command_running && !notice && atomic_load(&area->done_ranks) == tp_size) {
+        launch->ready = atomic_load(&area->started_ranks) == num_ranks;
+        if (launch->command_running && !notice && atomic_load(&area->done_ranks) == num_ranks) {
             launch->command_running = false;
             return 0;
         }
@@ -648,7 +660,7 @@ int launch_stop(struct launch *launch, struct error *err)
     if (launch->area) {
         // What launch_wait has told, and what is stopped from here, is no news.
         bool told = launch->error.code != 0;
-        bool starting = atomic_load(&launch->area->started_ranks) < (uint32_t)launch->options.tp_size;
+        bool starting = atomic_load(&launch->area->started_ranks) < (uint32_t)launch->num_ranks;
         if ((launch->command_running || starting) && !comm_region_aborted(launch->region)) {
             struct error stop;
             error_set(&stop, ERR_RANK, "the ranks were stopped in the middle of %s",

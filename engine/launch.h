@@ -24,14 +24,15 @@
 #include <stdint.h>
 
 struct launch_options {
-    int tp_size;          // 1 to COMM_MAX_RANKS
+    int tp_size, pp_size; // ranks of a stage, and stages (0: 1); 1 to COMM_MAX_RANKS together
     bool threads;         // ranks as threads instead of processes
     int start_timeout_ms; // longest time without progress of a rank that starts or waits for weights; 0: 120000
     int wait_timeout_ms;  // longest wait in a collective; a busy rank may be silent for a quarter more; 0: 10000
     // SIGINT and SIGTERM are the caller's: launch_wait reports none (rank processes still ignore them).
     bool leave_signals;
-    uint64_t comm_max_elems; // largest all-reduce message in floats
-    size_t shared_bytes;     // the caller's own shared area, zeroed
+    uint64_t comm_max_elems;     // largest all-reduce message in floats
+    uint64_t comm_message_bytes; // from stage to stage; see comm_region_bytes
+    size_t shared_bytes;         // the caller's own shared area, zeroed
 };
 
 // Shared between the parent and its ranks.
@@ -39,9 +40,10 @@ struct launch; // the parent's end
 
 // One rank's view.
 struct rank_env {
-    int rank, tp_size;
-    struct comm *comm; // open, not yet shaken hands
-    void *shared;      // the caller's shared area
+    int rank, num_ranks; // of all stages
+    int tp_size;         // of this rank's stage
+    struct comm *comm;   // the world's end: open, not yet shaken hands
+    void *shared;        // the caller's shared area
     struct launch *launch;
 };
 

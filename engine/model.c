@@ -207,7 +207,7 @@ static int bind_layer(struct binder *b, struct model *m, struct layer *layer)
 {
     const struct model_desc *d = &m->desc;
     int rc;
-    layer->flags = d->layer_flags[b->layer];
+    layer->flags = d->layer_flags[b->layer - m->layer_begin];
     if ((rc = bind_attention(b, m, layer)) ||
         (rc = bind_vector(b, &layer->mlp_norm, ROLE_MLP_NORM, d->hidden_size, d->pre_norms)) ||
         (rc = layer->flags & LAYER_EXPERTS ? bind_experts(b, m, layer) : bind_dense_mlp(b, m, layer)))
@@ -259,30 +259,32 @@ static int bind_model(struct model *m, const uint8_t *base, struct error *err)
     struct binder b = {.file = m->file, .base = base, .name = m->name, .layer = -1, .expert = -1, .err = err};
     const struct model_desc *d = &m->desc;
     struct weights *w = &m->weights;
-    int64_t half = d->rotary_dim / 2;
+    bool has_embedding = !m->stage_before || (!m->stage_behind && d->tied_embeddings);
+    int64_t half = d->rotary_dim / 2, vocab = m->share.vocab_local;
     int rc;
     b.part = &m->parts[PART_EMBEDDING];
-    if ((rc = bind_matrix(&b, &w->embedding, ROLE_EMBEDDING, m->share.vocab_local, d->hidden_size)))
+    if ((rc = bind_matrix(&b, &w->embedding, ROLE_EMBEDDING, has_embedding ? vocab : 0, d->hidden_size)))
         return rc;
     b.part = &m->parts[PART_TABLES];
     if ((rc = bind_vector(&b, &w->rope, ROLE_ROPE_INV_FREQ, half, true)) ||
         (rc = bind_vector(&b, &w->rope_long, ROLE_ROPE_LONG, half, d->rope_original_context > 0)) ||
-        (rc = bind_vector(&b, &w->rope_local, ROLE_ROPE_LOCAL, half, any_layer(d, LAYER_LOCAL_ROPE))))
+        (rc = bind_vector(&b, &w->rope_local, ROLE_ROPE_LOCAL, half, m->has_rope_local)))
         return rc;
     b.part = &m->parts[PART_FINAL_NORM];
-    if ((rc = bind_vector(&b, &w->final_norm, ROLE_FINAL_NORM, d->hidden_size, true)))
+    if ((rc = bind_vector(&b, &w->final_norm, ROLE_FINAL_NORM, !m->stage_behind ? d->hidden_size : 0, true)))
         return rc;
     w->head = w->embedding;
     m->parts[PART_HEAD] = m->parts[PART_EMBEDDING];
     if (!d->tied_embeddings) {
         m->parts[PART_HEAD] = (struct payload_range){0};
         b.part = &m->parts[PART_HEAD];
-        if ((rc = bind_matrix(&b, &w->head, ROLE_HEAD, m->share.vocab_local, d->hidden_size)))
+        if ((rc = bind_matrix(&b, &w->head, ROLE_HEAD, !m->stage_behind ? vocab : 0, d->hidden_size)))
             return rc;
     }
-    for (b.layer = 0; b.layer < d->num_layers; b.layer++) {
-        b.part = &m->layers[b.layer];
-        if ((rc = bind_layer(&b, m, &w->layers[b.layer])))
+    for (int64_t i = 0; i < d->num_layers; i++) {
+        b.layer = (int32_t)(m->layer_begin + i);
+        b.part = &m->layers[i];
+        if ((rc = bind_layer(&b, m, &w->layers[i])))
             return rc;
     }
     return 0;
@@ -323,11 +325,26 @@ static int read_head(struct model *m, const struct manifest *manifest, int rank,
     return rc ? rc : rank_file_check(m->file, manifest, (uint32_t)rank, m->name, err);
 }
 
+// The rank's stage: its layers, and whether the embedding or the head is its.
+static void take_stage(struct model *m, const struct manifest *manifest, uint32_t rank)
+{
+    uint32_t stage = rank / manifest->tp_size;
+    int64_t begin = 0, count = manifest->model.num_layers;
+    if (manifest->pp_size > 1)
+        manifest_stage(manifest->stage_layers, stage, &begin, &count);
+    *m = (struct model){.layer_begin = begin,
+                        .stage_before = stage > 0,
+                        .stage_behind = stage + 1 < manifest->pp_size,
+                        .has_rope_local = any_layer(&manifest->model, LAYER_LOCAL_ROPE)};
+    manifest_stage_model(&m->desc, &manifest->model, begin, count);
+}
+
 int model_open(struct model *out, const char *place, const struct store_options *store, const struct manifest *manifest,
                int rank, struct comm *comm, struct error *err)
 {
     int rc;
-    struct model model = {.desc = manifest->model};
+    struct model model;
+    take_stage(&model, manifest, (uint32_t)rank);
     if (comm)
         comm_at(comm, OP_LOAD, -1);
     if ((rc = store_open(&model.store, place, store, err)) ||
@@ -391,7 +408,8 @@ static int check_order(const struct model *m, int64_t layer, enum tensor_role ro
 {
     enum { PIECE = 1024 };
     float piece[PIECE];
-    const struct shard_tensor *tensor = shard_file_find(m->file, role, (int32_t)layer, -1);
+    int64_t number = m->layer_begin + layer;
+    const struct shard_tensor *tensor = shard_file_find(m->file, role, (int32_t)number, -1);
     int64_t cols = m->desc.hidden_size;
     int rc;
     for (int64_t done = 0; tensor && done < cols; done += PIECE) {
@@ -404,7 +422,7 @@ static int check_order(const struct model *m, int64_t layer, enum tensor_role ro
         for (int64_t i = 0; i < count; i++)
             if (!(piece[i] >= 0 && piece[i] < (float)cols && piece[i] == (float)(int64_t)piece[i]))
                 return error_set(err, ERR_CORRUPT, "%s: %s of layer %lld names column %g of %lld", m->name,
-                                 tensor_role_name(role), (long long)layer, (double)piece[i], (long long)cols);
+                                 tensor_role_name(role), (long long)number, (double)piece[i], (long long)cols);
     }
     return 0;
 }
@@ -441,7 +459,7 @@ static void want_row(const void *matrix, uint64_t bytes, const struct weight_sha
 int model_need_rows(struct model *model, const struct token_row *rows, int64_t count, struct error *err)
 {
     const struct matrix *m = &model->weights.embedding;
-    if (model->loaded)
+    if (model->loaded || model->stage_before) // the rows come from there
         return 0;
     if (!loader_is_mapped(model->loader))
         return need(model, &model->parts[PART_EMBEDDING], err);

@@ -30,11 +30,14 @@ enum model_part {
 };
 
 struct model {
-    struct model_desc desc;
+    struct model_desc desc;          // of the stage's layers, which are numbered from 0 on, here and in the backend
+    int64_t layer_begin;             // number of the first of them in the model
+    bool stage_before, stage_behind; // there are other stages
+    bool has_rope_local;             // the whole model's layers
     struct rank_share share;
     struct mlp *experts;    // what the layers' experts point into
     struct weights weights; // shapes: formats/shard_file.h; pointers: where the backend reads the payload
-    struct payload_range parts[PART_COUNT], *layers; // [num_layers]
+    struct payload_range parts[PART_COUNT], *layers; // [desc.num_layers]
     struct store *store;
     struct store_file *source;
     struct shard_file *file; // its head
@@ -48,7 +51,7 @@ struct model {
     int64_t next_layer; // layers before it have arrived, and their orders of columns are in bounds
 };
 
-// Opens the file of `rank` in `place` and compares its head with the manifest (rank, tp_size, contract, head hash), and every tensor's shape
+// Opens the file of `rank`, which counts over all stages, in `place` and compares its head with the manifest (rank, tp_size, contract, head hash), and every tensor's shape
 // with the description: no weight is read. ERR_CORRUPT for any mismatch. Success: model_close.
 int model_open(struct model *out, const char *place, const struct store_options *store, const struct manifest *manifest,
                int rank, struct comm *comm, struct error *err);

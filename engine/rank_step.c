@@ -3,6 +3,9 @@
 // Where backend and wire have one arithmetic for both phases, all segments are one forward pass. Elsewhere each prefill segment is a pass of its
 // own, then all decode rows together; prefill comes first since a slot's decode rows may follow its prefill rows.
 //
+// With several stages a step is cut into more passes, which flow through the stages one behind the other: while a stage runs a pass, the one before it
+// runs the next. Every rank cuts alike. The last stage chooses tokens, and its first rank sends them to rank 0.
+//
 // Tokens are chosen on the device where it can, but for slots that need logits on the host: for logprobs, a mask or edits. Their rows are
 // chosen there as well, so that a decode step can be replayed whole, and the result is dropped.
 #include "engine/rank_step.h"
@@ -12,7 +15,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { NOT_COUNTED = -1 };
+enum {
+    NOT_COUNTED = -1,
+    // Of several stages. More passes keep stages busier, and each reads the weights once more.
+    PASSES_PER_STAGE = 2,
+    LEAST_PREFILL_ROWS = 32, // of a pass
+    LEAST_DECODE_ROWS = 4,
+};
 
 // What a slot's penalties have counted, apart from the prompt.
 struct slot_counts {
@@ -41,6 +50,7 @@ struct rank_step {
     struct step step; // a copy, checked
     struct pass pass;
     struct rank_step_rows ran;
+    struct pass_counts *counts_of_passes;
 };
 
 int64_t rank_step_pass_rows(const struct backend *backend, const struct step_limits *limits)
@@ -63,7 +73,8 @@ int rank_step_create(struct rank_step **out, struct decoder *decoder, const stru
     s->device_samples = decoder_samples(decoder);
     s->logits_rows = usual_choices < SAMPLER_MAX_ROWS ? usual_choices : SAMPLER_MAX_ROWS;
     s->rows = calloc((size_t)rank_step_pass_rows(decoder->backend, limits), sizeof *s->rows);
-    s->logits = calloc((size_t)(s->logits_rows * share->vocab_local + 1), sizeof *s->logits);
+    s->logits =
+        calloc((size_t)(decoder->model->stage_behind ? 1 : s->logits_rows * share->vocab_local + 1), sizeof *s->logits);
     if (!s->rows || !s->logits)
         rc = error_set(err, ERR_MEMORY, "no memory for steps of %lld rows", (long long)limits->max_rows);
     if (rc || (rc = sampler_create(&s->sampler, comm_size(decoder->comm), share->vocab_begin, share->vocab_local, err)))
@@ -86,6 +97,8 @@ void rank_step_free(struct rank_step *s)
     free(s->logits);
     free(s);
 }
+
+void rank_step_count_passes(struct rank_step *s, struct pass_counts *counts) { s->counts_of_passes = counts; }
 
 struct rank_step_rows rank_step_rows(const struct rank_step *s) { return s->ran; }
 
@@ -218,23 +231,52 @@ static int forward_on_device(struct rank_step *s, const struct step_area *area, 
 
 // ---- passes ----------------------------------------------------------------------------------------------------
 
-// Adds a segment's rows to the pass. first_choice: of the segment, in the step.
-static void add_segment(struct rank_step *s, const struct step_area *area, const struct step_segment *segment,
-                        int64_t first_choice)
+// Adds rows [begin, end) of a segment to the pass. first_choice: of the segment, in the step.
+static void add_rows(struct rank_step *s, const struct step_area *area, const struct step_segment *segment,
+                     int64_t begin, int64_t end, int64_t first_choice)
 {
     struct pass *pass = &s->pass;
     const uint32_t *tokens = area->tokens + segment->sequence * area->context;
-    for (int64_t i = 0; i < segment->count; i++)
-        s->rows[pass->num_rows + i] = (struct token_row){
+    for (int64_t i = begin; i < end; i++) {
+        int64_t row = pass->num_rows++, choice = i - (segment->count - segment->choices);
+        s->rows[row] = (struct token_row){
             .token = tokens[segment->start + i], .sequence = segment->sequence, .position = segment->start + i};
-    for (int64_t i = 0; i < segment->choices; i++) {
+        if (choice < 0)
+            continue;
         int64_t at = pass->num_choices++;
-        pass->row[at] = pass->num_rows + segment->count - segment->choices + i;
+        pass->row[at] = row;
         pass->sequence[at] = segment->sequence;
-        pass->step[at] = segment->first_step + (uint64_t)i;
-        pass->choice[at] = first_choice + i;
+        pass->step[at] = segment->first_step + (uint64_t)choice;
+        pass->choice[at] = first_choice + choice;
     }
-    pass->num_rows += segment->count;
+}
+
+// Into which stage's counts this rank writes: the first rank says that a pass begins, the last stage's first one that it is done.
+static bool begins_passes(const struct rank_step *s)
+{
+    return s->counts_of_passes && comm_rank(s->decoder->comm) == 0 && !s->decoder->model->stage_before;
+}
+
+static bool ends_passes(const struct rank_step *s)
+{
+    return s->counts_of_passes && comm_rank(s->decoder->comm) == 0 && !s->decoder->model->stage_behind;
+}
+
+static void count_begin(const struct rank_step *s)
+{
+    struct pass_counts *counts = s->counts_of_passes;
+    if (!begins_passes(s))
+        return;
+    long long in_flight = atomic_fetch_add(&counts->begun, 1) + 1 - atomic_load(&counts->done);
+    atomic_fetch_add(&counts->sum_in_flight, in_flight);
+    if (in_flight > atomic_load(&counts->most_in_flight))
+        atomic_store(&counts->most_in_flight, in_flight);
+}
+
+static void count_end(const struct rank_step *s)
+{
+    if (ends_passes(s))
+        atomic_fetch_add(&s->counts_of_passes->done, 1);
 }
 
 static int run_pass(struct rank_step *s, const struct step_area *area, enum phase phase, struct error *err)
@@ -242,30 +284,71 @@ static int run_pass(struct rank_step *s, const struct step_area *area, enum phas
     struct kv_pages pages = pages_of(area);
     int rc = 0;
     bool on_device = s->device_samples && s->pass.num_choices > 0;
-    if (s->pass.num_rows > 0)
-        rc = on_device ? forward_on_device(s, area, phase, err)
-                       : decoder_forward(s->decoder, s->rows, s->pass.num_rows, phase, &pages, err);
-    if (!rc)
+    if (s->pass.num_rows == 0)
+        return 0;
+    count_begin(s);
+    rc = on_device ? forward_on_device(s, area, phase, err)
+                   : decoder_forward(s->decoder, s->rows, s->pass.num_rows, phase, &pages, err);
+    if (!rc && !s->decoder->model->stage_behind)
         rc = choose_on_host(s, area, !on_device, err);
     s->pass.num_rows = s->pass.num_choices = 0;
+    count_end(s);
     return rc;
+}
+
+static bool has_stages(const struct rank_step *s)
+{
+    return s->decoder->model->stage_before || s->decoder->model->stage_behind;
+}
+
+// How many rows a pass is to have, of so many that are to be computed: with one stage all of them.
+static int64_t pass_rows(const struct rank_step *s, int64_t rows, int64_t least)
+{
+    if (!has_stages(s) || rows == 0)
+        return rows;
+    int64_t most = (int64_t)PASSES_PER_STAGE * comm_num_stages(s->decoder->world), passes = rows / least;
+    passes = passes < 1 ? 1 : passes > most ? most : passes;
+    return (rows + passes - 1) / passes;
 }
 
 // Runs the step's segments of one phase, apart or together; mixed: those of both phases together.
 static int run_segments(struct rank_step *s, const struct step_area *area, enum phase phase, bool mixed,
                         struct error *err)
 {
-    bool apart = !mixed && phase == PHASE_PREFILL;
-    int64_t choice = 0;
+    bool apart = !mixed && phase == PHASE_PREFILL, whole = apart && s->decoder->backend->chunks_fixed;
+    bool prompts = s->ran.prefill > 0 && (mixed || apart);
+    int64_t rows = (mixed || apart ? s->ran.prefill : 0) + (mixed || !apart ? s->ran.decode : 0), choice = 0;
+    int64_t room = pass_rows(s, rows, prompts ? LEAST_PREFILL_ROWS : LEAST_DECODE_ROWS);
     int rc = 0;
     for (int64_t i = 0; i < s->step.num_segments && !rc; choice += s->step.segments[i++].choices) {
-        if (!mixed && s->step.segments[i].phase != phase)
+        const struct step_segment *segment = &s->step.segments[i];
+        if (!mixed && segment->phase != phase)
             continue;
-        add_segment(s, area, &s->step.segments[i], choice);
-        if (apart)
-            rc = run_pass(s, area, phase, err);
+        for (int64_t begin = 0; begin < segment->count && !rc;) {
+            int64_t left = segment->count - begin, free = room - s->pass.num_rows;
+            int64_t end = begin + (whole || left < free ? left : free);
+            add_rows(s, area, segment, begin, end, choice);
+            begin = end;
+            if (apart || s->pass.num_rows == room)
+                rc = run_pass(s, area, phase, err);
+        }
     }
     return rc ? rc : run_pass(s, area, phase, err);
+}
+
+// The last stage's first rank has the choices; rank 0 gets them.
+static int bring_choices(struct rank_step *s, struct error *err)
+{
+    const struct decoder *d = s->decoder;
+    size_t bytes = (size_t)s->step.num_choices * sizeof *s->step.choices;
+    if (!has_stages(s) || comm_rank(d->comm) > 0 || bytes == 0)
+        return 0;
+    if (!d->model->stage_behind)
+        return comm_send(d->world, s->step.choices, bytes, 0, err);
+    if (d->model->stage_before)
+        return 0;
+    comm_at(d->world, OP_HAND_OVER, -1);
+    return comm_receive(d->world, s->step.choices, bytes, comm_size(d->world) - comm_size(d->comm), err);
 }
 
 // The parent's memory is read once, so that what was checked is what is run.
@@ -292,12 +375,13 @@ static int take_step(struct rank_step *s, const struct step_area *area, struct e
 
 int rank_step_run(struct rank_step *s, const struct step_area *area, struct error *err)
 {
-    bool mixed = decoder_mixes(s->decoder);
+    const struct decoder *d = s->decoder;
+    bool mixed = decoder_mixes(d);
     int rc;
     if ((rc = take_step(s, area, err)) || (!mixed && (rc = run_segments(s, area, PHASE_PREFILL, false, err))) ||
-        (rc = run_segments(s, area, PHASE_DECODE, mixed, err)))
+        (rc = run_segments(s, area, PHASE_DECODE, mixed, err)) || (rc = bring_choices(s, err)))
         return rc;
-    if (comm_rank(s->decoder->comm) == 0)
+    if (comm_rank(d->comm) == 0 && !d->model->stage_before)
         memcpy(area->step->choices, s->step.choices, (size_t)s->step.num_choices * sizeof *s->step.choices);
     return 0;
 }
@@ -305,19 +389,26 @@ int rank_step_run(struct rank_step *s, const struct step_area *area, struct erro
 int rank_step_forward(struct rank_step *s, const struct step_area *area, int32_t sequence, int64_t start, int64_t count,
                       float *logits, int64_t stride, struct error *err)
 {
-    int64_t most = s->limits.prefill_rows;
+    const struct model *model = s->decoder->model;
+    bool whole = s->decoder->backend->chunks_fixed;
+    int64_t most = s->limits.prefill_rows, wanted = whole ? most : pass_rows(s, count, LEAST_PREFILL_ROWS);
     const uint32_t *tokens = area->tokens + sequence * area->context + start;
     struct kv_pages pages = pages_of(area);
     int rc;
+    most = wanted < most ? wanted : most;
     for (int64_t done = 0; done < count; done += most) {
         int64_t rows = count - done < most ? count - done : most;
         for (int64_t i = 0; i < rows; i++)
             s->rows[i] =
                 (struct token_row){.token = tokens[done + i], .sequence = sequence, .position = start + done + i};
-        if ((rc = decoder_forward(s->decoder, s->rows, rows, PHASE_PREFILL, &pages, err)) ||
-            (rc = decoder_logits(s->decoder, NULL, rows, logits + done * stride, stride, err)) ||
-            (rc = s->decoder->watch ? decoder_head_input(s->decoder, err) : 0))
+        count_begin(s);
+        if ((rc = decoder_forward(s->decoder, s->rows, rows, PHASE_PREFILL, &pages, err)))
             return rc;
+        if (!model->stage_behind &&
+            ((rc = decoder_logits(s->decoder, NULL, rows, logits + done * stride, stride, err)) ||
+             (rc = s->decoder->watch ? decoder_head_input(s->decoder, err) : 0)))
+            return rc;
+        count_end(s);
     }
     return 0;
 }

@@ -21,13 +21,17 @@ static int show(struct residual_tap *tap, struct decoder *d, int64_t stage, stru
 static int on_input(void *arg, struct decoder *d, enum calibration_input input, int64_t layer, struct error *err)
 {
     struct residual_tap *tap = arg;
-    if (input == CALIBRATION_ATTENTION)
-        return show(tap, d, layer, err);
+    const struct model *model = d->model;
+    if (input == CALIBRATION_ATTENTION) {
+        if (layer == 0) {
+            tap->at = tap->next;
+            tap->next += d->count;
+        }
+        return show(tap, d, model->layer_begin + layer, err);
+    }
     if (input != CALIBRATION_HEAD)
         return 0;
-    int rc = show(tap, d, d->model->desc.num_layers, err);
-    tap->at += d->count;
-    return rc;
+    return show(tap, d, model->layer_begin + model->desc.num_layers, err);
 }
 
 void residual_tap_init(struct residual_tap *tap, float *rows, int64_t room)

@@ -110,7 +110,7 @@ static uint64_t rank_buffer_bytes(const struct session *s, int64_t rows)
                                  .max_sequences = s->worker.max_sequences,
                                  .decode_rows = s->worker.limits.decode_rows,
                                  .context = s->worker.context,
-                                 .samples = s->manifest->tp_size == 1};
+                                 .samples = s->manifest->num_ranks == 1};
     uint64_t feedback = s->worker.feedback ? (uint64_t)rows * (uint64_t)s->manifest->model.hidden_size * 2 : 0;
     return s->worker.backend->host_bytes(&shape, s->worker.threads) + feedback;
 }
@@ -126,7 +126,7 @@ static int settle_memory(struct session *s, double available, struct error *err)
     struct rank_share share = upper_share(d, tp);
     int64_t rows = rank_step_pass_rows(s->worker.backend, &s->worker.limits);
     double weights = 0, cache = 0;
-    double buffers = (double)shared_bytes(s) + (double)tp * (double)rank_buffer_bytes(s, rows);
+    double buffers = (double)shared_bytes(s) + (double)s->manifest->num_ranks * (double)rank_buffer_bytes(s, rows);
     if (s->worker.backend == &backend_cpu) {
         for (size_t i = 0; i < s->manifest->num_ranks; i++)
             weights += (double)s->manifest->ranks[i].bytes;
@@ -213,10 +213,10 @@ static enum verify_mode verify_mode_of(const char *name)
     return strcmp(name, "off") == 0 ? VERIFY_OFF : strcmp(name, "sample") == 0 ? VERIFY_SAMPLE : VERIFY_FULL;
 }
 
-static int default_threads(int64_t tp_size)
+static int default_threads(int64_t num_ranks)
 {
     int cores = thread_pool_default_threads();
-    return cores > tp_size ? cores / (int)tp_size : 1;
+    return cores > num_ranks ? cores / (int)num_ranks : 1;
 }
 
 static int choose_context(const struct manifest *manifest, const struct session_options *options, int64_t *context,
@@ -239,15 +239,26 @@ int session_settle(struct session *s, const struct session *other, struct error 
     return rc;
 }
 
+// A pass' residual goes from stage to stage as one message; two of a few megabytes are kept ready for a stage that is busy.
+static uint64_t message_bytes(const struct session *s)
+{
+    enum { MOST_BYTES = 4 << 20 };
+    uint64_t rows = (uint64_t)rank_step_pass_rows(s->worker.backend, &s->worker.limits);
+    uint64_t bytes = rows * (uint64_t)s->manifest->model.hidden_size * sizeof(float);
+    return s->manifest->pp_size == 1 ? 0 : bytes < MOST_BYTES ? bytes : MOST_BYTES;
+}
+
 int session_launch(struct session *s, struct error *err)
 {
     const struct model_desc *d = &s->manifest->model;
     struct launch_options launch = {
         .tp_size = (int)s->manifest->tp_size,
+        .pp_size = (int)s->manifest->pp_size,
         .threads = s->ranks_are_threads,
         .leave_signals = s->leave_signals,
         .wait_timeout_ms = s->timeout_ms,
         .comm_max_elems = (uint64_t)d->hidden_size * 64,
+        .comm_message_bytes = message_bytes(s),
         .shared_bytes = shared_bytes(s),
     };
     if (s->launch)
@@ -300,7 +311,7 @@ static void take_start(const struct rank_start *from, struct rank_start *to)
 
 const struct start_figures *session_start_figures(struct session *s)
 {
-    for (uint32_t r = 0; s->ready && r < s->manifest->tp_size; r++)
+    for (uint32_t r = 0; s->ready && r < s->manifest->num_ranks; r++)
         take_start(&s->shared->starts[r], &s->start.ranks[r]);
     return &s->start;
 }
@@ -308,7 +319,7 @@ const struct start_figures *session_start_figures(struct session *s)
 double session_load_s(const struct session *s)
 {
     int64_t begin_ns = INT64_MAX, loaded_ns = 0;
-    for (uint32_t r = 0; s->ready && r < s->manifest->tp_size; r++) {
+    for (uint32_t r = 0; s->ready && r < s->manifest->num_ranks; r++) {
         const struct rank_start *start = &s->shared->starts[r];
         int64_t end_ns = atomic_load(&start->loaded_ns);
         if (end_ns == 0)
@@ -333,18 +344,15 @@ void session_stop(struct session *s)
 // What the kernels and ranks of this version can run.
 static int check_supported(const struct manifest *manifest, const char *dir, struct error *err)
 {
-    if (manifest->pp_size != 1)
-        return error_set(err, ERR_MODEL, "%s: cut into %u pipeline stages; this version runs models of one stage", dir,
-                         manifest->pp_size);
     const struct latent_desc *latent = &manifest->model.latent;
     int64_t key_dim = latent->kv_rank > 0 ? latent->kv_rank + latent->rope_dim : manifest->model.head_dim;
     int64_t limit = latent->kv_rank > 0 ? KERNELS_MAX_KEY_DIM : KERNELS_MAX_HEAD_DIM;
     if (key_dim > limit)
         return error_set(err, ERR_MODEL, "%s: keys of %lld elements; this version's attention takes at most %lld", dir,
                          (long long)key_dim, (long long)limit);
-    if (manifest->tp_size > COMM_MAX_RANKS)
-        return error_set(err, ERR_MODEL, "%s: cut for %u ranks; this version runs at most %d", dir, manifest->tp_size,
-                         COMM_MAX_RANKS);
+    if (manifest->num_ranks > COMM_MAX_RANKS)
+        return error_set(err, ERR_MODEL, "%s: cut for %zu ranks; this version runs at most %d", dir,
+                         manifest->num_ranks, COMM_MAX_RANKS);
     return 0;
 }
 
@@ -426,7 +434,7 @@ int session_open(struct session **out, const char *place, const struct session_o
     s->worker.store = options->store;
     s->worker.store.needs_one_version = strcmp(options->verify, "full") != 0;
     s->worker.manifest = s->manifest;
-    s->worker.threads = options->threads > 0 ? (int)options->threads : default_threads(s->manifest->tp_size);
+    s->worker.threads = options->threads > 0 ? (int)options->threads : default_threads((int64_t)s->manifest->num_ranks);
     s->worker.verify = verify_mode_of(options->verify);
     load_path_from_name(options->load, &s->worker.load_path);
     s->worker.load_threads = (int)options->load_threads;
@@ -486,7 +494,7 @@ void session_print_devices(struct session *s, FILE *out)
 {
     if (s->backend_note)
         fprintf(out, "%s\n", s->backend_note);
-    for (uint32_t r = 0; r < s->manifest->tp_size && s->worker.backend != &backend_cpu; r++)
+    for (uint32_t r = 0; r < s->manifest->num_ranks && s->worker.backend != &backend_cpu; r++)
         if (r == 0 || strcmp(s->shared->device[r], s->shared->device[r - 1]) != 0)
             fprintf(out, "rank %u: %s\n", r, s->shared->device[r]);
 }
@@ -525,7 +533,9 @@ void session_rank_report(const struct session *s, int rank, struct rank_report *
         .layer = at.layer,
         .loaded_bytes = loaded_ns ? file_bytes : loaded_bytes(s, rank, file_bytes),
         .file_bytes = file_bytes,
-        .exchange_s = 1e-9 * (double)atomic_load_explicit(&s->shared->rank_exchange_ns[rank], memory_order_relaxed),
+        .exchange_s = 1e-9 * (double)(atomic_load_explicit(&s->shared->rank_exchange_ns[rank], memory_order_relaxed) +
+                                      atomic_load_explicit(&s->shared->rank_stage_wait_ns[rank], memory_order_relaxed)),
+        .stage_wait_s = 1e-9 * (double)atomic_load_explicit(&s->shared->rank_stage_wait_ns[rank], memory_order_relaxed),
         .device = s->ready ? s->shared->device[rank] : "",
         .lost = launch_lost_rank(s->launch) == rank,
     };

@@ -105,9 +105,10 @@ struct rank_report {
     const char *operation; // "load", "attention" ...
     int layer;             // -1: none
     int64_t loaded_bytes, file_bytes;
-    int64_t rss_bytes;  // 0: not known
-    double exchange_s;  // in exchanges with other ranks, waiting included
-    const char *device; // "" while it starts
+    int64_t rss_bytes;   // 0: not known
+    double exchange_s;   // in exchanges with other ranks, waiting included
+    double stage_wait_s; // of that, in handing over from stage to stage
+    const char *device;  // "" while it starts
     double load_s,
         load_cpu_s; // from the rank's start until all was in place, and its process' CPU time until then; 0: not yet
     struct load_figures load; // the same

@@ -29,7 +29,7 @@ void store_cache_name(char *name, const struct manifest *manifest, uint32_t rank
     checksum128_to_hex(manifest->contract, contract);
     checksum128_to_hex(manifest->ranks[rank].hash, hash);
     snprintf(name, STORE_CACHE_NAME_BYTES, "%s-rank-%02" PRIu32 "-of-%02" PRIu32 "-%" PRIu64 "-%s.tpshard", contract,
-             rank, manifest->tp_size, manifest->ranks[rank].bytes, hash);
+             rank, (uint32_t)manifest->num_ranks, manifest->ranks[rank].bytes, hash);
 }
 
 // ---- names ---------------------------------------------------------------------------------------------------------

@@ -99,11 +99,11 @@ int print_timings(struct session *session, struct error *err)
         return 0;
     const struct start_figures *figures = session_start_figures(session);
     json_t *ranks = json_array();
-    for (uint32_t r = 0; r < manifest->tp_size; r++)
+    for (uint32_t r = 0; r < manifest->num_ranks; r++)
         json_array_append_new(ranks, describe_rank(&figures->ranks[r], (int)r, manifest->ranks[r].bytes));
-    bool complete = ranks && json_array_size(ranks) == manifest->tp_size;
+    bool complete = ranks && json_array_size(ranks) == manifest->num_ranks;
     json_t *object = json_pack("{s:i, s:o, s:o}", "schema_version", 1, "phases",
-                               describe_phases(figures, manifest->tp_size), "ranks", ranks);
+                               describe_phases(figures, (uint32_t)manifest->num_ranks), "ranks", ranks);
     char *text = object && complete ? json_dumps(object, JSON_COMPACT | JSON_REAL_PRECISION(9)) : NULL;
     json_decref(object);
     if (!text)

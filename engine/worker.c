@@ -72,7 +72,7 @@ static struct rank_start *start_of(const struct worker *w) { return &w->shared->
 // What all ranks must agree on before they touch a weight.
 struct agreement {
     struct checksum128 contract;
-    uint32_t tp_size, wire, feedback, deals, overlap;
+    uint32_t tp_size, pp_size, wire, feedback, deals, overlap;
     int64_t context, num_pages;
     struct step_limits limits;
     uint32_t kv_format;
@@ -87,6 +87,7 @@ static int agree(struct worker *w, struct error *err)
     comm_at(w->env->comm, OP_HANDSHAKE, -1);
     mine.contract = o->manifest->contract;
     mine.tp_size = o->manifest->tp_size;
+    mine.pp_size = o->manifest->pp_size;
     mine.wire = (uint32_t)o->wire;
     mine.feedback = o->feedback;
     mine.deals = o->deals;
@@ -103,13 +104,14 @@ static int agree(struct worker *w, struct error *err)
     return rc ? rc : comm_select_agree(w->env->comm, comm_select_hash(&table), err);
 }
 
-// The ranks' parts must follow each other from 0 to the whole: each knows only its own file.
+// The parts of a stage's ranks must follow each other from 0 to the whole: each knows only its own file.
 static int check_shares(struct worker *w, struct error *err)
 {
     const struct model_desc *desc = &w->model.desc;
     bool whole_experts = w->options->manifest->experts == EXPERTS_EP;
     struct rank_share all[COMM_MAX_RANKS];
-    int rc = comm_all_gather(w->env->comm, all, &w->model.share, sizeof all[0], err);
+    int rc = comm_all_gather(comm_stage(w->env->comm), all, &w->model.share, sizeof all[0], err);
+    int first = w->env->rank - w->env->rank % w->env->tp_size;
     int64_t vocab = 0, mlp = 0, heads = 0, shared = 0, experts = 0, expert_mlp = 0;
     for (int r = 0; r < w->env->tp_size && !rc; r++) {
         if (all[r].vocab_begin != vocab || all[r].mlp_begin != mlp || all[r].head_begin != heads ||
@@ -118,7 +120,7 @@ static int check_shares(struct worker *w, struct error *err)
             (whole_experts ? all[r].expert_size_local != desc->experts.expert_size
                            : all[r].num_experts_local != desc->experts.num_experts))
             rc = error_set(err, ERR_CORRUPT, "%s: rank %d's share does not begin where rank %d's ends",
-                           store_place(w->model.store), r, r - 1);
+                           store_place(w->model.store), first + r, first + r - 1);
         vocab += all[r].vocab_local;
         mlp += all[r].intermediate_local;
         heads += all[r].num_heads_local;
@@ -174,11 +176,11 @@ static int own_need(struct memory_need *out, const struct worker *w, const struc
 }
 
 // The sum of all ranks on a device, and how many they are.
-static struct memory_need need_of_device(const struct memory_need *all, int tp_size, int64_t device, int *sharing)
+static struct memory_need need_of_device(const struct memory_need *all, int num_ranks, int64_t device, int *sharing)
 {
     struct memory_need sum = {.available = INFINITY, .device = device};
     *sharing = 0;
-    for (int r = 0; r < tp_size; r++) {
+    for (int r = 0; r < num_ranks; r++) {
         if (all[r].device != device)
             continue;
         ++*sharing;
@@ -199,7 +201,7 @@ static int settle_memory(struct worker *w, struct device_shape *shape, struct er
     if ((rc = comm_barrier(w->env->comm, err)) || // every rank has opened its device, which takes memory as well
         (rc = own_need(&mine, w, shape, err)) || (rc = comm_all_gather(w->env->comm, all, &mine, sizeof mine, err)))
         return rc;
-    const struct memory_need sum = need_of_device(all, w->env->tp_size, mine.device, &sharing);
+    const struct memory_need sum = need_of_device(all, w->env->num_ranks, mine.device, &sharing);
     double left = sum.available - sum.weights - sum.scratch, least = (double)w->options->least_pages;
     double pages = (double)shape->num_pages, pages_of_all[COMM_MAX_RANKS];
     if (sum.kv > left)
@@ -208,7 +210,7 @@ static int settle_memory(struct worker *w, struct device_shape *shape, struct er
         return rc;
     if (pages < least)
         return refuse_memory(w, &sum, sharing, err);
-    for (int r = 0; r < w->env->tp_size; r++)
+    for (int r = 0; r < w->env->num_ranks; r++)
         pages = pages_of_all[r] < pages ? pages_of_all[r] : pages;
     if (pages < least && (rc = comm_barrier(w->env->comm, err))) // the other rank says it, with its figures
         return rc;
@@ -226,7 +228,7 @@ static int keep_to_place(struct worker *w, struct error *err)
     if (sched_getaffinity(0, sizeof allowed, &allowed)) // more processors than a set holds
         return 0;
     w->place =
-        numa_place_of(NUMA_SYSTEM_DIR, &allowed, w->options->pin, w->env->rank, w->env->tp_size, w->options->threads);
+        numa_place_of(NUMA_SYSTEM_DIR, &allowed, w->options->pin, w->env->rank, w->env->num_ranks, w->options->threads);
     return numa_keep_to(&w->place, err);
 }
 
@@ -322,13 +324,18 @@ static int worker_open(struct worker *w, struct error *err)
     if ((rc = agree(w, err)) || (rc = keep_to_place(w, err)) ||
         (rc = model_open(&w->model, o->place, &o->store, o->manifest, w->env->rank, w->env->comm, err)))
         return rc;
+    comm_count_layers_from(w->env->comm, (int)w->model.layer_begin);
     atomic_store(&w->shared->rank_payload_bytes[w->env->rank], (long long)shard_file_payload_bytes(w->model.file));
     start->opened_ns = clock_now_ns();
     if ((rc = check_shares(w, err)) || (rc = thread_pool_create(&w->pool, o->threads, err)))
         return rc;
-    w->decoder = (struct decoder){
-        .model = &w->model, .backend = o->backend, .comm = w->env->comm, .wire = o->wire, .pool = w->pool};
-    if (o->residual_rows > 0 && w->env->rank == 0)
+    w->decoder = (struct decoder){.model = &w->model,
+                                  .backend = o->backend,
+                                  .comm = comm_stage(w->env->comm),
+                                  .world = w->env->comm,
+                                  .wire = o->wire,
+                                  .pool = w->pool};
+    if (o->residual_rows > 0 && w->env->rank % w->env->tp_size == 0)
         w->decoder.watch = &w->tap.watch;
     w->decoder.deals = o->deals;
     w->decoder.shows_residual = o->residual_rows > 0;
@@ -341,7 +348,8 @@ static int worker_open(struct worker *w, struct error *err)
         return error_set(err, ERR_MEMORY, "no memory for the wire's losses of %lld rows", (long long)rows);
     if ((rc = rank_step_create(&w->step, &w->decoder, &o->limits, o->usual_choices, err)))
         return rc;
-    if (w->decoder.in_parts && (rc = exchanger_create(&w->decoder.exchanger, w->env->comm, err)))
+    rank_step_count_passes(w->step, &w->shared->passes);
+    if (w->decoder.in_parts && (rc = exchanger_create(&w->decoder.exchanger, w->decoder.comm, err)))
         return rc;
     // Now that the threads which load have been started, on any of the rank's processors.
     if (o->pin == PIN_CORE && (rc = thread_pool_pin(w->pool, &w->place.cpus, err)))
@@ -361,7 +369,7 @@ static int run_forward(struct worker *w, struct error *err)
         sequence >= w->area.max_sequences || (unsigned)wire >= WIRE_COUNT)
         return error_set(err, ERR_OTHER, "logits of %lld tokens at position %lld are asked for", (long long)count,
                          (long long)start);
-    w->tap.at = 0;
+    w->tap.next = 0;
     w->decoder.wire = wire;
     int rc = rank_step_forward(w->step, &w->area, sequence, start, count,
                                w->forward.logits + w->model.share.vocab_begin, w->area.vocab_size, err);
@@ -371,7 +379,8 @@ static int run_forward(struct worker *w, struct error *err)
 
 static int run_step(struct worker *w, struct error *err)
 {
-    uint64_t sent = comm_sent_bytes(w->env->comm);
+    const struct comm *stage = w->decoder.comm;
+    uint64_t sent = comm_sent_bytes(stage);
     int64_t exchanges = w->decoder.exchanges, exchange_ns = w->decoder.exchange_ns;
     int rc = rank_step_run(w->step, &w->area, err);
     struct rank_step_rows rows = rank_step_rows(w->step);
@@ -379,7 +388,7 @@ static int run_step(struct worker *w, struct error *err)
         return rc;
     atomic_fetch_add_explicit(&w->shared->decode_steps, 1, memory_order_relaxed);
     atomic_fetch_add_explicit(&w->shared->decode_rows, rows.decode, memory_order_relaxed);
-    atomic_fetch_add_explicit(&w->shared->decode_sent_bytes, (long long)(comm_sent_bytes(w->env->comm) - sent),
+    atomic_fetch_add_explicit(&w->shared->decode_sent_bytes, (long long)(comm_sent_bytes(stage) - sent),
                               memory_order_relaxed);
     atomic_fetch_add_explicit(&w->shared->decode_exchanges, w->decoder.exchanges - exchanges, memory_order_relaxed);
     atomic_fetch_add_explicit(&w->shared->decode_exchange_ns, w->decoder.exchange_ns - exchange_ns,
@@ -401,6 +410,7 @@ static int run_command(struct worker *w, int command, struct error *err)
              : command == COMMAND_STEP  ? run_step(w, err)
                                         : error_set(err, ERR_OTHER, "rank %d: command %d", w->env->rank, command);
     atomic_store_explicit(&w->shared->rank_exchange_ns[w->env->rank], w->decoder.exchange_ns, memory_order_relaxed);
+    atomic_store_explicit(&w->shared->rank_stage_wait_ns[w->env->rank], w->decoder.stage_wait_ns, memory_order_relaxed);
     return rc ? rc : settle_load(w, err);
 }
 

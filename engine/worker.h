@@ -11,6 +11,7 @@
 #include "engine/launch.h"
 #include "engine/model.h"
 #include "engine/numa.h"
+#include "engine/rank_step.h"
 #include "engine/step.h"
 #include "formats/manifest.h"
 #include "kernels/backend.h"
@@ -50,10 +51,12 @@ struct shared_area {
     // Totals since the start, by rank 0, of steps without prefill rows: steps, rows, bytes sent to the other ranks, sums over ranks and
     // nanoseconds in them.
     atomic_llong decode_steps, decode_rows, decode_sent_bytes, decode_exchanges, decode_exchange_ns;
+    struct pass_counts passes;
     // Each rank's own: payload bytes that are in place, those there are (0: not known yet), nanoseconds in exchanges with other ranks (waiting
     // included), device (once it is prepared).
     atomic_llong rank_loaded_bytes[COMM_MAX_RANKS], rank_payload_bytes[COMM_MAX_RANKS],
         rank_exchange_ns[COMM_MAX_RANKS];
+    atomic_llong rank_stage_wait_ns[COMM_MAX_RANKS]; // in handing over from stage to stage, waiting included
     char device[COMM_MAX_RANKS][DEVICE_TEXT_BYTES];
     struct rank_start starts[COMM_MAX_RANKS];
 };
@@ -62,7 +65,8 @@ struct shared_area {
 struct forward_area {
     float *logits; // [logits_rows][vocab_size]
     int64_t logits_rows;
-    float *residual; // of rank 0's residual_tap: residual_elems = [num_layers + 1][residual_rows][hidden_size]
+    float *
+        residual; // of the residual_tap of each stage's first rank: residual_elems = [num_layers + 1][residual_rows][hidden_size]
     int64_t residual_elems;
 };
 

@@ -64,7 +64,7 @@ int engine_create(struct engine **out, struct session *session, const struct eng
     engine->room_tokens = session_context(session);
     engine->max_live = sizes.max_sequences + options->max_queue;
     engine->submitted_end = &engine->submitted;
-    engine->stats.num_ranks = engine->now.num_ranks = (int)session_manifest(session)->tp_size; // of one stage
+    engine->stats.num_ranks = engine->now.num_ranks = (int)session_manifest(session)->num_ranks;
     engine->wake_fd = engine->timer_fd = engine->wait_fd = -1;
     if ((rc = places_init(&engine->places, engine->max_live, err)) || (rc = open_descriptors(engine, err)))
         goto fail;

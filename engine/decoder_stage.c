@@ -1,0 +1,42 @@
+// See decoder_stage.h. Over f32, so that nothing is lost; with a compressing wire, what its sums have lost so far goes along.
+#include "engine/decoder_stage.h"
+
+#include "engine/decoder_parts.h"
+#include "kernels/clock.h"
+
+static bool has_losses(const struct decoder *d) { return d->lost && wire_is_compressed(decoder_wire(d, d->phase)); }
+
+int decoder_stage_take(struct decoder *d, struct error *err)
+{
+    int from = comm_rank(d->world) - comm_size(d->comm), rc;
+    size_t elems = (size_t)(d->count * d->model->desc.hidden_size);
+    int64_t begin_ns = clock_now_ns();
+    float *rows;
+    comm_at(d->world, OP_HAND_OVER, -1);
+    if ((rc = d->backend->lend(d->device, BUFFER_RESIDUAL, &rows, err)) ||
+        (rc = comm_receive(d->world, rows, elems * sizeof *rows, from, err)) ||
+        (has_losses(d) && (rc = comm_receive(d->world, d->lost, elems * sizeof *d->lost, from, err))))
+        return rc;
+    d->stage_wait_ns += clock_now_ns() - begin_ns;
+    return d->backend->returned(d->device, BUFFER_RESIDUAL, err);
+}
+
+int decoder_stage_pass_on(struct decoder *d, struct error *err)
+{
+    const struct join *last = &d->model->weights.layers[d->model->desc.num_layers - 1].mlp_join;
+    const struct matrix *any = block_at(d->model, 0).first; // the input that norm makes is nobody's
+    int to = comm_rank(d->world) + comm_size(d->comm), rc;
+    size_t elems = (size_t)(d->count * d->model->desc.hidden_size);
+    float *rows;
+    comm_at(d->world, OP_HAND_OVER, -1);
+    if ((rc = parts_gather(d, NULL, d->count, err)) || // each rank sends all rows
+        (rc = d->backend->norm(d->device, last, NULL, NULL, any, err)) ||
+        (rc = d->backend->lend(d->device, BUFFER_RESIDUAL, &rows, err)))
+        return rc;
+    int64_t begin_ns = clock_now_ns();
+    if ((rc = comm_send(d->world, rows, elems * sizeof *rows, to, err)) ||
+        (has_losses(d) && (rc = comm_send(d->world, d->lost, elems * sizeof *d->lost, to, err))))
+        return rc;
+    d->stage_wait_ns += clock_now_ns() - begin_ns;
+    return d->backend->returned(d->device, BUFFER_RESIDUAL, err);
+}
