@@ -6,6 +6,7 @@
 #include "engine/comm_select.h"
 #include "engine/commands.h"
 
+#include <limits.h>
 #include <string.h>
 
 static struct {
@@ -49,21 +50,29 @@ static void take_names(struct doctor *d)
     }
 }
 
-// A backend that does not load is a finding, not the doctor's own failure.
-static void choose(struct doctor *d)
+// Which transports ranks have, and which one they take. A backend that does not load is a finding, not the doctor's own failure.
+static int choose(struct doctor *d, struct error *err)
 {
     static struct error problem;
     struct backend_choice backend = {.backend = &backend_cpu};
     struct doctor_report *report = &d->report;
+    char path[PATH_MAX];
     if (!options.root[0] && backends_select(&backend, "auto", options.cuda_library, &problem))
         report->backend_note = problem.msg;
     else
         report->backend_note = backend.note;
-    report->transport = TRANSPORT_SHM;
+    const char *why = d->system->num_cards == 0         ? "there is no GPU"
+                      : backend.backend == &backend_cpu ? "the ranks compute on the CPU here"
+                                                        : "this version's ranks on GPUs do not have it";
+    report->missing[TRANSPORT_HOST] = report->missing[TRANSPORT_P2P] = report->missing[TRANSPORT_NCCL] = why;
+    if (!backends_find_library(path, "libtpengine_mpi.so"))
+        report->missing[TRANSPORT_MPI] =
+            "libtpengine_mpi.so, built where Open MPI's headers are, is neither beside tpengine nor in ../lib";
     snprintf(report->why, sizeof report->why, "%s",
              backend.backend == &backend_cpu
                  ? "ranks compute on the CPU of one host and share its memory"
                  : "ranks on the cards of one host exchange through its memory, by its CPU");
+    return comm_select_transport(&report->transport, "auto", report->missing, err);
 }
 
 static int measure(struct doctor *d, struct error *err)
@@ -91,8 +100,7 @@ static int examine(struct doctor *d, struct error *err)
     take_names(d);
     d->report.system = d->system;
     d->report.nvml = d->nvml;
-    choose(d);
-    if ((rc = measure(d, err)))
+    if ((rc = choose(d, err)) || (rc = measure(d, err)))
         return rc;
     doctor_advice(&d->report);
     return 0;

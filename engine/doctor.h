@@ -130,8 +130,9 @@ struct doctor_report {
     const struct doctor_nvml *nvml;
     const struct doctor_times *times[DOCTOR_TIMES];
     int num_times;
-    const char *backend_note; // why ranks do not run on the cards; NULL: they do, or there are none
-    enum transport transport; // that auto takes
+    const char *backend_note;             // why ranks do not run on the cards; NULL: they do, or there are none
+    const char *missing[TRANSPORT_COUNT]; // why this machine's ranks cannot have it, a clause; NULL: they can
+    enum transport transport;             // that auto takes
     char why[256];
     struct doctor_finding findings[DOCTOR_FINDINGS]; // worst first
     int num_findings;

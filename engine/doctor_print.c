@@ -124,6 +124,22 @@ static void print_p2p(const struct doctor_report *report, FILE *out)
         }
 }
 
+static void print_transports(const struct doctor_report *report, FILE *out)
+{
+    static const char *const meaning[TRANSPORT_COUNT] = {
+        "between ranks of one host, by its CPU",
+        "between ranks of several hosts, by their CPUs",
+        "the same over Open MPI",
+        "between GPUs of one host, through its pinned memory",
+        "between GPUs of one host that reach each other",
+        "between GPUs of any hosts",
+    };
+    fprintf(out, "\n");
+    for (int t = 0; t < TRANSPORT_COUNT; t++)
+        fprintf(out, "%s  %-5s %s%s%s\n", t ? "        " : "ways    ", transport_name((enum transport)t), meaning[t],
+                report->missing[t] ? "; not here: " : "", report->missing[t] ? report->missing[t] : "");
+}
+
 static void size_name(char text[24], const struct doctor_size *size)
 {
     double bytes = 2.0 * (double)size->rows * DOCTOR_COLS;
@@ -197,6 +213,7 @@ void doctor_print(const struct doctor_report *report, FILE *out)
     print_cards(report, out);
     print_matrix(report, out);
     print_p2p(report, out);
+    print_transports(report, out);
     print_times(report, out);
     print_choice(report, out);
     print_findings(report, out);
@@ -232,6 +249,15 @@ static json_t *cards_json(const struct doctor_report *report)
     return cards;
 }
 
+static json_t *transports_json(const struct doctor_report *report)
+{
+    json_t *all = json_object();
+    for (int t = 0; t < TRANSPORT_COUNT && all; t++)
+        json_object_set_new(all, transport_name((enum transport)t),
+                            report->missing[t] ? json_string(report->missing[t]) : json_true());
+    return all;
+}
+
 static json_t *times_json(const struct doctor_report *report)
 {
     json_t *all = json_array();
@@ -261,9 +287,10 @@ int doctor_print_json(const struct doctor_report *report, struct error *err)
                              "iommu_options", s->iommu_words);
     if (host)
         json_object_set_new(host, "memlock_bytes", isinf(s->memlock_bytes) ? json_null() : json_real(s->memlock_bytes));
-    return print_report(json_pack("{s:i, s:o, s:s, s:o, s:o, s:s, s:s, s:o, s:o}", "schema_version", 1, "host", host,
-                                  "driver", s->driver, "cards", cards_json(report), "times", times_json(report),
-                                  "transport", transport_name(report->transport), "why", report->why, "change",
+    return print_report(json_pack("{s:i, s:o, s:s, s:o, s:o, s:o, s:s, s:s, s:o, s:o}", "schema_version", 1, "host",
+                                  host, "driver", s->driver, "cards", cards_json(report), "transports",
+                                  transports_json(report), "times", times_json(report), "transport",
+                                  transport_name(report->transport), "why", report->why, "change",
                                   hinders ? json_string(report->findings[0].text) : json_null(), "findings", findings),
                         err);
 }

@@ -99,7 +99,7 @@ def doctor(machine, *words):
 
 # name, machine, exit status, words that stand in the report, words that do not
 CASES = [
-    ("no GPU", Machine(driver=None, files=False), 0, ["no GPU", "nothing hinders", "auto    shm", "processors 0-15", "62.5 GiB"], ["driver", "GPU0"]),
+    ("no GPU", Machine(driver=None, files=False), 0, ["no GPU", "nothing hinders", "auto    shm", "processors 0-15", "62.5 GiB", "p2p   between GPUs of one host that reach each other; not here: there is no GPU"], ["driver", "GPU0"]),
     ("another maker's card", Machine(driver=None, files=False).card("0000:03:00.0", vendor="0x1002"), 0, ["no GPU"], ["GPU0"]),
     ("a sound card of NVIDIA's", Machine(driver=None, files=False).card("0000:03:00.1", kind="0x040300"), 0, ["no GPU"], ["GPU0"]),
     ("two cards in good slots", two_cards(), 0,
@@ -172,6 +172,7 @@ expect("JSON: cards", [(card["bus"], card["way"], card["slot_link"]) for card in
        [("0000:01:00.0", ["X", "PHB"], {"gt_s": 16.0, "width": 16}), ("0000:02:00.0", ["PHB", "X"], {"gt_s": 16.0, "width": 16})])
 check("JSON: the change", report["change"].startswith("/dev/shm has 64 MB") and report["findings"][0] == {"hinders": True, "text": report["change"]}, out)
 code, out, problem = doctor(Machine(driver=None), "--json")
+check("JSON: transports", json.loads(out)["transports"]["shm"] is True and json.loads(out)["transports"]["p2p"] == "there is no GPU", out)
 check("JSON: nothing to change", code == 0 and json.loads(out)["change"] is None and json.loads(out)["transport"] == "shm", out + problem)
 
 # This machine, really measured.
