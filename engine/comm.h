@@ -65,6 +65,7 @@ struct comm *comm_stage(struct comm *comm);
 int comm_num_stages(const struct comm *comm);
 int comm_rank(const struct comm *comm);
 int comm_size(const struct comm *comm);
+bool comm_is_local(const struct comm *comm); // the ranks share this host's memory: nothing is ever on its way
 
 // Tells the others (and the watchdog) where this rank is; layer -1: none. Cheap: one relaxed store.
 void comm_at(struct comm *comm, enum comm_operation op, int layer);

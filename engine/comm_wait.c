@@ -78,6 +78,7 @@ int comm_num_stages(const struct comm *comm) { return comm->region->pp_size; }
 int comm_rank(const struct comm *comm) { return comm->rank; }
 
 int comm_size(const struct comm *comm) { return comm->size; }
+bool comm_is_local(const struct comm *comm) { return !comm->transport->look; }
 
 void comm_at(struct comm *comm, enum comm_operation op, int layer)
 {

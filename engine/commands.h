@@ -101,7 +101,7 @@ extern struct session_options session_options;
          0,                                                                                                            \
          0,                                                                                                            \
          "prompts go through the layers in two halves: while one's sums are on their way, the other computes; auto: "  \
-         "off"},                                                                                                       \
+         "over networks"},                                                                                             \
         {"verify",                                                                                                     \
          OPTION_CHOICE,                                                                                                \
          &session_options.verify,                                                                                      \

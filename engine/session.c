@@ -201,10 +201,10 @@ static int choose_deal(struct session *s, const char *wanted, struct error *err)
 static int choose_overlap(struct session *s, const char *wanted, struct error *err)
 {
     const struct backend *b = s->worker.backend;
-    bool on = strcmp(wanted, "on") == 0, several = s->manifest->tp_size > 1;
-    if (on && several && !b->window)
+    bool on = strcmp(wanted, "on") == 0;
+    if (on && s->manifest->tp_size > 1 && !b->window)
         return error_set(err, ERR_USAGE, "--overlap on: the %s backend does not cut the rows of a step", b->name);
-    s->worker.overlap = several && b->window && on;
+    s->worker.overlap = on ? OVERLAP_ON : strcmp(wanted, "off") == 0 ? OVERLAP_OFF : OVERLAP_AUTO;
     return 0;
 }
 
@@ -509,7 +509,7 @@ const char *session_prefill_way(const struct session *s)
 {
     static const char *const ways[2][2] = {{"", ", in overlapping halves"},
                                            {", sequence parallel", ", sequence parallel, in overlapping halves"}};
-    return ways[s->worker.deals][s->worker.overlap];
+    return ways[s->worker.deals][s->shared && atomic_load(&s->shared->in_parts)];
 }
 
 // How much of a rank's file is in place, by its payload: that of a compressed file is longer.

@@ -91,7 +91,7 @@ static int agree(struct worker *w, struct error *err)
     mine.wire = (uint32_t)o->wire;
     mine.feedback = o->feedback;
     mine.deals = o->deals;
-    mine.overlap = o->overlap;
+    mine.overlap = (uint32_t)o->overlap;
     mine.context = o->context;
     mine.limits = o->limits;
     mine.num_pages = o->num_pages;
@@ -310,6 +310,16 @@ static int finish_load(struct worker *w, struct error *err)
     return 0;
 }
 
+// By itself where the ranks' messages are on their way for a time: over a network. Between CPU ranks of one host an exchange is work of the same
+// processors, and halves read the weights twice. The same on every rank.
+static bool overlaps(const struct worker *w)
+{
+    const struct worker_options *o = w->options;
+    if (!o->backend->window || comm_size(w->decoder.comm) == 1 || o->residual_rows > 0)
+        return false;
+    return o->overlap == OVERLAP_ON || (o->overlap == OVERLAP_AUTO && !comm_is_local(w->decoder.comm));
+}
+
 static int worker_open(struct worker *w, struct error *err)
 {
     const struct worker_options *o = w->options;
@@ -339,7 +349,9 @@ static int worker_open(struct worker *w, struct error *err)
         w->decoder.watch = &w->tap.watch;
     w->decoder.deals = o->deals;
     w->decoder.shows_residual = o->residual_rows > 0;
-    w->decoder.in_parts = o->overlap && o->residual_rows == 0;
+    w->decoder.in_parts = overlaps(w);
+    if (w->env->rank == 0)
+        atomic_store(&w->shared->in_parts, w->decoder.in_parts);
     if ((rc = open_device(w, err)))
         return rc;
     w->decoder.device = w->device;

@@ -48,6 +48,8 @@ struct shared_area {
     } forward;
     // By rank 0: pages of the KV cache that it has made.
     atomic_llong num_pages;
+    // And whether prompts go through the layers in two halves.
+    atomic_int in_parts;
     // Totals since the start, by rank 0, of steps without prefill rows: steps, rows, bytes sent to the other ranks, sums over ranks and
     // nanoseconds in them.
     atomic_llong decode_steps, decode_rows, decode_sent_bytes, decode_exchanges, decode_exchange_ns;
@@ -74,6 +76,8 @@ struct forward_area {
 // the rest is filled in when memory is not NULL. Returns the bytes of all.
 uint64_t shared_area_place(struct shared_area *memory, struct step_area *area, struct forward_area *forward);
 
+enum overlap { OVERLAP_OFF, OVERLAP_AUTO, OVERLAP_ON };
+
 // Decided by the parent, read by every rank.
 struct worker_options {
     const char *place; // of the shard directory, as store_open takes it
@@ -87,8 +91,9 @@ struct worker_options {
     enum kv_format kv_format;
     enum transport transport;
     enum wire wire;
-    bool feedback;       // what a compressing wire loses is made up for by the next sum
-    bool deals, overlap; // decoder.h: deals, in_parts
+    bool feedback;        // what a compressing wire loses is made up for by the next sum
+    bool deals;           // decoder.deals
+    enum overlap overlap; // AUTO: by the transport; see decoder.in_parts
     enum verify_mode verify;
     enum load_path load_path;
     int load_threads; // 0: the loader's choice

@@ -136,6 +136,20 @@ def test_imports(tmp):
         check(f"{name} tp 2", error <= cpu + 0.02, f"error {100 * error:.3f} %, the CPU's {100 * cpu:.3f} %")
 
 
+# Prompts whose residual is dealt out to two ranks, or that go through the layers in two halves: with an f32 wire the same bits. The emulated products
+# of a row do not depend on the rows beside it; those of a device may.
+def test_rows_apart(tmp):
+    for name, count in (("llama3", 256),) if QUICK else (("llama3", 256), ("deepseek_v3", 40), ("gpt_oss", 40), ("olmo2", 40)):
+        shards = tmp / f"apart-{name}"
+        ids = [i * 7 % 50 for i in range(count)]
+        run(BUILD / "tpshard", "--tp", 2, "--quant", "none", GOLDEN / name, shards, "--quiet")
+        plain = logits(shards, ids, tmp / "plain.npy", *DEVICE, "--context", count, "--wire", "f32")
+        for how in (["--sequence-parallel"], ["--sequence-parallel", "--overlap"]) if count == 256 else (["--sequence-parallel"],):
+            words = [word for option in how for word in (option, "on")]
+            apart = logits(shards, ids, tmp / "apart.npy", *DEVICE, "--context", count, "--wire", "f32", *words)
+            check(f"{name} tp 2 {' '.join(how)}", relative_error(apart, plain) <= (0.01 if REAL else 0))
+
+
 # Rotated models, whose activations the device rotates: dense, with experts and a shared one, in blocks of 4 to 128, in every format of inputs.
 def test_rotated(tmp):
     for name, words in ([("llama3", ["--quant", "int4"])] if QUICK else
@@ -312,7 +326,7 @@ def test_refusals(tmp):
 def main():
     with tempfile.TemporaryDirectory() as name:
         tmp = Path(name)
-        tests = (test_families, test_imports, test_rotated, test_arithmetic, test_greedy, test_company, test_sampling, test_kv_cache,
+        tests = (test_families, test_imports, test_rotated, test_rows_apart, test_arithmetic, test_greedy, test_company, test_sampling, test_kv_cache,
                  test_many, test_devices, test_refusals)
         for test in tests[:2] if QUICK else tests:
             attempt(test.__name__, lambda: test(tmp))

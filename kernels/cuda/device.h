@@ -108,7 +108,10 @@ struct device {
     float *lent;        // [max_rows][hidden]; only with several ranks
     float *logits_host; // [LOGITS_ROWS][vocab_local]; from the first use on
 
-    // The step under way.
+    // The step under way, and what stands for all of its rows: buffer, normed, block and count are the window's, from row window_first on.
+    float *all_buffer[BUFFER_COUNT];
+    struct step_block all_block;
+    int64_t step_count, window_first;
     int64_t count;
     enum phase phase;
     uint64_t pages_version;
@@ -182,10 +185,15 @@ int step_activate(struct device *d, const struct mlp *mlp, struct error *err);
 // Takes f32 rows [count][cols] for the next products, prepared for `next`.
 int step_keep(struct device *d, const float *rows, const float *order, int64_t cols, const struct matrix *next,
               struct error *err);
+struct device_join step_join(const struct device *d, const struct join *join);
 // Prepares the rows of d->source in a format, unless they are.
 int step_prepare(struct device *d, enum input_format format, struct error *err);
 int step_route(struct device *d, int64_t layer, struct error *err);
 int step_experts(struct device *d, int64_t layer, struct error *err);
+int step_window(struct device *d, int64_t first, int64_t count, struct error *err);
+int step_norm_own(struct device *d, const struct join *join, const float *weight, int64_t first, int64_t stride,
+                  struct error *err);
+int step_take_normed(struct device *d, const float *order, const struct matrix *next, struct error *err);
 int step_lend(struct device *d, enum buffer buffer, float **host, struct error *err);
 int step_returned(struct device *d, enum buffer buffer, struct error *err);
 int step_logits(struct device *d, const struct join *join, const int64_t *row_index, int64_t count, float *host,

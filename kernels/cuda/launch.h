@@ -60,6 +60,9 @@ struct device_join {
 cudaError_t launch_norm(struct device_input out, enum input_format format, float *residual, struct device_join join,
                         const float *weight, const int32_t *row_index, int64_t rows, int64_t cols, float eps,
                         cudaStream_t stream);
+// launch_norm to f32 of rows that stand row_stride floats apart, in out, residual and join's partial alike; out may be the partial.
+cudaError_t launch_norm_apart(float *out, float *residual, struct device_join join, const float *weight, int64_t rows,
+                              int64_t cols, int64_t row_stride, float eps, cudaStream_t stream);
 
 // out[row, i] = x[row, order ? order[i] : i] in `format`. order [cols]: column numbers as floats.
 cudaError_t launch_prepare(struct device_input out, enum input_format format, const float *x, int64_t x_stride,

@@ -92,12 +92,13 @@ static void cut_scratch(struct device *d, const struct device_shape *s, struct c
     d->pages = cut(c, sequences * (uint64_t)pages_per_sequence(s) * sizeof *d->pages);
     d->row_index = cut(c, LOGITS_ROWS * sizeof *d->row_index);
     d->identity = cut(c, LOGITS_ROWS * sizeof *d->identity);
-    for (int i = 0; i < BUFFER_COUNT; i++)
+    for (int i = 0; i < BUFFER_NORMED; i++)
         d->buffer[i] = cut(c, floats * (uint64_t)buffer_width(desc, share, (enum buffer)i));
     d->attended = cut(c, floats * (uint64_t)attended_width(desc, share));
     // Otherwise a norm that needs to keep its rows has the place of the sum that it has just taken.
     d->keeps_rows = keeps_rows(desc);
-    d->normed = d->keeps_rows ? cut(c, floats * (uint64_t)desc->hidden_size) : d->buffer[BUFFER_PARTIAL];
+    d->normed = d->buffer[BUFFER_NORMED] =
+        d->keeps_rows ? cut(c, floats * (uint64_t)desc->hidden_size) : d->buffer[BUFFER_PARTIAL];
     d->input.values = cut(c, input_rows * widest * 2);
     d->input.scale = cut(c, input_rows * (widest / ACT_GROUP) * sizeof(float));
     d->input.stride = (int64_t)widest;
@@ -288,6 +289,7 @@ int device_prepare(struct device *d, const struct device_shape *shape, const str
         return rc;
     cutter = (struct cutter){.base = d->arena};
     cut_scratch(d, shape, &cutter);
+    memcpy(d->all_buffer, d->buffer, sizeof d->all_buffer);
     d->kv = cut(&cutter, kv);
     d->graphs = calloc((size_t)shape->decode_rows + 1, sizeof *d->graphs);
     if (!d->graphs)

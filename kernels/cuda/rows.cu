@@ -81,6 +81,7 @@ struct row_input {
     int64_t x_stride, cols;
     const float *order; // plain: column i is column order[i] of x; NULL: i
     float *residual;    // norm, as are the following
+    int64_t row_stride; // of residual and partial
     struct device_join join;
     const float *weight;
     const int32_t *row_index;
@@ -109,7 +110,7 @@ __device__ __forceinline__ float4 plain_four(const struct row_input &in, int64_t
 template <bool TILED>
 __device__ __forceinline__ float4 joining_four(const struct row_input &in, int64_t row, int64_t begin)
 {
-    float4 x = read_four<TILED>(in.join.partial + row * in.cols, begin, in.cols, in.aligned);
+    float4 x = read_four<TILED>(in.join.partial + row * in.row_stride, begin, in.cols, in.aligned);
     return in.join.bias ? add_four(x, read_four<TILED>(in.join.bias, begin, in.cols, in.aligned)) : x;
 }
 
@@ -129,7 +130,7 @@ template <bool TILED>
 __device__ __forceinline__ float4 summed_four(const struct row_input &in, int64_t row, int64_t begin,
                                               float join_inverse, bool written)
 {
-    float4 x = read_four<TILED>(in.residual + row * in.cols, begin, in.cols, in.aligned);
+    float4 x = read_four<TILED>(in.residual + row * in.row_stride, begin, in.cols, in.aligned);
     if (written || !in.join.partial)
         return x;
     float4 sum = joining_four<TILED>(in, row, begin);
@@ -321,7 +322,7 @@ __global__ void __launch_bounds__(MAX_WARPS *WARP)
         for (int64_t group = warp; group < groups; group += warps) {
             float4 x = summed_four<TILED>(in, source_row, group * ACT_GROUP, join_inverse, false);
             if (write_back)
-                write_four<TILED>(in.residual + row * in.cols, group * ACT_GROUP, in.cols, in.aligned, x);
+                write_four<TILED>(in.residual + row * in.row_stride, group * ACT_GROUP, in.cols, in.aligned, x);
             if (group < kept_groups)
                 kept[group * WARP + lane] = x;
             squares = add_squares(squares, x);
@@ -402,10 +403,10 @@ static cudaError_t launch_rows(struct device_input out, enum input_format format
 {
     if (rows == 0)
         return cudaSuccess;
-    in.aligned = in.cols % 4 == 0 && in.x_stride % 4 == 0 && out.stride % 4 == 0 && on_16_bytes(out.values) &&
-                 on_16_bytes(in.x) && on_16_bytes(in.residual) && on_16_bytes(in.join.partial) &&
-                 on_16_bytes(in.join.bias) && on_16_bytes(in.join.norm) && on_16_bytes(in.weight) &&
-                 on_16_bytes(in.bias);
+    in.aligned = in.cols % 4 == 0 && in.x_stride % 4 == 0 && in.row_stride % 4 == 0 && out.stride % 4 == 0 &&
+                 on_16_bytes(out.values) && on_16_bytes(in.x) && on_16_bytes(in.residual) &&
+                 on_16_bytes(in.join.partial) && on_16_bytes(in.join.bias) && on_16_bytes(in.join.norm) &&
+                 on_16_bytes(in.weight) && on_16_bytes(in.bias);
     // All of this follows from the number of columns alone.
     int64_t groups = rounded_up_quotient(in.cols, ACT_GROUP);
     unsigned warps = groups > 0 ? (unsigned)at_most(groups, MAX_WARPS) : 1;
@@ -441,12 +442,29 @@ extern "C" cudaError_t launch_norm(struct device_input out, enum input_format fo
 {
     struct row_input in = {};
     in.residual = residual;
+    in.row_stride = cols;
     in.join = join;
     in.weight = weight;
     in.row_index = row_index;
     in.cols = cols;
     in.eps = eps;
     return launch_rows<SOURCE_NORM>(out, format, in, rows, stream);
+}
+
+extern "C" cudaError_t launch_norm_apart(float *out, float *residual, struct device_join join, const float *weight,
+                                         int64_t rows, int64_t cols, int64_t row_stride, float eps, cudaStream_t stream)
+{
+    struct row_input in = {};
+    struct device_input to = {};
+    to.values = out;
+    to.stride = row_stride;
+    in.residual = residual;
+    in.row_stride = row_stride;
+    in.join = join;
+    in.weight = weight;
+    in.cols = cols;
+    in.eps = eps;
+    return launch_rows<SOURCE_NORM>(to, INPUT_F32, in, rows, stream);
 }
 
 extern "C" cudaError_t launch_prepare(struct device_input out, enum input_format format, const float *x,

@@ -32,18 +32,18 @@ int step_begin(struct device *d, const struct token_row *rows, int64_t count, en
     int rc = CHECK(cudaEventSynchronize(d->uploaded), "the step before");
     if (rc || (rc = send_pages(d, pages, err)))
         return rc;
-    d->count = count;
+    d->step_count = count;
     d->phase = phase;
     d->source = (struct step_input){0};
     d->recording = false;
     d->host = device_step_block(d, d->step_host, count);
-    d->block = device_step_block(d, d->step_device, count);
+    d->all_block = device_step_block(d, d->step_device, count);
     for (int64_t i = 0; i < count; i++) {
         d->host.token[i] = rows[i].token;
         d->host.sequence[i] = rows[i].sequence;
         d->host.position[i] = (int32_t)rows[i].position;
     }
-    return 0;
+    return step_window(d, 0, count, err);
 }
 
 // Behind it the host's part of the step has been read.
@@ -125,7 +125,7 @@ int step_keep(struct device *d, const float *rows, const float *order, int64_t c
     return step_prepare(d, multiply_input(d, next), err);
 }
 
-static struct device_join join_of(const struct device *d, const struct join *join)
+struct device_join step_join(const struct device *d, const struct join *join)
 {
     if (!join)
         return (struct device_join){0};
@@ -140,7 +140,7 @@ int step_norm(struct device *d, const struct join *join, const float *weight, co
     bool keep = order || d->keeps_rows;
     struct device_input rows = {.values = d->normed, .stride = hidden};
     enum input_format format = keep ? INPUT_F32 : multiply_input(d, next);
-    int rc = CHECK(launch_norm(keep ? rows : d->input, format, d->buffer[BUFFER_RESIDUAL], join_of(d, join), weight,
+    int rc = CHECK(launch_norm(keep ? rows : d->input, format, d->buffer[BUFFER_RESIDUAL], step_join(d, join), weight,
                                NULL, d->count, hidden, (float)d->shape.desc->norm_eps, d->stream),
                    "a norm");
     d->source = (struct step_input){.format = format};
@@ -170,19 +170,23 @@ static uint64_t lent_bytes(const struct device *d, enum buffer buffer)
     return (uint64_t)(d->count * buffer_width(d->shape.desc, d->shape.share, buffer)) * sizeof(float);
 }
 
+// Windows lend beside each other.
+static float *lent_place(const struct device *d) { return d->lent + d->window_first * d->shape.desc->hidden_size; }
+
 int step_lend(struct device *d, enum buffer buffer, float **host, struct error *err)
 {
-    int rc =
-        CHECK(cudaMemcpyAsync(d->lent, d->buffer[buffer], lent_bytes(d, buffer), cudaMemcpyDeviceToHost, d->stream),
-              "copying a sum's part");
-    *host = d->lent;
+    float *place = lent_place(d);
+    int rc = CHECK(cudaMemcpyAsync(place, d->buffer[buffer], lent_bytes(d, buffer), cudaMemcpyDeviceToHost, d->stream),
+                   "copying a sum's part");
+    *host = place;
     return rc ? rc : CHECK(cudaStreamSynchronize(d->stream), "computing a sum's part");
 }
 
 int step_returned(struct device *d, enum buffer buffer, struct error *err)
 {
-    return CHECK(cudaMemcpyAsync(d->buffer[buffer], d->lent, lent_bytes(d, buffer), cudaMemcpyHostToDevice, d->stream),
-                 "copying a sum");
+    return CHECK(
+        cudaMemcpyAsync(d->buffer[buffer], lent_place(d), lent_bytes(d, buffer), cudaMemcpyHostToDevice, d->stream),
+        "copying a sum");
 }
 
 // Logits of at most LOGITS_ROWS rows, which row_index (on the device) names, into d->logits.
@@ -192,7 +196,7 @@ static int logits_part(struct device *d, const struct join *join, const int32_t 
     const struct model_desc *desc = d->shape.desc;
     const struct matrix *head = &d->weights->head;
     int rc;
-    if ((rc = CHECK(launch_norm(d->input, multiply_input(d, head), d->buffer[BUFFER_RESIDUAL], join_of(d, join),
+    if ((rc = CHECK(launch_norm(d->input, multiply_input(d, head), d->buffer[BUFFER_RESIDUAL], step_join(d, join),
                                 d->weights->final_norm, row_index, count, desc->hidden_size, (float)desc->norm_eps,
                                 d->stream),
                     "the last norm")) ||
