@@ -77,9 +77,11 @@ static void add_up(const struct walk *walk)
         wire_add_up_group(to, x, parts, piece->rank, piece->tp_size, n, piece->wire);
         return;
     }
+    float whole[WIRE_GROUP];
+    const uint8_t *mine = reduce_own_group(whole, x, n);
     for (int rank = 0; rank < piece->tp_size; rank++) {
         bool own = rank == piece->rank;
-        const uint8_t *part = own ? (const uint8_t *)x : piece->from[rank] + walk->offset;
+        const uint8_t *part = own ? mine : piece->from[rank] + walk->offset;
         enum wire wire = own ? WIRE_F32 : piece->wire;
         if (rank == 0)
             wire_decode_group(sum, part, n, wire);

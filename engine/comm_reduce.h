@@ -15,6 +15,7 @@
 #include "kernels/wire.h"
 
 #include <stdint.h>
+#include <string.h>
 
 // Groups [first, first + count) of the message, counted row by row. Group i of the piece lies at i * wire_group_bytes of
 // a buffer.
@@ -32,5 +33,16 @@ struct reduce_piece {
 void reduce_encode(const struct reduce_piece *piece, uint64_t begin, uint64_t end);
 void reduce_add_up(const struct reduce_piece *piece, uint64_t begin, uint64_t end);
 void reduce_decode(const struct reduce_piece *piece, uint64_t begin, uint64_t end);
+
+// An own part as a group of WIRE_F32: x itself, or a copy in `whole` where the row ends before its last group does: groups are
+// read to their ends, and memory may end with the row.
+static inline const uint8_t *reduce_own_group(float whole[WIRE_GROUP], const float *x, int count)
+{
+    if (count == WIRE_GROUP)
+        return (const uint8_t *)x;
+    memset(whole, 0, WIRE_GROUP * sizeof *whole);
+    memcpy(whole, x, (size_t)count * sizeof *x);
+    return (const uint8_t *)whole;
+}
 
 #endif

@@ -5,6 +5,7 @@
 #include "engine/comm_rows.h"
 
 #include "engine/comm_internal.h"
+#include "engine/comm_reduce.h"
 
 #include <assert.h>
 #include <string.h>
@@ -65,11 +66,11 @@ static void add_up_own(const struct rows_piece *piece, int64_t row)
     if (owner_of(piece, row) != piece->rank)
         return;
     for (int64_t g = 0; g * WIRE_GROUP < piece->cols; g++, offset += piece->group_bytes) {
-        float sum[WIRE_GROUP] = {0}, *x = piece->data + row * piece->cols + g * WIRE_GROUP;
+        float sum[WIRE_GROUP] = {0}, whole[WIRE_GROUP], *x = piece->data + row * piece->cols + g * WIRE_GROUP;
         int n = group_count(piece, g);
         for (int rank = 0; rank < piece->size; rank++)
             if (rank == piece->rank)
-                wire_add_group(sum, (const uint8_t *)x, n, WIRE_F32);
+                wire_add_group(sum, reduce_own_group(whole, x, n), n, WIRE_F32);
             else
                 wire_add_group(sum, piece->from[rank] + offset, n, piece->wire);
         memcpy(x, sum, (size_t)n * sizeof *x);

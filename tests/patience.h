@@ -51,7 +51,7 @@ static inline void patience_begin(void)
         pthread_detach(thread);
 }
 
-// Not for tests that fork: their children would be without the thread that watches.
+// Not for the children of tests that fork: they are without the thread that watches.
 struct stopwatch {
     double began_s;
     uint64_t lag_us;
