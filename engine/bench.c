@@ -111,25 +111,25 @@ static int report(struct session *session, const struct result *r, struct error 
 {
     const struct manifest *m = session_manifest(session);
     if (!common_options.json) {
-        printf(
-            "bench quant=%s tp_size=%u pp_size=%u ranks=%s threads=%d kernels=%s wire=%s batch=%lld prompt_tokens=%lld "
-            "gen_tokens=%lld "
-            "load_s=%.3f first_token_s=%.3f prefill_tokens_per_s=%.1f decode_tokens_per_s=%.2f rss_mib=%.0f "
-            "file_mib=%.0f sent_bytes_per_token=%.0f exchange_us=%.1f exchange_share=%.3f passes_in_flight=%.2f "
-            "most_in_flight=%lld stage_wait_share=%.3f experts=%s tokens=%08x\n",
-            weight_kind_name(m->quant.linear), m->tp_size, m->pp_size, session_options.ranks, session_threads(session),
-            session_backend(session), session_wire(session), (long long)options.batch, (long long)options.prompt_tokens,
-            (long long)options.gen_tokens, r->load_s, r->first_token_s, r->prefill_tokens_per_s, r->decode_tokens_per_s,
-            (double)r->rss_bytes / 0x1p20, (double)r->file_bytes / 0x1p20, r->sent_bytes_per_token, r->exchange_us,
-            r->exchange_share, r->passes_in_flight, (long long)r->most_in_flight, r->stage_wait_share, experts_of(m),
-            r->last_token);
+        printf("bench quant=%s tp_size=%u pp_size=%u ranks=%s threads=%d kernels=%s wire=%s prefill=%s batch=%lld "
+               "prompt_tokens=%lld "
+               "gen_tokens=%lld "
+               "load_s=%.3f first_token_s=%.3f prefill_tokens_per_s=%.1f decode_tokens_per_s=%.2f rss_mib=%.0f "
+               "file_mib=%.0f sent_bytes_per_token=%.0f exchange_us=%.1f exchange_share=%.3f passes_in_flight=%.2f "
+               "most_in_flight=%lld stage_wait_share=%.3f experts=%s tokens=%08x\n",
+               weight_kind_name(m->quant.linear), m->tp_size, m->pp_size, session_options.ranks,
+               session_threads(session), session_backend(session), session_wire(session), session_prefill_way(session),
+               (long long)options.batch, (long long)options.prompt_tokens, (long long)options.gen_tokens, r->load_s,
+               r->first_token_s, r->prefill_tokens_per_s, r->decode_tokens_per_s, (double)r->rss_bytes / 0x1p20,
+               (double)r->file_bytes / 0x1p20, r->sent_bytes_per_token, r->exchange_us, r->exchange_share,
+               r->passes_in_flight, (long long)r->most_in_flight, r->stage_wait_share, experts_of(m), r->last_token);
         return 0;
     }
     json_t *object =
-        json_pack("{s:i, s:s, s:i, s:s, s:i, s:s, s:s, s:I, s:I, s:I}", "schema_version", 1, "quant",
-                  weight_kind_name(m->quant.linear), "tp_size", (int)m->tp_size, "ranks", session_options.ranks,
-                  "threads", session_threads(session), "kernels", session_backend(session), "wire",
-                  session_wire(session), "batch", (json_int_t)options.batch, "prompt_tokens",
+        json_pack("{s:s, s:i, s:s, s:i, s:s, s:i, s:s, s:s, s:I, s:I, s:I}", "prefill", session_prefill_way(session),
+                  "schema_version", 1, "quant", weight_kind_name(m->quant.linear), "tp_size", (int)m->tp_size, "ranks",
+                  session_options.ranks, "threads", session_threads(session), "kernels", session_backend(session),
+                  "wire", session_wire(session), "batch", (json_int_t)options.batch, "prompt_tokens",
                   (json_int_t)options.prompt_tokens, "gen_tokens", (json_int_t)options.gen_tokens);
     json_t *figures = json_pack(
         "{s:i, s:f, s:I, s:f, s:f, s:f, s:f, s:f, s:I, s:I, s:f, s:f, s:f, s:s, s:I}", "pp_size", (int)m->pp_size,

@@ -236,7 +236,7 @@ static void print_start(struct session *session)
 {
     const struct manifest *m = session_manifest(session);
     if (!common_options.quiet)
-        fprintf(stderr, "%u rank%s (%s), %d thread%s each, %s kernels, %s wire over %s%s, context %lld\n",
+        fprintf(stderr, "%u rank%s (%s), %d thread%s each, %s kernels, %s wire over %s, prompts %s, context %lld\n",
                 (unsigned)m->num_ranks, m->num_ranks == 1 ? "" : "s", session_options.ranks, session_threads(session),
                 session_threads(session) == 1 ? "" : "s", session_backend(session), session_wire(session),
                 session_transport(session), session_prefill_way(session), (long long)session_context(session));

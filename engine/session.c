@@ -507,8 +507,7 @@ const char *session_transport(const struct session *s) { return transport_name(s
 
 const char *session_prefill_way(const struct session *s)
 {
-    static const char *const ways[2][2] = {{"", ", in overlapping halves"},
-                                           {", sequence parallel", ", sequence parallel, in overlapping halves"}};
+    static const char *const ways[2][2] = {{"plain", "overlap"}, {"sequence-parallel", "sequence-parallel+overlap"}};
     return ways[s->worker.deals][s->shared && atomic_load(&s->shared->in_parts)];
 }
 

@@ -82,7 +82,7 @@ void session_print_devices(struct session *session, FILE *out);
 int session_threads(const struct session *session); // of each rank
 const char *session_wire(const struct session *session);
 const char *session_transport(const struct session *session); // between the ranks
-// After the start, how the rows of prompts travel, as words to put behind the wire's name: "", ", sequence parallel", ", in overlapping halves" or both.
+// After the start, how the rows of prompts travel: "plain", "overlap", "sequence-parallel" or "sequence-parallel+overlap".
 const char *session_prefill_way(const struct session *session);
 bool session_feeds_back(const struct session *session); // what a compressing wire loses is made up for
 

@@ -145,7 +145,7 @@ static void test_rows(void **state)
         {4, 64, 1024, 2, 1 << 20, WIRE_S8X, false, 2},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
-        for (int mode = 0; mode < 2; mode++)
+        for (int mode = 0; mode < MODE_COUNT; mode++)
             check_rows((enum mode)mode, cases[i]);
 }
 
@@ -318,7 +318,7 @@ static int lost_body(struct comm *comm, void *arg, struct error *err)
 static void test_exchanger(void **state)
 {
     (void)state;
-    for (int mode = 0; mode < 2; mode++)
+    for (int mode = 0; mode < MODE_COUNT; mode++)
         expect_success(run_ranks((enum mode)mode, 3, 1000, 20000, exchanger_body, NULL), 3, mode_names[mode]);
     struct rank_result *results = run_ranks(THREADS, 2, 1000, 300, lost_body, NULL);
     if (results[0].code != ERR_RANK)

@@ -393,9 +393,9 @@ static json_t *describe(void *arg)
     struct server *server = arg;
     if (!server->engine)
         return NULL;
-    return json_pack("{s:s, s:i, s:s, s:I}", "backend", session_backend(server->session), "threads",
-                     session_threads(server->session), "wire", session_wire(server->session), "context",
-                     (json_int_t)session_context(server->session));
+    return json_pack("{s:s, s:i, s:s, s:s, s:I}", "backend", session_backend(server->session), "threads",
+                     session_threads(server->session), "wire", session_wire(server->session), "prefill",
+                     session_prefill_way(server->session), "context", (json_int_t)session_context(server->session));
 }
 
 static void tell_watchdog(void) { notify("WATCHDOG=1"); }
