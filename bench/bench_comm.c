@@ -4,13 +4,15 @@
 //   us          median over rounds of the time per all_reduce, slowest rank of the round; best: the fastest round
 //   work_us     busy work of every rank before each all_reduce, not counted in us: 0 shows the collective alone, more
 //               a decode step, where a foreign busy process may cost its share of the cores and no more
+//   over        shm: shared memory; tcp: sockets over the loopback device
 //   rows        1: as in decode; 256: as in a step of prefill, in pieces
 //   wire_bytes  what one rank writes for one all_reduce: its groups for the owners and its own sums
 //
 // How much of a model's decode that is, `tpengine bench` tells: exchange_us, exchange_share.
-#include "engine/comm.h"
+#include "engine/comm_tcp.h"
 #include "kernels/futex.h"
 
+#include <netinet/in.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
@@ -18,16 +20,18 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 
 enum { MAX_RANKS = 8, ROUNDS = 15, ROUND_NS = 12 * 1000000, MAX_FLOATS = 256 * 2048 };
 
 struct bench {
     int tp_size, rows, cols, work_us;
-    bool processes, busy;
+    bool processes, busy, sockets;
     enum wire wire;
     int calls; // of a round
     struct comm_region *region;
+    int fds[MAX_RANKS][MAX_RANKS];       // of sockets: [rank][to]
     int64_t round_ns[MAX_RANKS][ROUNDS]; // shared
 };
 
@@ -44,6 +48,50 @@ static void work(int64_t work_ns)
         cpu_relax();
 }
 
+static void connect_pair(int *a, int *b)
+{
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    socklen_t bytes = sizeof address;
+    int listener = socket(AF_INET, SOCK_STREAM, 0);
+    *a = socket(AF_INET, SOCK_STREAM, 0);
+    if (bind(listener, (struct sockaddr *)&address, bytes) || listen(listener, 1) ||
+        getsockname(listener, (struct sockaddr *)&address, &bytes) || connect(*a, (struct sockaddr *)&address, bytes) ||
+        (*b = accept(listener, NULL, NULL)) < 0) {
+        perror("bench_comm: no connection over the loopback");
+        exit(1);
+    }
+    close(listener);
+}
+
+static void connect_all(struct bench *bench)
+{
+    for (int a = 0; a < bench->tp_size; a++)
+        for (int b = 0; b < a; b++)
+            connect_pair(&bench->fds[a][b], &bench->fds[b][a]);
+}
+
+// but: a rank that keeps its own; -1: none does
+static void close_all(struct bench *bench, int but)
+{
+    for (int a = 0; a < bench->tp_size; a++)
+        for (int b = 0; b < bench->tp_size && a != but; b++)
+            if (a != b)
+                close(bench->fds[a][b]);
+}
+
+static int open_end(struct comm **comm, struct bench *bench, int rank, struct error *err)
+{
+    if (!bench->sockets)
+        return comm_open(comm, bench->region, rank, 60000, err);
+    uint64_t bytes = comm_region_bytes(bench->tp_size, 1, MAX_FLOATS, 0);
+    void *own = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (own == MAP_FAILED)
+        return error_set(err, ERR_MEMORY, "no memory for rank %d", rank);
+    close_all(bench, rank);
+    return comm_open_sockets(comm, comm_region_init(own, bench->tp_size, 1, MAX_FLOATS, 0), bench->fds[rank], rank,
+                             60000, err);
+}
+
 static void *run_rank(void *arg)
 {
     struct rank *self = arg;
@@ -51,7 +99,7 @@ static void *run_rank(void *arg)
     struct comm *comm;
     struct error err;
     static _Thread_local float data[MAX_FLOATS];
-    if (comm_open(&comm, bench->region, self->rank, 60000, &err))
+    if (open_end(&comm, bench, self->rank, &err))
         goto fail;
     for (int i = 0; i < bench->rows * bench->cols; i++)
         data[i] = (float)(i % 17) * 0.01f;
@@ -119,6 +167,8 @@ static void run_bench(struct bench shape)
     *bench = shape;
     bench->region = comm_region_init(memory + offset, shape.tp_size, 1, MAX_FLOATS, 0);
     bench->calls = ROUND_NS / ((shape.work_us + 20 * shape.rows) * 1000) + 1;
+    if (shape.sockets)
+        connect_all(bench);
     fflush(stdout);
     pid_t foreign = shape.busy ? start_process(be_busy, NULL) : 0;
     struct rank ranks[MAX_RANKS];
@@ -129,6 +179,8 @@ static void run_bench(struct bench shape)
         else if (pthread_create(&ranks[r].thread, NULL, run_rank, &ranks[r]))
             exit(1);
     }
+    if (shape.sockets)
+        close_all(bench, -1);
     for (int r = 0; r < shape.tp_size; r++) {
         int status = 0;
         if (shape.processes)
@@ -151,10 +203,11 @@ static void run_bench(struct bench shape)
         us[round] = (double)slowest_ns / 1000 / bench->calls - shape.work_us;
     }
     qsort(us, ROUNDS, sizeof *us, compare);
-    printf("all_reduce ranks=%d as=%s wire=%s rows=%d floats=%d foreign_busy=%d work_us=%d us=%.1f best=%.1f "
+    printf("all_reduce ranks=%d as=%s over=%s wire=%s rows=%d floats=%d foreign_busy=%d work_us=%d us=%.1f best=%.1f "
            "wire_bytes=%llu\n",
-           shape.tp_size, shape.processes ? "processes" : "threads", wire_name(shape.wire), shape.rows, shape.cols,
-           shape.busy, shape.work_us, us[ROUNDS / 2], us[0], (unsigned long long)wire_bytes(&shape));
+           shape.tp_size, shape.processes ? "processes" : "threads", shape.sockets ? "tcp" : "shm",
+           wire_name(shape.wire), shape.rows, shape.cols, shape.busy, shape.work_us, us[ROUNDS / 2], us[0],
+           (unsigned long long)wire_bytes(&shape));
     munmap(memory, bytes);
 }
 
@@ -182,5 +235,14 @@ int main(void)
                                          .busy = busy,
                                          .work_us = 3000});
             }
+    for (int tp_size = 2; tp_size <= 4; tp_size += 2)
+        for (int rows = 1; rows <= 256; rows += 255)
+            for (int wire = 0; wire < WIRE_COUNT; wire++)
+                run_bench((struct bench){.tp_size = tp_size,
+                                         .rows = rows,
+                                         .cols = rows == 1 ? 4096 : 2048,
+                                         .processes = true,
+                                         .sockets = true,
+                                         .wire = (enum wire)wire});
     return 0;
 }
