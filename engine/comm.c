@@ -19,7 +19,7 @@ enum {
 // ---- phases --------------------------------------------------------------------------------------------------------
 
 // Of values in a codec, amid a step.
-static bool is_reduce(enum collective collective)
+bool comm_sums_values(enum collective collective)
 {
     return collective == ALL_REDUCE || collective == ALL_REDUCE_END || collective == ROWS_TO_OWNERS ||
            collective == ROWS_TO_ALL;
@@ -29,7 +29,7 @@ static void describe_difference(char text[192], const struct call *call)
 {
     char where[128];
     comm_describe_call(where, call);
-    bool reduce = is_reduce(call->collective);
+    bool reduce = comm_sums_values(call->collective);
     if (reduce)
         snprintf(text, 192, "%s, %llu values in %s", where, (unsigned long long)call->amount,
                  wire_name((enum wire)call->detail));
@@ -41,7 +41,7 @@ static void describe_difference(char text[192], const struct call *call)
 
 static bool calls_agree(const struct call *a, const struct call *b)
 {
-    bool reduce = is_reduce(a->collective);
+    bool reduce = comm_sums_values(a->collective);
     return a->collective == b->collective && a->detail == b->detail && a->amount == b->amount &&
            (!reduce || (a->op == b->op && a->layer == b->layer));
 }
@@ -236,7 +236,7 @@ int comm_all_reduce(struct comm *comm, float *data, int64_t rows, int64_t cols, 
         pool = NULL;
     for (; piece.first < groups; piece.first += piece.count) {
         uint64_t left = groups - piece.first;
-        piece.count = left < comm->region->piece_groups ? left : comm->region->piece_groups;
+        piece.count = left < comm_piece_groups(comm) ? left : comm_piece_groups(comm);
         struct comm_move move = {.pattern = MOVE_TO_OWNERS,
                                  .first = piece.first,
                                  .count = piece.count,

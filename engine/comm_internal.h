@@ -82,8 +82,8 @@ struct channel {
 struct comm_region {
     int tp_size, pp_size, world_size;
     int start_timeout_ms;
-    uint64_t piece_groups, buffer_bytes, buffers_offset;
-    uint64_t channel_bytes, channels_offset; // capacity of one; 0: there are none
+    uint64_t piece_groups, buffer_bytes, buffers_offset; // piece_groups: what a buffer holds
+    uint64_t channel_bytes, channels_offset;             // capacity of one; 0: there are none
     _Alignas(CACHE_LINE) _Atomic uint32_t abort;
     int error_rank;
     struct error error;
@@ -107,6 +107,7 @@ struct comm {
 };
 
 struct comm_transport {
+    uint64_t piece_groups; // at most, of an all_reduce at once
     // This rank has written its buffer of phase comm->token and posted it: the others are to learn of it.
     void (*post)(struct comm *comm, const struct comm_move *move);
     // This rank has written to its channel to another rank, or taken from the one that comes from there.
@@ -126,6 +127,8 @@ struct comm_wait {
     bool idle; // without a deadline
 };
 
+// Groups of an all_reduce at once.
+uint64_t comm_piece_groups(const struct comm *comm);
 struct rank_slot *comm_slot(const struct comm *comm, int rank); // rank in the group
 uint8_t *comm_buffer(const struct comm *comm, int rank, uint32_t token);
 struct channel *comm_channel(const struct comm_region *region, int from, int to);
@@ -146,6 +149,8 @@ int comm_wait_for(struct comm *comm, const struct comm_wait *wait, int rank, str
 // one. Afterwards comm->token is that phase.
 int comm_phase(struct comm *comm, enum collective collective, int detail, uint64_t amount, const struct comm_move *move,
                struct error *err);
+// Whether its amount are values in a wire format, which is its detail.
+bool comm_sums_values(enum collective collective);
 // What the rank is at, for a call.
 struct call comm_call(const struct comm *comm, enum collective collective, int detail, uint64_t amount);
 const char *comm_collective_name(enum collective collective);

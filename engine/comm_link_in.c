@@ -58,7 +58,8 @@ static const char *phase_fault(const struct link *link, int rank, const struct f
     uint32_t before = atomic_load(&link_slot_of(link, rank)->posted[head->group]);
     if (head->token != before + 1 || (int32_t)(head->token - own) > 1)
         return "a phase out of turn";
-    if (head->collective > HANDSHAKE || (head->collective <= ALL_REDUCE_END && (uint32_t)head->detail >= WIRE_COUNT))
+    bool values = comm_sums_values((enum collective)head->collective);
+    if (head->collective > HANDSHAKE || (values && (uint32_t)head->detail >= WIRE_COUNT))
         return "an operation that is not there";
     struct comm_move move = frame_move(head);
     int64_t bytes = frame_move_bytes(&move, group->size, rank - group->first, group->rank, link->region->buffer_bytes);

@@ -8,13 +8,13 @@
 
 enum {
     PAGE_BYTES = 4096,
-    PIECE_GROUPS = 1024, // of an all_reduce at once: 256 KiB of bf16 from each rank stay in the near caches
+    MOST_PIECE_GROUPS = 4096, // of an all_reduce at once, for any transport; what it does not use is never touched
 };
 
 static uint64_t piece_groups(uint64_t max_elems)
 {
     uint64_t groups = wire_groups(max_elems);
-    return groups > PIECE_GROUPS ? PIECE_GROUPS : groups ? groups : 1;
+    return groups > MOST_PIECE_GROUPS ? MOST_PIECE_GROUPS : groups ? groups : 1;
 }
 
 static uint64_t buffer_bytes(uint64_t max_elems)

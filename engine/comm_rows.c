@@ -129,11 +129,11 @@ static int run(struct comm *comm, const struct rows_call *call, struct error *er
                                .rank = comm->rank,
                                .size = comm->size};
     piece.row_bytes = wire_groups((uint64_t)call->cols) * piece.group_bytes;
-    int64_t most = (int64_t)(comm->region->piece_groups * WIRE_MAX_GROUP_BYTES / piece.row_bytes);
+    int64_t most = (int64_t)(comm_piece_groups(comm) * WIRE_MAX_GROUP_BYTES / piece.row_bytes);
     if (most < 1) {
         struct error found;
         error_set(&found, ERR_OTHER, "rank %d: a row of %lld values does not fit a message of %llu", comm_rank(comm),
-                  (long long)call->cols, (unsigned long long)(comm->region->piece_groups * WIRE_GROUP));
+                  (long long)call->cols, (unsigned long long)(comm_piece_groups(comm) * WIRE_GROUP));
         return comm_raise(comm, err, &found);
     }
     struct thread_pool *pool = call->rows * call->cols < PARALLEL_ELEMS ? NULL : call->pool;

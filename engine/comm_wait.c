@@ -73,6 +73,12 @@ void comm_close(struct comm *comm)
 
 struct comm *comm_stage(struct comm *comm) { return comm->stage; }
 
+uint64_t comm_piece_groups(const struct comm *comm)
+{
+    uint64_t held = comm->region->piece_groups, most = comm->transport->piece_groups;
+    return held < most ? held : most;
+}
+
 int comm_num_stages(const struct comm *comm) { return comm->region->pp_size; }
 
 int comm_rank(const struct comm *comm) { return comm->rank; }

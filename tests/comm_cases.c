@@ -1,6 +1,7 @@
 // See comm_cases.h.
 #include "tests/comm_cases.h"
 
+#include "engine/comm_rows.h"
 #include "tests/comm_help.h"
 
 #include <math.h>
@@ -169,6 +170,67 @@ int comm_cases_reduce(struct comm *comm, void *arg, struct error *err)
     return 0;
 }
 
+// A group of a row whose owner keeps the sum: as it adds it up, and as all have it then.
+static void reference_rows_group(const struct reduce_case *shape, int64_t row, int64_t col, int owner, float *sum,
+                                 float *all)
+{
+    uint8_t bytes[WIRE_MAX_GROUP_BYTES];
+    int count = shape->cols - col < WIRE_GROUP ? (int)(shape->cols - col) : WIRE_GROUP;
+    float part[WIRE_GROUP];
+    memset(sum, 0, WIRE_GROUP * sizeof *sum);
+    for (int rank = 0; rank < shape->tp_size; rank++) {
+        for (int i = 0; i < count; i++)
+            part[i] = input_value(shape, 0, rank, row, col + i);
+        if (rank == owner) {
+            wire_add_group(sum, (const uint8_t *)part, count, WIRE_F32);
+        } else {
+            wire_encode_group(bytes, part, count, shape->wire);
+            wire_add_group(sum, bytes, count, shape->wire);
+        }
+    }
+    wire_encode_group(bytes, sum, count, shape->wire);
+    wire_decode_group(all, bytes, count, shape->wire);
+}
+
+int comm_cases_rows(struct comm *comm, void *arg, struct error *err)
+{
+    (void)arg;
+    enum { FIRST_OWNER = 1 };
+    static const int64_t shapes[][2] = {{7, 900}, {1, 128}, {150, 4096}}; // rows, cols; the last in pieces
+    int rc = 0;
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
+        for (int wire = 0; wire < WIRE_COUNT && comm_size(comm) > 1 && !rc; wire++) {
+            struct reduce_case shape = {.tp_size = comm_size(comm),
+                                        .rows = shapes[i][0],
+                                        .cols = shapes[i][1],
+                                        .stride = shapes[i][1],
+                                        .wire = (enum wire)wire};
+            size_t elems = (size_t)(shape.rows * shape.cols);
+            float *data = malloc(elems * sizeof *data), sum[WIRE_GROUP], all[WIRE_GROUP];
+            reduce_case_fill(&shape, 0, comm_rank(comm), data);
+            comm_at(comm, OP_MLP, wire);
+            for (int step = 0; step < 2 && !rc; step++) {
+                rc = step == 0
+                         ? comm_reduce_scatter_rows(comm, data, shape.rows, shape.cols, FIRST_OWNER, shape.wire, NULL,
+                                                    NULL, err)
+                         : comm_all_gather_rows(comm, data, shape.rows, shape.cols, FIRST_OWNER, shape.wire, NULL, err);
+                for (size_t at = 0; at < elems && !rc; at++) {
+                    int64_t row = (int64_t)at / shape.cols, col = (int64_t)at % shape.cols;
+                    int owner = (int)((FIRST_OWNER + row) % shape.tp_size);
+                    if (col % WIRE_GROUP == 0)
+                        reference_rows_group(&shape, row, col, owner, sum, all);
+                    float want = step ? all[col % WIRE_GROUP] : sum[col % WIRE_GROUP];
+                    if ((step || owner == comm_rank(comm)) && f32_bits(data[at]) != f32_bits(want))
+                        rc = error_set(err, ERR_OTHER, "rows in %s, step %d: row %lld col %lld is %08x, wanted %08x",
+                                       wire_name(shape.wire), step, (long long)row, (long long)col, f32_bits(data[at]),
+                                       f32_bits(want));
+                }
+            }
+            free(data);
+        }
+    return rc;
+}
+
 int comm_cases_volume(struct comm *comm, void *arg, struct error *err)
 {
     (void)arg;
@@ -250,7 +312,8 @@ int comm_cases_all(struct comm *comm, void *arg, struct error *err)
     int rc = 0;
     for (struct comm *group = comm; group && !rc; group = group != stage ? stage : NULL) {
         if ((rc = comm_handshake(group, "same", 4, "a word", err)) || (rc = comm_cases_reduce(group, arg, err)) ||
-            (rc = comm_cases_gather(group, arg, err)) || (rc = comm_cases_volume(group, arg, err)))
+            (rc = comm_cases_rows(group, arg, err)) || (rc = comm_cases_gather(group, arg, err)) ||
+            (rc = comm_cases_volume(group, arg, err)))
             return rc;
     }
     if (comm_num_stages(comm) > 1)

@@ -29,6 +29,8 @@ void reduce_case_row(const struct reduce_case *shape, int64_t row, float *out);
 int comm_cases_gather(struct comm *comm, void *arg, struct error *err);
 // Sums over the ranks in all codecs, bit for bit as in the reference.
 int comm_cases_reduce(struct comm *comm, void *arg, struct error *err);
+// Sums of rows to their owners, and the owned rows to all, bit for bit as in the reference.
+int comm_cases_rows(struct comm *comm, void *arg, struct error *err);
 // What the ranks together send for a sum is 2 (n - 1) times the message; of transports that move bytes.
 int comm_cases_volume(struct comm *comm, void *arg, struct error *err);
 // Around the stages: each rank sends to every rank of the next stage and receives from every one of the stage before. Of a
