@@ -249,8 +249,10 @@ DEVICE_TESTS := $(patsubst %,$(BUILD)/device/test_cuda_%,attention experts fp4 l
 CUDA_LIBRARIES = -L$(CUDA_HOME)/lib64 -lcudart_static -lrt -lstdc++
 DEVICE_CXXFLAGS = $(filter-out $(EMULATED_FLAGS),$(EMULATED_CXXFLAGS)) -isystem $(CUDA_HOME)/include
 
+GPU_BENCHES := $(patsubst %,$(BUILD)/bench/gpu_%,kernels nccl)
+
 .PHONY: gpu-programs
-gpu-programs: programs $(DEVICE_TESTS) $(BUILD)/bench/gpu_kernels $(BUILD)/bench/synthetic_shards
+gpu-programs: programs $(DEVICE_TESTS) $(GPU_BENCHES) $(BUILD)/bench/synthetic_shards
 # Each program takes from it the kernels that it uses.
 CUDA_LIB := $(BUILD)/obj/cuda.a
 $(CUDA_LIB): $(CUDA_OBJ) $(BUILD)/sources
@@ -262,9 +264,9 @@ $(BUILD)/obj/tests/device/%.o: tests/device/%.c $(BUILD)/flags | $(BUILD)/versio
 $(DEVICE_TESTS): $(BUILD)/device/%: $(BUILD)/obj/device/tests/%.cc.o $(BUILD)/obj/tests/device/device.o $(CUDA_LIB) $(ALL_LIB)
 	$(call say,LINK,$@) mkdir -p $(@D) && $(EMULATED_CXX) $(HOUSE_LDFLAGS) $(LDFLAGS) -o $@ $(filter %.o %.a,$^) \
 	    $(TEST_LIBRARIES) $(LDLIBS) $(CUDA_LIBRARIES)
-$(BUILD)/obj/bench/gpu/gpu_kernels.o: bench/gpu/gpu_kernels.c $(BUILD)/flags | $(BUILD)/version.h
+$(BUILD)/obj/bench/gpu/gpu_%.o: bench/gpu/gpu_%.c $(BUILD)/flags | $(BUILD)/version.h
 	$(call say,CC,$<) mkdir -p $(@D) && $(CC) $(CUDA_HOST_CFLAGS) $(CFLAGS) -MMD -MP -c -o $@ $<
-$(BUILD)/bench/gpu_kernels: $(BUILD)/obj/bench/gpu/gpu_kernels.o $(CUDA_LIB) $(ALL_LIB)
+$(GPU_BENCHES): $(BUILD)/bench/gpu_%: $(BUILD)/obj/bench/gpu/gpu_%.o $(CUDA_LIB) $(ALL_LIB)
 	$(call say,LINK,$@) mkdir -p $(@D) && $(CC) $(HOUSE_LDFLAGS) $(LDFLAGS) -o $@ $(filter %.o %.a,$^) $(LDLIBS) $(CUDA_LIBRARIES)
 $(BUILD)/bench/synthetic_shards: $(BUILD)/obj/bench/gpu/synthetic_shards.o $(ALL_LIB)
 	$(call link)

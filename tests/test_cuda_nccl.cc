@@ -67,10 +67,10 @@ static int check(void *context, struct error *err)
     return err->code;
 }
 
-static int give_up(void *context, struct nccl_place place, struct error *err)
+static int give_up(void *context, struct nccl_place place, bool late, struct error *err)
 {
     struct rank *rank = (struct rank *)context;
-    (void)place;
+    (void)place, (void)late;
     comm_region_abort(rank->run->region, rank->number, err);
     return check(context, err);
 }
@@ -347,7 +347,7 @@ static const struct fault_case {
     {"a call that fails", FAULT_CALL, 4, 3, 3, ERR_GPU, {"rank 3", "layer 11 (mlp)", "gathering", "system error"}},
     {"a message that never moves", FAULT_STUCK, 4, 1, 2, ERR_RANK, {"rank ", "layer 11 (mlp)", "within 0.3 s"}},
     {"the first message never moves", FAULT_STUCK, 8, 5, 0, ERR_RANK, {"rank ", "layer 10 (mlp)", "within 0.3 s"}},
-    {"an init that never completes", FAULT_NO_INIT, 4, 2, 0, ERR_RANK, {"rank ", "start", "within 0.3 s"}},
+    {"an init that never completes", FAULT_NO_INIT, 4, 2, 0, ERR_RANK, {"rank ", "connect the 4 ranks", "within 0.3 s"}},
     {"a refused init", FAULT_DUPLICATE, 2, 1, 0, ERR_GPU, {"rank 1", "two ranks on one GPU", "--transport host"}},
     {"an abort that hangs", FAULT_ABORT_HANGS, 2, 1, 0, ERR_RANK, {"rank ", "layer 10 (mlp)", "within 0.3 s"}},
 };

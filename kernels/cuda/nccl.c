@@ -31,6 +31,7 @@ struct nccl {
     struct nccl_options options;
     int device;
     ncclComm_t comm;
+    bool connected;
     bool failed, stuck; // stuck: the stream did not end with the communicator
     struct error why;   // of the failure
     uint8_t *to, *from; // device [buffer_bytes]
@@ -105,17 +106,20 @@ static int fail_with(struct nccl *n, const struct error *why, struct error *err)
 }
 
 // What this rank found: the first error of any rank is the one that counts.
-static int give_up(struct nccl *n, struct nccl_place place, struct error *found, struct error *err)
+static int give_up(struct nccl *n, struct nccl_place place, bool late, struct error *found, struct error *err)
 {
     const struct nccl_group *group = &n->options.group;
-    int code = group->give_up(group->context, place, found);
+    int code = group->give_up(group->context, place, late, found);
     found->code = code ? code : found->code;
     return fail_with(n, found, err);
 }
 
 static void describe(const struct nccl *n, struct nccl_place place, char text[NCCL_PLACE_BYTES])
 {
-    n->options.group.describe(n->options.group.context, place, text);
+    if (n->connected)
+        n->options.group.describe(n->options.group.context, place, text);
+    else
+        snprintf(text, NCCL_PLACE_BYTES, "its start");
 }
 
 static int nccl_error(struct nccl *n, ncclResult_t result, const char *what, struct nccl_place place, struct error *err)
@@ -131,7 +135,7 @@ static int nccl_error(struct nccl *n, ncclResult_t result, const char *what, str
         error_set(&found, result == ncclRemoteError ? ERR_RANK : ERR_GPU, "rank %d: NCCL failed in %s: %s: %s%s%s",
                   n->options.group.rank, at, what, n->library.ncclGetErrorString_(result), more && *more ? ": " : "",
                   more ? more : "");
-    return give_up(n, place, &found, err);
+    return give_up(n, place, false, &found, err);
 }
 
 static int cuda_failed(struct nccl *n, cudaError_t status, const char *what, struct nccl_place place, struct error *err)
@@ -143,7 +147,7 @@ static int cuda_failed(struct nccl *n, cudaError_t status, const char *what, str
     describe(n, place, at);
     error_set(&found, status == cudaErrorMemoryAllocation ? ERR_MEMORY : ERR_GPU, "rank %d: device %d: %s in %s: %s",
               n->options.group.rank, n->device, what, at, cudaGetErrorString(status));
-    return give_up(n, place, &found, err);
+    return give_up(n, place, false, &found, err);
 }
 
 // ---- waiting --------------------------------------------------------------------------------------------------------------
@@ -171,9 +175,15 @@ static int late(struct nccl *n, const struct wait *w, struct error *err)
     struct error found;
     char at[NCCL_PLACE_BYTES];
     describe(n, w->place, at);
-    error_set(&found, ERR_RANK, "rank %d: %s did not %s over NCCL within %.1f s", n->options.group.rank, at, w->verb,
-              w->timeout_ms / 1000.0);
-    return give_up(n, w->place, &found, err);
+    if (n->connected)
+        error_set(&found, ERR_RANK, "rank %d: %s did not %s over NCCL within %.1f s", n->options.group.rank, at,
+                  w->verb, w->timeout_ms / 1000.0);
+    else
+        error_set(&found, ERR_RANK,
+                  "rank %d: NCCL did not connect the %d ranks within %.1f s: it needs a way between "
+                  "all of them (NCCL_DEBUG=INFO tells more); --transport host needs none between devices",
+                  n->options.group.rank, n->options.group.tp_size, w->timeout_ms / 1000.0);
+    return give_up(n, w->place, n->connected, &found, err);
 }
 
 // A turn of a wait that is not over yet. Time in which this process was stopped counts little.
@@ -226,14 +236,14 @@ static struct nccl_place place_now(const struct nccl *n)
     return n->places[(n->messages - began < PLACES ? began : n->messages) % PLACES];
 }
 
-int nccl_wait(struct nccl *n, struct error *err)
+static int wait_until_done(struct nccl *n, cudaEvent_t event, struct error *err)
 {
     int rc;
     if (n->failed)
         return already_failed(n, err);
     struct wait w = wait_begin(n, place_now(n), n->options.timeout_ms, "finish");
     for (;;) {
-        cudaError_t status = cudaStreamQuery(n->options.stream);
+        cudaError_t status = event ? cudaEventQuery(event) : cudaStreamQuery(n->options.stream);
         if (status == cudaSuccess)
             return 0;
         w.place = place_now(n);
@@ -248,6 +258,10 @@ int nccl_wait(struct nccl *n, struct error *err)
             return rc;
     }
 }
+
+int nccl_wait(struct nccl *n, struct error *err) { return wait_until_done(n, NULL, err); }
+
+int nccl_wait_event(struct nccl *n, cudaEvent_t event, struct error *err) { return wait_until_done(n, event, err); }
 
 // ---- beginning and end -------------------------------------------------------------------------------------------------------
 
@@ -373,12 +387,14 @@ int nccl_connect(struct nccl *n, const struct nccl_hello *hellos, struct error *
     if (n->failed)
         return already_failed(n, err);
     if (compare_hellos(n, hellos, &found))
-        return give_up(n, start, &found, err);
+        return give_up(n, start, false, &found, err);
     memcpy(&id, hellos[0].id, sizeof id);
     struct wait w = wait_begin(n, start, n->options.start_timeout_ms, "finish");
     ncclResult_t result =
         n->library.ncclCommInitRankConfig_(&n->comm, group->tp_size, id, group->rank, (ncclConfig_t *)(void *)&config);
-    return settle(n, result, &w, "connecting", err);
+    int rc = settle(n, result, &w, "connecting", err);
+    n->connected = !rc;
+    return rc;
 }
 
 // Waits for the device and for the other ranks' last messages; false: the communicator is to be aborted.

@@ -16,6 +16,7 @@
 #include "kernels/wire.h"
 
 #include <cuda_runtime_api.h>
+#include <stdbool.h>
 #include <stdint.h>
 
 #ifdef __cplusplus
@@ -47,8 +48,9 @@ struct nccl_group {
     int rank, tp_size;
     // 0, or the error with which a rank of the group has given up.
     int (*check)(void *context, struct error *err);
-    // This rank gives up: tells all others. err: what was found; becomes the error that counts, which is returned.
-    int (*give_up)(void *context, struct nccl_place place, struct error *err);
+    // This rank gives up: tells all others. err: what was found; becomes the error that counts, which is returned. late: some rank did not
+    // come in time, NCCL does not tell which.
+    int (*give_up)(void *context, struct nccl_place place, bool late, struct error *err);
     // "all_reduce of layer 3 (attention)"
     void (*describe)(void *context, struct nccl_place place, char text[NCCL_PLACE_BYTES]);
 };
@@ -81,6 +83,8 @@ int nccl_all_reduce(struct nccl *nccl, float *data, uint16_t *lost, int64_t rows
                     enum wire wire, struct nccl_place place, struct error *err);
 // Waits until the stream is done: what the host calls in place of cudaStreamSynchronize.
 int nccl_wait(struct nccl *nccl, struct error *err);
+// Until the stream has come to an event; in place of cudaEventSynchronize.
+int nccl_wait_event(struct nccl *nccl, cudaEvent_t event, struct error *err);
 // Bytes that this rank has sent so far.
 uint64_t nccl_sent_bytes(const struct nccl *nccl);
 

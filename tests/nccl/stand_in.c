@@ -9,6 +9,7 @@
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <libgen.h>
+#include <limits.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -33,6 +34,7 @@ struct region {
 struct ncclComm {
     atomic_int references;
     struct region *region;
+    ncclUniqueId id;
     int rank, num_ranks;
     int messages;
     atomic_bool aborted;
@@ -88,11 +90,12 @@ static void put_on_stream(struct message *message, bool (*step)(void *))
     static enqueue_fn *enqueue;
     if (!enqueue) {
         Dl_info info;
-        char path[4096] = "";
+        char path[PATH_MAX + 64] = "";
         void *found = dlsym(RTLD_DEFAULT, "emulator_enqueue_until");
         if (!found && dladdr((void *)(uintptr_t)nccl_stand_in, &info)) {
-            char file[4000];
-            snprintf(file, sizeof file, "%s", info.dli_fname);
+            char file[PATH_MAX];
+            if (!realpath(info.dli_fname, file))
+                abort();
             snprintf(path, sizeof path, "%s/libtpengine_cuda_emulated.so", dirname(file));
             void *backend = dlopen(path, RTLD_NOW | RTLD_NOLOAD);
             found = backend ? dlsym(backend, "emulator_enqueue_until") : NULL;
@@ -198,10 +201,6 @@ EXPORT ncclResult_t ncclGetUniqueId(ncclUniqueId *id)
     static atomic_int ids;
     memset(id, 0, sizeof *id);
     snprintf(id->internal, sizeof id->internal, "/nccl_stand_in.%d.%d", (int)getpid(), atomic_fetch_add(&ids, 1));
-    int file = shm_open(id->internal, O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, 0600);
-    if (file < 0 || ftruncate(file, sizeof(struct region)) != 0)
-        return ncclSystemError;
-    close(file);
     return ncclSuccess;
 }
 
@@ -215,15 +214,17 @@ EXPORT ncclResult_t ncclCommInitRankConfig(ncclComm_t *out, int num_ranks, ncclU
     if (given.size != sizeof given || given.magic != (unsigned)NCCL_CONFIG_MAGIC || given.blocking != 0 ||
         num_ranks > STAND_IN_RANKS)
         return ncclInvalidArgument;
-    int file = shm_open(id.internal, O_RDWR | O_CLOEXEC, 0);
-    void *memory =
-        file < 0 ? MAP_FAILED : mmap(NULL, sizeof(struct region), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    int file = shm_open(id.internal, O_CREAT | O_RDWR | O_CLOEXEC, 0600); // zeros for the first rank
+    void *memory = file < 0 || ftruncate(file, sizeof(struct region)) != 0
+                       ? MAP_FAILED
+                       : mmap(NULL, sizeof(struct region), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
     struct ncclComm *comm = calloc(1, sizeof *comm);
     if (file >= 0)
         close(file);
     if (memory == MAP_FAILED || !comm)
         return ncclSystemError;
     comm->references = 1;
+    comm->id = id;
     comm->region = memory;
     comm->rank = rank, comm->num_ranks = num_ranks;
     count(shared->opened, rank);
@@ -268,6 +269,7 @@ static ncclResult_t end(ncclComm_t comm, int *counters)
 {
     count(counters, comm->rank);
     atomic_store(&comm->aborted, true);
+    shm_unlink(comm->id.internal); // where not all ranks came
     if (comm->queued)
         put_on_stream(comm->queued, step);
     release(comm);
@@ -282,6 +284,7 @@ EXPORT ncclResult_t ncclCommAbort(ncclComm_t comm)
 {
     if (fault(FAULT_ABORT_HANGS, comm)) {
         count(shared->aborts, comm->rank);
+        shm_unlink(comm->id.internal);
         atomic_store(&comm->aborted, true); // what it has begun ends with the process; the test's stream as well
         for (;;)
             pause();
