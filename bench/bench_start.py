@@ -90,7 +90,7 @@ def size(path):
 
 
 def rank_files(directory):
-    return sorted(Path(directory).glob("rank-*.tpshard"))
+    return sorted(Path(directory).glob("*rank-*.tpshard"))
 
 
 # ---- tables of values ------------------------------------------------------------------------------------------------

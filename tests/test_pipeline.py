@@ -14,7 +14,7 @@ import urllib.request
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from case_help import CLEAN, check, expect, expect_run, free_port, must, run, status, wait_until  # noqa: E402
+from case_help import CLEAN, check, expect, expect_run, free_port, must, run, skip, status, wait_until  # noqa: E402
 
 BUILD = Path(os.environ.get("BUILD", "build"))
 MODEL, FAMILIES = Path("tests/model"), Path("tests/golden/families")
@@ -73,6 +73,18 @@ def test_tokens(work):
         alone = [generate(shards(work, tp, pp), [prompt], *ways[0])[0] for prompt in PROMPTS[:2 if QUICK else None]]
         batch = generate(shards(work, tp, 1), PROMPTS, *ways[0])
         expect(f"alone, tp {tp} pp {pp}", alone, batch[:len(alone)])
+
+
+def test_device(work):
+    """Stages on the CUDA backend, emulated: the same logits as one stage there."""
+    library = BUILD / "tests" / "libtpengine_cuda_emulated.so"
+    if not library.exists():
+        skip("stages on an emulated device", f"{library} was not built")
+        return
+    words = ("--backend", "cuda", "--cuda-library", library, "--context", 64)
+    for tp, pp in ((2, 2),) if QUICK else ((1, 2), (2, 2)):
+        one, cut = logits(shards(work, tp, 1), 12, *words), logits(shards(work, tp, pp), 12, *words)
+        check(f"logits on an emulated device at tp {tp} pp {pp}", one == cut, "they differ from those of one stage")
 
 
 def bench(folder, *words):
@@ -184,7 +196,7 @@ def test_serve(work):
 def main():
     with tempfile.TemporaryDirectory() as tmp:
         work = Path(tmp)
-        for test in (test_bits, test_tokens, test_passes, test_lost_rank, test_stopped_rank, test_commands, test_serve):
+        for test in (test_bits, test_tokens, test_device, test_passes, test_lost_rank, test_stopped_rank, test_commands, test_serve):
             test(work)
     return status()
 

@@ -120,6 +120,7 @@ struct device {
     cudaEvent_t uploaded;          // the host's part of the step has been read
     struct step_input source;      // of what `input` holds
     bool recording;
+    bool rows_sent;            // what the host says of the step is on its way to the device
     int64_t sampled;           // rows that sample chooses for
     struct step_graph *graphs; // [decode_rows + 1], by rows of a decode step
 

@@ -35,7 +35,7 @@ int step_begin(struct device *d, const struct token_row *rows, int64_t count, en
     d->step_count = count;
     d->phase = phase;
     d->source = (struct step_input){0};
-    d->recording = false;
+    d->recording = d->rows_sent = false;
     d->host = device_step_block(d, d->step_host, count);
     d->all_block = device_step_block(d, d->step_device, count);
     for (int64_t i = 0; i < count; i++) {
@@ -84,12 +84,22 @@ int step_finish(struct device *d, struct error *err)
 
 // ---- operations ------------------------------------------------------------------------------------------------
 
-int step_embed(struct device *d, struct error *err)
+// Once in a step: with its first operation, which is the embedding or takes the residual from another pipeline stage.
+static int send_rows(struct device *d, struct error *err)
 {
+    if (d->rows_sent)
+        return 0;
     int rc = CHECK(cudaMemcpyAsync(d->step_device, d->step_host, d->host.bytes, cudaMemcpyHostToDevice, d->stream),
                    "copying a step's rows");
     if (!rc && !d->recording)
         rc = CHECK(cudaEventRecord(d->uploaded, d->stream), "copying a step's rows");
+    d->rows_sent = !rc;
+    return rc;
+}
+
+int step_embed(struct device *d, struct error *err)
+{
+    int rc = send_rows(d, err);
     if (rc)
         return rc;
     return CHECK(launch_embed(d->buffer[BUFFER_RESIDUAL], &d->weights->embedding, d->block.token, d->count,
@@ -184,6 +194,9 @@ int step_lend(struct device *d, enum buffer buffer, float **host, struct error *
 
 int step_returned(struct device *d, enum buffer buffer, struct error *err)
 {
+    int rc = send_rows(d, err);
+    if (rc)
+        return rc;
     return CHECK(
         cudaMemcpyAsync(d->buffer[buffer], lent_place(d), lent_bytes(d, buffer), cudaMemcpyHostToDevice, d->stream),
         "copying a sum");
