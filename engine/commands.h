@@ -133,6 +133,55 @@ extern struct session_options session_options;
          0,                                                                                                            \
          "at the end, how long each part of the start took: JSON on standard error"},                                  \
         {"ranks", OPTION_CHOICE, &session_options.ranks, "process|thread", 0, 0, "run ranks as processes or threads"}, \
+        {"launcher",                                                                                                   \
+         OPTION_CHOICE,                                                                                                \
+         &session_options.launcher.launcher,                                                                           \
+         LAUNCHER_CHOICES,                                                                                             \
+         0,                                                                                                            \
+         0,                                                                                                            \
+         "who has started one process for each rank, as its variables say; none: this process starts all ranks"},      \
+        {"rank",                                                                                                       \
+         OPTION_INT,                                                                                                   \
+         &session_options.launcher.rank,                                                                               \
+         "N",                                                                                                          \
+         0,                                                                                                            \
+         COMM_MAX_RANKS - 1,                                                                                           \
+         "this process is rank N of --world-size; rank 0 runs the command, the others end with it"},                   \
+        {"world-size",                                                                                                 \
+         OPTION_INT,                                                                                                   \
+         &session_options.launcher.world_size,                                                                         \
+         "N",                                                                                                          \
+         1,                                                                                                            \
+         COMM_MAX_RANKS,                                                                                               \
+         "ranks that were started, each with --rank, maybe on several hosts"},                                         \
+        {"local-rank",                                                                                                 \
+         OPTION_INT,                                                                                                   \
+         &session_options.launcher.local_rank,                                                                         \
+         "N",                                                                                                          \
+         0,                                                                                                            \
+         COMM_MAX_RANKS - 1,                                                                                           \
+         "the device of this rank on its host"},                                                                       \
+        {"master",                                                                                                     \
+         OPTION_TEXT,                                                                                                  \
+         &session_options.launcher.master,                                                                             \
+         "HOST:PORT",                                                                                                  \
+         0,                                                                                                            \
+         0,                                                                                                            \
+         "where rank 0 listens until all ranks have come; in place of the launcher's address"},                        \
+        {"token-file",                                                                                                 \
+         OPTION_TEXT,                                                                                                  \
+         &session_options.token_file,                                                                                  \
+         "FILE",                                                                                                       \
+         0,                                                                                                            \
+         0,                                                                                                            \
+         "its first line is the secret by which ranks on several hosts know each other; else TPENGINE_TOKEN"},         \
+        {"join-timeout",                                                                                               \
+         OPTION_NUMBER,                                                                                                \
+         &session_options.join_timeout_s,                                                                              \
+         "SECONDS",                                                                                                    \
+         0.1,                                                                                                          \
+         86400,                                                                                                        \
+         "how long to wait for the other ranks' processes"},                                                           \
         {"threads",                                                                                                    \
          OPTION_INT,                                                                                                   \
          &session_options.threads,                                                                                     \
@@ -169,6 +218,10 @@ struct program_start {
 extern struct program_start program_start;
 // With --timings: one JSON object on standard error, of the ranks' last start. Before session_close.
 int print_timings(struct session *session, struct error *err);
+
+// For commands that run ranks, before they do anything: where a launcher has started this process for a rank other than 0, that rank has run to its end, with
+// this result, and the command is done.
+bool other_rank_ran(const char *place, int *rc, struct error *err);
 
 extern const struct option_spec generate_options[], serve_options[], bench_options[], eval_options[], advise_options[],
     logits_options[], tokenize_options[], capture_options[], doctor_options[];

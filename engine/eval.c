@@ -392,8 +392,11 @@ static int report_needle(const struct eval_needle *needle, struct error *err)
 static int open_one(struct session **out, const char *dir, bool is_reference, int64_t chunk, struct error *err)
 {
     struct session_options wanted = session_options;
-    if (is_reference)
+    if (is_reference) { // its ranks are this process's own, in every case
         wanted.kv_cache = wanted.wire = "bf16";
+        wanted.launcher =
+            (struct launcher_options){"none", LAUNCHER_NOT_GIVEN, LAUNCHER_NOT_GIVEN, LAUNCHER_NOT_GIVEN, NULL};
+    }
     wanted.default_context = options.needle > 0 ? 4096 : 512;
     wanted.residual_rows = options.layers ? chunk : 0;
     int rc = choose_store(&wanted.store, dir, err);
@@ -570,6 +573,8 @@ int eval_run(int argc, char **argv, struct error *err)
     (void)argc;
     struct evaluation e = {.dir = argv[0]};
     int rc;
+    if (other_rank_ran(argv[0], &rc, err))
+        return rc;
     if (!options.text)
         return error_set(err, ERR_USAGE, "eval needs --text FILE");
     if (options.layers && !options.against)

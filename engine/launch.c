@@ -5,6 +5,7 @@
 // `command_number`.
 #include "engine/launch.h"
 
+#include "engine/comm_tcp.h"
 #include "formats/checked.h"
 #include "kernels/futex.h"
 
@@ -64,6 +65,8 @@ struct launch {
     struct launch_options options;
     rank_main_fn *rank_main;
     void *arg;
+    int first, end;            // the ranks that run here
+    int links[COMM_MAX_RANKS]; // [num_ranks] where ranks are other processes': what no rank has taken yet, else -1
     struct launch_area *area;
     struct comm_region *region;
     void *shared;
@@ -132,27 +135,38 @@ static void restore_signals(struct launch *launch)
 
 static struct rank_state *state_of(struct launch *launch, int rank) { return &launch->area->ranks[rank]; }
 
+// Of those that run here.
+static uint32_t num_here(const struct launch *launch) { return (uint32_t)(launch->end - launch->first); }
+
+void rank_is_ready(struct rank_env *env)
+{
+    struct launch *launch = env->launch;
+    comm_at(env->comm, OP_IDLE, -1);
+    if (!atomic_exchange(&state_of(launch, env->rank)->started, 1) &&
+        atomic_fetch_add(&launch->area->started_ranks, 1) + 1 == num_here(launch))
+        wake_parent(launch->event_fd);
+}
+
 int rank_next_command(struct rank_env *env, int *command, struct error *err)
 {
     struct launch *launch = env->launch;
     struct launch_area *area = launch->area;
     struct rank_state *state = state_of(launch, env->rank);
     struct spinner *spinner = &launch->ranks[env->rank].spinner;
-    comm_at(env->comm, OP_IDLE, -1);
-    if (!atomic_exchange(&state->started, 1) &&
-        atomic_fetch_add(&area->started_ranks, 1) + 1 == (uint32_t)env->num_ranks)
-        wake_parent(launch->event_fd);
+    rank_is_ready(env);
 
     uint32_t taken = atomic_load_explicit(&state->taken, memory_order_relaxed);
     struct spin spin = spin_begin(spinner);
     bool slept = false;
-    while (atomic_load_explicit(&area->command_number, memory_order_acquire) == taken) {
+    while (atomic_load_explicit(&area->command_number, memory_order_acquire) == taken &&
+           !(env->spread && comm_region_aborted(launch->region))) {
         if (spin_again(&spin))
             continue;
         slept = true;
         atomic_fetch_add(&area->sleeping_ranks, 1);
-        while (atomic_load(&area->command_number) == taken)
-            futex_wait(&area->command_number, taken, -1);
+        // Ranks of other processes that are lost raise the abort word, but not the number.
+        while (atomic_load(&area->command_number) == taken && !(env->spread && comm_region_aborted(launch->region)))
+            futex_wait(&area->command_number, taken, env->spread ? LOOK_MS * 1000000ll : -1);
         atomic_fetch_sub(&area->sleeping_ranks, 1);
     }
     spinner_learn(spinner, !slept);
@@ -177,7 +191,7 @@ void rank_command_done(struct rank_env *env)
     struct launch *launch = env->launch;
     struct rank_state *state = state_of(launch, env->rank);
     atomic_store(&state->done, atomic_load(&state->taken));
-    if (atomic_fetch_add(&launch->area->done_ranks, 1) + 1 == (uint32_t)env->num_ranks)
+    if (atomic_fetch_add(&launch->area->done_ranks, 1) + 1 == num_here(launch))
         wake_parent(launch->event_fd);
 }
 
@@ -206,7 +220,9 @@ static int run_rank(struct rank_handle *handle)
     struct rank_env *env = &handle->env;
     struct rank_state *state = state_of(launch, env->rank);
     struct error err = {0};
-    int code = comm_open(&env->comm, launch->region, env->rank, launch->options.wait_timeout_ms, &err);
+    int timeout_ms = launch->options.wait_timeout_ms;
+    int code = env->spread ? comm_open_sockets(&env->comm, launch->region, launch->links, env->rank, timeout_ms, &err)
+                           : comm_open(&env->comm, launch->region, env->rank, timeout_ms, &err);
     if (!code) {
         comm_at(env->comm, OP_START, -1);
         code = launch->rank_main(env, launch->arg, &err);
@@ -250,11 +266,23 @@ static void close_all(unsigned first, unsigned end)
         close((int)fd);
 }
 
-// What this process got from its parent, but for 0, 1, 2 and `keep`: clients' connections must not outlive the parent's close.
-static void close_others(int keep)
+// What this process got from its parent, but for 0, 1, 2, the event descriptor and the links: clients' connections must not outlive the parent's close.
+static void close_others(const struct launch *launch)
 {
-    close_all(3, keep > 3 ? (unsigned)keep : 3);
-    close_all(keep > 2 ? (unsigned)keep + 1 : 3, ~0u);
+    unsigned keep[COMM_MAX_RANKS + 1], count = 0, next = 3;
+    keep[count++] = (unsigned)launch->event_fd;
+    for (int rank = 0; launch->options.links && rank < launch->num_ranks; rank++)
+        if (launch->links[rank] >= 0)
+            keep[count++] = (unsigned)launch->links[rank];
+    for (;;) {
+        unsigned lowest = ~0u;
+        for (unsigned i = 0; i < count; i++)
+            lowest = keep[i] >= next && keep[i] < lowest ? keep[i] : lowest;
+        close_all(next, lowest);
+        if (lowest == ~0u)
+            return;
+        next = lowest + 1;
+    }
 }
 
 static void rank_process(struct rank_handle *handle, pid_t parent)
@@ -265,7 +293,7 @@ static void rank_process(struct rank_handle *handle, pid_t parent)
         _exit(error_exit_code(ERR_RANK));
     signal(SIGINT, SIG_IGN);
     signal(SIGTERM, SIG_IGN);
-    close_others(handle->launch->event_fd);
+    close_others(handle->launch);
     _exit(error_exit_code(run_rank(handle)));
 }
 
@@ -309,6 +337,15 @@ static int start_thread(struct rank_handle *handle, struct error *err)
     return 0;
 }
 
+static void close_links(struct launch *launch)
+{
+    for (int rank = 0; launch->options.links && rank < launch->num_ranks; rank++) {
+        if (launch->links[rank] >= 0)
+            close(launch->links[rank]);
+        launch->links[rank] = -1;
+    }
+}
+
 static int start_process(struct rank_handle *handle, struct error *err)
 {
     pid_t parent = getpid();
@@ -317,6 +354,7 @@ static int start_process(struct rank_handle *handle, struct error *err)
         return error_set_errno(err, "cannot start a process for rank %d", handle->env.rank);
     if (handle->pid == 0)
         rank_process(handle, parent);
+    close_links(handle->launch); // the rank has them: others must see its end at once
     handle->running = true;
     handle->pidfd = (int)syscall(SYS_pidfd_open, handle->pid, 0);
     return 0;
@@ -342,6 +380,12 @@ int launch_start(struct launch **out, const struct launch_options *options, rank
         launch->options.wait_timeout_ms = DEFAULT_WAIT_TIMEOUT_MS;
     launch->rank_main = rank_main;
     launch->arg = arg;
+    for (int rank = 0; options->links && rank < num_ranks; rank++) {
+        launch->links[rank] = options->links[rank];
+        options->links[rank] = -1;
+    }
+    launch->first = options->links ? options->only : 0;
+    launch->end = options->links ? options->only + 1 : num_ranks;
     launch->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     if (launch->event_fd < 0) {
         rc = error_set_errno(err, "cannot make an event descriptor");
@@ -352,17 +396,18 @@ int launch_start(struct launch **out, const struct launch_options *options, rank
     if (!options->leave_signals)
         handle_signals(launch);
     launch->looked_ns = clock_now_ns();
-    for (int rank = 0; rank < num_ranks; rank++)
+    for (int rank = launch->first; rank < launch->end; rank++)
         launch->ranks[rank].pidfd = -1; // also of those that a failed start never reaches
     fflush(NULL);                       // or every rank would write what is buffered once more
-    for (int rank = 0; rank < num_ranks && !rc; rank++) {
+    for (int rank = launch->first; rank < launch->end && !rc; rank++) {
         struct rank_handle *handle = &launch->ranks[rank];
         *handle = (struct rank_handle){.pidfd = -1, .launch = launch};
         handle->env = (struct rank_env){.rank = rank,
                                         .num_ranks = num_ranks,
                                         .tp_size = options->tp_size,
                                         .shared = launch->shared,
-                                        .launch = launch};
+                                        .launch = launch,
+                                        .spread = options->links != NULL};
         spinner_init(&handle->spinner);
         rc = options->threads ? start_thread(handle, err) : start_process(handle, err);
     }
@@ -386,7 +431,8 @@ struct comm_position launch_position(const struct launch *launch, int rank)
 
 int64_t launch_pid(const struct launch *launch, int rank)
 {
-    return launch->options.threads ? getpid() : launch->ranks[rank].pid;
+    bool here = rank >= launch->first && rank < launch->end;
+    return !here ? 0 : launch->options.threads ? getpid() : launch->ranks[rank].pid;
 }
 
 int launch_lost_rank(const struct launch *launch) { return launch->error.code ? launch->lost_rank : -1; }
@@ -430,7 +476,7 @@ static int explain_end(struct launch *launch, struct rank_handle *handle, int st
 static int reap(struct launch *launch, bool stopping, int *bad_rank, struct error *err)
 {
     int rc = 0;
-    for (int rank = 0; rank < launch->num_ranks; rank++) {
+    for (int rank = launch->first; rank < launch->end; rank++) {
         struct rank_handle *handle = &launch->ranks[rank];
         int status = 0;
         if (!handle->running)
@@ -463,7 +509,7 @@ static int reap(struct launch *launch, bool stopping, int *bad_rank, struct erro
 
 static bool any_running(const struct launch *launch)
 {
-    for (int rank = 0; rank < launch->num_ranks; rank++)
+    for (int rank = launch->first; rank < launch->end; rank++)
         if (launch->ranks[rank].running)
             return true;
     return false;
@@ -476,7 +522,7 @@ static bool wait_for_events(struct launch *launch, int extra_fd, int timeout_ms)
     nfds_t count = 0;
     fds[count++] = (struct pollfd){.fd = extra_fd, .events = POLLIN};
     fds[count++] = (struct pollfd){.fd = launch->event_fd, .events = POLLIN};
-    for (int rank = 0; rank < launch->num_ranks && !launch->options.threads; rank++) {
+    for (int rank = launch->first; rank < launch->end && !launch->options.threads; rank++) {
         if (launch->ranks[rank].running && launch->ranks[rank].pidfd < 0 && (timeout_ms < 0 || timeout_ms > LOOK_MS))
             timeout_ms = LOOK_MS;
         fds[count++] = (struct pollfd){.fd = launch->ranks[rank].pidfd, .events = POLLIN};
@@ -516,7 +562,7 @@ static bool end_ranks(struct launch *launch, int grace_ms, struct error *first)
     bool ended = wait_for_ends(launch, launch->options.threads ? STOP_GRACE_MS : grace_ms, &bad_rank, first);
     if (ended || launch->options.threads)
         return ended;
-    for (int rank = 0; rank < launch->num_ranks; rank++) {
+    for (int rank = launch->first; rank < launch->end; rank++) {
         if (!launch->ranks[rank].running)
             continue;
         kill(launch->ranks[rank].pid, SIGKILL);
@@ -553,7 +599,7 @@ static int watch(struct launch *launch, int *stuck, struct error *err)
     if (passed_ns > 2 * (int64_t)LOOK_MS * 1000000)
         passed_ns = 2 * (int64_t)LOOK_MS * 1000000;
     launch->looked_ns = now_ns;
-    for (int rank = 0; rank < launch->num_ranks; rank++) {
+    for (int rank = launch->first; rank < launch->end; rank++) {
         struct rank_handle *handle = &launch->ranks[rank];
         struct rank_state *state = state_of(launch, rank);
         struct comm_position at = comm_region_position(launch->region, rank), other = {.op = OP_COUNT, .waits_for = -1};
@@ -598,7 +644,7 @@ int launch_post(struct launch *launch, int command, struct error *err)
     if (launch->command_running || command <= 0)
         return error_set(err, ERR_OTHER, "command %d was posted %s", command,
                          command <= 0 ? "but commands are above 0" : "while another one runs");
-    for (int rank = 0; rank < launch->num_ranks; rank++)
+    for (int rank = launch->first; rank < launch->end; rank++)
         launch->ranks[rank].silent_ns = 0;
     launch->looked_ns = clock_now_ns();
     launch->command_running = true;
@@ -610,7 +656,7 @@ int launch_post(struct launch *launch, int command, struct error *err)
 int launch_wait(struct launch *launch, int extra_fd, struct error *err)
 {
     struct launch_area *area = launch->area;
-    uint32_t num_ranks = (uint32_t)launch->num_ranks;
+    uint32_t num_ranks = num_here(launch);
     somebody_waits = 1;
     for (int timeout_ms = 0;; timeout_ms = launch->ready && !launch->command_running ? -1 : LOOK_MS) {
         if (launch->error.code) {
@@ -651,6 +697,23 @@ int launch_wait(struct launch *launch, int extra_fd, struct error *err)
     }
 }
 
+int launch_wait_end(struct launch *launch, struct error *err)
+{
+    enum { SELDOM_MS = 1000 };
+    somebody_waits = 1;
+    while (any_running(launch)) {
+        bool ready = atomic_load(&launch->area->started_ranks) == num_here(launch);
+        struct error found;
+        int rank = 0;
+        wait_for_events(launch, -1, ready ? SELDOM_MS : LOOK_MS);
+        signal_pending = 0;
+        if (reap(launch, true, &rank, &found) || (!ready && watch(launch, &rank, &found)))
+            return fail(launch, rank, &found, err);
+    }
+    launch->ready = true;
+    return 0;
+}
+
 int launch_stop(struct launch *launch, struct error *err)
 {
     if (!launch)
@@ -660,7 +723,7 @@ int launch_stop(struct launch *launch, struct error *err)
     if (launch->area) {
         // What launch_wait has told, and what is stopped from here, is no news.
         bool told = launch->error.code != 0;
-        bool starting = atomic_load(&launch->area->started_ranks) < (uint32_t)launch->num_ranks;
+        bool starting = atomic_load(&launch->area->started_ranks) < num_here(launch);
         if ((launch->command_running || starting) && !comm_region_aborted(launch->region)) {
             struct error stop;
             error_set(&stop, ERR_RANK, "the ranks were stopped in the middle of %s",
@@ -679,6 +742,8 @@ int launch_stop(struct launch *launch, struct error *err)
             error_set(&first, ERR_RANK, "a rank has not ended within %d ms; its memory is left behind", STOP_GRACE_MS);
     }
     restore_signals(launch);
+    if (!launch->options.threads)
+        close_links(launch); // of a start that failed
     if (ended) {
         if (launch->area)
             munmap(launch->area, launch->mapped_bytes);

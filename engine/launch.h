@@ -30,6 +30,10 @@ struct launch_options {
     int wait_timeout_ms;  // longest wait in a collective; a busy rank may be silent for a quarter more; 0: 10000
     // SIGINT and SIGTERM are the caller's: launch_wait reports none (rank processes still ignore them).
     bool leave_signals;
+    // Ranks of other processes, maybe on other hosts: links [tp_size * pp_size] are connected sockets to them, and only rank `only` runs here. The
+    // sockets belong to the launch from now on (the entries become -1). NULL: all ranks run here.
+    int *links;
+    int only;
     uint64_t comm_max_elems;     // largest all-reduce message in floats
     uint64_t comm_message_bytes; // from stage to stage; see comm_region_bytes
     size_t shared_bytes;         // the caller's own shared area, zeroed
@@ -42,6 +46,7 @@ struct launch; // the parent's end
 struct rank_env {
     int rank, num_ranks; // of all stages
     int tp_size;         // of this rank's stage
+    bool spread;         // other ranks are other processes'; commands reach this rank's process at rank 0 alone
     struct comm *comm;   // the world's end: open, not yet shaken hands
     void *shared;        // the caller's shared area
     struct launch *launch;
@@ -69,6 +74,8 @@ void rank_ends(struct rank_env *env, const struct error *why);
 // Rank side. Blocks (spins a bounded time, then sleeps) until the parent posts a command; *command receives it. Returns
 // ERR_* when aborted. Command 0 means: end, return 0 from rank_main.
 int rank_next_command(struct rank_env *env, int *command, struct error *err);
+// Rank side, instead of it, for ranks whose commands come otherwise: this rank is ready for the first one.
+void rank_is_ready(struct rank_env *env);
 // Rank side: this rank has finished the command (all ranks must call it).
 void rank_command_done(struct rank_env *env);
 // Rank side, any thread: whether all ranks are to end. For who waits for anything but other ranks.
@@ -85,6 +92,9 @@ int launch_post(struct launch *launch, int command, struct error *err);
 // reach rank_next_command (returns 0, once). With no command running it waits for extra_fd, or returns 0 when there is
 // none.
 int launch_wait(struct launch *launch, int extra_fd, struct error *err);
+// Parent side, for ranks whose commands come otherwise: waits until they have ended: 0 when as they were told. They decide about a first signal; a
+// second one ends the process.
+int launch_wait_end(struct launch *launch, struct error *err);
 // Ends the ranks and frees everything: command 0, or an abort where they still start or a command is running; SIGKILL for those that
 // live 3 s later. Accepts NULL. Returns the error of a rank that ended badly after the last launch_wait, or 0.
 int launch_stop(struct launch *launch, struct error *err);

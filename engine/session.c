@@ -30,6 +30,11 @@ const struct session_options session_defaults = {
     .ranks = "process",
     .pin = "node",
     .timeout_s = 10,
+    .launcher = {.launcher = "auto",
+                 .rank = LAUNCHER_NOT_GIVEN,
+                 .world_size = LAUNCHER_NOT_GIVEN,
+                 .local_rank = LAUNCHER_NOT_GIVEN},
+    .join_timeout_s = 300,
     .default_context = 4096,
 };
 
@@ -126,11 +131,14 @@ static int settle_memory(struct session *s, double available, struct error *err)
     struct rank_share share = upper_share(d, tp);
     int64_t rows = rank_step_pass_rows(s->worker.backend, &s->worker.limits);
     double weights = 0, cache = 0;
-    double buffers = (double)shared_bytes(s) + (double)s->manifest->num_ranks * (double)rank_buffer_bytes(s, rows);
+    // Of spread ranks those on this host count, which may not be known.
+    bool spread = s->where.world_size > 1;
+    double here = !spread ? (double)s->manifest->num_ranks : s->where.local_size > 0 ? s->where.local_size : 1;
+    double buffers = (double)shared_bytes(s) + here * (double)rank_buffer_bytes(s, rows);
     if (s->worker.backend == &backend_cpu) {
         for (size_t i = 0; i < s->manifest->num_ranks; i++)
-            weights += (double)s->manifest->ranks[i].bytes;
-        cache = (double)tp * (double)kv_bytes(d, &share, s->worker.num_pages, s->worker.kv_format);
+            weights += (double)s->manifest->ranks[i].bytes * here / (double)s->manifest->num_ranks;
+        cache = here * (double)kv_bytes(d, &share, s->worker.num_pages, s->worker.kv_format);
     }
     double needed = weights + cache + buffers;
     s->needed_bytes = needed;
@@ -175,9 +183,15 @@ static int choose_transport(struct session *s, const char *wanted, struct error 
     const char *for_gpus = s->worker.backend == &backend_cpu
                                ? "it is for GPUs, and these ranks compute on the CPU"
                                : "this version's ranks on GPUs exchange through the host's shared memory (shm)";
+    bool spread = s->where.world_size > 1;
     const char *missing[TRANSPORT_COUNT] = {
-        [TRANSPORT_TCP] = elsewhere, [TRANSPORT_MPI] = elsewhere, [TRANSPORT_HOST] = for_gpus,
-        [TRANSPORT_P2P] = for_gpus,  [TRANSPORT_NCCL] = for_gpus,
+        [TRANSPORT_SHM] =
+            spread ? "the ranks are processes that share no memory, so they exchange over sockets (tcp)" : NULL,
+        [TRANSPORT_TCP] = spread ? NULL : elsewhere,
+        [TRANSPORT_MPI] = spread ? "the ranks of a launcher exchange over sockets (tcp)" : elsewhere,
+        [TRANSPORT_HOST] = for_gpus,
+        [TRANSPORT_P2P] = for_gpus,
+        [TRANSPORT_NCCL] = for_gpus,
     };
     return comm_select_transport(&s->worker.transport, wanted, missing, err);
 }
@@ -248,28 +262,48 @@ static uint64_t message_bytes(const struct session *s)
     return s->manifest->pp_size == 1 ? 0 : bytes < MOST_BYTES ? bytes : MOST_BYTES;
 }
 
-int session_launch(struct session *s, struct error *err)
+struct launch_options session_launch_options(const struct session *s, int *links)
 {
-    const struct model_desc *d = &s->manifest->model;
-    struct launch_options launch = {
+    return (struct launch_options){
         .tp_size = (int)s->manifest->tp_size,
         .pp_size = (int)s->manifest->pp_size,
         .threads = s->ranks_are_threads,
         .leave_signals = s->leave_signals,
         .wait_timeout_ms = s->timeout_ms,
-        .comm_max_elems = (uint64_t)d->hidden_size * 64,
+        .links = links,
+        .only = s->where.rank,
+        .comm_max_elems = (uint64_t)s->manifest->model.hidden_size * 64,
         .comm_message_bytes = message_bytes(s),
         .shared_bytes = shared_bytes(s),
     };
-    if (s->launch)
-        return 0;
-    s->start = (struct start_figures){.open_ns = s->start.open_ns, .launch_ns = clock_now_ns()};
-    int rc = s->settled ? 0 : session_settle(s, NULL, err);
-    if (rc || (rc = launch_start(&s->launch, &launch, worker_main, &s->worker, err)))
-        return rc;
+}
+
+void session_place(struct session *s)
+{
     s->shared = launch_shared(s->launch);
     s->forward = worker_forward_area(&s->worker);
     shared_area_place(s->shared, &s->area, &s->forward);
+}
+
+int session_launch(struct session *s, struct error *err)
+{
+    int links[COMM_MAX_RANKS];
+    bool spread = s->where.world_size > 1;
+    if (s->launch)
+        return 0;
+    if (spread && s->manifest->pp_size > 1 && s->worker.residual_rows > 0)
+        return error_set(err, ERR_USAGE,
+                         "%s: the residual stream of several stages can be shown where all of them run in "
+                         "one process' ranks: give --launcher none",
+                         s->dir);
+    s->start = (struct start_figures){.open_ns = s->start.open_ns, .launch_ns = clock_now_ns()};
+    int rc = spread ? session_meet(s, links, err) : s->settled ? 0 : session_settle(s, NULL, err);
+    if (rc)
+        return rc;
+    const struct launch_options launch = session_launch_options(s, spread ? links : NULL);
+    if ((rc = launch_start(&s->launch, &launch, worker_main, &s->worker, err)))
+        return rc;
+    session_place(s);
     return 0;
 }
 
@@ -418,7 +452,8 @@ int session_open(struct session **out, const char *place, const struct session_o
         goto fail;
     s->dir = store_place(s->store);
     if ((rc = store_manifest(&s->manifest, s->store, err)) || (rc = check_supported(s->manifest, s->dir, err)) ||
-        (rc = choose_context(s->manifest, options, &context, err)) ||
+        (rc = launcher_find(&s->where, &options->launcher, launcher_process_variable, NULL, err)) ||
+        (rc = session_check_world(s, err)) || (rc = choose_context(s->manifest, options, &context, err)) ||
         (rc = kv_format_check(&s->manifest->model, kv_format_from_name(options->kv_cache), err)) ||
         (rc = choose_wire(s->manifest, options->wire, &s->worker.wire, err)) ||
         (rc = backends_select(&choice, options->backend, options->cuda_library, err)))
@@ -434,7 +469,14 @@ int session_open(struct session **out, const char *place, const struct session_o
     s->worker.store = options->store;
     s->worker.store.needs_one_version = strcmp(options->verify, "full") != 0;
     s->worker.manifest = s->manifest;
-    s->worker.threads = options->threads > 0 ? (int)options->threads : default_threads((int64_t)s->manifest->num_ranks);
+    bool spread = s->where.world_size > 1;
+    int64_t here = !spread ? (int64_t)s->manifest->num_ranks : s->where.local_size > 0 ? s->where.local_size : 1;
+    s->token_file = options->token_file;
+    s->bearer_token = options->store.bearer_token;
+    s->join_timeout_ms = (int)(options->join_timeout_s * 1000);
+    s->worker.local_rank = s->where.local_rank;
+    s->worker.local_size = s->where.local_rank >= 0 ? s->where.local_size : 0;
+    s->worker.threads = options->threads > 0 ? (int)options->threads : default_threads(here);
     s->worker.verify = verify_mode_of(options->verify);
     load_path_from_name(options->load, &s->worker.load_path);
     s->worker.load_threads = (int)options->load_threads;

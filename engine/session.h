@@ -4,6 +4,7 @@
 #ifndef TPSHARD_ENGINE_SESSION_H
 #define TPSHARD_ENGINE_SESSION_H
 
+#include "engine/launcher_env.h"
 #include "engine/scheduler.h"
 #include "engine/store.h"
 #include "engine/worker.h"
@@ -29,10 +30,13 @@ struct session_options {
     int64_t load_threads;          // of each rank; 0: as many as keep the store busy
     bool load_first;               // the ranks are ready when all weights are in place, not before
     struct store_options store;
-    const char *ranks; // "process", "thread"
-    const char *pin;   // "none", "node", "core"; see numa.h
-    int64_t threads;   // worker threads of each rank; 0: cores / ranks
-    int64_t context;   // longest sequence; 0: default_context, or the model's own if that is less
+    const char *ranks;                // "process", "thread"
+    struct launcher_options launcher; // whether ranks are processes that another program starts, and which one this is
+    const char *token_file;           // of the secret that such ranks share; NULL: the store's bearer_token, if any
+    double join_timeout_s;            // for all of them to come
+    const char *pin;                  // "none", "node", "core"; see numa.h
+    int64_t threads;                  // worker threads of each rank; 0: cores / ranks
+    int64_t context;                  // longest sequence; 0: default_context, or the model's own if that is less
     int64_t default_context;
     double timeout_s;     // longest silence of a busy rank
     int64_t kv_tokens;    // room of the KV cache; 0: context for each sequence
@@ -69,6 +73,13 @@ int session_wait(struct session *session, int extra_fd, struct error *err);
 // Ends the ranks, lost ones too; manifest and tokenizer stay, and the ranks can be started again. Everything that pointed into the ranks'
 // memory (session_shared, session_step_area) is gone, so a scheduler over it goes first.
 void session_stop(struct session *session);
+// Where a launcher has started this process for a rank other than 0 (by options->launcher and the environment): *rank is it, and there is nothing to be
+// done here but session_run_rank. Else 0.
+int session_find_rank(const struct session_options *options, int *rank, struct error *err);
+// Such a process: joins rank 0's, runs its one rank as that says, and returns when it has ended: 0 when it was told to. Of a session that has not started.
+int session_run_rank(struct session *session, struct error *err);
+// The ranks are processes that a launcher started; they start once.
+bool session_is_spread(const struct session *session);
 // Ends the ranks. Accepts NULL.
 void session_close(struct session *session);
 

@@ -2,6 +2,7 @@
 //
 //   session.c           opening, memory, start and end of the ranks, single steps
 //   session_generate.c  prompts run to their ends
+//   session_ranks.c     ranks in processes that a launcher started
 #ifndef TPSHARD_ENGINE_SESSION_INTERNAL_H
 #define TPSHARD_ENGINE_SESSION_INTERNAL_H
 
@@ -18,8 +19,13 @@ struct session {
     int timeout_ms;
     int64_t draft_tokens;
     int64_t wanted_pages;
-    bool settled;        // the next start's memory
-    double needed_bytes; // of the host, by that plan
+    bool settled;                // the next start's memory
+    double needed_bytes;         // of the host, by that plan
+    struct launcher_place where; // world_size > 1: ranks are processes that a launcher started
+    const char *token_file, *bearer_token;
+    int join_timeout_ms;
+    bool met;               // has started once
+    struct error met_error; // of that; code 0: none
     // While ranks run:
     struct launch *launch;
     struct shared_area *shared;
@@ -31,6 +37,15 @@ struct session {
     struct tokenizer_file tokenizer;
 };
 
+// The ranks of other processes: finds them, agrees with them on the memory and fills links [tp_size], which are the caller's. In rank 0's process the
+// session's plan goes to the others, in theirs it becomes the session's.
+int session_meet(struct session *session, int *links, struct error *err);
+// What launch_start needs.
+struct launch_options session_launch_options(const struct session *session, int *links);
+// The places in shared memory, after launch_start.
+void session_place(struct session *session);
+// ERR_USAGE: the launcher's processes are not as many as the model's ranks.
+int session_check_world(const struct session *session, struct error *err);
 // ERR_USAGE: the vocabulary ends before one of them.
 int session_check_tokens(const struct session *session, const uint32_t *tokens, int64_t count, struct error *err);
 

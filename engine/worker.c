@@ -5,11 +5,13 @@
 #include "engine/decoder.h"
 #include "engine/exchange.h"
 #include "engine/rank_step.h"
+#include "engine/relay.h"
 #include "engine/residual_tap.h"
 #include "formats/checked.h"
 #include "kernels/futex.h"
 #include "kernels/host_memory.h"
 
+#include <limits.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -54,6 +56,9 @@ struct worker {
     struct device *device;
     struct decoder decoder;
     struct rank_step *step;
+    struct relay *relay; // where other ranks are other processes'; else NULL
+    int64_t vocab_begin[COMM_MAX_RANKS], vocab_local[COMM_MAX_RANKS]; // [tp_size]
+    bool told_start;                                                  // the first command is behind
 };
 
 static void worker_close(struct worker *w)
@@ -114,6 +119,8 @@ static int check_shares(struct worker *w, struct error *err)
     int first = w->env->rank - w->env->rank % w->env->tp_size;
     int64_t vocab = 0, mlp = 0, heads = 0, shared = 0, experts = 0, expert_mlp = 0;
     for (int r = 0; r < w->env->tp_size && !rc; r++) {
+        w->vocab_begin[r] = all[r].vocab_begin;
+        w->vocab_local[r] = all[r].vocab_local;
         if (all[r].vocab_begin != vocab || all[r].mlp_begin != mlp || all[r].head_begin != heads ||
             all[r].shared_begin != shared || all[r].expert_begin != (whole_experts ? experts : 0) ||
             all[r].expert_mlp_begin != (whole_experts ? 0 : expert_mlp) ||
@@ -140,6 +147,7 @@ static int check_shares(struct worker *w, struct error *err)
 struct memory_need {
     double weights, kv, scratch, available;
     int64_t device;
+    uint64_t host; // tells hosts of spread ranks apart
 };
 
 static int refuse_memory(const struct worker *w, const struct memory_need *sum, int sharing, struct error *err)
@@ -154,6 +162,24 @@ static int refuse_memory(const struct worker *w, const struct memory_need *sum, 
         sum->available / 0x1p30);
 }
 
+// The same for all processes that see the same devices.
+static uint64_t host_mark(void)
+{
+    char text[HOST_NAME_MAX + 64] = "";
+    FILE *f = fopen("/proc/sys/kernel/random/boot_id", "re");
+    if (f) {
+        if (!fgets(text, 64, f))
+            text[0] = 0;
+        fclose(f);
+    }
+    size_t used = strlen(text);
+    gethostname(text + used, sizeof text - used - 1);
+    uint64_t hash = 0xcbf29ce484222325u; // FNV-1a
+    for (const char *c = text; *c; c++)
+        hash = (hash ^ (uint8_t)*c) * 0x100000001b3u;
+    return hash;
+}
+
 // What this rank will take. Of what nobody can count there is enough.
 static int own_need(struct memory_need *out, const struct worker *w, const struct device_shape *shape,
                     struct error *err)
@@ -166,7 +192,8 @@ static int own_need(struct memory_need *out, const struct worker *w, const struc
                                 .kv = (double)plan.kv_bytes,
                                 .scratch = (double)plan.scratch_bytes,
                                 .available = (double)plan.available_bytes,
-                                .device = plan.device};
+                                .device = plan.device,
+                                .host = w->env->spread ? host_mark() : 0};
     if (plan.available_bytes != UINT64_MAX)
         return 0;
     // The parent has looked at the host's memory, but knows of a compressed file only how long it is.
@@ -176,12 +203,13 @@ static int own_need(struct memory_need *out, const struct worker *w, const struc
 }
 
 // The sum of all ranks on a device, and how many they are.
-static struct memory_need need_of_device(const struct memory_need *all, int num_ranks, int64_t device, int *sharing)
+static struct memory_need need_of_device(const struct memory_need *all, int num_ranks, const struct memory_need *mine,
+                                         int *sharing)
 {
-    struct memory_need sum = {.available = INFINITY, .device = device};
+    struct memory_need sum = {.available = INFINITY, .device = mine->device};
     *sharing = 0;
     for (int r = 0; r < num_ranks; r++) {
-        if (all[r].device != device)
+        if (all[r].device != mine->device || all[r].host != mine->host)
             continue;
         ++*sharing;
         sum.weights += all[r].weights;
@@ -201,7 +229,7 @@ static int settle_memory(struct worker *w, struct device_shape *shape, struct er
     if ((rc = comm_barrier(w->env->comm, err)) || // every rank has opened its device, which takes memory as well
         (rc = own_need(&mine, w, shape, err)) || (rc = comm_all_gather(w->env->comm, all, &mine, sizeof mine, err)))
         return rc;
-    const struct memory_need sum = need_of_device(all, w->env->num_ranks, mine.device, &sharing);
+    const struct memory_need sum = need_of_device(all, w->env->num_ranks, &mine, &sharing);
     double left = sum.available - sum.weights - sum.scratch, least = (double)w->options->least_pages;
     double pages = (double)shape->num_pages, pages_of_all[COMM_MAX_RANKS];
     if (sum.kv > left)
@@ -227,8 +255,12 @@ static int keep_to_place(struct worker *w, struct error *err)
     w->place.node = -1;
     if (sched_getaffinity(0, sizeof allowed, &allowed)) // more processors than a set holds
         return 0;
-    w->place =
-        numa_place_of(NUMA_SYSTEM_DIR, &allowed, w->options->pin, w->env->rank, w->env->num_ranks, w->options->threads);
+    bool spread = w->env->spread && w->options->local_size > 0;
+    int rank = spread ? w->options->local_rank : w->env->rank,
+        ranks = spread ? w->options->local_size : w->env->num_ranks;
+    if (w->env->spread && !spread) // nobody knows what else runs here
+        return 0;
+    w->place = numa_place_of(NUMA_SYSTEM_DIR, &allowed, w->options->pin, rank, ranks, w->options->threads);
     return numa_keep_to(&w->place, err);
 }
 
@@ -268,8 +300,11 @@ static int begin_load(struct worker *w, struct error *err)
 static int open_device(struct worker *w, struct error *err)
 {
     const struct worker_options *o = w->options;
-    struct device_options options = {
-        .kernels = o->kernels, .pool = w->pool, .rank = w->env->rank, .tp_size = w->env->tp_size, .device = -1};
+    struct device_options options = {.kernels = o->kernels,
+                                     .pool = w->pool,
+                                     .rank = w->env->rank,
+                                     .tp_size = w->env->tp_size,
+                                     .device = w->env->spread ? w->options->local_rank : -1};
     struct device_shape shape = {.desc = &w->model.desc,
                                  .share = &w->model.share,
                                  .max_rows = rank_step_pass_rows(o->backend, &o->limits),
@@ -320,6 +355,44 @@ static bool overlaps(const struct worker *w)
     return o->overlap == OVERLAP_ON || (o->overlap == OVERLAP_AUTO && !comm_is_local(w->decoder.comm));
 }
 
+// What a rank of another process tells rank 0 of its start, as its own parent sees it.
+struct told_start {
+    struct rank_start start;
+    int64_t file_bytes, loaded_bytes;
+    char device[DEVICE_TEXT_BYTES];
+};
+
+// Rank 0's parent reads all ranks' figures in its own memory. Hosts have clocks of their own: what others did is told as if they had begun with rank 0.
+static int tell_start(struct worker *w, struct error *err)
+{
+    struct told_start mine, *all = calloc((size_t)w->env->num_ranks, sizeof *all);
+    struct shared_area *shared = w->shared;
+    int rank = w->env->rank;
+    if (!all)
+        return error_set(err, ERR_MEMORY, "no memory for the ranks' figures");
+    memset(&mine, 0, sizeof mine);
+    memcpy(&mine.start, &shared->starts[rank], sizeof mine.start);
+    memcpy(mine.device, shared->device[rank], sizeof mine.device);
+    mine.file_bytes = atomic_load(&shared->rank_payload_bytes[rank]);
+    mine.loaded_bytes = atomic_load(&shared->rank_loaded_bytes[rank]);
+    int rc = comm_all_gather(w->env->comm, all, &mine, sizeof mine, err);
+    for (int r = 1; r < w->env->num_ranks && rank == 0 && !rc; r++) {
+        int64_t shift = shared->starts[0].begin_ns - all[r].start.begin_ns;
+        long long loaded_ns = atomic_load(&all[r].start.loaded_ns);
+        atomic_store(&all[r].start.loaded_ns, loaded_ns ? loaded_ns + shift : 0);
+        all[r].start.begin_ns += shift;
+        all[r].start.opened_ns += shift;
+        all[r].start.load_ns += shift;
+        all[r].start.prepared_ns += shift;
+        memcpy(&shared->starts[r], &all[r].start, sizeof all[r].start);
+        memcpy(shared->device[r], all[r].device, sizeof all[r].device);
+        atomic_store(&shared->rank_payload_bytes[r], all[r].file_bytes);
+        atomic_store(&shared->rank_loaded_bytes[r], all[r].loaded_bytes);
+    }
+    free(all);
+    return rc;
+}
+
 static int worker_open(struct worker *w, struct error *err)
 {
     const struct worker_options *o = w->options;
@@ -360,14 +433,17 @@ static int worker_open(struct worker *w, struct error *err)
         return error_set(err, ERR_MEMORY, "no memory for the wire's losses of %lld rows", (long long)rows);
     if ((rc = rank_step_create(&w->step, &w->decoder, &o->limits, o->usual_choices, err)))
         return rc;
-    rank_step_count_passes(w->step, &w->shared->passes);
+    if (!w->env->spread) // the last stage counts in another process
+        rank_step_count_passes(w->step, &w->shared->passes);
     if (w->decoder.in_parts && (rc = exchanger_create(&w->decoder.exchanger, w->decoder.comm, err)))
         return rc;
     // Now that the threads which load have been started, on any of the rank's processors.
     if (o->pin == PIN_CORE && (rc = thread_pool_pin(w->pool, &w->place.cpus, err)))
         return rc;
     start->prepared_ns = clock_now_ns();
-    return o->load_first ? finish_load(w, err) : 0;
+    if ((rc = o->load_first ? finish_load(w, err) : 0) || !w->env->spread)
+        return rc;
+    return (rc = relay_create(&w->relay, w->env->comm, &w->area, err)) ? rc : tell_start(w, err);
 }
 
 // ---- commands --------------------------------------------------------------------------------------------------
@@ -386,6 +462,21 @@ static int run_forward(struct worker *w, struct error *err)
     int rc = rank_step_forward(w->step, &w->area, sequence, start, count,
                                w->forward.logits + w->model.share.vocab_begin, w->area.vocab_size, err);
     w->decoder.wire = w->options->wire;
+    return rc;
+}
+
+// The other processes' parts of the logits come to rank 0, from the last stage.
+static int gather_logits(struct worker *w, struct error *err)
+{
+    const int64_t most = COMM_GATHER_MAX_BYTES / (int64_t)sizeof(float);
+    int tp_size = w->env->tp_size, last = w->env->num_ranks - tp_size, rc = 0;
+    for (int r = last > 0 ? 0 : 1; r < tp_size; r++)
+        for (int64_t row = 0; row < w->shared->forward.count; row++)
+            for (int64_t at = 0; at < w->vocab_local[r] && !rc; at += most) {
+                int64_t count = w->vocab_local[r] - at < most ? w->vocab_local[r] - at : most;
+                float *part = w->forward.logits + row * w->area.vocab_size + w->vocab_begin[r] + at;
+                rc = comm_broadcast(w->env->comm, part, (size_t)count * sizeof *part, last + r, err);
+            }
     return rc;
 }
 
@@ -423,7 +514,41 @@ static int run_command(struct worker *w, int command, struct error *err)
                                         : error_set(err, ERR_OTHER, "rank %d: command %d", w->env->rank, command);
     atomic_store_explicit(&w->shared->rank_exchange_ns[w->env->rank], w->decoder.exchange_ns, memory_order_relaxed);
     atomic_store_explicit(&w->shared->rank_stage_wait_ns[w->env->rank], w->decoder.stage_wait_ns, memory_order_relaxed);
-    return rc ? rc : settle_load(w, err);
+    if (rc || (rc = settle_load(w, err)) || !w->relay)
+        return rc;
+    if (command == COMMAND_FORWARD && (rc = gather_logits(w, err)))
+        return rc;
+    // Rank 0's result leaves when the others have verified what they computed from, too.
+    bool first = !w->told_start;
+    w->told_start = true;
+    return first ? tell_start(w, err) : 0;
+}
+
+// From the parent, or from rank 0 of another process.
+static int next_command(struct worker *w, int *command, struct error *err)
+{
+    struct relay_forward forward;
+    int rc;
+    if (w->env->rank > 0 && w->relay) {
+        rank_is_ready(w->env);
+        if ((rc = relay_receive(w->relay, command, &forward, err)))
+            return rc;
+        w->shared->forward.start = forward.start;
+        w->shared->forward.count = forward.count;
+        w->shared->forward.sequence = forward.sequence;
+        w->shared->forward.wire = (enum wire)forward.wire;
+        return 0;
+    }
+    if ((rc = rank_next_command(w->env, command, err)) || !w->relay)
+        return rc;
+    enum relay_kind kind = *command == COMMAND_STEP      ? RELAY_STEP
+                           : *command == COMMAND_FORWARD ? RELAY_FORWARD
+                                                         : RELAY_PLAIN;
+    forward = (struct relay_forward){.start = w->shared->forward.start,
+                                     .count = w->shared->forward.count,
+                                     .sequence = w->shared->forward.sequence,
+                                     .wire = (int32_t)w->shared->forward.wire};
+    return relay_send(w->relay, *command, kind, &forward, err);
 }
 
 int worker_main(struct rank_env *env, void *arg, struct error *err)
@@ -437,7 +562,7 @@ int worker_main(struct rank_env *env, void *arg, struct error *err)
     int rc = worker_open(w, err);
     while (rc == 0) {
         int command;
-        if ((rc = rank_next_command(env, &command, err)) || command == 0)
+        if ((rc = next_command(w, &command, err)) || command == 0)
             break;
         if ((rc = run_command(w, command, err)) == 0)
             rank_command_done(env);

@@ -104,6 +104,8 @@ struct worker_options {
         least_pages; // of the KV cache: wanted, and below what number, for want of memory, a rank refuses
     struct step_limits limits;
     int64_t usual_choices; // of a step
+    // Where ranks are processes that a launcher started (the launch's links): the rank's place on its host; local_size 0: not known.
+    int local_rank, local_size;
 };
 
 // Its sizes.

@@ -552,7 +552,7 @@ static int open_engine(struct server *server, struct error *err)
         .draft_tokens = options.draft_tokens,
         .share_prefixes = strcmp(options.prefix_cache, "on") == 0,
         .drain_timeout_s = options.drain_s,
-        .restart = options.restart,
+        .restart = options.restart && !session_is_spread(server->session), // else their launcher starts all again
         .restart_delay_s = options.restart_delay_s,
         .restart_limit = options.restart_limit,
         .alive_s = notify_watchdog_s(),
@@ -681,7 +681,10 @@ int serve_run(int argc, char **argv, struct error *err)
     (void)argc;
     struct server *server = &the_server;
     sigset_t ends;
+    int rc;
     server->begin_s = clock_now_s();
+    if (other_rank_ran(argv[0], &rc, err))
+        return rc;
     configure_log();
     signal(SIGPIPE, SIG_IGN);
     signal(SIGINT, end_at_once);
@@ -689,7 +692,7 @@ int serve_run(int argc, char **argv, struct error *err)
     sigemptyset(&ends);
     sigaddset(&ends, SIGINT);
     sigaddset(&ends, SIGTERM);
-    int rc = open_all(server, argv[0], &ends, err);
+    rc = open_all(server, argv[0], &ends, err);
     if (!rc && (rc = start_loading(server, err)) == 0) {
         rc = engine_run(server->engine, on_state, server, err);
         cancel_loading(server);

@@ -1,0 +1,176 @@
+// Ranks in processes that a launcher started, on one host or several. Rank 0's process is the one whose session works; each other one only runs its rank,
+// as rank 0's plan says. See session.h.
+#include "engine/session_internal.h"
+
+#include "engine/rendezvous.h"
+#include "formats/checksum.h"
+#include "version.h"
+
+#include <stdio.h>
+#include <string.h>
+
+enum { TOKEN_MAX_BYTES = 1024 };
+
+// What rank 0's command line decides for all. Programs of one version read it, on machines of one kind.
+struct plan {
+    int64_t context, max_sequences, logits_rows, residual_rows, num_pages, least_pages, usual_choices;
+    struct step_limits limits;
+    int32_t kv_format, wire, feedback, deals, overlap, verify, load_first, timeout_ms;
+};
+_Static_assert(sizeof(struct plan) <= MEET_BLOB_MAX_BYTES, "within what the ranks are told when they meet");
+
+bool session_is_spread(const struct session *s) { return s->where.world_size > 1; }
+
+int session_check_world(const struct session *s, struct error *err)
+{
+    uint32_t ranks = s->manifest->tp_size * s->manifest->pp_size;
+    if (s->where.world_size == 1 || s->where.world_size == (int)ranks)
+        return 0;
+    return error_set(
+        err, ERR_USAGE,
+        "%s: cut for %u rank%s, but the launcher (%s) has started %d: start one process for each rank, or give "
+        "--launcher none to run all of them in this one",
+        s->dir, ranks, ranks == 1 ? "" : "s", s->where.launcher, s->where.world_size);
+}
+
+int session_find_rank(const struct session_options *options, int *rank, struct error *err)
+{
+    struct launcher_place where;
+    int rc = launcher_find(&where, &options->launcher, launcher_process_variable, NULL, err);
+    *rank = rc ? 0 : where.rank;
+    return rc;
+}
+
+// The first line of the file, or the environment's.
+static int read_token(const struct session *s, char token[TOKEN_MAX_BYTES], const char **out, struct error *err)
+{
+    *out = s->bearer_token;
+    if (!s->token_file || !s->token_file[0])
+        return 0;
+    FILE *f = fopen(s->token_file, "re");
+    if (!f)
+        return error_set_errno(err, "--token-file %s", s->token_file);
+    size_t bytes = fread(token, 1, TOKEN_MAX_BYTES - 1, f);
+    bool failed = ferror(f);
+    fclose(f);
+    token[bytes] = 0;
+    token[strcspn(token, "\r\n")] = 0;
+    if (failed || !token[0])
+        return error_set(err, ERR_USAGE, "--token-file %s: its first line holds no token", s->token_file);
+    *out = token;
+    return 0;
+}
+
+static void on_note(void *arg, const char *sentence)
+{
+    (void)arg;
+    fprintf(stderr, "%s\n", sentence);
+}
+
+static void make_plan(const struct session *s, struct plan *plan)
+{
+    const struct worker_options *w = &s->worker;
+    memset(plan, 0, sizeof *plan);
+    plan->context = w->context;
+    plan->max_sequences = w->max_sequences;
+    plan->logits_rows = w->logits_rows;
+    plan->residual_rows = w->residual_rows;
+    plan->num_pages = s->wanted_pages;
+    plan->least_pages = w->least_pages;
+    plan->usual_choices = w->usual_choices;
+    plan->limits = w->limits;
+    plan->kv_format = (int32_t)w->kv_format;
+    plan->wire = (int32_t)w->wire;
+    plan->feedback = w->feedback;
+    plan->deals = w->deals;
+    plan->overlap = (int32_t)w->overlap;
+    plan->verify = (int32_t)w->verify;
+    plan->load_first = w->load_first;
+    plan->timeout_ms = s->timeout_ms;
+}
+
+static void take_plan(struct session *s, const struct plan *plan)
+{
+    struct worker_options *w = &s->worker;
+    w->context = s->area.context = plan->context;
+    w->max_sequences = s->area.max_sequences = plan->max_sequences;
+    w->logits_rows = plan->logits_rows;
+    w->residual_rows = plan->residual_rows;
+    w->least_pages = plan->least_pages;
+    w->usual_choices = plan->usual_choices;
+    w->limits = plan->limits;
+    w->kv_format = (enum kv_format)plan->kv_format;
+    w->wire = (enum wire)plan->wire;
+    w->feedback = plan->feedback;
+    w->deals = plan->deals;
+    w->overlap = (enum overlap)plan->overlap;
+    w->verify = (enum verify_mode)plan->verify;
+    w->load_first = plan->load_first;
+    s->wanted_pages = s->area.num_pages = plan->num_pages;
+    s->timeout_ms = plan->timeout_ms;
+}
+
+static int meet(struct session *s, int *links, struct error *err)
+{
+    struct rendezvous met;
+    struct plan plan;
+    struct error why;
+    char token[TOKEN_MAX_BYTES];
+    struct rendezvous_options options = {.place = &s->where,
+                                         .version = TPSHARD_VERSION " (" TPSHARD_COMMIT ")",
+                                         .tp_size = (int)s->manifest->tp_size,
+                                         .pp_size = (int)s->manifest->pp_size,
+                                         .timeout_ms = s->join_timeout_ms,
+                                         .on_note = on_note};
+    int rc = read_token(s, token, &options.token, err);
+    if (rc)
+        return rc;
+    checksum128_to_bytes(s->manifest->contract, options.contract);
+    make_plan(s, &plan);
+    rc = rendezvous_meet(&met, &options, &plan, sizeof plan, err);
+    explicit_bzero(token, sizeof token);
+    if (rc)
+        return rc;
+    if (s->where.rank > 0)
+        take_plan(s, &plan);
+    rc = s->settled ? 0 : session_settle(s, NULL, &why);
+    // All have as many pages as the poorest; one that has too few tells the others.
+    rc = rendezvous_least(&met, &s->worker.num_pages, rc ? &why : NULL, s->join_timeout_ms, err);
+    if (!rc) {
+        memcpy(links, met.links, sizeof met.links);
+        memset(met.links, -1, sizeof met.links);
+    }
+    rendezvous_close(&met);
+    return rc;
+}
+
+int session_meet(struct session *s, int *links, struct error *err)
+{
+    // A second start finds nobody: the others have ended.
+    if (s->met && !s->met_error.code)
+        error_set(&s->met_error, ERR_RANK, "the ranks of other processes have ended: start all of them again");
+    else if (!s->met)
+        meet(s, links, &s->met_error);
+    s->met = true;
+    if (s->met_error.code && err)
+        *err = s->met_error;
+    return s->met_error.code;
+}
+
+int session_run_rank(struct session *s, struct error *err)
+{
+    int links[COMM_MAX_RANKS];
+    int rc = session_meet(s, links, err);
+    if (rc)
+        return rc;
+    s->leave_signals = false;
+    const struct launch_options launch = session_launch_options(s, links);
+    if ((rc = launch_start(&s->launch, &launch, worker_main, &s->worker, err)))
+        return rc;
+    session_place(s);
+    rc = launch_wait_end(s->launch, err);
+    launch_stop(s->launch, NULL);
+    s->launch = NULL;
+    s->shared = NULL;
+    return rc;
+}
