@@ -61,11 +61,11 @@ def by_options(tp, *words, command="generate"):
 
 def test_options():
     for tp in (2, 4, "stages"):
-        expect(f"options, tp {tp}: the same text", by_options(tp, *PROMPTS), alone[tp])
+        expect(f"options, {tp}: the same text", by_options(tp, *PROMPTS), alone[tp])
         files = [work / f"{name}.npy" for name in ("here", "there")]
         case_help.must(TPENGINE, "logits", models[tp], "--token-ids", "5,6,7,8,9", "--output", files[0], "--threads", "1")
         by_options(tp, "--token-ids", "5,6,7,8,9", "--output", files[1], "--threads", "1", command="logits")
-        check(f"options, tp {tp}: the same bits of all logits", files[1].exists() and files[0].read_bytes() == files[1].read_bytes())
+        check(f"options, {tp}: the same bits of all logits", files[1].exists() and files[0].read_bytes() == files[1].read_bytes())
     expect("ranks as threads of their processes: the same text", by_options(2, *PROMPTS, "--ranks", "thread"), alone[2])
 
 
@@ -200,7 +200,7 @@ def test_refusals():
     refused("another shard run", 4, ("shards of another run", "contract"), start(0, 2, where, *PROMPTS),
             start(1, 2, where, *PROMPTS, place=models["other"]))
     where = master()
-    four = [start(rank, 4, where, *PROMPTS, "--join-timeout", "10", place=models[4]) for rank in (2, 0, 1, 1)]
+    four = [start(rank, 4, where, *PROMPTS, "--join-timeout", "4", place=models[4]) for rank in (2, 0, 1, 1)]
     refused("a doubled rank", 7, ("rank 1 has come twice",), *four[1:])
     code, _, problem = end(four[0])  # may come when the others have gone
     check("a doubled rank ends the others, too", code == 7 and ("has come twice" in problem or "was not reached" in problem), f"{code}: {problem}")
@@ -211,7 +211,7 @@ def test_refusals():
     tokens = [work / name for name in ("token", "other_token")]
     for token in tokens:
         token.write_text(f"{os.urandom(16).hex()}\n")
-    first, other = [start(rank, 2, where, *PROMPTS, "--join-timeout", "3", "--token-file", tokens[rank]) for rank in range(2)]
+    first, other = [start(rank, 2, where, *PROMPTS, "--join-timeout", "2", "--token-file", tokens[rank]) for rank in range(2)]
     refused("a wrong token, said by the rank", 7, ("another token",), other)
     refused("a wrong token, said by rank 0", 7, ("did not come", "has another token"), first)
     expect("several hosts without a token", run(TPENGINE, "generate", models[2], *PROMPTS, "--rank", "0", "--world-size", "2", "--master", "192.0.2.1:5",
