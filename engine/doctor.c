@@ -7,6 +7,7 @@
 #include "engine/commands.h"
 
 #include <limits.h>
+#include <stdlib.h>
 #include <string.h>
 
 static struct {
@@ -34,6 +35,8 @@ static const struct {
 } measured[TIMES] = {{TRANSPORT_SHM, 2}, {TRANSPORT_SHM, 4}, {TRANSPORT_TCP, 2}, {TRANSPORT_TCP, 4}};
 
 struct doctor {
+    struct backend_choice backend;
+    struct doctor_copies *copies[DOCTOR_CARDS];
     struct doctor_system *system;
     struct doctor_nvml *nvml;
     struct doctor_times *times[TIMES];
@@ -54,25 +57,43 @@ static void take_names(struct doctor *d)
 static int choose(struct doctor *d, struct error *err)
 {
     static struct error problem;
-    struct backend_choice backend = {.backend = &backend_cpu};
+    const char *wanted = options.cuda_library ? "cuda" : "auto";
     struct doctor_report *report = &d->report;
     char path[PATH_MAX];
-    if (!options.root[0] && backends_select(&backend, "auto", options.cuda_library, &problem))
+    d->backend.backend = &backend_cpu;
+    if (!options.root[0] && backends_select(&d->backend, wanted, options.cuda_library, &problem))
         report->backend_note = problem.msg;
     else
-        report->backend_note = backend.note;
-    const char *why = d->system->num_cards == 0         ? "there is no GPU"
-                      : backend.backend == &backend_cpu ? "the ranks compute on the CPU here"
-                                                        : "this version's ranks on GPUs do not have it";
+        report->backend_note = d->backend.note;
+    bool cpu = d->backend.backend == &backend_cpu;
+    const char *why = d->system->num_cards == 0 ? "there is no GPU"
+                      : cpu                     ? "the ranks compute on the CPU here"
+                                                : "this version's ranks on GPUs do not have it";
     report->missing[TRANSPORT_HOST] = report->missing[TRANSPORT_P2P] = report->missing[TRANSPORT_NCCL] = why;
     if (!backends_find_library(path, "libtpengine_mpi.so"))
         report->missing[TRANSPORT_MPI] =
             "libtpengine_mpi.so, built where Open MPI's headers are, is neither beside tpengine nor in ../lib";
     snprintf(report->why, sizeof report->why, "%s",
-             backend.backend == &backend_cpu
-                 ? "ranks compute on the CPU of one host and share its memory"
+             cpu ? "ranks compute on the CPU of one host and share its memory"
                  : "ranks on the cards of one host exchange through its memory, by its CPU");
     return comm_select_transport(&report->transport, "auto", report->missing, err);
+}
+
+static int measure_cards(struct doctor *d, struct error *err)
+{
+    struct doctor_report *report = &d->report;
+    int cards = d->system->num_cards > 0 ? d->system->num_cards : 1; // one that is on no bus that we see
+    report->some_hidden = getenv("CUDA_VISIBLE_DEVICES") != NULL;
+    for (int i = 0; i < cards && !options.no_times && d->backend.backend != &backend_cpu; i++) {
+        d->copies[i] = doctor_probe_new(sizeof *d->copies[i]);
+        if (!d->copies[i])
+            return error_set(err, ERR_MEMORY, "no memory for what is measured");
+        doctor_cards_measure(d->copies[i], d->backend.backend, d->backend.kernels, i, options.deadline_s);
+        report->copies[report->num_copies++] = d->copies[i];
+        if (report->some_hidden && d->copies[i]->probe.err.code)
+            break; // as many as are shown
+    }
+    return 0;
 }
 
 static int measure(struct doctor *d, struct error *err)
@@ -100,7 +121,7 @@ static int examine(struct doctor *d, struct error *err)
     take_names(d);
     d->report.system = d->system;
     d->report.nvml = d->nvml;
-    if ((rc = choose(d, err)) || (rc = measure(d, err)))
+    if ((rc = choose(d, err)) || (rc = measure_cards(d, err)) || (rc = measure(d, err)))
         return rc;
     doctor_advice(&d->report);
     return 0;
@@ -119,6 +140,8 @@ int doctor_run(int argc, char **argv, struct error *err)
         rc = error_set(err, ERR_HINDERED, "%s", d.report.findings[0].text);
     for (int i = 0; i < TIMES; i++)
         doctor_probe_free(d.times[i], sizeof *d.times[i]);
+    for (int i = 0; i < DOCTOR_CARDS; i++)
+        doctor_probe_free(d.copies[i], sizeof *d.copies[i]);
     doctor_probe_free(d.nvml, sizeof *d.nvml);
     doctor_probe_free(d.system, sizeof *d.system);
     return rc;

@@ -8,6 +8,7 @@
 #define TPSHARD_ENGINE_DOCTOR_H
 
 #include "engine/comm.h"
+#include "kernels/backend.h"
 #include "kernels/exchange_choice.h"
 
 #include <stdbool.h>
@@ -118,6 +119,17 @@ struct doctor_times {
 // Really runs all_reduces between 2 to 8 processes: TRANSPORT_SHM, or TRANSPORT_TCP over the loopback.
 void doctor_links_measure(struct doctor_times *out, enum transport transport, int ranks, double seconds);
 
+// ---- a card's own link: doctor_cards.c -----------------------------------------------------------------------------
+
+struct doctor_copies {
+    struct probe probe;
+    double to_gb_s, from_gb_s; // 1e9 bytes a second to the card and from it; 0: not measured
+    double small_us;           // of a copy of 4 KiB to it, with its wait
+};
+// card: its number on the bus, among those that the driver shows this process.
+void doctor_cards_measure(struct doctor_copies *out, const struct backend *backend, const struct kernels *kernels,
+                          int card, double seconds);
+
 // ---- what to change: doctor_advice.c -------------------------------------------------------------------------------
 
 enum { DOCTOR_FINDINGS = 64, DOCTOR_FINDING_BYTES = 512, DOCTOR_TIMES = 8 };
@@ -130,6 +142,9 @@ struct doctor_report {
     const struct doctor_nvml *nvml;
     const struct doctor_times *times[DOCTOR_TIMES];
     int num_times;
+    const struct doctor_copies *copies[DOCTOR_CARDS];
+    int num_copies;
+    bool some_hidden;                     // CUDA_VISIBLE_DEVICES is set: devices are not numbered as cards
     const char *backend_note;             // why ranks do not run on the cards; NULL: they do, or there are none
     const char *missing[TRANSPORT_COUNT]; // why this machine's ranks cannot have it, a clause; NULL: they can
     enum transport transport;             // that auto takes

@@ -33,18 +33,18 @@ static void judge_probe(struct doctor_report *report, const struct probe *probe,
 static void judge_driver(struct doctor_report *report)
 {
     const struct doctor_system *s = report->system;
-    if (s->num_cards == 0 || s->probe.end != PROBE_DONE)
+    if (s->probe.end != PROBE_DONE || (s->num_cards == 0 && !report->backend_note))
         return;
-    if (!s->driver[0])
+    if (s->num_cards > 0 && !s->driver[0])
         add(report, true,
             "%d NVIDIA card%s, and no driver is loaded: install NVIDIA's driver, or load it with `modprobe nvidia`",
             s->num_cards, s->num_cards == 1 ? "" : "s");
-    else if (!s->device_files)
+    else if (s->num_cards > 0 && !s->device_files)
         add(report, true,
             "the driver is loaded, but /dev/nvidiactl is not here: start the container with --gpus all (NVIDIA's "
             "container "
             "toolkit)");
-    else if (report->backend_note)
+    else if (report->backend_note) // of a card that is on no bus that we see, too
         add(report, true, "%.400s", report->backend_note);
 }
 
@@ -84,6 +84,35 @@ static void judge_generation(struct doctor_report *report, int i)
         add(report, generation(card->slot.gt_s) < 3,
             "GPU%d (%s, %s) can do PCIe %d.0, its slot %d.0: another slot, or a setting of the BIOS, may give it more",
             i, card->name, card->bus, generation(card->card.gt_s), generation(card->slot.gt_s));
+}
+
+// What a link of that generation and width copies at: some three quarters of what its wires carry.
+static double usual_gb_s(const struct doctor_card *card)
+{
+    const struct pcie_link *slot = &card->slot;
+    double gt_s = slot->gt_s > 0 && slot->gt_s < card->card.gt_s ? slot->gt_s : card->card.gt_s;
+    return gt_s * card->now.width / 8 * (gt_s >= 8 ? 0.985 : 0.8) * 0.78;
+}
+
+static void judge_copies(struct doctor_report *report)
+{
+    for (int i = 0; i < report->num_copies; i++) {
+        const struct doctor_copies *copies = report->copies[i];
+        double least = fmin(copies->to_gb_s, copies->from_gb_s);
+        char what[64];
+        snprintf(what, sizeof what, "copying to and from device %d", i);
+        if (!report->some_hidden)
+            judge_probe(report, &copies->probe, what);
+        if (i >= report->system->num_cards || report->some_hidden || !(least > 0))
+            continue;
+        const struct doctor_card *card = &report->system->cards[i];
+        if (least < 0.6 * usual_gb_s(card))
+            add(report, true,
+                "GPU%d (%s, %s) copies %.1f GB/s, and its link of %d lanes should give about %.0f: look for a PCIe "
+                "generation that "
+                "is set in the BIOS, a riser, or a chipset that other devices share",
+                i, card->name, card->bus, least, card->now.width, usual_gb_s(card));
+    }
 }
 
 // ---- ways between cards --------------------------------------------------------------------------------------------
@@ -215,6 +244,7 @@ void doctor_advice(struct doctor_report *report)
     }
     for (int i = 0; i < report->system->num_cards; i++)
         judge_width(report, i);
+    judge_copies(report);
     judge_iommu(report);
     judge_nodes(report);
     for (int i = 0; i < report->system->num_cards; i++)

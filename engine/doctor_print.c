@@ -124,6 +124,22 @@ static void print_p2p(const struct doctor_report *report, FILE *out)
         }
 }
 
+static void print_copies(const struct doctor_report *report, FILE *out)
+{
+    for (int i = 0; i < report->num_copies; i++) {
+        const struct doctor_copies *copies = report->copies[i];
+        char sentence[PROBE_SENTENCE_BYTES];
+        fprintf(out, "%s  device %d: ", i ? "        " : "links   ", i);
+        if (copies->to_gb_s > 0) {
+            fprintf(out, "%.1f GB/s to it, %.1f from it, %.1f us for 4 KiB\n", copies->to_gb_s, copies->from_gb_s,
+                    copies->small_us);
+        } else {
+            doctor_probe_sentence(sentence, &copies->probe);
+            fprintf(out, "the probe %s\n", sentence);
+        }
+    }
+}
+
 static void print_transports(const struct doctor_report *report, FILE *out)
 {
     static const char *const meaning[TRANSPORT_COUNT] = {
@@ -213,6 +229,7 @@ void doctor_print(const struct doctor_report *report, FILE *out)
     print_cards(report, out);
     print_matrix(report, out);
     print_p2p(report, out);
+    print_copies(report, out);
     print_transports(report, out);
     print_times(report, out);
     print_choice(report, out);
@@ -247,6 +264,16 @@ static json_t *cards_json(const struct doctor_report *report)
                                                "way", ways, "p2p", claims));
     }
     return cards;
+}
+
+static json_t *copies_json(const struct doctor_report *report)
+{
+    json_t *all = json_array();
+    for (int i = 0; i < report->num_copies; i++)
+        json_array_append_new(all, json_pack("{s:i, s:f, s:f, s:f}", "device", i, "to_gb_s", report->copies[i]->to_gb_s,
+                                             "from_gb_s", report->copies[i]->from_gb_s, "small_us",
+                                             report->copies[i]->small_us));
+    return all;
 }
 
 static json_t *transports_json(const struct doctor_report *report)
@@ -287,10 +314,11 @@ int doctor_print_json(const struct doctor_report *report, struct error *err)
                              "iommu_options", s->iommu_words);
     if (host)
         json_object_set_new(host, "memlock_bytes", isinf(s->memlock_bytes) ? json_null() : json_real(s->memlock_bytes));
-    return print_report(json_pack("{s:i, s:o, s:s, s:o, s:o, s:o, s:s, s:s, s:o, s:o}", "schema_version", 1, "host",
-                                  host, "driver", s->driver, "cards", cards_json(report), "transports",
-                                  transports_json(report), "times", times_json(report), "transport",
-                                  transport_name(report->transport), "why", report->why, "change",
-                                  hinders ? json_string(report->findings[0].text) : json_null(), "findings", findings),
+    return print_report(json_pack("{s:i, s:o, s:s, s:o, s:o, s:o, s:o, s:s, s:s, s:o, s:o}", "schema_version", 1,
+                                  "host", host, "driver", s->driver, "cards", cards_json(report), "copies",
+                                  copies_json(report), "transports", transports_json(report), "times",
+                                  times_json(report), "transport", transport_name(report->transport), "why",
+                                  report->why, "change", hinders ? json_string(report->findings[0].text) : json_null(),
+                                  "findings", findings),
                         err);
 }

@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from case_help import CLEAN, check, expect, run, status
+from case_help import CLEAN, check, expect, run, skip, status
 
 ENGINE = Path(os.environ.get("BUILD", "build")) / "tpengine"
 HINDERED = 9
@@ -185,6 +185,17 @@ code, out, problem = run(ENGINE, "doctor", "--deadline", "0.1", env=CLEAN)
 check("measuring too short a time ends", code in (0, HINDERED), f"exit status {code}: {out}{problem}")
 code, out, problem = run(ENGINE, "--help-man", env=CLEAN)
 check("the man page has it", "doctor" in out and "something hinders" in out, out[:500])
+
+# A card's copies, on the emulated one.
+EMULATED = Path(os.environ.get("BUILD", "build")) / "tests/libtpengine_cuda_emulated.so"
+if EMULATED.exists():
+    code, out, problem = run(ENGINE, "doctor", "--json", "--cuda-library", EMULATED, "--deadline", "100", env=CLEAN)
+    copies = json.loads(out)["copies"]
+    check("copies of an emulated card", len(copies) == 1 and all(copies[0][key] > 0 for key in ("to_gb_s", "from_gb_s", "small_us")), out + problem)
+else:
+    skip("copies of an emulated card", "the emulated backend is not built")
+code, out, problem = run(ENGINE, "doctor", "--no-times", "--cuda-library", work / "none.so", env=CLEAN)
+check("a backend that does not load", code == HINDERED and "none.so" in problem, f"exit status {code}: {out}{problem}")
 
 # What the doctor says of auto is what the ranks take; what they cannot have is refused with the reason.
 SHARD = Path(os.environ.get("BUILD", "build")) / "tpshard"
