@@ -187,7 +187,7 @@ static void kill_one(long number, struct tally *tally)
     for (int rank = 0; rank < tp_sizes[model]; rank++)
         if (kill(pids[rank], 0) == 0 || errno != ESRCH)
             fail_msg("kill %ld: process %d of rank %d is still there", number, pids[rank], rank);
-    if (!(idle_s < (killer.signal == SIGSTOP ? deadline_s : 0) + 2))
+    if (!(idle_s < (killer.signal == SIGSTOP ? deadline_s : 0) + PATIENCE * 2))
         fail_msg("kill %ld: over after %.3f s: %s", number, took_s, err.msg);
     session_stop(session);
     tally->places[at.op]++;
