@@ -17,10 +17,8 @@
 
 enum {
     NOT_COUNTED = -1,
-    // Of several stages. More passes keep stages busier, and each reads the weights once more.
-    PASSES_PER_STAGE = 2,
-    LEAST_PREFILL_ROWS = 32, // of a pass
-    LEAST_DECODE_ROWS = 4,
+    LEAST_PREFILL_ROWS = 32, // of a pass, with several stages
+    LEAST_DECODE_ROWS = 1,
 };
 
 // What a slot's penalties have counted, apart from the prompt.
@@ -301,13 +299,16 @@ static bool has_stages(const struct rank_step *s)
     return s->decoder->model->stage_before || s->decoder->model->stage_behind;
 }
 
-// How many rows a pass is to have, of so many that are to be computed: with one stage all of them.
+// How many rows a pass is to have, of so many that are to be computed: with one stage all of them. With P stages and M passes a step takes as long as
+// M + P - 1 passes, and a pass as long as reading the weights and 1 / balance_rows of that for each row: the least is at M^2 = rows (P - 1) / balance_rows.
 static int64_t pass_rows(const struct rank_step *s, int64_t rows, int64_t least)
 {
     if (!has_stages(s) || rows == 0)
         return rows;
-    int64_t most = (int64_t)PASSES_PER_STAGE * comm_num_stages(s->decoder->world), passes = rows / least;
-    passes = passes < 1 ? 1 : passes > most ? most : passes;
+    int64_t most = rows / least, passes = 1;
+    int64_t square = rows * (comm_num_stages(s->decoder->world) - 1) / s->decoder->backend->balance_rows;
+    while (passes < most && (passes + 1) * (passes + 1) <= square)
+        passes++;
     return (rows + passes - 1) / passes;
 }
 
