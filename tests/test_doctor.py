@@ -191,7 +191,7 @@ EMULATED = Path(os.environ.get("BUILD", "build")) / "tests/libtpengine_cuda_emul
 if EMULATED.exists():
     code, out, problem = run(ENGINE, "doctor", "--json", "--cuda-library", EMULATED, "--deadline", "100", env=CLEAN)
     copies = json.loads(out)["copies"]
-    check("copies of an emulated card", len(copies) == 1 and all(copies[0][key] > 0 for key in ("to_gb_s", "from_gb_s", "small_us")), out + problem)
+    check("copies of an emulated card", len(copies) >= 1 and all(copies[0][key] > 0 for key in ("to_gb_s", "from_gb_s", "small_us")), out + problem)
 else:
     skip("copies of an emulated card", "the emulated backend is not built")
 code, out, problem = run(ENGINE, "doctor", "--no-times", "--cuda-library", work / "none.so", env=CLEAN)
