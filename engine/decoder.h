@@ -51,7 +51,7 @@ struct decoder {
     int64_t exchanges;           // how many
     int64_t stage_wait_ns;       // in handing over from stage to stage, so far
     bool dealt;                  // of the last step: the residual is dealt out
-    bool threaded;               // and its exchanges go to the exchanger
+    bool threaded;               // its exchanges go to the exchanger; while weights still come, they are done in turn
     int num_parts;
     struct decoder_part parts[2], *part; // part: under way
     const struct decoder_watch *watch;   // NULL: nobody

@@ -328,7 +328,7 @@ static void test_exchanger(void **state)
 
 // ---- what enters the residual ----------------------------------------------------------------------------------------
 
-enum { PROMPT = 96, LAST_ROWS = 32 };
+enum { PROMPT = 96, PIECES = 3 };
 static char work[] = "/tmp/test_sequence_parallel_XXXXXX";
 
 static void check(int rc, const struct error *err)
@@ -398,6 +398,58 @@ static void test_residual(void **state)
     }
 }
 
+// Logits of a prompt in pieces; the weights are all there, so that halves do overlap. The caller frees them.
+static float *logits_of(int tp_size, const char *dealt, const char *overlap, int64_t *elems)
+{
+    char dir[256];
+    uint32_t prompt[PROMPT];
+    const float *logits;
+    struct error err;
+    struct session *session;
+    struct session_options options = session_defaults;
+    snprintf(dir, sizeof dir, "%s/%d", work, tp_size);
+    options.context = options.default_context = 4 * PROMPT;
+    options.backend = "cpu";
+    options.threads = 1;
+    options.timeout_s = 60;
+    options.wire = "s8x";
+    options.ranks = "thread";
+    options.sequence_parallel = dealt;
+    options.overlap = overlap;
+    options.load_first = true;
+    check(session_open(&session, dir, &options, 1, PROMPT, &err), &err);
+    int64_t vocab = session_manifest(session)->model.vocab_size;
+    *elems = PIECES * PROMPT * vocab;
+    float *out = malloc((size_t)*elems * sizeof *out);
+    assert_non_null(out);
+    for (int64_t piece = 0; piece < PIECES; piece++) {
+        for (int64_t i = 0; i < PROMPT; i++)
+            prompt[i] = (uint32_t)((i * i * 31 + 7 * i + 11 + piece) % vocab);
+        check(session_forward(session, prompt, PROMPT, piece * PROMPT, &logits, &err), &err);
+        memcpy(out + piece * PROMPT * vocab, logits, (size_t)(PROMPT * vocab) * sizeof *out);
+    }
+    assert_string_equal(session_prefill_way(session), strcmp(overlap, "off") == 0
+                                                          ? strcmp(dealt, "off") == 0 ? "plain" : "sequence-parallel"
+                                                      : strcmp(dealt, "off") == 0 ? "overlap"
+                                                                                  : "sequence-parallel+overlap");
+    session_close(session);
+    return out;
+}
+
+// Nothing is taken before it has come: halves that overlap give the bits of those that do not.
+static void test_overlap(void **state)
+{
+    (void)state;
+    for (int tp_size = 2; tp_size <= 4; tp_size *= 2)
+        for (int deals = 0; deals < 2; deals++) {
+            int64_t elems;
+            const char *dealt = deals ? "on" : "off";
+            float *want = logits_of(tp_size, dealt, "off", &elems), *got = logits_of(tp_size, dealt, "on", &elems);
+            assert_memory_equal(got, want, (size_t)elems * sizeof *got);
+            free(got), free(want);
+        }
+}
+
 static int set_up(void **state)
 {
     char command[512];
@@ -424,8 +476,8 @@ static int tear_down(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_rows), cmocka_unit_test(test_kept),
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_rows),        cmocka_unit_test(test_kept),
                                        cmocka_unit_test(test_rows_errors), cmocka_unit_test(test_exchanger),
-                                       cmocka_unit_test(test_residual)};
+                                       cmocka_unit_test(test_residual),    cmocka_unit_test(test_overlap)};
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }
