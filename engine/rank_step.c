@@ -11,6 +11,7 @@
 #include "engine/rank_step.h"
 
 #include "engine/sampler.h"
+#include "kernels/clock.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -349,7 +350,10 @@ static int bring_choices(struct rank_step *s, struct error *err)
     if (d->model->stage_before)
         return 0;
     comm_at(d->world, OP_HAND_OVER, -1);
-    return comm_receive(d->world, s->step.choices, bytes, comm_size(d->world) - comm_size(d->comm), err);
+    int64_t begin_ns = clock_now_ns();
+    int rc = comm_receive(d->world, s->step.choices, bytes, comm_size(d->world) - comm_size(d->comm), err);
+    s->decoder->stage_wait_ns += clock_now_ns() - begin_ns;
+    return rc;
 }
 
 // The parent's memory is read once, so that what was checked is what is run.
