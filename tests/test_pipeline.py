@@ -99,7 +99,7 @@ def test_passes(work):
         cut = bench(shards(work, 1, pp), *words)
         print(f"pp {pp}: {cut['passes_in_flight']:.2f} passes in flight, at most {cut['most_in_flight']}; waits for a stage {100 * cut['stage_wait_share']:.0f} % of the time")
         expect(f"tokens of 16 sequences at pp {pp}", cut["tokens_hash"], one["tokens_hash"])
-        check(f"passes overlap at pp {pp}", 2 <= cut["most_in_flight"] <= 3 * pp and cut["passes_in_flight"] > 1, f"{cut}")
+        check(f"passes overlap at pp {pp}", cut["most_in_flight"] >= 2 and cut["passes_in_flight"] > 1, f"{cut}")
     expect("one pass at a time with one stage", (one["most_in_flight"], one["passes_in_flight"], one["stage_wait_share"]), (1, 1, 0))
 
 
