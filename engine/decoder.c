@@ -31,6 +31,8 @@ static int exchange_squares(struct decoder *d, const struct block *block, struct
     float *squares, all[COMM_MAX_RANKS * 2 * PIECE];
     if (rc || ranks == 1)
         return rc;
+    if (devices_exchange(d)) // from zeros in rank order: the same numbers, since none of them is -0
+        return part_sum_on_device(d, BUFFER_SQUARES, 2, WIRE_F32, block->op, (int)block->layer, err);
     if ((rc = b->lend(d->device, BUFFER_SQUARES, &squares, err)))
         return rc;
     for (int64_t row = 0; row < d->part->count; row += PIECE) {
@@ -203,23 +205,39 @@ static const struct join *last_join(const struct decoder *d)
     return &d->model->weights.layers[d->model->desc.num_layers - 1].mlp_join;
 }
 
-int decoder_embed(struct decoder *d, const struct token_row *rows, int64_t count, enum phase phase,
-                  const struct kv_pages *pages, struct error *err)
+static int begin_step(struct decoder *d, const struct token_row *rows, int64_t count, enum phase phase,
+                      const struct kv_pages *pages, struct error *err)
 {
     int rc;
     d->count = count;
     d->phase = phase;
     parts_begin(d, rows);
-    if ((rc = need_inputs(d, rows, count, err)) || (rc = d->backend->begin(d->device, rows, count, phase, pages, err)))
-        return rc;
+    return (rc = need_inputs(d, rows, count, err)) ? rc : d->backend->begin(d->device, rows, count, phase, pages, err);
+}
+
+static int take_residual(struct decoder *d, struct error *err)
+{
     return d->model->stage_before ? decoder_stage_take(d, err) : begin_residual(d, err);
 }
 
+int decoder_embed(struct decoder *d, const struct token_row *rows, int64_t count, enum phase phase,
+                  const struct kv_pages *pages, struct error *err)
+{
+    int rc = begin_step(d, rows, count, phase, pages, err);
+    return rc ? rc : take_residual(d, err);
+}
+
+// A decode step of devices that exchange among themselves is kept, and run again as a whole.
 int decoder_forward(struct decoder *d, const struct token_row *rows, int64_t count, enum phase phase,
                     const struct kv_pages *pages, struct error *err)
 {
-    int rc = decoder_embed(d, rows, count, phase, pages, err);
-    if (rc || (rc = run_layers(d, err)))
+    bool one_stage = !d->model->stage_before && !d->model->stage_behind, replayed = false;
+    bool kept = phase == PHASE_DECODE && devices_exchange(d) && one_stage && d->model->loaded && !d->watch;
+    int rc = begin_step(d, rows, count, phase, pages, err);
+    if (rc || (kept && (rc = d->backend->record(d->device, &replayed, err))) || replayed)
+        return rc;
+    if ((rc = take_residual(d, err)) || (rc = run_layers(d, err)) ||
+        (kept && (rc = d->backend->finish(d->device, err))))
         return rc;
     return d->model->stage_behind ? decoder_stage_pass_on(d, err) : 0;
 }

@@ -39,6 +39,8 @@ struct decoder {
     struct comm *comm;           // of its stage
     struct comm *world;          // of all stages
     enum wire wire;              // of prefill; see decoder_wire
+    enum transport transport;    // TRANSPORT_SHM: the host adds up; TRANSPORT_HOST: the devices do (device_exchange.h)
+    bool feedback;               // of the devices' sums, as lost is of the host's
     uint16_t *lost;              // of the wire's error feedback: bf16 [rows of a step][hidden]; NULL: there is none
     struct thread_pool *pool;    // for the exchange
     bool deals;                  // of prefill: the residual is dealt out to the ranks (sequence parallel)
@@ -49,6 +51,7 @@ struct decoder {
     enum phase phase;            // its phase
     int64_t exchange_ns;         // that computing has stood still for exchanges with other ranks, so far
     int64_t exchanges;           // how many
+    uint64_t device_sent_bytes;  // by the devices, as comm_sent_bytes counts
     int64_t stage_wait_ns;       // in handing over from stage to stage, so far
     bool dealt;                  // of the last step: the residual is dealt out
     bool threaded;               // its exchanges go to the exchanger; while weights still come, they are done in turn

@@ -4,6 +4,7 @@
 // part's normed rows follow its sum before the other part's next sum, however early or late that one's coming is noticed.
 #include "engine/decoder_parts.h"
 
+#include "engine/comm_select.h"
 #include "kernels/clock.h"
 
 struct block block_at(const struct model *model, int64_t number)
@@ -63,6 +64,26 @@ int part_exchange(struct decoder *d, const struct exchange *exchange, struct err
     struct decoder_part alone = {0}; // what the part has under way stays so
     int rc = begin_exchange(d, &alone, exchange, err);
     return rc ? rc : end_exchange(d, &alone, err);
+}
+
+bool devices_exchange(const struct decoder *d)
+{
+    return d->transport == TRANSPORT_HOST && comm_size(d->comm) > 1 && !d->dealt;
+}
+
+int part_sum_on_device(struct decoder *d, enum buffer buffer, int64_t cols, enum wire wire, enum comm_operation op,
+                       int layer, struct error *err)
+{
+    int ranks = comm_size(d->comm), rc;
+    struct exchange_choice choice = comm_select(d->transport, ranks, 2 * (uint64_t)(d->count * cols), d->phase, wire);
+    bool feedback = d->feedback && buffer == BUFFER_PARTIAL && wire_is_compressed(choice.wire);
+    // Devices bear with each other for the time of a wait: a rank whose weights are still on their way is waited for here.
+    if (!d->model->loaded && (rc = comm_barrier(d->comm, err)))
+        return rc;
+    d->exchanges++;
+    d->device_sent_bytes += (uint64_t)d->count * wire_groups((uint64_t)cols) * wire_group_bytes(choice.wire) * 2 *
+                            (uint64_t)(ranks - 1) / (uint64_t)ranks;
+    return d->backend->all_reduce(d->device, buffer, &choice, feedback, (int)op, layer, err);
 }
 
 static int window(struct decoder *d, const struct decoder_part *part, struct error *err)
@@ -211,6 +232,9 @@ int part_leave(struct decoder *d, const struct block *block, struct error *err)
     int rc;
     if (comm_size(d->comm) == 1)
         return 0;
+    if (devices_exchange(d))
+        return part_sum_on_device(d, BUFFER_PARTIAL, d->model->desc.hidden_size, decoder_wire(d, d->phase), block->op,
+                                  (int)block->layer, err);
     if ((rc = join_other(d, true, err)) || (rc = d->backend->lend(d->device, BUFFER_PARTIAL, &partial, err)))
         return rc;
     struct exchange exchange = exchange_of(d, part, block, d->dealt ? EXCHANGE_SUM_TO_OWN : EXCHANGE_SUM, partial);
@@ -229,7 +253,9 @@ void parts_begin(struct decoder *d, const struct token_row *rows)
     int64_t unit = d->backend->window_rows;
     bool prefill = d->phase == PHASE_PREFILL, alone = ranks == 1;
     d->dealt = prefill && d->deals && !alone;
-    bool cut = d->in_parts && !alone && (prefill || d->backend->mixes_phases) && d->count >= 2 * unit;
+    // What the devices exchange goes in order with what they compute.
+    bool cut =
+        d->in_parts && !alone && !devices_exchange(d) && (prefill || d->backend->mixes_phases) && d->count >= 2 * unit;
     int64_t first = cut ? (d->count / 2 + unit - 1) / unit * unit : d->count;
     int64_t position = d->count > 0 ? rows[0].position : 0;
     d->num_parts = cut ? 2 : 1;
@@ -246,6 +272,8 @@ int part_sum_embedding(struct decoder *d, struct error *err)
     int rc;
     if (comm_size(d->comm) == 1)
         return 0;
+    if (devices_exchange(d))
+        return part_sum_on_device(d, BUFFER_RESIDUAL, d->model->desc.hidden_size, WIRE_BF16, OP_EMBED, -1, err);
     if ((rc = d->backend->lend(d->device, BUFFER_RESIDUAL, &rows, err)))
         return rc;
     struct exchange exchange = {.kind = d->dealt ? EXCHANGE_SUM_TO_OWN : EXCHANGE_SUM,

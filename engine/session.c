@@ -179,20 +179,29 @@ static bool feeds_back(const struct manifest *manifest, enum wire wire, const ch
 
 static int choose_transport(struct session *s, const char *wanted, struct error *err)
 {
+    const struct backend *backend = s->worker.backend;
+    int ranks = (int)s->manifest->tp_size;
+    bool automatic = strcmp(wanted, "auto") == 0;
     const char *elsewhere = "it is for ranks of several hosts; these are all on this one and share its memory (shm)";
-    const char *for_gpus = s->worker.backend == &backend_cpu
+    const char *for_gpus = backend == &backend_cpu
                                ? "it is for GPUs, and these ranks compute on the CPU"
-                               : "this version's ranks on GPUs exchange through the host's shared memory (shm)";
+                               : "this version's ranks on GPUs exchange through the host's memory (host, shm)";
     bool spread = s->where.world_size > 1;
+    const char *no_host = !backend->exchange_open               ? for_gpus
+                          : spread                              ? "the ranks are processes that share no memory"
+                          : backend->exchange_bytes(ranks) == 0 ? "there are too many ranks for it"
+                          : ranks == 1 && automatic             ? "one rank has nobody to exchange with"
+                                                                : NULL;
     const char *missing[TRANSPORT_COUNT] = {
         [TRANSPORT_SHM] =
             spread ? "the ranks are processes that share no memory, so they exchange over sockets (tcp)" : NULL,
         [TRANSPORT_TCP] = spread ? NULL : elsewhere,
         [TRANSPORT_MPI] = spread ? "the ranks of a launcher exchange over sockets (tcp)" : elsewhere,
-        [TRANSPORT_HOST] = for_gpus,
+        [TRANSPORT_HOST] = no_host,
         [TRANSPORT_P2P] = for_gpus,
         [TRANSPORT_NCCL] = for_gpus,
     };
+    s->worker.transport_is_auto = automatic;
     return comm_select_transport(&s->worker.transport, wanted, missing, err);
 }
 

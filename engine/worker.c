@@ -54,6 +54,8 @@ struct worker {
     struct numa_place place;
     struct model model;
     struct device *device;
+    struct device_exchange *exchange;
+    char exchange_note[DEVICE_EXCHANGE_NOTE_BYTES];
     struct decoder decoder;
     struct rank_step *step;
     struct relay *relay; // where other ranks are other processes'; else NULL
@@ -68,6 +70,7 @@ static void worker_close(struct worker *w)
     free(w->decoder.lost);
     model_stop(&w->model);
     w->options->backend->close(w->device);
+    device_exchange_close(w->exchange);
     model_close(&w->model);
     thread_pool_free(w->pool);
 }
@@ -296,6 +299,22 @@ static int begin_load(struct worker *w, struct error *err)
     return model_load(&w->model, &options, err);
 }
 
+// Who adds up the ranks' sums. All ranks then have the same row of the table of exchanges.
+static int open_exchange(struct worker *w, struct error *err)
+{
+    const struct worker_options *o = w->options;
+    struct decoder *d = &w->decoder;
+    struct exchange_wish wish = {.transport = o->transport, .or_host = o->transport_is_auto, .feedback = o->feedback};
+    int rc =
+        device_exchange_open(&w->exchange, &d->transport, o->backend, w->device, d->comm, wish, w->exchange_note, err);
+    d->feedback = o->feedback;
+    if (rc || d->transport == o->transport)
+        return rc;
+    struct comm_select_options table = {
+        .transport = d->transport, .tp_size = comm_size(d->comm), .wire = o->wire, .feedback = o->feedback};
+    return comm_select_agree(d->comm, comm_select_hash(&table), err);
+}
+
 // Everything that computes, with weights that are on their way.
 static int open_device(struct worker *w, struct error *err)
 {
@@ -316,9 +335,13 @@ static int open_device(struct worker *w, struct error *err)
                                  .samples = decoder_samples(&w->decoder)};
     int rc;
     if ((rc = o->backend->open(&w->device, &options, err)) || (rc = settle_memory(w, &shape, err)) ||
-        (rc = begin_load(w, err)) || (rc = o->backend->prepare(w->device, &shape, &w->model.weights, err)))
+        (rc = begin_load(w, err)) || (rc = o->backend->prepare(w->device, &shape, &w->model.weights, err)) ||
+        (rc = open_exchange(w, err)))
         return rc;
-    o->backend->describe(w->device, w->shared->device[w->env->rank]);
+    char *text = w->shared->device[w->env->rank];
+    o->backend->describe(w->device, text);
+    if (w->exchange_note[0])
+        snprintf(text + strlen(text), DEVICE_TEXT_BYTES - strlen(text), "; %s", w->exchange_note);
     w->area.num_pages = shape.num_pages;
     if (w->env->rank == 0)
         atomic_store(&w->shared->num_pages, shape.num_pages);
@@ -483,7 +506,7 @@ static int gather_logits(struct worker *w, struct error *err)
 static int run_step(struct worker *w, struct error *err)
 {
     const struct comm *stage = w->decoder.comm;
-    uint64_t sent = comm_sent_bytes(stage);
+    uint64_t sent = comm_sent_bytes(stage) + w->decoder.device_sent_bytes;
     int64_t exchanges = w->decoder.exchanges, exchange_ns = w->decoder.exchange_ns;
     int rc = rank_step_run(w->step, &w->area, err);
     struct rank_step_rows rows = rank_step_rows(w->step);
@@ -491,7 +514,8 @@ static int run_step(struct worker *w, struct error *err)
         return rc;
     atomic_fetch_add_explicit(&w->shared->decode_steps, 1, memory_order_relaxed);
     atomic_fetch_add_explicit(&w->shared->decode_rows, rows.decode, memory_order_relaxed);
-    atomic_fetch_add_explicit(&w->shared->decode_sent_bytes, (long long)(comm_sent_bytes(stage) - sent),
+    atomic_fetch_add_explicit(&w->shared->decode_sent_bytes,
+                              (long long)(comm_sent_bytes(stage) + w->decoder.device_sent_bytes - sent),
                               memory_order_relaxed);
     atomic_fetch_add_explicit(&w->shared->decode_exchanges, w->decoder.exchanges - exchanges, memory_order_relaxed);
     atomic_fetch_add_explicit(&w->shared->decode_exchange_ns, w->decoder.exchange_ns - exchange_ns,

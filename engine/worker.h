@@ -8,6 +8,7 @@
 #ifndef TPSHARD_ENGINE_WORKER_H
 #define TPSHARD_ENGINE_WORKER_H
 
+#include "engine/device_exchange.h"
 #include "engine/launch.h"
 #include "engine/model.h"
 #include "engine/numa.h"
@@ -90,6 +91,7 @@ struct worker_options {
     bool ranks_are_threads;
     enum kv_format kv_format;
     enum transport transport;
+    bool transport_is_auto; // another one will do where the ranks cannot have this one after all
     enum wire wire;
     bool feedback;        // what a compressing wire loses is made up for by the next sum
     bool deals;           // decoder.deals

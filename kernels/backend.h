@@ -16,6 +16,7 @@
 
 #include "formats/error.h"
 #include "formats/model_desc.h"
+#include "kernels/exchange_choice.h"
 #include "kernels/kernels.h"
 #include "kernels/thread_pool.h"
 
@@ -135,6 +136,30 @@ struct device_options {
 
 struct device; // one rank's end of a backend; belongs to one thread
 
+// What a device that exchanges sums with those of the other ranks needs of who opens it; borrowed, but for what the text says.
+struct exchange_failure {
+    int rank, whom;       // who waited, and for whom: of those that did not come, the one furthest behind
+    int operation, layer; // as all_reduce was told
+    uint32_t call;        // how many exchanges the device had begun
+    uint32_t phase;       // 0: parts, 1: sums
+    uint32_t expected, seen;
+};
+struct exchange_options {
+    enum transport transport; // TRANSPORT_HOST
+    int rank, tp_size;
+    int timeout_ms;        // of each wait
+    bool feedback;         // all_reduce will be asked for it
+    void *region;          // of exchange_bytes, zero, on a page, in the memory of every rank; outlives the device
+    uint64_t region_bytes; // of it
+    // Called by the device's thread while it opens or waits. all [tp_size][bytes] receives everyone's mine.
+    int (*all_gather)(void *arg, void *all, const void *mine, size_t bytes, struct error *err);
+    // Whether the ranks are to end.
+    bool (*aborted)(void *arg);
+    // Says what has happened and ends all ranks; an error. failure NULL: it was another rank's.
+    int (*failed)(void *arg, const struct exchange_failure *failure, struct error *err);
+    void *arg;
+};
+
 // Where a payload will lie.
 struct load_target {
     const uint8_t *base; // payload byte `offset` at base + offset, as the kernels see it
@@ -191,9 +216,9 @@ struct backend {
     // ---- a step --------------------------------------------------------------------------------------------------
     int (*begin)(struct device *device, const struct token_row *rows, int64_t count, enum phase phase,
                  const struct kv_pages *pages, struct error *err);
-    // A decode step from embed to sample may be kept and run again for the same number of rows. record: *replayed says that the whole step
-    // was run from a kept one; otherwise the caller runs the operations and ends with finish. Not called for steps that
-    // exchange anything over the host. Both are there where sample is.
+    // A decode step from embed to sample, or to the last layer where the device does not sample, may be kept and run again for the same number
+    // of rows. record: *replayed says that all of it was run from a kept one; otherwise the caller runs the operations and ends
+    // with finish. Not called for steps that exchange anything over the host. Both are there where sample or all_reduce is.
     int (*record)(struct device *device, bool *replayed, struct error *err);
     int (*finish)(struct device *device, struct error *err);
 
@@ -236,6 +261,17 @@ struct backend {
                     struct error *err);
     // input = BUFFER_NORMED, its columns in the given order; with norm_own and an exchange between them it stands for norm.
     int (*take_normed)(struct device *device, const float *order, const struct matrix *next, struct error *err);
+
+    // ---- sums over ranks by the devices themselves; NULL where the host does it, by lend and returned --------------------
+    // Bytes of the region for so many ranks; 0: too many.
+    uint64_t (*exchange_bytes)(int tp_size);
+    // After prepare; all ranks call it, and it fails on all or none. Without it all_reduce is not called.
+    int (*exchange_open)(struct device *device, const struct exchange_options *options, struct error *err);
+    // buffer = the sum of all ranks' over the rows of the step, with the bits of engine/comm_reduce.h. feedback: what the wire loses is made up for
+    // by the next sum of the step. All ranks call it in the same order with the same choice. A step with it may be kept (record). That a
+    // rank did not come is found when the host next waits for the device. operation and layer go into the failure.
+    int (*all_reduce)(struct device *device, enum buffer buffer, const struct exchange_choice *choice, bool feedback,
+                      int operation, int layer, struct error *err);
 
     // Logits of some rows after the last layer, whose sum joins for them alone, so that logits may be asked for again; row_index [count]
     // (NULL: 0 .. count-1). The logits stay with the device for sample, or go to host [count][stride] when host is not NULL.

@@ -1,5 +1,5 @@
 // The CUDA backend's table, and a device's beginning and end. See kernels/backend.h.
-#include "kernels/cuda/device.h"
+#include "kernels/cuda/exchange_host.h"
 
 #include <inttypes.h>
 #include <stdio.h>
@@ -49,6 +49,7 @@ static void cuda_close(struct device *d)
     if (!d)
         return;
     cudaSetDevice(d->index);
+    exchange_close(d);
     device_settle(d);
     multiply_free(d);
     device_free_memory(d);
@@ -82,6 +83,10 @@ static void cuda_describe(const struct device *d, char text[DEVICE_TEXT_BYTES])
 {
     int used = snprintf(text, DEVICE_TEXT_BYTES, "device %d, %s (sm_%d): ", d->index, d->name, d->sm);
     multiply_describe(d, text + used, DEVICE_TEXT_BYTES - (size_t)used);
+    used = (int)strlen(text);
+    if (d->exchange)
+        snprintf(text + used, DEVICE_TEXT_BYTES - (size_t)used, "; sums of ranks over %s",
+                 transport_name(d->exchange->options.transport));
 }
 
 static const struct backend table = {
@@ -122,6 +127,9 @@ static const struct backend table = {
     .window = step_window,
     .norm_own = step_norm_own,
     .take_normed = step_take_normed,
+    .exchange_bytes = exchange_region_bytes,
+    .exchange_open = exchange_open,
+    .all_reduce = exchange_all_reduce,
     .logits = step_logits,
     .count_tokens = step_count_tokens,
     .sampling = step_sampling,

@@ -6,6 +6,7 @@
 //   step.c          the operations of a step, and steps kept as CUDA graphs
 //   step_attention.c  from queries and keys to what attention puts out
 //   step_experts.c  those of a mixture of experts
+//   exchange.c      sums over the ranks of one machine
 #ifndef TPSHARD_KERNELS_CUDA_DEVICE_H
 #define TPSHARD_KERNELS_CUDA_DEVICE_H
 
@@ -125,11 +126,18 @@ struct device {
     struct step_graph *graphs; // [decode_rows + 1], by rows of a decode step
 
     struct products *products; // multiply.c's; NULL before prepare
+    struct exchange *exchange; // exchange.c's; NULL: the host exchanges
 };
 
 // 0, or ERR_GPU (ERR_MEMORY when memory ran out) with the device, `what` and the driver's words.
 int device_status(const struct device *d, cudaError_t status, const char *what, struct error *err);
 #define CHECK(call, what) device_status(d, call, what, err)
+
+// ---- exchange.c
+// Waits for what the stream has been given. ERR_RANK when an exchange did not end.
+int device_wait(struct device *d, const char *what, struct error *err);
+// Until the host's part of the step before has been read.
+int device_wait_uploaded(struct device *d, struct error *err);
 
 // ---- memory.c
 uint64_t device_host_bytes(const struct device_shape *shape, int threads);

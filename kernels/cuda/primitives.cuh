@@ -38,6 +38,26 @@ static cudaError_t primitives_launch(void (*kernel)(PARAMETERS...), dim3 grid, d
     return cudaLaunchKernelEx(&config, kernel, static_cast<PARAMETERS>(arguments)...);
 }
 
+// The same for a kernel whose blocks wait for each other: all of them run at the same time, or the launch fails.
+#define LAUNCH_TOGETHER(kernel, ...) primitives_launch_together(kernel, __VA_ARGS__)
+
+template <typename... PARAMETERS, typename... ARGUMENTS>
+static cudaError_t primitives_launch_together(void (*kernel)(PARAMETERS...), dim3 grid, dim3 block, size_t shared_bytes,
+                                              cudaStream_t stream, ARGUMENTS... arguments)
+{
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, kernel, static_cast<PARAMETERS>(arguments)...);
+}
+
 // An array of the block; and the part whose size the launch gives.
 #define SHARED(type, name, count) __shared__ __align__(16) type name[count]
 #define SHARED_DYNAMIC(type, name)                                                                                     \
@@ -61,6 +81,52 @@ template <typename T> __device__ __forceinline__ T load_global(const T *p) { ret
 template <typename T> __device__ __forceinline__ void store_global(T *p, T v) { *p = v; }
 template <typename T> __device__ __forceinline__ T load_shared(const T *p) { return *p; }
 template <typename T> __device__ __forceinline__ void store_shared(T *p, T v) { *p = v; }
+
+// ---- with other processors -----------------------------------------------------------------------------------------
+
+// 4, 8 or 16 bytes of memory of the host or of any device that others write while the kernel runs.
+__device__ __forceinline__ uint32_t load_system(const uint32_t *p)
+{
+    uint32_t v;
+    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+__device__ __forceinline__ uint2 load_system(const uint2 *p)
+{
+    uint2 v;
+    asm volatile("ld.relaxed.sys.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
+    return v;
+}
+__device__ __forceinline__ uint4 load_system(const uint4 *p)
+{
+    uint4 v;
+    asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p)
+                 : "memory");
+    return v;
+}
+// A word that says that all that this thread, and threads which it has met at a barrier, wrote before is there; and reading one: what was
+// written before it is seen behind it.
+__device__ __forceinline__ void post_system(uint32_t *p, uint32_t v)
+{
+    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+__device__ __forceinline__ uint32_t posted_system(const uint32_t *p)
+{
+    uint32_t v;
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+// Nanoseconds of a clock that goes on at the same pace for all threads of a device.
+__device__ __forceinline__ uint64_t device_now_ns(void)
+{
+    uint64_t v;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(v)::"memory");
+    return v;
+}
+// Between two looks at a word that another processor writes.
+__device__ __forceinline__ void wait_a_little(void) { __nanosleep(64); }
 
 // 16 bytes from global to shared memory, or zeros; they land when their group is waited for.
 __device__ __forceinline__ void copy_async16(void *shared, const void *global, bool valid)
@@ -251,6 +317,7 @@ using std::min;
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
 
 #define threadIdx (emulator::at.thread)
@@ -292,6 +359,16 @@ static cudaError_t emulator_launch(const char *name, void (*kernel)(PARAMETERS..
 {
     return emulator::launch(name, grid, block, shared_bytes, stream,
                             [=] { kernel(static_cast<PARAMETERS>(arguments)...); });
+}
+
+#define LAUNCH_TOGETHER(kernel, ...) emulator_launch_together(#kernel, kernel, __VA_ARGS__)
+
+template <typename... PARAMETERS, typename... ARGUMENTS>
+static cudaError_t emulator_launch_together(const char *name, void (*kernel)(PARAMETERS...), dim3 grid, dim3 block,
+                                            size_t shared_bytes, cudaStream_t stream, ARGUMENTS... arguments)
+{
+    return emulator::launch(
+        name, grid, block, shared_bytes, stream, [=] { kernel(static_cast<PARAMETERS>(arguments)...); }, true);
 }
 
 #define SHARED(type, name, count)                                                                                      \
@@ -425,6 +502,23 @@ template <typename T> static inline void store_shared(T *p, T v, emulator::place
     emulator::note_access(emulator::SHARED_STORE, where, p, sizeof *p);
     *p = v;
 }
+template <typename T> static inline T load_system(const T *p, emulator::place where = EMULATOR_PLACE)
+{
+    emulator::note_access(emulator::GLOBAL_LOAD, where, p, sizeof *p);
+    return *p;
+}
+static inline void post_system(uint32_t *p, uint32_t v, emulator::place where = EMULATOR_PLACE)
+{
+    emulator::note_access(emulator::GLOBAL_STORE, where, p, sizeof *p);
+    __atomic_store_n(p, v, __ATOMIC_RELEASE);
+}
+static inline uint32_t posted_system(const uint32_t *p, emulator::place where = EMULATOR_PLACE)
+{
+    emulator::note_access(emulator::GLOBAL_LOAD, where, p, sizeof *p);
+    return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+static inline uint64_t device_now_ns(void) { return emulator::now_ns(); }
+static inline void wait_a_little(void) { emulator::give_way(); }
 static inline void copy_async16(void *shared, const void *global, bool valid, emulator::place where = EMULATOR_PLACE)
 {
     emulator::copy_async(shared, global, valid, where);

@@ -3,6 +3,7 @@
 // Everything runs in order on one stream. All that changes from one decode step to the next lies in the step block, which the host fills
 // and the step's first operation copies, and in the page tables; so a recorded step can be launched again for the same number of rows.
 #include "kernels/cuda/device.h"
+#include "kernels/cuda/exchange_host.h"
 
 #include "formats/checked.h"
 #include "kernels/buffers.h"
@@ -29,7 +30,7 @@ int step_begin(struct device *d, const struct token_row *rows, int64_t count, en
                const struct kv_pages *pages, struct error *err)
 {
     // The host's block and tables may be written again once the step before has read them.
-    int rc = CHECK(cudaEventSynchronize(d->uploaded), "the step before");
+    int rc = device_wait_uploaded(d, err);
     if (rc || (rc = send_pages(d, pages, err)))
         return rc;
     d->step_count = count;
@@ -55,9 +56,12 @@ static int launch_graph(struct device *d, cudaGraphExec_t graph, struct error *e
 
 int step_record(struct device *d, bool *replayed, struct error *err)
 {
-    struct step_graph *graph = &d->graphs[d->sampled];
+    *replayed = false;
+    if (d->count > d->shape.decode_rows)
+        return 0;
+    struct step_graph *graph = &d->graphs[d->count];
     *replayed = graph->exec != NULL;
-    if (d->sampled != d->count)
+    if (d->shape.samples && d->sampled != d->count)
         return error_set(err, ERR_OTHER, "device %d: a decode step of %lld rows samples %lld", d->index,
                          (long long)d->count, (long long)d->sampled);
     if (*replayed)
@@ -72,8 +76,8 @@ int step_finish(struct device *d, struct error *err)
 {
     cudaGraph_t graph = NULL;
     int rc;
-    if (!d->recording)
-        return 0;
+    if ((rc = exchange_flush(d, err)) || !d->recording)
+        return rc;
     d->recording = false;
     if ((rc = CHECK(cudaStreamEndCapture(d->stream, &graph), "recording a step")))
         return rc;
@@ -100,7 +104,7 @@ static int send_rows(struct device *d, struct error *err)
 int step_embed(struct device *d, struct error *err)
 {
     int rc = send_rows(d, err);
-    if (rc)
+    if (rc || (rc = exchange_begin_step(d, err)))
         return rc;
     return CHECK(launch_embed(d->buffer[BUFFER_RESIDUAL], &d->weights->embedding, d->block.token, d->count,
                               d->shape.share->vocab_begin, d->stream),
@@ -150,9 +154,16 @@ int step_norm(struct device *d, const struct join *join, const float *weight, co
     bool keep = order || d->keeps_rows;
     struct device_input rows = {.values = d->normed, .stride = hidden};
     enum input_format format = keep ? INPUT_F32 : multiply_input(d, next);
-    int rc = CHECK(launch_norm(keep ? rows : d->input, format, d->buffer[BUFFER_RESIDUAL], step_join(d, join), weight,
-                               NULL, d->count, hidden, (float)d->shape.desc->norm_eps, d->stream),
-                   "a norm");
+    struct exchange_norm norm = {.out = keep ? rows : d->input,
+                                 .format = format,
+                                 .residual = d->buffer[BUFFER_RESIDUAL],
+                                 .join = step_join(d, join),
+                                 .weight = weight,
+                                 .eps = (float)d->shape.desc->norm_eps};
+    int rc = join && exchange_takes_norm(d) ? exchange_with_norm(d, &norm, err)
+                                            : CHECK(launch_norm(norm.out, format, norm.residual, norm.join, weight,
+                                                                NULL, d->count, hidden, norm.eps, d->stream),
+                                                    "a norm");
     d->source = (struct step_input){.format = format};
     return rc || !keep ? rc : step_keep(d, d->normed, order, hidden, next, err);
 }
@@ -186,10 +197,12 @@ static float *lent_place(const struct device *d) { return d->lent + d->window_fi
 int step_lend(struct device *d, enum buffer buffer, float **host, struct error *err)
 {
     float *place = lent_place(d);
-    int rc = CHECK(cudaMemcpyAsync(place, d->buffer[buffer], lent_bytes(d, buffer), cudaMemcpyDeviceToHost, d->stream),
+    int rc = exchange_flush(d, err);
+    if (!rc)
+        rc = CHECK(cudaMemcpyAsync(place, d->buffer[buffer], lent_bytes(d, buffer), cudaMemcpyDeviceToHost, d->stream),
                    "copying a sum's part");
     *host = place;
-    return rc ? rc : CHECK(cudaStreamSynchronize(d->stream), "computing a sum's part");
+    return rc ? rc : device_wait(d, "computing a sum's part", err);
 }
 
 int step_returned(struct device *d, enum buffer buffer, struct error *err)
@@ -231,7 +244,7 @@ static int logits_to_host(struct device *d, int64_t count, float *host, int64_t 
     if ((rc = CHECK(cudaMemcpyAsync(d->logits_host, d->logits, (uint64_t)(count * vocab) * sizeof(float),
                                     cudaMemcpyDeviceToHost, d->stream),
                     "copying logits")) ||
-        (rc = CHECK(cudaStreamSynchronize(d->stream), "computing logits")))
+        (rc = device_wait(d, "computing logits", err)))
         return rc;
     for (int64_t i = 0; i < count; i++)
         memcpy(host + i * stride, d->logits_host + i * vocab, (size_t)vocab * sizeof *host);
@@ -241,7 +254,9 @@ static int logits_to_host(struct device *d, int64_t count, float *host, int64_t 
 int step_logits(struct device *d, const struct join *join, const int64_t *row_index, int64_t count, float *host,
                 int64_t stride, struct error *err)
 {
-    int rc;
+    int rc = exchange_flush(d, err);
+    if (rc)
+        return rc;
     if (!host && !row_index &&
         count <= LOGITS_ROWS) // rows 0 .. count - 1, of a decode step: nothing to copy, so that it can be recorded
         return logits_part(d, join, d->identity, count, err);
@@ -287,7 +302,7 @@ int step_count_tokens(struct device *d, int32_t sequence, const uint32_t *tokens
                                     d->stream),
                     "counting a prompt")))
         return rc;
-    return CHECK(cudaStreamSynchronize(d->stream), "counting a prompt"); // the buffers may be filled again
+    return device_wait(d, "counting a prompt", err); // the buffers may be filled again
 }
 
 int step_sampling(struct device *d, const struct sampling *const *sampling, const uint64_t *steps,
@@ -329,7 +344,7 @@ int step_sample(struct device *d, struct error *err)
 
 int step_tokens(struct device *d, uint32_t *tokens, int64_t count, struct error *err)
 {
-    int rc = CHECK(cudaStreamSynchronize(d->stream), "computing a step");
+    int rc = device_wait(d, "computing a step", err);
     if (rc)
         return rc;
     for (int64_t i = 0; i < count; i++) {

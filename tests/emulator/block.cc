@@ -9,11 +9,13 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
+#include <sched.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <string>
+#include <time.h>
 #include <tuple>
 #include <vector>
 
@@ -240,7 +242,7 @@ fiber *take_fiber()
          index.y, index.z, b.alive, b.threads.size(), all.c_str());
 }
 
-void run_block(block &b, dim3 index, dim3 size, dim3 grid, size_t dynamic_bytes, uint64_t &state, bool shuffled)
+void begin_block(block &b, dim3 index, dim3 size, dim3 grid, size_t dynamic_bytes)
 {
     size_t count_threads = (size_t)size.x * size.y * size.z;
     b.threads.assign(count_threads, thread());
@@ -257,18 +259,25 @@ void run_block(block &b, dim3 index, dim3 size, dim3 grid, size_t dynamic_bytes,
             grid};
         b.ready.push_back((int)t);
     }
-    while (!b.ready.empty()) {
-        size_t pick = shuffled ? next_random(state) % b.ready.size() : 0;
-        b.current = b.ready[pick];
-        if (shuffled) {
-            b.ready[pick] = b.ready.back();
-            b.ready.pop_back();
-        } else {
-            b.ready.erase(b.ready.begin());
-        }
-        at = self().where;
-        fiber_switch(&b.main, self().stack);
+}
+
+// Runs one of the threads that are ready until it waits.
+void run_thread(block &b, uint64_t &state, bool shuffled)
+{
+    size_t pick = shuffled ? next_random(state) % b.ready.size() : 0;
+    b.current = b.ready[pick];
+    if (shuffled) {
+        b.ready[pick] = b.ready.back();
+        b.ready.pop_back();
+    } else {
+        b.ready.erase(b.ready.begin());
     }
+    at = self().where;
+    fiber_switch(&b.main, self().stack);
+}
+
+void end_block(block &b)
+{
     if (b.alive > 0)
         deadlock(b);
     for (thread &t : b.threads)
@@ -283,7 +292,49 @@ void run_block(block &b, dim3 index, dim3 size, dim3 grid, size_t dynamic_bytes,
     free(b.dynamic.memory);
 }
 
-void run_grid(const char *kernel, dim3 grid, dim3 size, size_t dynamic_bytes, const std::function<void()> &body)
+void run_block(block &b, dim3 index, dim3 size, dim3 grid, size_t dynamic_bytes, uint64_t &state, bool shuffled)
+{
+    begin_block(b, index, size, grid, dynamic_bytes);
+    while (!b.ready.empty())
+        run_thread(b, state, shuffled);
+    end_block(b);
+}
+
+dim3 index_of(uint64_t n, dim3 grid)
+{
+    return dim3((unsigned)(n % grid.x), (unsigned)(n / grid.x % grid.y), (unsigned)(n / grid.x / grid.y));
+}
+
+// All blocks at the same time, a thread of each in turn.
+void run_together(const char *kernel, dim3 grid, dim3 size, size_t dynamic_bytes, const std::function<void()> &body,
+                  uint64_t &state, bool shuffled)
+{
+    std::vector<block> blocks((size_t)grid.x * grid.y * grid.z);
+    for (size_t i = 0; i < blocks.size(); i++) {
+        running = &blocks[i];
+        blocks[i].kernel = kernel;
+        blocks[i].body = &body;
+        begin_block(blocks[i], index_of(i, grid), size, grid, dynamic_bytes);
+    }
+    for (bool ran = true; ran;) {
+        ran = false;
+        for (block &b : blocks) {
+            if (b.ready.empty())
+                continue;
+            running = &b;
+            run_thread(b, state, shuffled);
+            ran = true;
+        }
+    }
+    for (block &b : blocks) {
+        running = &b;
+        end_block(b);
+    }
+    running = nullptr;
+}
+
+void run_grid(const char *kernel, dim3 grid, dim3 size, size_t dynamic_bytes, const std::function<void()> &body,
+              bool together)
 {
     block b;
     uint64_t state, total = (uint64_t)grid.x * grid.y * grid.z;
@@ -299,6 +350,10 @@ void run_grid(const char *kernel, dim3 grid, dim3 size, size_t dynamic_bytes, co
     b.body = &body;
     if (running)
         fail("kernel %s was launched from a kernel", kernel);
+    if (together) {
+        run_together(kernel, grid, size, dynamic_bytes, body, state, shuffled);
+        return;
+    }
     running = &b;
     // A permutation of the blocks without storing it: i -> (i * stride + offset) mod total.
     uint64_t stride = 1, offset = shuffled ? next_random(state) % total : 0;
@@ -314,8 +369,7 @@ void run_grid(const char *kernel, dim3 grid, dim3 size, size_t dynamic_bytes, co
     }
     for (uint64_t i = 0; i < total; i++) {
         uint64_t n = (uint64_t)(((unsigned __int128)i * stride + offset) % total);
-        dim3 index((unsigned)(n % grid.x), (unsigned)(n / grid.x % grid.y), (unsigned)(n / grid.x / grid.y));
-        run_block(b, index, size, grid, dynamic_bytes, state, shuffled);
+        run_block(b, index_of(n, grid), size, grid, dynamic_bytes, state, shuffled);
     }
     running = nullptr;
     std::lock_guard<std::mutex> hold(lock);
@@ -346,7 +400,7 @@ void fail(const char *format, ...)
 }
 
 cudaError_t launch(const char *name, dim3 grid, dim3 size, size_t shared_bytes, cudaStream_t stream,
-                   std::function<void()> body)
+                   std::function<void()> body, bool together)
 {
     enum { MOST_THREADS = 1024, MOST_ROWS = 65535 };
     if (!grid.x || !grid.y || !grid.z || !size.x || !size.y || !size.z || size.x * size.y * size.z > MOST_THREADS ||
@@ -354,10 +408,25 @@ cudaError_t launch(const char *name, dim3 grid, dim3 size, size_t shared_bytes, 
         return cudaErrorInvalidConfiguration;
     if (shared_bytes > MOST_SHARED)
         return cudaErrorInvalidValue;
-    return enqueue(stream, [=] { run_grid(name, grid, size, shared_bytes, body); });
+    return enqueue(stream, [=] { run_grid(name, grid, size, shared_bytes, body, together); });
 }
 
 int lane(void) { return running->current % WARP; }
+
+void give_way(void)
+{
+    running->ready.push_back(running->current);
+    sched_yield(); // what it waits for may be another thread's of this process, or of another process
+    yield();
+    at = self().where;
+}
+
+uint64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
 
 void *shared_array(place where, size_t bytes)
 {

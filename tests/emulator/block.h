@@ -33,9 +33,10 @@ struct indices {
 };
 extern thread_local indices at;
 
-// Queues a launch; the name is for messages and counts.
+// Queues a launch; the name is for messages and counts. together: all blocks run at the same time, and may wait for each other with give_way;
+// else one after the other, and only other threads of the host can do what a thread waits for. Launches together are not counted.
 cudaError_t launch(const char *name, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-                   std::function<void()> body);
+                   std::function<void()> body, bool together = false);
 // Runs work when the stream comes to it.
 cudaError_t enqueue(cudaStream_t stream, std::function<void()> work);
 
@@ -54,6 +55,9 @@ struct lanes {
 };
 void meet(uint32_t mask, const char *what, const void *in, void *out, void (*run)(lanes &all));
 int lane(void);
+// The thread waits for what another processor writes: others run before it goes on.
+void give_way(void);
+uint64_t now_ns(void);
 
 // The allocation that holds an address, of the device or pinned; empty where there is none.
 struct range {

@@ -349,6 +349,10 @@ const char *cudaGetErrorName(cudaError_t error)
         return "cudaErrorInvalidDevice";
     case cudaErrorNotReady:
         return "cudaErrorNotReady";
+    case cudaErrorPeerAccessAlreadyEnabled:
+        return "cudaErrorPeerAccessAlreadyEnabled";
+    case cudaErrorHostMemoryAlreadyRegistered:
+        return "cudaErrorHostMemoryAlreadyRegistered";
     case cudaErrorLaunchFailure:
         return "cudaErrorLaunchFailure";
     case cudaErrorStreamCaptureUnsupported:
@@ -398,6 +402,32 @@ cudaError_t cudaMallocHost(void **pointer, size_t bytes)
 }
 
 cudaError_t cudaFreeHost(void *pointer) { return give(release(pinned, pointer, "a pinned allocation", false)); }
+
+cudaError_t cudaHostRegister(void *pointer, size_t bytes, unsigned flags)
+{
+    PLANNED();
+    (void)flags;
+    if (bytes > setting("EMULATED_LOCKED", SIZE_MAX))
+        return give(cudaErrorMemoryAllocation);
+    std::lock_guard<std::mutex> hold(lock);
+    if (!pinned.insert({(uintptr_t)pointer, bytes}).second)
+        return give(cudaErrorHostMemoryAlreadyRegistered);
+    return cudaSuccess;
+}
+
+cudaError_t cudaHostUnregister(void *pointer)
+{
+    std::lock_guard<std::mutex> hold(lock);
+    return give(pinned.erase((uintptr_t)pointer) ? cudaSuccess : cudaErrorInvalidValue);
+}
+
+cudaError_t cudaHostGetDevicePointer(void **device, void *host, unsigned flags)
+{
+    PLANNED();
+    (void)flags;
+    *device = host;
+    return cudaSuccess;
+}
 
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind, cudaStream_t stream)
 {

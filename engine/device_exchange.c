@@ -1,0 +1,214 @@
+// Opening exchanges between the ranks' devices. See device_exchange.h.
+#include "engine/device_exchange.h"
+
+#include "engine/comm_internal.h"
+#include "kernels/clock.h"
+
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+enum { LATE_MS = 2000, LOOK_US = 1000 };
+
+struct device_exchange {
+    struct comm *comm;
+    void *region;
+    size_t bytes;
+};
+
+// ---- the memory ----------------------------------------------------------------------------------------------------
+
+// How the others find the memory of rank 0.
+struct address {
+    int64_t pid, fd, bytes, secret; // fd < 0: there is none
+};
+
+static int map(struct device_exchange *x, int fd, struct error *err)
+{
+    void *region = mmap(NULL, x->bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (region == MAP_FAILED)
+        return error_set(err, ERR_MEMORY, "mapping %zu bytes for the ranks' devices: %m", x->bytes);
+    x->region = region;
+    return 0;
+}
+
+static int make_memory(struct device_exchange *x, struct address *address, struct error *err)
+{
+    address->fd = memfd_create("tpengine-exchange", MFD_CLOEXEC);
+    if (address->fd < 0 || ftruncate((int)address->fd, (off_t)x->bytes))
+        return error_set(err, ERR_MEMORY, "making %zu bytes of shared memory for the ranks' devices: %m", x->bytes);
+    address->secret = clock_now_ns();
+    int rc = map(x, (int)address->fd, err);
+    if (!rc)
+        *(int64_t *)x->region = address->secret;
+    return rc;
+}
+
+static int find_memory(struct device_exchange *x, const struct address *address, struct error *err)
+{
+    char path[64];
+    if (address->fd < 0)
+        return error_set(err, ERR_MEMORY, "rank 0 has no shared memory for the ranks' devices");
+    snprintf(path, sizeof path, "/proc/%lld/fd/%lld", (long long)address->pid, (long long)address->fd);
+    int fd = open(path, O_RDWR | O_CLOEXEC);
+    if (fd < 0)
+        return error_set(err, ERR_IO,
+                         "%s, the memory of rank 0: %m; ranks whose devices exchange must be of one machine, user and "
+                         "process namespace",
+                         path);
+    off_t size = lseek(fd, 0, SEEK_END);
+    int rc = size != (off_t)x->bytes
+                 ? error_set(err, ERR_IO, "%s is not the memory of rank 0: are the ranks on one machine?", path)
+                 : map(x, fd, err);
+    close(fd);
+    if (!rc && *(const int64_t *)x->region != address->secret)
+        rc = error_set(err, ERR_IO, "%s is not the memory of rank 0: are the ranks on one machine?", path);
+    return rc;
+}
+
+// Whether something went wrong on any rank; that of the first is every rank's error.
+static int agree_on_result(struct comm *comm, int rc, struct error *err)
+{
+    struct error mine = {.code = 0}, all[COMM_MAX_RANKS];
+    if (rc)
+        mine = *err;
+    if ((rc = comm_all_gather(comm, all, &mine, sizeof mine, err)))
+        return rc;
+    for (int r = 0; r < comm_size(comm); r++)
+        if (all[r].code) {
+            *err = all[r];
+            return all[r].code;
+        }
+    return 0;
+}
+
+static int share_memory(struct device_exchange *x, struct error *err)
+{
+    struct comm *comm = x->comm;
+    struct address address = {.pid = getpid(), .fd = -1, .bytes = (int64_t)x->bytes};
+    int made = comm_rank(comm) == 0 ? make_memory(x, &address, err) : 0, fd = (int)address.fd;
+    struct error found;
+    if (made)
+        found = *err;
+    int rc = comm_broadcast(comm, &address, sizeof address, 0, err);
+    if (!rc && comm_rank(comm) != 0)
+        made = find_memory(x, &address, &found);
+    if (!rc)
+        rc = agree_on_result(comm, made, made ? &found : err);
+    if (rc && made)
+        *err = found;
+    if (comm_rank(comm) == 0 && fd >= 0)
+        close(fd);
+    if (!rc && comm_rank(comm) == 0)
+        *(int64_t *)x->region = 0;
+    return rc ? rc : comm_barrier(comm, err);
+}
+
+// ---- called by the device ------------------------------------------------------------------------------------------
+
+static int on_gather(void *arg, void *all, const void *mine, size_t bytes, struct error *err)
+{
+    return comm_all_gather(((struct device_exchange *)arg)->comm, all, mine, bytes, err);
+}
+
+// A step's operations are all queued before their first is done. To the watchdog a rank that waits for them moves: what does not end on a device
+// the others' devices find, whose waits have deadlines, or the next collective of the hosts.
+static bool on_look(void *arg)
+{
+    struct comm *comm = ((struct device_exchange *)arg)->comm;
+    struct comm_position at = comm_region_position(comm->region, comm->first + comm->rank);
+    comm_at(comm, at.op, at.layer);
+    return comm_region_aborted(comm->region);
+}
+
+static int say_missing(struct comm *comm, const struct exchange_failure *failure, struct error *err)
+{
+    char place[COMM_PLACE_BYTES], what[128];
+    int whom = comm->first + failure->whom;
+    struct comm_position at = comm_region_position(comm->region, whom);
+    struct call call = comm_call(comm, ALL_REDUCE, 0, 0);
+    struct error found;
+    call.op = (enum comm_operation)failure->operation;
+    call.layer = failure->layer;
+    comm_describe_call(what, &call);
+    comm_place(place, at.op, at.layer);
+    error_set(&found, ERR_RANK,
+              "rank %d's device did not %s %s within %.1f s; rank %d's waited; rank %d was last seen in %s", whom,
+              failure->phase ? "finish" : "reach", what, comm->timeout_ms / 1000.0, comm->first + failure->rank, whom,
+              place);
+    comm_region_abort(comm->region, whom, &found); // it is that one's error
+    return comm_check_abort(comm, err);
+}
+
+static int on_failure(void *arg, const struct exchange_failure *failure, struct error *err)
+{
+    struct comm *comm = ((struct device_exchange *)arg)->comm;
+    if (failure)
+        return say_missing(comm, failure, err);
+    // Another rank's device has ended the exchanges; its host is about to say why.
+    for (int ms = 0; ms < LATE_MS && !comm_region_aborted(comm->region); ms += LOOK_US / 1000)
+        usleep(LOOK_US);
+    int rc = comm_check_abort(comm, err);
+    struct error found;
+    error_set(&found, ERR_RANK,
+              "rank %d: the exchanges between the devices were ended by another rank, which has not said why",
+              comm->first + comm->rank);
+    return rc ? rc : comm_raise(comm, err, &found);
+}
+
+// ---- opening -------------------------------------------------------------------------------------------------------
+
+static int open_over(struct device_exchange *x, const struct backend *backend, struct device *device,
+                     enum transport transport, bool feedback, struct error *err)
+{
+    struct exchange_options options = {.transport = transport,
+                                       .rank = comm_rank(x->comm),
+                                       .tp_size = comm_size(x->comm),
+                                       .timeout_ms = x->comm->timeout_ms,
+                                       .feedback = feedback,
+                                       .region_bytes = x->bytes,
+                                       .all_gather = on_gather,
+                                       .aborted = on_look,
+                                       .failed = on_failure,
+                                       .arg = x};
+    int rc = share_memory(x, err);
+    options.region = x->region;
+    return rc ? rc : backend->exchange_open(device, &options, err);
+}
+
+int device_exchange_open(struct device_exchange **out, enum transport *transport, const struct backend *backend,
+                         struct device *device, struct comm *comm, struct exchange_wish wish,
+                         char note[DEVICE_EXCHANGE_NOTE_BYTES], struct error *err)
+{
+    *out = NULL;
+    *transport = wish.transport;
+    note[0] = 0;
+    if (comm_size(comm) == 1 || wish.transport != TRANSPORT_HOST)
+        return 0;
+    struct device_exchange *x = calloc(1, sizeof *x);
+    if (!x)
+        return error_set(err, ERR_MEMORY, "no memory for exchanges");
+    *x = (struct device_exchange){.comm = comm, .bytes = (size_t)backend->exchange_bytes(comm_size(comm))};
+    int rc = open_over(x, backend, device, wish.transport, wish.feedback, err);
+    if (rc && !comm_region_aborted(comm->region) && wish.or_host) { // on all ranks alike
+        snprintf(note, DEVICE_EXCHANGE_NOTE_BYTES, "sums of ranks through the CPU: %.200s", err->msg);
+        device_exchange_close(x);
+        *transport = TRANSPORT_SHM;
+        return 0;
+    }
+    if (rc)
+        device_exchange_close(x);
+    else
+        *out = x;
+    return rc;
+}
+
+void device_exchange_close(struct device_exchange *x)
+{
+    if (x && x->region)
+        munmap(x->region, x->bytes);
+    free(x);
+}

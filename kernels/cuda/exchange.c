@@ -1,0 +1,501 @@
+// The host's side of sums over the ranks of one machine: areas, streams and what becomes of a wait without an end. See exchange.h.
+//
+// Chunks. Three streams: the device's own computes, one copies out, one copies in. Of chunk c, with two buffers of everything:
+//   parts   own: encodes | out: copies them to the host, posts | in: waits for everybody's, copies those for this owner in
+//   sums    own: adds up, encodes | out: copies, posts          | in: waits, copies the others' in
+//   decode  own
+// parts of c + 1 come before sums of c, so that copies and arithmetic of two chunks go on beside each other. The host's buffer of parts c is
+// written again as that of c + 2 when this rank has copied sums c in: then every rank has posted sums c, and had copied parts c in before. The
+// buffer of sums c is written again after parts c + 2 of all ranks, which they post when they have copied sums c in. All ranks queue the same
+// in the same order, and what a stream waits for was queued before: no circle.
+#include "kernels/cuda/exchange_host.h"
+#include "kernels/cuda/shares.h"
+
+#include "formats/checked.h"
+#include "kernels/buffers.h"
+#include "kernels/clock.h"
+
+#include <assert.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+enum { ABORT_BYTES = 4096, LOOK_NS = 1000000 };
+
+// ---- the areas -----------------------------------------------------------------------------------------------------
+
+enum { HOST_AREA_BYTES = EXCHANGE_DIRECT_BYTES + 2 * (EXCHANGE_PARTS_BYTES + EXCHANGE_SUMS_BYTES) };
+
+uint64_t exchange_region_bytes(int tp_size)
+{
+    return tp_size > EXCHANGE_RANKS ? 0 : ABORT_BYTES + (uint64_t)tp_size * HOST_AREA_BYTES;
+}
+
+static uint8_t *parts_of(uint8_t *area, uint32_t chunk)
+{
+    return area + EXCHANGE_DIRECT_BYTES + chunk % 2 * EXCHANGE_PARTS_BYTES;
+}
+static uint8_t *sums_of(uint8_t *area, uint32_t chunk)
+{
+    return area + EXCHANGE_DIRECT_BYTES + 2 * EXCHANGE_PARTS_BYTES + chunk % 2 * EXCHANGE_SUMS_BYTES;
+}
+
+// For the host and its copies; for kernels.
+static uint8_t *host_area(const struct exchange *x, int rank)
+{
+    return (uint8_t *)x->options.region + ABORT_BYTES + (uint64_t)rank * HOST_AREA_BYTES;
+}
+static uint8_t *mapped_area(const struct exchange *x, int rank)
+{
+    return x->region + ABORT_BYTES + (uint64_t)rank * HOST_AREA_BYTES;
+}
+
+// The device memory of chunks: two of everything; of the reserve (device.h), as is what a wire lost.
+enum { STAGING_BYTES = 2 * (2 * EXCHANGE_PARTS_BYTES + EXCHANGE_SUMS_BYTES + EXCHANGE_PARTS_BYTES) };
+
+static void place_staging(struct exchange *x, uint8_t *memory)
+{
+    for (int i = 0; i < 2; i++) {
+        x->parts_out[i] = memory;
+        x->parts_in[i] = memory + EXCHANGE_PARTS_BYTES;
+        x->sums_in[i] = memory + 2 * EXCHANGE_PARTS_BYTES;
+        x->sums_out[i] = memory + 3 * EXCHANGE_PARTS_BYTES;
+        memory += 3 * EXCHANGE_PARTS_BYTES + EXCHANGE_SUMS_BYTES;
+    }
+}
+
+// ---- opening -------------------------------------------------------------------------------------------------------
+
+static int map_region(struct device *d, struct exchange *x, struct error *err)
+{
+    cudaError_t status =
+        cudaHostRegister(x->options.region, x->options.region_bytes, cudaHostRegisterPortable | cudaHostRegisterMapped);
+    if (status != cudaSuccess)
+        return error_set(
+            err, ERR_GPU,
+            "device %d: pinning %.1f MiB of shared memory: %s; a limit of locked memory (ulimit -l) or a container "
+            "may forbid it; --transport shm does without",
+            d->index, (double)x->options.region_bytes / 0x1p20, cudaGetErrorString(status));
+    x->registered = true;
+    return CHECK(cudaHostGetDevicePointer((void **)&x->region, x->options.region, 0), "mapping shared memory");
+}
+
+static int make_streams(struct device *d, struct exchange *x, struct error *err)
+{
+    int rc;
+    if ((rc = CHECK(cudaStreamCreateWithFlags(&x->out, cudaStreamNonBlocking), "making a stream")) ||
+        (rc = CHECK(cudaStreamCreateWithFlags(&x->in, cudaStreamNonBlocking), "making a stream")))
+        return rc;
+    for (int i = 0; i < EXCHANGE_EVENTS; i++)
+        for (int k = 0; k < 2; k++)
+            if ((rc = CHECK(cudaEventCreateWithFlags(&x->event[i][k], cudaEventDisableTiming), "making an event")))
+                return rc;
+    return 0;
+}
+
+static int make_memory(struct device *d, struct exchange *x, struct error *err)
+{
+    static const char what[] = "taking memory for exchanges";
+    struct exchange_state *state = &x->first_state;
+    const struct device_shape *s = &d->shape;
+    uint64_t lost = (uint64_t)(s->max_rows * s->desc->hidden_size) * sizeof *x->lost;
+    int rc;
+    for (int lane = 0; lane < EXCHANGE_LANES; lane++)
+        state->token[lane] = state->waited[lane] = (uint32_t)EXCHANGE_FIRST_TOKEN;
+    if ((rc = CHECK(cudaMalloc((void **)&x->ranks.state, sizeof *state), what)) ||
+        (rc = CHECK(cudaMemcpy(x->ranks.state, state, sizeof *state, cudaMemcpyHostToDevice), what)) ||
+        (rc = CHECK(cudaMalloc((void **)&x->staging, STAGING_BYTES), what)) ||
+        (rc = CHECK(cudaMallocHost((void **)&x->record, sizeof *x->record), what)) ||
+        (rc = CHECK(cudaHostGetDevicePointer((void **)&x->ranks.record, x->record, 0), what)))
+        return rc;
+    memset(x->record, 0, sizeof *x->record);
+    place_staging(x, x->staging);
+    if (!x->options.feedback)
+        return 0;
+    if ((rc = CHECK(cudaMalloc((void **)&x->lost, lost), what)))
+        return rc;
+    return CHECK(cudaMemsetAsync(x->lost, 0, lost, d->stream), what);
+}
+
+// Tokens before the first, in the areas where this rank writes.
+static void begin_tokens(uint8_t *area)
+{
+    for (int lane = 0; lane < EXCHANGE_LANES; lane++) {
+        uint32_t *token = (uint32_t *)(void *)(area + lane * EXCHANGE_TOKEN_BYTES);
+        *token = (uint32_t)EXCHANGE_FIRST_TOKEN;
+    }
+}
+
+// What the ranks tell each other: who shares a device.
+struct card {
+    char host[64];
+    char bus[32];
+    struct error problem; // of what it did alone
+};
+
+// Blocks of one rank, so that those of all ranks of a device run at the same time.
+static int share_devices(struct device *d, struct exchange *x, const struct error *problem, struct error *err)
+{
+    struct card mine, all[EXCHANGE_RANKS];
+    int most = 1, rc;
+    memset(&mine, 0, sizeof mine);
+    gethostname(mine.host, sizeof mine.host - 1);
+    mine.problem = *problem;
+    if (!mine.problem.code)
+        device_status(d, cudaDeviceGetPCIBusId(mine.bus, sizeof mine.bus, d->index), "asking where it is",
+                      &mine.problem);
+    if ((rc = x->options.all_gather(x->options.arg, all, &mine, sizeof mine, err)))
+        return rc;
+    for (int r = 0; r < x->options.tp_size; r++)
+        if (all[r].problem.code) {
+            *err = all[r].problem;
+            return err->code;
+        }
+    for (int r = 0; r < x->options.tp_size; r++) {
+        int sharing = 0;
+        for (int other = 0; other < x->options.tp_size; other++)
+            sharing += memcmp(all[r].bus, all[other].bus, sizeof mine.bus) == 0;
+        most = sharing > most ? sharing : most;
+        if (strcmp(all[r].host, mine.host) != 0)
+            return error_set(err, ERR_USAGE,
+                             "ranks %d and %d are on %s and %s: --transport %s is for the ranks of one machine", r,
+                             x->options.rank, all[r].host, mine.host, transport_name(x->options.transport));
+    }
+    x->blocks = larger_of(EXCHANGE_BLOCKS / most, 1);
+    return 0;
+}
+
+static void fill_host_ranks(struct exchange *x)
+{
+    struct exchange_ranks *ranks = &x->ranks;
+    for (int r = 0; r < ranks->tp_size; r++) {
+        ranks->to[r] = mapped_area(x, ranks->rank);
+        ranks->from[r] = mapped_area(x, r);
+    }
+    ranks->every[0] = mapped_area(x, ranks->rank);
+    ranks->num_every = 1;
+    begin_tokens(host_area(x, ranks->rank));
+}
+
+// What a rank does alone.
+static int open_alone(struct device *d, struct exchange *x, struct error *err)
+{
+    int rc;
+    if ((rc = map_region(d, x, err)) || (rc = make_streams(d, x, err)) || (rc = make_memory(d, x, err)))
+        return rc;
+    x->ranks.abort = (uint32_t *)(void *)x->region;
+    fill_host_ranks(x);
+    return device_wait(d, "preparing exchanges", err);
+}
+
+int exchange_open(struct device *d, const struct exchange_options *options, struct error *err)
+{
+    struct exchange *x;
+    struct error problem = {.code = 0};
+    int rc;
+    if (!(x = d->exchange = calloc(1, sizeof *x)))
+        return error_set(err, ERR_MEMORY, "no memory for exchanges");
+    x->options = *options;
+    x->ranks.rank = options->rank;
+    x->ranks.tp_size = options->tp_size;
+    x->ranks.timeout_ns = (uint64_t)options->timeout_ms * 1000000;
+    open_alone(d, x, &problem);
+    // Nobody posts before everybody's tokens are there.
+    if ((rc = share_devices(d, x, &problem, err)))
+        exchange_close(d);
+    return rc;
+}
+
+// ---- waiting for the device ----------------------------------------------------------------------------------------
+
+static void raise_abort(struct exchange *x) { __atomic_store_n((uint32_t *)x->options.region, 1, __ATOMIC_RELEASE); }
+
+static int failed(struct exchange *x, struct error *err)
+{
+    const struct exchange_record *r = x->record;
+    if (!__atomic_load_n(&r->told, __ATOMIC_ACQUIRE))
+        return x->options.failed(x->options.arg, NULL, err);
+    struct exchange_failure failure = {.rank = x->options.rank,
+                                       .whom = (int)r->whom,
+                                       .operation = (int)(r->place >> 24),
+                                       .layer = (int)(r->place & 0xffffff) - 1,
+                                       .call = r->call,
+                                       .phase = r->phase,
+                                       .expected = r->expected,
+                                       .seen = r->seen};
+    return x->options.failed(x->options.arg, &failure, err);
+}
+
+// While the host waits it looks whether the ranks are to end: kernels that wait learn it from here.
+static void look(struct exchange *x)
+{
+    int64_t now_ns = clock_now_ns();
+    if (now_ns - x->looked_ns > LOOK_NS) {
+        x->looked_ns = now_ns;
+        if (x->options.aborted(x->options.arg))
+            raise_abort(x);
+    }
+    sched_yield();
+}
+
+int device_wait(struct device *d, const char *what, struct error *err)
+{
+    struct exchange *x = d->exchange;
+    cudaError_t status;
+    if (!x)
+        return CHECK(cudaStreamSynchronize(d->stream), what);
+    while ((status = cudaStreamQuery(d->stream)) == cudaErrorNotReady)
+        look(x);
+    if (status != cudaSuccess)
+        return CHECK(status, what);
+    return __atomic_load_n((uint32_t *)x->options.region, __ATOMIC_ACQUIRE) ? failed(x, err) : 0;
+}
+
+int device_wait_uploaded(struct device *d, struct error *err)
+{
+    static const char what[] = "the step before";
+    cudaError_t status;
+    if (!d->exchange)
+        return CHECK(cudaEventSynchronize(d->uploaded), what);
+    while ((status = cudaEventQuery(d->uploaded)) == cudaErrorNotReady)
+        look(d->exchange);
+    return CHECK(status, what);
+}
+
+void exchange_close(struct device *d)
+{
+    struct exchange *x = d->exchange;
+    if (!x)
+        return;
+    while (d->stream && cudaStreamQuery(d->stream) == cudaErrorNotReady)
+        look(x);
+    if (x->out)
+        cudaStreamDestroy(x->out);
+    if (x->in)
+        cudaStreamDestroy(x->in);
+    for (int i = 0; i < EXCHANGE_EVENTS; i++)
+        for (int k = 0; k < 2; k++)
+            if (x->event[i][k])
+                cudaEventDestroy(x->event[i][k]);
+    cudaFree(x->ranks.state);
+    cudaFree(x->staging);
+    cudaFree(x->lost);
+    if (x->record)
+        cudaFreeHost(x->record);
+    if (x->registered)
+        cudaHostUnregister(x->options.region);
+    free(x);
+    d->exchange = NULL;
+}
+
+// ---- chunks --------------------------------------------------------------------------------------------------------
+
+enum chunk_event { PARTS_READY, PARTS_SENT, PARTS_IN, SUMS_READY, SUMS_SENT, SUMS_IN, DECODED };
+
+struct chunk_run {
+    struct device *d;
+    struct exchange *x;
+    struct exchange_message message;
+    uint32_t rows, count; // of a chunk; chunks
+    struct error *err;
+};
+
+#define STEP(call)                                                                                                     \
+    do {                                                                                                               \
+        int step_rc = device_status(d, (call), "exchanging a chunk", run->err);                                        \
+        if (step_rc)                                                                                                   \
+            return step_rc;                                                                                            \
+    } while (0)
+
+// The rows of a chunk, and the bytes of each owner's share of them.
+struct chunk {
+    struct share_piece piece;
+    uint64_t share;
+};
+
+static struct chunk chunk_at(const struct chunk_run *run, uint32_t index)
+{
+    const struct exchange_message *all = &run->message;
+    uint32_t first = index * run->rows;
+    struct share_piece piece = {.data = all->data + (uint64_t)first * all->cols,
+                                .lost = all->lost ? all->lost + (uint64_t)first * all->cols : NULL,
+                                .rows = all->rows - first < run->rows ? all->rows - first : run->rows,
+                                .cols = all->cols,
+                                .stride = all->cols,
+                                .wire = all->wire,
+                                .rank = run->x->ranks.rank,
+                                .tp_size = run->x->ranks.tp_size};
+    return (struct chunk){piece, (uint64_t)share_bytes(piece.rows, piece.cols, piece.tp_size, piece.wire)};
+}
+
+static cudaEvent_t event_of(const struct chunk_run *run, enum chunk_event which, uint32_t index)
+{
+    return run->x->event[which][(run->x->chunks + index) % 2];
+}
+
+static int chunk_parts(const struct chunk_run *run, uint32_t index)
+{
+    struct device *d = run->d;
+    struct exchange *x = run->x;
+    struct chunk c = chunk_at(run, index);
+    uint32_t number = x->chunks + index;
+    uint8_t *stage = x->parts_out[number % 2], *in = x->parts_in[number % 2];
+    uint8_t *mine = parts_of(host_area(x, c.piece.rank), number);
+    uint64_t own = (uint64_t)c.piece.rank * c.share, behind = own + c.share, end = (uint64_t)c.piece.tp_size * c.share;
+    STEP(cudaStreamWaitEvent(d->stream, event_of(run, PARTS_SENT, index), 0));
+    STEP(launch_share_encode(stage, &c.piece, NULL, 0, d->stream));
+    STEP(cudaEventRecord(event_of(run, PARTS_READY, index), d->stream));
+    STEP(cudaStreamWaitEvent(x->out, event_of(run, PARTS_READY, index), 0));
+    STEP(cudaStreamWaitEvent(x->out, event_of(run, SUMS_IN, index), 0));
+    if (own > 0)
+        STEP(cudaMemcpyAsync(mine, stage, own, cudaMemcpyDeviceToHost, x->out));
+    if (behind < end)
+        STEP(cudaMemcpyAsync(mine + behind, stage + behind, end - behind, cudaMemcpyDeviceToHost, x->out));
+    STEP(launch_exchange_post(&x->ranks, EXCHANGE_LANE_PARTS, x->out));
+    STEP(cudaEventRecord(event_of(run, PARTS_SENT, index), x->out));
+    STEP(cudaStreamWaitEvent(x->in, event_of(run, PARTS_SENT, index), 0));
+    STEP(cudaStreamWaitEvent(x->in, event_of(run, SUMS_READY, index), 0));
+    STEP(launch_exchange_wait(&x->ranks, EXCHANGE_LANE_PARTS, run->message.place, x->in));
+    for (int r = 0; r < c.piece.tp_size; r++)
+        if (r != c.piece.rank)
+            STEP(cudaMemcpyAsync(in + (uint64_t)r * c.share, parts_of(host_area(x, r), number) + own, c.share,
+                                 cudaMemcpyHostToDevice, x->in));
+    STEP(cudaEventRecord(event_of(run, PARTS_IN, index), x->in));
+    return 0;
+}
+
+static int chunk_sums(const struct chunk_run *run, uint32_t index)
+{
+    struct device *d = run->d;
+    struct exchange *x = run->x;
+    struct chunk c = chunk_at(run, index);
+    uint32_t number = x->chunks + index;
+    uint8_t *stage = x->sums_out[number % 2], *in = x->sums_in[number % 2];
+    STEP(cudaStreamWaitEvent(d->stream, event_of(run, PARTS_IN, index), 0));
+    STEP(cudaStreamWaitEvent(d->stream, event_of(run, SUMS_SENT, index), 0));
+    STEP(launch_share_add_up(stage, x->parts_in[number % 2], &c.piece, d->stream));
+    STEP(cudaEventRecord(event_of(run, SUMS_READY, index), d->stream));
+    STEP(cudaStreamWaitEvent(x->out, event_of(run, SUMS_READY, index), 0));
+    STEP(cudaMemcpyAsync(sums_of(host_area(x, c.piece.rank), number), stage, c.share, cudaMemcpyDeviceToHost, x->out));
+    STEP(launch_exchange_post(&x->ranks, EXCHANGE_LANE_SUMS, x->out));
+    STEP(cudaEventRecord(event_of(run, SUMS_SENT, index), x->out));
+    STEP(cudaStreamWaitEvent(x->in, event_of(run, SUMS_SENT, index), 0));
+    STEP(cudaStreamWaitEvent(x->in, event_of(run, DECODED, index), 0));
+    STEP(launch_exchange_wait(&x->ranks, EXCHANGE_LANE_SUMS, run->message.place, x->in));
+    for (int r = 0; r < c.piece.tp_size; r++)
+        if (r != c.piece.rank)
+            STEP(cudaMemcpyAsync(in + (uint64_t)r * c.share, sums_of(host_area(x, r), number), c.share,
+                                 cudaMemcpyHostToDevice, x->in));
+    STEP(cudaEventRecord(event_of(run, SUMS_IN, index), x->in));
+    return 0;
+}
+
+static int chunk_decode(const struct chunk_run *run, uint32_t index)
+{
+    struct device *d = run->d;
+    struct chunk c = chunk_at(run, index);
+    STEP(cudaStreamWaitEvent(d->stream, event_of(run, SUMS_IN, index), 0));
+    STEP(launch_share_decode(run->x->sums_in[(run->x->chunks + index) % 2], &c.piece, d->stream));
+    STEP(cudaEventRecord(event_of(run, DECODED, index), d->stream));
+    return 0;
+}
+
+static int run_chunks(struct chunk_run *run)
+{
+    run->count = (uint32_t)div_up(run->message.rows, run->rows);
+    for (uint32_t i = 0; i < run->count + 2; i++) {
+        int rc;
+        if ((i < run->count && (rc = chunk_parts(run, i))) ||
+            (i >= 1 && i - 1 < run->count && (rc = chunk_sums(run, i - 1))) ||
+            (i >= 2 && (rc = chunk_decode(run, i - 2))))
+            return rc;
+    }
+    run->x->chunks += run->count;
+    return 0;
+}
+
+// Rows of a chunk; 0: not even one row fits.
+static uint32_t chunk_rows(const struct exchange *x, const struct exchange_message *m, uint64_t chunk_bytes)
+{
+    uint64_t row = (uint64_t)(x->ranks.tp_size * share_bytes(1, m->cols, x->ranks.tp_size, m->wire));
+    uint64_t wanted = chunk_bytes / (2 * (uint64_t)m->cols), fit = EXCHANGE_PARTS_BYTES / row;
+    wanted = wanted < 1 ? 1 : wanted;
+    return (uint32_t)(wanted < fit ? wanted : fit);
+}
+
+// ---- sums ----------------------------------------------------------------------------------------------------------
+
+static struct exchange_message message_of(const struct device *d, enum buffer buffer, int operation, int layer)
+{
+    int64_t cols = buffer_width(d->shape.desc, d->shape.share, buffer);
+    assert((unsigned)buffer < BUFFER_COUNT);
+    struct exchange_message m = {.data = d->buffer[buffer],
+                                 .rows = (uint32_t)d->count,
+                                 .cols = (uint32_t)cols,
+                                 .place = (uint32_t)operation << 24 | ((uint32_t)(layer + 1) & 0xffffff)};
+    // Two numbers a row would be a group of 128.
+    if (buffer == BUFFER_SQUARES) {
+        m.rows = 1;
+        m.cols = (uint32_t)(d->count * cols);
+    }
+    return m;
+}
+
+int exchange_all_reduce(struct device *d, enum buffer buffer, const struct exchange_choice *choice, bool feedback,
+                        int operation, int layer, struct error *err)
+{
+    struct exchange *x = d->exchange;
+    struct exchange_message m = message_of(d, buffer, operation, layer);
+    int rc = exchange_flush(d, err);
+    if (rc || m.rows == 0 || m.cols == 0)
+        return rc;
+    m.wire = choice->wire;
+    m.lost = feedback ? x->lost : NULL;
+    uint32_t rows = choice->algorithm == ALGORITHM_CHUNKS && x->options.transport == TRANSPORT_HOST
+                        ? chunk_rows(x, &m, choice->chunk_bytes)
+                        : 0;
+    if (rows > 0) {
+        struct chunk_run run = {.d = d, .x = x, .message = m, .rows = rows, .err = err};
+        return run_chunks(&run);
+    }
+    if (choice->algorithm == ALGORITHM_ONE_SHOT && !m.lost) {
+        // The norm that follows may take it along.
+        x->waiting = m;
+        x->waits = true;
+        return buffer == BUFFER_PARTIAL && m.rows <= EXCHANGE_NORM_ROWS ? 0 : exchange_flush(d, err);
+    }
+    return CHECK(launch_exchange_two_shot(&x->ranks, &m, x->blocks, d->stream), "an exchange");
+}
+
+int exchange_flush(struct device *d, struct error *err)
+{
+    struct exchange *x = d->exchange;
+    if (!x || !x->waits)
+        return 0;
+    x->waits = false;
+    return CHECK(launch_exchange_one_shot(&x->ranks, &x->waiting, NULL, x->blocks, d->stream), "an exchange");
+}
+
+bool exchange_takes_norm(const struct device *d) { return d->exchange && d->exchange->waits; }
+
+int exchange_with_norm(struct device *d, const struct exchange_norm *norm, struct error *err)
+{
+    struct exchange *x = d->exchange;
+    x->waits = false;
+    return CHECK(launch_exchange_one_shot(&x->ranks, &x->waiting, norm, x->blocks, d->stream),
+                 "an exchange and a norm");
+}
+
+int exchange_begin_step(struct device *d, struct error *err)
+{
+    struct exchange *x = d->exchange;
+    if (!x)
+        return 0;
+    x->waits = false;
+    if (!x->lost || d->phase != PHASE_PREFILL)
+        return 0;
+    uint64_t bytes = (uint64_t)(d->count * d->shape.desc->hidden_size) * sizeof *x->lost;
+    return CHECK(cudaMemsetAsync(x->lost, 0, bytes, d->stream), "clearing what a wire lost");
+}

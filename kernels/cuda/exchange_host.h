@@ -1,0 +1,42 @@
+// The host's side of exchanges between devices, for the files of the CUDA backend. See exchange.h and kernels/backend.h.
+#ifndef TPSHARD_KERNELS_CUDA_EXCHANGE_HOST_H
+#define TPSHARD_KERNELS_CUDA_EXCHANGE_HOST_H
+
+#include "kernels/cuda/device.h"
+#include "kernels/cuda/exchange.h"
+
+enum { EXCHANGE_EVENTS = 7 };
+
+struct exchange {
+    struct exchange_options options;
+    struct exchange_ranks ranks;
+    struct exchange_state first_state;
+    uint8_t *region; // as the device sees it
+    bool registered;
+    int blocks;
+    struct exchange_record *record;  // as the host sees it
+    uint16_t *lost;                  // [max_rows][hidden]; NULL: no feedback
+    struct exchange_message waiting; // a sum that the norm behind it may take along
+    bool waits;
+    int64_t looked_ns; // at whether the ranks are to end
+
+    // Chunks.
+    cudaStream_t out, in;
+    cudaEvent_t event[EXCHANGE_EVENTS][2];
+    uint8_t *staging, *parts_out[2], *parts_in[2], *sums_in[2], *sums_out[2];
+    uint32_t chunks; // so far
+};
+
+uint64_t exchange_region_bytes(int tp_size);
+int exchange_open(struct device *d, const struct exchange_options *options, struct error *err);
+void exchange_close(struct device *d);
+int exchange_all_reduce(struct device *d, enum buffer buffer, const struct exchange_choice *choice, bool feedback,
+                        int operation, int layer, struct error *err);
+// Launches a sum that waits for its norm without one.
+int exchange_flush(struct device *d, struct error *err);
+bool exchange_takes_norm(const struct device *d);
+int exchange_with_norm(struct device *d, const struct exchange_norm *norm, struct error *err);
+// Before the first operation of a step.
+int exchange_begin_step(struct device *d, struct error *err);
+
+#endif
