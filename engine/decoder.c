@@ -227,12 +227,14 @@ int decoder_embed(struct decoder *d, const struct token_row *rows, int64_t count
     return rc ? rc : take_residual(d, err);
 }
 
-// A decode step of devices that exchange among themselves is kept, and run again as a whole.
+// A decode step of devices that exchange among themselves is kept, and run again as a whole; not over NCCL, which says nothing of
+// where a kept step stands.
 int decoder_forward(struct decoder *d, const struct token_row *rows, int64_t count, enum phase phase,
                     const struct kv_pages *pages, struct error *err)
 {
     bool one_stage = !d->model->stage_before && !d->model->stage_behind, replayed = false;
-    bool kept = phase == PHASE_DECODE && devices_exchange(d) && one_stage && d->model->loaded && !d->watch;
+    bool kept = phase == PHASE_DECODE && devices_exchange(d) && d->transport != TRANSPORT_NCCL && one_stage &&
+                d->model->loaded && !d->watch;
     int rc = begin_step(d, rows, count, phase, pages, err);
     if (rc || (kept && (rc = d->backend->record(d->device, &replayed, err))) || replayed)
         return rc;

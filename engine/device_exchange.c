@@ -11,7 +11,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { LATE_MS = 2000, LOOK_US = 1000 };
+enum { LATE_MS = 2000, LOOK_US = 1000, CALL_TEXT_BYTES = 128, REST_US = 200000 };
 
 struct device_exchange {
     struct comm *comm;
@@ -121,19 +121,68 @@ static bool on_look(void *arg)
     struct comm *comm = ((struct device_exchange *)arg)->comm;
     struct comm_position at = comm_region_position(comm->region, comm->first + comm->rank);
     comm_at(comm, at.op, at.layer);
+    if (comm->transport->look)
+        comm->transport->look(comm);
     return comm_region_aborted(comm->region);
+}
+
+static void describe_sum(struct comm *comm, int operation, int layer, char what[CALL_TEXT_BYTES])
+{
+    struct call call = comm_call(comm, ALL_REDUCE, 0, 0);
+    call.op = (enum comm_operation)operation;
+    call.layer = layer;
+    comm_describe_call(what, &call);
+}
+
+static void on_describe(void *arg, int operation, int layer, char *text, size_t bytes)
+{
+    char what[CALL_TEXT_BYTES];
+    describe_sum(((struct device_exchange *)arg)->comm, operation, layer, what);
+    snprintf(text, bytes, "%s", what);
+}
+
+static int on_raise(void *arg, struct error *err)
+{
+    struct error found = *err;
+    return comm_raise(((struct device_exchange *)arg)->comm, err, &found);
+}
+
+// A rank that waits for its device moves (on_look). One that does not, while others do, is the cause; -1: there is none.
+static int rank_at_rest(const struct comm *comm)
+{
+    uint64_t before[COMM_MAX_RANKS];
+    int whom = -1;
+    for (int r = 0; r < comm->size; r++)
+        before[r] = comm_region_position(comm->region, comm->first + r).progress;
+    usleep(REST_US);
+    for (int r = 0; r < comm->size && whom < 0; r++)
+        if (r != comm->rank && comm_region_position(comm->region, comm->first + r).progress == before[r])
+            whom = r;
+    return whom;
+}
+
+// Over a library that does not tell whom it waits for.
+static int say_none_missing(struct comm *comm, const struct exchange_failure *failure, struct error *err)
+{
+    char what[CALL_TEXT_BYTES];
+    struct error found;
+    describe_sum(comm, failure->operation, failure->layer, what);
+    error_set(&found, ERR_RANK,
+              "rank %d's device did not finish %s within %.1f s, and all ranks wait: a link between the "
+              "devices hangs; --transport host does without it",
+              comm->first + failure->rank, what, comm->timeout_ms / 1000.0);
+    return comm_raise(comm, err, &found);
 }
 
 static int say_missing(struct comm *comm, const struct exchange_failure *failure, struct error *err)
 {
-    char place[COMM_PLACE_BYTES], what[128];
-    int whom = comm->first + failure->whom;
+    char place[COMM_PLACE_BYTES], what[CALL_TEXT_BYTES];
+    int behind = failure->whom >= 0 ? failure->whom : rank_at_rest(comm), whom = comm->first + behind;
+    if (behind < 0)
+        return say_none_missing(comm, failure, err);
     struct comm_position at = comm_region_position(comm->region, whom);
-    struct call call = comm_call(comm, ALL_REDUCE, 0, 0);
     struct error found;
-    call.op = (enum comm_operation)failure->operation;
-    call.layer = failure->layer;
-    comm_describe_call(what, &call);
+    describe_sum(comm, failure->operation, failure->layer, what);
     comm_place(place, at.op, at.layer);
     error_set(&found, ERR_RANK,
               "rank %d's device did not %s %s within %.1f s; rank %d's waited; rank %d was last seen in %s", whom,
@@ -173,8 +222,10 @@ static int open_over(struct device_exchange *x, const struct backend *backend, s
                                        .all_gather = on_gather,
                                        .aborted = on_look,
                                        .failed = on_failure,
+                                       .raise = on_raise,
+                                       .describe = on_describe,
                                        .arg = x};
-    int rc = share_memory(x, err);
+    int rc = x->bytes ? share_memory(x, err) : 0;
     options.region = x->region;
     return rc ? rc : backend->exchange_open(device, &options, err);
 }
@@ -186,12 +237,14 @@ int device_exchange_open(struct device_exchange **out, enum transport *transport
     *out = NULL;
     *transport = wish.transport;
     note[0] = 0;
-    if (comm_size(comm) == 1 || wish.transport != TRANSPORT_HOST)
+    bool carried = wish.transport == TRANSPORT_NCCL; // by a library: no memory is shared
+    if (comm_size(comm) == 1 || (wish.transport != TRANSPORT_HOST && !carried))
         return 0;
     struct device_exchange *x = calloc(1, sizeof *x);
     if (!x)
         return error_set(err, ERR_MEMORY, "no memory for exchanges");
-    *x = (struct device_exchange){.comm = comm, .bytes = (size_t)backend->exchange_bytes(comm_size(comm))};
+    *x =
+        (struct device_exchange){.comm = comm, .bytes = carried ? 0 : (size_t)backend->exchange_bytes(comm_size(comm))};
     int rc = open_over(x, backend, device, wish.transport, wish.feedback, err);
     if (rc && !comm_region_aborted(comm->region) && wish.or_host) { // on all ranks alike
         snprintf(note, DEVICE_EXCHANGE_NOTE_BYTES, "sums of ranks through the CPU: %.200s", err->msg);

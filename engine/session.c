@@ -183,15 +183,17 @@ static int choose_transport(struct session *s, const char *wanted, struct error 
     int ranks = (int)s->manifest->tp_size;
     bool automatic = strcmp(wanted, "auto") == 0;
     const char *elsewhere = "it is for ranks of several hosts; these are all on this one and share its memory (shm)";
-    const char *for_gpus = backend == &backend_cpu
-                               ? "it is for GPUs, and these ranks compute on the CPU"
-                               : "this version's ranks on GPUs exchange through the host's memory (host, shm)";
+    const char *for_gpus =
+        backend == &backend_cpu
+            ? "it is for GPUs, and these ranks compute on the CPU"
+            : "this version's ranks on GPUs exchange through the host's memory (host, shm) or by NCCL (nccl)";
     bool spread = s->where.world_size > 1;
     const char *no_host = !backend->exchange_open               ? for_gpus
                           : spread                              ? "the ranks are processes that share no memory"
                           : backend->exchange_bytes(ranks) == 0 ? "there are too many ranks for it"
                           : ranks == 1 && automatic             ? "one rank has nobody to exchange with"
                                                                 : NULL;
+    const char *no_nccl = !backend->exchange_open ? for_gpus : automatic ? "it is taken when it is asked for" : NULL;
     const char *missing[TRANSPORT_COUNT] = {
         [TRANSPORT_SHM] =
             spread ? "the ranks are processes that share no memory, so they exchange over sockets (tcp)" : NULL,
@@ -199,7 +201,7 @@ static int choose_transport(struct session *s, const char *wanted, struct error 
         [TRANSPORT_MPI] = spread ? "the ranks of a launcher exchange over sockets (tcp)" : elsewhere,
         [TRANSPORT_HOST] = no_host,
         [TRANSPORT_P2P] = for_gpus,
-        [TRANSPORT_NCCL] = for_gpus,
+        [TRANSPORT_NCCL] = no_nccl,
     };
     s->worker.transport_is_auto = automatic;
     return comm_select_transport(&s->worker.transport, wanted, missing, err);

@@ -138,18 +138,19 @@ struct device; // one rank's end of a backend; belongs to one thread
 
 // What a device that exchanges sums with those of the other ranks needs of who opens it; borrowed, but for what the text says.
 struct exchange_failure {
-    int rank, whom;       // who waited, and for whom: of those that did not come, the one furthest behind
+    int rank, whom; // who waited, and for whom: of those that did not come, the one furthest behind; -1: not known
     int operation, layer; // as all_reduce was told
     uint32_t call;        // how many exchanges the device had begun
     uint32_t phase;       // 0: parts, 1: sums
     uint32_t expected, seen;
 };
 struct exchange_options {
-    enum transport transport; // TRANSPORT_HOST
+    enum transport transport; // TRANSPORT_HOST, TRANSPORT_NCCL
     int rank, tp_size;
-    int timeout_ms;        // of each wait
-    bool feedback;         // all_reduce will be asked for it
-    void *region;          // of exchange_bytes, zero, on a page, in the memory of every rank; outlives the device
+    int timeout_ms; // of each wait
+    bool feedback;  // all_reduce will be asked for it
+    void
+        *region; // of exchange_bytes, zero, on a page, in the memory of every rank; outlives the device; over nccl NULL
     uint64_t region_bytes; // of it
     // Called by the device's thread while it opens or waits. all [tp_size][bytes] receives everyone's mine.
     int (*all_gather)(void *arg, void *all, const void *mine, size_t bytes, struct error *err);
@@ -157,6 +158,10 @@ struct exchange_options {
     bool (*aborted)(void *arg);
     // Says what has happened and ends all ranks; an error. failure NULL: it was another rank's.
     int (*failed)(void *arg, const struct exchange_failure *failure, struct error *err);
+    // Ends all ranks with an error that this rank's device has found; *err becomes the first one of any rank.
+    int (*raise)(void *arg, struct error *err);
+    // "all_reduce of layer 3 (attention)"
+    void (*describe)(void *arg, int operation, int layer, char *text, size_t bytes);
     void *arg;
 };
 

@@ -87,6 +87,11 @@ static void cuda_describe(const struct device *d, char text[DEVICE_TEXT_BYTES])
     if (d->exchange)
         snprintf(text + used, DEVICE_TEXT_BYTES - (size_t)used, "; sums of ranks over %s",
                  transport_name(d->exchange->options.transport));
+    used = (int)strlen(text);
+    if (d->exchange && d->exchange->nccl && used + 3 < DEVICE_TEXT_BYTES) {
+        text[used++] = ',', text[used++] = ' ';
+        nccl_describe(d->exchange->nccl, text + used, DEVICE_TEXT_BYTES - (size_t)used);
+    }
 }
 
 static const struct backend table = {

@@ -99,8 +99,6 @@ static int make_memory(struct device *d, struct exchange *x, struct error *err)
 {
     static const char what[] = "taking memory for exchanges";
     struct exchange_state *state = &x->first_state;
-    const struct device_shape *s = &d->shape;
-    uint64_t lost = (uint64_t)(s->max_rows * s->desc->hidden_size) * sizeof *x->lost;
     int rc;
     for (int lane = 0; lane < EXCHANGE_LANES; lane++)
         state->token[lane] = state->waited[lane] = (uint32_t)EXCHANGE_FIRST_TOKEN;
@@ -112,11 +110,19 @@ static int make_memory(struct device *d, struct exchange *x, struct error *err)
         return rc;
     memset(x->record, 0, sizeof *x->record);
     place_staging(x, x->staging);
+    return exchange_make_lost(d, x, err);
+}
+
+int exchange_make_lost(struct device *d, struct exchange *x, struct error *err)
+{
+    const struct device_shape *s = &d->shape;
+    uint64_t lost = (uint64_t)(s->max_rows * s->desc->hidden_size) * sizeof *x->lost;
+    int rc;
     if (!x->options.feedback)
         return 0;
-    if ((rc = CHECK(cudaMalloc((void **)&x->lost, lost), what)))
+    if ((rc = CHECK(cudaMalloc((void **)&x->lost, lost), "taking memory for exchanges")))
         return rc;
-    return CHECK(cudaMemsetAsync(x->lost, 0, lost, d->stream), what);
+    return CHECK(cudaMemsetAsync(x->lost, 0, lost, d->stream), "taking memory for exchanges");
 }
 
 // Tokens before the first, in the areas where this rank writes.
@@ -201,6 +207,11 @@ int exchange_open(struct device *d, const struct exchange_options *options, stru
     x->ranks.rank = options->rank;
     x->ranks.tp_size = options->tp_size;
     x->ranks.timeout_ns = (uint64_t)options->timeout_ms * 1000000;
+    if (options->transport == TRANSPORT_NCCL) {
+        if ((rc = exchange_nccl_open(d, x, err)))
+            exchange_close(d);
+        return rc;
+    }
     open_alone(d, x, &problem);
     // Nobody posts before everybody's tokens are there.
     if ((rc = share_devices(d, x, &problem, err)))
@@ -246,6 +257,8 @@ int device_wait(struct device *d, const char *what, struct error *err)
     cudaError_t status;
     if (!x)
         return CHECK(cudaStreamSynchronize(d->stream), what);
+    if (x->nccl)
+        return nccl_wait(x->nccl, err);
     while ((status = cudaStreamQuery(d->stream)) == cudaErrorNotReady)
         look(x);
     if (status != cudaSuccess)
@@ -259,6 +272,8 @@ int device_wait_uploaded(struct device *d, struct error *err)
     cudaError_t status;
     if (!d->exchange)
         return CHECK(cudaEventSynchronize(d->uploaded), what);
+    if (d->exchange->nccl)
+        return nccl_wait_event(d->exchange->nccl, d->uploaded, err);
     while ((status = cudaEventQuery(d->uploaded)) == cudaErrorNotReady)
         look(d->exchange);
     return CHECK(status, what);
@@ -269,7 +284,8 @@ void exchange_close(struct device *d)
     struct exchange *x = d->exchange;
     if (!x)
         return;
-    while (d->stream && cudaStreamQuery(d->stream) == cudaErrorNotReady)
+    nccl_close(x->nccl); // which waits itself
+    while (x->options.region && d->stream && cudaStreamQuery(d->stream) == cudaErrorNotReady)
         look(x);
     if (x->out)
         cudaStreamDestroy(x->out);
@@ -453,6 +469,8 @@ int exchange_all_reduce(struct device *d, enum buffer buffer, const struct excha
         return rc;
     m.wire = choice->wire;
     m.lost = feedback ? x->lost : NULL;
+    if (x->nccl)
+        return exchange_nccl_all_reduce(x, &m, operation, layer, err);
     uint32_t rows = choice->algorithm == ALGORITHM_CHUNKS && x->options.transport == TRANSPORT_HOST
                         ? chunk_rows(x, &m, choice->chunk_bytes)
                         : 0;

@@ -4,6 +4,7 @@
 
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/exchange.h"
+#include "kernels/cuda/nccl.h"
 
 enum { EXCHANGE_EVENTS = 7 };
 
@@ -16,6 +17,7 @@ struct exchange {
     int blocks;
     struct exchange_record *record;  // as the host sees it
     uint16_t *lost;                  // [max_rows][hidden]; NULL: no feedback
+    struct nccl *nccl;               // over it: none of what follows
     struct exchange_message waiting; // a sum that the norm behind it may take along
     bool waits;
     int64_t looked_ns; // at whether the ranks are to end
@@ -38,5 +40,12 @@ bool exchange_takes_norm(const struct device *d);
 int exchange_with_norm(struct device *d, const struct exchange_norm *norm, struct error *err);
 // Before the first operation of a step.
 int exchange_begin_step(struct device *d, struct error *err);
+// Takes memory for what the wire loses, where it is made up for.
+int exchange_make_lost(struct device *d, struct exchange *x, struct error *err);
+
+// ---- exchange_nccl.c: the same over NCCL
+int exchange_nccl_open(struct device *d, struct exchange *x, struct error *err);
+int exchange_nccl_all_reduce(struct exchange *x, const struct exchange_message *message, int operation, int layer,
+                             struct error *err);
 
 #endif
