@@ -9,8 +9,6 @@
 #include <limits.h>
 #include <stdlib.h>
 
-#define LIBRARY_NAME "libtpengine_mpi.so"
-
 enum { END_NAP_US = 1000 };
 
 static const struct mpi_library *library;
@@ -41,9 +39,10 @@ int comm_mpi_start(const char *path, int *rank, int *size, struct error *err)
     int rc;
     if (library)
         return error_set(err, ERR_OTHER, "MPI is started once in a process");
-    if (!path && !backends_find_library(beside, LIBRARY_NAME))
+    if (!path && !backends_find_library(beside, COMM_MPI_LIBRARY))
         return error_set(err, ERR_USAGE,
-                         "ranks over MPI need " LIBRARY_NAME ", which is neither beside tpengine nor in ../lib: it is "
+                         "ranks over MPI need " COMM_MPI_LIBRARY
+                         ", which is neither beside tpengine nor in ../lib: it is "
                          "built where Open MPI's headers are");
     if ((rc = load(path ? path : beside, err)))
         return rc;

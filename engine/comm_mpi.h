@@ -10,6 +10,8 @@
 
 #include "engine/comm.h"
 
+#define COMM_MPI_LIBRARY "libtpengine_mpi.so"
+
 // Loads the library (NULL: beside the program, or in ../lib) and begins MPI. Not before a fork; once in a process. Receives
 // this process's rank and the size of the world.
 int comm_mpi_start(const char *library, int *rank, int *size, struct error *err);

@@ -5,6 +5,7 @@
 // `command_number`.
 #include "engine/launch.h"
 
+#include "engine/comm_mpi.h"
 #include "engine/comm_tcp.h"
 #include "formats/checked.h"
 #include "kernels/futex.h"
@@ -213,6 +214,31 @@ void rank_ends(struct rank_env *env, const struct error *why)
         return;
 }
 
+static void close_links(struct launch *launch)
+{
+    for (int rank = 0; launch->options.links && rank < launch->num_ranks; rank++) {
+        if (launch->links[rank] >= 0)
+            close(launch->links[rank]);
+        launch->links[rank] = -1;
+    }
+}
+
+static int open_comm(struct launch *launch, struct rank_env *env, struct error *err)
+{
+    int timeout_ms = launch->options.wait_timeout_ms, rank, size, rc;
+    if (!env->spread)
+        return comm_open(&env->comm, launch->region, env->rank, timeout_ms, err);
+    if (!launch->options.mpi)
+        return comm_open_sockets(&env->comm, launch->region, launch->links, env->rank, timeout_ms, err);
+    close_links(launch);
+    if ((rc = comm_mpi_start(NULL, &rank, &size, err)))
+        return rc;
+    if (rank != env->rank)
+        return error_set(err, ERR_USAGE, "this process is rank %d to MPI and rank %d by its variables or options", rank,
+                         env->rank);
+    return comm_open_mpi(&env->comm, launch->region, timeout_ms, err);
+}
+
 // Runs rank_main and leaves its result in the shared area; its error becomes the launch's unless one came before.
 static int run_rank(struct rank_handle *handle)
 {
@@ -220,9 +246,7 @@ static int run_rank(struct rank_handle *handle)
     struct rank_env *env = &handle->env;
     struct rank_state *state = state_of(launch, env->rank);
     struct error err = {0};
-    int timeout_ms = launch->options.wait_timeout_ms;
-    int code = env->spread ? comm_open_sockets(&env->comm, launch->region, launch->links, env->rank, timeout_ms, &err)
-                           : comm_open(&env->comm, launch->region, env->rank, timeout_ms, &err);
+    int code = open_comm(launch, env, &err);
     if (!code) {
         comm_at(env->comm, OP_START, -1);
         code = launch->rank_main(env, launch->arg, &err);
@@ -235,6 +259,10 @@ static int run_rank(struct rank_handle *handle)
     }
     comm_close(env->comm);
     env->comm = NULL;
+    // After an error the process ends without an end of MPI, which its launcher takes for what it is.
+    if (launch->options.mpi && !code)
+        comm_mpi_end(0, launch->options.wait_timeout_ms,
+                     NULL); // the work is done: nothing is lost with a rank that does not come
     state->code = code;
     atomic_store(&state->returned, 1);
     return code;
@@ -335,15 +363,6 @@ static int start_thread(struct rank_handle *handle, struct error *err)
         return error_set(err, ERR_MEMORY, "cannot start a thread for rank %d: %s", handle->env.rank, strerror(failed));
     handle->running = true;
     return 0;
-}
-
-static void close_links(struct launch *launch)
-{
-    for (int rank = 0; launch->options.links && rank < launch->num_ranks; rank++) {
-        if (launch->links[rank] >= 0)
-            close(launch->links[rank]);
-        launch->links[rank] = -1;
-    }
 }
 
 static int start_process(struct rank_handle *handle, struct error *err)

@@ -34,6 +34,7 @@ struct launch_options {
     // sockets belong to the launch from now on (the entries become -1). NULL: all ranks run here.
     int *links;
     int only;
+    bool mpi; // with links: MPI carries what the ranks exchange (comm_mpi.h); its launcher has started the processes
     uint64_t comm_max_elems;     // largest all-reduce message in floats
     uint64_t comm_message_bytes; // from stage to stage; see comm_region_bytes
     size_t shared_bytes;         // the caller's own shared area, zeroed

@@ -2,6 +2,7 @@
 #include "engine/session_internal.h"
 
 #include "engine/backends.h"
+#include "engine/comm_mpi.h"
 #include "engine/comm_select.h"
 #include "engine/rank_step.h"
 #include "formats/checked.h"
@@ -9,6 +10,7 @@
 #include "kernels/host_memory.h"
 #include "kernels/kv.h"
 
+#include <limits.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -177,6 +179,17 @@ static bool feeds_back(const struct manifest *manifest, enum wire wire, const ch
            !manifest->model.post_norms;
 }
 
+// NULL: ranks of several processes can exchange over MPI.
+static const char *why_not_mpi(const struct session *s)
+{
+    char path[PATH_MAX];
+    if (strcmp(s->where.launcher, "mpi") != 0)
+        return "it is for ranks that mpirun has started; these exchange over sockets (tcp)";
+    if (!backends_find_library(path, COMM_MPI_LIBRARY))
+        return COMM_MPI_LIBRARY " is neither beside tpengine nor in ../lib: it is built where Open MPI's headers are";
+    return NULL;
+}
+
 static int choose_transport(struct session *s, const char *wanted, struct error *err)
 {
     const struct backend *backend = s->worker.backend;
@@ -198,7 +211,7 @@ static int choose_transport(struct session *s, const char *wanted, struct error 
         [TRANSPORT_SHM] =
             spread ? "the ranks are processes that share no memory, so they exchange over sockets (tcp)" : NULL,
         [TRANSPORT_TCP] = spread ? NULL : elsewhere,
-        [TRANSPORT_MPI] = spread ? "the ranks of a launcher exchange over sockets (tcp)" : elsewhere,
+        [TRANSPORT_MPI] = !spread ? elsewhere : why_not_mpi(s),
         [TRANSPORT_HOST] = no_host,
         [TRANSPORT_P2P] = for_gpus,
         [TRANSPORT_NCCL] = no_nccl,
@@ -283,6 +296,7 @@ struct launch_options session_launch_options(const struct session *s, int *links
         .wait_timeout_ms = s->timeout_ms,
         .links = links,
         .only = s->where.rank,
+        .mpi = links && s->worker.transport == TRANSPORT_MPI,
         .comm_max_elems = (uint64_t)s->manifest->model.hidden_size * 64,
         .comm_message_bytes = message_bytes(s),
         .shared_bytes = shared_bytes(s),

@@ -15,7 +15,7 @@ enum { TOKEN_MAX_BYTES = 1024 };
 struct plan {
     int64_t context, max_sequences, logits_rows, residual_rows, num_pages, least_pages, usual_choices;
     struct step_limits limits;
-    int32_t kv_format, wire, feedback, deals, overlap, verify, load_first, timeout_ms;
+    int32_t kv_format, wire, transport, feedback, deals, overlap, verify, load_first, timeout_ms;
 };
 _Static_assert(sizeof(struct plan) <= MEET_BLOB_MAX_BYTES, "within what the ranks are told when they meet");
 
@@ -81,6 +81,7 @@ static void make_plan(const struct session *s, struct plan *plan)
     plan->limits = w->limits;
     plan->kv_format = (int32_t)w->kv_format;
     plan->wire = (int32_t)w->wire;
+    plan->transport = (int32_t)w->transport;
     plan->feedback = w->feedback;
     plan->deals = w->deals;
     plan->overlap = (int32_t)w->overlap;
@@ -101,6 +102,7 @@ static void take_plan(struct session *s, const struct plan *plan)
     w->limits = plan->limits;
     w->kv_format = (enum kv_format)plan->kv_format;
     w->wire = (enum wire)plan->wire;
+    w->transport = (enum transport)plan->transport;
     w->feedback = plan->feedback;
     w->deals = plan->deals;
     w->overlap = (enum overlap)plan->overlap;

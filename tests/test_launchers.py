@@ -86,6 +86,14 @@ def test_mpirun():
     for tp in (2, 4):
         got = run(*mpirun, "-np", tp, TPENGINE, "generate", models[tp], *PROMPTS, env=ENVIRONMENT, timeout=LIMIT_S)
         expect(f"mpirun -np {tp}: the same text", got[:2], alone[tp][:2])
+    if (BUILD / "libtpengine_mpi.so").exists():
+        for tp in (2, 4):
+            code, out, problem = run(*mpirun, "-np", tp, TPENGINE, "generate", models[tp], *PROMPTS, "--transport", "mpi", env=ENVIRONMENT,
+                                     timeout=LIMIT_S)
+            check(f"mpirun -np {tp}, --transport mpi: the same text", (code, out) == alone[tp][:2] and "over mpi" in problem,
+                  f"exit status {code}: {out} {problem[-800:]}")
+    else:
+        skip("mpirun --transport mpi", "no libtpengine_mpi.so: Open MPI's headers are not installed")
     code, out, problem = run(*mpirun, "-np", "3", TPENGINE, "generate", models[2], *PROMPTS, env=ENVIRONMENT, timeout=LIMIT_S)
     check("mpirun -np 3 of two ranks' shards is refused", code != 0 and not out and "cut for 2 ranks" in problem and "started 3" in problem, problem)
     got = run(*mpirun, "-np", "1", TPENGINE, "generate", models[2], *PROMPTS, env=ENVIRONMENT, timeout=LIMIT_S)
