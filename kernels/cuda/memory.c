@@ -253,7 +253,7 @@ static int pin_all(struct device *d, struct error *err)
     if (s->samples && ((rc = pin(d, &d->output_host, vocab * sizeof *d->output_host, err)) ||
                        (rc = pin(d, &d->any_host, vocab, err))))
         return rc;
-    if (s->samples) // one rank alone exchanges nothing
+    if (s->samples && d->tp_size == 1) // one rank alone exchanges nothing
         return 0;
     return pin(d, &d->lent, (uint64_t)(s->max_rows * s->desc->hidden_size) * sizeof *d->lent, err);
 }
