@@ -174,7 +174,7 @@ extern struct session_options session_options;
          "FILE",                                                                                                       \
          0,                                                                                                            \
          0,                                                                                                            \
-         "its first line is the secret by which ranks on several hosts know each other; else TPENGINE_TOKEN"},         \
+         "its first line is the secret by which ranks on several hosts know each other; else TPENGINE_RANK_TOKEN"},    \
         {"join-timeout",                                                                                               \
          OPTION_NUMBER,                                                                                                \
          &session_options.join_timeout_s,                                                                              \

@@ -190,7 +190,7 @@ static int take_answer(const struct meeting *m, int fd, const struct meet_hello 
     if (!meet_answer_is_genuine(buffer, sizeof *answer + rest, m->key, hello->nonce))
         return error_set(err, ERR_RANK,
                          "%s has another token than rank %d, or is of another job of %s: give all ranks the same "
-                         "--token-file or TPENGINE_TOKEN",
+                         "--token-file or TPENGINE_RANK_TOKEN",
                          who, m->rank, m->options->place->launcher);
     if (answer->code)
         return error_set(err, answer->code, "%s", answer->sentence);

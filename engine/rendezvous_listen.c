@@ -87,7 +87,7 @@ int meet_listen(struct meeting *m, struct error *err)
         return error_set(
             err, ERR_USAGE,
             "ranks on several hosts (rank 0 at %s) need a secret that tells them from others: write one to a "
-            "file (openssl rand -hex 32) and give it to all ranks with --token-file, or set TPENGINE_TOKEN",
+            "file (openssl rand -hex 32) and give it to all ranks with --token-file, or set TPENGINE_RANK_TOKEN",
             place->host);
     int rc = meet_resolve(m, &address, true, err);
     if (rc)

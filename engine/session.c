@@ -497,7 +497,6 @@ int session_open(struct session **out, const char *place, const struct session_o
     bool spread = s->where.world_size > 1;
     int64_t here = !spread ? (int64_t)s->manifest->num_ranks : s->where.local_size > 0 ? s->where.local_size : 1;
     s->token_file = options->token_file;
-    s->bearer_token = options->store.bearer_token;
     s->join_timeout_ms = (int)(options->join_timeout_s * 1000);
     s->worker.local_rank = s->where.local_rank;
     s->worker.local_size = s->where.local_rank >= 0 ? s->where.local_size : 0;

@@ -32,11 +32,11 @@ struct session_options {
     struct store_options store;
     const char *ranks;                // "process", "thread"
     struct launcher_options launcher; // whether ranks are processes that another program starts, and which one this is
-    const char *token_file;           // of the secret that such ranks share; NULL: the store's bearer_token, if any
-    double join_timeout_s;            // for all of them to come
-    const char *pin;                  // "none", "node", "core"; see numa.h
-    int64_t threads;                  // worker threads of each rank; 0: cores / ranks
-    int64_t context;                  // longest sequence; 0: default_context, or the model's own if that is less
+    const char *token_file; // of the secret that such ranks share; NULL: TPENGINE_RANK_TOKEN of the environment
+    double join_timeout_s;  // for all of them to come
+    const char *pin;        // "none", "node", "core"; see numa.h
+    int64_t threads;        // worker threads of each rank; 0: cores / ranks
+    int64_t context;        // longest sequence; 0: default_context, or the model's own if that is less
     int64_t default_context;
     double timeout_s;     // longest silence of a busy rank
     int64_t kv_tokens;    // room of the KV cache; 0: context for each sequence

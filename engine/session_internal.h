@@ -22,7 +22,7 @@ struct session {
     bool settled;                // the next start's memory
     double needed_bytes;         // of the host, by that plan
     struct launcher_place where; // world_size > 1: ranks are processes that a launcher started
-    const char *token_file, *bearer_token;
+    const char *token_file;
     int join_timeout_ms;
     bool met;               // has started once
     struct error met_error; // of that; code 0: none

@@ -7,6 +7,7 @@
 #include "version.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum { TOKEN_MAX_BYTES = 1024 };
@@ -41,10 +42,11 @@ int session_find_rank(const struct session_options *options, int *rank, struct e
     return rc;
 }
 
-// The first line of the file, or the environment's.
+// The first line of the file, or the environment's. It is not the store's token, which goes to a server.
 static int read_token(const struct session *s, char token[TOKEN_MAX_BYTES], const char **out, struct error *err)
 {
-    *out = s->bearer_token;
+    const char *token_of_environment = getenv("TPENGINE_RANK_TOKEN");
+    *out = token_of_environment && token_of_environment[0] ? token_of_environment : NULL;
     if (!s->token_file || !s->token_file[0])
         return 0;
     FILE *f = fopen(s->token_file, "re");

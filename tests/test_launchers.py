@@ -223,6 +223,15 @@ def test_refusals():
     first, other = [start(rank, 2, where, *PROMPTS, "--join-timeout", "2", "--token-file", tokens[rank]) for rank in range(2)]
     refused("a wrong token, said by the rank", 7, ("another token",), other)
     refused("a wrong token, said by rank 0", 7, ("did not come", "has another token"), first)
+    where = master()  # the token of the store, which is sent to servers, is another matter
+    first, other = [start(rank, 2, where, *PROMPTS, "--join-timeout", "2", environment={"TPENGINE_RANK_TOKEN": f"secret {rank}", "TPENGINE_TOKEN": "same"})
+                    for rank in range(2)]
+    refused("other tokens of the environment", 7, ("another token",), other)
+    end(first)
+    where = master()
+    both = [start(rank, 2, where, *PROMPTS, environment={"TPENGINE_RANK_TOKEN": "secret", "TPENGINE_TOKEN": f"{rank}"}) for rank in range(2)]
+    results = [end(process) for process in both]
+    check("the same token of the environment", [result[0] for result in results] == [0, 0] and results[0][1] == alone[2][1], str(results))
     expect("several hosts without a token", run(TPENGINE, "generate", models[2], *PROMPTS, "--rank", "0", "--world-size", "2", "--master", "192.0.2.1:5",
                                                 env=ENVIRONMENT)[0], 2)
     code, _, problem = run(TPENGINE, "generate", models[2], *PROMPTS, env={**ENVIRONMENT, "RANK": "0"})
