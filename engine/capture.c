@@ -279,8 +279,7 @@ static int run_layer(struct capture *c, int64_t layer, struct error *err)
     int rc = 0;
     for (int64_t first = 0, count; first < c->text->count && !rc; first += count) {
         count = window_rows(c, first);
-        d->count = count;
-        if ((rc = d->backend->begin(d->device, c->rows, count, PHASE_PREFILL, &c->pages, err)) ||
+        if ((rc = decoder_begin(d, c->rows, count, PHASE_PREFILL, &c->pages, err)) ||
             (rc = move_residuals(c, residuals(c, layer, first), count, true, err)) ||
             (rc = head ? decoder_head_input(d, err) : decoder_layer(d, layer, err)))
             return rc;

@@ -205,8 +205,8 @@ static const struct join *last_join(const struct decoder *d)
     return &d->model->weights.layers[d->model->desc.num_layers - 1].mlp_join;
 }
 
-static int begin_step(struct decoder *d, const struct token_row *rows, int64_t count, enum phase phase,
-                      const struct kv_pages *pages, struct error *err)
+int decoder_begin(struct decoder *d, const struct token_row *rows, int64_t count, enum phase phase,
+                  const struct kv_pages *pages, struct error *err)
 {
     int rc;
     d->count = count;
@@ -223,7 +223,7 @@ static int take_residual(struct decoder *d, struct error *err)
 int decoder_embed(struct decoder *d, const struct token_row *rows, int64_t count, enum phase phase,
                   const struct kv_pages *pages, struct error *err)
 {
-    int rc = begin_step(d, rows, count, phase, pages, err);
+    int rc = decoder_begin(d, rows, count, phase, pages, err);
     return rc ? rc : take_residual(d, err);
 }
 
@@ -235,7 +235,7 @@ int decoder_forward(struct decoder *d, const struct token_row *rows, int64_t cou
     bool one_stage = !d->model->stage_before && !d->model->stage_behind, replayed = false;
     bool kept = phase == PHASE_DECODE && devices_exchange(d) && d->transport != TRANSPORT_NCCL && one_stage &&
                 d->model->loaded && !d->watch;
-    int rc = begin_step(d, rows, count, phase, pages, err);
+    int rc = decoder_begin(d, rows, count, phase, pages, err);
     if (rc || (kept && (rc = d->backend->record(d->device, &replayed, err))) || replayed)
         return rc;
     if ((rc = take_residual(d, err)) || (rc = run_layers(d, err)) ||

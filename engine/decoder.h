@@ -75,6 +75,9 @@ int decoder_logits(struct decoder *decoder, const int64_t *row_index, int64_t co
                    struct error *err);
 
 // The same step piece by piece, for who wants to see the residual between layers: the tokens' rows into it, one layer, and what the head multiplies.
+// The tokens' rows are given, or for who has the residual himself the step alone is begun, and he fills the backend's buffers.
+int decoder_begin(struct decoder *decoder, const struct token_row *rows, int64_t count, enum phase phase,
+                  const struct kv_pages *pages, struct error *err);
 int decoder_embed(struct decoder *decoder, const struct token_row *rows, int64_t count, enum phase phase,
                   const struct kv_pages *pages, struct error *err);
 int decoder_layer(struct decoder *decoder, int64_t layer, struct error *err);

@@ -1,7 +1,7 @@
 // The parts of a step and their exchanges. See decoder_parts.h.
 //
 // The exchanges of all parts are posted in one order on every rank: in a block the first part's sum, then the second's. Where rows are dealt out, a
-// part's normed rows follow its sum before the other part's next sum, however early or late that one's coming is noticed.
+// part's normed rows follow its sum before the other part's next exchange, however early or late that one's coming is noticed.
 #include "engine/decoder_parts.h"
 
 #include "engine/comm_select.h"
@@ -194,6 +194,8 @@ static int join_other(struct decoder *d, bool wait, struct error *err)
 }
 
 int part_look(struct decoder *d, struct error *err) { return join_other(d, false, err); }
+
+int part_settle_other(struct decoder *d, struct error *err) { return join_other(d, true, err); }
 
 // ---- a part's way through a block ------------------------------------------------------------------------------
 

@@ -44,6 +44,8 @@ int part_enter(struct decoder *d, const struct block *block, struct error *err);
 int part_leave(struct decoder *d, const struct block *block, struct error *err);
 // Between operations: if the other part's sums have come, what it can do without computing on is done.
 int part_look(struct decoder *d, struct error *err);
+// The same, waited for: before an exchange amid a block, so that both stand in one order on every rank.
+int part_settle_other(struct decoder *d, struct error *err);
 // An exchange of d->part amid a block, waited for.
 int part_exchange(struct decoder *d, const struct exchange *exchange, struct error *err);
 // Behind the last block, also after an error (rc): all exchanges have ended. Returns rc or their error.

@@ -591,6 +591,31 @@ static bool end_ranks(struct launch *launch, int grace_ms, struct error *first)
     return wait_for_ends(launch, KILL_GRACE_MS, &bad_rank, first);
 }
 
+// Whether a process was stopped (SIGSTOP, a debugger).
+static bool is_stopped(pid_t pid)
+{
+    char path[32], text[512];
+    snprintf(path, sizeof path, "/proc/%d/stat", (int)pid);
+    FILE *f = fopen(path, "re");
+    if (!f)
+        return false;
+    text[fread(text, 1, sizeof text - 1, f)] = 0;
+    fclose(f);
+    const char *name_end = strrchr(text, ')');
+    return name_end && (name_end[1] == ' ' && (name_end[2] == 'T' || name_end[2] == 't'));
+}
+
+// Ranks that wait in a circle name each other; a process that stands still among them is the reason.
+static void name_stopped(struct launch *launch)
+{
+    for (int rank = launch->first; rank < launch->end && !launch->options.threads; rank++) {
+        size_t used = strlen(launch->error.msg);
+        if (launch->ranks[rank].running && is_stopped(launch->ranks[rank].pid))
+            snprintf(launch->error.msg + used, sizeof launch->error.msg - used, "; the process of rank %d is stopped",
+                     rank);
+    }
+}
+
 // The launch has failed: the error that came first counts, every rank ends.
 static int fail(struct launch *launch, int rank, const struct error *found, struct error *err)
 {
@@ -598,6 +623,7 @@ static int fail(struct launch *launch, int rank, const struct error *found, stru
     if (!comm_region_error(launch->region, &rank, &launch->error))
         launch->error = *found;
     launch->lost_rank = rank;
+    name_stopped(launch);
     struct error ignored = {.code = ERR_RANK};
     end_ranks(launch, FAIL_GRACE_MS, &ignored);
     launch->command_running = false;
@@ -716,9 +742,24 @@ int launch_wait(struct launch *launch, int extra_fd, struct error *err)
     }
 }
 
+// For ranks whose work another process gives them. The others do without a rank that stands still; then it ends here too: its thread for the links, or
+// nobody, knows of that.
+static int watch_led(struct launch *launch, int64_t passed_ms, int64_t *stopped_ms, int *rank, struct error *err)
+{
+    if (comm_region_error(launch->region, rank, err))
+        return err->code;
+    *rank = launch->first;
+    *stopped_ms = !launch->options.threads && is_stopped(launch->ranks[*rank].pid) ? *stopped_ms + passed_ms : 0;
+    if (*stopped_ms <= launch->options.wait_timeout_ms)
+        return 0;
+    return error_set(err, ERR_RANK, "rank %d was stopped for %.1f s; the other ranks do without it by now", *rank,
+                     (double)*stopped_ms / 1000);
+}
+
 int launch_wait_end(struct launch *launch, struct error *err)
 {
-    enum { SELDOM_MS = 1000 };
+    enum { SELDOM_MS = 500 };
+    int64_t stopped_ms = 0;
     somebody_waits = 1;
     while (any_running(launch)) {
         bool ready = atomic_load(&launch->area->started_ranks) == num_here(launch);
@@ -726,7 +767,8 @@ int launch_wait_end(struct launch *launch, struct error *err)
         int rank = 0;
         wait_for_events(launch, -1, ready ? SELDOM_MS : LOOK_MS);
         signal_pending = 0;
-        if (reap(launch, true, &rank, &found) || (!ready && watch(launch, &rank, &found)))
+        if (reap(launch, true, &rank, &found) ||
+            (ready ? watch_led(launch, SELDOM_MS, &stopped_ms, &rank, &found) : watch(launch, &rank, &found)))
             return fail(launch, rank, &found, err);
     }
     launch->ready = true;

@@ -327,7 +327,8 @@ int rendezvous_meet(struct rendezvous *out, const struct rendezvous_options *opt
         m.callers[i].fd = -1;
     if (m.world < 2 || m.world > MEET_MAX_RANKS || m.world > COMM_MAX_RANKS || bytes > MEET_BLOB_MAX_BYTES)
         rc = error_set(err, ERR_USAGE, "%d ranks: wanted 2 to %d", m.world, COMM_MAX_RANKS);
-    meet_key(m.key, options->token, place->job);
+    if (!rc)
+        rc = meet_key(m.key, options->token, place->job, err);
     if (!rc)
         rc = meet_listen(&m, err);
     if (!rc)

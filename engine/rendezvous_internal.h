@@ -46,6 +46,7 @@ struct meeting {
     struct member members[COMM_MAX_RANKS];
     struct meet_hello joined;            // other ranks: what they said to rank 0
     char sent_away[MEET_SENTENCE_BYTES]; // the last one; "": nobody
+    unsigned lookups;                    // of rank 0's name
 };
 
 // Until a descriptor is ready: > 0; 0: the time is over.
@@ -60,8 +61,8 @@ void meet_set_port(struct sockaddr_storage *address, int port);
 bool meet_is_loopback(const struct sockaddr_storage *address);
 // Other ranks, once they have joined: 0 while rank 0 is there; else its last word, or that it has ended.
 int meet_last_word(struct meeting *m, struct error *err);
-// Rank 0's address by its name. passive: to listen there.
-int meet_resolve(const struct meeting *m, struct sockaddr_storage *out, bool passive, struct error *err);
+// Rank 0's address by its name; of several, each in its turn. passive: to listen there.
+int meet_resolve(struct meeting *m, struct sockaddr_storage *out, bool passive, struct error *err);
 
 int meet_listen(struct meeting *m, struct error *err);
 // Rank 0: until all others have joined; then they are told where each one is.

@@ -38,10 +38,10 @@ static void set_address(struct sockaddr_storage *out, bool v6, bool loopback, in
     meet_set_port(out, port);
 }
 
-int meet_resolve(const struct meeting *m, struct sockaddr_storage *out, bool passive, struct error *err)
+int meet_resolve(struct meeting *m, struct sockaddr_storage *out, bool passive, struct error *err)
 {
     const struct launcher_place *place = m->options->place;
-    struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *found = NULL;
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_ADDRCONFIG}, *found = NULL, *one;
     if (is_local(place) || passive) {
         bool local = is_local(place);
         set_address(out, local ? strcmp(place->host, "::1") == 0 : true, local,
@@ -52,8 +52,14 @@ int meet_resolve(const struct meeting *m, struct sockaddr_storage *out, bool pas
     if (failed || !found)
         return error_set(err, ERR_RANK, "rank %d cannot look up rank 0's host %s: %s", m->rank, place->host,
                          failed ? gai_strerror(failed) : "no address");
+    unsigned addresses = 0;
+    for (one = found; one; one = one->ai_next)
+        addresses++;
+    one = found;
+    for (unsigned turn = m->lookups++ % addresses; turn > 0; turn--)
+        one = one->ai_next;
     memset(out, 0, sizeof *out);
-    memcpy(out, found->ai_addr, found->ai_addrlen < sizeof *out ? found->ai_addrlen : sizeof *out);
+    memcpy(out, one->ai_addr, one->ai_addrlen < sizeof *out ? one->ai_addrlen : sizeof *out);
     meet_set_port(out, place->port);
     freeaddrinfo(found);
     return 0;

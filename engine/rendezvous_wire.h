@@ -79,7 +79,7 @@ _Static_assert(sizeof(struct meet_answer) == 568 && offsetof(struct meet_answer,
 enum { MEET_ANSWER_MAX_BYTES = 568 + 32 * MEET_MAX_RANKS + MEET_BLOB_MAX_BYTES };
 
 // token may be NULL: then any program of the same job has the key. job: of the launcher, so that two jobs do not mix.
-void meet_key(uint8_t key[MEET_KEY_BYTES], const char *token, const char *job);
+int meet_key(uint8_t key[MEET_KEY_BYTES], const char *token, const char *job, struct error *err);
 // Unpredictable bytes. ERR_IO.
 int meet_nonce(uint8_t nonce[MEET_NONCE_BYTES], struct error *err);
 

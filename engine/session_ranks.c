@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { TOKEN_MAX_BYTES = 1024 };
+enum { TOKEN_MIN_BYTES = 16, TOKEN_MAX_BYTES = 1024 };
 
 // What rank 0's command line decides for all. Programs of one version read it, on machines of one kind.
 struct plan {
@@ -42,13 +42,23 @@ int session_find_rank(const struct session_options *options, int *rank, struct e
     return rc;
 }
 
+// Who listens to the ranks' meeting can try out tokens at leisure: none that could be guessed.
+static int check_token(const char *token, const char *from, struct error *err)
+{
+    size_t bytes = strlen(token);
+    if (bytes >= TOKEN_MIN_BYTES && bytes < TOKEN_MAX_BYTES - 1)
+        return 0;
+    return error_set(err, ERR_USAGE, "%s: a token of %d to %d characters is wanted (openssl rand -hex 32 makes one)",
+                     from, TOKEN_MIN_BYTES, TOKEN_MAX_BYTES - 2);
+}
+
 // The first line of the file, or the environment's. It is not the store's token, which goes to a server.
 static int read_token(const struct session *s, char token[TOKEN_MAX_BYTES], const char **out, struct error *err)
 {
     const char *token_of_environment = getenv("TPENGINE_RANK_TOKEN");
     *out = token_of_environment && token_of_environment[0] ? token_of_environment : NULL;
     if (!s->token_file || !s->token_file[0])
-        return 0;
+        return *out ? check_token(*out, "TPENGINE_RANK_TOKEN", err) : 0;
     FILE *f = fopen(s->token_file, "re");
     if (!f)
         return error_set_errno(err, "--token-file %s", s->token_file);
@@ -60,7 +70,7 @@ static int read_token(const struct session *s, char token[TOKEN_MAX_BYTES], cons
     if (failed || !token[0])
         return error_set(err, ERR_USAGE, "--token-file %s: its first line holds no token", s->token_file);
     *out = token;
-    return 0;
+    return check_token(token, s->token_file, err);
 }
 
 static void on_note(void *arg, const char *sentence)

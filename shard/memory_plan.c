@@ -136,7 +136,7 @@ static uint64_t cuda_scratch(const struct plan *plan, uint32_t rank, int64_t con
     plan_rank_model(&stage, plan, rank);
     uint64_t vocab = (uint64_t)share->vocab_local, widest = round_up((uint64_t)widest_input(model, share), ACT_GROUP);
     uint64_t row_floats = (uint64_t)attended_width(model, share);
-    for (int buffer = 0; buffer < BUFFER_COUNT; buffer++)
+    for (int buffer = 0; buffer < BUFFER_NORMED; buffer++) // normed rows have the place of others
         row_floats += (uint64_t)buffer_width(model, share, (enum buffer)buffer);
     if (model->experts.num_experts > 0 || model->latent.kv_rank > 0)
         row_floats += (uint64_t)model->hidden_size;

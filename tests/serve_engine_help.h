@@ -338,7 +338,7 @@ static inline struct run new_run(void)
 static inline int set_up(void **state)
 {
     (void)state;
-    the_session.manifest.tp_size = TP;
+    the_session.manifest.tp_size = the_session.manifest.num_ranks = TP;
     the_session.event_fd = eventfd(0, EFD_CLOEXEC);
     return the_session.event_fd < 0;
 }

@@ -125,9 +125,9 @@ static void attend(float *out, struct fixture *f, const struct token_row *rows, 
     }
     memcpy(d->kv, f->kv, d->kv_bytes);
     int64_t q_width = buffer_width(&f->desc, &f->share, BUFFER_QKV), width = attended_width(&f->desc, &f->share);
-    memcpy(d->buffers[BUFFER_QKV], f->qkv + first * q_width, (size_t)(count * q_width) * sizeof(float));
     struct kv_pages pages = {.pages = f->pages, .pages_per_sequence = PER_SEQUENCE};
     assert_int_equal(backend_cpu.begin(d, rows + first, count, PHASE_DECODE, &pages, &err), 0);
+    memcpy(d->buffers[BUFFER_QKV], f->qkv + first * q_width, (size_t)(count * q_width) * sizeof(float));
     assert_int_equal(backend_cpu.attend(d, 0, &err), 0);
     memcpy(out, d->attended, (size_t)(count * width) * sizeof *out);
     close_device(d);
@@ -192,8 +192,8 @@ static void test_formats(void **state)
             f.format = (enum kv_format)format;
             struct device *d = open_device(&f, "auto", 2);
             struct kv_pages pages = {.pages = f.pages, .pages_per_sequence = PER_SEQUENCE};
-            memcpy(d->buffers[BUFFER_QKV], f.qkv, (size_t)(ROWS * q_width) * sizeof(float));
             assert_int_equal(backend_cpu.begin(d, rows, ROWS, PHASE_PREFILL, &pages, &err), 0);
+            memcpy(d->buffers[BUFFER_QKV], f.qkv, (size_t)(ROWS * q_width) * sizeof(float));
             assert_int_equal(backend_cpu.finish_qkv(d, 0, &err), 0);
             assert_int_equal(backend_cpu.attend(d, 0, &err), 0);
             double sum = 0, wrong = 0;

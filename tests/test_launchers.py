@@ -224,14 +224,17 @@ def test_refusals():
     refused("a wrong token, said by the rank", 7, ("another token",), other)
     refused("a wrong token, said by rank 0", 7, ("did not come", "has another token"), first)
     where = master()  # the token of the store, which is sent to servers, is another matter
-    first, other = [start(rank, 2, where, *PROMPTS, "--join-timeout", "2", environment={"TPENGINE_RANK_TOKEN": f"secret {rank}", "TPENGINE_TOKEN": "same"})
+    first, other = [start(rank, 2, where, *PROMPTS, "--join-timeout", "2", environment={"TPENGINE_RANK_TOKEN": f"a secret of rank {rank}", "TPENGINE_TOKEN": "same"})
                     for rank in range(2)]
     refused("other tokens of the environment", 7, ("another token",), other)
     end(first)
     where = master()
-    both = [start(rank, 2, where, *PROMPTS, environment={"TPENGINE_RANK_TOKEN": "secret", "TPENGINE_TOKEN": f"{rank}"}) for rank in range(2)]
+    both = [start(rank, 2, where, *PROMPTS, environment={"TPENGINE_RANK_TOKEN": "a secret of all ranks", "TPENGINE_TOKEN": f"{rank}"}) for rank in range(2)]
     results = [end(process) for process in both]
     check("the same token of the environment", [result[0] for result in results] == [0, 0] and results[0][1] == alone[2][1], str(results))
+    code, _, problem = run(TPENGINE, "generate", models[2], *PROMPTS, "--rank", "0", "--world-size", "2", "--master", where,
+                           env={**ENVIRONMENT, "TPENGINE_RANK_TOKEN": "short"})
+    check("a short token", code == 2 and "16 to" in problem, f"{code}: {problem}")
     expect("several hosts without a token", run(TPENGINE, "generate", models[2], *PROMPTS, "--rank", "0", "--world-size", "2", "--master", "192.0.2.1:5",
                                                 env=ENVIRONMENT)[0], 2)
     code, _, problem = run(TPENGINE, "generate", models[2], *PROMPTS, env={**ENVIRONMENT, "RANK": "0"})
@@ -249,8 +252,8 @@ def children(pid):
         return []
 
 
-def kill_one(name, whose, busy, words):
-    """Kills a process of two ranks': both end within seconds. whose: (rank, its rank process instead of the parent)."""
+def kill_one(name, whose, busy, words, how=signal.SIGKILL):
+    """Kills or stops a process of two ranks': both end within seconds. whose: (rank, its rank process instead of the parent)."""
     where = master()
     # Idle: a server without requests. Busy: a long text is made.
     work_words = ["--prompt", "Once", "--max-tokens", "900", "--ignore-eos", "--threads", "1"]
@@ -264,7 +267,7 @@ def kill_one(name, whose, busy, words):
             started = wait_until(lambda: http_ready(work_words[1]), LIMIT_S, 0.05)
         rank, inner = whose
         target = children(processes[rank].pid)[0] if inner else processes[rank].pid
-        os.kill(target, signal.SIGKILL)
+        os.kill(target, how)
         begin = time.monotonic()
         results = [end(process) for process in processes]
         seconds = time.monotonic() - begin
@@ -293,6 +296,7 @@ def test_kills():
     kill_one("rank 1's parent is killed while it works", (1, False), True, lost_1)
     kill_one("rank 0's process is killed while it works", (0, True), True, lost_0)
     kill_one("rank 0's parent is killed while it works", (0, False), True, lost_0)
+    kill_one("rank 1's process is stopped while it works", (1, True), True, lost_1, signal.SIGSTOP)
     kill_one("rank 1's process is killed while a server idles", (1, True), False, lost_1)
     kill_one("rank 0's parent is killed while a server idles", (0, False), False, lost_0)
 

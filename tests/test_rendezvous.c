@@ -248,10 +248,10 @@ static void test_doubled_rank(void **state)
 {
     (void)state;
     prepare(4, LONG_MS);
-    ranks[3].place.rank = 2;
-    start(4);
-    join(4);
-    for (int i = 0; i < 4; i++)
+    ranks[1].place.rank = 2; // and no rank 1, which might come when rank 0 has ended
+    start(3);
+    join(3);
+    for (int i = 0; i < 3; i++)
         says(&ranks[i], "rank 2 has come twice");
 }
 

@@ -421,8 +421,10 @@ void nccl_close(struct nccl *n)
         return;
     if (n->comm && end_orderly(n))
         n->library.ncclCommDestroy_(n->comm);
-    else
+    else if (n->comm) {
         abort_communicator(n);
+        drain_stream(n); // what it frees below a kernel may still use
+    }
     if (!n->stuck) { // else the process ends with it
         cudaFree(n->to);
         cudaFree(n->from);
