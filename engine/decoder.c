@@ -29,7 +29,7 @@ static int exchange_squares(struct decoder *d, const struct block *block, struct
     const struct backend *b = d->backend;
     int ranks = comm_size(d->comm), rc = b->squares(d->device, block->layer, err);
     float *squares, all[COMM_MAX_RANKS * 2 * PIECE];
-    if (rc || ranks == 1)
+    if (rc || ranks == 1 || (rc = part_settle_other(d, err)))
         return rc;
     if (devices_exchange(d)) // from zeros in rank order: the same numbers, since none of them is -0
         return part_sum_on_device(d, BUFFER_SQUARES, 2, WIRE_F32, block->op, (int)block->layer, err);

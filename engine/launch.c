@@ -7,6 +7,7 @@
 
 #include "engine/comm_mpi.h"
 #include "engine/comm_tcp.h"
+#include "engine/process.h"
 #include "formats/checked.h"
 #include "kernels/futex.h"
 
@@ -276,24 +277,6 @@ static void *rank_thread(void *arg)
     return NULL;
 }
 
-// Descriptors first .. end - 1.
-static void close_all(unsigned first, unsigned end)
-{
-    enum { MOST_DESCRIPTORS = 1 << 20 }; // a limit may be none: billions of calls are minutes
-    struct rlimit limit;
-    if (first >= end)
-        return;
-#ifdef SYS_close_range
-    if (syscall(SYS_close_range, first, end - 1, 0) == 0)
-        return;
-#endif
-    if (getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < end)
-        end = (unsigned)limit.rlim_cur;
-    end = end < MOST_DESCRIPTORS ? end : MOST_DESCRIPTORS;
-    for (unsigned fd = first; fd < end; fd++)
-        close((int)fd);
-}
-
 // What this process got from its parent, but for 0, 1, 2, the event descriptor and the links: clients' connections must not outlive the parent's close.
 static void close_others(const struct launch *launch)
 {
@@ -306,7 +289,7 @@ static void close_others(const struct launch *launch)
         unsigned lowest = ~0u;
         for (unsigned i = 0; i < count; i++)
             lowest = keep[i] >= next && keep[i] < lowest ? keep[i] : lowest;
-        close_all(next, lowest);
+        process_close_descriptors(next, lowest);
         if (lowest == ~0u)
             return;
         next = lowest + 1;
@@ -591,26 +574,12 @@ static bool end_ranks(struct launch *launch, int grace_ms, struct error *first)
     return wait_for_ends(launch, KILL_GRACE_MS, &bad_rank, first);
 }
 
-// Whether a process was stopped (SIGSTOP, a debugger).
-static bool is_stopped(pid_t pid)
-{
-    char path[32], text[512];
-    snprintf(path, sizeof path, "/proc/%d/stat", (int)pid);
-    FILE *f = fopen(path, "re");
-    if (!f)
-        return false;
-    text[fread(text, 1, sizeof text - 1, f)] = 0;
-    fclose(f);
-    const char *name_end = strrchr(text, ')');
-    return name_end && (name_end[1] == ' ' && (name_end[2] == 'T' || name_end[2] == 't'));
-}
-
 // Ranks that wait in a circle name each other; a process that stands still among them is the reason.
 static void name_stopped(struct launch *launch)
 {
     for (int rank = launch->first; rank < launch->end && !launch->options.threads; rank++) {
         size_t used = strlen(launch->error.msg);
-        if (launch->ranks[rank].running && is_stopped(launch->ranks[rank].pid))
+        if (launch->ranks[rank].running && process_is_stopped(launch->ranks[rank].pid))
             snprintf(launch->error.msg + used, sizeof launch->error.msg - used, "; the process of rank %d is stopped",
                      rank);
     }
@@ -749,7 +718,8 @@ static int watch_led(struct launch *launch, int64_t passed_ms, int64_t *stopped_
     if (comm_region_error(launch->region, rank, err))
         return err->code;
     *rank = launch->first;
-    *stopped_ms = !launch->options.threads && is_stopped(launch->ranks[*rank].pid) ? *stopped_ms + passed_ms : 0;
+    *stopped_ms =
+        !launch->options.threads && process_is_stopped(launch->ranks[*rank].pid) ? *stopped_ms + passed_ms : 0;
     if (*stopped_ms <= launch->options.wait_timeout_ms)
         return 0;
     return error_set(err, ERR_RANK, "rank %d was stopped for %.1f s; the other ranks do without it by now", *rank,

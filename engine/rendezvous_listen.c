@@ -364,17 +364,18 @@ static int serve(struct meeting *m, bool joining, struct error *err)
     for (int i = 0; i < count && !rc; i++) {
         if (!fds[i].revents)
             continue;
-        if (whose[i] >= MEMBER && m->rank > 0) {
+        if (whose[i] < 0) {
+            take_caller(m);
+        } else if (whose[i] < MEET_WAITING) {
+            if (m->callers[whose[i]].fd == fds[i].fd)
+                rc = hear_caller(m, &m->callers[whose[i]], joining, err);
+        } else if (m->rank > 0) {
             rc = meet_last_word(m, err);
-        } else if (whose[i] >= MEMBER) {
+        } else {
             struct error lost;
             error_set(&lost, ERR_RANK, "rank %d has ended while the ranks met", whose[i] - MEMBER);
             meet_close(&m->out->control[whose[i] - MEMBER]);
             rc = end_meeting(m, &lost, err);
-        } else if (whose[i] < 0) {
-            take_caller(m);
-        } else if (m->callers[whose[i]].fd == fds[i].fd) {
-            rc = hear_caller(m, &m->callers[whose[i]], joining, err);
         }
     }
     return rc;

@@ -357,7 +357,8 @@ enum { CONNECT_TRIES = 1000, CONNECT_NAP_US = 10000 };
 static int parse_addresses(struct sockaddr_in addresses[COMM_MAX_RANKS], char *text)
 {
     int count = 0;
-    for (char *one = strtok(text, ","); one && count < COMM_MAX_RANKS; one = strtok(NULL, ",")) {
+    char *rest;
+    for (char *one = strtok_r(text, ",", &rest); one && count < COMM_MAX_RANKS; one = strtok_r(NULL, ",", &rest)) {
         char *colon = strchr(one, ':');
         assert_non_null(colon);
         *colon = 0;

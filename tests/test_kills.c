@@ -136,16 +136,17 @@ static void *wait_and_kill(void *arg)
 
 static void expect_sentence(const struct killer *killer, const char *msg, struct comm_position at)
 {
-    char place[COMM_PLACE_BYTES], wanted[2][160];
+    char place[COMM_PLACE_BYTES], wanted[2][160], stopped[160];
     comm_place(place, at.op, at.layer);
     snprintf(wanted[0], sizeof wanted[0],
              killer->signal == SIGKILL ? "rank %d was ended by signal 9 (Killed) in %s" : "rank %d was last seen in %s",
              killer->rank, place);
     snprintf(wanted[1], sizeof wanted[1], "rank %d has made no progress for ", killer->rank);
     const char *other = killer->signal == SIGSTOP ? strstr(msg, "; it was last seen in ") : NULL;
+    snprintf(stopped, sizeof stopped, "%s; the process of rank %d is stopped", place, killer->rank);
     bool second = other && strncmp(msg, wanted[1], strlen(wanted[1])) == 0 &&
-                  strcmp(other + strlen("; it was last seen in "), place) == 0;
-    if (!strstr(msg, wanted[0]) && !second)
+                  strcmp(other + strlen("; it was last seen in "), stopped) == 0;
+    if ((!strstr(msg, wanted[0]) && !second) || (killer->signal == SIGSTOP && !strstr(msg, stopped)))
         fail_msg("signal %d: \"%s\", wanted \"%s\"", killer->signal, msg, wanted[0]);
 }
 

@@ -75,7 +75,7 @@ static void test_changed_head(void **state)
 {
     static const uint8_t another[16] = {1, 2, 3};
     (void)state;
-    struct both both;
+    struct both both = {0};
     struct shard_fixture other;
     struct shard_file *file = NULL;
     struct thread_pool *pool = NULL;

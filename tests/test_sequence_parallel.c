@@ -283,9 +283,10 @@ static int exchanger_body(struct comm *comm, void *arg, struct error *err)
                     rc = error_set(err, ERR_OTHER, "round %d: rank %d says %g", round, r, (double)all[r]);
         }
     }
+    struct error later; // the first one counts
     for (int half = 0; half < 2; half++)
         if (tickets[half])
-            exchange_wait(x, tickets[half], rc ? &(struct error){0} : err);
+            exchange_wait(x, tickets[half], rc ? &later : err);
     assert_true(exchanger_busy_ns(x) > 0);
     exchanger_free(x);
     return rc;
