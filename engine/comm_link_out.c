@@ -163,8 +163,9 @@ bool link_flush_to(struct link *link, int rank)
         }
         size_t head_bytes = sizeof peer->now.head, sent = peer->now_sent, payload = peer->now.head.payload_bytes;
         size_t head_left = sent < head_bytes ? head_bytes - sent : 0, payload_sent = sent - (head_bytes - head_left);
-        struct iovec parts[2] = {{(uint8_t *)&peer->now.head + (head_bytes - head_left), head_left},
-                                 {(uint8_t *)(uintptr_t)peer->now.payload + payload_sent, payload - payload_sent}};
+        struct iovec parts[2] = {{(uint8_t *)&peer->now.head + (head_bytes - head_left), head_left}};
+        if (payload > payload_sent)
+            parts[1] = (struct iovec){(uint8_t *)(uintptr_t)peer->now.payload + payload_sent, payload - payload_sent};
         int skip = head_left == 0;
         int64_t n = link->carrier->send(link->data, rank, parts + skip, payload > payload_sent ? 2 - skip : 1);
         if (n < 0) { // it may have said why

@@ -86,7 +86,8 @@ extern struct session_options session_options;
          "auto|shm|tcp|mpi|host|p2p|nccl",                                                                             \
          0,                                                                                                            \
          0,                                                                                                            \
-         "how the ranks reach each other; auto: the first that there is of p2p, host, nccl, shm, tcp, mpi"},           \
+         "how the ranks reach each other; auto: host between GPUs of one host, shm else, tcp over hosts; p2p: not "    \
+         "yet"},                                                                                                       \
         {"sequence-parallel",                                                                                          \
          OPTION_CHOICE,                                                                                                \
          &session_options.sequence_parallel,                                                                           \

@@ -121,8 +121,8 @@ int main(void)
     snprintf(folder, sizeof folder, "%s", program);
     snprintf(library, sizeof library, "%s/../libtpengine_mpi.so", dirname(folder));
     if (access(library, R_OK) != 0 || system("command -v mpirun >/dev/null 2>&1") != 0) {
-        printf("1..0 # SKIP no %s here\n", access(library, R_OK) ? "libtpengine_mpi.so" : "mpirun");
-        return 0;
+        printf("SKIP no %s here\n", access(library, R_OK) ? "libtpengine_mpi.so" : "mpirun");
+        return 77;
     }
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_all_operations),

@@ -287,14 +287,14 @@ void exchange_close(struct device *d)
     nccl_close(x->nccl); // which waits itself
     while (x->options.region && d->stream && cudaStreamQuery(d->stream) == cudaErrorNotReady)
         look(x);
-    if (x->out)
-        cudaStreamDestroy(x->out);
-    if (x->in)
-        cudaStreamDestroy(x->in);
     for (int i = 0; i < EXCHANGE_EVENTS; i++)
         for (int k = 0; k < 2; k++)
             if (x->event[i][k])
                 cudaEventDestroy(x->event[i][k]);
+    if (x->out)
+        cudaStreamDestroy(x->out);
+    if (x->in)
+        cudaStreamDestroy(x->in);
     cudaFree(x->ranks.state);
     cudaFree(x->staging);
     cudaFree(x->lost);
