@@ -65,6 +65,7 @@ struct worker {
 
 static void worker_close(struct worker *w)
 {
+    relay_free(w->relay);
     rank_step_free(w->step);
     exchanger_free(w->decoder.exchanger);
     free(w->decoder.lost);
