@@ -114,7 +114,7 @@ int comm_all_gather(struct comm *comm, void *all, const void *mine, size_t bytes
 
 static int broadcast(struct comm *comm, void *data, size_t bytes, int root, bool idle, struct error *err)
 {
-    uint8_t none, *at = bytes ? data : &none;
+    uint8_t none = 0, *at = bytes ? data : &none;
     do {
         size_t piece = bytes < comm->region->buffer_bytes ? bytes : comm->region->buffer_bytes;
         struct comm_move move = {.pattern = MOVE_ROOT, .root = root, .bytes = piece};
