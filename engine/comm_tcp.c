@@ -14,7 +14,7 @@
 #include <time.h>
 
 struct sockets {
-    int count, rank;
+    int count;
     int fds[COMM_MAX_RANKS]; // -1: none
 };
 
@@ -83,7 +83,6 @@ int comm_open_sockets(struct comm **out, struct comm_region *region, const int *
     if (!sockets)
         return error_set(err, ERR_MEMORY, "rank %d: out of memory", rank);
     sockets->count = region->world_size;
-    sockets->rank = rank;
     for (int other = 0; other < region->world_size; other++) {
         sockets->fds[other] = other == rank ? -1 : fds[other];
         // Small frames go at once. A Unix socket has no such option and needs none.

@@ -3,7 +3,7 @@
 // In two parts (decoder.in_parts): a prompt's rows are cut once; the parts take turns, block by block, and while one computes, the other's exchange
 // goes on. The later rows' attention needs the earlier rows' keys of the same layer, which are there; never the other way round.
 //
-// Dealt out (decoder.deal): the row at position p of its sequence belongs to rank p % tp_size, which alone has its residual. A block's
+// Dealt out (decoder.deals): the row at position p of its sequence belongs to rank p % tp_size, which alone has its residual. A block's
 // sum goes to the owners (half an all-reduce), who add it to the residual and norm their rows; the normed rows go to all ranks (the other half). So
 // what the second half's coding loses never enters the residual. The owner is fixed by the position, so a row's bits depend on nothing beside it,
 // and the owner's own part, and the sum itself, need no coding. Error feedback is of the sums alone: what a normed row loses is gone with its block.

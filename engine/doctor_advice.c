@@ -119,8 +119,11 @@ static void judge_copies(struct doctor_report *report)
 
 static bool has_word(const char *words, const char *word)
 {
-    const char *at = strstr(words, word);
-    return at && (at == words || at[-1] == ' ');
+    size_t length = strlen(word);
+    for (const char *at = words; (at = strstr(at, word)); at += length)
+        if ((at == words || at[-1] == ' ') && (!at[length] || strchr(" \n", at[length])))
+            return true;
+    return false;
 }
 
 static void judge_iommu(struct doctor_report *report)

@@ -3,7 +3,7 @@
 // sentence names rank, operation and layer. The parent never touches weights, so it can never hang on them. The thread
 // that called launch_start stays alive until launch_stop: ranks die with it. Other threads may live when it forks;
 // rank_main then keeps to what is safe after that (malloc is), and the caller blocks SIGINT and SIGTERM in them. A rank
-// process has no descriptor of its parent but 0 to 2. A launch can follow a launch, after a failure too.
+// process has no descriptor of its parent but 0 to 2, the launch's event and its own links. A launch can follow a launch, after a failure too.
 //
 // Signals: from launch_start to launch_stop SIGINT and SIGTERM of the process are handled here; rank processes ignore
 // both, since Ctrl-C reaches them too and the parent ends them in order. launch_wait reports the first signal once and

@@ -37,7 +37,7 @@ struct session {
     struct tokenizer_file tokenizer;
 };
 
-// The ranks of other processes: finds them, agrees with them on the memory and fills links [tp_size], which are the caller's. In rank 0's process the
+// The ranks of other processes: finds them, agrees with them on the memory and fills links [ranks of all stages], which are the caller's. In rank 0's process the
 // session's plan goes to the others, in theirs it becomes the session's.
 int session_meet(struct session *session, int *links, struct error *err);
 // What launch_start needs.
