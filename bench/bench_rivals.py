@@ -56,7 +56,12 @@ SHAPES = {
     "8b": {"layers": 32, "hidden": 4096, "intermediate": 14336, "heads": 32, "kv-heads": 8, "head-dim": 128, "vocab": 128256},
 }
 # int4: groups of 32 and a head of the same; int4-head8: each one's own group size with a head in eight bits.
-TPSHARD_WORDS = {"int4-head8": ["--quant", "int4", "--head", "int8"], "int4": ["--quant", "int4", "--group-size", "32", "--head", "int4"], "int8": ["--quant", "int8"], "bf16": ["--quant", "none"]}
+TPSHARD_WORDS = {
+    "int4": ["--quant", "int4", "--group-size", "32", "--head", "int4", "--scales", "max"],
+    "int4-head8": ["--quant", "int4", "--head", "int8", "--scales", "max"],
+    "int8": ["--quant", "int8"],
+    "bf16": ["--quant", "none"],
+}
 BITS = {  # of a weight of the layers, of the head
     "int4": {"tpengine": (4.5, 4.5), "llama.cpp": (4.5, 4.5), "openvino": (4.5, 4.5), "onnxruntime": (5, 5)},
     "int4-head8": {"tpengine": (4.125, 8), "llama.cpp": (4.5, 8.5), "openvino": (4.125, 8), "onnxruntime": (5, 9)},
@@ -206,8 +211,7 @@ def prepare(args):
                 out = shards_of(args, model, form, tp)
                 if not out.exists():
                     print(f"{model} {form}: shards for {tp}", file=sys.stderr, flush=True)
-                    run_tool(args.work / f"tpshard-{model}-{form}-{tp}.log", BUILD / "tpshard", "convert", "--quiet", "--tp", tp, "--scales", "max",
-                             *TPSHARD_WORDS[form], make_checkpoint(args, model), out)
+                    run_tool(args.work / f"tpshard-{model}-{form}-{tp}.log", BUILD / "tpshard", "convert", "--quiet", "--tp", tp, *TPSHARD_WORDS[form], make_checkpoint(args, model), out)
             for name in args.rivals:
                 out = model_of(args, model, form, name)
                 if name in missing or out.exists():
