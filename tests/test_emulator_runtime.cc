@@ -2,12 +2,9 @@
 // device, by a program that must end with its sentence.
 #include "tests/emulator_help.h"
 
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/resource.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 // ---- streams, events, graphs ---------------------------------------------------------------------------------------
@@ -354,42 +351,6 @@ static void write_pinned_at(int byte)
     char *memory = (char *)pinned_ints(20);
     memory[byte] = 1;
     cudaFreeHost(memory);
-}
-
-// Runs in a child, which must abort, and say these words.
-static void expect_sentence(void (*fn)(int), int argument, const char *const *words)
-{
-    int to[2];
-    assert_int_equal(pipe(to), 0);
-    fflush(stdout);
-    fflush(stderr);
-    pid_t child = fork();
-    assert_true(child >= 0);
-    if (child == 0) {
-        struct rlimit no_core = {0, 0};
-        setrlimit(RLIMIT_CORE, &no_core);
-        signal(SIGABRT, SIG_DFL);
-        dup2(to[1], 2);
-        close(to[0]);
-        close(to[1]);
-        fn(argument);
-        _exit(0);
-    }
-    close(to[1]);
-    char said[1000];
-    size_t length = 0;
-    ssize_t more;
-    while ((more = read(to[0], said + length, sizeof said - 1 - length)) > 0)
-        length += (size_t)more;
-    said[length] = 0;
-    close(to[0]);
-    int status;
-    assert_int_equal(waitpid(child, &status, 0), child);
-    if (!WIFSIGNALED(status) || WTERMSIG(status) != SIGABRT)
-        fail_msg("'%s' was not found: status %d, said '%s'", words[0], status, said);
-    for (; *words; words++)
-        if (!strstr(said, *words))
-            fail_msg("'%s' is not in '%s'", *words, said);
 }
 
 static void test_detectors(void **)

@@ -477,19 +477,24 @@ static inline int __float2int_rn(float v) { return (int)rintf(v); }
 
 // ---- memory --------------------------------------------------------------------------------------------------------
 
+// Where an access goes.
+template <typename T> static inline T *reached(emulator::space which, emulator::place where, T *p)
+{
+    return (T *)emulator::note_access(which, where, p, sizeof *p);
+}
 static inline uint4 load_weights(const uint4 *p, emulator::place where = EMULATOR_PLACE)
 {
-    emulator::note_access(emulator::GLOBAL_LOAD, where, p, sizeof *p);
+    p = reached(emulator::GLOBAL_LOAD, where, p);
     return *p;
 }
 template <typename T> static inline T load_global(const T *p, emulator::place where = EMULATOR_PLACE)
 {
-    emulator::note_access(emulator::GLOBAL_LOAD, where, p, sizeof *p);
+    p = reached(emulator::GLOBAL_LOAD, where, p);
     return *p;
 }
 template <typename T> static inline void store_global(T *p, T v, emulator::place where = EMULATOR_PLACE)
 {
-    emulator::note_access(emulator::GLOBAL_STORE, where, p, sizeof *p);
+    p = reached(emulator::GLOBAL_STORE, where, p);
     *p = v;
 }
 template <typename T> static inline T load_shared(const T *p, emulator::place where = EMULATOR_PLACE)
@@ -504,17 +509,17 @@ template <typename T> static inline void store_shared(T *p, T v, emulator::place
 }
 template <typename T> static inline T load_system(const T *p, emulator::place where = EMULATOR_PLACE)
 {
-    emulator::note_access(emulator::GLOBAL_LOAD, where, p, sizeof *p);
+    p = reached(emulator::GLOBAL_LOAD, where, p);
     return *p;
 }
 static inline void post_system(uint32_t *p, uint32_t v, emulator::place where = EMULATOR_PLACE)
 {
-    emulator::note_access(emulator::GLOBAL_STORE, where, p, sizeof *p);
+    p = reached(emulator::GLOBAL_STORE, where, p);
     __atomic_store_n(p, v, __ATOMIC_RELEASE);
 }
 static inline uint32_t posted_system(const uint32_t *p, emulator::place where = EMULATOR_PLACE)
 {
-    emulator::note_access(emulator::GLOBAL_LOAD, where, p, sizeof *p);
+    p = reached(emulator::GLOBAL_LOAD, where, p);
     return __atomic_load_n(p, __ATOMIC_ACQUIRE);
 }
 static inline uint64_t device_now_ns(void) { return emulator::now_ns(); }

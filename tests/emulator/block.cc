@@ -76,6 +76,7 @@ struct block {
     std::vector<int> at_barrier;
     place barrier_place = {nullptr, 0};
     int alive = 0, current = -1;
+    bool endless = false;
     fiber main;
     const std::function<void()> *body = nullptr;
     std::vector<range> known; // allocations that this launch has used
@@ -274,6 +275,17 @@ void run_thread(block &b, uint64_t &state, bool shuffled)
     }
     at = self().where;
     fiber_switch(&b.main, self().stack);
+    settle_stores();
+    if (b.endless)
+        throw endless();
+}
+
+void free_block(block &b)
+{
+    for (auto &entry : b.arrays)
+        free(entry.second.memory);
+    b.arrays.clear();
+    free(b.dynamic.memory);
 }
 
 void end_block(block &b)
@@ -286,17 +298,30 @@ void end_block(block &b)
         for (auto &entry : warp)
             if (entry.second.present)
                 count(entry.second);
-    for (auto &entry : b.arrays)
-        free(entry.second.memory);
-    b.arrays.clear();
-    free(b.dynamic.memory);
+    free_block(b);
+}
+
+// Its threads never come to an end: their stacks are kept, as they may stand anywhere.
+void abandon_block(block &b)
+{
+    static std::vector<fiber *> abandoned;
+    std::lock_guard<std::mutex> hold(lock);
+    for (thread &t : b.threads)
+        abandoned.push_back(t.stack);
+    free_block(b);
 }
 
 void run_block(block &b, dim3 index, dim3 size, dim3 grid, size_t dynamic_bytes, uint64_t &state, bool shuffled)
 {
     begin_block(b, index, size, grid, dynamic_bytes);
-    while (!b.ready.empty())
-        run_thread(b, state, shuffled);
+    try {
+        while (!b.ready.empty())
+            run_thread(b, state, shuffled);
+    } catch (const endless &) {
+        abandon_block(b);
+        running = nullptr;
+        throw;
+    }
     end_block(b);
 }
 
@@ -316,15 +341,22 @@ void run_together(const char *kernel, dim3 grid, dim3 size, size_t dynamic_bytes
         blocks[i].body = &body;
         begin_block(blocks[i], index_of(i, grid), size, grid, dynamic_bytes);
     }
-    for (bool ran = true; ran;) {
-        ran = false;
-        for (block &b : blocks) {
-            if (b.ready.empty())
-                continue;
-            running = &b;
-            run_thread(b, state, shuffled);
-            ran = true;
+    try {
+        for (bool ran = true; ran;) {
+            ran = false;
+            for (block &b : blocks) {
+                if (b.ready.empty())
+                    continue;
+                running = &b;
+                run_thread(b, state, shuffled);
+                ran = true;
+            }
         }
+    } catch (const endless &) {
+        for (block &b : blocks)
+            abandon_block(b);
+        running = nullptr;
+        throw;
     }
     for (block &b : blocks) {
         running = &b;
@@ -421,6 +453,13 @@ void give_way(void)
     at = self().where;
 }
 
+void never_ends(void)
+{
+    running->endless = true;
+    yield();
+    abort(); // nobody switches back
+}
+
 uint64_t now_ns(void)
 {
     struct timespec t;
@@ -503,23 +542,23 @@ namespace
 
 bool inside(const range &r, uintptr_t address, size_t bytes) { return address >= r.begin && address + bytes <= r.end; }
 
-bool in_an_allocation(uintptr_t address, size_t bytes)
+const range *known_allocation(uintptr_t address, size_t bytes)
 {
     for (const range &r : running->known)
         if (inside(r, address, bytes))
-            return true;
+            return &r;
     range found = allocation_of((const void *)address);
     if (!inside(found, address, bytes))
-        return false;
+        return nullptr;
     running->known.push_back(found);
-    return true;
+    return &running->known.back();
 }
 
 array *shared_array_of(uintptr_t address, size_t bytes)
 {
     auto holds = [=](const array &a) {
         uintptr_t begin = (uintptr_t)a.memory;
-        return inside({begin, begin + a.bytes}, address, bytes);
+        return inside({begin, begin + a.bytes, nullptr}, address, bytes);
     };
     if (holds(running->dynamic))
         return &running->dynamic;
@@ -536,15 +575,20 @@ uint16_t &not_landed(array &a, const void *address)
 
 } // namespace
 
-void note_access(space which, place where, const void *address, size_t bytes)
+void *note_access(space which, place where, const void *address, size_t bytes)
 {
     block &b = *running;
     uintptr_t first = (uintptr_t)address;
+    void *target = (void *)first;
+    settle_stores();
     if (first % bytes != 0)
         bad_access(where, bytes, "at an address that is no multiple of it");
     if (which == GLOBAL_LOAD || which == GLOBAL_STORE) {
-        if (!in_an_allocation(first, bytes))
+        const range *allocation = known_allocation(first, bytes);
+        if (!allocation)
             bad_access(where, bytes, "that is not inside an allocation");
+        if (allocation->seen)
+            target = through_view(*allocation, which == GLOBAL_STORE, target, bytes);
     } else {
         array *shared = shared_array_of(first, bytes);
         if (!shared)
@@ -553,7 +597,7 @@ void note_access(space which, place where, const void *address, size_t bytes)
             bad_access(where, bytes, "where an asynchronous copy has not landed");
     }
     if (!counting)
-        return;
+        return target;
     uint32_t visit = self().visits[{where.file, where.line}]++;
     auto &warp = b.requests[(size_t)(b.current / WARP)];
     auto key = std::make_tuple((const void *)where.file, where.line * 4 + (int)which, visit);
@@ -567,6 +611,7 @@ void note_access(space which, place where, const void *address, size_t bytes)
         count(r);
         warp.erase(key);
     }
+    return target;
 }
 
 void copy_async(void *to, const void *from, bool valid, place where)
@@ -575,7 +620,7 @@ void copy_async(void *to, const void *from, bool valid, place where)
         fail("kernel %s, thread %d: %s:%d: an asynchronous copy of 16 bytes that is not aligned to them",
              running->kernel, running->current, where.file, where.line);
     if (valid)
-        note_access(GLOBAL_LOAD, where, from, COPY_BYTES);
+        from = note_access(GLOBAL_LOAD, where, from, COPY_BYTES);
     note_access(SHARED_STORE, where, to, COPY_BYTES);
     memset(to, POISON, COPY_BYTES); // it may land at any time from now on
     not_landed(*shared_array_of((uintptr_t)to, COPY_BYTES), to)++;

@@ -60,14 +60,24 @@ void give_way(void);
 uint64_t now_ns(void);
 
 // The allocation that holds an address, of the device or pinned; empty where there is none.
+struct view;
 struct range {
     uintptr_t begin, end;
+    const view *seen; // not NULL: another device's or process's memory, with a fault on the way (peers.cc)
 };
 range allocation_of(const void *address);
+// Where an access through a view goes. What it stores is on its way until settle_stores.
+void *through_view(const range &r, bool stores, void *address, size_t bytes);
+void settle_stores(void);
+// The kernel does not go on, and never ends: for its stream an endless is thrown.
+struct endless {
+};
+[[noreturn]] void never_ends(void);
 
-// Each access is checked: aligned, inside an allocation or a shared array, not where a copy is still on its way.
+// Each access is checked: aligned, inside an allocation or a shared array, not where a copy is still on its way. Returns where it goes, which is
+// the address itself but where a device reaches another one through a fault.
 enum space { GLOBAL_LOAD, GLOBAL_STORE, SHARED_LOAD, SHARED_STORE };
-void note_access(space which, place where, const void *address, size_t bytes);
+void *note_access(space which, place where, const void *address, size_t bytes);
 
 // See emulator_misread_scales.
 extern bool misread_scales;

@@ -2,13 +2,26 @@
 // unchanged.
 //
 //   block.cc    a block of threads: one fiber each, barriers, warp collectives, shared memory, asynchronous copies
-//   runtime.cc  the host's side: memory, streams that run when someone waits, events, graphs
+//   runtime.cc  the host's side: devices, streams that run when someone waits, events, graphs
+//   memory.cc   allocations, copies, memory that other processes open
+//   peers.cc    devices that reach each other, and faults on their way
 //
 // What it checks beyond results. Shared memory starts poisoned (0xCD), and so does device memory. An asynchronous copy poisons its
 // target and lands at the wait. Threads and blocks run in an order that the seed decides. Threads that wait for each other for ever, or
 // meet at different barriers, end the program with a sentence. Work on a stream runs only when the host waits for it, so a missing wait
 // shows. Asynchronous copies want pinned memory. Each allocation has guard bytes. An access through the wrappers of primitives.cuh must be
 // aligned, inside an allocation or a shared array, and not where an asynchronous copy is still on its way.
+//
+// Devices reach each other (EMULATED_DEVICES of them), and memory that another process has opened: all as it should be, or with the faults of
+// EMULATED_PEERS, for all pairs or for accesses from device a to b's memory: "mirror", "0>1:drop,1>0:stale". A bare fault holds for memory of other
+// processes on the same device too (but for refuse); memory is looked at when it is opened or first touched.
+//   mirror   what is written lands in a copy of one's own, which reads see
+//   drop     what is written vanishes
+//   stale    reads see what was there at first
+//   corrupt  of what is written or copied a byte in 4096 changes on its way: those whose place in the allocation is 1000 modulo 4096
+//   hang     a copy or a kernel that touches it never ends; the host can go on asking
+//   refuse   there is no access, as cudaDeviceCanAccessPeer says
+// Copies between devices without access go over the host, where nothing is wrong.
 //
 // One test is built by `make build/tests/test_<area>`.
 #ifndef TPSHARD_TESTS_EMULATOR_EMULATOR_H

@@ -1,10 +1,9 @@
-// The host's side of the emulator: memory, streams, events and graphs of the CUDA runtime. See emulator.h.
+// The host's side of the emulator: devices, streams, events and graphs of the CUDA runtime. See emulator.h; memory.cc and peers.cc have the memory.
 //
 // A stream is a queue of closures that run when the host waits for it. A graph is the list of those that were queued while it was captured.
-#include "tests/emulator/block.h"
+#include "tests/emulator/runtime.h"
 
 #include <deque>
-#include <map>
 #include <mutex>
 #include <sched.h>
 #include <stdio.h>
@@ -12,6 +11,7 @@
 #include <string.h>
 #include <string>
 #include <time.h>
+#include <unistd.h>
 #include <vector>
 
 typedef std::function<void()> work;
@@ -20,6 +20,8 @@ struct CUstream_st {
     std::deque<work> queue;
     std::vector<work> captured;
     bool capturing = false;
+    bool endless = false; // its work never ends
+    int device = -1;      // -1: the one that is current
     uint64_t queued = 0, run = 0;
 };
 struct CUevent_st {
@@ -37,12 +39,7 @@ struct CUgraphExec_st {
 namespace
 {
 
-enum { GUARD_BYTES = 256, GUARD = 0xA5, POISON = 0xCD };
-
-std::mutex lock;                       // of what all threads share
-std::map<uintptr_t, size_t> on_device; // allocations
-std::map<uintptr_t, size_t> pinned;
-size_t device_bytes;
+std::mutex lock; // of what all threads share
 int forced_sm;
 struct planned_failure {
     std::string name;
@@ -52,8 +49,15 @@ struct planned_failure {
 std::vector<planned_failure> failures;
 
 thread_local cudaError_t last_error;
-thread_local int current_device;
 thread_local CUstream_st default_stream;
+
+} // namespace
+
+namespace emulator
+{
+
+thread_local int current_device;
+thread_local int running_device = -1;
 
 uint64_t setting(const char *name, uint64_t otherwise)
 {
@@ -68,7 +72,8 @@ cudaError_t give(cudaError_t error)
     return error;
 }
 
-// cudaSuccess, or the failure that a test has planned for this call.
+int device_count(void) { return (int)setting("EMULATED_DEVICES", 1); }
+
 cudaError_t planned(const char *name)
 {
     std::lock_guard<std::mutex> hold(lock);
@@ -80,12 +85,15 @@ cudaError_t planned(const char *name)
         }
     return cudaSuccess;
 }
-#define PLANNED()                                                                                                      \
-    do {                                                                                                               \
-        cudaError_t planned_error = planned(__func__);                                                                 \
-        if (planned_error != cudaSuccess)                                                                              \
-            return give(planned_error);                                                                                \
-    } while (0)
+} // namespace emulator
+
+using emulator::current_device;
+using emulator::give;
+using emulator::planned;
+using emulator::setting;
+
+namespace
+{
 
 CUstream_st *stream_of(cudaStream_t stream) { return stream ? stream : &default_stream; }
 
@@ -94,10 +102,22 @@ thread_local bool not_done; // said by the work that ran last
 // Runs what comes next; false: it waits for others and is tried again.
 bool run_next(CUstream_st *s)
 {
+    enum { PAUSE_US = 200 };
+    if (s->endless) {
+        usleep(PAUSE_US);
+        return false;
+    }
     work next = std::move(s->queue.front());
     s->queue.pop_front();
     not_done = false;
-    next();
+    int before = emulator::running_device;
+    emulator::running_device = s->device < 0 ? current_device : s->device;
+    try {
+        next();
+    } catch (const emulator::endless &) {
+        s->endless = not_done = true;
+    }
+    emulator::running_device = before;
     if (not_done)
         s->queue.push_front(std::move(next));
     else
@@ -119,80 +139,10 @@ double now_ms()
     return 1e3 * (double)t.tv_sec + 1e-6 * (double)t.tv_nsec;
 }
 
-bool is_pinned(const void *pointer, size_t bytes)
-{
-    std::lock_guard<std::mutex> hold(lock);
-    auto after = pinned.upper_bound((uintptr_t)pointer);
-    if (after == pinned.begin())
-        return false;
-    auto entry = std::prev(after);
-    return (uintptr_t)pointer + bytes <= entry->first + entry->second;
-}
-
-// Guarded memory: [guard][bytes][guard].
-void *guarded(size_t bytes, int fill)
-{
-    if (bytes > SIZE_MAX / 2)
-        return nullptr;
-    size_t whole = (bytes + 2 * GUARD_BYTES + 511) / 512 * 512;
-    char *memory = (char *)aligned_alloc(512, whole);
-    if (!memory)
-        return nullptr;
-    memset(memory, GUARD, GUARD_BYTES);
-    memset(memory + GUARD_BYTES, fill, bytes);
-    memset(memory + GUARD_BYTES + bytes, GUARD, whole - GUARD_BYTES - bytes);
-    return memory + GUARD_BYTES;
-}
-
-void check_guards(const void *pointer, size_t bytes, const char *what)
-{
-    const unsigned char *p = (const unsigned char *)pointer;
-    size_t whole = (bytes + 2 * GUARD_BYTES + 511) / 512 * 512;
-    for (size_t i = 0; i < GUARD_BYTES; i++)
-        if (p[-1 - (long)i] != GUARD)
-            emulator::fail("something wrote %zu bytes before %s of %zu bytes", i + 1, what, bytes);
-    for (size_t i = bytes; i < whole - GUARD_BYTES; i++)
-        if (p[i] != GUARD)
-            emulator::fail("something wrote at byte %zu of %s of %zu bytes", i, what, bytes);
-}
-
-cudaError_t release(std::map<uintptr_t, size_t> &table, void *pointer, const char *what, bool device)
-{
-    if (!pointer)
-        return cudaSuccess;
-    size_t bytes;
-    {
-        std::lock_guard<std::mutex> hold(lock);
-        auto entry = table.find((uintptr_t)pointer);
-        if (entry == table.end())
-            return cudaErrorInvalidValue;
-        bytes = entry->second;
-        table.erase(entry);
-        if (device)
-            device_bytes -= bytes;
-    }
-    check_guards(pointer, bytes, what);
-    free((char *)pointer - GUARD_BYTES);
-    return cudaSuccess;
-}
-
-size_t memory_total() { return setting("EMULATED_MEMORY", 8ull << 30); }
-
 } // namespace
 
 namespace emulator
 {
-
-range allocation_of(const void *address)
-{
-    std::lock_guard<std::mutex> hold(lock);
-    for (const auto *table : {&on_device, &pinned}) {
-        auto after = table->upper_bound((uintptr_t)address);
-        if (after != table->begin() && (uintptr_t)address < std::prev(after)->first + std::prev(after)->second)
-            return {std::prev(after)->first, std::prev(after)->first + std::prev(after)->second};
-    }
-    return {0, 0};
-}
 
 cudaError_t enqueue(cudaStream_t stream, work w)
 {
@@ -242,14 +192,14 @@ void emulator_enqueue_until(cudaStream_t stream, bool (*done)(void *arg), void *
 cudaError_t cudaGetDeviceCount(int *count)
 {
     PLANNED();
-    *count = (int)setting("EMULATED_DEVICES", 1);
+    *count = emulator::device_count();
     return *count > 0 ? cudaSuccess : give(cudaErrorNoDevice);
 }
 
 cudaError_t cudaSetDevice(int device)
 {
     PLANNED();
-    if (device < 0 || device >= (int)setting("EMULATED_DEVICES", 1))
+    if (device < 0 || device >= emulator::device_count())
         return give(cudaErrorInvalidDevice);
     current_device = device;
     return cudaSuccess;
@@ -270,7 +220,7 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *properties, int devic
     snprintf(properties->name, sizeof properties->name, "emulated");
     properties->major = sm / 10;
     properties->minor = sm % 10;
-    properties->totalGlobalMem = memory_total();
+    properties->totalGlobalMem = emulator::memory_total();
     properties->sharedMemPerBlockOptin = 99 << 10;
     properties->multiProcessorCount = 4;
     properties->l2CacheSize = 4 << 20;
@@ -314,15 +264,6 @@ cudaError_t cudaDriverGetVersion(int *version)
     return cudaSuccess;
 }
 
-cudaError_t cudaMemGetInfo(size_t *available, size_t *total)
-{
-    PLANNED();
-    std::lock_guard<std::mutex> hold(lock);
-    *total = memory_total();
-    *available = *total > device_bytes ? *total - device_bytes : 0;
-    return cudaSuccess;
-}
-
 cudaError_t cudaGetLastError(void)
 {
     cudaError_t error = last_error;
@@ -349,6 +290,14 @@ const char *cudaGetErrorName(cudaError_t error)
         return "cudaErrorInvalidDevice";
     case cudaErrorNotReady:
         return "cudaErrorNotReady";
+    case cudaErrorDeviceUninitialized:
+        return "cudaErrorDeviceUninitialized";
+    case cudaErrorPeerAccessUnsupported:
+        return "cudaErrorPeerAccessUnsupported";
+    case cudaErrorInvalidResourceHandle:
+        return "cudaErrorInvalidResourceHandle";
+    case cudaErrorPeerAccessNotEnabled:
+        return "cudaErrorPeerAccessNotEnabled";
     case cudaErrorPeerAccessAlreadyEnabled:
         return "cudaErrorPeerAccessAlreadyEnabled";
     case cudaErrorHostMemoryAlreadyRegistered:
@@ -368,100 +317,6 @@ const char *cudaGetErrorString(cudaError_t error)
     return error == cudaErrorNoDevice ? "no CUDA-capable device is detected" : cudaGetErrorName(error);
 }
 
-// ---- memory --------------------------------------------------------------------------------------------------------
-
-cudaError_t cudaMalloc(void **pointer, size_t bytes)
-{
-    PLANNED();
-    {
-        std::lock_guard<std::mutex> hold(lock);
-        size_t total = memory_total();
-        if (device_bytes > total || bytes > total - device_bytes)
-            return give(cudaErrorMemoryAllocation);
-    }
-    *pointer = guarded(bytes, POISON);
-    if (!*pointer)
-        return give(cudaErrorMemoryAllocation);
-    std::lock_guard<std::mutex> hold(lock);
-    device_bytes += bytes;
-    on_device[(uintptr_t)*pointer] = bytes;
-    return cudaSuccess;
-}
-
-cudaError_t cudaFree(void *pointer) { return give(release(on_device, pointer, "a device allocation", true)); }
-
-cudaError_t cudaMallocHost(void **pointer, size_t bytes)
-{
-    PLANNED();
-    *pointer = guarded(bytes, POISON);
-    if (!*pointer)
-        return give(cudaErrorMemoryAllocation);
-    std::lock_guard<std::mutex> hold(lock);
-    pinned[(uintptr_t)*pointer] = bytes;
-    return cudaSuccess;
-}
-
-cudaError_t cudaFreeHost(void *pointer) { return give(release(pinned, pointer, "a pinned allocation", false)); }
-
-cudaError_t cudaHostRegister(void *pointer, size_t bytes, unsigned flags)
-{
-    PLANNED();
-    (void)flags;
-    if (bytes > setting("EMULATED_LOCKED", SIZE_MAX))
-        return give(cudaErrorMemoryAllocation);
-    std::lock_guard<std::mutex> hold(lock);
-    if (!pinned.insert({(uintptr_t)pointer, bytes}).second)
-        return give(cudaErrorHostMemoryAlreadyRegistered);
-    return cudaSuccess;
-}
-
-cudaError_t cudaHostUnregister(void *pointer)
-{
-    std::lock_guard<std::mutex> hold(lock);
-    return give(pinned.erase((uintptr_t)pointer) ? cudaSuccess : cudaErrorInvalidValue);
-}
-
-cudaError_t cudaHostGetDevicePointer(void **device, void *host, unsigned flags)
-{
-    PLANNED();
-    (void)flags;
-    *device = host;
-    return cudaSuccess;
-}
-
-cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind, cudaStream_t stream)
-{
-    PLANNED();
-    const void *host = kind == cudaMemcpyHostToDevice ? from : kind == cudaMemcpyDeviceToHost ? to : nullptr;
-    if (host && !is_pinned(host, bytes))
-        emulator::fail("an asynchronous copy of %zu bytes %s memory of the host that is not pinned", bytes,
-                       kind == cudaMemcpyHostToDevice ? "from" : "to");
-    return emulator::enqueue(stream, [=] { memcpy(to, from, bytes); });
-}
-
-// As with the runtime, streams made without blocking go on behind its back.
-cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind)
-{
-    PLANNED();
-    (void)kind;
-    cudaError_t error = cudaStreamSynchronize(nullptr);
-    if (error == cudaSuccess)
-        memcpy(to, from, bytes);
-    return error;
-}
-
-cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t stream)
-{
-    PLANNED();
-    return emulator::enqueue(stream, [=] { memset(to, value, bytes); });
-}
-
-cudaError_t cudaMemset(void *to, int value, size_t bytes)
-{
-    cudaError_t error = cudaMemsetAsync(to, value, bytes, nullptr);
-    return error == cudaSuccess ? cudaStreamSynchronize(nullptr) : error;
-}
-
 // ---- streams and events --------------------------------------------------------------------------------------------
 
 static thread_local std::vector<CUstream_st *> streams; // of this thread, for cudaDeviceSynchronize
@@ -471,6 +326,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags)
     PLANNED();
     (void)flags;
     *stream = new CUstream_st;
+    (*stream)->device = current_device;
     streams.push_back(*stream);
     return cudaSuccess;
 }
@@ -494,7 +350,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream)
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream)
 {
-    cudaError_t error = cudaStreamSynchronize(stream);
+    cudaError_t error = stream->endless ? cudaSuccess : cudaStreamSynchronize(stream);
     for (size_t i = 0; i < streams.size(); i++)
         if (streams[i] == stream)
             streams.erase(streams.begin() + (long)i--);
