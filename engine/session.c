@@ -122,6 +122,13 @@ static uint64_t rank_buffer_bytes(const struct session *s, int64_t rows)
     return s->worker.backend->host_bytes(&shape, s->worker.threads) + feedback;
 }
 
+// Where the devices of this host's ranks exchange through its memory: a region for each stage.
+static uint64_t exchange_region_bytes(const struct session *s)
+{
+    bool through_host = s->worker.transport == TRANSPORT_HOST || s->worker.transport == TRANSPORT_P2P;
+    return through_host ? s->manifest->pp_size * s->worker.backend->exchange_bytes((int)s->manifest->tp_size) : 0;
+}
+
 // The host's memory. Weights that are used where the file is mapped need not fit at once, but the engine is useless when they do not; all others are
 // memory of the rank's own, as much of it. The KV cache is made smaller, as far as it may. What a device must hold, and what compressed files
 // become, the ranks check.
@@ -136,7 +143,7 @@ static int settle_memory(struct session *s, double available, struct error *err)
     // Of spread ranks those on this host count, which may not be known.
     bool spread = s->where.world_size > 1;
     double here = !spread ? (double)s->manifest->num_ranks : s->where.local_size > 0 ? s->where.local_size : 1;
-    double buffers = (double)shared_bytes(s) + here * (double)rank_buffer_bytes(s, rows);
+    double buffers = (double)(shared_bytes(s) + exchange_region_bytes(s)) + here * (double)rank_buffer_bytes(s, rows);
     if (s->worker.backend == &backend_cpu) {
         for (size_t i = 0; i < s->manifest->num_ranks; i++)
             weights += (double)s->manifest->ranks[i].bytes * here / (double)s->manifest->num_ranks;

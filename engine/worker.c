@@ -149,20 +149,24 @@ static int check_shares(struct worker *w, struct error *err)
 
 // What the ranks of one device take there, and what it has.
 struct memory_need {
-    double weights, kv, scratch, available;
+    double weights, kv, scratch, exchange, available;
     int64_t device;
     uint64_t host; // tells hosts of spread ranks apart
 };
 
 static int refuse_memory(const struct worker *w, const struct memory_need *sum, int sharing, struct error *err)
 {
-    double needed = sum->weights + sum->kv + sum->scratch;
+    double needed = sum->weights + sum->kv + sum->scratch + sum->exchange;
+    char exchanges[64] = "";
+    if (sum->exchange > 0)
+        snprintf(exchanges, sizeof exchanges, ", sums over ranks by %s %.2f", transport_name(w->options->transport),
+                 sum->exchange / 0x1p30);
     return error_set(
         err, ERR_MEMORY,
-        "%s: device %lld (%d rank%s) needs %.2f GiB (weights %.2f, KV cache %.2f at context %lld, buffers "
-        "%.2f) and has %.2f GiB free; use a smaller --context, --kv-cache fp8, stronger quantization or more ranks",
+        "%s: device %lld (%d rank%s) needs %.2f GiB (weights %.2f, KV cache %.2f at context %lld, buffers %.2f%s) and "
+        "has %.2f GiB free; use a smaller --context, --kv-cache fp8, stronger quantization or more ranks",
         store_place(w->model.store), (long long)sum->device, sharing, sharing == 1 ? "" : "s", needed / 0x1p30,
-        sum->weights / 0x1p30, sum->kv / 0x1p30, (long long)w->options->context, sum->scratch / 0x1p30,
+        sum->weights / 0x1p30, sum->kv / 0x1p30, (long long)w->options->context, sum->scratch / 0x1p30, exchanges,
         sum->available / 0x1p30);
 }
 
@@ -195,6 +199,7 @@ static int own_need(struct memory_need *out, const struct worker *w, const struc
     *out = (struct memory_need){.weights = (double)shard_file_payload_bytes(w->model.file),
                                 .kv = (double)plan.kv_bytes,
                                 .scratch = (double)plan.scratch_bytes,
+                                .exchange = (double)plan.exchange_bytes,
                                 .available = (double)plan.available_bytes,
                                 .device = plan.device,
                                 .host = w->env->spread ? host_mark() : 0};
@@ -219,6 +224,7 @@ static struct memory_need need_of_device(const struct memory_need *all, int num_
         sum.weights += all[r].weights;
         sum.kv += all[r].kv;
         sum.scratch += all[r].scratch;
+        sum.exchange += all[r].exchange;
         sum.available = all[r].available < sum.available ? all[r].available : sum.available;
     }
     return sum;
@@ -234,7 +240,7 @@ static int settle_memory(struct worker *w, struct device_shape *shape, struct er
         (rc = own_need(&mine, w, shape, err)) || (rc = comm_all_gather(w->env->comm, all, &mine, sizeof mine, err)))
         return rc;
     const struct memory_need sum = need_of_device(all, w->env->num_ranks, &mine, &sharing);
-    double left = sum.available - sum.weights - sum.scratch, least = (double)w->options->least_pages;
+    double left = sum.available - sum.weights - sum.scratch - sum.exchange, least = (double)w->options->least_pages;
     double pages = (double)shape->num_pages, pages_of_all[COMM_MAX_RANKS];
     if (sum.kv > left)
         pages = left > 0 ? floor(pages * left / sum.kv) : 0;
@@ -333,7 +339,9 @@ static int open_device(struct worker *w, struct error *err)
                                  .context = o->context,
                                  .num_pages = o->num_pages,
                                  .kv_format = o->kv_format,
-                                 .samples = decoder_samples(&w->decoder)};
+                                 .samples = decoder_samples(&w->decoder),
+                                 .exchange = o->transport,
+                                 .feedback = o->feedback};
     int rc;
     if ((rc = o->backend->open(&w->device, &options, err)) || (rc = settle_memory(w, &shape, err)) ||
         (rc = begin_load(w, err)) || (rc = o->backend->prepare(w->device, &shape, &w->model.weights, err)) ||

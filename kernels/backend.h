@@ -80,7 +80,9 @@ struct device_shape {
     int64_t context;       // longest sequence
     int64_t num_pages;     // of the KV cache, all sequences
     enum kv_format kv_format;
-    bool samples; // sample will be called (one rank, whole vocabulary)
+    bool samples;            // sample will be called (one rank, whole vocabulary)
+    enum transport exchange; // what exchange_open will be asked for; TRANSPORT_SHM: it will not be called
+    bool feedback;           // likewise
 };
 
 // The first table of inverse frequencies: a model with a second one for long contexts is told once, at the start, which it is.
@@ -123,6 +125,7 @@ enum buffer {
 
 struct memory_plan {
     uint64_t kv_bytes, scratch_bytes; // weights: the file's payload
+    uint64_t exchange_bytes;          // what exchange_open will take
     uint64_t available_bytes;         // on the device, before anything was taken; UINT64_MAX: not known
     int device;                       // ranks that name the same device share it; -1: the host's memory
 };
@@ -198,7 +201,7 @@ struct backend {
     // One line about the device and how matrices will be multiplied on it; the second part is known after prepare.
     void (*describe)(const struct device *device, char text[DEVICE_TEXT_BYTES]);
 
-    // Memory that prepare will take; nothing is allocated yet.
+    // Memory that prepare and exchange_open will take; nothing is allocated yet.
     int (*plan)(struct device *device, const struct device_shape *shape, struct memory_plan *plan, struct error *err);
     // The payload's way to where the kernels read it: begin, copies from any threads, end. begin takes room for it, on lasting until
     // close. mapped (NULL: there is no map; only where reads_map): it is used where it lies, and outlives the device.

@@ -82,6 +82,7 @@ static int cpu_plan(struct device *d, const struct device_shape *s, struct memor
     (void)err;
     plan->kv_bytes = kv_bytes(s->desc, s->share, s->num_pages, s->kv_format);
     plan->scratch_bytes = cpu_host_bytes(s, thread_pool_size(d->pool));
+    plan->exchange_bytes = 0;
     plan->available_bytes = UINT64_MAX; // the parent knows the host's memory
     plan->device = -1;
     return 0;

@@ -102,6 +102,8 @@ enum {
     CUDA_SMALL_BYTES = 1 << 20, // tables of a step, of constants, of the sampler; alignment
     CUDA_WORKSPACE_BYTES = 32 << 20,
     CUDA_RESERVE_BYTES = 192 << 20,
+    // kernels/cuda/exchange.c: sums over ranks by the devices, through the host's memory and without a wire that loses
+    CUDA_EXCHANGE_BYTES = 14 << 20,
 };
 
 // Of a mixture of experts: for each chosen expert of a row gate and up, its output, and their input.
@@ -145,6 +147,8 @@ static uint64_t cuda_scratch(const struct plan *plan, uint32_t rank, int64_t con
                      CUDA_LOGITS_ROWS * vocab * sizeof(float) + CUDA_SLAB_BYTES + CUDA_SLAB_BYTES / 64 * sizeof(float);
     if (plan->num_ranks == 1) // the device samples
         bytes += vocab * 3;
+    if (plan->tp_size > 1)
+        bytes += CUDA_EXCHANGE_BYTES;
     return bytes + CUDA_SMALL_BYTES + CUDA_WORKSPACE_BYTES + CUDA_RESERVE_BYTES;
 }
 

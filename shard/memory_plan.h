@@ -20,9 +20,10 @@ struct rank_memory {
     uint64_t padding_bytes;                 // in the payload: rounding of rows, columns, tensors and the end
     uint64_t kv_bytes_per_token;            // all layers of its stage; those with a window keep as much as the others
     uint64_t kv_bytes;                      // at the context, in whole pages
-    uint64_t scratch_bytes;                 // on a GPU: buffers of a step of 2048 rows, and the backend's reserve
-    uint64_t cpu_scratch_bytes;             // on a CPU, one thread
-    uint64_t total_bytes;                   // on a GPU: weights, KV cache and scratch
+    uint64_t
+        scratch_bytes; // on a GPU: buffers of a step of 2048 rows and of sums over ranks, and the backend's reserve
+    uint64_t cpu_scratch_bytes; // on a CPU, one thread
+    uint64_t total_bytes;       // on a GPU: weights, KV cache and scratch
     // One token of decoding.
     uint64_t read_bytes;    // weights, of the experts the chosen ones alone; whole experts: on average
     uint64_t kv_read_bytes; // at the context's end; layers with a window read no more than that

@@ -101,7 +101,8 @@ int whole_run(struct fixture *f)
     struct tiny_model *m = f->m;
     struct error *err = &f->err;
     struct device_options options = {NULL, f->pool, 0, 2, -1};
-    struct device_shape shape = {&m->desc, &m->share, MAX_ROWS, SEQUENCES, SEQUENCES, CONTEXT, 4, KV_BF16, true};
+    struct device_shape shape = {&m->desc, &m->share, MAX_ROWS, SEQUENCES,     SEQUENCES, CONTEXT,
+                                 4,        KV_BF16,   true,     TRANSPORT_SHM, false};
     static const int32_t table[] = {2, 0, 1, 3};
     struct kv_pages pages = {table, CONTEXT / KV_PAGE_TOKENS, 1};
     struct token_row prompt[3] = {{5, 0, 0}, {6, 0, 1}, {7, 0, 2}}, next[2] = {{8, 0, 3}, {9, 1, 0}};
@@ -231,7 +232,8 @@ void test_the_plan_holds(void **state)
     struct memory_plan plan;
     size_t before, after, total;
     const uint8_t *base;
-    struct device_shape shape = {&m->desc, &m->share, 4096, SEQUENCES, SEQUENCES, CONTEXT, 4, KV_E4M3, true};
+    struct device_shape shape = {&m->desc, &m->share, 4096, SEQUENCES,     SEQUENCES, CONTEXT,
+                                 4,        KV_E4M3,   true, TRANSPORT_SHM, false};
     struct device_options options = {NULL, f->pool, 0, 1, -1};
     assert_int_equal(b->open(&f->d, &options, err), 0);
     assert_int_equal(b->plan(f->d, &shape, &plan, err), 0);

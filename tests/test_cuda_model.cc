@@ -53,7 +53,8 @@ void start(struct run *r, const struct backend *b, const struct tiny_model *m, c
     r->m = (struct tiny_model *)malloc(sizeof *m);
     memcpy(r->m, m, sizeof *m);
     r->m->fill = false;
-    r->shape = {&r->m->desc, &r->m->share, MOST_ROWS, SEQUENCES, DECODE_ROWS, CONTEXT, PAGES, c->kv, false};
+    r->shape = {&r->m->desc, &r->m->share, MOST_ROWS, SEQUENCES,     DECODE_ROWS, CONTEXT,
+                PAGES,       c->kv,        false,     TRANSPORT_SHM, false};
     check(b->open(&r->d, &options, &err), c->name, &err);
     check(b->plan(r->d, &r->shape, &plan, &err), c->name, &err);
     check(tiny_load(b, r->d, r->m, &base, &err), c->name, &err);

@@ -74,6 +74,7 @@ static void compare(const char *name, uint32_t tp_size, enum experts_mode expert
         shape.context = context;
         shape.num_pages = (int64_t)div_up((uint64_t)context, KV_PAGE_TOKENS);
         shape.samples = tp_size == 1;
+        shape.exchange = TRANSPORT_HOST;
         options.rank = (int)rank;
         options.tp_size = (int)tp_size;
         options.device = -1;
@@ -85,7 +86,7 @@ static void compare(const char *name, uint32_t tp_size, enum experts_mode expert
             fail_msg("%s: %s", name, err.msg);
         }
         memory_plan_rank(&planned, plan, rank, context, KV_BF16);
-        uint64_t scratch = taken.scratch_bytes + slab_difference(plan, rank);
+        uint64_t scratch = taken.scratch_bytes + taken.exchange_bytes + slab_difference(plan, rank);
         if (planned.scratch_bytes < scratch || planned.scratch_bytes > scratch + SLACK ||
             planned.kv_bytes != taken.kv_bytes)
             fail_msg("%s, rank %u of %u: planned %llu of buffers and %llu of KV cache, taken %llu and %llu", name, rank,

@@ -68,6 +68,9 @@ def test_refusals(tmp):
     words = ("generate", tmp / "model", "--prompt", "And", "--max-tokens", 1, "--context", 64, *DEVICE)
     rc, _, told = engine(*words, "--transport", "host", EMULATED_LOCKED="1000000")
     check("no memory to pin", rc not in (0, -6) and "pinning" in told and "--transport shm" in told, (rc, told[-300:]))
+    rc, _, told = engine(*words, EMULATED_MEMORY="100000000")
+    check("memory of sums over ranks is planned and named", rc == 8 and "device 0 (2 ranks) needs" in told and
+          "sums over ranks by host 0.03" in told, (rc, told[-300:]))
     rc, _, told = engine(*words)
     check("auto takes host", rc == 0 and "sums of ranks over host" in told, (rc, told[-300:]))
     rc, _, told = engine(*words, EMULATED_LOCKED="1000000")

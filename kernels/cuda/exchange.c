@@ -52,7 +52,7 @@ static uint8_t *mapped_area(const struct exchange *x, int rank)
     return x->region + ABORT_BYTES + (uint64_t)rank * HOST_AREA_BYTES;
 }
 
-// The device memory of chunks: two of everything; of the reserve (device.h), as is what a wire lost.
+// The device memory of chunks: two of everything.
 enum { STAGING_BYTES = 2 * (2 * EXCHANGE_PARTS_BYTES + EXCHANGE_SUMS_BYTES + EXCHANGE_PARTS_BYTES) };
 
 static void place_staging(struct exchange *x, uint8_t *memory)
@@ -63,6 +63,27 @@ static void place_staging(struct exchange *x, uint8_t *memory)
         x->sums_in[i] = memory + 2 * EXCHANGE_PARTS_BYTES;
         x->sums_out[i] = memory + 3 * EXCHANGE_PARTS_BYTES;
         memory += 3 * EXCHANGE_PARTS_BYTES + EXCHANGE_SUMS_BYTES;
+    }
+}
+
+static uint64_t lost_bytes(const struct device_shape *s)
+{
+    return (uint64_t)(s->max_rows * s->desc->hidden_size) * sizeof(uint16_t);
+}
+
+// Whatever is allocated below is counted here.
+uint64_t exchange_memory_bytes(const struct device_shape *s, int tp_size)
+{
+    uint64_t lost = s->feedback ? lost_bytes(s) : 0;
+    if (tp_size == 1)
+        return 0;
+    switch (s->exchange) {
+    case TRANSPORT_HOST:
+        return sizeof(struct exchange_state) + STAGING_BYTES + lost;
+    case TRANSPORT_NCCL:
+        return exchange_nccl_memory_bytes(s, tp_size) + lost;
+    default:
+        return 0; // the host adds up
     }
 }
 
@@ -115,8 +136,7 @@ static int make_memory(struct device *d, struct exchange *x, struct error *err)
 
 int exchange_make_lost(struct device *d, struct exchange *x, struct error *err)
 {
-    const struct device_shape *s = &d->shape;
-    uint64_t lost = (uint64_t)(s->max_rows * s->desc->hidden_size) * sizeof *x->lost;
+    uint64_t lost = lost_bytes(&d->shape);
     int rc;
     if (!x->options.feedback)
         return 0;

@@ -30,6 +30,8 @@ struct exchange {
 };
 
 uint64_t exchange_region_bytes(int tp_size);
+// Device memory that exchange_open takes, for the plan: no less than it really takes there.
+uint64_t exchange_memory_bytes(const struct device_shape *shape, int tp_size);
 int exchange_open(struct device *d, const struct exchange_options *options, struct error *err);
 void exchange_close(struct device *d);
 int exchange_all_reduce(struct device *d, enum buffer buffer, const struct exchange_choice *choice, bool feedback,
@@ -44,6 +46,7 @@ int exchange_begin_step(struct device *d, struct error *err);
 int exchange_make_lost(struct device *d, struct exchange *x, struct error *err);
 
 // ---- exchange_nccl.c: the same over NCCL
+uint64_t exchange_nccl_memory_bytes(const struct device_shape *shape, int tp_size);
 int exchange_nccl_open(struct device *d, struct exchange *x, struct error *err);
 int exchange_nccl_all_reduce(struct exchange *x, const struct exchange_message *message, int operation, int layer,
                              struct error *err);

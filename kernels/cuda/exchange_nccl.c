@@ -15,6 +15,11 @@ static int64_t most_cols(const struct device_shape *shape)
     return larger_of(shape->desc->hidden_size, 2 * shape->max_rows); // sums of squares are one row
 }
 
+uint64_t exchange_nccl_memory_bytes(const struct device_shape *shape, int tp_size)
+{
+    return nccl_buffer_bytes(shape->max_rows, most_cols(shape), tp_size) + nccl_own_bytes(tp_size);
+}
+
 static int check(void *context, struct error *err)
 {
     const struct exchange_options *options = context;

@@ -1,7 +1,7 @@
 // What a device holds: planned, allocated in one piece, cut up; and the way of the weights to it. See device.h.
 #include "formats/checked.h"
 #include "kernels/buffers.h"
-#include "kernels/cuda/device.h"
+#include "kernels/cuda/exchange_host.h"
 #include "kernels/kv.h"
 
 #include <stdlib.h>
@@ -165,6 +165,7 @@ int device_plan(struct device *d, const struct device_shape *shape, struct memor
     cut_scratch(d, shape, &count);
     plan->kv_bytes = kv_bytes(shape->desc, shape->share, shape->num_pages, shape->kv_format);
     plan->scratch_bytes = count.used + multiply_workspace_bytes(d->sm) + RESERVE_BYTES;
+    plan->exchange_bytes = exchange_memory_bytes(shape, d->tp_size);
     plan->available_bytes = available;
     plan->device = d->index;
     return 0;

@@ -272,6 +272,12 @@ uint64_t nccl_buffer_bytes(int64_t max_rows, int64_t max_cols, int tp_size)
     return 2 * (bytes > row ? bytes : row);
 }
 
+uint64_t nccl_own_bytes(int tp_size)
+{
+    enum { CHANNELS = 2, CONNECTION_BYTES = 10 << 20 };
+    return (uint64_t)CONNECTION_BYTES * CHANNELS * (uint64_t)tp_size; // a ring, and all others
+}
+
 // As NCCL tells machines apart.
 static uint64_t host_identity(void)
 {

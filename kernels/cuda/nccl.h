@@ -66,6 +66,9 @@ struct nccl_options {
 
 // Device memory that an end takes for its messages.
 uint64_t nccl_buffer_bytes(int64_t max_rows, int64_t max_cols, int tp_size);
+// What NCCL takes there for itself: an estimate, since it tells nobody before. A connection has buffers for three protocols, some 10 MiB with its
+// defaults; each rank has one in a ring and one to each other rank, on two channels.
+uint64_t nccl_own_bytes(int tp_size);
 
 // Loads NCCL, allocates, and fills the hello. The device is the current one. Success: the caller owns *out.
 int nccl_open(struct nccl **out, const struct nccl_options *options, struct nccl_hello *hello, struct error *err);
