@@ -92,6 +92,7 @@ ALL_LIB := $(BUILD)/obj/all.a
 PROGRAMS := $(if $(wildcard shard/main.c),$(BUILD)/tpshard) $(if $(wildcard engine/main.c),$(BUILD)/tpengine)
 TEST_PROGRAMS := $(TEST_SRC:%.c=$(BUILD)/%)
 EMULATED_TESTS := $(EMULATED_TEST_SRC:%.cc=$(BUILD)/%)
+EMULATED_BENCH := $(BUILD)/tests/emulated_gpu_exchange # what a device benchmark checks beside its times
 EMULATED_BACKEND := $(BUILD)/tests/libtpengine_cuda_emulated.so
 NCCL_STAND_IN := $(BUILD)/tests/libnccl_stand_in.so
 IO_SHIM := $(if $(SANITIZE),,$(BUILD)/tests/libio_shim.so) # sanitizers have functions of these names of their own
@@ -117,7 +118,7 @@ endif
 
 all: programs ## build the programs, and the CUDA backend where nvcc is there (the default)
 programs: $(PROGRAMS) $(CUDA_BACKEND) $(MPI_LIBRARY) $(ALL_OBJ)
-tests: host-tests $(EMULATED_TESTS) $(EMULATED_BACKEND) $(NCCL_STAND_IN)
+tests: host-tests $(EMULATED_TESTS) $(EMULATED_BENCH) $(EMULATED_BACKEND) $(NCCL_STAND_IN)
 host-tests: programs $(TEST_PROGRAMS) $(FUZZ_PROGRAMS) $(IO_SHIM)
 # All that these are linked from.
 host-objects: $(ALL_OBJ) $(call objects,$(wildcard shard/main.c engine/main.c) $(TEST_SRC) $(TEST_HELPER_SRC) $(FUZZ_SRC)) $(IO_SHIM)
@@ -235,6 +236,8 @@ $(EMULATED_LIB): $(EMULATED_OBJ) $(BUILD)/sources
 $(EMULATED_TESTS): $(BUILD)/%: $(BUILD)/obj/emulated/%.cc.o $(EMULATED_LIB) $(ALL_LIB)
 	$(call say,LINK,$@) mkdir -p $(@D) && $(EMULATED_CXX) $(HOUSE_LDFLAGS) -rdynamic $(LDFLAGS) -o $@ $(filter %.o %.a,$^) \
 	    $(TEST_LIBRARIES) $(LDLIBS)
+$(EMULATED_BENCH): $(call emulated,bench/gpu/gpu_exchange.c bench/gpu/gpu_timing.c) $(EMULATED_LIB) $(ALL_LIB)
+	$(call say,LINK,$@) mkdir -p $(@D) && $(EMULATED_CXX) $(HOUSE_LDFLAGS) -rdynamic $(LDFLAGS) -o $@ $(filter %.o %.a,$^) $(LDLIBS)
 $(EMULATED_BACKEND): $(EMULATED_OBJ)
 	$(call say,LINK,$@) mkdir -p $(@D) && $(EMULATED_CXX) -shared $(SANITIZE) -o $@ $^
 # A library in NCCL's place; it finds the emulator in the program that loads it, or in the backend beside it.
@@ -245,11 +248,11 @@ $(NCCL_STAND_IN): tests/nccl/stand_in.c tests/nccl/stand_in.h kernels/cuda/nccl_
 
 # What `make gpu-check` runs: the kernels' tests, which run in the emulator, on the real thing, and benchmarks. Tests look into device
 # memory, so there they get memory that both sides see. test_cuda_backend stays with the emulator: it makes calls fail.
-DEVICE_TESTS := $(patsubst %,$(BUILD)/device/test_cuda_%,attention experts fp4 linear rows sample shares slab)
+DEVICE_TESTS := $(patsubst %,$(BUILD)/device/test_cuda_%,attention exchange experts fp4 linear rows sample shares slab together)
 CUDA_LIBRARIES = -L$(CUDA_HOME)/lib64 -lcudart_static -lrt -lstdc++
 DEVICE_CXXFLAGS = $(filter-out $(EMULATED_FLAGS),$(EMULATED_CXXFLAGS)) -isystem $(CUDA_HOME)/include
 
-GPU_BENCHES := $(patsubst %,$(BUILD)/bench/gpu_%,kernels nccl)
+GPU_BENCHES := $(patsubst %,$(BUILD)/bench/gpu_%,exchange kernels nccl)
 
 .PHONY: gpu-programs
 gpu-programs: programs $(DEVICE_TESTS) $(GPU_BENCHES) $(BUILD)/bench/synthetic_shards
@@ -266,7 +269,7 @@ $(DEVICE_TESTS): $(BUILD)/device/%: $(BUILD)/obj/device/tests/%.cc.o $(BUILD)/ob
 	    $(TEST_LIBRARIES) $(LDLIBS) $(CUDA_LIBRARIES)
 $(BUILD)/obj/bench/gpu/gpu_%.o: bench/gpu/gpu_%.c $(BUILD)/flags | $(BUILD)/version.h
 	$(call say,CC,$<) mkdir -p $(@D) && $(CC) $(CUDA_HOST_CFLAGS) $(CFLAGS) -MMD -MP -c -o $@ $<
-$(GPU_BENCHES): $(BUILD)/bench/gpu_%: $(BUILD)/obj/bench/gpu/gpu_%.o $(CUDA_LIB) $(ALL_LIB)
+$(GPU_BENCHES): $(BUILD)/bench/gpu_%: $(BUILD)/obj/bench/gpu/gpu_%.o $(BUILD)/obj/bench/gpu/gpu_timing.o $(CUDA_LIB) $(ALL_LIB)
 	$(call say,LINK,$@) mkdir -p $(@D) && $(CC) $(HOUSE_LDFLAGS) $(LDFLAGS) -o $@ $(filter %.o %.a,$^) $(LDLIBS) $(CUDA_LIBRARIES)
 $(BUILD)/bench/synthetic_shards: $(BUILD)/obj/bench/gpu/synthetic_shards.o $(ALL_LIB)
 	$(call link)

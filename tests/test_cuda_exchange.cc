@@ -1,8 +1,9 @@
-// Sums over ranks by their devices (kernels/cuda/exchange.*), in the emulator: each rank is a thread with a stream of its own, over pinned memory that
-// all have mapped. Held, bit for bit, to comm_all_reduce of the same ranks on the CPU: every algorithm and codec, feedback, rows with NaN, Inf, zeros
+// Sums over ranks by their devices (kernels/cuda/exchange.*): each rank is a thread with streams of its own, over pinned memory that all have mapped, in
+// the emulator or all on one device. Held, bit for bit, to comm_all_reduce of the same ranks on the CPU: every algorithm and codec, feedback, rows with NaN, Inf, zeros
 // and denormals, one row to some hundreds, through the wrap of the tokens. A norm behind an exchange is held to launch_norm. Then ranks that never come,
 // and the abort word.
 #include "tests/device/cuda_test.h"
+#include "tests/device/exchange_messages.h"
 
 extern "C" {
 #include "engine/comm.h"
@@ -69,6 +70,17 @@ static void note(struct end *e, const char *format, ...)
         e->wrong = "rank " + std::to_string(e->rank) + ": " + text;
 }
 
+// Memory of the device alone: the host looks into it by copies, since kernels of other ranks run at any time. In parentheses: not the macro of
+// tests/device/device.h.
+static bool take(float **memory, size_t bytes) { return (cudaMalloc)((void **)memory, bytes) == cudaSuccess; }
+
+// A copy from memory that is not pinned may be on its way when cudaMemcpy returns, and the ranks' streams do not wait for the default one.
+static void send(void *to, const void *from, size_t bytes)
+{
+    cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice);
+    cudaStreamSynchronize(NULL);
+}
+
 static bool open_end(struct end *e)
 {
     struct error err;
@@ -97,10 +109,10 @@ static bool open_end(struct end *e)
     options.arg = e;
     bool has_memory = true;
     for (float *&memory : e->memory)
-        has_memory = has_memory && cudaMalloc((void **)&memory, SCRATCH_BYTES) == cudaSuccess;
+        has_memory = has_memory && take(&memory, SCRATCH_BYTES);
     if (!has_memory || cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking) != cudaSuccess ||
-        cudaMalloc((void **)&d->buffer[BUFFER_PARTIAL], MAX_ROWS * HIDDEN * 4) != cudaSuccess ||
-        cudaMalloc((void **)&d->buffer[BUFFER_RESIDUAL], MAX_ROWS * HIDDEN * 4) != cudaSuccess ||
+        !take(&d->buffer[BUFFER_PARTIAL], MAX_ROWS * HIDDEN * 4) ||
+        !take(&d->buffer[BUFFER_RESIDUAL], MAX_ROWS * HIDDEN * 4) ||
         comm_open(&e->comm, g->comm_region, e->rank, g->timeout_ms, &err) || exchange_open(d, &options, &err)) {
         note(e, "opening: %s", err.msg);
         return false;
@@ -162,45 +174,6 @@ template <typename FN> static void run_ranks(int tp_size, int timeout_ms, bool f
 
 // ---- messages ------------------------------------------------------------------------------------------------------
 
-static uint64_t mix(uint64_t x)
-{
-    x += 0x9e3779b97f4a7c15u;
-    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
-    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
-    return x ^ x >> 31;
-}
-
-// A value of a message: most rows hold ordinary numbers; the others one kind of special ones each, of some ranks.
-static float value_of(uint64_t message, int rank, int64_t row, int64_t col)
-{
-    uint64_t bits = mix(message << 40 ^ (uint64_t)rank << 34 ^ (uint64_t)row << 16 ^ (uint64_t)col);
-    float x = ((float)(bits >> 40) * 0x1p-23f - 1.0f) * (bits % 97 == 0 ? 300.0f : 1.0f);
-    bool here = (bits >> 8) % 64 == 0;
-    switch (row % 9) {
-    case 2:
-        return rank == 1 && here ? f32_from_bits(0x7fa00000u | (uint32_t)(bits & 0x8000ffffu)) : x; // NaN, not quiet
-    case 3:
-        return here ? f32_from_bits(0x7f800000u | (uint32_t)(bits & 0x80000000u)) : x; // Inf of both signs
-    case 4:
-        return rank % 2 ? -0.0f : 0.0f;
-    case 5:
-        return x * 0x1p-140f;
-    case 6:
-        return x * 0x1p125f;
-    case 7:
-        return x * 0x1p-30f;
-    default:
-        return x;
-    }
-}
-
-static void fill(float *data, uint64_t message, int rank, int64_t rows, int64_t cols)
-{
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t j = 0; j < cols; j++)
-            data[i * cols + j] = value_of(message, rank, i, j);
-}
-
 static const char *const algorithm_names[] = {"one-shot", "two-shot", "chunks"};
 
 // One sum on the device and on the CPU.
@@ -211,8 +184,8 @@ static void check_sum(struct end *e, uint64_t message, int64_t rows, int64_t col
     struct device *d = &e->device;
     size_t count = (size_t)(rows * cols), bytes = count * sizeof(float);
     std::vector<float> want(count), got(count);
-    fill(want.data(), message, e->rank, rows, cols);
-    cudaMemcpy(d->buffer[BUFFER_PARTIAL], want.data(), bytes, cudaMemcpyHostToDevice);
+    exchange_fill(want.data(), message, e->rank, rows, cols);
+    send(d->buffer[BUFFER_PARTIAL], want.data(), bytes);
     d->count = rows;
     e->desc.hidden_size = cols;
     if (exchange_all_reduce(d, BUFFER_PARTIAL, &choice, feedback, OP_MLP, 3, &err) || exchange_flush(d, &err) ||
@@ -286,6 +259,35 @@ static void test_feedback(void **state)
         });
 }
 
+// ---- memory ------------------------------------------------------------------------------------------------------------
+
+// What opening takes of the device is what the plan has counted, to a byte: nothing is taken that was not counted.
+static void test_memory(void **state)
+{
+    (void)state;
+    size_t before, total;
+    if (!emulator_present()) // others take memory there, and it is rounded
+        skip();
+    assert_int_equal(cudaMemGetInfo(&before, &total), cudaSuccess);
+    for (bool feedback : {false, true})
+        run_ranks(4, TIMEOUT_MS, feedback, [=](struct end *e) {
+            struct error err;
+            struct device_shape shape = e->device.shape;
+            size_t after, whole, own = 3 * SCRATCH_BYTES + 2 * MAX_ROWS * HIDDEN * sizeof(float);
+            shape.exchange = TRANSPORT_HOST;
+            shape.feedback = feedback;
+            uint64_t planned = exchange_memory_bytes(&shape, 4);
+            if (comm_barrier(e->comm, &err) || cudaMemGetInfo(&after, &whole) != cudaSuccess ||
+                comm_barrier(e->comm, &err))
+                note(e, "asking for its memory: %s", err.msg);
+            if (before - after != 4 * (own + planned))
+                note(e, "%zu bytes taken, %zu of the tests and %llu planned", before - after, 4 * own,
+                     (unsigned long long)(4 * planned));
+            if (exchange_memory_bytes(&shape, 1) != 0)
+                note(e, "one rank alone needs memory");
+        });
+}
+
 // ---- with a norm ---------------------------------------------------------------------------------------------------
 
 static void check_norm(struct end *e, uint64_t message, int64_t rows, int64_t cols, enum input_format format,
@@ -311,16 +313,16 @@ static void check_norm(struct end *e, uint64_t message, int64_t rows, int64_t co
     norm.join.norm = join_norm ? device_weight : NULL;
     norm.weight = device_weight;
     norm.eps = 1e-5f;
-    fill(x.data(), message, e->rank, rows, cols);
-    fill(residual.data(), message, 99, rows, cols);
-    cudaMemcpy(device_weight, weight.data(), (size_t)cols * 4, cudaMemcpyHostToDevice);
+    exchange_fill(x.data(), message, e->rank, rows, cols);
+    exchange_fill(residual.data(), message, 99, rows, cols);
+    send(device_weight, weight.data(), (size_t)cols * 4);
     d->count = rows;
     e->desc.hidden_size = cols;
     for (int apart = 0; apart < 2; apart++) {
-        memset(norm.out.values, 0, value_bytes);
-        memset(norm.out.scale, 0, value_bytes);
-        cudaMemcpy(d->buffer[BUFFER_PARTIAL], x.data(), count * 4, cudaMemcpyHostToDevice);
-        cudaMemcpy(d->buffer[BUFFER_RESIDUAL], residual.data(), count * 4, cudaMemcpyHostToDevice);
+        cudaMemsetAsync(norm.out.values, 0, value_bytes, d->stream);
+        cudaMemsetAsync(norm.out.scale, 0, value_bytes, d->stream);
+        send(d->buffer[BUFFER_PARTIAL], x.data(), count * 4);
+        send(d->buffer[BUFFER_RESIDUAL], residual.data(), count * 4);
         int rc = exchange_all_reduce(d, BUFFER_PARTIAL, &choice, false, OP_ATTENTION, 0, &err);
         if (!rc && !exchange_takes_norm(d))
             note(e, "an exchange of %lld rows does not wait for its norm", (long long)rows);
@@ -332,10 +334,12 @@ static void check_norm(struct end *e, uint64_t message, int64_t rows, int64_t co
         }
         if (rc || device_wait(d, "a norm", &err))
             note(e, "%s", err.msg);
-        const uint8_t *at = (const uint8_t *)norm.out.values, *scale = (const uint8_t *)norm.out.scale;
-        values[apart].assign(at, at + value_bytes);
-        scales[apart].assign(scale, scale + value_bytes);
-        residuals[apart].assign(norm.residual, norm.residual + count);
+        values[apart].resize(value_bytes);
+        scales[apart].resize(value_bytes);
+        residuals[apart].resize(count);
+        cudaMemcpy(values[apart].data(), norm.out.values, value_bytes, cudaMemcpyDeviceToHost);
+        cudaMemcpy(scales[apart].data(), norm.out.scale, value_bytes, cudaMemcpyDeviceToHost);
+        cudaMemcpy(residuals[apart].data(), norm.residual, count * 4, cudaMemcpyDeviceToHost);
     }
     if (values[0] != values[1] || scales[0] != scales[1] ||
         memcmp(residuals[0].data(), residuals[1].data(), count * 4) != 0)
@@ -358,20 +362,22 @@ static void test_norms(void **state)
 
 // ---- graphs --------------------------------------------------------------------------------------------------------
 
-// A graph with exchanges is launched again and again: tokens are counted on the device.
+// A graph with exchanges is launched again and again: tokens are counted on the device. A copy at its beginning gives each launch the same numbers.
 static void test_graph(void **state)
 {
     (void)state;
     run_ranks(2, TIMEOUT_MS, false, [](struct end *e) {
         struct error err;
         struct device *d = &e->device;
-        enum { ROWS = 3, COLS = 256, COUNT = ROWS * COLS, REPLAYS = 12 };
-        std::vector<float> x(COUNT), want(COUNT), two_ranks[2];
+        enum { ROWS = 3, COLS = 256, COUNT = ROWS * COLS, TURNS = 12 };
+        int replays = emulator_present() ? 2 : 10000;
+        std::vector<float> x(COUNT), want(COUNT), got(COUNT);
         cudaGraph_t graph;
         cudaGraphExec_t exec;
         e->desc.hidden_size = COLS;
         d->count = ROWS;
         cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal);
+        cudaMemcpyAsync(d->buffer[BUFFER_PARTIAL], e->memory[0], COUNT * 4, cudaMemcpyDeviceToDevice, d->stream);
         for (int algorithm : {ALGORITHM_ONE_SHOT, ALGORITHM_TWO_SHOT, ALGORITHM_ONE_SHOT}) {
             struct exchange_choice choice = {(enum exchange_algorithm)algorithm, WIRE_F32, 0};
             if (exchange_all_reduce(d, BUFFER_PARTIAL, &choice, false, OP_MLP, 0, &err) || exchange_flush(d, &err))
@@ -379,16 +385,20 @@ static void test_graph(void **state)
         }
         cudaStreamEndCapture(d->stream, &graph);
         cudaGraphInstantiate(&exec, graph, 0);
-        for (int i = 0; i < REPLAYS; i++) {
+        comm_barrier(e->comm, &err); // nobody makes a graph while others wait on the device
+        for (int i = 0; i < TURNS; i++) {
             for (int k = 0; k < COUNT; k++)
                 x[(size_t)k] = (float)((e->rank + 1) * (k + i)), want[(size_t)k] = (float)(3 * (k + i) * 4);
-            cudaMemcpy(d->buffer[BUFFER_PARTIAL], x.data(), COUNT * 4, cudaMemcpyHostToDevice);
-            cudaGraphLaunch(exec, d->stream);
+            send(e->memory[0], x.data(), COUNT * 4);
+            for (int k = 0; k < replays; k++)
+                cudaGraphLaunch(exec, d->stream);
             if (device_wait(d, "a graph", &err))
                 note(e, "%s", err.msg);
-            if (memcmp(want.data(), d->buffer[BUFFER_PARTIAL], COUNT * 4) != 0)
-                note(e, "replay %d has other sums", i);
+            cudaMemcpy(got.data(), d->buffer[BUFFER_PARTIAL], COUNT * 4, cudaMemcpyDeviceToHost);
+            if (memcmp(want.data(), got.data(), COUNT * 4) != 0)
+                note(e, "turn %d has other sums", i);
         }
+        comm_barrier(e->comm, &err);
         cudaGraphExecDestroy(exec);
         cudaGraphDestroy(graph);
     });
@@ -442,7 +452,7 @@ static void test_abort(void **state)
         struct exchange_choice choice = {ALGORITHM_TWO_SHOT, WIRE_S8X, 0};
         e->desc.hidden_size = 256;
         e->device.count = 7;
-        memset(e->device.buffer[BUFFER_PARTIAL], 0, 7 * 256 * 4);
+        cudaMemsetAsync(e->device.buffer[BUFFER_PARTIAL], 0, 7 * 256 * 4, e->device.stream);
         if (e->rank == 2) {
             usleep(100000);
             __atomic_store_n((uint32_t *)(void *)e->region, 1, __ATOMIC_RELEASE);
@@ -455,76 +465,20 @@ static void test_abort(void **state)
     });
 }
 
-// ---- all ranks in one launch -----------------------------------------------------------------------------------------
-
-// Rank blockIdx.y: what a device runs as one cooperative launch.
-static void check_together(int tp_size, bool two_shot, enum wire wire)
-{
-    enum { ROWS = 5, COLS = 520, BLOCKS = 3, CALLS = 12 };
-    int64_t area_bytes = EXCHANGE_DIRECT_BYTES, count = ROWS * COLS;
-    struct exchange_ranks *ranks = (struct exchange_ranks *)device_zeros(tp_size * (int64_t)sizeof *ranks);
-    struct exchange_message *messages = (struct exchange_message *)device_zeros(tp_size * (int64_t)sizeof *messages);
-    struct exchange_state *states = (struct exchange_state *)device_zeros(tp_size * (int64_t)sizeof *states);
-    struct exchange_record *records = (struct exchange_record *)device_zeros(tp_size * (int64_t)sizeof *records);
-    uint32_t *abort_word = (uint32_t *)device_zeros(4);
-    uint8_t *areas = (uint8_t *)device_zeros(tp_size * area_bytes);
-    float *data = (float *)device_zeros(tp_size * count * 4);
-    for (int r = 0; r < tp_size; r++) {
-        struct exchange_ranks *one = &ranks[r];
-        one->rank = r;
-        one->tp_size = tp_size;
-        one->num_every = 1;
-        for (int other = 0; other < tp_size; other++) {
-            one->to[other] = areas + r * area_bytes;
-            one->from[other] = areas + other * area_bytes;
-        }
-        one->every[0] = areas + r * area_bytes;
-        one->state = &states[r];
-        one->record = &records[r];
-        one->abort = abort_word;
-        one->timeout_ns = 60000000000u;
-        for (int lane = 0; lane < EXCHANGE_LANES; lane++)
-            states[r].token[lane] = *(uint32_t *)(void *)(areas + r * area_bytes + lane * EXCHANGE_TOKEN_BYTES) =
-                (uint32_t)EXCHANGE_FIRST_TOKEN;
-        messages[r] = {data + r * count, NULL, ROWS, COLS, wire, 0};
-    }
-    for (int call = 0; call < CALLS; call++) {
-        for (int r = 0; r < tp_size; r++)
-            for (int64_t i = 0; i < count; i++)
-                data[r * count + i] = (float)(i % 64 + r + call); // exact in every codec that is tried
-        finish(launch_exchange_together(ranks, messages, tp_size, two_shot, BLOCKS, NULL));
-        assert_int_equal(*abort_word, 0);
-        for (int r = 0; r < tp_size; r++) {
-            assert_memory_equal(data + r * count, data, (size_t)count * 4);
-            for (int64_t i = 0; i < count; i++)
-                assert_true(data[i] == (float)(tp_size * (i % 64 + call) + tp_size * (tp_size - 1) / 2));
-        }
-    }
-    cudaFree(ranks), cudaFree(messages), cudaFree(states), cudaFree(records), cudaFree(abort_word), cudaFree(areas);
-    cudaFree(data);
-}
-
-static void test_together(void **state)
-{
-    (void)state;
-    for (uint64_t seed = 0; seed < 3; seed++) {
-        emulator_seed(seed);
-        for (int tp_size : {2, 4})
-            for (bool two_shot : {false, true})
-                check_together(tp_size, two_shot, two_shot ? WIRE_F32 : WIRE_BF16);
-    }
-    emulator_seed(0);
-}
-
 int main(void)
 {
     // On a device: its code is there before a kernel waits, and each stream has a queue of its own.
     setenv("CUDA_MODULE_LOADING", "EAGER", 1);
     setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1);
+    if (quick() && !emulator_present()) { // what watches a kernel may run one at a time
+        puts("SKIP: ranks that wait for each other's kernels, under a sanitizer; test_cuda_together has them in one "
+             "launch");
+        return 0;
+    }
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_sums),     cmocka_unit_test(test_feedback),     cmocka_unit_test(test_norms),
-        cmocka_unit_test(test_graph),    cmocka_unit_test(test_missing_rank), cmocka_unit_test(test_abort),
-        cmocka_unit_test(test_together),
+        cmocka_unit_test(test_sums),  cmocka_unit_test(test_feedback), cmocka_unit_test(test_memory),
+        cmocka_unit_test(test_norms), cmocka_unit_test(test_graph),    cmocka_unit_test(test_missing_rank),
+        cmocka_unit_test(test_abort),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

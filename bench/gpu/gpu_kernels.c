@@ -1,8 +1,9 @@
 // Matrix products, attention and sampling on a device, one result line each, beside what the device can do at most in the same run: copying
 // memory, and cuBLASLt's own f16 and fp8 products. Weights rotate over copies of more than the L2 cache holds; each figure is the
-// median of RUNS runs of a CUDA graph of launches.
+// median of several runs of a CUDA graph of launches.
 //
 //   gpu_kernels [quick]      quick: few shapes and runs, own kernels alone: for compute-sanitizer
+#include "bench/gpu/gpu_timing.h"
 #include "formats/number_formats.h"
 #include "kernels/cuda/gemm.h"
 #include "kernels/cuda/launch.h"
@@ -11,44 +12,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { RUNS = 11, WARM_UPS = 3, MAX_COPIES = 64, BLOCK_BYTES = 8 << 20, MAX_TOKENS = 4096 };
+enum { MAX_COPIES = 64, MAX_TOKENS = 4096 };
 #define ROTATE_BYTES (256ull << 20)
 
-static cudaStream_t stream;
-static char gpu[64];
-static int sm;
-static double copy_gb_s;
-static int runs = RUNS, warm_ups = WARM_UPS;
-
-static void check(cudaError_t status, const char *what)
-{
-    if (status == cudaSuccess)
-        return;
-    fprintf(stderr, "gpu_kernels: %s: %s\n", what, cudaGetErrorString(status));
-    exit(6);
-}
-
-static void *take(uint64_t bytes)
-{
-    void *p;
-    check(cudaMalloc(&p, bytes ? bytes : 1), "memory");
-    return p;
-}
-
-// Random bytes on the device; `mask` keeps f16 and e4m3 values small and finite.
-static void fill_random(void *to, uint64_t bytes, uint8_t mask)
-{
-    static uint8_t *block;
-    uint64_t state = 1;
-    if (!block && !(block = malloc(BLOCK_BYTES)))
-        exit(8);
-    for (int i = 0; i < BLOCK_BYTES; i++)
-        block[i] = (uint8_t)((state = state * 6364136223846793005u + 1442695040888963407u) >> 56) & mask;
-    for (uint64_t at = 0; at < bytes; at += BLOCK_BYTES)
-        check(cudaMemcpy((uint8_t *)to + at, block, bytes - at < BLOCK_BYTES ? bytes - at : BLOCK_BYTES,
-                         cudaMemcpyHostToDevice),
-              "filling");
-}
+static struct gpu gpu;
 
 static void fill_floats(float *to, uint64_t count, float value)
 {
@@ -57,79 +24,11 @@ static void fill_floats(float *to, uint64_t count, float value)
         exit(8);
     for (uint64_t i = 0; i < count; i++)
         host[i] = value;
-    check(cudaMemcpy(to, host, count * sizeof *host, cudaMemcpyHostToDevice), "filling");
+    gpu_check(cudaMemcpy(to, host, count * sizeof *host, cudaMemcpyHostToDevice), "filling");
     free(host);
 }
 
-// ---- timing ----------------------------------------------------------------------------------------------------
-
-typedef void work_fn(void *arg, int repeat);
-
-static int by_value(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return x < y ? -1 : x > y;
-}
-
-// Microseconds of one call of work, from a graph of `repeats` calls.
-static double time_us(work_fn *work, void *arg, int repeats)
-{
-    cudaGraph_t graph;
-    cudaGraphExec_t exec;
-    cudaEvent_t begin, end;
-    double us[RUNS];
-    // Kernels are loaded and libraries set up before a graph is recorded.
-    work(arg, 0);
-    check(cudaStreamSynchronize(stream), "running");
-    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
-    for (int i = 0; i < repeats; i++)
-        work(arg, i);
-    check(cudaStreamEndCapture(stream, &graph), "capture");
-    check(cudaGraphInstantiate(&exec, graph, 0), "graph");
-    check(cudaEventCreateWithFlags(&begin, cudaEventDefault), "event");
-    check(cudaEventCreateWithFlags(&end, cudaEventDefault), "event");
-    for (int i = -warm_ups; i < runs; i++) {
-        float ms;
-        check(cudaEventRecord(begin, stream), "event");
-        check(cudaGraphLaunch(exec, stream), "graph");
-        check(cudaEventRecord(end, stream), "event");
-        check(cudaEventSynchronize(end), "running");
-        check(cudaEventElapsedTime(&ms, begin, end), "event");
-        if (i >= 0)
-            us[i] = 1000.0 * ms / repeats;
-    }
-    cudaEventDestroy(begin);
-    cudaEventDestroy(end);
-    cudaGraphExecDestroy(exec);
-    cudaGraphDestroy(graph);
-    qsort(us, (size_t)runs, sizeof *us, by_value);
-    return us[runs / 2];
-}
-
 // ---- what the device can do ------------------------------------------------------------------------------------
-
-struct copy_work {
-    void *from, *to;
-    uint64_t bytes;
-};
-
-static void copy(void *arg, int repeat)
-{
-    const struct copy_work *w = arg;
-    (void)repeat;
-    check(cudaMemcpyAsync(w->to, w->from, w->bytes, cudaMemcpyDeviceToDevice, stream), "copy");
-}
-
-static void measure_copy(void)
-{
-    struct copy_work w = {take(1ull << 30), take(1ull << 30), 1ull << 30};
-    fill_random(w.from, w.bytes, 0xff);
-    double us = time_us(copy, &w, 4);
-    copy_gb_s = 2e-3 * (double)w.bytes / us;
-    printf("gpu_copy bytes=%llu us=%.1f gb_s=%.0f gpu=%s\n", (unsigned long long)w.bytes, us, copy_gb_s, gpu);
-    cudaFree(w.from);
-    cudaFree(w.to);
-}
 
 struct gemm_work {
     struct gemm_handle *handle;
@@ -142,7 +41,7 @@ static void run_gemm(void *arg, int repeat)
     struct gemm_work *w = arg;
     struct error err;
     (void)repeat;
-    if (gemm_run(w->handle, w->plan, &w->gemm, stream, &err)) {
+    if (gemm_run(w->handle, w->plan, &w->gemm, gpu.stream, &err)) {
         fprintf(stderr, "gpu_kernels: %s\n", err.msg);
         exit(6);
     }
@@ -154,10 +53,10 @@ static void measure_gemm(struct gemm_handle *handle, const char *name, enum gemm
     uint64_t elem = in == GEMM_E4M3 ? 1 : 2;
     struct gemm_work w = {.handle = handle};
     struct error err;
-    void *x = take((uint64_t)(m * k) * elem), *weights = take((uint64_t)(n * k) * elem);
-    float *y = take((uint64_t)(m * n) * 4), *ones = take((uint64_t)(m + n) * 4);
-    fill_random(x, (uint64_t)(m * k) * elem, in == GEMM_E4M3 ? 0xb7 : 0xbb);
-    fill_random(weights, (uint64_t)(n * k) * elem, in == GEMM_E4M3 ? 0xb7 : 0xbb);
+    void *x = gpu_take((uint64_t)(m * k) * elem), *weights = gpu_take((uint64_t)(n * k) * elem);
+    float *y = gpu_take((uint64_t)(m * n) * 4), *ones = gpu_take((uint64_t)(m + n) * 4);
+    gpu_fill_random(x, (uint64_t)(m * k) * elem, in == GEMM_E4M3 ? 0xb7 : 0xbb);
+    gpu_fill_random(weights, (uint64_t)(n * k) * elem, in == GEMM_E4M3 ? 0xb7 : 0xbb);
     fill_floats(ones, (uint64_t)(m + n), 1);
     w.gemm = (struct gemm){.m = m,
                            .n = n,
@@ -174,12 +73,12 @@ static void measure_gemm(struct gemm_handle *handle, const char *name, enum gemm
                            .x_scale = scale ? ones : NULL,
                            .w_scale = scale ? ones : NULL,
                            .workspace_bytes = 32 << 20};
-    if (gemm_check(&w.gemm, sm, &err) || gemm_prepare(handle, &w.plan, &w.gemm, &err)) {
+    if (gemm_check(&w.gemm, gpu.sm, &err) || gemm_prepare(handle, &w.plan, &w.gemm, &err)) {
         printf("# cublaslt %s %lld x %lld x %lld: %s\n", name, (long long)m, (long long)n, (long long)k, err.msg);
     } else {
-        double us = time_us(run_gemm, &w, 8);
+        double us = gpu_time_us(&gpu, run_gemm, &w, 8);
         printf("gpu_cublaslt kind=%s tokens=%lld rows=%lld cols=%lld us=%.1f tflops=%.1f gpu=%s\n", name, (long long)m,
-               (long long)n, (long long)k, us, 2e-6 * (double)m * (double)n * (double)k / us, gpu);
+               (long long)n, (long long)k, us, 2e-6 * (double)m * (double)n * (double)k / us, gpu.name);
         gemm_plan_free(w.plan);
     }
     cudaFree(x);
@@ -208,12 +107,12 @@ static void run_linear(void *arg, int repeat)
     struct linear_work *l = arg;
     const struct matrix *w = &l->w[repeat % l->copies];
     if (l->gemm) {
-        check(launch_slab(l->slab, SLAB_E4M3, l->slab_scale, w, 0, (int64_t)w->shape.rows, stream), "slab");
+        gpu_check(launch_slab(l->slab, SLAB_E4M3, l->slab_scale, w, 0, (int64_t)w->shape.rows, gpu.stream), "slab");
         run_gemm(l->gemm, repeat);
     } else if (l->int8) {
-        check(launch_linear_int8(l->y, l->y_stride, w, l->in, l->tokens, stream), "linear_int8");
+        gpu_check(launch_linear_int8(l->y, l->y_stride, w, l->in, l->tokens, gpu.stream), "linear_int8");
     } else {
-        check(launch_linear_f16(l->y, l->y_stride, w, l->in, l->tokens, stream), "linear_f16");
+        gpu_check(launch_linear_f16(l->y, l->y_stride, w, l->in, l->tokens, gpu.stream), "linear_f16");
     }
 }
 
@@ -224,10 +123,10 @@ static void make_weights(struct linear_work *l, enum weight_kind kind, int64_t r
     uint64_t bytes = shape.data_bytes + shape.scale_bytes;
     l->copies = (int)(ROTATE_BYTES / bytes + 1 < MAX_COPIES ? ROTATE_BYTES / bytes + 1 : MAX_COPIES);
     for (int i = 0; i < l->copies; i++) {
-        void *data = take(shape.data_bytes), *scale = shape.scale_bytes ? take(shape.scale_bytes) : NULL;
-        fill_random(data, shape.data_bytes, kind == WEIGHT_FP8 ? 0xb7 : kind == WEIGHT_BF16 ? 0xbf : 0xff);
+        void *data = gpu_take(shape.data_bytes), *scale = shape.scale_bytes ? gpu_take(shape.scale_bytes) : NULL;
+        gpu_fill_random(data, shape.data_bytes, kind == WEIGHT_FP8 ? 0xb7 : kind == WEIGHT_BF16 ? 0xbf : 0xff);
         if (scale) // f16 1.0 or f32: any small positive number
-            fill_random(scale, shape.scale_bytes, 0x3c);
+            gpu_fill_random(scale, shape.scale_bytes, 0x3c);
         l->w[i] = (struct matrix){shape, data, scale};
     }
 }
@@ -247,7 +146,7 @@ static void print_linear(const struct linear_work *l, const char *arithmetic, do
     printf("gpu_linear kind=%s arithmetic=%s rows=%lld cols=%lld tokens=%lld us=%.2f gb_s=%.0f copy_share=%.3f "
            "tflops=%.1f gpu=%s\n",
            weight_kind_name(s->kind), arithmetic, (long long)s->rows, (long long)s->cols, (long long)l->tokens, us,
-           gb_s, gb_s / copy_gb_s, 2e-6 * (double)l->tokens * (double)s->rows * (double)s->cols / us, gpu);
+           gb_s, gb_s / gpu.copy_gb_s, 2e-6 * (double)l->tokens * (double)s->rows * (double)s->cols / us, gpu.name);
     fflush(stdout);
 }
 
@@ -257,8 +156,8 @@ static void measure_slab(struct linear_work *l, struct gemm_handle *handle)
     const struct weight_shape *s = &l->w[0].shape;
     struct gemm_work g = {.handle = handle};
     struct error err;
-    l->slab = take(s->rows_padded * s->cols_padded);
-    l->slab_scale = take(s->rows_padded * sizeof(float));
+    l->slab = gpu_take(s->rows_padded * s->cols_padded);
+    l->slab_scale = gpu_take(s->rows_padded * sizeof(float));
     g.gemm = (struct gemm){.m = l->tokens,
                            .n = (int64_t)s->rows,
                            .k = (int64_t)s->cols_padded,
@@ -274,9 +173,9 @@ static void measure_slab(struct linear_work *l, struct gemm_handle *handle)
                            .x_scale = l->in.scale,
                            .w_scale = l->slab_scale,
                            .workspace_bytes = 32 << 20};
-    if (gemm_check(&g.gemm, sm, &err) == 0 && gemm_prepare(handle, &g.plan, &g.gemm, &err) == 0) {
+    if (gemm_check(&g.gemm, gpu.sm, &err) == 0 && gemm_prepare(handle, &g.plan, &g.gemm, &err) == 0) {
         l->gemm = &g;
-        print_linear(l, "fp8_slab", time_us(run_linear, l, 4));
+        print_linear(l, "fp8_slab", gpu_time_us(&gpu, run_linear, l, 4));
         gemm_plan_free(g.plan);
     } else {
         printf("# fp8 slab: %s\n", err.msg);
@@ -294,10 +193,10 @@ static void sweep(struct gemm_handle *handle, int64_t rows, int64_t cols, bool q
         struct linear_work l = {.y_stride = rows};
         make_weights(&l, kinds[k], rows, cols);
         l.in.stride = (cols + 127) / 128 * 128;
-        l.in.values = take((uint64_t)(MAX_TOKENS * l.in.stride) * 2);
-        l.in.scale = take((uint64_t)(MAX_TOKENS * l.in.stride / 128 + MAX_TOKENS) * sizeof(float));
-        l.y = take((uint64_t)(MAX_TOKENS * rows) * sizeof(float));
-        fill_random(l.in.values, (uint64_t)(MAX_TOKENS * l.in.stride) * 2, 0x37);
+        l.in.values = gpu_take((uint64_t)(MAX_TOKENS * l.in.stride) * 2);
+        l.in.scale = gpu_take((uint64_t)(MAX_TOKENS * l.in.stride / 128 + MAX_TOKENS) * sizeof(float));
+        l.y = gpu_take((uint64_t)(MAX_TOKENS * rows) * sizeof(float));
+        gpu_fill_random(l.in.values, (uint64_t)(MAX_TOKENS * l.in.stride) * 2, 0x37);
         fill_floats(l.in.scale, (uint64_t)(MAX_TOKENS * l.in.stride / 128 + MAX_TOKENS), 1);
         bool four = kinds[k] == WEIGHT_INT4;
         for (size_t i = 0; i < sizeof few / sizeof *few; i++) {
@@ -305,10 +204,14 @@ static void sweep(struct gemm_handle *handle, int64_t rows, int64_t cols, bool q
             l.int8 = kinds[k] == WEIGHT_INT8;
             if (quick && few[i] != 1 && few[i] != 16)
                 continue;
-            print_linear(&l, l.int8 ? "int8" : kinds[k] == WEIGHT_BF16 ? "bf16" : "f16", time_us(run_linear, &l, 20));
+            print_linear(&l,
+                         l.int8                    ? "int8"
+                         : kinds[k] == WEIGHT_BF16 ? "bf16"
+                                                   : "f16",
+                         gpu_time_us(&gpu, run_linear, &l, 20));
             if (four) {
                 l.int8 = true;
-                print_linear(&l, "int8", time_us(run_linear, &l, 20));
+                print_linear(&l, "int8", gpu_time_us(&gpu, run_linear, &l, 20));
             }
         }
         for (size_t i = 0; i < sizeof many / sizeof *many && (four || kinds[k] == WEIGHT_INT8); i++) {
@@ -316,8 +219,8 @@ static void sweep(struct gemm_handle *handle, int64_t rows, int64_t cols, bool q
             l.int8 = true;
             if (quick && many[i] != 1024)
                 continue;
-            print_linear(&l, "int8", time_us(run_linear, &l, 4));
-            if (four && handle && sm == 90)
+            print_linear(&l, "int8", gpu_time_us(&gpu, run_linear, &l, 4));
+            if (four && handle && gpu.sm == 90)
                 measure_slab(&l, handle);
         }
         free_weights(&l);
@@ -343,10 +246,10 @@ static void run_attention(void *arg, int repeat)
 {
     struct attention_work *a = arg;
     (void)repeat;
-    check(a->prefill
-              ? launch_attention_prefill(a->out, a->qkv, a->shape, a->rows, a->kv, stream)
-              : launch_attention_decode(a->out, a->qkv, a->shape, a->rows, a->kv, a->context, a->scratch, stream),
-          "attention");
+    gpu_check(a->prefill ? launch_attention_prefill(a->out, a->qkv, a->shape, a->rows, a->kv, gpu.stream)
+                         : launch_attention_decode(a->out, a->qkv, a->shape, a->rows, a->kv, a->context, a->scratch,
+                                                   gpu.stream),
+              "attention");
 }
 
 // Llama-3-8B's attention: 32 query heads over 8 key heads of 128, one sequence.
@@ -364,28 +267,28 @@ static void measure_attention(int64_t context, int64_t rows, bool prefill, enum 
         host[i] = 0;
         host[rows + i] = (int32_t)(context - rows + i);
     }
-    int32_t *pages_device = take((uint64_t)pages * 4), *rows_device = take((uint64_t)rows * 8);
-    check(cudaMemcpy(pages_device, table, (size_t)pages * 4, cudaMemcpyHostToDevice), "pages");
-    check(cudaMemcpy(rows_device, host, (size_t)rows * 8, cudaMemcpyHostToDevice), "rows");
+    int32_t *pages_device = gpu_take((uint64_t)pages * 4), *rows_device = gpu_take((uint64_t)rows * 8);
+    gpu_check(cudaMemcpy(pages_device, table, (size_t)pages * 4, cudaMemcpyHostToDevice), "pages");
+    gpu_check(cudaMemcpy(rows_device, host, (size_t)rows * 8, cudaMemcpyHostToDevice), "rows");
     struct attention_work a = {
-        .out = take((uint64_t)(rows * HEADS * HEAD_DIM) * 4),
-        .qkv = take((uint64_t)(rows * width) * 4),
-        .scratch = take(attention_scratch_bytes(rows, HEADS, HEAD_DIM, context)),
+        .out = gpu_take((uint64_t)(rows * HEADS * HEAD_DIM) * 4),
+        .qkv = gpu_take((uint64_t)(rows * width) * 4),
+        .scratch = gpu_take(attention_scratch_bytes(rows, HEADS, HEAD_DIM, context)),
         .shape = {.num_heads = HEADS, .heads_per_kv = HEADS / KV_HEADS, .scale = 0.088f},
         .rows = {rows_device, rows_device + rows, rows},
-        .kv = {take(kv_bytes), take(kv_bytes), format, pages_device, pages, KV_HEADS, HEAD_DIM},
+        .kv = {gpu_take(kv_bytes), gpu_take(kv_bytes), format, pages_device, pages, KV_HEADS, HEAD_DIM},
         .context = context,
         .prefill = prefill,
     };
-    fill_random(a.kv.k, kv_bytes, 0x37);
-    fill_random(a.kv.v, kv_bytes, 0x37);
+    gpu_fill_random(a.kv.k, kv_bytes, 0x37);
+    gpu_fill_random(a.kv.v, kv_bytes, 0x37);
     fill_floats(a.qkv, (uint64_t)(rows * width), 0.5f);
-    double us = time_us(run_attention, &a, prefill ? 4 : 20);
+    double us = gpu_time_us(&gpu, run_attention, &a, prefill ? 4 : 20);
     double flops = 4.0 * HEADS * HEAD_DIM * (double)rows * ((double)context - (double)rows / 2);
     printf("gpu_attention phase=%s kv=%s context=%lld rows=%lld us=%.1f kv_gb_s=%.0f copy_share=%.3f tflops=%.1f "
            "gpu=%s\n",
            prefill ? "prefill" : "decode", format == KV_E4M3 ? "fp8" : "bf16", (long long)context, (long long)rows, us,
-           2e-3 * (double)kv_bytes / us, 2e-3 * (double)kv_bytes / us / copy_gb_s, 1e-6 * flops / us, gpu);
+           2e-3 * (double)kv_bytes / us, 2e-3 * (double)kv_bytes / us / gpu.copy_gb_s, 1e-6 * flops / us, gpu.name);
     cudaFree(a.out);
     cudaFree(a.qkv);
     cudaFree(a.scratch);
@@ -409,24 +312,25 @@ static void run_sample(void *arg, int repeat)
 {
     struct sample_work *s = arg;
     (void)repeat;
-    check(launch_sample(s->tokens, s->logits, s->vocab, s->vocab, s->how, NULL, NULL, s->rows, s->scratch, stream),
-          "sampling");
+    gpu_check(
+        launch_sample(s->tokens, s->logits, s->vocab, s->vocab, s->how, NULL, NULL, s->rows, s->scratch, gpu.stream),
+        "sampling");
 }
 
 static void measure_sampling(const char *name, struct device_sampling how, int64_t rows)
 {
     enum { VOCAB = 128256, MAX_ROWS = 64 };
-    struct sample_work s = {take(MAX_ROWS * 4),
-                            take((uint64_t)VOCAB * MAX_ROWS * 4),
-                            take(MAX_ROWS * sizeof how),
-                            take(sample_scratch_bytes(MAX_ROWS, VOCAB)),
+    struct sample_work s = {gpu_take(MAX_ROWS * 4),
+                            gpu_take((uint64_t)VOCAB * MAX_ROWS * 4),
+                            gpu_take(MAX_ROWS * sizeof how),
+                            gpu_take(sample_scratch_bytes(MAX_ROWS, VOCAB)),
                             rows,
                             VOCAB};
-    fill_random(s.logits, (uint64_t)VOCAB * MAX_ROWS * 4, 0x3f);
+    gpu_fill_random(s.logits, (uint64_t)VOCAB * MAX_ROWS * 4, 0x3f);
     for (int i = 0; i < MAX_ROWS; i++)
-        check(cudaMemcpy(s.how + i, &how, sizeof how, cudaMemcpyHostToDevice), "sampling");
+        gpu_check(cudaMemcpy(s.how + i, &how, sizeof how, cudaMemcpyHostToDevice), "sampling");
     printf("gpu_sample how=%s rows=%lld vocab=%d us=%.1f gpu=%s\n", name, (long long)rows, VOCAB,
-           time_us(run_sample, &s, 10), gpu);
+           gpu_time_us(&gpu, run_sample, &s, 10), gpu.name);
     cudaFree(s.tokens);
     cudaFree(s.logits);
     cudaFree(s.how);
@@ -439,18 +343,9 @@ int main(int argc, char **argv)
                                         {4096, 14336}, {28672, 8192}, {12288, 73728}};
     bool quick = argc > 1 && strcmp(argv[1], "quick") == 0;
     struct gemm_handle *handle = NULL;
-    struct cudaDeviceProp properties;
     struct error err;
-    check(cudaGetDeviceProperties(&properties, 0), "device");
-    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
-    sm = 10 * properties.major + properties.minor;
-    snprintf(gpu, sizeof gpu, "%.63s", properties.name);
-    for (char *c = gpu; *c; c++)
-        if (*c == ' ')
-            *c = '-';
-    if (quick)
-        runs = 1, warm_ups = 0;
-    measure_copy();
+    gpu_open(&gpu, quick);
+    gpu_measure_copy(&gpu, 1ull << 30);
     if (!quick && gemm_open(&handle, 32 << 20, &err))
         printf("# %s\n", err.msg);
     for (int64_t n = 4096; handle && n <= 8192; n += 4096) {

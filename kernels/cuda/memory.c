@@ -1,6 +1,7 @@
 // What a device holds: planned, allocated in one piece, cut up; and the way of the weights to it. See device.h.
 #include "formats/checked.h"
 #include "kernels/buffers.h"
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/exchange_host.h"
 #include "kernels/kv.h"
 
