@@ -12,6 +12,7 @@
 #include "engine/decoder.h"
 #include "engine/exchange.h"
 #include "formats/checked.h"
+#include "formats/fnv.h"
 #include "kernels/clock.h"
 
 #include <pthread.h>
@@ -207,15 +208,12 @@ static int run_case(struct bench *b)
             slowest[round] = ranks[i].ms[round] > slowest[round] ? ranks[i].ms[round] : slowest[round];
         best = slowest[round] < slowest[best] ? round : best;
     }
-    uint32_t hash = 2166136261u;
-    const uint8_t *logits = (const uint8_t *)ranks[0].logits;
-    for (size_t i = 0; !rc && i < (size_t)ranks[0].model.share.vocab_local * sizeof(float); i++)
-        hash = (hash ^ logits[i]) * 16777619u;
     if (!rc)
         printf("overlap tp_size=%d rows=%d wire=%s link_mb_s=%.0f latency_us=%.0f way=%s ms=%.2f link_ms=%.2f "
                "exposed_ms=%.2f logits=%08x\n",
                size, ROWS, wire_name(b->wire), b->link.mb_s, b->link.latency_us, b->way.name, slowest[best],
-               ranks[0].link_ms[best], ranks[0].exposed_ms[best], hash);
+               ranks[0].link_ms[best], ranks[0].exposed_ms[best],
+               fnv1a_32(ranks[0].logits, (size_t)ranks[0].model.share.vocab_local * sizeof(float)));
     fflush(stdout);
     for (int i = 0; i < size; i++) {
         free(ranks[i].logits);

@@ -1,6 +1,8 @@
 // Ranks as launchers number them. See launcher_env.h.
 #include "engine/launcher_env.h"
 
+#include "formats/fnv.h"
+
 #include <ctype.h>
 #include <limits.h>
 #include <stdbool.h>
@@ -80,13 +82,7 @@ static int set_host(struct launcher_place *out, const char *host, size_t bytes, 
     return 0;
 }
 
-static int default_port(const char *job)
-{
-    uint32_t hash = 2166136261u; // FNV-1a
-    for (const char *c = job; *c; c++)
-        hash = (hash ^ (uint8_t)*c) * 16777619u;
-    return FIRST_PORT + (int)(hash % NUM_PORTS);
-}
+static int default_port(const char *job) { return FIRST_PORT + (int)(fnv1a_32(job, strlen(job)) % NUM_PORTS); }
 
 // The first host of Slurm's list: "a", "a,b", "a[01-04,07],b", "a[1-2]-b[3,5]".
 static int first_host(struct launcher_place *out, const char *list, const char *from, struct error *err)

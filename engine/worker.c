@@ -9,9 +9,9 @@
 #include "engine/residual_tap.h"
 #include "formats/checked.h"
 #include "kernels/futex.h"
+#include "kernels/host_identity.h"
 #include "kernels/host_memory.h"
 
-#include <limits.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -170,24 +170,6 @@ static int refuse_memory(const struct worker *w, const struct memory_need *sum, 
         sum->available / 0x1p30);
 }
 
-// The same for all processes that see the same devices.
-static uint64_t host_mark(void)
-{
-    char text[HOST_NAME_MAX + 64] = "";
-    FILE *f = fopen("/proc/sys/kernel/random/boot_id", "re");
-    if (f) {
-        if (!fgets(text, 64, f))
-            text[0] = 0;
-        fclose(f);
-    }
-    size_t used = strlen(text);
-    gethostname(text + used, sizeof text - used - 1);
-    uint64_t hash = 0xcbf29ce484222325u; // FNV-1a
-    for (const char *c = text; *c; c++)
-        hash = (hash ^ (uint8_t)*c) * 0x100000001b3u;
-    return hash;
-}
-
 // What this rank will take. Of what nobody can count there is enough.
 static int own_need(struct memory_need *out, const struct worker *w, const struct device_shape *shape,
                     struct error *err)
@@ -202,7 +184,7 @@ static int own_need(struct memory_need *out, const struct worker *w, const struc
                                 .exchange = (double)plan.exchange_bytes,
                                 .available = (double)plan.available_bytes,
                                 .device = plan.device,
-                                .host = w->env->spread ? host_mark() : 0};
+                                .host = w->env->spread ? host_identity() : 0};
     if (plan.available_bytes != UINT64_MAX)
         return 0;
     // The parent has looked at the host's memory, but knows of a compressed file only how long it is.

@@ -3,6 +3,7 @@
 #include "shard/text.h"
 
 #include "formats/checked.h"
+#include "formats/fnv.h"
 #include "formats/number_formats.h"
 
 #include <math.h>
@@ -61,13 +62,7 @@ const struct safetensors_tensor *import_companion(const struct import *import, c
 
 // ---- the table ---------------------------------------------------------------------------------------------------
 
-static uint64_t hash_of(const char *source)
-{
-    uint64_t hash = 0xcbf29ce484222325u; // FNV-1a
-    for (; *source; source++)
-        hash = (hash ^ (uint8_t)*source) * 0x100000001b3u;
-    return hash * 0x9e3779b97f4a7c15u >> 8;
-}
+static uint64_t hash_of(const char *source) { return fnv1a_64(source, strlen(source)) * 0x9e3779b97f4a7c15u >> 8; }
 
 static struct import_matrix **place(struct import_matrix **table, uint64_t size, const char *source)
 {

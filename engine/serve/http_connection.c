@@ -3,6 +3,8 @@
 // that change the watch; the price is that reading and writing go on until the kernel says no.
 #include "engine/serve/http_internal.h"
 
+#include "formats/fnv.h"
+
 #include <arpa/inet.h>
 #include <errno.h>
 #include <linux/sockios.h>
@@ -73,9 +75,7 @@ static void name_peer(struct http_connection *connection, const struct sockaddr 
     } else {
         snprintf(connection->peer, sizeof connection->peer, "unix");
     }
-    uint64_t hash = 0xcbf29ce484222325;
-    for (size_t i = 0; i < num_bytes; i++)
-        hash = (hash ^ bytes[i]) * 0x100000001b3;
+    uint64_t hash = fnv1a_64(bytes, num_bytes);
     connection->peer_hash = hash ^ hash >> 29;
 }
 

@@ -14,6 +14,7 @@
 #include "formats/checked.h"
 #include "kernels/buffers.h"
 #include "kernels/clock.h"
+#include "kernels/host_identity.h"
 
 #include <assert.h>
 #include <sched.h>
@@ -156,7 +157,8 @@ static void begin_tokens(uint8_t *area)
 
 // What the ranks tell each other: who shares a device.
 struct card {
-    char host[64];
+    uint64_t host;
+    char host_name[64];
     char bus[32];
     struct error problem; // of what it did alone
 };
@@ -167,7 +169,8 @@ static int share_devices(struct device *d, struct exchange *x, const struct erro
     struct card mine, all[EXCHANGE_RANKS];
     int most = 1, rc;
     memset(&mine, 0, sizeof mine);
-    gethostname(mine.host, sizeof mine.host - 1);
+    mine.host = host_identity();
+    gethostname(mine.host_name, sizeof mine.host_name - 1);
     mine.problem = *problem;
     if (!mine.problem.code)
         device_status(d, cudaDeviceGetPCIBusId(mine.bus, sizeof mine.bus, d->index), "asking where it is",
@@ -184,10 +187,10 @@ static int share_devices(struct device *d, struct exchange *x, const struct erro
         for (int other = 0; other < x->options.tp_size; other++)
             sharing += memcmp(all[r].bus, all[other].bus, sizeof mine.bus) == 0;
         most = sharing > most ? sharing : most;
-        if (strcmp(all[r].host, mine.host) != 0)
+        if (all[r].host != mine.host)
             return error_set(err, ERR_USAGE,
                              "ranks %d and %d are on %s and %s: --transport %s is for the ranks of one machine", r,
-                             x->options.rank, all[r].host, mine.host, transport_name(x->options.transport));
+                             x->options.rank, all[r].host_name, mine.host_name, transport_name(x->options.transport));
     }
     x->blocks = larger_of(EXCHANGE_BLOCKS / most, 1);
     return 0;

@@ -1,9 +1,11 @@
 // The transport "nccl". See nccl.h.
 #include "kernels/cuda/nccl.h"
 
+#include "formats/fnv.h"
 #include "kernels/clock.h"
 #include "kernels/cuda/nccl_library.h"
 #include "kernels/cuda/shares.h"
+#include "kernels/host_identity.h"
 
 #include <pthread.h>
 #include <sched.h>
@@ -279,27 +281,10 @@ uint64_t nccl_own_bytes(int tp_size)
 }
 
 // As NCCL tells machines apart.
-static uint64_t host_identity(void)
+static uint64_t host_of_nccl(void)
 {
-    char text[512] = "";
     const char *given = getenv("NCCL_HOSTID");
-    if (given) {
-        snprintf(text, sizeof text, "%s", given);
-    } else {
-        FILE *file = fopen("/proc/sys/kernel/random/boot_id", "re");
-        size_t used = file ? fread(text, 1, 64, file) : 0;
-        if (file)
-            fclose(file);
-        FILE *name = fopen("/proc/sys/kernel/hostname", "re");
-        size_t more = name ? fread(text + used, 1, sizeof text - used - 1, name) : 0;
-        if (name)
-            fclose(name);
-        text[used + more] = 0;
-    }
-    uint64_t hash = 0xcbf29ce484222325u; // FNV-1a
-    for (const char *at = text; *at; at++)
-        hash = (hash ^ (uint8_t)*at) * 0x100000001b3u;
-    return hash;
+    return given ? fnv1a_64(given, strlen(given)) : host_identity();
 }
 
 static int fill_hello(struct nccl *n, struct nccl_hello *hello, struct error *err)
@@ -307,7 +292,7 @@ static int fill_hello(struct nccl *n, struct nccl_hello *hello, struct error *er
     const char *shares = getenv("NCCL_MULTI_RANK_GPU_ENABLE");
     memset(hello, 0, sizeof *hello);
     hello->version = n->library.version;
-    hello->host = host_identity();
+    hello->host = host_of_nccl();
     hello->shares = n->library.version >= SHARING_VERSION && shares && *shares == '1';
     cudaError_t status = cudaDeviceGetPCIBusId(hello->device, (int)sizeof hello->device, n->device);
     if (status != cudaSuccess)

@@ -1,0 +1,24 @@
+// FNV-1a: a quick hash of few bytes, for tables and to tell things apart. Nothing against who looks for two of one hash; checksums are checksum.h's.
+#ifndef TPSHARD_FORMATS_FNV_H
+#define TPSHARD_FORMATS_FNV_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+static inline uint64_t fnv1a_64(const void *data, size_t bytes)
+{
+    uint64_t hash = 0xcbf29ce484222325u;
+    for (size_t i = 0; i < bytes; i++)
+        hash = (hash ^ ((const uint8_t *)data)[i]) * 0x100000001b3u;
+    return hash;
+}
+
+static inline uint32_t fnv1a_32(const void *data, size_t bytes)
+{
+    uint32_t hash = 2166136261u;
+    for (size_t i = 0; i < bytes; i++)
+        hash = (hash ^ ((const uint8_t *)data)[i]) * 16777619u;
+    return hash;
+}
+
+#endif
