@@ -229,8 +229,11 @@ static int open_comm(struct launch *launch, struct rank_env *env, struct error *
     int timeout_ms = launch->options.wait_timeout_ms, rank, size, rc;
     if (!env->spread)
         return comm_open(&env->comm, launch->region, env->rank, timeout_ms, err);
-    if (!launch->options.mpi)
-        return comm_open_sockets(&env->comm, launch->region, launch->links, env->rank, timeout_ms, err);
+    if (!launch->options.mpi) {
+        rc = comm_open_sockets(&env->comm, launch->region, launch->links, env->rank, timeout_ms, err);
+        memset(launch->links, -1, sizeof launch->links); // they are comm's, which closes them in every case
+        return rc;
+    }
     close_links(launch);
     if ((rc = comm_mpi_start(NULL, &rank, &size, err)))
         return rc;
@@ -362,6 +365,15 @@ static int start_process(struct rank_handle *handle, struct error *err)
     return 0;
 }
 
+static void take_links(struct launch *launch, int *links)
+{
+    memset(launch->links, -1, sizeof launch->links);
+    for (int rank = 0; links && rank < launch->num_ranks; rank++) {
+        launch->links[rank] = links[rank];
+        links[rank] = -1;
+    }
+}
+
 int launch_start(struct launch **out, const struct launch_options *options, rank_main_fn *rank_main, void *arg,
                  struct error *err)
 {
@@ -370,9 +382,16 @@ int launch_start(struct launch **out, const struct launch_options *options, rank
     if (options->tp_size < 1 || options->tp_size > COMM_MAX_RANKS || pp_size < 1 || pp_size > COMM_MAX_RANKS ||
         num_ranks > COMM_MAX_RANKS)
         return error_set(err, ERR_USAGE, "%d ranks: wanted 1 to %d", num_ranks, COMM_MAX_RANKS);
+    if (options->links && (options->only < 0 || options->only >= num_ranks))
+        return error_set(err, ERR_USAGE, "rank %d of %d", options->only, num_ranks);
     struct launch *launch = calloc(1, sizeof *launch);
-    if (!launch)
+    if (!launch) {
+        for (int rank = 0; options->links && rank < num_ranks; rank++) {
+            close(options->links[rank]);
+            options->links[rank] = -1;
+        }
         return error_set(err, ERR_MEMORY, "out of memory for %d ranks", num_ranks);
+    }
     launch->options = *options;
     launch->options.pp_size = pp_size;
     launch->num_ranks = num_ranks;
@@ -382,10 +401,7 @@ int launch_start(struct launch **out, const struct launch_options *options, rank
         launch->options.wait_timeout_ms = DEFAULT_WAIT_TIMEOUT_MS;
     launch->rank_main = rank_main;
     launch->arg = arg;
-    for (int rank = 0; options->links && rank < num_ranks; rank++) {
-        launch->links[rank] = options->links[rank];
-        options->links[rank] = -1;
-    }
+    take_links(launch, options->links);
     launch->first = options->links ? options->only : 0;
     launch->end = options->links ? options->only + 1 : num_ranks;
     launch->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
@@ -773,9 +789,8 @@ int launch_stop(struct launch *launch, struct error *err)
             error_set(&first, ERR_RANK, "a rank has not ended within %d ms; its memory is left behind", STOP_GRACE_MS);
     }
     restore_signals(launch);
-    if (!launch->options.threads)
-        close_links(launch); // of a start that failed
     if (ended) {
+        close_links(launch); // of a start that failed
         if (launch->area)
             munmap(launch->area, launch->mapped_bytes);
         if (launch->event_fd >= 0)

@@ -31,7 +31,7 @@ struct launch_options {
     // SIGINT and SIGTERM are the caller's: launch_wait reports none (rank processes still ignore them).
     bool leave_signals;
     // Ranks of other processes, maybe on other hosts: links [tp_size * pp_size] are connected sockets to them, and only rank `only` runs here. The
-    // sockets belong to the launch from now on (the entries become -1). NULL: all ranks run here.
+    // sockets belong to the launch from now on, in every case but ERR_USAGE (the entries become -1). NULL: all ranks run here.
     int *links;
     int only;
     bool mpi; // with links: MPI carries what the ranks exchange (comm_mpi.h); its launcher has started the processes

@@ -4,6 +4,7 @@
 
 #include <poll.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 
 // ---- without faults ------------------------------------------------------------------------------------------------
 
@@ -202,13 +203,42 @@ static void test_bad_options(void **state)
     assert_null(launch);
 }
 
+// A start that fails closes the links that it was given, so that the others see at once that this rank is gone.
+static void test_links_of_a_failed_start(void **state)
+{
+    (void)state;
+    static const struct plan plan = {.faulty_rank = -1};
+    for (int threads = 0; threads < 2; threads++) {
+        struct error err = {0};
+        struct launch *launch = NULL;
+        int pair[2], links[2] = {-1, -1};
+        char byte;
+        assert_int_equal(socketpair(AF_UNIX, SOCK_STREAM, 0, pair), 0);
+        links[1] = pair[0];
+        struct launch_options options = {.tp_size = 2, .links = links, .only = 2, .threads = threads};
+        assert_int_equal(launch_start(&launch, &options, rank_main, (void *)&plan, &err), ERR_USAGE);
+        assert_int_equal(links[1], pair[0]);
+        options.only = 0;
+        options.comm_max_elems = 100;
+        options.shared_bytes = (size_t)1 << 60;
+        assert_int_equal(launch_start(&launch, &options, rank_main, (void *)&plan, &err), ERR_MEMORY);
+        assert_int_equal(links[1], -1);
+        assert_int_equal(recv(pair[1], &byte, 1, MSG_DONTWAIT), 0); // its end, not "nothing yet"
+        close(pair[1]);
+    }
+}
+
 int main(void)
 {
     prepare_process();
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_commands),           cmocka_unit_test(test_notices_and_input),
-        cmocka_unit_test(test_idle_ranks_sleep),   cmocka_unit_test(test_threads_and_connections),
-        cmocka_unit_test(test_signals_left_alone), cmocka_unit_test(test_bad_options),
+        cmocka_unit_test(test_commands),
+        cmocka_unit_test(test_notices_and_input),
+        cmocka_unit_test(test_idle_ranks_sleep),
+        cmocka_unit_test(test_threads_and_connections),
+        cmocka_unit_test(test_signals_left_alone),
+        cmocka_unit_test(test_bad_options),
+        cmocka_unit_test(test_links_of_a_failed_start),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
