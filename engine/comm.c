@@ -12,8 +12,8 @@
 #include <string.h>
 
 enum {
-    TASK_GROUPS = 32,       // of an all_reduce, for one thread
-    PARALLEL_ELEMS = 32768, // from here on the pool is worth its wake-up
+    TASK_GROUPS = 32,        // of an all_reduce, for one thread
+    PARALLEL_VALUES = 32768, // from here on the pool is worth its wake-up
 };
 
 // ---- phases --------------------------------------------------------------------------------------------------------
@@ -200,13 +200,19 @@ static void run_piece_task(void *arg, int64_t task, int thread)
     job->step(job->piece, begin, end < job->piece->count ? end : job->piece->count);
 }
 
-static void run_step(const struct reduce_piece *piece, piece_step *step, struct thread_pool *pool)
+void comm_run_tasks(struct thread_pool *pool, uint64_t values, thread_pool_fn *fn, void *arg, int64_t tasks)
+{
+    if (pool && values >= PARALLEL_VALUES)
+        thread_pool_run(pool, fn, arg, tasks);
+    else
+        for (int64_t task = 0; task < tasks; task++)
+            fn(arg, task, 0);
+}
+
+static void run_on_piece(const struct reduce_piece *piece, piece_step *step, struct thread_pool *pool, uint64_t amount)
 {
     struct piece_job job = {piece, step};
-    if (pool)
-        thread_pool_run(pool, run_piece_task, &job, (int64_t)div_up(piece->count, TASK_GROUPS));
-    else
-        step(piece, 0, piece->count);
+    comm_run_tasks(pool, amount, run_piece_task, &job, (int64_t)div_up(piece->count, TASK_GROUPS));
 }
 
 // What everyone has written in the last phase, and where this rank writes in the next one.
@@ -232,8 +238,6 @@ int comm_all_reduce(struct comm *comm, float *data, int64_t rows, int64_t cols, 
                                  .rank = comm->rank,
                                  .tp_size = comm->size};
     uint64_t groups = (uint64_t)rows * piece.groups_per_row, amount = (uint64_t)rows * (uint64_t)cols;
-    if (amount < PARALLEL_ELEMS)
-        pool = NULL;
     for (; piece.first < groups; piece.first += piece.count) {
         uint64_t left = groups - piece.first;
         piece.count = left < comm_piece_groups(comm) ? left : comm_piece_groups(comm);
@@ -244,16 +248,16 @@ int comm_all_reduce(struct comm *comm, float *data, int64_t rows, int64_t cols, 
                                  .group_bytes = wire_group_bytes(wire)};
         int rc;
         set_buffers(&piece, comm);
-        run_step(&piece, reduce_encode, pool);
+        run_on_piece(&piece, reduce_encode, pool, amount);
         if ((rc = comm_phase(comm, ALL_REDUCE, (int)wire, amount, &move, err)))
             return rc;
         set_buffers(&piece, comm);
-        run_step(&piece, reduce_add_up, pool);
+        run_on_piece(&piece, reduce_add_up, pool, amount);
         move.pattern = MOVE_FROM_OWNERS;
         if ((rc = comm_phase(comm, ALL_REDUCE_END, (int)wire, amount, &move, err)))
             return rc;
         set_buffers(&piece, comm);
-        run_step(&piece, reduce_decode, pool);
+        run_on_piece(&piece, reduce_decode, pool, amount);
     }
     // The parts of the others go to their owners, and the own result to each of them: 2 (n - 1) / n of the message.
     comm->sent_bytes += groups * wire_group_bytes(wire) * 2 * (uint64_t)(comm->size - 1) / (uint64_t)comm->size;

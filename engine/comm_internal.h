@@ -106,6 +106,9 @@ struct comm {
     struct comm *stage; // owned by the world's end; itself where there is one stage
 };
 
+// Calls fn for each task of a message of so many values, on the pool (NULL: there is none) where that is worth waking it.
+void comm_run_tasks(struct thread_pool *pool, uint64_t values, thread_pool_fn *fn, void *arg, int64_t tasks);
+
 struct comm_transport {
     uint64_t piece_groups; // at most, of an all_reduce at once
     // This rank has written its buffer of phase comm->token and posted it: the others are to learn of it.

@@ -10,8 +10,6 @@
 #include <assert.h>
 #include <string.h>
 
-enum { PARALLEL_ELEMS = 32768 }; // from here on the pool is worth its wake-up
-
 // Rows [first, first + count) of the message.
 struct rows_piece {
     float *data;    // of row `first`: [count][cols]
@@ -98,15 +96,6 @@ static void run_row_task(void *arg, int64_t row, int thread)
     job->step(job->piece, row);
 }
 
-static void run_step(const struct rows_piece *piece, row_step *step, struct thread_pool *pool)
-{
-    struct row_job job = {piece, step};
-    if (pool)
-        thread_pool_run(pool, run_row_task, &job, piece->count);
-    for (int64_t row = 0; row < piece->count && !pool; row++)
-        step(piece, row);
-}
-
 struct rows_call {
     enum collective collective;
     row_step *before, *after; // the phase
@@ -136,25 +125,25 @@ static int run(struct comm *comm, const struct rows_call *call, struct error *er
                   (long long)call->cols, (unsigned long long)(comm_piece_groups(comm) * WIRE_GROUP));
         return comm_raise(comm, err, &found);
     }
-    struct thread_pool *pool = call->rows * call->cols < PARALLEL_ELEMS ? NULL : call->pool;
+    uint64_t amount = (uint64_t)(call->rows * call->cols);
     for (int64_t first = 0; first < call->rows; first += piece.count) {
         piece.count = call->rows - first < most ? call->rows - first : most;
         piece.data = call->data + first * call->cols;
         piece.lost = call->lost ? call->lost + first * call->cols : NULL;
         piece.owner = (int)((call->first_owner + first) % comm->size);
         piece.to = comm_buffer(comm, comm->rank, comm->token + 1);
-        run_step(&piece, call->before, pool);
+        comm_run_tasks(call->pool, amount, run_row_task, &(struct row_job){&piece, call->before}, piece.count);
         struct comm_move move = {.pattern = call->pattern,
                                  .first = (uint64_t)piece.owner,
                                  .count = (uint64_t)piece.count,
                                  .groups_per_row = UINT64_MAX,
                                  .group_bytes = piece.row_bytes};
-        int rc = comm_phase(comm, call->collective, (int)call->wire, (uint64_t)(call->rows * call->cols), &move, err);
+        int rc = comm_phase(comm, call->collective, (int)call->wire, amount, &move, err);
         if (rc)
             return rc;
         for (int rank = 0; rank < comm->size; rank++)
             piece.from[rank] = comm_buffer(comm, rank, comm->token);
-        run_step(&piece, call->after, pool);
+        comm_run_tasks(call->pool, amount, run_row_task, &(struct row_job){&piece, call->after}, piece.count);
         // What goes to others: rows of theirs, or each own row to all of them.
         for (int64_t row = 0; row < piece.count; row++)
             if (call->collective == ROWS_TO_ALL && owner_of(&piece, row) == comm->rank)
