@@ -98,13 +98,21 @@ static void check_left(struct link *link, int awaited)
     link_end_all(link, awaited, &found);
 }
 
+// Who may still say something. The end of a connection would be input for ever.
+static void find_readers(const struct link *link, bool readers[COMM_MAX_RANKS])
+{
+    for (int rank = 0; rank < link->world_size; rank++)
+        readers[rank] = rank != link->rank && !link->peers[rank].gone;
+}
+
 static void sleep_for_input(struct comm *comm, uint32_t bell, int64_t limit_ns)
 {
     struct link *link = comm->link;
-    bool writers[COMM_MAX_RANKS];
+    bool readers[COMM_MAX_RANKS], writers[COMM_MAX_RANKS];
     pthread_mutex_lock(&link->lock);
     link_read_all(link);
     link_flush_all(link, writers);
+    find_readers(link, readers);
     bool news = atomic_load(&comm->slot->bell) != bell;
     if (!news)
         check_left(link, atomic_load(&comm->slot->waits_for));
@@ -113,7 +121,7 @@ static void sleep_for_input(struct comm *comm, uint32_t bell, int64_t limit_ns)
     pthread_mutex_unlock(&link->lock);
     if (news)
         return;
-    link->carrier->wait(link->data, true, writers, link->wake_main, limit_ns);
+    link->carrier->wait(link->data, readers, writers, link->wake_main, limit_ns);
     pthread_mutex_lock(&link->lock);
     link->main_waits = false;
     clear_alarm(link->wake_main);
@@ -128,7 +136,7 @@ static void watch_silence(struct link *link, int64_t passed_ns)
 {
     for (int rank = 0; rank < link->world_size; rank++) {
         struct peer *peer = &link->peers[rank];
-        if (rank == link->rank || peer->gone || peer->left)
+        if (rank == link->rank || peer->gone || peer->left || peer->refused)
             continue;
         peer->silent_ns += passed_ns;
         int64_t start_ns = (int64_t)link->region->start_timeout_ms * 1000000;
@@ -154,10 +162,11 @@ static bool is_elsewhere(struct link *link)
 static void *watch(void *arg)
 {
     struct link *link = arg;
+    const bool readers[COMM_MAX_RANKS] = {false};
     bool writers[COMM_MAX_RANKS] = {false};
     int64_t looked_ns = clock_now_ns(), beaten_ns = looked_ns;
     while (!atomic_load(&link->stop)) {
-        link->carrier->wait(link->data, false, writers, link->wake_thread, link->tick_ns);
+        link->carrier->wait(link->data, readers, writers, link->wake_thread, link->tick_ns);
         clear_alarm(link->wake_thread);
         pthread_mutex_lock(&link->lock);
         int64_t now_ns = clock_now_ns(), passed_ns = now_ns - looked_ns;
@@ -219,7 +228,7 @@ static bool all_left(const struct link *link)
 // from them what they have not read.
 static void say_goodbye(struct link *link)
 {
-    bool writers[COMM_MAX_RANKS];
+    bool readers[COMM_MAX_RANKS], writers[COMM_MAX_RANKS];
     link->closing = true;
     for (int rank = 0; rank < link->world_size; rank++)
         link->peers[rank].bye_due = true;
@@ -236,7 +245,8 @@ static void say_goodbye(struct link *link)
         }
         if (told_ns && (all_left(link) || now_ns - told_ns > (int64_t)LINGER_MS * 1000000))
             return;
-        link->carrier->wait(link->data, true, writers, link->wake_main, (int64_t)TICK_MS * 1000000);
+        find_readers(link, readers);
+        link->carrier->wait(link->data, readers, writers, link->wake_main, (int64_t)TICK_MS * 1000000);
     }
 }
 

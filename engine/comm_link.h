@@ -34,9 +34,9 @@ struct comm_carrier {
     int64_t (*send)(void *carrier, int rank, const struct iovec *parts, int count);
     // Takes at most `bytes` that have come from a rank; returns as above.
     int64_t (*receive)(void *carrier, int rank, void *to, size_t bytes);
-    // Sleeps until something has come from any rank, or one of writers [world] can take bytes, or `wake` (a descriptor) has
-    // input; at most limit_ns, and without need.
-    void (*wait)(void *carrier, bool read, const bool *writers, int wake, int64_t limit_ns);
+    // Sleeps until something has come from one of readers [world], or one of writers [world] can take bytes, or `wake` (a
+    // descriptor) has input; at most limit_ns, and without need.
+    void (*wait)(void *carrier, const bool *readers, const bool *writers, int wake, int64_t limit_ns);
     void (*finish)(void *carrier, int rank); // nothing more will be sent to it, and all else may be dropped
     void (*close)(void *carrier);            // frees it
 };

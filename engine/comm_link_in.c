@@ -5,40 +5,30 @@
 
 enum { BURST_BYTES = 4 * 1024 * 1024 }; // taken from one rank before the next one has its turn
 
-static int refuse_frame(struct link *link, int rank, const char *what)
+static int refuse_frame(const struct link *link, int rank, const char *what, struct error *found)
 {
-    struct error found;
-    error_set(&found, ERR_CORRUPT, "what came from rank %d to rank %d is not as it must be: %s", rank, link->rank,
-              what);
-    link_end_all(link, rank, &found);
-    link->peers[rank].gone = true;
-    return -1;
+    return error_set(found, ERR_CORRUPT, "what came from rank %d to rank %d is not as it must be: %s", rank, link->rank,
+                     what);
 }
 
-static int check_hello(struct link *link, int rank, const struct frame_head *theirs)
+static int check_hello(const struct link *link, int rank, const struct frame_head *theirs, struct error *found)
 {
     struct frame_head mine = link_make_hello(link);
-    struct error found;
-    if (theirs->token != mine.token || theirs->first != (uint64_t)rank) {
-        error_set(&found, ERR_CORRUPT,
-                  "the connection of rank %d to rank %d leads to rank %llu, version %u: wanted version %u", link->rank,
-                  rank, (unsigned long long)theirs->first, theirs->token, mine.token);
-        link_end_all(link, rank, &found);
-        return -1;
-    }
+    if (theirs->token != mine.token || theirs->first != (uint64_t)rank)
+        return error_set(found, ERR_CORRUPT,
+                         "the connection of rank %d to rank %d leads to rank %llu, version %u: wanted version %u",
+                         link->rank, rank, (unsigned long long)theirs->first, theirs->token, mine.token);
     if (theirs->count == mine.count && theirs->groups_per_row == mine.groups_per_row &&
         theirs->group_bytes == mine.group_bytes && theirs->bytes == mine.bytes && theirs->amount == mine.amount)
         return 0;
-    error_set(
-        &found, ERR_CORRUPT,
+    return error_set(
+        found, ERR_CORRUPT,
         "ranks that differ: rank %d has tp %llu, pp %llu, pieces of %llu groups, buffers of %llu and channels of %llu "
         "bytes; rank %d has %llu, %llu, %llu, %llu and %llu",
         link->rank, (unsigned long long)mine.count, (unsigned long long)mine.groups_per_row,
         (unsigned long long)mine.group_bytes, (unsigned long long)mine.bytes, (unsigned long long)mine.amount, rank,
         (unsigned long long)theirs->count, (unsigned long long)theirs->groups_per_row,
         (unsigned long long)theirs->group_bytes, (unsigned long long)theirs->bytes, (unsigned long long)theirs->amount);
-    link_end_all(link, rank, &found);
-    return -1;
 }
 
 static bool is_packed(const struct frame_head *head)
@@ -83,25 +73,36 @@ static const char *channel_fault(const struct link *link, int rank, const struct
     return fits ? NULL : "a message out of turn";
 }
 
-// Looks at a whole head and says where its payload goes.
-static int begin_frame(struct link *link, int rank)
+static int check_head(const struct link *link, int rank, struct error *found)
 {
-    struct peer *peer = &link->peers[rank];
+    const struct peer *peer = &link->peers[rank];
     const struct frame_head *head = &peer->head;
     const char *fault = NULL;
     if (head->magic != FRAME_MAGIC || head->kind > FRAME_BYE || (head->kind == FRAME_HELLO) == peer->greeted)
-        return refuse_frame(link, rank, "no head of a frame");
-    if (head->kind == FRAME_HELLO && check_hello(link, rank, head))
-        return -1;
-    peer->greeted = true;
+        return refuse_frame(link, rank, "no head of a frame", found);
+    if (head->kind == FRAME_HELLO && check_hello(link, rank, head, found))
+        return found->code;
     if (head->kind == FRAME_PHASE)
         fault = phase_fault(link, rank, head);
     else if (head->kind == FRAME_CHANNEL || head->kind == FRAME_TAKEN)
         fault = channel_fault(link, rank, head);
     else if (head->payload_bytes != (head->kind == FRAME_ABORT ? sizeof peer->error : 0))
         fault = "a frame of other length";
-    if (fault)
-        return refuse_frame(link, rank, fault);
+    return fault ? refuse_frame(link, rank, fault, found) : 0;
+}
+
+// Looks at a whole head and says where its payload goes. False when the rank is refused over it.
+static bool begin_frame(struct link *link, int rank)
+{
+    struct peer *peer = &link->peers[rank];
+    const struct frame_head *head = &peer->head;
+    struct error found;
+    if (check_head(link, rank, &found)) {
+        peer->refused = true;
+        link_end_all(link, rank, &found);
+        return false;
+    }
+    peer->greeted = true;
     struct rank_slot *slot = link_slot_of(link, rank);
     atomic_store_explicit(&slot->position, head->position, memory_order_relaxed);
     atomic_store_explicit(&slot->waits_for, head->waits_for < link->world_size ? head->waits_for : -1,
@@ -117,7 +118,7 @@ static int begin_frame(struct link *link, int rank)
         peer->to = (uint8_t *)&peer->error;
     peer->in_payload = true;
     peer->payload_got = 0;
-    return 0;
+    return true;
 }
 
 static void take_phase(struct link *link, int rank)
@@ -175,11 +176,11 @@ static void end_frame(struct link *link, int rank)
     atomic_fetch_add(&link_slot_of(link, link->rank)->bell, 1);
 }
 
-// What lies in `input`. False when the rank is gone over it.
-static bool take_input(struct link *link, int rank)
+// What lies in `input`.
+static void take_input(struct link *link, int rank)
 {
     struct peer *peer = &link->peers[rank];
-    while (!peer->gone) {
+    while (!peer->refused) {
         size_t there = peer->end - peer->begin, missing;
         uint8_t *to;
         if (peer->in_payload) {
@@ -197,11 +198,10 @@ static bool take_input(struct link *link, int rank)
             break;
         if (peer->in_payload)
             end_frame(link, rank);
-        else if (begin_frame(link, rank))
-            return false;
+        else if (!begin_frame(link, rank))
+            break;
     }
     peer->begin = peer->end = 0;
-    return !peer->gone;
 }
 
 void link_read_from(struct link *link, int rank)
@@ -224,8 +224,7 @@ void link_read_from(struct link *link, int rank)
                 end_frame(link, rank);
         } else {
             peer->end = (size_t)n;
-            if (!take_input(link, rank))
-                return;
+            take_input(link, rank);
             if ((size_t)n < LINK_INPUT_BYTES && !peer->in_payload)
                 return; // that was all
         }

@@ -30,6 +30,7 @@ struct peer {
     size_t payload_got;
     struct frame_error error;
     bool greeted, left, gone; // HELLO and BYE have come; nothing more will
+    bool refused; // what it sent was not as it must be: what more it sends is dropped, but it is told the error
     int64_t silent_ns;
     // What goes out.
     struct out_frame queue[LINK_MAX_QUEUE], now;

@@ -37,16 +37,17 @@ static int64_t socket_receive(void *carrier, int rank, void *to, size_t bytes)
     return n < 0 ? would_block() : n ? n : -1;
 }
 
-static void socket_wait(void *carrier, bool read, const bool *writers, int wake, int64_t limit_ns)
+static void socket_wait(void *carrier, const bool *readers, const bool *writers, int wake, int64_t limit_ns)
 {
     const struct sockets *sockets = carrier;
     struct pollfd fds[COMM_MAX_RANKS + 1];
     nfds_t count = 0;
     fds[count++] = (struct pollfd){.fd = wake, .events = POLLIN};
     for (int rank = 0; rank < sockets->count; rank++)
-        if (sockets->fds[rank] >= 0 && (read || writers[rank]))
-            fds[count++] = (struct pollfd){.fd = sockets->fds[rank],
-                                           .events = (short)((read ? POLLIN : 0) | (writers[rank] ? POLLOUT : 0))};
+        if (sockets->fds[rank] >= 0 && (readers[rank] || writers[rank]))
+            fds[count++] =
+                (struct pollfd){.fd = sockets->fds[rank],
+                                .events = (short)((readers[rank] ? POLLIN : 0) | (writers[rank] ? POLLOUT : 0))};
     struct timespec limit = {.tv_sec = limit_ns / 1000000000, .tv_nsec = limit_ns % 1000000000};
     if (ppoll(fds, count, &limit, NULL) < 0)
         return; // a signal: the caller looks again

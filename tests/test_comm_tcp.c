@@ -1,5 +1,6 @@
 // Collectives and messages over sockets: the same bits as over shared memory, the volume of the formula, and every way in which
 // a rank can be missing: killed, stopped, closed, silent, foreign or of other figures. Each ends all ranks in time, with its name.
+#include "engine/comm_frames.h"
 #include "engine/comm_tcp.h"
 #include "kernels/clock.h"
 #include "tests/comm_cases.h"
@@ -275,7 +276,54 @@ static void test_region_tells_of_ranks_elsewhere(void **state)
     assert_true(clock_now_s() - start_s < 5);
 }
 
+// ---- ranks that have ended ---------------------------------------------------------------------------------------------
+
+enum { ENDED_WAIT_MS = 1500 };
+
+// Stage 1 ends in good order; in stage 0 rank 0 then waits for rank 1. What it waits costs no processor's time.
+static int ended_body(struct comm *comm, void *arg, struct error *err)
+{
+    double *cpu_s = arg;
+    struct timespec before, after;
+    int rc = comm_barrier(comm, err);
+    if (rc || comm_rank(comm) >= 2)
+        return rc;
+    if (comm_rank(comm) == 1)
+        usleep(ENDED_WAIT_MS * 1000);
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &before);
+    rc = comm_barrier(comm_stage(comm), err);
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &after);
+    if (comm_rank(comm) == 0)
+        *cpu_s = (double)(after.tv_sec - before.tv_sec) + 1e-9 * (double)(after.tv_nsec - before.tv_nsec);
+    return rc;
+}
+
+static void test_waits_beside_ended_ranks(void **state)
+{
+    (void)state;
+    double *cpu_s = map_shared(sizeof *cpu_s);
+    for (int mode = SOCKET_THREADS; mode <= SOCKET_PROCESSES; mode++) {
+        expect_success(run_stages((enum mode)mode, 2, 2, 64, 30000, ended_body, cpu_s), 4, mode_names[mode]);
+        print_message("%s: %.3f s of a processor in a wait of %.1f s\n", mode_names[mode], *cpu_s, ENDED_WAIT_MS / 1e3);
+        if (!(*cpu_s < 0.2 * ENDED_WAIT_MS / 1000))
+            fail_msg("%s: a wait of %d ms kept a processor busy for %.3f s", mode_names[mode], ENDED_WAIT_MS, *cpu_s);
+    }
+    munmap(cpu_s, sizeof *cpu_s);
+}
+
 // ---- what must be refused --------------------------------------------------------------------------------------------
+
+// The other side of a connection has been told an error with this part.
+static bool was_told(int fd, const char *part)
+{
+    struct frame_head head;
+    struct frame_error error;
+    while (recv(fd, &head, sizeof head, MSG_WAITALL) == sizeof head && head.kind != FRAME_ABORT)
+        for (char byte; head.payload_bytes > 0; head.payload_bytes--)
+            assert_int_equal(recv(fd, &byte, 1, MSG_WAITALL), 1);
+    return head.kind == FRAME_ABORT && recv(fd, &error, sizeof error, MSG_WAITALL) == sizeof error &&
+           strstr(error.msg, part) != NULL;
+}
 
 // Rank 0 opens its end; the other side of its connection sends what a test likes.
 static void check_refused(const void *bytes, size_t count, bool close_after, const char *part)
@@ -297,6 +345,7 @@ static void check_refused(const void *bytes, size_t count, bool close_after, con
     if (!strstr(err.msg, part))
         fail_msg("\"%s\" does not hold \"%s\"", err.msg, part);
     comm_close(comm);
+    assert_true(close_after || was_told(pair[1], part));
     close(pair[1]);
     munmap(memory, comm_region_bytes(2, 1, 100, 0));
 }
@@ -415,9 +464,13 @@ int main(void)
     if (getenv("COMM_TCP_CASE"))
         return be_rank(getenv("COMM_TCP_CASE"));
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_all_operations),   cmocka_unit_test(test_sender_is_ahead),
-        cmocka_unit_test(test_losses_are_named), cmocka_unit_test(test_region_tells_of_ranks_elsewhere),
-        cmocka_unit_test(test_foreign_bytes),    cmocka_unit_test(test_other_figures),
+        cmocka_unit_test(test_all_operations),
+        cmocka_unit_test(test_sender_is_ahead),
+        cmocka_unit_test(test_losses_are_named),
+        cmocka_unit_test(test_region_tells_of_ranks_elsewhere),
+        cmocka_unit_test(test_waits_beside_ended_ranks),
+        cmocka_unit_test(test_foreign_bytes),
+        cmocka_unit_test(test_other_figures),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

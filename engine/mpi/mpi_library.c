@@ -116,12 +116,12 @@ static int64_t receive_bytes(void *data, int rank, void *to, size_t bytes)
     return (int64_t)n;
 }
 
-static void wait_for_bytes(void *data, bool read, const bool *writers, int wake, int64_t limit_ns)
+static void wait_for_bytes(void *data, const bool *readers, const bool *writers, int wake, int64_t limit_ns)
 {
     struct carrier *carrier = data;
-    bool looks = read;
+    bool looks = false;
     for (int rank = 0; rank < carrier->size; rank++)
-        looks |= writers[rank];
+        looks |= readers[rank] || writers[rank];
     int64_t nap_ns = LEAST_NAP_NS;
     for (int quiet = carrier->quiet; quiet > NAPS * carrier->size && nap_ns < MOST_NAP_NS; quiet /= 2)
         nap_ns *= 2;
