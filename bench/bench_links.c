@@ -84,7 +84,6 @@ static void print_exchange(enum transport transport, int tp_size, int64_t rows, 
     struct exchange_choice choice = comm_select(transport, tp_size, 2 * (uint64_t)(rows * options.cols), phase, wire);
     struct link_message message = message_of(transport, tp_size, rows, choice);
     uint64_t to, from;
-    double seconds = link_seconds(&message);
     printf("exchange transport=%s tp=%d phase=%s wire=%s rows=%lld cols=%lld bf16_bytes=%lld algorithm=%s",
            transport_name(transport), tp_size, phase == PHASE_DECODE ? "decode" : "prefill", wire_name(choice.wire),
            (long long)rows, (long long)options.cols, (long long)(2 * rows * options.cols),
@@ -100,9 +99,8 @@ static void print_exchange(enum transport transport, int tp_size, int64_t rows, 
                (unsigned long long)result.from_bytes[0],
                result.to_bytes[0] == to && result.from_bytes[0] == from ? "exact" : "DIFFERS",
                result.same_bits ? "equal" : "DIFFER");
-        seconds = result.seconds;
     }
-    printf(" us=%.1f\n", 1e6 * seconds);
+    printf(" us=%.1f\n", 1e6 * (options.clock ? link_seconds(&message) : result.seconds));
 }
 
 static void print_nccl(int tp_size, int64_t rows)

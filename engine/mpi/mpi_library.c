@@ -179,6 +179,7 @@ static const struct comm_carrier mpi_carrier = {
 
 static bool make_sides(struct carrier *carrier)
 {
+    bool whole = true;
     if (!(carrier->sides = calloc((size_t)carrier->size, sizeof *carrier->sides)))
         return false;
     for (int rank = 0; rank < carrier->size; rank++) {
@@ -188,13 +189,19 @@ static bool make_sides(struct carrier *carrier)
         for (int i = 0; i < RECEIVES; i++)
             side->receives[i].request = MPI_REQUEST_NULL;
         for (int i = 0; i < SENDS && rank != carrier->rank; i++)
-            if (!(side->sends[i].bytes = malloc(MESSAGE_BYTES)))
-                return false;
+            whole &= (side->sends[i].bytes = malloc(MESSAGE_BYTES)) != NULL;
         for (int i = 0; i < RECEIVES && rank != carrier->rank; i++)
-            if (!(side->receives[i].bytes = malloc(MESSAGE_BYTES)) ||
-                open_receive(carrier, rank, &side->receives[i]) != MPI_SUCCESS)
-                return false;
+            whole &= (side->receives[i].bytes = malloc(MESSAGE_BYTES)) != NULL;
     }
+    return whole;
+}
+
+static bool open_receives(struct carrier *carrier)
+{
+    for (int rank = 0; rank < carrier->size; rank++)
+        for (int i = 0; i < RECEIVES && rank != carrier->rank; i++)
+            if (open_receive(carrier, rank, &carrier->sides[rank].receives[i]) != MPI_SUCCESS)
+                return false;
     return true;
 }
 
@@ -221,6 +228,11 @@ static void *start(int *rank, int *size, char *why, size_t why_bytes)
     if (!make_sides(carrier)) {
         snprintf(why, why_bytes, "no memory for messages of %d ranks", carrier->size);
         free_carrier(carrier);
+        return NULL;
+    }
+    if (!open_receives(carrier)) {
+        snprintf(why, why_bytes, "MPI takes no messages of other ranks");
+        close_carrier(carrier); // MPI may still write to those that are open
         return NULL;
     }
     *rank = carrier->rank;
