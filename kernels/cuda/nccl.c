@@ -479,6 +479,8 @@ int nccl_all_reduce(struct nccl *n, float *data, uint16_t *lost, int64_t rows, i
     int rc = 0;
     if (n->failed)
         return already_failed(n, err);
+    if (row_bytes == 0) // nothing to add up
+        return 0;
     if ((uint64_t)row_bytes > n->buffer_bytes)
         return error_set(err, ERR_OTHER,
                          "rank %d: a message of %lld columns over NCCL: the largest was said to have %lld", group->rank,
