@@ -5,6 +5,7 @@
 // calls that come early wait in the listener's queue.
 #include "engine/rendezvous_internal.h"
 
+#include "engine/socket_user.h"
 #include "kernels/clock.h"
 
 #include <arpa/inet.h>
@@ -113,6 +114,22 @@ static socklen_t length_of(const struct sockaddr_storage *a)
     return a->ss_family == AF_INET6 ? sizeof(struct sockaddr_in6) : sizeof(struct sockaddr_in);
 }
 
+int meet_check_user(const struct meeting *m, int fd, struct error *err)
+{
+    struct error found;
+    uid_t user;
+    if (m->options->token)
+        return 0;
+    if (socket_user(fd, &user, &found))
+        return error_set(err, ERR_RANK, "%s; give all ranks the same --token-file or TPENGINE_RANK_TOKEN", found.msg);
+    if (user == geteuid())
+        return 0;
+    return error_set(err, ERR_RANK,
+                     "it is a process of user %u, and without a token all ranks are of one user, here %u: give all "
+                     "ranks the same --token-file or TPENGINE_RANK_TOKEN",
+                     (unsigned)user, (unsigned)geteuid());
+}
+
 // ---- calling ---------------------------------------------------------------------------------------------------
 
 // 0, or MEET_LATE, MEET_CLOSED where it may be tried again.
@@ -155,6 +172,15 @@ static int knock(const struct meeting *m, const struct sockaddr_storage *address
         meet_name(name, address);
         rc = error_set(err, ERR_RANK, "what listens at %s port %d is no rank of this version; give another --master",
                        name, meet_port(address));
+        goto fail;
+    }
+    struct error foreign;
+    if (meet_check_user(m, fd, &foreign)) {
+        char name[MEET_NAME_BYTES];
+        meet_name(name, address);
+        rc = meet_wait(fd, POLLRDHUP, 0) > 0 // it may just have ended
+                 ? MEET_CLOSED
+                 : error_set(err, ERR_RANK, "what listens at %s port %d: %s", name, meet_port(address), foreign.msg);
         goto fail;
     }
     if ((rc = meet_nonce(hello->nonce, err)))
@@ -361,40 +387,85 @@ struct least {
     char sentence[MEET_SENTENCE_BYTES];
 };
 
-static int read_least(struct rendezvous *r, int rank, struct least *out, int64_t until_ns, struct error *err)
+// What has come from a rank so far.
+struct heard {
+    struct least said;
+    size_t got;
+};
+
+// Takes in what has come from a rank: > 0 when it has said all, 0: not yet, < 0: it has ended.
+static int hear_least(int fd, struct heard *heard)
 {
-    int rc = meet_read(r->control[rank], out, sizeof *out, until_ns);
-    if (rc)
-        return error_set(err, ERR_RANK, "rank %d %s while the ranks planned their memory", rank,
-                         rc == MEET_LATE ? "was silent" : "has ended");
-    out->sentence[sizeof out->sentence - 1] = 0;
-    return 0;
+    ssize_t n = recv(fd, (uint8_t *)&heard->said + heard->got, sizeof heard->said - heard->got, MSG_DONTWAIT);
+    if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR))
+        return 0;
+    if (n <= 0)
+        return -1;
+    heard->got += (size_t)n;
+    heard->said.sentence[sizeof heard->said.sentence - 1] = 0;
+    return heard->got == sizeof heard->said;
+}
+
+static void lost_in_plan(struct least *all, int rank, const char *how)
+{
+    all->code = ERR_RANK;
+    snprintf(all->sentence, sizeof all->sentence, "rank %d %s while the ranks planned their memory", rank, how);
+}
+
+// Rank 0: what all others say, as it comes. The first that cannot go on ends it: nobody waits for who is slow then.
+static void hear_all(struct rendezvous *r, struct least *all, int64_t until_ns)
+{
+    struct heard heard[COMM_MAX_RANKS];
+    memset(heard, 0, sizeof heard);
+    while (!all->code) {
+        struct pollfd fds[COMM_MAX_RANKS];
+        int whose[COMM_MAX_RANKS], count = 0;
+        for (int rank = 1; rank < r->world; rank++) {
+            if (heard[rank].got == sizeof heard[rank].said)
+                continue;
+            fds[count] = (struct pollfd){.fd = r->control[rank], .events = POLLIN};
+            whose[count++] = rank;
+        }
+        int64_t left_ns = until_ns - clock_now_ns();
+        if (count == 0)
+            return;
+        if (poll(fds, (nfds_t)count, left_ns > 0 ? (int)(left_ns / 1000000) + 1 : 0) <= 0) {
+            if (clock_now_ns() >= until_ns)
+                lost_in_plan(all, whose[0], "was silent");
+            continue;
+        }
+        for (int i = 0; i < count && !all->code; i++) {
+            const struct least *said = &heard[whose[i]].said;
+            int whole = fds[i].revents ? hear_least(fds[i].fd, &heard[whose[i]]) : 0;
+            if (whole < 0)
+                lost_in_plan(all, whose[i], "has ended");
+            else if (whole && said->code)
+                *all = *said;
+            else if (whole)
+                all->value = said->value < all->value ? said->value : all->value;
+        }
+    }
 }
 
 int rendezvous_least(struct rendezvous *r, int64_t *value, const struct error *why, int timeout_ms, struct error *err)
 {
     int64_t until_ns = clock_now_ns() + (int64_t)timeout_ms * 1000000;
-    struct least mine = {.value = *value}, other;
+    struct least all = {.value = *value};
     int rc = 0;
     if (why) {
-        mine.code = why->code;
-        snprintf(mine.sentence, sizeof mine.sentence, "rank %d: %.480s", r->rank, why->msg);
+        all.code = why->code;
+        snprintf(all.sentence, sizeof all.sentence, "rank %d: %.480s", r->rank, why->msg);
     }
-    for (int rank = 1; rank < r->world && r->rank == 0; rank++) {
-        struct error found;
-        if (read_least(r, rank, &other, until_ns, &found)) {
-            other = (struct least){.code = found.code};
-            snprintf(other.sentence, sizeof other.sentence, "%.500s", found.msg);
-        }
-        if (other.code && !mine.code)
-            mine = other;
-        mine.value = other.value < mine.value ? other.value : mine.value;
+    if (r->rank == 0) {
+        hear_all(r, &all, until_ns);
+        for (int rank = 1; rank < r->world; rank++)
+            meet_write(r->control[rank], &all, sizeof all, until_ns);
+    } else {
+        meet_write(r->control[0], &all, sizeof all, until_ns);
+        if ((rc = meet_read(r->control[0], &all, sizeof all, until_ns)))
+            lost_in_plan(&all, 0, rc == MEET_LATE ? "was silent" : "has ended");
+        all.sentence[sizeof all.sentence - 1] = 0;
     }
-    // The lowest rank's result goes back to all, also where nobody can go on.
-    for (int rank = r->rank == 0; rank < (r->rank == 0 ? r->world : 1); rank++)
-        meet_write(r->control[rank], &mine, sizeof mine, until_ns);
-    if (r->rank > 0 && (rc = read_least(r, 0, &mine, until_ns, err)))
-        return rc;
-    *value = mine.value;
-    return mine.code ? error_set(err, mine.code < 0 ? mine.code : ERR_OTHER, "%s", mine.sentence) : 0;
+    *value = all.value;
+    return all.code ? error_set(err, all.code < 0 ? all.code : ERR_OTHER, "%s", all.sentence) : 0;
 }

@@ -4,7 +4,8 @@
 //
 // Nobody who lacks the token (or is of another job of the same launcher) is let in, or can keep the others out: each
 // connection has a few seconds to say who it is, and where too many wait the oldest is closed. What is said is authenticated,
-// not hidden.
+// not hidden. Without a token, which is for one host alone, the kernel says who it is: only processes of the same user are let
+// in, and called.
 //
 // A rank that is let in and does not fit (another world, another version, other shards, a rank that is there already), and one
 // that does not come, end the meeting with one sentence on all ranks that can be told.

@@ -59,6 +59,8 @@ void meet_name(char name[MEET_NAME_BYTES], const struct sockaddr_storage *addres
 int meet_port(const struct sockaddr_storage *address);
 void meet_set_port(struct sockaddr_storage *address, int port);
 bool meet_is_loopback(const struct sockaddr_storage *address);
+// Without a token only processes of this one's user are ranks: 0, or ERR_RANK for the other end of a connection within this host.
+int meet_check_user(const struct meeting *m, int fd, struct error *err);
 // Other ranks, once they have joined: 0 while rank 0 is there; else its last word, or that it has ended.
 int meet_last_word(struct meeting *m, struct error *err);
 // Rank 0's address by its name; of several, each in its turn. passive: to listen there.

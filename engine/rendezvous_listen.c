@@ -319,6 +319,9 @@ static int hear_caller(struct meeting *m, struct caller *caller, bool joining, s
     if (caller->got < sizeof caller->hello || meet_hello_check(&caller->hello, m->key, caller->nonce, &genuine, &why)) {
         send_away(m, caller,
                   caller->got < sizeof caller->hello ? "it does not speak as a rank of this version" : why.msg);
+    } else if (meet_check_user(m, caller->fd, &why)) {
+        answer(m, caller->fd, caller->hello.nonce, &why);
+        send_away(m, caller, why.msg);
     } else if (!genuine) {
         char sentence[128];
         snprintf(sentence, sizeof sentence, "it calls itself rank %u and has another token, or is of another job",

@@ -30,7 +30,8 @@ struct rank {
     struct rendezvous met;
     uint8_t blob[BLOB_BYTES];
     int delay_ms, rc, notes;
-    double seconds;
+    int silent_ms;
+    double seconds, least_s;
     char note[MEET_SENTENCE_BYTES];
     struct error err;
     pthread_t thread;
@@ -47,6 +48,15 @@ static int free_port(void)
     assert_int_equal(getsockname(fd, (struct sockaddr *)&address, &bytes), 0);
     close(fd);
     return ntohs(address.sin_port);
+}
+
+static bool has_v6(void)
+{
+    struct sockaddr_in6 address = {.sin6_family = AF_INET6, .sin6_addr = in6addr_loopback};
+    int fd = socket(AF_INET6, SOCK_STREAM, 0);
+    bool bound = bind(fd, (struct sockaddr *)&address, sizeof address) == 0;
+    close(fd);
+    return bound;
 }
 
 static void on_note(void *arg, const char *sentence)
@@ -148,7 +158,10 @@ static void *run_least(void *arg)
     int64_t value = 100 - r->place.rank;
     struct error why;
     error_set(&why, ERR_MEMORY, "too little memory");
+    double begin_s = clock_now_s();
+    poll(NULL, 0, r->silent_ms);
     r->rc = rendezvous_least(&r->met, &value, r->delay_ms == 1 ? &why : NULL, LONG_MS, &r->err);
+    r->least_s = clock_now_s() - begin_s;
     r->seconds = (double)value;
     return NULL;
 }
@@ -186,15 +199,99 @@ static void test_meet(void **state)
     }
 }
 
+// Who cannot go on is heard at once, also beside a rank that says nothing yet; that one hears of it, too.
+static void test_least_beside_silence(void **state)
+{
+    enum { SILENT_MS = 6000 };
+    (void)state;
+    prepare(3, LONG_MS);
+    start(3);
+    join(3);
+    check_mesh(3);
+    ranks[1].silent_ms = SILENT_MS;
+    ranks[2].delay_ms = 1;
+    for (int i = 0; i < 3; i++)
+        assert_int_equal(pthread_create(&ranks[i].thread, NULL, run_least, &ranks[i]), 0);
+    join(3);
+    for (int i = 0; i < 3; i++) {
+        says(&ranks[i], "rank 2: too little memory");
+        assert_true((ranks[i].least_s < SILENT_MS / 2000.0) == (i != 1));
+        ranks[i].rc = 0;
+    }
+    close_all(3);
+}
+
+// `own` as a thread's run would, `other` in a process of another user. Returns what that one says.
+static struct error run_beside_other_user(struct rank *own, struct rank *other)
+{
+    enum { OTHER_USER = 65534 };
+    struct error err = {.code = 1};
+    int said[2];
+    assert_int_equal(pipe(said), 0);
+    pid_t pid = fork();
+    if (pid == 0) {
+        if (setgid(OTHER_USER) || setuid(OTHER_USER))
+            _exit(1);
+        run(other);
+        other->err.code = other->rc;
+        if (write(said[1], &other->err, sizeof other->err) < 0)
+            _exit(1);
+        rendezvous_close(&other->met);
+        _exit(0);
+    }
+    run(own);
+    assert_int_equal(read(said[0], &err, sizeof err), sizeof err);
+    assert_int_equal(waitpid(pid, NULL, 0), pid);
+    close(said[0]), close(said[1]);
+    print_message("this user: %s\nthe other one: %s\n", own->rc ? own->err.msg : "let in",
+                  err.code ? err.msg : "let in");
+    return err;
+}
+
+// A process of another user is no rank where there is no token, whether it calls or listens, and whatever it says; with one it is.
+static void test_other_users(void **state)
+{
+    (void)state;
+    if (geteuid() != 0)
+        skip(); // nobody else may take another user
+    prepare(2, LONG_MS);
+    assert_int_equal(run_beside_other_user(&ranks[0], &ranks[1]).code, 0);
+    assert_int_equal(ranks[0].rc, 0);
+    close_all(1);
+    // It listens.
+    prepare(2, LONG_MS);
+    ranks[0].options.timeout_ms = 2 * SHORT_MS;
+    ranks[0].options.token = ranks[1].options.token = NULL;
+    run_beside_other_user(&ranks[1], &ranks[0]);
+    says(&ranks[1], "it is a process of user 65534");
+    // It calls, and does not mind who listens: the empty token makes the same key.
+    prepare(2, 2 * SHORT_MS);
+    ranks[0].options.token = NULL;
+    ranks[1].options.token = "";
+    struct error err = run_beside_other_user(&ranks[0], &ranks[1]);
+    says(&ranks[0], "rank 1 of 2 did not come");
+    assert_non_null(strstr(ranks[0].note, "it is a process of user 65534"));
+    assert_int_equal(err.code, ERR_RANK);
+    assert_non_null(strstr(err.msg, "it is a process of user 65534"));
+}
+
 static void test_no_token(void **state)
 {
     (void)state;
-    prepare(2, LONG_MS);
-    ranks[0].options.token = ranks[1].options.token = NULL;
-    start(2);
-    join(2);
-    check_mesh(2); // one host
-    close_all(2);
+    static const char *const hosts[] = {"127.0.0.1", "localhost", "::1"}; // one host
+    for (size_t h = 0; h < sizeof hosts / sizeof *hosts; h++) {
+        prepare(2, LONG_MS);
+        for (int i = 0; i < 2; i++) {
+            ranks[i].options.token = NULL;
+            snprintf(ranks[i].place.host, sizeof ranks[i].place.host, "%s", hosts[h]);
+        }
+        if (h == 2 && !has_v6())
+            break;
+        start(2);
+        join(2);
+        check_mesh(2);
+        close_all(2);
+    }
     prepare(2, LONG_MS);
     ranks[0].options.token = NULL;
     snprintf(ranks[0].place.host, sizeof ranks[0].place.host, "192.0.2.1");
@@ -414,12 +511,20 @@ static void test_member_leaves(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_meet),          cmocka_unit_test(test_no_token),
-        cmocka_unit_test(test_other_world),   cmocka_unit_test(test_other_version),
-        cmocka_unit_test(test_other_shards),  cmocka_unit_test(test_doubled_rank),
-        cmocka_unit_test(test_missing_rank),  cmocka_unit_test(test_missing_rank_0),
-        cmocka_unit_test(test_wrong_token),   cmocka_unit_test(test_wrong_token_then_right),
-        cmocka_unit_test(test_strangers),     cmocka_unit_test(test_stranger_listens),
+        cmocka_unit_test(test_meet),
+        cmocka_unit_test(test_no_token),
+        cmocka_unit_test(test_least_beside_silence),
+        cmocka_unit_test(test_other_users),
+        cmocka_unit_test(test_other_world),
+        cmocka_unit_test(test_other_version),
+        cmocka_unit_test(test_other_shards),
+        cmocka_unit_test(test_doubled_rank),
+        cmocka_unit_test(test_missing_rank),
+        cmocka_unit_test(test_missing_rank_0),
+        cmocka_unit_test(test_wrong_token),
+        cmocka_unit_test(test_wrong_token_then_right),
+        cmocka_unit_test(test_strangers),
+        cmocka_unit_test(test_stranger_listens),
         cmocka_unit_test(test_member_leaves),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
