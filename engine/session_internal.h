@@ -3,6 +3,7 @@
 //   session.c           opening, memory, start and end of the ranks, single steps
 //   session_generate.c  prompts run to their ends
 //   session_ranks.c     ranks in processes that a launcher started
+//   session_plan.c      what rank 0 tells them
 #ifndef TPSHARD_ENGINE_SESSION_INTERNAL_H
 #define TPSHARD_ENGINE_SESSION_INTERNAL_H
 

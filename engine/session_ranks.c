@@ -3,6 +3,7 @@
 #include "engine/session_internal.h"
 
 #include "engine/rendezvous.h"
+#include "engine/session_plan.h"
 #include "formats/checksum.h"
 #include "version.h"
 
@@ -11,14 +12,6 @@
 #include <string.h>
 
 enum { TOKEN_MIN_BYTES = 16, TOKEN_MAX_BYTES = 1024 };
-
-// What rank 0's command line decides for all. Programs of one version read it, on machines of one kind.
-struct plan {
-    int64_t context, max_sequences, logits_rows, residual_rows, num_pages, least_pages, usual_choices;
-    struct step_limits limits;
-    int32_t kv_format, wire, transport, feedback, deals, overlap, verify, load_first, timeout_ms;
-};
-_Static_assert(sizeof(struct plan) <= MEET_BLOB_MAX_BYTES, "within what the ranks are told when they meet");
 
 bool session_is_spread(const struct session *s) { return s->where.world_size > 1; }
 
@@ -79,55 +72,23 @@ static void on_note(void *arg, const char *sentence)
     fprintf(stderr, "%s\n", sentence);
 }
 
-static void make_plan(const struct session *s, struct plan *plan)
+static int follow_plan(struct session *s, const struct session_plan *plan, struct error *err)
 {
-    const struct worker_options *w = &s->worker;
-    memset(plan, 0, sizeof *plan);
-    plan->context = w->context;
-    plan->max_sequences = w->max_sequences;
-    plan->logits_rows = w->logits_rows;
-    plan->residual_rows = w->residual_rows;
-    plan->num_pages = s->wanted_pages;
-    plan->least_pages = w->least_pages;
-    plan->usual_choices = w->usual_choices;
-    plan->limits = w->limits;
-    plan->kv_format = (int32_t)w->kv_format;
-    plan->wire = (int32_t)w->wire;
-    plan->transport = (int32_t)w->transport;
-    plan->feedback = w->feedback;
-    plan->deals = w->deals;
-    plan->overlap = (int32_t)w->overlap;
-    plan->verify = (int32_t)w->verify;
-    plan->load_first = w->load_first;
-    plan->timeout_ms = s->timeout_ms;
-}
-
-static void take_plan(struct session *s, const struct plan *plan)
-{
-    struct worker_options *w = &s->worker;
-    w->context = s->area.context = plan->context;
-    w->max_sequences = s->area.max_sequences = plan->max_sequences;
-    w->logits_rows = plan->logits_rows;
-    w->residual_rows = plan->residual_rows;
-    w->least_pages = plan->least_pages;
-    w->usual_choices = plan->usual_choices;
-    w->limits = plan->limits;
-    w->kv_format = (enum kv_format)plan->kv_format;
-    w->wire = (enum wire)plan->wire;
-    w->transport = (enum transport)plan->transport;
-    w->feedback = plan->feedback;
-    w->deals = plan->deals;
-    w->overlap = (enum overlap)plan->overlap;
-    w->verify = (enum verify_mode)plan->verify;
-    w->load_first = plan->load_first;
+    int rc = session_plan_check(plan, s->manifest, s->worker.backend, err);
+    if (rc)
+        return rc;
+    session_plan_take(plan, &s->worker);
+    s->area.context = plan->context;
+    s->area.max_sequences = plan->max_sequences;
     s->wanted_pages = s->area.num_pages = plan->num_pages;
     s->timeout_ms = plan->timeout_ms;
+    return 0;
 }
 
 static int meet(struct session *s, int *links, struct error *err)
 {
     struct rendezvous met;
-    struct plan plan;
+    struct session_plan plan;
     struct error why;
     char token[TOKEN_MAX_BYTES];
     struct rendezvous_options options = {.place = &s->where,
@@ -140,16 +101,21 @@ static int meet(struct session *s, int *links, struct error *err)
     if (rc)
         return rc;
     checksum128_to_bytes(s->manifest->contract, options.contract);
-    make_plan(s, &plan);
+    session_plan_make(&plan, &s->worker, s->wanted_pages, s->timeout_ms);
     rc = rendezvous_meet(&met, &options, &plan, sizeof plan, err);
     explicit_bzero(token, sizeof token);
     if (rc)
         return rc;
     if (s->where.rank > 0)
-        take_plan(s, &plan);
-    rc = s->settled ? 0 : session_settle(s, NULL, &why);
-    // All have as many pages as the poorest; one that has too few tells the others.
+        rc = follow_plan(s, &plan, &why);
+    if (!rc)
+        rc = s->settled ? 0 : session_settle(s, NULL, &why);
+    // All have as many pages as the poorest; one that has too few, or a plan that it cannot follow, tells the others.
+    int64_t own_pages = s->worker.num_pages;
     rc = rendezvous_least(&met, &s->worker.num_pages, rc ? &why : NULL, s->join_timeout_ms, err);
+    if (!rc && (s->worker.num_pages < s->worker.least_pages || s->worker.num_pages > own_pages))
+        rc = error_set(err, ERR_RANK, "the ranks agreed on %lld pages; this one has %lld and needs %lld",
+                       (long long)s->worker.num_pages, (long long)own_pages, (long long)s->worker.least_pages);
     if (!rc) {
         memcpy(links, met.links, sizeof met.links);
         memset(met.links, -1, sizeof met.links);

@@ -78,23 +78,40 @@ static const char *slot_problem(const struct step_slot *slot, const struct step_
     return NULL;
 }
 
+// The slot exists, and its tokens and pages at these positions do.
+static const char *positions_problem(const struct step_area *a, int32_t sequence, int64_t start, int64_t count)
+{
+    if (sequence < 0 || sequence >= a->max_sequences)
+        return "a slot that does not exist";
+    if (start < 0 || start > a->context || count < 1 || count > a->context - start)
+        return "positions outside of the context";
+    const uint32_t *tokens = a->tokens + sequence * a->context;
+    for (int64_t i = start; i < start + count; i++)
+        if (tokens[i] >= a->vocab_size)
+            return "a token outside of the vocabulary";
+    const int32_t *pages = a->pages + sequence * a->pages_per_sequence;
+    for (int64_t i = 0; i * KV_PAGE_TOKENS < start + count; i++)
+        if (pages[i] < 0 || pages[i] >= a->num_pages)
+            return "a page that does not exist";
+    return NULL;
+}
+
+int step_check_forward(const struct step_area *area, int32_t sequence, int64_t start, int64_t count, struct error *err)
+{
+    const char *problem = positions_problem(area, sequence, start, count);
+    return !problem ? 0
+                    : error_set(err, ERR_OTHER, "%lld positions from %lld of sequence %d: %s", (long long)count,
+                                (long long)start, (int)sequence, problem);
+}
+
 static const char *segment_problem(const struct step_area *a, const struct step_segment *s,
                                    const struct step_limits *limits)
 {
-    if (s->sequence < 0 || s->sequence >= a->max_sequences || (s->phase != PHASE_PREFILL && s->phase != PHASE_DECODE))
-        return "a slot or phase that does not exist";
-    if (s->start < 0 || s->start > a->context || s->count < 1 || s->count > a->context - s->start)
-        return "positions outside of the context";
+    const char *problem = positions_problem(a, s->sequence, s->start, s->count);
+    if (problem || (s->phase != PHASE_PREFILL && s->phase != PHASE_DECODE))
+        return problem ? problem : "a phase that does not exist";
     if (s->phase == PHASE_PREFILL && (s->count > limits->prefill_rows || s->start % limits->chunk != 0))
         return "a piece of a prompt that is too long or begins where none may";
-    const uint32_t *tokens = a->tokens + s->sequence * a->context;
-    for (int64_t i = s->start; i < s->start + s->count; i++)
-        if (tokens[i] >= a->vocab_size)
-            return "a token outside of the vocabulary";
-    const int32_t *pages = a->pages + s->sequence * a->pages_per_sequence;
-    for (int64_t i = 0; i * KV_PAGE_TOKENS < s->start + s->count; i++)
-        if (pages[i] < 0 || pages[i] >= a->num_pages)
-            return "a page that does not exist";
     if (s->choices < 0 || s->choices > s->count)
         return "more choices than rows";
     const struct step_slot *slot = &a->slots[s->sequence];

@@ -98,6 +98,9 @@ struct step_limits {
 int step_check(const struct step_area *area, const struct step *step, const struct step_limits *limits,
                struct error *err);
 
+// The same for positions of a slot that are computed without a choice.
+int step_check_forward(const struct step_area *area, int32_t sequence, int64_t start, int64_t count, struct error *err);
+
 // Whether all settings are in their ranges.
 bool sampling_is_sound(const struct sampling *how);
 

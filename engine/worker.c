@@ -467,14 +467,16 @@ static int run_forward(struct worker *w, struct error *err)
     int64_t start = w->shared->forward.start, count = w->shared->forward.count;
     int32_t sequence = w->shared->forward.sequence;
     enum wire wire = w->shared->forward.wire;
-    if (start < 0 || count < 1 || count > w->options->logits_rows || count > w->area.context - start || sequence < 0 ||
-        sequence >= w->area.max_sequences || (unsigned)wire >= WIRE_COUNT)
-        return error_set(err, ERR_OTHER, "logits of %lld tokens at position %lld are asked for", (long long)count,
-                         (long long)start);
+    if (count > w->options->logits_rows || (unsigned)wire >= WIRE_COUNT)
+        return error_set(err, ERR_OTHER, "logits of %lld tokens over wire %d are asked for; there is room for %lld",
+                         (long long)count, (int)wire, (long long)w->options->logits_rows);
+    int rc = step_check_forward(&w->area, sequence, start, count, err);
+    if (rc)
+        return rc;
     w->tap.next = 0;
     w->decoder.wire = wire;
-    int rc = rank_step_forward(w->step, &w->area, sequence, start, count,
-                               w->forward.logits + w->model.share.vocab_begin, w->area.vocab_size, err);
+    rc = rank_step_forward(w->step, &w->area, sequence, start, count, w->forward.logits + w->model.share.vocab_begin,
+                           w->area.vocab_size, err);
     w->decoder.wire = w->options->wire;
     return rc;
 }

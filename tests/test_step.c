@@ -178,8 +178,33 @@ static void test_both_phases(void **state)
     free(made.step);
 }
 
+// Logits are computed without a step around them.
+static void test_forwards(void **state)
+{
+    (void)state;
+    struct step_area made = make_area();
+    struct error err;
+    area = &made;
+    static const struct {
+        int32_t sequence;
+        int64_t start, count;
+    } bad[] = {
+        {-1, 0, 1},          {SLOTS, 0, 1},     {0, -1, 2},        {0, 0, 0},       {0, 0, -1}, {0, CONTEXT, 1},
+        {0, CONTEXT - 1, 2}, {0, INT64_MAX, 1}, {0, 1, INT64_MAX}, {0, PROMPT, 100}}; // the last one: pages that are not there
+    fill(area);
+    assert_int_equal(step_check_forward(area, 2, 0, PROMPT, &err), 0);
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        if (step_check_forward(area, bad[i].sequence, bad[i].start, bad[i].count, &err) != ERR_OTHER)
+            fail_msg("forward %zu was not refused", i);
+    area->tokens[2 * CONTEXT + PROMPT - 1] = VOCAB;
+    assert_int_equal(step_check_forward(area, 2, 0, PROMPT - 1, &err), 0);
+    assert_int_equal(step_check_forward(area, 2, 0, PROMPT, &err), ERR_OTHER);
+    free(made.step);
+}
+
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_damage_is_refused), cmocka_unit_test(test_both_phases)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_damage_is_refused), cmocka_unit_test(test_both_phases),
+                                       cmocka_unit_test(test_forwards)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
