@@ -215,12 +215,12 @@ void rank_ends(struct rank_env *env, const struct error *why)
         return;
 }
 
-static void close_links(struct launch *launch)
+static void close_links(int *links, int count)
 {
-    for (int rank = 0; launch->options.links && rank < launch->num_ranks; rank++) {
-        if (launch->links[rank] >= 0)
-            close(launch->links[rank]);
-        launch->links[rank] = -1;
+    for (int rank = 0; rank < count; rank++) {
+        if (links[rank] >= 0)
+            close(links[rank]);
+        links[rank] = -1;
     }
 }
 
@@ -234,7 +234,7 @@ static int open_comm(struct launch *launch, struct rank_env *env, struct error *
         memset(launch->links, -1, sizeof launch->links); // they are comm's, which closes them in every case
         return rc;
     }
-    close_links(launch);
+    close_links(launch->links, launch->num_ranks);
     if ((rc = comm_mpi_start(NULL, &rank, &size, err)))
         return rc;
     if (rank != env->rank)
@@ -285,7 +285,7 @@ static void close_others(const struct launch *launch)
 {
     unsigned keep[COMM_MAX_RANKS + 1], count = 0, next = 3;
     keep[count++] = (unsigned)launch->event_fd;
-    for (int rank = 0; launch->options.links && rank < launch->num_ranks; rank++)
+    for (int rank = 0; rank < launch->num_ranks; rank++)
         if (launch->links[rank] >= 0)
             keep[count++] = (unsigned)launch->links[rank];
     for (;;) {
@@ -359,19 +359,10 @@ static int start_process(struct rank_handle *handle, struct error *err)
         return error_set_errno(err, "cannot start a process for rank %d", handle->env.rank);
     if (handle->pid == 0)
         rank_process(handle, parent);
-    close_links(handle->launch); // the rank has them: others must see its end at once
+    close_links(handle->launch->links, handle->launch->num_ranks); // the rank has them: others must see its end at once
     handle->running = true;
     handle->pidfd = (int)syscall(SYS_pidfd_open, handle->pid, 0);
     return 0;
-}
-
-static void take_links(struct launch *launch, int *links)
-{
-    memset(launch->links, -1, sizeof launch->links);
-    for (int rank = 0; links && rank < launch->num_ranks; rank++) {
-        launch->links[rank] = links[rank];
-        links[rank] = -1;
-    }
 }
 
 int launch_start(struct launch **out, const struct launch_options *options, rank_main_fn *rank_main, void *arg,
@@ -386,10 +377,7 @@ int launch_start(struct launch **out, const struct launch_options *options, rank
         return error_set(err, ERR_USAGE, "rank %d of %d", options->only, num_ranks);
     struct launch *launch = calloc(1, sizeof *launch);
     if (!launch) {
-        for (int rank = 0; options->links && rank < num_ranks; rank++) {
-            close(options->links[rank]);
-            options->links[rank] = -1;
-        }
+        close_links(options->links, options->links ? num_ranks : 0);
         return error_set(err, ERR_MEMORY, "out of memory for %d ranks", num_ranks);
     }
     launch->options = *options;
@@ -401,7 +389,11 @@ int launch_start(struct launch **out, const struct launch_options *options, rank
         launch->options.wait_timeout_ms = DEFAULT_WAIT_TIMEOUT_MS;
     launch->rank_main = rank_main;
     launch->arg = arg;
-    take_links(launch, options->links);
+    memset(launch->links, -1, sizeof launch->links);
+    for (int rank = 0; options->links && rank < num_ranks; rank++) {
+        launch->links[rank] = options->links[rank];
+        options->links[rank] = -1;
+    }
     launch->first = options->links ? options->only : 0;
     launch->end = options->links ? options->only + 1 : num_ranks;
     launch->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
@@ -790,7 +782,7 @@ int launch_stop(struct launch *launch, struct error *err)
     }
     restore_signals(launch);
     if (ended) {
-        close_links(launch); // of a start that failed
+        close_links(launch->links, launch->num_ranks); // of a start that failed
         if (launch->area)
             munmap(launch->area, launch->mapped_bytes);
         if (launch->event_fd >= 0)
