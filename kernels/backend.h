@@ -137,7 +137,8 @@ struct device_options {
     int device; // -1: rank modulo the number of devices
 };
 
-struct device; // one rank's end of a backend; belongs to one thread
+struct link_board; // kernels/link_board.h
+struct device;     // one rank's end of a backend; belongs to one thread
 
 // What a device that exchanges sums with those of the other ranks needs of who opens it; borrowed, but for what the text says.
 struct exchange_failure {
@@ -175,7 +176,7 @@ struct load_target {
 };
 
 enum {
-    BACKEND_ABI = 6,
+    BACKEND_ABI = 7,
     DEVICE_TEXT_BYTES = 512,
     LOAD_LANES = 16,             // threads that copy to a device at a time
     LOAD_BUFFER_BYTES = 8 << 20, // of one lane, at most
@@ -195,6 +196,11 @@ struct backend {
     int64_t window_rows; // multiples of it may begin a window
     // Host memory that a rank's device takes beside the KV cache, for a parent that plans before its ranks run.
     uint64_t (*host_bytes)(const struct device_shape *shape, int threads);
+
+    // Devices that this process may use; and one end's part of a probe of the links between them, until it is ordered to end. Both touch the
+    // driver, and may hang in it: for processes of their own. NULL where there are no devices.
+    int (*devices)(int *count, struct error *err);
+    int (*link_probe)(struct link_board *board, int end, struct error *err);
 
     int (*open)(struct device **out, const struct device_options *options, struct error *err);
     void (*close)(struct device *device); // accepts NULL

@@ -14,14 +14,21 @@ int device_status(const struct device *d, cudaError_t status, const char *what, 
                      d->index, what, cudaGetErrorString(status), cudaGetErrorName(status));
 }
 
-static int choose_device(struct device *d, const struct device_options *options, struct error *err)
+int device_count(int *count, struct error *err)
 {
-    int count = 0;
-    cudaError_t status = cudaGetDeviceCount(&count);
-    if (status != cudaSuccess || count < 1)
+    cudaError_t status = cudaGetDeviceCount(count);
+    if (status != cudaSuccess || *count < 1)
         return error_set(err, ERR_GPU, "no GPU can be used: %s; --backend cpu runs without one",
                          status != cudaSuccess ? cudaGetErrorString(status) : "the driver reports none");
-    d->index = options->device >= 0 ? options->device : options->rank % count;
+    return 0;
+}
+
+static int choose_device(struct device *d, const struct device_options *options, struct error *err)
+{
+    int count = 0, rc = device_count(&count, err);
+    if (rc)
+        return rc;
+    d->index = device_of_rank(options->rank, options->device, count);
     if (d->index >= count)
         return error_set(err, ERR_GPU, "device %d does not exist: there are %d", d->index, count);
     return device_status(d, cudaSetDevice(d->index), "choosing it", err);
@@ -103,6 +110,8 @@ static const struct backend table = {
     .chunks_fixed = true,
     .window_rows = GEMM_ROWS_STEP,
     .host_bytes = device_host_bytes,
+    .devices = device_count,
+    .link_probe = link_probe,
     .open = cuda_open,
     .close = cuda_close,
     .describe = cuda_describe,

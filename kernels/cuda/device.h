@@ -7,6 +7,7 @@
 //   step_attention.c  from queries and keys to what attention puts out
 //   step_experts.c  those of a mixture of experts
 //   exchange.c      sums over the ranks of one machine
+//   link_probe.c    what devices really do with each other's memory
 #ifndef TPSHARD_KERNELS_CUDA_DEVICE_H
 #define TPSHARD_KERNELS_CUDA_DEVICE_H
 
@@ -171,6 +172,14 @@ enum input_format multiply_input(const struct device *d, const struct matrix *w)
 int multiply(struct device *d, float *y, const struct matrix *w, int64_t rows, struct error *err);
 // How rows must be prepared for the own kernel that widens weights of this kind, which takes any kind and shape.
 enum input_format multiply_widening_input(enum weight_kind kind);
+
+// ---- backend_cuda.c
+int device_count(int *count, struct error *err);
+// Where a rank computes that wants no device of its own (-1).
+static inline int device_of_rank(int rank, int wanted, int count) { return wanted >= 0 ? wanted : rank % count; }
+
+// ---- link_probe.c: see kernels/backend.h
+int link_probe(struct link_board *board, int end, struct error *err);
 
 // ---- fp4_probe.c
 // Whether launch_linear_fp4 does here what it should: a small product with a known result, of a kind of weights. ERR_GPU if not.

@@ -1,0 +1,463 @@
+// Starting, ordering and watching the ends of a probe of links. See link_probe.h.
+#include "engine/link_probe.h"
+
+#include "engine/process.h"
+#include "kernels/clock.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+enum { LOOK_US = 200, END_S = 2, EXTRA_S = 5 };
+
+const struct link_probe_options link_probe_defaults = {
+    .open_s = 30,
+    .step_s = 3,
+    .seconds = 60,
+    .largest_bytes = LINK_BYTES,
+};
+
+struct link_probe {
+    struct link_board *board; // all processes'
+    struct link_probe_options options;
+    int64_t begin_ns;
+    pid_t pid;             // who watches
+    pid_t pids[LINK_ENDS]; // its children; 0: none
+    int device[LINK_ENDS]; // as they were wanted
+};
+
+const char *link_fault_name(enum link_fault fault)
+{
+    static const char *const names[] = {"untried", "good", "refused", "lost", "changed", "stale", "late", "failed"};
+    return (unsigned)fault < sizeof names / sizeof *names ? names[fault] : "unknown";
+}
+
+static bool is_pair(const struct link_board *board, int a, int b)
+{
+    return a != b && a / board->group == b / board->group;
+}
+
+static void condemn(struct link_board *board, int a, int b, enum link_fault fault, const char *sentence)
+{
+    struct link_result *result = &board->result[a][b];
+    if (result->fault != LINK_UNTRIED && result->fault != LINK_GOOD)
+        return;
+    snprintf(result->sentence, sizeof result->sentence, "%s", sentence);
+    result->fault = fault;
+}
+
+// All pairs of an end that have no verdict yet.
+static void condemn_end(struct link_board *board, int end, enum link_fault fault, const char *sentence)
+{
+    for (int other = 0; other < board->num_ends; other++)
+        if (is_pair(board, end, other)) {
+            if (board->result[end][other].fault == LINK_UNTRIED)
+                condemn(board, end, other, fault, sentence);
+            if (board->result[other][end].fault == LINK_UNTRIED)
+                condemn(board, other, end, fault, sentence);
+        }
+}
+
+// ---- the ends ------------------------------------------------------------------------------------------------------
+
+// Set before the look at the parent: it cannot end unseen in between.
+static void end_with(pid_t parent)
+{
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (getppid() != parent)
+        _exit(1);
+}
+
+static void run_end(struct link_probe *p, int end, pid_t parent)
+{
+    struct error err = {.code = 0};
+    end_with(parent);
+    int rc = p->options.backend->link_probe(p->board, end, &err);
+    if (rc)
+        p->board->end[end].err = err;
+    _exit(rc ? 1 : 0);
+}
+
+static void start_ends(struct link_probe *p)
+{
+    struct link_board *board = p->board;
+    pid_t parent = getpid();
+    for (int end = 0; end < board->num_ends; end++) {
+        struct link_end *e = &board->end[end];
+        e->device = p->device[end];
+        atomic_store(&e->taken, atomic_load(&board->order.number));
+        atomic_store(&e->doing, LINK_IDLE);
+        p->pids[end] = e->err.code ? 0 : fork();
+        if (p->pids[end] == 0 && !e->err.code)
+            run_end(p, end, parent);
+        if (p->pids[end] < 0) {
+            error_set_errno(&e->err, "cannot start a process");
+            condemn_end(board, end, LINK_FAILED, e->err.msg);
+            p->pids[end] = 0;
+        }
+    }
+}
+
+// The pair that was being tried when an end went by itself, or else every pair of that end, has failed.
+static void note_gone(struct link_probe *p, int end, int status)
+{
+    struct link_board *board = p->board;
+    struct link_end *e = &board->end[end];
+    char sentence[LINK_SENTENCE_BYTES];
+    p->pids[end] = 0;
+    bool known = e->device >= 0; // its device
+    const char *whose = known ? "device" : "rank";
+    int number = known ? e->device : end;
+    if (!e->err.code && WIFSIGNALED(status))
+        error_set(&e->err, ERR_GPU, "the process of %s %d was ended by signal %d", whose, number, WTERMSIG(status));
+    else if (!e->err.code)
+        error_set(&e->err, ERR_GPU, "the process of %s %d ended with status %d", whose, number, WEXITSTATUS(status));
+    snprintf(sentence, sizeof sentence, "%.200s", e->err.msg);
+    if (board->order.kind == LINK_ORDER_PAIR) {
+        e->err.code = 0; // it may do better with others
+        condemn(board, board->order.a, board->order.b, LINK_FAILED, sentence);
+        condemn(board, board->order.b, board->order.a, LINK_FAILED, sentence);
+    } else {
+        condemn_end(board, end, LINK_FAILED, sentence);
+    }
+}
+
+static bool gone(struct link_probe *p, int end)
+{
+    int status = 0;
+    if (p->pids[end] == 0)
+        return true;
+    if (waitpid(p->pids[end], &status, WNOHANG) == p->pids[end])
+        note_gone(p, end, status);
+    return p->pids[end] == 0;
+}
+
+// At most so many seconds; kills those that are left. One that does not even die is given up.
+static void end_ends(struct link_probe *p, double seconds)
+{
+    for (int kills = 0; kills < 2; kills++) {
+        double end_s = clock_now_s() + (kills ? END_S : seconds);
+        for (bool any = true; any && clock_now_s() < end_s;) {
+            any = false;
+            for (int end = 0; end < p->board->num_ends; end++) {
+                if (p->pids[end] && waitpid(p->pids[end], NULL, WNOHANG) != 0)
+                    p->pids[end] = 0;
+                any = any || p->pids[end];
+            }
+            if (any)
+                usleep(LOOK_US);
+        }
+        for (int end = 0; end < p->board->num_ends; end++)
+            if (p->pids[end])
+                kill(p->pids[end], SIGKILL);
+    }
+}
+
+// ---- orders --------------------------------------------------------------------------------------------------------
+
+static double left_s(const struct link_probe *p) { return p->options.seconds - link_probe_age_s(p); }
+
+static void post_order(struct link_probe *p, enum link_order kind, int a, int b)
+{
+    struct link_board *board = p->board;
+    for (int end = 0; end < board->num_ends; end++)
+        atomic_store(&board->end[end].steps, 0);
+    board->order.kind = (uint32_t)kind;
+    board->order.a = a;
+    board->order.b = b;
+    atomic_fetch_add(&board->order.number, 1);
+}
+
+static bool has_taken(const struct link_board *board, int end)
+{
+    return atomic_load(&board->end[end].taken) == atomic_load(&board->order.number);
+}
+
+// What an end is at, as the reason why a direction is late: "a copy of 4096 bytes from device 0 to device 1".
+static void describe_late(char text[LINK_SENTENCE_BYTES], const struct link_board *board, int end, int other,
+                          double seconds)
+{
+    const struct link_end *e = &board->end[end];
+    int from = e->device, to = other < 0 ? -1 : board->end[other].device;
+    uint64_t bytes = atomic_load(&e->bytes);
+    const char *means = atomic_load(&e->means) == LINK_BY_COPY ? "copy engine" : "kernel";
+    switch ((enum link_doing)atomic_load(&e->doing)) {
+    case LINK_WRITING:
+        snprintf(text, LINK_SENTENCE_BYTES,
+                 "a write of %" PRIu64 " bytes by a %s from device %d to device %d did not end within %.1f s", bytes,
+                 means, from, to, seconds);
+        break;
+    case LINK_READING:
+        snprintf(text, LINK_SENTENCE_BYTES,
+                 "a read of %" PRIu64 " bytes by a %s of device %d from device %d did not end within %.1f s", bytes,
+                 means, from, to, seconds);
+        break;
+    case LINK_CALLING:
+        snprintf(text, LINK_SENTENCE_BYTES,
+                 "kernels that write to each other between devices %d and %d did not end within %.1f s", from, to,
+                 seconds);
+        break;
+    case LINK_MAPPING:
+        snprintf(text, LINK_SENTENCE_BYTES, "device %d did not map the memory of device %d within %.1f s", from, to,
+                 seconds);
+        break;
+    case LINK_ASKING:
+        snprintf(text, LINK_SENTENCE_BYTES, "the driver did not start within %.1f s", seconds);
+        break;
+    case LINK_OPENING:
+        snprintf(text, LINK_SENTENCE_BYTES, "device %d could not be opened within %.1f s", from, seconds);
+        break;
+    case LINK_IDLE:
+    case LINK_MEETING:
+    case LINK_PREPARING:
+    case LINK_LOOKING:
+        snprintf(text, LINK_SENTENCE_BYTES, "device %d did not write and read its own memory within %.1f s", from,
+                 seconds);
+        break;
+    }
+}
+
+// All ends that are there have carried out the order, or the first that is late is condemned; false: the ends are to be ended.
+static bool wait_for_all(struct link_probe *p, double seconds)
+{
+    struct link_board *board = p->board;
+    double begin_s = clock_now_s(), limit_s = seconds < left_s(p) ? seconds : left_s(p);
+    for (int end = 0; end < board->num_ends; end++)
+        while (!has_taken(board, end) && !gone(p, end)) {
+            if (clock_now_s() - begin_s > limit_s) {
+                char sentence[LINK_SENTENCE_BYTES];
+                describe_late(sentence, board, end, -1, limit_s);
+                error_set(&board->end[end].err, ERR_GPU, "%s", sentence);
+                condemn_end(board, end, LINK_LATE, sentence);
+                return false;
+            }
+            usleep(LOOK_US);
+        }
+    return true;
+}
+
+// The end that is the reason why a pair does not go on, and its direction.
+static void condemn_late(struct link_probe *p, int a, int b, double seconds)
+{
+    struct link_board *board = p->board;
+    int waits = (int)(atomic_load(&board->end[a].doing) == LINK_MEETING), end = waits ? b : a, other = waits ? a : b;
+    uint32_t doing = atomic_load(&board->end[end].doing);
+    char sentence[LINK_SENTENCE_BYTES];
+    describe_late(sentence, board, end, other, seconds);
+    if (doing == LINK_WRITING || doing == LINK_READING || doing == LINK_MAPPING) {
+        condemn(board, end, other, LINK_LATE, sentence);
+    } else {
+        condemn(board, a, b, LINK_LATE, sentence);
+        condemn(board, b, a, LINK_LATE, sentence);
+    }
+}
+
+// A pair goes on as long as its ends make steps; false: the ends are to be ended.
+static bool wait_for_pair(struct link_probe *p, int a, int b)
+{
+    struct link_board *board = p->board;
+    double moved_s = clock_now_s();
+    uint32_t before = 0;
+    while (!has_taken(board, a) || !has_taken(board, b)) {
+        uint32_t steps = atomic_load(&board->end[a].steps) + atomic_load(&board->end[b].steps);
+        double now_s = clock_now_s();
+        if (steps != before)
+            moved_s = now_s;
+        before = steps;
+        if ((!has_taken(board, a) && gone(p, a)) || (!has_taken(board, b) && gone(p, b)))
+            return false;
+        if (now_s - moved_s > p->options.step_s)
+            condemn_late(p, a, b, now_s - moved_s);
+        if (now_s - moved_s > p->options.step_s || left_s(p) < 0)
+            return false;
+        usleep(LOOK_US);
+    }
+    return true;
+}
+
+// ---- all pairs -----------------------------------------------------------------------------------------------------
+
+static bool is_untried(const struct link_board *board, int a, int b)
+{
+    return board->result[a][b].fault == LINK_UNTRIED || board->result[b][a].fault == LINK_UNTRIED;
+}
+
+static bool some_is_bad(const struct link_board *board)
+{
+    for (int a = 0; a < board->num_ends; a++)
+        for (int b = 0; b < board->num_ends; b++)
+            if (is_pair(board, a, b) && board->result[a][b].fault > LINK_GOOD)
+                return true;
+    return false;
+}
+
+// Two ends have the verdict of two others on the same devices.
+static void take_from_twins(struct link_board *board, int a, int b)
+{
+    for (int c = 0; c < board->num_ends; c++)
+        for (int d = 0; d < board->num_ends; d++)
+            if (is_pair(board, c, d) && !is_untried(board, c, d) && board->end[c].device == board->end[a].device &&
+                board->end[d].device == board->end[b].device) {
+                board->result[a][b] = board->result[c][d];
+                board->result[b][a] = board->result[d][c];
+                return;
+            }
+}
+
+// The next pair that is to be tried; false: none.
+static bool next_pair(const struct link_probe *p, int *a, int *b)
+{
+    struct link_board *board = p->board;
+    if (!p->options.all && some_is_bad(board))
+        return false;
+    for (*a = 0; *a < board->num_ends; ++*a)
+        for (*b = *a + 1; *b < board->num_ends; ++*b) {
+            if (is_pair(board, *a, *b) && is_untried(board, *a, *b))
+                take_from_twins(board, *a, *b);
+            if (is_pair(board, *a, *b) && is_untried(board, *a, *b))
+                return true;
+        }
+    return false;
+}
+
+// One set of processes, until all is tried or one of them is late or dies.
+static void run_ends(struct link_probe *p)
+{
+    int a, b;
+    bool well;
+    start_ends(p);
+    post_order(p, LINK_ORDER_LOOK, 0, 0);
+    well = wait_for_all(p, p->options.open_s);
+    if (well && next_pair(p, &a, &b)) {
+        post_order(p, LINK_ORDER_OPEN, 0, 0);
+        well = wait_for_all(p, p->options.open_s);
+    }
+    while (well && next_pair(p, &a, &b)) {
+        post_order(p, LINK_ORDER_PAIR, a, b);
+        well = wait_for_pair(p, a, b);
+    }
+    if (well)
+        post_order(p, LINK_ORDER_END, 0, 0);
+    end_ends(p, well ? END_S : 0);
+}
+
+static void condemn_rest(struct link_probe *p)
+{
+    char sentence[LINK_SENTENCE_BYTES];
+    snprintf(sentence, sizeof sentence, "there was no time left for it after %.1f s", link_probe_age_s(p));
+    for (int end = 0; left_s(p) <= 0 && end < p->board->num_ends; end++)
+        condemn_end(p->board, end, LINK_LATE, sentence);
+}
+
+static void run(struct link_probe *p, pid_t parent)
+{
+    int a, b;
+    end_with(parent);
+    setpgid(0, 0); // a terminal's signals are its parent's
+    signal(SIGINT, SIG_IGN);
+    signal(SIGTERM, SIG_DFL);
+    process_close_descriptors(3, ~0u);
+    if (p->options.as_the_bus_counts)
+        setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID", 1);
+    do
+        run_ends(p);
+    while (next_pair(p, &a, &b) && left_s(p) > 0);
+    condemn_rest(p);
+    p->board->seconds = link_probe_age_s(p);
+    atomic_store(&p->board->done, 1);
+    _exit(0);
+}
+
+// ---- for others ----------------------------------------------------------------------------------------------------
+
+int link_probe_begin(struct link_probe **out, const struct link_probe_options *options, struct error *err)
+{
+    if (!options->backend->link_probe || options->num_ends < 1 || options->num_ends > LINK_ENDS || options->group < 1)
+        return error_set(err, ERR_USAGE, "links between %d ends of the %s backend cannot be probed", options->num_ends,
+                         options->backend->name);
+    struct link_probe *p = calloc(1, sizeof *p);
+    struct link_board *board =
+        mmap(NULL, sizeof *board, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0); // zeros
+    if (!p || board == MAP_FAILED) {
+        free(p);
+        if (board != MAP_FAILED)
+            munmap(board, sizeof *board);
+        return error_set(err, ERR_MEMORY, "no memory for a probe of links");
+    }
+    p->options = *options;
+    p->begin_ns = clock_now_ns();
+    p->board = board;
+    board->num_ends = options->num_ends;
+    board->group = options->group;
+    board->rounds = options->rounds;
+    board->seed = (uint32_t)p->begin_ns;
+    board->largest_bytes = options->largest_bytes ? options->largest_bytes : LINK_BYTES;
+    board->call_timeout_ns = (uint64_t)(options->step_s / 2 * 1e9);
+    for (int end = 0; end < options->num_ends; end++)
+        p->device[end] = options->device ? options->device[end] : -1;
+    pid_t parent = getpid();
+    fflush(NULL); // or what is buffered would be written twice
+    if ((p->pid = fork()) == 0)
+        run(p, parent);
+    if (p->pid < 0) {
+        error_set_errno(err, "cannot start a process that probes links");
+        link_probe_end(p);
+        return ERR_IO;
+    }
+    *out = p;
+    return 0;
+}
+
+bool link_probe_is_done(const struct link_probe *p) { return atomic_load(&p->board->done) != 0; }
+double link_probe_age_s(const struct link_probe *p) { return 1e-9 * (double)(clock_now_ns() - p->begin_ns); }
+double link_probe_patience_s(const struct link_probe *p) { return p->options.seconds + 2 * END_S + EXTRA_S; }
+const struct link_board *link_probe_board(const struct link_probe *p) { return p->board; }
+
+void link_probe_wait(const struct link_probe *p)
+{
+    while (!link_probe_is_done(p) && link_probe_age_s(p) < link_probe_patience_s(p))
+        usleep(LOOK_US);
+}
+
+bool link_probe_verdict(const struct link_probe *p, char why[LINK_SENTENCE_BYTES])
+{
+    const struct link_board *board = p->board;
+    why[0] = 0;
+    if (!link_probe_is_done(p)) {
+        snprintf(why, LINK_SENTENCE_BYTES, "the probe of the links between the devices did not end within %.0f s",
+                 link_probe_age_s(p));
+        return false;
+    }
+    for (int pass = 0; pass < 2; pass++) // what was tried and is wrong says more than what was not
+        for (int a = 0; a < board->num_ends; a++)
+            for (int b = 0; b < board->num_ends; b++) {
+                const struct link_result *result = &board->result[a][b];
+                if (!is_pair(board, a, b) || result->fault == LINK_GOOD || (pass == 0 && result->fault == LINK_UNTRIED))
+                    continue;
+                snprintf(why, LINK_SENTENCE_BYTES, "%.*s", LINK_SENTENCE_BYTES - 1,
+                         result->fault == LINK_UNTRIED ? "not every link was tried" : result->sentence);
+                return false;
+            }
+    return true;
+}
+
+void link_probe_end(struct link_probe *p)
+{
+    if (!p)
+        return;
+    if (p->pid > 0) {
+        if (!link_probe_is_done(p))
+            kill(p->pid, SIGKILL); // its children end with it
+        while (waitpid(p->pid, NULL, 0) < 0 && errno == EINTR)
+            ;
+    }
+    munmap(p->board, sizeof *p->board);
+    free(p);
+}

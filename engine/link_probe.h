@@ -1,0 +1,48 @@
+// Whether devices really reach each other's memory, as found out before ranks rely on it: each pair, both directions, with data that is looked at
+// where it was to arrive (kernels/link_board.h says what is tried).
+//
+// A driver that hangs must hang nobody here. A process starts, orders and watches the ends, each of them a process of its own, and ends those that are
+// late; what was found until then stays, in memory that all of them share. Who wants the verdict waits for it with a deadline.
+#ifndef TPSHARD_ENGINE_LINK_PROBE_H
+#define TPSHARD_ENGINE_LINK_PROBE_H
+
+#include "kernels/backend.h"
+#include "kernels/link_board.h"
+
+#include <stdbool.h>
+
+struct link_probe_options {
+    const struct backend *backend; // with link_probe
+    int num_ends;                  // at most LINK_ENDS
+    int group;                     // ends a and b are a pair where a / group == b / group
+    const int *device;             // [num_ends]; NULL: each where the rank of its number computes
+    bool as_the_bus_counts;        // devices are numbered so
+    bool all;              // every pair is tried, whatever comes of the others; else the first that is not good ends it
+    int rounds;            // of what is timed; 0: what is looked at is timed
+    double open_s, step_s; // longest times: of a driver's start, of a step
+    double seconds;        // of everything
+    uint64_t largest_bytes; // of a message; 0: LINK_BYTES
+};
+extern const struct link_probe_options link_probe_defaults; // for ranks that start
+
+struct link_probe;
+
+// Success: caller owns *out (link_probe_end), and the probe runs. Other threads may live; nothing of the driver is touched in this process.
+int link_probe_begin(struct link_probe **out, const struct link_probe_options *options, struct error *err);
+// Any process or thread that has been started since. Done: nothing on the board changes any more.
+bool link_probe_is_done(const struct link_probe *probe);
+// Seconds since it began after which nobody need wait any longer.
+double link_probe_patience_s(const struct link_probe *probe);
+double link_probe_age_s(const struct link_probe *probe);
+// What is there, done or not.
+const struct link_board *link_probe_board(const struct link_probe *probe);
+// True: done, and every pair is good. Else the reason, a clause without a full stop: of the first pair that is not, or why there is none.
+bool link_probe_verdict(const struct link_probe *probe, char why[LINK_SENTENCE_BYTES]);
+// Ends what still runs. Nobody else of this process uses the probe any more. Accepts NULL.
+void link_probe_end(struct link_probe *probe);
+
+// Waits until it is done, at most its patience.
+void link_probe_wait(const struct link_probe *probe);
+const char *link_fault_name(enum link_fault fault); // "good", "refused", ...
+
+#endif

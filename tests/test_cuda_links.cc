@@ -1,0 +1,218 @@
+// The probe of links (engine/link_probe.c with kernels/cuda/link_probe.*) on emulated devices, whose links are as they should be or have a fault: what each
+// fault is called, that the other links stay good, that rates and latencies are there, and that hanging links end in time. Then its kernels
+// alone, which is all that a device runs of it here.
+#include "tests/device/cuda_test.h"
+
+extern "C" {
+#include "engine/link_probe.h"
+#include "kernels/clock.h"
+}
+#include "kernels/cuda/link_probe.h"
+
+#include <string>
+#include <thread>
+#include <unistd.h>
+#include <vector>
+
+extern "C" const struct backend *tpengine_cuda_backend(void);
+
+// ---- links with faults -----------------------------------------------------------------------------------------------
+
+static struct link_probe *probe_devices(int ends, const char *peers, bool all, uint64_t largest_bytes)
+{
+    struct link_probe *p = NULL;
+    struct error err;
+    struct link_probe_options options = link_probe_defaults;
+    options.backend = tpengine_cuda_backend();
+    options.num_ends = options.group = ends;
+    options.all = all;
+    options.step_s = 2;
+    options.largest_bytes = largest_bytes;
+    setenv("EMULATED_PEERS", peers, 1);
+    if (link_probe_begin(&p, &options, &err))
+        fail_msg("%s", err.msg);
+    link_probe_wait(p);
+    unsetenv("EMULATED_PEERS");
+    assert_true(link_probe_is_done(p));
+    return p;
+}
+
+enum { MESSAGE = 256 << 10 };
+
+static void test_faults(void **)
+{
+    static const struct {
+        const char *peers;
+        enum link_fault fault; // of the direction from 0 to 1
+        const char *words;
+    } cases[] = {
+        {"", LINK_GOOD, ""},
+        {"0>1:refuse", LINK_REFUSED, "the driver does not let device 0 reach the memory of device 1"},
+        {"0>1:mirror", LINK_LOST,
+         "what device 0 writes does not arrive in the memory of device 1 (4 of 4 bytes by a kernel)"},
+        {"0>1:drop", LINK_LOST, "what device 0 writes does not arrive in the memory of device 1"},
+        {"0>1:stale", LINK_STALE, "device 0 does not see what is in the memory of device 1"},
+        {"0>1:corrupt", LINK_CHANGED,
+         "what device 0 writes arrives changed in the memory of device 1 (1 of 4096 bytes by a kernel; byte"},
+        {"0>1:hang", LINK_LATE, "a write of 4 bytes by a kernel from device 0 to device 1 did not end within 2."},
+    };
+    setenv("EMULATED_DEVICES", "3", 1);
+    for (auto &c : cases) {
+        double begin_s = clock_now_s();
+        struct link_probe *p = probe_devices(3, c.peers, true, MESSAGE);
+        const struct link_board *board = link_probe_board(p);
+        char why[LINK_SENTENCE_BYTES];
+        assert_int_equal(link_probe_verdict(p, why), c.fault == LINK_GOOD);
+        for (int a = 0; a < 3; a++)
+            for (int b = 0; b < 3; b++) {
+                const struct link_result *r = &board->result[a][b];
+                bool bad = a == 0 && b == 1 && c.fault != LINK_GOOD;
+                enum link_fault want = a == b ? LINK_UNTRIED : bad ? c.fault : LINK_GOOD;
+                if (r->fault != (uint32_t)want || !strstr(r->sentence, bad ? c.words : ""))
+                    fail_msg("%s, %d to %d: %s, \"%s\"", c.peers, a, b, link_fault_name((enum link_fault)r->fault),
+                             r->sentence);
+                if (want == LINK_GOOD && !(r->gb_s[LINK_BY_KERNEL] > 0 && r->gb_s[LINK_BY_COPY] > 0))
+                    fail_msg("%s, %d to %d: no rate", c.peers, a, b);
+                if (want == LINK_GOOD && (c.fault == LINK_GOOD || a + b > 1) && !(r->us > 0))
+                    fail_msg("%s, %d to %d: no latency", c.peers, a, b);
+                assert_int_equal(r->claimed, a != b && c.fault == LINK_REFUSED ? !bad : a != b);
+            }
+        if (c.fault != LINK_GOOD)
+            assert_string_equal(why, board->result[0][1].sentence);
+        assert_true(clock_now_s() - begin_s < 60);
+        link_probe_end(p);
+    }
+    unsetenv("EMULATED_DEVICES");
+}
+
+// Ranks of one device reach each other's memory too, or do not: there the driver is not asked.
+static void test_one_device(void **)
+{
+    struct link_probe *p = probe_devices(2, "", false, MESSAGE);
+    char why[LINK_SENTENCE_BYTES];
+    if (!link_probe_verdict(p, why))
+        fail_msg("%s", why);
+    assert_string_equal(link_probe_board(p)->end[1].bus, "0000:01:00.0");
+    link_probe_end(p);
+    p = probe_devices(2, "mirror", false, MESSAGE);
+    assert_false(link_probe_verdict(p, why));
+    assert_non_null(strstr(why, "what device 0 writes does not arrive in the memory of device 0"));
+    link_probe_end(p);
+}
+
+// The largest message, as ranks do it at their start: it costs little.
+static void test_as_ranks_start(void **)
+{
+    setenv("EMULATED_DEVICES", "2", 1);
+    struct link_probe *p = probe_devices(2, "", false, LINK_BYTES);
+    char why[LINK_SENTENCE_BYTES];
+    if (!link_probe_verdict(p, why))
+        fail_msg("%s", why);
+    link_probe_end(p);
+    unsetenv("EMULATED_DEVICES");
+}
+
+// ---- kernels -----------------------------------------------------------------------------------------------------------
+
+static void test_write_and_read(void **)
+{
+    static const uint32_t counts[] = {1, 3, 4, 7, 1023, 4096, 70001};
+    for (uint32_t words : counts) {
+        uint32_t *written = device_array<uint32_t>(words + 4), *read = device_array<uint32_t>(words + 4);
+        memset(written, 0x5a, (words + 4) * 4);
+        memset(read, 0x5a, (words + 4) * 4);
+        assert_int_equal(launch_link_write(written, words, 77, 0), cudaSuccess);
+        assert_int_equal(launch_link_read(read, written, words, 0), cudaSuccess);
+        assert_int_equal(cudaDeviceSynchronize(), cudaSuccess);
+        for (uint32_t i = 0; i < words + 4; i++) {
+            uint32_t want = i < words ? link_word(77, i) : 0x5a5a5a5a;
+            if (written[i] != want || read[i] != want)
+                fail_msg("%u words: word %u is %08x, and read %08x, instead of %08x", words, i, written[i], read[i],
+                         want);
+        }
+        cudaFree(written);
+        cudaFree(read);
+    }
+}
+
+struct caller {
+    struct link_call call;
+    cudaStream_t stream;
+};
+
+// Two kernels on two streams; each ends by itself, also without the other.
+static void run_callers(struct caller *c, int count, uint32_t words, uint32_t rounds, uint32_t second_seed)
+{
+    uint8_t *area[2];
+    std::vector<std::thread> threads;
+    for (int i = 0; i < 2; i++) {
+        area[i] = (uint8_t *)device_zeros(LINK_CALL_BYTES);
+        c[i].call = {};
+    }
+    for (int i = 0; i < count; i++) {
+        c[i].call.own = area[i];
+        c[i].call.other = area[1 - i];
+        c[i].call.rounds = rounds;
+        c[i].call.words = words;
+        c[i].call.seed = i ? second_seed : 5;
+        c[i].call.first = i == 0;
+        c[i].call.most_ns = 1000000000;
+        c[i].call.timeout_ns = count == 2 ? 60000000000 : 50000000;
+        c[i].call.result = (struct link_call_result *)device_zeros(sizeof(struct link_call_result));
+    }
+    for (int i = 0; i < count; i++)
+        threads.emplace_back([=] {
+            cudaStreamCreateWithFlags(&c[i].stream, cudaStreamNonBlocking);
+            if (launch_link_call(&c[i].call, c[i].stream) == cudaSuccess)
+                cudaStreamSynchronize(c[i].stream);
+            cudaStreamDestroy(c[i].stream);
+        });
+    for (std::thread &t : threads)
+        t.join();
+    for (int i = 0; i < 2; i++)
+        cudaFree(area[i]);
+}
+
+static void test_calls(void **)
+{
+    struct caller c[2];
+    for (uint32_t words : {0u, 5u, (uint32_t)LINK_CALL_WORDS}) {
+        run_callers(c, 2, words, 20, 5);
+        for (auto &i : c) {
+            assert_int_equal(i.call.result->rounds, 20);
+            assert_int_equal(i.call.result->missed, 0);
+            assert_int_equal(i.call.result->wrong, 0);
+            assert_true(i.call.result->ns > 0);
+            cudaFree(i.call.result);
+        }
+    }
+    run_callers(c, 2, 3, 6, 6); // who speaks of other things is heard
+    for (auto &i : c) {
+        assert_int_equal(i.call.result->wrong, 18);
+        cudaFree(i.call.result);
+    }
+    run_callers(c, 1, 3, 6, 6); // nobody is there
+    assert_int_equal(c[0].call.result->rounds, 0);
+    assert_int_equal(c[0].call.result->missed, 1);
+    cudaFree(c[0].call.result);
+    struct link_call call = {};
+    call.rounds = 1;
+    call.words = LINK_CALL_WORDS + 1;
+    assert_int_equal(launch_link_call(&call, 0), cudaErrorInvalidValue);
+}
+
+int main(void)
+{
+    const struct CMUnitTest kernels[] = {
+        cmocka_unit_test(test_write_and_read),
+        cmocka_unit_test(test_calls),
+    };
+    const struct CMUnitTest links[] = {
+        cmocka_unit_test(test_faults),
+        cmocka_unit_test(test_one_device),
+        cmocka_unit_test(test_as_ranks_start),
+    };
+    // What forks comes before anything of a device is touched.
+    int failed = emulator_present() ? cmocka_run_group_tests(links, NULL, NULL) : 0;
+    return failed + cmocka_run_group_tests(kernels, NULL, NULL);
+}

@@ -1,0 +1,445 @@
+// The engine's side of a probe of links (engine/link_probe.c), with ends that move no bytes: orders, verdicts, ends that hang at any place, die, fail,
+// or cannot be started; what is tried again after that, and what is not; deadlines; and a probe that is ended in the middle.
+#include "engine/link_probe.h"
+#include "kernels/clock.h"
+#include "tests/patience.h"
+
+#include <errno.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/types.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+// ---- the stand-in: what each end does, by the direction or the order ---------------------------------------------------
+
+enum act { ACT_WELL, ACT_REFUSED, ACT_LOST, ACT_HANGS, ACT_DIES, ACT_FAILS, ACT_RETURNS };
+
+static struct {
+    enum act look[4], open[4]; // by end
+    enum act pair[4][4];       // by the end that acts, and the other
+    enum link_doing doing;     // of an end that hangs in a pair
+    int devices;               // end e is on device e % devices
+} script;
+
+// Ends count what they do, for all processes.
+static struct tally {
+    _Atomic uint32_t opened[4], pairs[4][4];
+    _Atomic int pid[4];
+} * tally;
+
+static int perform(struct link_board *board, int end, int other, enum act act, struct error *err)
+{
+    struct link_result *result = other < 0 ? NULL : &board->result[end][other];
+    switch (act) {
+    case ACT_WELL:
+        break;
+    case ACT_REFUSED:
+    case ACT_LOST:
+        if (result && result->fault == LINK_UNTRIED) {
+            snprintf(result->sentence, sizeof result->sentence, "link %d to %d", end, other);
+            result->fault = act == ACT_LOST ? LINK_LOST : LINK_REFUSED;
+        }
+        break;
+    case ACT_HANGS:
+        signal(SIGTERM, SIG_IGN);
+        for (;;)
+            pause();
+    case ACT_DIES:
+        raise(SIGKILL);
+        break;
+    case ACT_FAILS:
+        return error_set(err, ERR_GPU, "end %d has a bad day", end);
+    case ACT_RETURNS:
+        _exit(0);
+    }
+    return 0;
+}
+
+static int look(struct link_board *board, int end, struct error *err)
+{
+    int rc = perform(board, end, -1, script.look[end], err);
+    board->end[end].device = end % script.devices;
+    for (int other = 0; other < board->num_ends && !rc; other++)
+        if (other != end && other / board->group == end / board->group)
+            rc = perform(board, end, other, script.look[end], err);
+    return rc;
+}
+
+static int try_pair(struct link_board *board, int end, int other, struct error *err)
+{
+    struct link_end *me = &board->end[end];
+    atomic_fetch_add(&tally->pairs[end][other], 1);
+    atomic_store(&me->bytes, 4096);
+    atomic_store(&me->means, LINK_BY_COPY);
+    if (board->result[end][other].fault == LINK_UNTRIED) { // else it is known by now
+        atomic_store(&me->doing, script.pair[end][other] == ACT_HANGS ? script.doing : LINK_MEETING);
+        int rc = perform(board, end, other, script.pair[end][other], err);
+        if (rc)
+            return rc;
+    }
+    atomic_store(&me->doing, LINK_MEETING);
+    atomic_fetch_add(&me->steps, 1);
+    while (atomic_load(&board->end[other].steps) == 0)
+        usleep(100);
+    if (board->result[end][other].fault == LINK_UNTRIED)
+        board->result[end][other].fault = LINK_GOOD;
+    return 0;
+}
+
+static int stand_in(struct link_board *board, int end, struct error *err)
+{
+    uint32_t number = atomic_load(&board->end[end].taken);
+    atomic_store(&tally->pid[end], getpid());
+    for (int rc = 0;;) {
+        while (atomic_load(&board->order.number) == number)
+            usleep(100);
+        enum link_order kind = (enum link_order)board->order.kind;
+        int a = board->order.a, b = board->order.b;
+        number = atomic_load(&board->order.number);
+        if (kind == LINK_ORDER_END)
+            return 0;
+        atomic_store(&board->end[end].doing, kind == LINK_ORDER_LOOK ? LINK_ASKING : LINK_OPENING);
+        if (kind == LINK_ORDER_LOOK)
+            rc = look(board, end, err);
+        else if (kind == LINK_ORDER_OPEN)
+            rc = perform(board, end, -1, script.open[end], err);
+        else if (end == a || end == b)
+            rc = try_pair(board, end, end == a ? b : a, err);
+        if (kind == LINK_ORDER_OPEN)
+            atomic_fetch_add(&tally->opened[end], 1);
+        if (rc)
+            return rc;
+        atomic_store(&board->end[end].taken, number);
+    }
+}
+
+static const struct backend backend = {.name = "stand-in", .link_probe = stand_in};
+
+// ---- running it --------------------------------------------------------------------------------------------------------
+
+static void begin_script(void)
+{
+    memset(&script, 0, sizeof script);
+    memset(tally, 0, sizeof *tally);
+    script.devices = 4;
+    script.doing = LINK_WRITING;
+}
+
+static struct link_probe_options options_for(int ends, int group, bool all)
+{
+    struct link_probe_options options = link_probe_defaults;
+    options.backend = &backend;
+    options.num_ends = ends;
+    options.group = group;
+    options.all = all;
+    options.open_s = options.step_s = 0.4 * PATIENCE;
+    return options;
+}
+
+static struct link_probe *probe(const struct link_probe_options *options)
+{
+    struct link_probe *p = NULL;
+    struct error err;
+    if (link_probe_begin(&p, options, &err))
+        fail_msg("%s", err.msg);
+    return p;
+}
+
+static struct link_probe *probed(const struct link_probe_options *options)
+{
+    struct link_probe *p = probe(options);
+    link_probe_wait(p);
+    assert_true(link_probe_is_done(p));
+    return p;
+}
+
+static void expect_fault(const struct link_probe *p, int a, int b, enum link_fault fault, const char *words)
+{
+    const struct link_result *result = &link_probe_board(p)->result[a][b];
+    if (result->fault != (uint32_t)fault || !strstr(result->sentence, words))
+        fail_msg("link %d to %d: %s \"%s\" instead of %s \"%s\"", a, b, link_fault_name((enum link_fault)result->fault),
+                 result->sentence, link_fault_name(fault), words);
+}
+
+static void expect_verdict(const struct link_probe *p, const char *words)
+{
+    char why[LINK_SENTENCE_BYTES];
+    bool good = link_probe_verdict(p, why);
+    if (good != (words == NULL) || !strstr(why, words ? words : ""))
+        fail_msg("verdict %d \"%s\" instead of \"%s\"", good, why, words ? words : "good");
+}
+
+static uint32_t tries(int a, int b) { return atomic_load(&tally->pairs[a][b]); }
+
+// Nothing that the probe has started lives on.
+static void expect_no_process(void)
+{
+    for (int end = 0; end < 4; end++) {
+        int pid = atomic_load(&tally->pid[end]);
+        for (int ms = 0; pid > 0 && kill(pid, 0) == 0; ms++) {
+            char path[64], text[256] = "";
+            snprintf(path, sizeof path, "/proc/%d/stat", pid);
+            FILE *f = fopen(path, "re");
+            if (f) {
+                text[fread(text, 1, sizeof text - 1, f)] = 0;
+                fclose(f);
+            }
+            if (strstr(text, ") Z ")) // whoever adopted it has not yet looked
+                break;
+            if (ms == 10000)
+                fail_msg("end %d lives on", end);
+            usleep(1000);
+        }
+    }
+}
+
+// ---- tests ---------------------------------------------------------------------------------------------------------------
+
+static void test_all_good(void **state)
+{
+    (void)state;
+    for (int all = 0; all < 2; all++) {
+        begin_script();
+        struct link_probe_options options = options_for(4, 4, all);
+        struct link_probe *p = probed(&options);
+        expect_verdict(p, NULL);
+        for (int a = 0; a < 4; a++)
+            for (int b = 0; b < 4; b++)
+                assert_int_equal(tries(a, b), a != b);
+        expect_fault(p, 3, 0, LINK_GOOD, "");
+        expect_fault(p, 2, 2, LINK_UNTRIED, "");
+        link_probe_end(p);
+        expect_no_process();
+    }
+}
+
+// Ranks of other stages exchange nothing with these; ranks on the devices of others before them need no trial of their own.
+static void test_groups_and_twins(void **state)
+{
+    (void)state;
+    begin_script();
+    struct link_probe_options options = options_for(4, 2, true);
+    struct link_probe *p = probed(&options);
+    expect_verdict(p, NULL);
+    assert_int_equal(tries(0, 1) + tries(2, 3), 2);
+    assert_int_equal(tries(0, 2) + tries(1, 2) + tries(0, 3) + tries(1, 3), 0);
+    link_probe_end(p);
+
+    begin_script();
+    script.devices = 2;
+    script.pair[0][1] = ACT_LOST;
+    options = options_for(4, 4, true);
+    p = probed(&options);
+    expect_verdict(p, "link 0 to 1");
+    assert_int_equal(tries(0, 1), 1);
+    assert_int_equal(tries(0, 3) + tries(2, 3) + tries(1, 2), 0); // as (0, 1) or the other way round
+    assert_int_equal(tries(0, 2) + tries(1, 3), 2);               // on one device each
+    expect_fault(p, 0, 3, LINK_LOST, "link 0 to 1");
+    expect_fault(p, 3, 0, LINK_GOOD, "");
+    expect_fault(p, 2, 1, LINK_LOST, "link 0 to 1");
+    expect_fault(p, 1, 2, LINK_GOOD, "");
+    link_probe_end(p);
+}
+
+// One bad link ends it for ranks, which take another way then; the doctor wants to know of all.
+static void test_first_bad_link(void **state)
+{
+    (void)state;
+    for (int all = 0; all < 2; all++) {
+        begin_script();
+        script.pair[1][0] = ACT_LOST;
+        struct link_probe_options options = options_for(3, 3, all);
+        struct link_probe *p = probed(&options);
+        expect_verdict(p, "link 1 to 0");
+        expect_fault(p, 0, 1, LINK_GOOD, "");
+        expect_fault(p, 1, 0, LINK_LOST, "link 1 to 0");
+        expect_fault(p, 1, 2, all ? LINK_GOOD : LINK_UNTRIED, "");
+        link_probe_end(p);
+    }
+}
+
+static void test_hangs(void **state)
+{
+    (void)state;
+    static const struct {
+        enum link_doing doing;
+        const char *sentence;
+        bool both; // directions are condemned
+    } cases[] = {
+        {LINK_WRITING, "a write of 4096 bytes by a copy engine from device 1 to device 2 did not end within 0.", false},
+        {LINK_READING, "a read of 4096 bytes by a copy engine of device 1 from device 2 did not end", false},
+        {LINK_MAPPING, "device 1 did not map the memory of device 2 within", false},
+        {LINK_LOOKING, "device 1 did not write and read its own memory", true},
+        {LINK_CALLING, "kernels that write to each other between devices 1 and 2 did not end", true},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        begin_script();
+        script.pair[1][2] = ACT_HANGS;
+        script.doing = cases[i].doing;
+        struct link_probe_options options = options_for(3, 3, true);
+        struct link_probe *p = probed(&options);
+        expect_fault(p, 1, 2, LINK_LATE, cases[i].sentence + (PATIENCE > 1 && i == 0));
+        expect_fault(p, 2, 1, cases[i].both ? LINK_LATE : LINK_GOOD, "");
+        expect_fault(p, 0, 1, LINK_GOOD, "");
+        expect_fault(p, 2, 0, LINK_GOOD, "");
+        assert_int_equal(tries(0, 1), 1); // what was known stays known
+        assert_true(link_probe_board(p)->seconds < 30);
+        link_probe_end(p);
+        expect_no_process();
+    }
+}
+
+static void test_ends_that_go(void **state)
+{
+    (void)state;
+    static const struct {
+        enum act act;
+        const char *sentence;
+    } cases[] = {
+        {ACT_DIES, "1 was ended by signal 9"},
+        {ACT_FAILS, "end 1 has a bad day"},
+        {ACT_RETURNS, "1 ended with status 0"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        begin_script();
+        script.pair[1][2] = cases[i].act; // with one other end
+        struct link_probe_options options = options_for(3, 3, true);
+        struct link_probe *p = probed(&options);
+        expect_fault(p, 1, 2, LINK_FAILED, cases[i].sentence);
+        expect_fault(p, 0, 1, LINK_GOOD, "");
+        expect_fault(p, 0, 2, LINK_GOOD, "");
+        link_probe_end(p);
+
+        for (int opening = 0; opening < 2; opening++) { // with all of them
+            begin_script();
+            (opening ? script.open : script.look)[1] = cases[i].act;
+            options = options_for(3, 3, true);
+            p = probed(&options);
+            for (int other = 0; other <= 2; other += 2) {
+                expect_fault(p, 1, other, LINK_FAILED, cases[i].sentence);
+                expect_fault(p, other, 1, LINK_FAILED, cases[i].sentence);
+            }
+            expect_fault(p, 0, 2, LINK_GOOD, "");
+            link_probe_end(p);
+        }
+    }
+}
+
+// A driver that does not start, and a device that does not open: the others are tried without it.
+static void test_late_starts(void **state)
+{
+    (void)state;
+    for (int opening = 0; opening < 2; opening++) {
+        begin_script();
+        (opening ? script.open : script.look)[2] = ACT_HANGS;
+        struct link_probe_options options = options_for(3, 3, true);
+        struct link_probe *p = probed(&options);
+        const char *sentence = opening ? "device 2 could not be opened within" : "the driver did not start within";
+        expect_fault(p, 0, 2, LINK_LATE, sentence);
+        expect_fault(p, 2, 1, LINK_LATE, sentence);
+        expect_fault(p, 0, 1, LINK_GOOD, "");
+        link_probe_end(p);
+        expect_no_process();
+    }
+}
+
+// Where a driver lets no pair through, no device is opened, hence no memory taken.
+static void test_refused(void **state)
+{
+    (void)state;
+    for (int all = 0; all < 2; all++) {
+        begin_script();
+        for (int a = 0; a < 3; a++)
+            script.look[a] = ACT_REFUSED;
+        struct link_probe_options options = options_for(3, 3, all);
+        struct link_probe *p = probed(&options);
+        expect_verdict(p, "link 0 to 1");
+        expect_fault(p, 2, 1, LINK_REFUSED, "link 2 to 1");
+        assert_int_equal(atomic_load(&tally->opened[1]), 0);
+        link_probe_end(p);
+    }
+}
+
+static void test_time_is_up(void **state)
+{
+    (void)state;
+    begin_script();
+    for (int a = 0; a < 4; a++)
+        for (int b = 0; b < 4; b++)
+            script.pair[a][b] = ACT_HANGS;
+    struct link_probe_options options = options_for(4, 4, true);
+    options.seconds = options.step_s * 1.5;
+    struct link_probe *p = probed(&options);
+    expect_verdict(p, "did not end within");
+    expect_fault(p, 3, 2, LINK_LATE, "there was no time left for it after");
+    assert_true(link_probe_board(p)->seconds < 20 * PATIENCE);
+    link_probe_end(p);
+    expect_no_process();
+}
+
+static void test_ended_in_the_middle(void **state)
+{
+    (void)state;
+    begin_script();
+    script.pair[0][1] = ACT_HANGS;
+    struct link_probe_options options = options_for(2, 2, true);
+    options.step_s = 1000;
+    double begin_s = clock_now_s();
+    struct link_probe *p = probe(&options);
+    while (tries(0, 1) + tries(1, 0) < 2)
+        usleep(1000);
+    char why[LINK_SENTENCE_BYTES];
+    assert_false(link_probe_verdict(p, why));
+    assert_non_null(strstr(why, "did not end within"));
+    link_probe_end(p);
+    expect_no_process();
+    assert_true(clock_now_s() - begin_s < 60);
+    assert_int_equal(waitpid(-1, NULL, WNOHANG), -1);
+    assert_int_equal(errno, ECHILD);
+}
+
+static void test_refused_options(void **state)
+{
+    (void)state;
+    static const struct backend without = {.name = "without"};
+    struct link_probe *p = NULL;
+    struct error err;
+    struct link_probe_options options = options_for(2, 2, true);
+    options.num_ends = LINK_ENDS + 1;
+    assert_int_equal(link_probe_begin(&p, &options, &err), ERR_USAGE);
+    options = options_for(2, 2, true);
+    options.backend = &without;
+    assert_int_equal(link_probe_begin(&p, &options, &err), ERR_USAGE);
+    assert_non_null(strstr(err.msg, "the without backend"));
+    assert_null(p);
+    link_probe_end(NULL);
+}
+
+int main(void)
+{
+    tally = mmap(NULL, sizeof *tally, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (tally == MAP_FAILED)
+        return 1;
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_all_good),
+        cmocka_unit_test(test_groups_and_twins),
+        cmocka_unit_test(test_first_bad_link),
+        cmocka_unit_test(test_hangs),
+        cmocka_unit_test(test_ends_that_go),
+        cmocka_unit_test(test_late_starts),
+        cmocka_unit_test(test_refused),
+        cmocka_unit_test(test_time_is_up),
+        cmocka_unit_test(test_ended_in_the_middle),
+        cmocka_unit_test(test_refused_options),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
