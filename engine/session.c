@@ -468,73 +468,98 @@ static int plan_pages(struct session *s, const struct session_options *options, 
     return 0;
 }
 
-int session_open(struct session **out, const char *place, const struct session_options *options, int64_t max_sequences,
-                 int64_t logits_rows, struct error *err)
+// What is taken as it was given. The manifest, the launcher's place and the backend are known.
+static void take_options(struct session *s, const struct session_options *options)
 {
-    int rc;
-    int64_t context;
-    struct backend_choice choice;
-    struct session *s = calloc(1, sizeof *s);
-    if (!s || !(s->raw_place = strdup(place))) {
-        free(s);
-        return error_set(err, ERR_MEMORY, "no memory for a session");
-    }
-    s->start.open_ns = clock_now_ns();
-    if ((rc = store_open(&s->store, place, &options->store, err)))
-        goto fail;
-    s->dir = store_place(s->store);
-    if ((rc = store_manifest(&s->manifest, s->store, err)) || (rc = check_supported(s->manifest, s->dir, err)) ||
-        (rc = launcher_find(&s->where, &options->launcher, launcher_process_variable, NULL, err)) ||
-        (rc = session_check_world(s, err)) || (rc = choose_context(s->manifest, options, &context, err)) ||
-        (rc = kv_format_check(&s->manifest->model, kv_format_from_name(options->kv_cache), err)) ||
-        (rc = choose_wire(s->manifest, options->wire, &s->worker.wire, err)) ||
-        (rc = backends_select(&choice, options->backend, options->cuda_library, err)))
-        goto fail;
-    s->worker.feedback = feeds_back(s->manifest, s->worker.wire, options->wire_feedback);
-    s->worker.backend = choice.backend;
-    if ((rc = choose_transport(s, options->transport, err)) || (rc = choose_deal(s, options->sequence_parallel, err)) ||
-        (rc = choose_overlap(s, options->overlap, err)))
-        goto fail;
-    s->worker.kernels = choice.kernels;
-    s->backend_note = choice.note;
-    s->worker.place = s->raw_place;
-    s->worker.store = options->store;
-    s->worker.store.needs_one_version = strcmp(options->verify, "full") != 0;
-    s->worker.manifest = s->manifest;
+    struct worker_options *w = &s->worker;
     bool spread = s->where.world_size > 1;
     int64_t here = !spread ? (int64_t)s->manifest->num_ranks : s->where.local_size > 0 ? s->where.local_size : 1;
     s->token_file = options->token_file;
     s->join_timeout_ms = (int)(options->join_timeout_s * 1000);
-    s->worker.local_rank = s->where.local_rank;
-    s->worker.local_size = s->where.local_rank >= 0 ? s->where.local_size : 0;
-    s->worker.threads = options->threads > 0 ? (int)options->threads : default_threads(here);
-    s->worker.verify = verify_mode_of(options->verify);
-    load_path_from_name(options->load, &s->worker.load_path);
-    s->worker.load_threads = (int)options->load_threads;
-    s->worker.load_first = options->load_first;
-    s->worker.kv_format = kv_format_from_name(options->kv_cache);
-    s->worker.context = context;
-    s->worker.max_sequences = max_sequences;
-    s->worker.logits_rows = logits_rows;
-    s->worker.residual_rows = options->residual_rows;
-    plan_steps(s, options);
-    if ((rc = plan_pages(s, options, err)))
-        goto fail;
-    s->area = (struct step_area){.context = context,
-                                 .max_sequences = max_sequences,
-                                 .vocab_size = s->manifest->model.vocab_size,
-                                 .num_pages = s->wanted_pages};
+    s->timeout_ms = (int)(options->timeout_s * 1000);
     s->leave_signals = options->leave_signals;
     s->recomputes = options->recomputes;
     s->draft_tokens = options->draft_tokens;
-    s->ranks_are_threads = strcmp(options->ranks, "thread") == 0;
-    s->worker.ranks_are_threads = s->ranks_are_threads;
-    if (s->worker.backend != &backend_cpu && strcmp(options->pin, "core") == 0) {
-        rc = error_set(err, ERR_USAGE, "--pin core is for the CPU backend; here it is %s", s->worker.backend->name);
+    s->ranks_are_threads = w->ranks_are_threads = strcmp(options->ranks, "thread") == 0;
+    w->place = s->raw_place;
+    w->manifest = s->manifest;
+    w->store = options->store;
+    w->store.needs_one_version = strcmp(options->verify, "full") != 0;
+    w->local_rank = s->where.local_rank;
+    w->local_size = s->where.local_rank >= 0 ? s->where.local_size : 0;
+    w->threads = options->threads > 0 ? (int)options->threads : default_threads(here);
+    w->verify = verify_mode_of(options->verify);
+    load_path_from_name(options->load, &w->load_path);
+    w->load_threads = (int)options->load_threads;
+    w->load_first = options->load_first;
+    w->kv_format = kv_format_from_name(options->kv_cache);
+    w->residual_rows = options->residual_rows;
+    w->pin = w->backend == &backend_cpu ? numa_pin_from_name(options->pin) : PIN_NONE;
+}
+
+static int open_store(struct session *s, const char *place, const struct session_options *options, struct error *err)
+{
+    int rc;
+    if (!(s->raw_place = strdup(place)))
+        return error_set(err, ERR_MEMORY, "no memory for a session");
+    if ((rc = store_open(&s->store, place, &options->store, err)))
+        return rc;
+    s->dir = store_place(s->store);
+    if ((rc = store_manifest(&s->manifest, s->store, err)))
+        return rc;
+    return check_supported(s->manifest, s->dir, err);
+}
+
+static int choose_backend(struct session *s, const struct session_options *options, struct error *err)
+{
+    struct backend_choice choice;
+    int rc = backends_select(&choice, options->backend, options->cuda_library, err);
+    if (rc)
+        return rc;
+    s->worker.backend = choice.backend;
+    s->worker.kernels = choice.kernels;
+    s->backend_note = choice.note;
+    if (choice.backend != &backend_cpu && strcmp(options->pin, "core") == 0)
+        return error_set(err, ERR_USAGE, "--pin core is for the CPU backend; here it is %s", choice.backend->name);
+    return 0;
+}
+
+// How the ranks exchange.
+static int choose_exchanges(struct session *s, const struct session_options *options, struct error *err)
+{
+    int rc;
+    if ((rc = choose_wire(s->manifest, options->wire, &s->worker.wire, err)))
+        return rc;
+    s->worker.feedback = feeds_back(s->manifest, s->worker.wire, options->wire_feedback);
+    if ((rc = choose_transport(s, options->transport, err)) || (rc = choose_deal(s, options->sequence_parallel, err)))
+        return rc;
+    return choose_overlap(s, options->overlap, err);
+}
+
+int session_open(struct session **out, const char *place, const struct session_options *options, int64_t max_sequences,
+                 int64_t logits_rows, struct error *err)
+{
+    int rc;
+    struct session *s = calloc(1, sizeof *s);
+    if (!s)
+        return error_set(err, ERR_MEMORY, "no memory for a session");
+    s->start.open_ns = clock_now_ns();
+    if ((rc = open_store(s, place, options, err)) ||
+        (rc = launcher_find(&s->where, &options->launcher, launcher_process_variable, NULL, err)) ||
+        (rc = session_check_world(s, err)) || (rc = choose_context(s->manifest, options, &s->worker.context, err)) ||
+        (rc = kv_format_check(&s->manifest->model, kv_format_from_name(options->kv_cache), err)) ||
+        (rc = choose_backend(s, options, err)) || (rc = choose_exchanges(s, options, err)))
         goto fail;
-    }
-    s->worker.pin = s->worker.backend == &backend_cpu ? numa_pin_from_name(options->pin) : PIN_NONE;
-    s->timeout_ms = (int)(options->timeout_s * 1000);
+    take_options(s, options);
+    s->worker.max_sequences = max_sequences;
+    s->worker.logits_rows = logits_rows;
+    plan_steps(s, options);
+    if ((rc = plan_pages(s, options, err)))
+        goto fail;
+    s->area = (struct step_area){.context = s->worker.context,
+                                 .max_sequences = max_sequences,
+                                 .vocab_size = s->manifest->model.vocab_size,
+                                 .num_pages = s->wanted_pages};
     *out = s;
     return 0;
 fail:
