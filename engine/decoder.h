@@ -39,7 +39,7 @@ struct decoder {
     struct comm *comm;           // of its stage
     struct comm *world;          // of all stages
     enum wire wire;              // of prefill; see decoder_wire
-    enum transport transport;    // TRANSPORT_SHM: the host adds up; TRANSPORT_HOST: the devices do (device_exchange.h)
+    enum transport transport;    // over host, p2p and nccl the devices add up (device_exchange.h), else the host
     bool feedback;               // of the devices' sums, as lost is of the host's
     uint16_t *lost;              // of the wire's error feedback: bf16 [rows of a step][hidden]; NULL: there is none
     struct thread_pool *pool;    // for the exchange

@@ -68,7 +68,8 @@ int part_exchange(struct decoder *d, const struct exchange *exchange, struct err
 
 bool devices_exchange(const struct decoder *d)
 {
-    return d->transport == TRANSPORT_HOST && comm_size(d->comm) > 1 && !d->dealt;
+    bool of_devices = d->transport == TRANSPORT_HOST || d->transport == TRANSPORT_P2P || d->transport == TRANSPORT_NCCL;
+    return of_devices && comm_size(d->comm) > 1 && !d->dealt;
 }
 
 int part_sum_on_device(struct decoder *d, enum buffer buffer, int64_t cols, enum wire wire, enum comm_operation op,

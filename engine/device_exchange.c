@@ -237,8 +237,9 @@ int device_exchange_open(struct device_exchange **out, enum transport *transport
     *out = NULL;
     *transport = wish.transport;
     note[0] = 0;
+    bool in_memory = wish.transport == TRANSPORT_HOST || wish.transport == TRANSPORT_P2P;
     bool carried = wish.transport == TRANSPORT_NCCL; // by a library: no memory is shared
-    if (comm_size(comm) == 1 || (wish.transport != TRANSPORT_HOST && !carried))
+    if (comm_size(comm) == 1 || (!in_memory && !carried))
         return 0;
     struct device_exchange *x = calloc(1, sizeof *x);
     if (!x)
@@ -246,16 +247,24 @@ int device_exchange_open(struct device_exchange **out, enum transport *transport
     *x =
         (struct device_exchange){.comm = comm, .bytes = carried ? 0 : (size_t)backend->exchange_bytes(comm_size(comm))};
     int rc = open_over(x, backend, device, wish.transport, wish.feedback, err);
-    if (rc && !comm_region_aborted(comm->region) && wish.or_host) { // on all ranks alike
+    if (!rc) {
+        *out = x;
+        return 0;
+    }
+    device_exchange_close(x);
+    if (comm_region_aborted(comm->region) || !wish.or_host) // on all ranks alike
+        return rc;
+    if (wish.transport != TRANSPORT_P2P) {
         snprintf(note, DEVICE_EXCHANGE_NOTE_BYTES, "sums of ranks through the CPU: %.200s", err->msg);
-        device_exchange_close(x);
         *transport = TRANSPORT_SHM;
         return 0;
     }
-    if (rc)
-        device_exchange_close(x);
-    else
-        *out = x;
+    char why[DEVICE_EXCHANGE_NOTE_BYTES];
+    snprintf(why, sizeof why, "not over p2p: %.220s", err->msg);
+    wish.transport = TRANSPORT_HOST;
+    rc = device_exchange_open(out, transport, backend, device, comm, wish, note, err);
+    if (!rc && *transport == TRANSPORT_HOST)
+        memcpy(note, why, sizeof why);
     return rc;
 }
 

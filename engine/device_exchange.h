@@ -13,7 +13,8 @@
 
 struct exchange_wish {
     enum transport transport;
-    bool or_host;  // where the ranks cannot have it, the hosts add up, over TRANSPORT_SHM
+    bool
+        or_host; // where the ranks cannot have it: TRANSPORT_HOST instead of TRANSPORT_P2P, else the hosts add up, over TRANSPORT_SHM
     bool feedback; // the wire's losses are made up for
 };
 

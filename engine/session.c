@@ -203,10 +203,8 @@ static int choose_transport(struct session *s, const char *wanted, struct error 
     int ranks = (int)s->manifest->tp_size;
     bool automatic = strcmp(wanted, "auto") == 0;
     const char *elsewhere = "it is for ranks of several hosts; these are all on this one and share its memory (shm)";
-    const char *for_gpus =
-        backend == &backend_cpu
-            ? "it is for GPUs, and these ranks compute on the CPU"
-            : "this version's ranks on GPUs exchange through the host's memory (host, shm) or by NCCL (nccl)";
+    const char *for_gpus = backend == &backend_cpu ? "it is for GPUs, and these ranks compute on the CPU"
+                                                   : "the backend's devices do not exchange among themselves";
     bool spread = s->where.world_size > 1;
     const char *no_host = !backend->exchange_open               ? for_gpus
                           : spread                              ? "the ranks are processes that share no memory"
@@ -214,13 +212,14 @@ static int choose_transport(struct session *s, const char *wanted, struct error 
                           : ranks == 1 && automatic             ? "one rank has nobody to exchange with"
                                                                 : NULL;
     const char *no_nccl = !backend->exchange_open ? for_gpus : automatic ? "it is taken when it is asked for" : NULL;
+    const char *no_p2p = no_host ? no_host : automatic ? "it is taken when it is asked for" : NULL;
     const char *missing[TRANSPORT_COUNT] = {
         [TRANSPORT_SHM] =
             spread ? "the ranks are processes that share no memory, so they exchange over sockets (tcp)" : NULL,
         [TRANSPORT_TCP] = spread ? NULL : elsewhere,
         [TRANSPORT_MPI] = !spread ? elsewhere : why_not_mpi(s),
         [TRANSPORT_HOST] = no_host,
-        [TRANSPORT_P2P] = for_gpus,
+        [TRANSPORT_P2P] = no_p2p,
         [TRANSPORT_NCCL] = no_nccl,
     };
     s->worker.transport_is_auto = automatic;

@@ -149,7 +149,7 @@ struct exchange_failure {
     uint32_t expected, seen;
 };
 struct exchange_options {
-    enum transport transport; // TRANSPORT_HOST, TRANSPORT_NCCL
+    enum transport transport; // TRANSPORT_HOST, TRANSPORT_P2P, TRANSPORT_NCCL
     int rank, tp_size;
     int timeout_ms; // of each wait
     bool feedback;  // all_reduce will be asked for it

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Ranks on emulated devices that add up their sums themselves (--transport host): the same logits, byte for byte, and the same tokens as
+"""Ranks on emulated devices that add up their sums themselves (--transport host, p2p): the same logits, byte for byte, and the same tokens as
 over shm, where the CPUs do, with ranks as processes and as threads; which transport is taken, and what is said where it cannot be.
 """
 import json
@@ -14,6 +14,7 @@ from test_families import BUILD, GOLDEN, run  # noqa: E402
 
 LIBRARY = BUILD / "tests" / "libtpengine_cuda_emulated.so"
 DEVICE = ("--backend", "cuda", "--cuda-library", LIBRARY)
+TRANSPORTS = ("shm", "host", "p2p")
 failures = 0
 
 
@@ -37,14 +38,15 @@ def logits(shards, ids, out, *more, **environment):
 
 # olmo2 norms q and k over all heads: their sums of squares are exchanged too.
 def test_logits(tmp):
-    for family, tp, more in (("llama3", 2, ()), ("olmo2", 2, ("--ranks", "thread")), ("llama3", 4, ("--wire", "s8x"))):
+    for family, tp, devices, more in (("llama3", 2, 1, ()), ("olmo2", 2, 2, ("--ranks", "thread")), ("llama3", 4, 4, ("--wire", "s8x"))):
         ids = json.loads((GOLDEN / family / "golden.json").read_text())["token_ids"]
         shards = tmp / f"{family}-{tp}"
         run(BUILD / "tpshard", "--tp", tp, "--quant", "none", GOLDEN / family, shards, "--quiet")
-        by_host = logits(shards, ids, tmp / "host.npy", "--transport", "host", *more)
-        by_cpu = logits(shards, ids, tmp / "shm.npy", "--transport", "shm", *more)
-        check(f"{family} tp {tp} {' '.join(more)}: host and shm give the same bytes", by_host == by_cpu and by_cpu[:1] != "e",
-              by_host if isinstance(by_host, str) else by_cpu if isinstance(by_cpu, str) else "")
+        found = {t: logits(shards, ids, tmp / f"{t}.npy", "--transport", t, *more, EMULATED_DEVICES=str(devices))
+                 for t in TRANSPORTS}
+        ok = found["shm"][:1] != "e" and found["host"] == found["shm"] == found["p2p"]
+        check(f"{family} tp {tp} {' '.join(more)}: {', '.join(TRANSPORTS)} give the same bytes", ok,
+              [text for text in found.values() if isinstance(text, str)])
 
 
 # Steps of decoding are kept as graphs with the exchanges in them: the third and later tokens come from one.
@@ -53,24 +55,35 @@ def test_tokens(tmp):
     run(BUILD / "tpshard", "--tp", 2, "--quant", "int4", "tests/model", shards, "--quiet")
     words = ("generate", shards, "--prompt", "And the", "--max-tokens", 5, "--seed", 1, "--context", 64, *DEVICE)
     texts = {}
-    for transport in ("shm", "host"):
-        rc, texts[transport], told = engine(*words, "--transport", transport)
+    for transport in TRANSPORTS:
+        rc, texts[transport], told = engine(*words, "--transport", transport, EMULATED_DEVICES="2")
         check(f"generate over {transport}", rc == 0 and len(texts[transport]) > 0, told.strip()[-300:] if rc else "")
-        over = "sums of ranks over host" in told
+        over = "sums of ranks over " in told and f"sums of ranks over {transport}" in told
         check(f"{transport}: the devices {'add up' if transport != 'shm' else 'do not add up'}", over == (transport != "shm"), told[-300:])
-    check("the same text over host and shm", texts["host"] == texts["shm"], texts)
+    check("the same text over all of them", texts["host"] == texts["shm"] == texts["p2p"], texts)
 
 
 def test_refusals(tmp):
     shards = tmp / "llama3-2"
     rc, _, told = engine("logits", shards, "--token-ids", "1,2", "--output", tmp / "x.npy", "--backend", "cpu", "--transport", "host")
     check("host on CPUs is refused", rc == 2 and "--transport host: it is for GPUs" in told, (rc, told[-300:]))
+    rc, _, told = engine("logits", shards, "--token-ids", "1,2", "--output", tmp / "x.npy", "--backend", "cpu", "--transport", "p2p")
+    check("p2p on CPUs is refused", rc == 2 and "--transport p2p: it is for GPUs" in told, (rc, told[-300:]))
     words = ("generate", tmp / "model", "--prompt", "And", "--max-tokens", 1, "--context", 64, *DEVICE)
     rc, _, told = engine(*words, "--transport", "host", EMULATED_LOCKED="1000000")
-    check("no memory to pin", rc not in (0, -6) and "pinning" in told and "--transport shm" in told, (rc, told[-300:]))
+    check("no memory to pin for host", rc not in (0, -6) and "pinning" in told and "--transport shm" in told, (rc, told[-300:]))
+    rc, _, told = engine(*words, "--transport", "p2p", EMULATED_LOCKED="1000000")
+    check("p2p pins a page", rc == 0 and "sums of ranks over p2p" in told, (rc, told[-300:]))
+    for ranks in "process", "thread":
+        rc, _, told = engine(*words, "--transport", "p2p", "--ranks", ranks, EMULATED_DEVICES="2", EMULATED_PEERS="1>0:refuse")
+        check(f"p2p between ranks as {ranks}es without access to each other" if ranks == "process" else "p2p between ranks as threads likewise",
+              rc not in (0, -6) and "rank 1's device (0000:02:00.0) cannot write to the memory of rank 0's (0000:01:00.0)" in told
+              and "--transport host does without" in told, (rc, told[-300:]))
     rc, _, told = engine(*words, EMULATED_MEMORY="100000000")
     check("memory of sums over ranks is planned and named", rc == 8 and "device 0 (2 ranks) needs" in told and
           "sums over ranks by host 0.03" in told, (rc, told[-300:]))
+    rc, _, told = engine(*words, "--transport", "p2p", EMULATED_MEMORY="100000000")
+    check("likewise over p2p", rc == 8 and "sums over ranks by p2p 0.04" in told, (rc, told[-300:]))
     rc, _, told = engine(*words)
     check("auto takes host", rc == 0 and "sums of ranks over host" in told, (rc, told[-300:]))
     rc, _, told = engine(*words, EMULATED_LOCKED="1000000")

@@ -7,7 +7,7 @@
 // parts of c + 1 come before sums of c, so that copies and arithmetic of two chunks go on beside each other. The host's buffer of parts c is
 // written again as that of c + 2 when this rank has copied sums c in: then every rank has posted sums c, and had copied parts c in before. The
 // buffer of sums c is written again after parts c + 2 of all ranks, which they post when they have copied sums c in. All ranks queue the same
-// in the same order, and what a stream waits for was queued before: no circle.
+// in the same order, and what a stream waits for was queued before: no circle. Over p2p the copies out are all there are (exchange_p2p.c).
 #include "kernels/cuda/exchange_host.h"
 #include "kernels/cuda/shares.h"
 
@@ -34,11 +34,11 @@ uint64_t exchange_region_bytes(int tp_size)
     return tp_size > EXCHANGE_RANKS ? 0 : ABORT_BYTES + (uint64_t)tp_size * HOST_AREA_BYTES;
 }
 
-static uint8_t *parts_of(uint8_t *area, uint32_t chunk)
+static uint8_t *parts_of(uint8_t *area, uint64_t chunk)
 {
     return area + EXCHANGE_DIRECT_BYTES + chunk % 2 * EXCHANGE_PARTS_BYTES;
 }
-static uint8_t *sums_of(uint8_t *area, uint32_t chunk)
+static uint8_t *sums_of(uint8_t *area, uint64_t chunk)
 {
     return area + EXCHANGE_DIRECT_BYTES + 2 * EXCHANGE_PARTS_BYTES + chunk % 2 * EXCHANGE_SUMS_BYTES;
 }
@@ -53,17 +53,23 @@ static uint8_t *mapped_area(const struct exchange *x, int rank)
     return x->region + ABORT_BYTES + (uint64_t)rank * HOST_AREA_BYTES;
 }
 
-// The device memory of chunks: two of everything.
-enum { STAGING_BYTES = 2 * (2 * EXCHANGE_PARTS_BYTES + EXCHANGE_SUMS_BYTES + EXCHANGE_PARTS_BYTES) };
+// The device memory of chunks. Over p2p what comes in has its place elsewhere.
+enum {
+    OUT_BYTES = 2 * (EXCHANGE_PARTS_BYTES + EXCHANGE_SUMS_BYTES),
+    STAGING_BYTES = OUT_BYTES + 2 * 2 * EXCHANGE_PARTS_BYTES,
+};
 
 static void place_staging(struct exchange *x, uint8_t *memory)
 {
     for (int i = 0; i < 2; i++) {
         x->parts_out[i] = memory;
-        x->parts_in[i] = memory + EXCHANGE_PARTS_BYTES;
-        x->sums_in[i] = memory + 2 * EXCHANGE_PARTS_BYTES;
-        x->sums_out[i] = memory + 3 * EXCHANGE_PARTS_BYTES;
-        memory += 3 * EXCHANGE_PARTS_BYTES + EXCHANGE_SUMS_BYTES;
+        x->sums_out[i] = memory + EXCHANGE_PARTS_BYTES;
+        memory += EXCHANGE_PARTS_BYTES + EXCHANGE_SUMS_BYTES;
+    }
+    for (int i = 0; i < 2 && !x->p2p; i++) {
+        x->parts_in[i] = memory;
+        x->sums_in[i] = memory + EXCHANGE_PARTS_BYTES;
+        memory += 2 * EXCHANGE_PARTS_BYTES;
     }
 }
 
@@ -81,6 +87,8 @@ uint64_t exchange_memory_bytes(const struct device_shape *s, int tp_size)
     switch (s->exchange) {
     case TRANSPORT_HOST:
         return sizeof(struct exchange_state) + STAGING_BYTES + lost;
+    case TRANSPORT_P2P:
+        return sizeof(struct exchange_state) + OUT_BYTES + exchange_p2p_bytes(tp_size) + lost;
     case TRANSPORT_NCCL:
         return exchange_nccl_memory_bytes(s, tp_size) + lost;
     default:
@@ -92,14 +100,14 @@ uint64_t exchange_memory_bytes(const struct device_shape *s, int tp_size)
 
 static int map_region(struct device *d, struct exchange *x, struct error *err)
 {
-    cudaError_t status =
-        cudaHostRegister(x->options.region, x->options.region_bytes, cudaHostRegisterPortable | cudaHostRegisterMapped);
+    uint64_t bytes = x->options.transport == TRANSPORT_P2P ? ABORT_BYTES : x->options.region_bytes;
+    cudaError_t status = cudaHostRegister(x->options.region, bytes, cudaHostRegisterPortable | cudaHostRegisterMapped);
     if (status != cudaSuccess)
         return error_set(
             err, ERR_GPU,
             "device %d: pinning %.1f MiB of shared memory: %s; a limit of locked memory (ulimit -l) or a container "
             "may forbid it; --transport shm does without",
-            d->index, (double)x->options.region_bytes / 0x1p20, cudaGetErrorString(status));
+            d->index, (double)bytes / 0x1p20, cudaGetErrorString(status));
     x->registered = true;
     return CHECK(cudaHostGetDevicePointer((void **)&x->region, x->options.region, 0), "mapping shared memory");
 }
@@ -111,7 +119,7 @@ static int make_streams(struct device *d, struct exchange *x, struct error *err)
         (rc = CHECK(cudaStreamCreateWithFlags(&x->in, cudaStreamNonBlocking), "making a stream")))
         return rc;
     for (int i = 0; i < EXCHANGE_EVENTS; i++)
-        for (int k = 0; k < 2; k++)
+        for (int k = 0; k < EXCHANGE_DEPTH; k++)
             if ((rc = CHECK(cudaEventCreateWithFlags(&x->event[i][k], cudaEventDisableTiming), "making an event")))
                 return rc;
     return 0;
@@ -126,7 +134,7 @@ static int make_memory(struct device *d, struct exchange *x, struct error *err)
         state->token[lane] = state->waited[lane] = (uint32_t)EXCHANGE_FIRST_TOKEN;
     if ((rc = CHECK(cudaMalloc((void **)&x->ranks.state, sizeof *state), what)) ||
         (rc = CHECK(cudaMemcpy(x->ranks.state, state, sizeof *state, cudaMemcpyHostToDevice), what)) ||
-        (rc = CHECK(cudaMalloc((void **)&x->staging, STAGING_BYTES), what)) ||
+        (rc = CHECK(cudaMalloc((void **)&x->staging, x->p2p ? OUT_BYTES : STAGING_BYTES), what)) ||
         (rc = CHECK(cudaMallocHost((void **)&x->record, sizeof *x->record), what)) ||
         (rc = CHECK(cudaHostGetDevicePointer((void **)&x->ranks.record, x->record, 0), what)))
         return rc;
@@ -155,27 +163,18 @@ static void begin_tokens(uint8_t *area)
     }
 }
 
-// What the ranks tell each other: who shares a device.
-struct card {
-    uint64_t host;
-    char host_name[64];
-    char bus[32];
-    struct error problem; // of what it did alone
-};
-
-// Blocks of one rank, so that those of all ranks of a device run at the same time.
-static int share_devices(struct device *d, struct exchange *x, const struct error *problem, struct error *err)
+// The ranks tell each other who they are, and whether something went wrong on any. Then each knows how many blocks it may have, so that those of all
+// ranks of a device run at the same time.
+static int share_devices(struct device *d, struct exchange *x, struct exchange_card *mine, struct exchange_card *all,
+                         struct error *err)
 {
-    struct card mine, all[EXCHANGE_RANKS];
     int most = 1, rc;
-    memset(&mine, 0, sizeof mine);
-    mine.host = host_identity();
-    gethostname(mine.host_name, sizeof mine.host_name - 1);
-    mine.problem = *problem;
-    if (!mine.problem.code)
-        device_status(d, cudaDeviceGetPCIBusId(mine.bus, sizeof mine.bus, d->index), "asking where it is",
-                      &mine.problem);
-    if ((rc = x->options.all_gather(x->options.arg, all, &mine, sizeof mine, err)))
+    mine->host = host_identity();
+    gethostname(mine->host_name, sizeof mine->host_name - 1);
+    if (!mine->problem.code)
+        device_status(d, cudaDeviceGetPCIBusId(mine->bus, sizeof mine->bus, d->index), "asking where it is",
+                      &mine->problem);
+    if ((rc = x->options.all_gather(x->options.arg, all, mine, sizeof *mine, err)))
         return rc;
     for (int r = 0; r < x->options.tp_size; r++)
         if (all[r].problem.code) {
@@ -185,12 +184,12 @@ static int share_devices(struct device *d, struct exchange *x, const struct erro
     for (int r = 0; r < x->options.tp_size; r++) {
         int sharing = 0;
         for (int other = 0; other < x->options.tp_size; other++)
-            sharing += memcmp(all[r].bus, all[other].bus, sizeof mine.bus) == 0;
+            sharing += memcmp(all[r].bus, all[other].bus, sizeof mine->bus) == 0;
         most = sharing > most ? sharing : most;
-        if (all[r].host != mine.host)
+        if (all[r].host != mine->host)
             return error_set(err, ERR_USAGE,
                              "ranks %d and %d are on %s and %s: --transport %s is for the ranks of one machine", r,
-                             x->options.rank, all[r].host_name, mine.host_name, transport_name(x->options.transport));
+                             x->options.rank, all[r].host_name, mine->host_name, transport_name(x->options.transport));
     }
     x->blocks = larger_of(EXCHANGE_BLOCKS / most, 1);
     return 0;
@@ -209,21 +208,26 @@ static void fill_host_ranks(struct exchange *x)
 }
 
 // What a rank does alone.
-static int open_alone(struct device *d, struct exchange *x, struct error *err)
+static int open_alone(struct device *d, struct exchange *x, struct exchange_card *card, struct error *err)
 {
     int rc;
-    if ((rc = map_region(d, x, err)) || (rc = make_streams(d, x, err)) || (rc = make_memory(d, x, err)))
+    x->depth = 2;
+    if ((rc = map_region(d, x, err)) ||
+        (x->options.transport == TRANSPORT_P2P && (rc = exchange_p2p_make(d, x, card, err))) ||
+        (rc = make_streams(d, x, err)) || (rc = make_memory(d, x, err)))
         return rc;
     x->ranks.abort = (uint32_t *)(void *)x->region;
-    fill_host_ranks(x);
+    if (!x->p2p)
+        fill_host_ranks(x);
     return device_wait(d, "preparing exchanges", err);
 }
 
 int exchange_open(struct device *d, const struct exchange_options *options, struct error *err)
 {
     struct exchange *x;
-    struct error problem = {.code = 0};
+    struct exchange_card mine, all[EXCHANGE_RANKS];
     int rc;
+    memset(&mine, 0, sizeof mine);
     if (!(x = d->exchange = calloc(1, sizeof *x)))
         return error_set(err, ERR_MEMORY, "no memory for exchanges");
     x->options = *options;
@@ -235,9 +239,9 @@ int exchange_open(struct device *d, const struct exchange_options *options, stru
             exchange_close(d);
         return rc;
     }
-    open_alone(d, x, &problem);
+    open_alone(d, x, &mine, &mine.problem);
     // Nobody posts before everybody's tokens are there.
-    if ((rc = share_devices(d, x, &problem, err)))
+    if ((rc = share_devices(d, x, &mine, all, err)) || (x->p2p && (rc = exchange_p2p_join(d, x, all, err))))
         exchange_close(d);
     return rc;
 }
@@ -308,10 +312,13 @@ void exchange_close(struct device *d)
     if (!x)
         return;
     nccl_close(x->nccl); // which waits itself
-    while (x->options.region && d->stream && cudaStreamQuery(d->stream) == cudaErrorNotReady)
-        look(x);
+    const cudaStream_t streams[] = {d->stream, x->out, x->in};
+    for (int i = 0; i < 3; i++)
+        while (x->options.region && streams[i] && cudaStreamQuery(streams[i]) == cudaErrorNotReady)
+            look(x);
+    exchange_p2p_close(x);
     for (int i = 0; i < EXCHANGE_EVENTS; i++)
-        for (int k = 0; k < 2; k++)
+        for (int k = 0; k < EXCHANGE_DEPTH; k++)
             if (x->event[i][k])
                 cudaEventDestroy(x->event[i][k]);
     if (x->out)
@@ -343,7 +350,7 @@ struct chunk_run {
 
 #define STEP(call)                                                                                                     \
     do {                                                                                                               \
-        int step_rc = device_status(d, (call), "exchanging a chunk", run->err);                                        \
+        int step_rc = device_status(run->d, (call), "exchanging a chunk", run->err);                                   \
         if (step_rc)                                                                                                   \
             return step_rc;                                                                                            \
     } while (0)
@@ -369,9 +376,34 @@ static struct chunk chunk_at(const struct chunk_run *run, uint32_t index)
     return (struct chunk){piece, (uint64_t)share_bytes(piece.rows, piece.cols, piece.tp_size, piece.wire)};
 }
 
+// Before it is recorded for a chunk, it is that of an earlier one: depth chunks ago, or two where it is of what goes out.
 static cudaEvent_t event_of(const struct chunk_run *run, enum chunk_event which, uint32_t index)
 {
-    return run->x->event[which][(run->x->chunks + index) % 2];
+    bool is_in = which == PARTS_IN || which == SUMS_IN || which == DECODED;
+    return run->x->event[which][(run->x->chunks + index) % (is_in ? (uint64_t)run->x->depth : 2)];
+}
+
+static uint8_t *in_of(const struct exchange *x, uint8_t *const *in, uint64_t number)
+{
+    return in[number % (uint64_t)x->depth];
+}
+
+// The parts of all owners but this rank.
+static int send_parts(const struct chunk_run *run, const struct chunk *c, const uint8_t *stage, uint64_t number)
+{
+    struct exchange *x = run->x;
+    uint64_t own = (uint64_t)c->piece.rank * c->share, behind = own + c->share;
+    uint64_t end = (uint64_t)c->piece.tp_size * c->share;
+    if (x->p2p) {
+        STEP(exchange_p2p_send_parts(x, stage, c->share, number));
+        return 0;
+    }
+    uint8_t *mine = parts_of(host_area(x, c->piece.rank), number);
+    if (own > 0)
+        STEP(cudaMemcpyAsync(mine, stage, own, cudaMemcpyDeviceToHost, x->out));
+    if (behind < end)
+        STEP(cudaMemcpyAsync(mine + behind, stage + behind, end - behind, cudaMemcpyDeviceToHost, x->out));
+    return 0;
 }
 
 static int chunk_parts(const struct chunk_run *run, uint32_t index)
@@ -379,25 +411,23 @@ static int chunk_parts(const struct chunk_run *run, uint32_t index)
     struct device *d = run->d;
     struct exchange *x = run->x;
     struct chunk c = chunk_at(run, index);
-    uint32_t number = x->chunks + index;
-    uint8_t *stage = x->parts_out[number % 2], *in = x->parts_in[number % 2];
-    uint8_t *mine = parts_of(host_area(x, c.piece.rank), number);
-    uint64_t own = (uint64_t)c.piece.rank * c.share, behind = own + c.share, end = (uint64_t)c.piece.tp_size * c.share;
+    uint64_t number = x->chunks + index, own = (uint64_t)c.piece.rank * c.share;
+    uint8_t *stage = x->parts_out[number % 2], *in = in_of(x, x->parts_in, number);
+    int rc;
     STEP(cudaStreamWaitEvent(d->stream, event_of(run, PARTS_SENT, index), 0));
     STEP(launch_share_encode(stage, &c.piece, NULL, 0, d->stream));
     STEP(cudaEventRecord(event_of(run, PARTS_READY, index), d->stream));
     STEP(cudaStreamWaitEvent(x->out, event_of(run, PARTS_READY, index), 0));
     STEP(cudaStreamWaitEvent(x->out, event_of(run, SUMS_IN, index), 0));
-    if (own > 0)
-        STEP(cudaMemcpyAsync(mine, stage, own, cudaMemcpyDeviceToHost, x->out));
-    if (behind < end)
-        STEP(cudaMemcpyAsync(mine + behind, stage + behind, end - behind, cudaMemcpyDeviceToHost, x->out));
+    if ((rc = send_parts(run, &c, stage, number)))
+        return rc;
     STEP(launch_exchange_post(&x->ranks, EXCHANGE_LANE_PARTS, x->out));
     STEP(cudaEventRecord(event_of(run, PARTS_SENT, index), x->out));
     STEP(cudaStreamWaitEvent(x->in, event_of(run, PARTS_SENT, index), 0));
-    STEP(cudaStreamWaitEvent(x->in, event_of(run, SUMS_READY, index), 0));
+    if (!x->p2p)
+        STEP(cudaStreamWaitEvent(x->in, event_of(run, SUMS_READY, index), 0));
     STEP(launch_exchange_wait(&x->ranks, EXCHANGE_LANE_PARTS, run->message.place, x->in));
-    for (int r = 0; r < c.piece.tp_size; r++)
+    for (int r = 0; r < c.piece.tp_size && !x->p2p; r++)
         if (r != c.piece.rank)
             STEP(cudaMemcpyAsync(in + (uint64_t)r * c.share, parts_of(host_area(x, r), number) + own, c.share,
                                  cudaMemcpyHostToDevice, x->in));
@@ -410,20 +440,25 @@ static int chunk_sums(const struct chunk_run *run, uint32_t index)
     struct device *d = run->d;
     struct exchange *x = run->x;
     struct chunk c = chunk_at(run, index);
-    uint32_t number = x->chunks + index;
-    uint8_t *stage = x->sums_out[number % 2], *in = x->sums_in[number % 2];
+    uint64_t number = x->chunks + index;
+    uint8_t *stage = x->sums_out[number % 2], *in = in_of(x, x->sums_in, number);
     STEP(cudaStreamWaitEvent(d->stream, event_of(run, PARTS_IN, index), 0));
     STEP(cudaStreamWaitEvent(d->stream, event_of(run, SUMS_SENT, index), 0));
-    STEP(launch_share_add_up(stage, x->parts_in[number % 2], &c.piece, d->stream));
+    STEP(launch_share_add_up(stage, in_of(x, x->parts_in, number), &c.piece, d->stream));
     STEP(cudaEventRecord(event_of(run, SUMS_READY, index), d->stream));
     STEP(cudaStreamWaitEvent(x->out, event_of(run, SUMS_READY, index), 0));
-    STEP(cudaMemcpyAsync(sums_of(host_area(x, c.piece.rank), number), stage, c.share, cudaMemcpyDeviceToHost, x->out));
+    if (x->p2p)
+        STEP(exchange_p2p_send_sums(x, stage, c.share, number));
+    else
+        STEP(cudaMemcpyAsync(sums_of(host_area(x, c.piece.rank), number), stage, c.share, cudaMemcpyDeviceToHost,
+                             x->out));
     STEP(launch_exchange_post(&x->ranks, EXCHANGE_LANE_SUMS, x->out));
     STEP(cudaEventRecord(event_of(run, SUMS_SENT, index), x->out));
     STEP(cudaStreamWaitEvent(x->in, event_of(run, SUMS_SENT, index), 0));
-    STEP(cudaStreamWaitEvent(x->in, event_of(run, DECODED, index), 0));
+    if (!x->p2p)
+        STEP(cudaStreamWaitEvent(x->in, event_of(run, DECODED, index), 0));
     STEP(launch_exchange_wait(&x->ranks, EXCHANGE_LANE_SUMS, run->message.place, x->in));
-    for (int r = 0; r < c.piece.tp_size; r++)
+    for (int r = 0; r < c.piece.tp_size && !x->p2p; r++)
         if (r != c.piece.rank)
             STEP(cudaMemcpyAsync(in + (uint64_t)r * c.share, sums_of(host_area(x, r), number), c.share,
                                  cudaMemcpyHostToDevice, x->in));
@@ -436,7 +471,7 @@ static int chunk_decode(const struct chunk_run *run, uint32_t index)
     struct device *d = run->d;
     struct chunk c = chunk_at(run, index);
     STEP(cudaStreamWaitEvent(d->stream, event_of(run, SUMS_IN, index), 0));
-    STEP(launch_share_decode(run->x->sums_in[(run->x->chunks + index) % 2], &c.piece, d->stream));
+    STEP(launch_share_decode(in_of(run->x, run->x->sums_in, run->x->chunks + index), &c.piece, d->stream));
     STEP(cudaEventRecord(event_of(run, DECODED, index), d->stream));
     return 0;
 }
@@ -494,9 +529,7 @@ int exchange_all_reduce(struct device *d, enum buffer buffer, const struct excha
     m.lost = feedback ? x->lost : NULL;
     if (x->nccl)
         return exchange_nccl_all_reduce(x, &m, operation, layer, err);
-    uint32_t rows = choice->algorithm == ALGORITHM_CHUNKS && x->options.transport == TRANSPORT_HOST
-                        ? chunk_rows(x, &m, choice->chunk_bytes)
-                        : 0;
+    uint32_t rows = choice->algorithm == ALGORITHM_CHUNKS ? chunk_rows(x, &m, choice->chunk_bytes) : 0;
     if (rows > 0) {
         struct chunk_run run = {.d = d, .x = x, .message = m, .rows = rows, .err = err};
         return run_chunks(&run);

@@ -6,7 +6,23 @@
 #include "kernels/cuda/exchange.h"
 #include "kernels/cuda/nccl.h"
 
-enum { EXCHANGE_EVENTS = 7 };
+enum { EXCHANGE_EVENTS = 7, EXCHANGE_P2P_DEPTH = 3, EXCHANGE_DEPTH = EXCHANGE_P2P_DEPTH };
+
+struct exchange_p2p;
+
+// What the ranks tell each other before anybody reaches for another one's memory.
+struct exchange_card {
+    uint64_t host;
+    char host_name[64];
+    char bus[32];         // of the device: who shares one
+    struct error problem; // of what the rank did alone
+    // p2p
+    uint64_t process; // the same for ranks of one process
+    int device;
+    uint8_t *inbox;
+    cudaError_t handle_status;
+    cudaIpcMemHandle_t handle;
+};
 
 struct exchange {
     struct exchange_options options;
@@ -18,15 +34,17 @@ struct exchange {
     struct exchange_record *record;  // as the host sees it
     uint16_t *lost;                  // [max_rows][hidden]; NULL: no feedback
     struct nccl *nccl;               // over it: none of what follows
+    struct exchange_p2p *p2p;        // NULL: over host
     struct exchange_message waiting; // a sum that the norm behind it may take along
     bool waits;
     int64_t looked_ns; // at whether the ranks are to end
 
     // Chunks.
     cudaStream_t out, in;
-    cudaEvent_t event[EXCHANGE_EVENTS][2];
-    uint8_t *staging, *parts_out[2], *parts_in[2], *sums_in[2], *sums_out[2];
-    uint32_t chunks; // so far
+    int depth; // how many there are of what comes in
+    cudaEvent_t event[EXCHANGE_EVENTS][EXCHANGE_DEPTH];
+    uint8_t *staging, *parts_out[2], *sums_out[2], *parts_in[EXCHANGE_DEPTH], *sums_in[EXCHANGE_DEPTH];
+    uint64_t chunks; // so far
 };
 
 uint64_t exchange_region_bytes(int tp_size);
@@ -44,6 +62,18 @@ int exchange_with_norm(struct device *d, const struct exchange_norm *norm, struc
 int exchange_begin_step(struct device *d, struct error *err);
 // Takes memory for what the wire loses, where it is made up for.
 int exchange_make_lost(struct device *d, struct exchange *x, struct error *err);
+
+// ---- exchange_p2p.c: the memory that other devices write to
+uint64_t exchange_p2p_bytes(int tp_size); // of one rank's
+// Alone: the rank's own, and what the others need to know of it. Then together, with the cards of all ranks: the others', and x->ranks; it fails on all
+// or none.
+int exchange_p2p_make(struct device *d, struct exchange *x, struct exchange_card *card, struct error *err);
+int exchange_p2p_join(struct device *d, struct exchange *x, const struct exchange_card *cards, struct error *err);
+// Queues the copies of a chunk's parts, [tp_size][share], or of this rank's sums, to all others.
+cudaError_t exchange_p2p_send_parts(const struct exchange *x, const uint8_t *stage, uint64_t share, uint64_t chunk);
+cudaError_t exchange_p2p_send_sums(const struct exchange *x, const uint8_t *stage, uint64_t share, uint64_t chunk);
+// This rank's streams have come to their ends.
+void exchange_p2p_close(struct exchange *x);
 
 // ---- exchange_nccl.c: the same over NCCL
 uint64_t exchange_nccl_memory_bytes(const struct device_shape *shape, int tp_size);
