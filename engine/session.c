@@ -332,6 +332,8 @@ int session_launch(struct session *s, struct error *err)
     if (rc)
         return rc;
     const struct launch_options launch = session_launch_options(s, spread ? links : NULL);
+    if (s->ranks_are_threads && s->manifest->num_ranks > 1 && s->worker.backend->before_threads)
+        s->worker.backend->before_threads();
     if ((rc = launch_start(&s->launch, &launch, worker_main, &s->worker, err)))
         return rc;
     session_place(s);

@@ -176,7 +176,7 @@ struct load_target {
 };
 
 enum {
-    BACKEND_ABI = 7,
+    BACKEND_ABI = 8,
     DEVICE_TEXT_BYTES = 512,
     LOAD_LANES = 16,             // threads that copy to a device at a time
     LOAD_BUFFER_BYTES = 8 << 20, // of one lane, at most
@@ -202,6 +202,8 @@ struct backend {
     int (*devices)(int *count, struct error *err);
     int (*link_probe)(struct link_board *board, int end, struct error *err);
 
+    // Before several ranks are started as threads of this process, which may share a device; called by who starts them. NULL: nothing to be done.
+    void (*before_threads)(void);
     int (*open)(struct device **out, const struct device_options *options, struct error *err);
     void (*close)(struct device *device); // accepts NULL
     // One line about the device and how matrices will be multiplied on it; the second part is known after prepare.

@@ -14,6 +14,15 @@ int device_status(const struct device *d, cudaError_t status, const char *what, 
                      d->index, what, cudaGetErrorString(status), cudaGetErrorName(status));
 }
 
+// Ranks of one process that share a device have one context, whose kernels wait for each other. Code that is loaded when it is first run waits for all
+// kernels of its context: for one that waits for it. And a copy must not stand in a queue behind one that waits for it. Read by the driver when
+// it is first called, which is later.
+static void cuda_before_threads(void)
+{
+    setenv("CUDA_MODULE_LOADING", "EAGER", 1);
+    setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1);
+}
+
 int device_count(int *count, struct error *err)
 {
     cudaError_t status = cudaGetDeviceCount(count);
@@ -112,6 +121,7 @@ static const struct backend table = {
     .host_bytes = device_host_bytes,
     .devices = device_count,
     .link_probe = link_probe,
+    .before_threads = cuda_before_threads,
     .open = cuda_open,
     .close = cuda_close,
     .describe = cuda_describe,

@@ -7,6 +7,7 @@
 #include "tests/emulator/fiber.h"
 
 #include <algorithm>
+#include <atomic>
 #include <map>
 #include <mutex>
 #include <sched.h>
@@ -431,6 +432,8 @@ void fail(const char *format, ...)
     abort();
 }
 
+static std::atomic<int> launching_threads; // of the host, so far
+
 cudaError_t launch(const char *name, dim3 grid, dim3 size, size_t shared_bytes, cudaStream_t stream,
                    std::function<void()> body, bool together)
 {
@@ -440,13 +443,31 @@ cudaError_t launch(const char *name, dim3 grid, dim3 size, size_t shared_bytes, 
         return cudaErrorInvalidConfiguration;
     if (shared_bytes > MOST_SHARED)
         return cudaErrorInvalidValue;
+    static thread_local bool launches;
+    launching_threads += !launches;
+    launches = true;
     return enqueue(stream, [=] { run_grid(name, grid, size, shared_bytes, body, together); });
 }
 
 int lane(void) { return running->current % WARP; }
 
+// A driver loads code when it is first run, unless it is told otherwise, and may wait before that for all kernels of the process on the device: for
+// ever, if one of them waits for the one that is not there yet. Which threads of the host launch anything is all that is known here.
+static void check_loading(void)
+{
+    static std::atomic<bool> eager;
+    if (launching_threads < 2 || eager)
+        return;
+    const char *how = getenv("CUDA_MODULE_LOADING");
+    if (!how || strcmp(how, "EAGER") != 0)
+        fail("a kernel waits for those of another thread of this process, whose code may be loaded late: set "
+             "CUDA_MODULE_LOADING=EAGER");
+    eager = true;
+}
+
 void give_way(void)
 {
+    check_loading();
     running->ready.push_back(running->current);
     sched_yield(); // what it waits for may be another thread's of this process, or of another process
     yield();

@@ -23,6 +23,8 @@
 //   refuse   there is no access, as cudaDeviceCanAccessPeer says
 // Copies between devices without access go over the host, where nothing is wrong.
 //
+// A kernel may wait for those of another thread of the process only with CUDA_MODULE_LOADING=EAGER.
+//
 // One test is built by `make build/tests/test_<area>`.
 #ifndef TPSHARD_TESTS_EMULATOR_EMULATOR_H
 #define TPSHARD_TESTS_EMULATOR_EMULATOR_H
