@@ -46,21 +46,25 @@ static bool calls_agree(const struct call *a, const struct call *b)
            (!reduce || (a->op == b->op && a->layer == b->layer));
 }
 
+int comm_check_call(struct comm *comm, const struct call *mine, int rank, const struct call *theirs, struct error *err)
+{
+    if (calls_agree(mine, theirs))
+        return 0;
+    char own[192], other[192];
+    struct error found;
+    describe_difference(own, mine);
+    describe_difference(other, theirs);
+    error_set(&found, ERR_RANK, "the ranks do not take the same step: rank %d is at %s; rank %d is at %s",
+              comm->first + comm->rank, own, comm->first + rank, other);
+    return comm_raise(comm, err, &found);
+}
+
 static int check_calls(struct comm *comm, const struct call *call, struct error *err)
 {
-    for (int rank = 0; rank < comm->size; rank++) {
-        const struct call *other = &comm_slot(comm, rank)->calls[comm->group][comm->token % 2];
-        if (calls_agree(call, other))
-            continue;
-        char mine[192], theirs[192];
-        struct error found;
-        describe_difference(mine, call);
-        describe_difference(theirs, other);
-        error_set(&found, ERR_RANK, "the ranks do not take the same step: rank %d is at %s; rank %d is at %s",
-                  comm->first + comm->rank, mine, comm->first + rank, theirs);
-        return comm_raise(comm, err, &found);
-    }
-    return 0;
+    int rc = 0;
+    for (int rank = 0; rank < comm->size && !rc; rank++)
+        rc = comm_check_call(comm, call, rank, &comm_slot(comm, rank)->calls[comm->group][comm->token % 2], err);
+    return rc;
 }
 
 // Posts what this rank wrote to its buffer of phase token + 1. Afterwards comm->token is that phase.
@@ -259,9 +263,33 @@ int comm_all_reduce(struct comm *comm, float *data, int64_t rows, int64_t cols, 
         set_buffers(&piece, comm);
         run_on_piece(&piece, reduce_decode, pool, amount);
     }
-    // The parts of the others go to their owners, and the own result to each of them: 2 (n - 1) / n of the message.
-    comm->sent_bytes += groups * wire_group_bytes(wire) * 2 * (uint64_t)(comm->size - 1) / (uint64_t)comm->size;
+    comm->sent_bytes += reduce_sent_bytes(groups, wire, comm->size);
     return 0;
+}
+
+// ---- sums in memory that all ranks read ------------------------------------------------------------------------
+
+int comm_post_part(struct comm *comm, int64_t rows, int64_t cols, enum wire wire, uint32_t *part, struct error *err)
+{
+    int rc = comm_check_abort(comm, err);
+    if (rc)
+        return rc;
+    *part = ++comm->parts;
+    comm->slot->part_calls[*part % PARTS_UNDER_WAY] =
+        comm_call(comm, ALL_REDUCE, (int)wire, (uint64_t)rows * (uint64_t)cols);
+    atomic_store(&comm->slot->parts, *part);
+    comm->transport->post(comm, &(struct comm_move){.pattern = MOVE_NOTHING});
+    comm->sent_bytes += reduce_sent_bytes((uint64_t)rows * wire_groups((uint64_t)cols), wire, comm->size);
+    return 0;
+}
+
+int comm_wait_parts(struct comm *comm, uint32_t part, struct error *err)
+{
+    const struct call *mine = &comm->slot->part_calls[part % PARTS_UNDER_WAY];
+    int rc = comm_wait_for_parts(comm, mine, part, err);
+    for (int rank = 0; rank < comm->size && !rc; rank++)
+        rc = comm_check_call(comm, mine, rank, &comm_slot(comm, rank)->part_calls[part % PARTS_UNDER_WAY], err);
+    return rc;
 }
 
 uint64_t comm_sent_bytes(const struct comm *comm) { return comm->sent_bytes; }

@@ -86,6 +86,12 @@ int comm_barrier(struct comm *comm, struct error *err);
 // the earlier ones lost on the wire, which this one makes up for; it becomes what is lost now. On all ranks or on none.
 int comm_all_reduce(struct comm *comm, float *data, int64_t rows, int64_t cols, int64_t stride, enum wire wire,
                     uint16_t *lost, struct thread_pool *pool, struct error *err);
+// A sum whose parts lie where all ranks can read them, over shared memory alone: post_part says that this rank's part, [rows][cols], is complete; when
+// wait_parts returns, so are the others' of that number, and each rank adds up what it wants (wire_sum_group). A rank may post a second part before it
+// waits for the first, not a third. So a part that another rank has posted two numbers later proves that it has done with the earlier ones' memory, as far
+// as it reads them before it posts. Bits, order and checks are those of all_reduce; other collectives may stand between post and wait.
+int comm_post_part(struct comm *comm, int64_t rows, int64_t cols, enum wire wire, uint32_t *part, struct error *err);
+int comm_wait_parts(struct comm *comm, uint32_t part, struct error *err);
 // Bytes that this rank has sent in all_reduces so far, as over links of its own.
 uint64_t comm_sent_bytes(const struct comm *comm);
 // Bytes that the transport has sent to others for this group's collectives so far, without what frames them; 0 over shared memory.

@@ -19,6 +19,8 @@
 enum {
     CACHE_LINE = 64,
     FIRST_TOKEN = -16, // the wrap to 0 belongs to every run
+    // A rank may have posted two parts for which it has not waited; another one, which has seen both, may have posted two more.
+    PARTS_UNDER_WAY = 4,
     ABORT_NONE = 0,
     ABORT_RAISED = 1, // the error is being written
     ABORT_TOLD = 2,   // and can be read
@@ -65,7 +67,9 @@ struct comm_move {
 
 struct rank_slot {
     _Alignas(CACHE_LINE) _Atomic uint32_t posted[GROUP_COUNT];
-    struct call calls[GROUP_COUNT][2]; // of phase t in t % 2; published by posted
+    struct call calls[GROUP_COUNT][2];           // of phase t in t % 2; published by posted
+    _Alignas(CACHE_LINE) _Atomic uint32_t parts; // complete ones of sums in common memory, counted from FIRST_TOKEN
+    struct call part_calls[PARTS_UNDER_WAY];     // of part t in t % PARTS_UNDER_WAY; published by parts
     _Alignas(CACHE_LINE) _Atomic uint32_t bell;
     _Atomic int32_t waits_for; // rank of the world, or -1
     _Atomic uint32_t messages; // sent and received
@@ -100,6 +104,7 @@ struct comm {
     int timeout_ms;
     int first_layer;      // of comm_at's
     uint32_t token;       // last phase posted
+    uint32_t parts;       // last part of a sum in common memory that was posted
     uint64_t sent_bytes;  // of all_reduces
     uint64_t moved_bytes; // that the transport has sent for phases, beside heads of its own
     struct spinner spinner;
@@ -122,12 +127,14 @@ struct comm_transport {
     void (*close)(struct comm *comm); // frees the link. NULL: nothing to do
 };
 
-// A wait for a rank's post of phase comm->token (counter NULL), or until a counter of a channel has reached a value.
+// A wait for a rank's post of phase comm->token (counter NULL) or of a part of a sum, or until a counter of a channel has reached a value.
 struct comm_wait {
     const struct call *call;
     const _Atomic uint64_t *counter;
     uint64_t reach;
-    bool idle; // without a deadline
+    bool idle;     // without a deadline
+    bool for_part; // number `part`
+    uint32_t part;
 };
 
 // Groups of an all_reduce at once.
@@ -147,11 +154,14 @@ int comm_check_abort(struct comm *comm, struct error *err);
 int comm_raise(struct comm *comm, struct error *err, const struct error *found);
 // Waits for all ranks of the group to post, or for one rank of the group, with a deadline. See comm.h.
 int comm_wait_for_all(struct comm *comm, const struct call *call, struct error *err);
+int comm_wait_for_parts(struct comm *comm, const struct call *call, uint32_t part, struct error *err);
 int comm_wait_for(struct comm *comm, const struct comm_wait *wait, int rank, struct error *err);
 // One phase: posts what this rank wrote to its buffer of phase comm->token + 1 and waits for the others, whose calls must agree with this
 // one. Afterwards comm->token is that phase.
 int comm_phase(struct comm *comm, enum collective collective, int detail, uint64_t amount, const struct comm_move *move,
                struct error *err);
+// Ends the run where what another rank of the group calls is not what this one does.
+int comm_check_call(struct comm *comm, const struct call *mine, int rank, const struct call *theirs, struct error *err);
 // Whether its amount are values in a wire format, which is its detail.
 bool comm_sums_values(enum collective collective);
 // What the rank is at, for a call.

@@ -34,6 +34,12 @@ void reduce_encode(const struct reduce_piece *piece, uint64_t begin, uint64_t en
 void reduce_add_up(const struct reduce_piece *piece, uint64_t begin, uint64_t end);
 void reduce_decode(const struct reduce_piece *piece, uint64_t begin, uint64_t end);
 
+// What a rank sends: the parts of the others go to their owners, and the own result to each of them: 2 (n - 1) / n of the message.
+static inline uint64_t reduce_sent_bytes(uint64_t groups, enum wire wire, int tp_size)
+{
+    return groups * wire_group_bytes(wire) * 2 * (uint64_t)(tp_size - 1) / (uint64_t)tp_size;
+}
+
 // An own part as a group of WIRE_F32: x itself, or a copy in `whole` where the row ends before its last group does: groups are
 // read to their ends, and memory may end with the row.
 static inline const uint8_t *reduce_own_group(float whole[WIRE_GROUP], const float *x, int count)

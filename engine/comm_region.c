@@ -71,6 +71,7 @@ struct comm_region *comm_region_init(void *memory, int tp_size, int pp_size, uin
     for (int rank = 0; rank < region->world_size; rank++) {
         for (int group = 0; group < GROUP_COUNT; group++)
             atomic_init(&region->slots[rank].posted[group], (uint32_t)FIRST_TOKEN);
+        atomic_init(&region->slots[rank].parts, (uint32_t)FIRST_TOKEN);
         atomic_init(&region->slots[rank].waits_for, -1);
     }
     return region;
@@ -162,6 +163,7 @@ struct comm_position comm_region_position(const struct comm_region *region, int 
     struct comm_position position = comm_unpack_position(atomic_load_explicit(&slot->position, memory_order_relaxed));
     for (int group = 0; group < GROUP_COUNT; group++)
         position.progress += atomic_load_explicit(&slot->posted[group], memory_order_relaxed) - (uint32_t)FIRST_TOKEN;
+    position.progress += atomic_load_explicit(&slot->parts, memory_order_relaxed) - (uint32_t)FIRST_TOKEN;
     position.progress += atomic_load_explicit(&slot->messages, memory_order_relaxed);
     position.waits_for = atomic_load_explicit(&slot->waits_for, memory_order_relaxed);
     return position;

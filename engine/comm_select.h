@@ -13,7 +13,9 @@
 //   chunks     beyond; a few of each message, and two of each rank stay in a processor's last cache.
 // Over NCCL there is one algorithm, two-shot. NCCL's own sum would cost its latency once instead of twice, but its order of additions
 // changes with the size of the message, and on a ring each step rounds.
-// CPU ranks have one algorithm; comm.c cuts their messages itself.
+// CPU ranks of one host (shm) compute their parts where the others read them, which nobody encodes: one-shot of two ranks always, of few ranks with
+// the small messages of decoding, where the phase less is worth more than the bytes. Otherwise CPU ranks have one algorithm, two-shot; comm.c
+// cuts their messages itself.
 #ifndef TPSHARD_ENGINE_COMM_SELECT_H
 #define TPSHARD_ENGINE_COMM_SELECT_H
 

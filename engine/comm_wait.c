@@ -21,6 +21,7 @@ static void init_end(struct comm *comm, enum comm_group group, int first, int si
     comm->slot = &comm->region->slots[rank];
     comm->timeout_ms = timeout_ms;
     comm->token = atomic_load_explicit(&comm->slot->posted[group], memory_order_relaxed);
+    comm->parts = atomic_load_explicit(&comm->slot->parts, memory_order_relaxed);
     spinner_init(&comm->spinner);
 }
 
@@ -145,15 +146,18 @@ void comm_describe_call(char text[128], const struct call *call)
         snprintf(text, 128, "%s (%s)", collective_names[call->collective], comm_operation_name(call->op));
 }
 
-static bool has_posted(const struct comm *comm, int rank, uint32_t token)
+static bool has_posted(const struct comm *comm, const struct comm_wait *wait, int rank)
 {
-    return (int32_t)(atomic_load(&comm_slot(comm, rank)->posted[comm->group]) - token) >= 0;
+    const struct rank_slot *slot = comm_slot(comm, rank);
+    if (wait->for_part)
+        return (int32_t)(atomic_load(&slot->parts) - wait->part) >= 0;
+    return (int32_t)(atomic_load(&slot->posted[comm->group]) - comm->token) >= 0;
 }
 
 // rank in the group
 static bool is_over(const struct comm *comm, const struct comm_wait *wait, int rank)
 {
-    return wait->counter ? atomic_load(wait->counter) >= wait->reach : has_posted(comm, rank, comm->token);
+    return wait->counter ? atomic_load(wait->counter) >= wait->reach : has_posted(comm, wait, rank);
 }
 
 // ---- who is missing ----------------------------------------------------------------------------------------------------
@@ -180,13 +184,13 @@ static int missing_rank(const struct comm *comm, const struct comm_wait *wait, i
 {
     *cause = comm->first + missing;
     for (int rank = 0; rank < comm->size && !wait->counter; rank++)
-        if (!has_posted(comm, rank, comm->token) && atomic_load(&comm_slot(comm, rank)->waits_for) < 0) {
+        if (!has_posted(comm, wait, rank) && atomic_load(&comm_slot(comm, rank)->waits_for) < 0) {
             *cause = comm->first + rank;
             return *cause;
         }
     int end = comm_region_cause(comm->region, *cause);
     bool in_group = end >= comm->first && end < comm->first + comm->size;
-    if (!wait->counter && in_group && has_posted(comm, end - comm->first, comm->token))
+    if (!wait->counter && in_group && has_posted(comm, wait, end - comm->first))
         return *cause; // it waits for this rank's group, which waits for it
     *cause = end;
     return comm->first + missing;
@@ -297,6 +301,11 @@ static int wait_for_ranks(struct comm *comm, const struct comm_wait *wait, int b
 int comm_wait_for_all(struct comm *comm, const struct call *call, struct error *err)
 {
     return wait_for_ranks(comm, &(struct comm_wait){.call = call}, 0, comm->size, err);
+}
+
+int comm_wait_for_parts(struct comm *comm, const struct call *call, uint32_t part, struct error *err)
+{
+    return wait_for_ranks(comm, &(struct comm_wait){.call = call, .for_part = true, .part = part}, 0, comm->size, err);
 }
 
 int comm_wait_for(struct comm *comm, const struct comm_wait *wait, int rank, struct error *err)

@@ -23,7 +23,20 @@ struct decoder_part {
     uint64_t ticket;      // of the exchange under way; 0: none
     bool lent;            // its partial sums are lent to the host
     bool joined;          // the residual has taken the last sum, and its normed rows are on their way or there
+    bool posted;          // its partial sums lie where the other ranks read them: part number `number` of the comm
+    uint32_t number;
 };
+
+// Memory that the ranks of one host share: in two sets by turns, each rank's parts of the sums over ranks, f32 [rows of a step][hidden]. Pages are
+// those of the rank that computes in them.
+struct part_area {
+    float *memory;        // [ranks][2][elems]; NULL: there is none
+    int64_t ranks, elems; // of the world; whole pages
+};
+static inline float *part_set(const struct part_area *area, int rank, int set)
+{
+    return area->memory + (2 * rank + set) * area->elems;
+}
 
 // Who is told, between the operations of a step, what the products that follow multiply.
 struct decoder_watch {
@@ -46,6 +59,8 @@ struct decoder {
     bool deals;                  // of prefill: the residual is dealt out to the ranks (sequence parallel)
     bool shows_residual;         // every rank has all of the residual behind each norm, dealt out or not
     bool in_parts;               // steps with enough rows are cut in two
+    bool in_large_parts;         // those with very many rows, whose sums are of parts in common memory
+    struct part_area common;     // where sums over ranks are computed by all of them from parts that nobody sends
     struct exchanger *exchanger; // does a part's exchanges while the other computes; NULL: they are done in turn
     int64_t count;               // rows of the last step
     enum phase phase;            // its phase
@@ -54,6 +69,7 @@ struct decoder {
     uint64_t device_sent_bytes;  // by the devices, as comm_sent_bytes counts
     int64_t stage_wait_ns;       // in handing over from stage to stage, so far
     bool dealt;                  // of the last step: the residual is dealt out
+    bool in_common;              // its sums are of parts in common memory
     bool threaded;               // its exchanges go to the exchanger; while weights still come, they are done in turn
     int num_parts;
     struct decoder_part parts[2], *part; // part: under way

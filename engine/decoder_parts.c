@@ -92,6 +92,58 @@ static int window(struct decoder *d, const struct decoder_part *part, struct err
     return d->num_parts > 1 ? d->backend->window(d->device, part->first, part->count, err) : 0;
 }
 
+// ---- sums of parts in common memory ----------------------------------------------------------------------------
+//
+// A block's partial sums are computed in the set of its number's parity, and what they add up to, in the other one, which the next block overwrites.
+// That one's parts are of the block before: who has posted a part of this block has read them.
+
+static bool sums_in_common(const struct decoder *d)
+{
+    int ranks = comm_size(d->comm);
+    enum wire wire = decoder_wire(d, d->phase);
+    uint64_t bytes = 2 * (uint64_t)(d->count * d->model->desc.hidden_size);
+    return d->common.memory && !d->dealt && !wire_is_compressed(wire) &&
+           comm_select(d->transport, ranks, bytes, d->phase, wire).algorithm == ALGORITHM_ONE_SHOT;
+}
+
+static float *common_set(const struct decoder *d, int rank, int64_t number)
+{
+    int first = comm_rank(d->world) - comm_rank(d->comm);
+    return part_set(&d->common, first + rank, (int)(number % 2));
+}
+
+// The parts of block number - 1 have come, if there are any; block `number` finds their sums where it puts its own.
+static int take_common(struct decoder *d, struct decoder_part *part, int64_t number, struct error *err)
+{
+    struct rank_parts parts = {.ranks = comm_size(d->comm), .wire = decoder_wire(d, d->phase)};
+    float *rows = common_set(d, comm_rank(d->comm), number);
+    bool posted = part->posted;
+    int rc;
+    if (posted) {
+        int64_t begin_ns = clock_now_ns();
+        part->posted = false;
+        rc = comm_wait_parts(d->comm, part->number, err);
+        d->exchange_ns += clock_now_ns() - begin_ns;
+        if (rc)
+            return rc;
+    }
+    for (int rank = 0; rank < parts.ranks; rank++)
+        parts.part[rank] = common_set(d, rank, number + 1);
+    if ((rc = window(d, part, err)))
+        return rc;
+    return d->backend->place_partial(d->device, rows, posted ? &parts : NULL, err);
+}
+
+static int post_common(struct decoder *d, struct decoder_part *part, int64_t number, struct error *err)
+{
+    int rc =
+        comm_post_part(d->comm, part->count, d->model->desc.hidden_size, decoder_wire(d, d->phase), &part->number, err);
+    d->exchanges++;
+    part->posted = !rc;
+    part->next_block = number + 1;
+    return rc;
+}
+
 // What a block's end has sent out: the part's sums have come, and its window is set.
 static int take_back(struct decoder *d, struct decoder_part *part, struct error *err)
 {
@@ -223,7 +275,7 @@ int part_enter(struct decoder *d, const struct block *block, struct error *err)
         comm_at(d->comm, block->op, (int)block->layer);
     if (d->dealt)
         return enter_dealt(d, block, err);
-    if ((rc = take_back(d, part, err)))
+    if ((rc = d->in_common ? take_common(d, part, block->number, err) : take_back(d, part, err)))
         return rc;
     return d->backend->norm(d->device, block->join, block->weight, block->order, block->first, err);
 }
@@ -235,6 +287,8 @@ int part_leave(struct decoder *d, const struct block *block, struct error *err)
     int rc;
     if (comm_size(d->comm) == 1)
         return 0;
+    if (d->in_common)
+        return post_common(d, part, block->number, err);
     if (devices_exchange(d))
         return part_sum_on_device(d, BUFFER_PARTIAL, d->model->desc.hidden_size, decoder_wire(d, d->phase), block->op,
                                   (int)block->layer, err);
@@ -253,12 +307,14 @@ int part_leave(struct decoder *d, const struct block *block, struct error *err)
 void parts_begin(struct decoder *d, const struct token_row *rows)
 {
     int ranks = comm_size(d->comm);
+    enum { LARGE_PART = 128 }; // rows: reading the weights once more costs little beside them
     int64_t unit = d->backend->window_rows;
     bool prefill = d->phase == PHASE_PREFILL, alone = ranks == 1;
     d->dealt = prefill && d->deals && !alone;
+    d->in_common = sums_in_common(d);
+    bool wanted = d->in_parts ? d->count >= 2 * unit : d->in_common && d->in_large_parts && d->count >= 2 * LARGE_PART;
     // What the devices exchange goes in order with what they compute.
-    bool cut =
-        d->in_parts && !alone && !devices_exchange(d) && (prefill || d->backend->mixes_phases) && d->count >= 2 * unit;
+    bool cut = wanted && !alone && !devices_exchange(d) && (prefill || d->backend->mixes_phases);
     int64_t first = cut ? (d->count / 2 + unit - 1) / unit * unit : d->count;
     int64_t position = d->count > 0 ? rows[0].position : 0;
     d->num_parts = cut ? 2 : 1;
@@ -266,7 +322,7 @@ void parts_begin(struct decoder *d, const struct token_row *rows)
     d->parts[1] =
         (struct decoder_part){.first = first, .count = d->count - first, .first_owner = (position + first) % ranks};
     d->part = &d->parts[0];
-    d->threaded = cut && d->exchanger && d->model->loaded;
+    d->threaded = cut && d->exchanger && d->model->loaded && !d->in_common;
 }
 
 int part_sum_embedding(struct decoder *d, struct error *err)
@@ -297,7 +353,13 @@ int parts_settle(struct decoder *d, int rc, struct error *err)
     struct error other;
     for (int i = 0; i < d->num_parts; i++) {
         struct decoder_part *part = &d->parts[i];
-        int ended = rc ? end_exchange(d, part, &other) : take_back(d, part, err);
+        int ended = 0;
+        if (rc)
+            ended = end_exchange(d, part, &other);
+        else if (!d->in_common)
+            ended = take_back(d, part, err);
+        else if (part->posted)
+            ended = take_common(d, part, part->next_block, err);
         rc = rc ? rc : ended;
     }
     if (!rc && d->num_parts > 1)

@@ -1,7 +1,8 @@
 // How the rows of a step travel through the blocks, for decoder.c alone: in one part or two, and with the residual on every rank or dealt out.
 //
 // In two parts (decoder.in_parts): a prompt's rows are cut once; the parts take turns, block by block, and while one computes, the other's exchange
-// goes on. The later rows' attention needs the earlier rows' keys of the same layer, which are there; never the other way round.
+// goes on. Sums of parts in common memory (decoder.common) have no exchange that goes on; with them a rank may be later than the others by as much as a
+// part takes, before they wait. The later rows' attention needs the earlier rows' keys of the same layer, which are there; never the other way round.
 //
 // Dealt out (decoder.deals): the row at position p of its sequence belongs to rank p % tp_size, which alone has its residual. A block's
 // sum goes to the owners (half an all-reduce), who add it to the residual and norm their rows; the normed rows go to all ranks (the other half). So

@@ -104,7 +104,8 @@ static uint64_t shared_bytes(const struct session *s)
 {
     struct step_area area = s->area;
     struct forward_area forward = worker_forward_area(&s->worker);
-    return shared_area_place(NULL, &area, &forward);
+    struct part_area parts = worker_part_area(&s->worker);
+    return shared_area_place(NULL, &area, &forward, &parts);
 }
 
 // Of one rank on the host, for steps of so many rows.
@@ -313,7 +314,8 @@ void session_place(struct session *s)
 {
     s->shared = launch_shared(s->launch);
     s->forward = worker_forward_area(&s->worker);
-    shared_area_place(s->shared, &s->area, &s->forward);
+    struct part_area parts = worker_part_area(&s->worker);
+    shared_area_place(s->shared, &s->area, &s->forward, &parts);
 }
 
 int session_launch(struct session *s, struct error *err)

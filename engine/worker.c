@@ -18,19 +18,25 @@
 #include <string.h>
 #include <sys/resource.h>
 
+enum { PAGE_BYTES = 4096 };
+
 // ---- the shared area -------------------------------------------------------------------------------------------
 
-uint64_t shared_area_place(struct shared_area *memory, struct step_area *area, struct forward_area *forward)
+uint64_t shared_area_place(struct shared_area *memory, struct step_area *area, struct forward_area *forward,
+                           struct part_area *parts)
 {
     uint64_t step = round_up(sizeof *memory, 64), logits_at = step + round_up(step_area_bytes(area), 64);
     uint64_t logits_bytes = (uint64_t)forward->logits_rows * (uint64_t)area->vocab_size * sizeof *forward->logits;
     uint64_t residual_at = logits_at + round_up(logits_bytes, 64);
+    uint64_t parts_at =
+        round_up(residual_at + (uint64_t)forward->residual_elems * sizeof *forward->residual, PAGE_BYTES);
     if (memory) {
         step_area_place(area, (uint8_t *)memory + step);
         forward->logits = (float *)(void *)((uint8_t *)memory + logits_at);
         forward->residual = (float *)(void *)((uint8_t *)memory + residual_at);
+        parts->memory = parts->elems > 0 ? (float *)(void *)((uint8_t *)memory + parts_at) : NULL;
     }
-    return residual_at + (uint64_t)forward->residual_elems * sizeof *forward->residual;
+    return parts_at + 2 * (uint64_t)(parts->ranks * parts->elems) * sizeof *parts->memory;
 }
 
 struct forward_area worker_forward_area(const struct worker_options *options)
@@ -39,6 +45,17 @@ struct forward_area worker_forward_area(const struct worker_options *options)
     return (struct forward_area){.logits_rows = options->logits_rows,
                                  .residual_elems =
                                      (model->num_layers + 1) * options->residual_rows * model->hidden_size};
+}
+
+struct part_area worker_part_area(const struct worker_options *options)
+{
+    const struct manifest *m = options->manifest;
+    int64_t rows = rank_step_pass_rows(options->backend, &options->limits);
+    uint64_t bytes = (uint64_t)(rows * m->model.hidden_size) * sizeof(float);
+    bool common = options->backend->place_partial && options->transport == TRANSPORT_SHM && m->tp_size > 1 &&
+                  m->tp_size <= RANK_PARTS_MOST;
+    return (struct part_area){.ranks = (int64_t)m->num_ranks,
+                              .elems = common ? (int64_t)(round_up(bytes, PAGE_BYTES) / sizeof(float)) : 0};
 }
 
 // ---- a rank's state --------------------------------------------------------------------------------------------
@@ -359,14 +376,16 @@ static int finish_load(struct worker *w, struct error *err)
     return 0;
 }
 
-// By itself where the ranks' messages are on their way for a time: over a network. Between CPU ranks of one host an exchange is work of the same
-// processors, and halves read the weights twice. The same on every rank.
-static bool overlaps(const struct worker *w)
+// By itself where the ranks' messages are on their way for a time: over a network. Between CPU ranks of one host halves read the weights twice, and
+// what they win is that a rank may be late for a while without the others waiting: with large halves alone. The same on every rank.
+static void set_overlap(struct worker *w)
 {
     const struct worker_options *o = w->options;
-    if (!o->backend->window || comm_size(w->decoder.comm) == 1 || o->residual_rows > 0)
-        return false;
-    return o->overlap == OVERLAP_ON || (o->overlap == OVERLAP_AUTO && !comm_is_local(w->decoder.comm));
+    struct decoder *d = &w->decoder;
+    if (!o->backend->window || comm_size(d->comm) == 1 || o->residual_rows > 0)
+        return;
+    d->in_parts = o->overlap == OVERLAP_ON || (o->overlap == OVERLAP_AUTO && !comm_is_local(d->comm));
+    d->in_large_parts = o->overlap == OVERLAP_AUTO;
 }
 
 // What a rank of another process tells rank 0 of its start, as its own parent sees it.
@@ -416,7 +435,8 @@ static int worker_open(struct worker *w, struct error *err)
     w->area = (struct step_area){
         .context = o->context, .max_sequences = o->max_sequences, .vocab_size = o->manifest->model.vocab_size};
     w->forward = worker_forward_area(o);
-    shared_area_place(w->shared, &w->area, &w->forward);
+    struct part_area parts = worker_part_area(o);
+    shared_area_place(w->shared, &w->area, &w->forward, &parts);
     residual_tap_init(&w->tap, w->forward.residual, o->residual_rows);
     if ((rc = agree(w, err)) || (rc = keep_to_place(w, err)) ||
         (rc = model_open(&w->model, o->place, &o->store, o->manifest, w->env->rank, w->env->comm, err)))
@@ -436,7 +456,8 @@ static int worker_open(struct worker *w, struct error *err)
         w->decoder.watch = &w->tap.watch;
     w->decoder.deals = o->deals;
     w->decoder.shows_residual = o->residual_rows > 0;
-    w->decoder.in_parts = overlaps(w);
+    set_overlap(w);
+    w->decoder.common = parts;
     if (w->env->rank == 0)
         atomic_store(&w->shared->in_parts, w->decoder.in_parts);
     if ((rc = open_device(w, err)))
@@ -449,7 +470,7 @@ static int worker_open(struct worker *w, struct error *err)
         return rc;
     if (!w->env->spread) // the last stage counts in another process
         rank_step_count_passes(w->step, &w->shared->passes);
-    if (w->decoder.in_parts && (rc = exchanger_create(&w->decoder.exchanger, w->decoder.comm, err)))
+    if (w->decoder.in_parts && !parts.memory && (rc = exchanger_create(&w->decoder.exchanger, w->decoder.comm, err)))
         return rc;
     // Now that the threads which load have been started, on any of the rank's processors.
     if (o->pin == PIN_CORE && (rc = thread_pool_pin(w->pool, &w->place.cpus, err)))

@@ -73,9 +73,10 @@ struct forward_area {
     int64_t residual_elems;
 };
 
-// Behind struct shared_area, at multiples of 64 bytes: the step area, then logits, then the residual stream. area and forward: their sizes are set,
-// the rest is filled in when memory is not NULL. Returns the bytes of all.
-uint64_t shared_area_place(struct shared_area *memory, struct step_area *area, struct forward_area *forward);
+// Behind struct shared_area, at multiples of 64 bytes: the step area, then logits, then the residual stream, then at a multiple of 4096 the ranks' parts
+// of sums. area, forward and parts: their sizes are set, the rest is filled in when memory is not NULL. Returns the bytes of all.
+uint64_t shared_area_place(struct shared_area *memory, struct step_area *area, struct forward_area *forward,
+                           struct part_area *parts);
 
 enum overlap { OVERLAP_OFF, OVERLAP_AUTO, OVERLAP_ON };
 
@@ -110,8 +111,9 @@ struct worker_options {
     int local_rank, local_size;
 };
 
-// Its sizes.
+// Their sizes.
 struct forward_area worker_forward_area(const struct worker_options *options);
+struct part_area worker_part_area(const struct worker_options *options);
 
 rank_main_fn worker_main; // arg is a const struct worker_options *
 

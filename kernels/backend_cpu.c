@@ -4,6 +4,7 @@
 #include "kernels/cpu_attention.h"
 #include "kernels/cpu_device.h"
 #include "kernels/cpu_experts.h"
+#include "kernels/wire.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -175,16 +176,48 @@ static void rope_row(void *arg, int64_t row, int thread)
                              d->rows[row].position, table == 0 ? (float)d->shape.desc->rope_attention_factor : 1.0f);
 }
 
+// The sum of a row's parts, whose groups' owners are the ranks in turn.
+static void sum_row(struct device *d, int64_t row)
+{
+    const struct rank_parts *parts = &d->parts;
+    int64_t hidden = d->shape.desc->hidden_size, step_row = d->rows - d->step_rows + row;
+    float *sum = d->buffers[BUFFER_PARTIAL] + row * hidden;
+    for (int64_t at = 0, group = 0; at < hidden; at += WIRE_GROUP, group++) {
+        const float *part[RANK_PARTS_MOST];
+        for (int rank = 0; rank < parts->ranks; rank++)
+            part[rank] = parts->part[rank] + step_row * hidden + at;
+        wire_sum_group(sum + at, part, (int)(group % parts->ranks), parts->ranks,
+                       hidden - at < WIRE_GROUP ? (int)(hidden - at) : WIRE_GROUP, parts->wire);
+    }
+}
+
+static void sum_row_task(void *arg, int64_t row, int thread)
+{
+    (void)thread;
+    sum_row(arg, row);
+}
+
+// BUFFER_PARTIAL is about to be read, or the window to move.
+static void finish_sum(struct device *d)
+{
+    if (d->parts.ranks > 0)
+        thread_pool_run(d->pool, sum_row_task, d, d->count);
+    d->parts.ranks = 0;
+}
+
 static int cpu_window(struct device *d, int64_t first, int64_t count, struct error *err)
 {
     int64_t half = d->shape.desc->rotary_dim / 2;
     if (first < 0 || count < 0 || first % CPU_WINDOW_ROWS || first + count > d->step_count)
         return error_set(err, ERR_OTHER, "a window of rows %lld to %lld in a step of %lld", (long long)first,
                          (long long)(first + count), (long long)d->step_count);
+    finish_sum(d);
     d->rows = d->step_rows + first;
     d->count = count;
     for (int b = 0; b < BUFFER_COUNT; b++)
         d->buffers[b] = d->all_buffers[b] + first * buffer_width(d->shape.desc, d->shape.share, (enum buffer)b);
+    if (d->partial)
+        d->buffers[BUFFER_PARTIAL] = d->partial + first * d->shape.desc->hidden_size;
     for (int table = 0; table < 2; table++) {
         d->cosines[table] = d->all_cosines[table] + first * half;
         d->sines[table] = d->all_sines[table] + first * half;
@@ -195,7 +228,8 @@ static int cpu_window(struct device *d, int64_t first, int64_t count, struct err
 static int cpu_begin(struct device *d, const struct token_row *rows, int64_t count, enum phase phase,
                      const struct kv_pages *pages, struct error *err)
 {
-    (void)phase; // one arithmetic for both
+    (void)phase;   // one arithmetic for both
+    finish_sum(d); // of a step whose logits nobody wanted
     d->step_rows = rows;
     d->step_count = count;
     d->pages = *pages;
@@ -327,6 +361,7 @@ struct norm_job {
     const float *weight, *order;
     const int64_t *row_index;
     int64_t first, stride; // of a rank's own rows
+    bool sums;             // the ranks' parts are added up first
 };
 
 // residual += residual_scale * RMSNorm(partial + bias). partial is changed.
@@ -374,8 +409,11 @@ static void order_columns(const struct norm_job *job, int64_t row)
 static void norm_row(void *arg, int64_t row, int thread)
 {
     (void)thread;
-    join_and_norm(arg, row);
-    order_columns(arg, row);
+    const struct norm_job *job = arg;
+    if (job->sums)
+        sum_row(job->d, row);
+    join_and_norm(job, row);
+    order_columns(job, row);
 }
 
 static void norm_own_row(void *arg, int64_t i, int thread)
@@ -394,9 +432,10 @@ static void order_row(void *arg, int64_t row, int thread)
 static int cpu_norm(struct device *d, const struct join *join, const float *weight, const float *order,
                     const struct matrix *next, struct error *err)
 {
-    struct norm_job job = {.d = d, .join = join, .weight = weight, .order = order};
+    struct norm_job job = {.d = d, .join = join, .weight = weight, .order = order, .sums = d->parts.ranks > 0};
     (void)err;
     thread_pool_run(d->pool, norm_row, &job, d->count);
+    d->parts.ranks = 0;
     cpu_set_input(d, d->buffers[BUFFER_NORMED], d->shape.desc->hidden_size, d->count, next);
     return 0;
 }
@@ -406,6 +445,7 @@ static int cpu_norm_own(struct device *d, const struct join *join, const float *
 {
     struct norm_job job = {.d = d, .join = join, .weight = weight, .first = first, .stride = stride};
     (void)err;
+    finish_sum(d);
     if (first < d->count)
         thread_pool_run(d->pool, norm_own_row, &job, (d->count - first + stride - 1) / stride);
     return 0;
@@ -471,9 +511,22 @@ static int cpu_activate(struct device *d, const struct mlp *mlp, struct error *e
 
 // ---- exchange and logits ---------------------------------------------------------------------------------------
 
+static int cpu_place_partial(struct device *d, float *rows, const struct rank_parts *parts, struct error *err)
+{
+    (void)err;
+    finish_sum(d);
+    d->partial = rows;
+    d->buffers[BUFFER_PARTIAL] = rows + (d->rows - d->step_rows) * d->shape.desc->hidden_size;
+    if (parts)
+        d->parts = *parts;
+    return 0;
+}
+
 static int cpu_lend(struct device *d, enum buffer buffer, float **host, struct error *err)
 {
     (void)err;
+    if (buffer == BUFFER_PARTIAL)
+        finish_sum(d);
     *host = d->buffers[buffer];
     return 0;
 }
@@ -524,6 +577,7 @@ static int cpu_logits(struct device *d, const struct join *join, const int64_t *
     struct norm_job job = {.d = d, .join = join, .weight = d->weights->final_norm, .row_index = row_index};
     struct logits_job shaping = {d, host, stride};
     (void)err;
+    finish_sum(d);
     thread_pool_run(d->pool, head_norm_row, &job, count);
     cpu_set_input(d, d->buffers[BUFFER_NORMED], d->shape.desc->hidden_size, count, &d->weights->head);
     multiply(d, host, stride, &d->weights->head, count);
@@ -566,5 +620,6 @@ const struct backend backend_cpu = {
     .window = cpu_window,
     .norm_own = cpu_norm_own,
     .take_normed = cpu_take_normed,
+    .place_partial = cpu_place_partial,
     .logits = cpu_logits,
 };

@@ -54,10 +54,12 @@ struct device {
 
     // The step's.
     float *all_buffers[BUFFER_COUNT], *all_cosines[2], *all_sines[2]; // [max_rows]
-    float *attended;                                                  // [max_rows][attended_width]
-    float *head_rows;                                                 // [threads][hidden]
-    uint8_t *kv;                                                      // [num_layers][k, v], each as in struct kv_view
-    uint64_t kv_bytes;                                                // mapped, so that untouched pages cost nothing
+    float *partial;          // in the place of BUFFER_PARTIAL's own memory; NULL: nothing is
+    struct rank_parts parts; // of the window's rows, not yet added up; ranks 0: they are
+    float *attended;         // [max_rows][attended_width]
+    float *head_rows;        // [threads][hidden]
+    uint8_t *kv;             // [num_layers][k, v], each as in struct kv_view
+    uint64_t kv_bytes;       // mapped, so that untouched pages cost nothing
     struct attention_work attention;
     struct expert_work experts;
 

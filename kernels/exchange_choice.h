@@ -40,6 +40,14 @@ struct exchange_choice {
     uint64_t chunk_bytes; // of ALGORITHM_CHUNKS: bytes of a chunk's values as bf16, whole groups; else 0
 };
 
+// The ranks' parts of a sum, [rows][cols] each, where every rank can read all of them. What they become is ALGORITHM_ONE_SHOT's.
+enum { RANK_PARTS_MOST = 8 };
+struct rank_parts {
+    const float *part[RANK_PARTS_MOST]; // [ranks]
+    int ranks;
+    enum wire wire;
+};
+
 static inline const char *transport_name(enum transport transport)
 {
     static const char *const names[TRANSPORT_COUNT] = {"shm", "tcp", "mpi", "host", "p2p", "nccl"};

@@ -71,3 +71,8 @@ void wire_add_up_group(uint8_t *out, float *x, const uint8_t *const *parts, int 
 {
     fastest()->add_up[wire](out, x, parts, own, ranks, count);
 }
+
+void wire_sum_group(float *out, const float *const *parts, int own, int ranks, int count, enum wire wire)
+{
+    fastest()->sum[wire](out, parts, own, ranks, count);
+}

@@ -62,6 +62,10 @@ void wire_feed_group(uint8_t *out, float *decoded, const float *x, uint16_t *los
 void wire_add_up_group(uint8_t *out, float *x, const uint8_t *const *parts, int own, int ranks, int count,
                        enum wire wire);
 
+// The same from parts that all ranks can read, none of them encoded so far; any codec, without error feedback. out, for i < count: the
+// values that wire_encode_group at the others and wire_add_up_group at rank `own` leave.
+void wire_sum_group(float *out, const float *const *parts, int own, int ranks, int count, enum wire wire);
+
 // One implementation per instruction set; all give the same bits. The functions above use the fastest one.
 struct wire_target {
     const char *name; // "base", "avx2"
@@ -70,6 +74,7 @@ struct wire_target {
     void (*decode[WIRE_COUNT])(float *out, const uint8_t *in, int count);
     void (*add_up[WIRE_COUNT])(uint8_t *out, float *x, const uint8_t *const *parts, int own, int ranks, int count);
     void (*feed[WIRE_COUNT])(uint8_t *out, float *decoded, const float *x, uint16_t *lost, int count);
+    void (*sum[WIRE_COUNT])(float *out, const float *const *parts, int own, int ranks, int count);
 };
 // The targets that this machine supports, fastest last; NULL past the end.
 const struct wire_target *wire_target_at(int index);

@@ -149,6 +149,25 @@ static inline void bf16_add_up(uint8_t *restrict out, float *restrict x, const u
         _mm256_storeu_ps(x + i, _mm256_add_ps(_mm256_setzero_ps(), decoded));
     }
 }
+
+static inline __m256 as_bf16(__m256 x) { return _mm256_castsi256_ps(_mm256_slli_epi32(bf16_bits(x), 16)); }
+
+static inline void bf16_sum(float *restrict out, const float *const *parts, int own, int ranks)
+{
+    const __m256 not_a_number = _mm256_castsi256_ps(_mm256_set1_epi32(WIRE_NAN_BITS));
+    for (int i = 0; i < WIRE_GROUP; i += 8) {
+        __m256 sum = _mm256_setzero_ps();
+        for (int rank = 0; rank < ranks; rank++) {
+            __m256 x = _mm256_loadu_ps(parts[rank] + i);
+            if (rank != own)
+                x = _mm256_blendv_ps(as_bf16(x), x, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+            sum = _mm256_add_ps(sum, x);
+        }
+        __m256 nan = _mm256_cmp_ps(sum, sum, _CMP_UNORD_Q);
+        sum = _mm256_blendv_ps(_mm256_add_ps(_mm256_setzero_ps(), as_bf16(sum)), not_a_number, nan);
+        _mm256_storeu_ps(out + i, sum);
+    }
+}
 #endif
 
 // ---- fp8 -----------------------------------------------------------------------------------------------------------
@@ -367,6 +386,23 @@ static inline void keep_lost(uint16_t *restrict lost, const float *restrict t, c
         codec##_decode(mine, out);                                                                                     \
         memcpy(x, mine, (size_t)count * sizeof *x);                                                                    \
     }                                                                                                                  \
+    static void codec##_sum_any(float *out, const float *const *parts, int own, int ranks, int count)                  \
+    {                                                                                                                  \
+        float sum[WIRE_GROUP] = {0}, part[WIRE_GROUP] = {0};                                                           \
+        uint8_t bytes[WIRE_MAX_GROUP_BYTES];                                                                           \
+        for (int rank = 0; rank < ranks; rank++) {                                                                     \
+            memcpy(part, parts[rank], (size_t)count * sizeof *part);                                                   \
+            if (rank == own) {                                                                                         \
+                f32_add(sum, (const uint8_t *)part);                                                                   \
+            } else {                                                                                                   \
+                codec##_encode(bytes, part);                                                                           \
+                codec##_add(sum, bytes);                                                                               \
+            }                                                                                                          \
+        }                                                                                                              \
+        codec##_encode(bytes, sum);                                                                                    \
+        codec##_decode(part, bytes);                                                                                   \
+        memcpy(out, part, (size_t)count * sizeof *out);                                                                \
+    }                                                                                                                  \
     static void codec##_feed_any(uint8_t *out, float *decoded, const float *x, uint16_t *lost, int count)              \
     {                                                                                                                  \
         float t[WIRE_GROUP] = {0}, back[WIRE_GROUP];                                                                   \
@@ -394,8 +430,19 @@ static void bf16_add_up_fast(uint8_t *out, float *x, const uint8_t *const *parts
     else
         bf16_add_up_any(out, x, parts, own, ranks, count);
 }
+
+static void bf16_sum_fast(float *out, const float *const *parts, int own, int ranks, int count)
+{
+    if (count < WIRE_GROUP)
+        bf16_sum_any(out, parts, own, ranks, count);
+    else if (ranks == 2) // the loop over ranks is unrolled
+        bf16_sum(out, parts, own, 2);
+    else
+        bf16_sum(out, parts, own, ranks);
+}
 #else
 #define bf16_add_up_fast bf16_add_up_any
+#define bf16_sum_fast bf16_sum_any
 #endif
 
 const struct wire_target WIRE_TARGET = {
@@ -405,4 +452,5 @@ const struct wire_target WIRE_TARGET = {
     {bf16_decode_any, fp8_decode_any, s8x_decode_any, f32_decode_any},
     {bf16_add_up_fast, fp8_add_up_any, s8x_add_up_any, f32_add_up_any},
     {bf16_feed_any, fp8_feed_any, s8x_feed_any, f32_feed_any},
+    {bf16_sum_fast, fp8_sum_any, s8x_sum_any, f32_sum_any},
 };

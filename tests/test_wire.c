@@ -149,6 +149,29 @@ static void check_add_up(const struct wire_target *target, enum wire wire, const
         assert_int_equal(f32_bits(got[i]), f32_bits(x[i]));
 }
 
+// Summing up parts that nobody has encoded, against what others encode and the owner adds up.
+static void check_sum(const struct wire_target *target, enum wire wire, const float *x, int count, int round)
+{
+    enum { RANKS = 3 };
+    uint8_t bytes[RANKS][WIRE_MAX_GROUP_BYTES], out[WIRE_MAX_GROUP_BYTES];
+    const uint8_t *encoded[RANKS] = {bytes[0], bytes[1], bytes[2]};
+    float parts[RANKS][WIRE_GROUP], want[WIRE_GROUP], got[WIRE_GROUP];
+    const float *at[RANKS] = {parts[0], parts[1], parts[2]};
+    int ranks = 2 + round % 2, own = round / 2 % ranks;
+    for (int rank = 0; rank < ranks; rank++) {
+        for (int i = 0; i < WIRE_GROUP; i++)
+            parts[rank][i] = rank == own ? x[i] : -x[(i + 5 * rank) % WIRE_GROUP];
+        wire_target_at(0)->encode[wire](bytes[rank], parts[rank], count);
+    }
+    memcpy(want, parts[own], sizeof want);
+    wire_target_at(0)->add_up[wire](out, want, encoded, own, ranks, count);
+    memcpy(got, x, sizeof got);
+    target->sum[wire](got, at, own, ranks, count);
+    assert_memory_equal(got, want, (size_t)count * sizeof *want);
+    for (int i = count; i < WIRE_GROUP; i++)
+        assert_int_equal(f32_bits(got[i]), f32_bits(x[i]));
+}
+
 static void test_targets_agree(void **state)
 {
     (void)state;
@@ -172,6 +195,7 @@ static void test_targets_agree(void **state)
                 target->decode[wire](decoded[t], bytes[0], count);
                 check_feed(target, (enum wire)wire, x, count);
                 check_add_up(target, (enum wire)wire, x, count, round);
+                check_sum(target, (enum wire)wire, x, count, round);
             }
             assert_memory_equal(bytes[0], bytes[1], sizeof bytes[0]);
             assert_memory_equal(sums[0], sums[1], (size_t)count * sizeof(float));
