@@ -15,7 +15,7 @@ Three steps, all of them unless some are named:
 A rival that cannot be installed, converted for or run is named with the reason, and the others go on.
 
 Parts of a round: speed (prefill, decode after it, memory), batch (decode of several sequences), start (exec to first token, files in the page
-cache), busy (decode beside one process that never sleeps). Before each of them, the limits: read bandwidth of as many threads (four streams each) and
+cache), busy (decode beside one process that never sleeps). Before each turn of the first two, the limits: read bandwidth of as many threads (four streams each) and
 the peak of byte products. A measurement beside which other processes used more than a quarter of a core is left out of the table where enough others
 are there. Bits of a weight, scales included: int4 ours, llama.cpp's Q4_0 and OpenVINO's 4.5, ONNX Runtime's 5; the head has them too, or eight bits
 with int4-head8, where each has its own default group size.
@@ -340,9 +340,10 @@ def run(args):
                 if part == "busy" and threads != max(args.threads):
                     continue
                 common = {"round": f"{started} {number}", **machine, "model": model, "format": form, "threads": threads, "part": part,
-                          "prompt_tokens": args.prompt_tokens if part == "speed" else None, "limits": limits(threads) if part in ("speed", "batch") else None}
+                          "prompt_tokens": args.prompt_tokens if part == "speed" else None}
                 found = list(engines(args, model, form, threads).items())
                 for name, engine in found[number % len(found):] + found[:number % len(found)]:  # nobody is always the first
+                    common["limits"] = limits(threads) if part in ("speed", "batch") else None
                     for more, function in measurements(args, part, engine):
                         if (model, form, part, name) in tired:
                             continue
