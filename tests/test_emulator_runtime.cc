@@ -150,6 +150,51 @@ static void test_graphs(void **)
 
 // ---- the device as a test wants it ---------------------------------------------------------------------------------
 
+// A stream that waits for an event of a capture belongs to it until it ends, and must have been waited for then.
+static void test_forks(void **)
+{
+    cudaStream_t one, two;
+    cudaEvent_t fork, join, outside, never;
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    int *a = device<int>(1);
+    cudaStreamCreate(&one);
+    cudaStreamCreate(&two);
+    for (cudaEvent_t *event : {&fork, &join, &outside, &never})
+        cudaEventCreateWithFlags(event, cudaEventDisableTiming);
+    assert_int_equal(cudaMemset(a, 0, sizeof(int)), cudaSuccess);
+    assert_int_equal(cudaEventRecord(outside, two), cudaSuccess);
+    for (bool joined : {false, true}) {
+        assert_int_equal(cudaStreamBeginCapture(one, cudaStreamCaptureModeThreadLocal), cudaSuccess);
+        assert_int_equal(cudaStreamWaitEvent(one, outside, 0), cudaErrorStreamCaptureIsolation);
+        assert_int_equal(cudaStreamWaitEvent(one, never, 0), cudaSuccess);
+        assert_int_equal(cudaEventRecord(fork, one), cudaSuccess);
+        assert_int_equal(cudaStreamWaitEvent(two, fork, 0), cudaSuccess);
+        assert_int_equal(LAUNCH(add_kernel, 1, 1, 0, two, a, 5), cudaSuccess);
+        assert_int_equal(cudaStreamSynchronize(two), cudaErrorStreamCaptureUnsupported);
+        assert_int_equal(cudaEventRecord(join, two), cudaSuccess);
+        if (!joined)
+            assert_int_equal(LAUNCH(add_kernel, 1, 1, 0, two, a, 5), cudaSuccess);
+        assert_int_equal(cudaStreamWaitEvent(one, join, 0), cudaSuccess);
+        assert_int_equal(cudaStreamEndCapture(one, &graph), joined ? cudaSuccess : cudaErrorStreamCaptureUnjoined);
+        assert_int_equal(cudaStreamWaitEvent(one, join, 0), cudaErrorCapturedEvent);
+        cudaGetLastError();
+    }
+    assert_int_equal(cudaDeviceSynchronize(), cudaSuccess);
+    assert_int_equal(*a, 0);
+    assert_int_equal(cudaGraphInstantiate(&exec, graph, 0), cudaSuccess);
+    assert_int_equal(cudaGraphLaunch(exec, one), cudaSuccess);
+    assert_int_equal(cudaDeviceSynchronize(), cudaSuccess);
+    assert_int_equal(*a, 5);
+    for (cudaEvent_t event : {fork, join, outside, never})
+        cudaEventDestroy(event);
+    cudaGraphExecDestroy(exec);
+    cudaGraphDestroy(graph);
+    cudaStreamDestroy(one);
+    cudaStreamDestroy(two);
+    cudaFree(a);
+}
+
 static void test_planned_failures(void **)
 {
     void *p = nullptr, *q = nullptr;
@@ -396,9 +441,9 @@ static void test_detectors(void **)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_streams),          cmocka_unit_test(test_events),       cmocka_unit_test(test_graphs),
-        cmocka_unit_test(test_planned_failures), cmocka_unit_test(test_memory_limit), cmocka_unit_test(test_devices),
-        cmocka_unit_test(test_detectors),
+        cmocka_unit_test(test_streams), cmocka_unit_test(test_events),           cmocka_unit_test(test_graphs),
+        cmocka_unit_test(test_forks),   cmocka_unit_test(test_planned_failures), cmocka_unit_test(test_memory_limit),
+        cmocka_unit_test(test_devices), cmocka_unit_test(test_detectors),
     };
     return cmocka_run_group_tests(tests, nullptr, nullptr);
 }

@@ -338,7 +338,7 @@ void exchange_close(struct device *d)
 
 // ---- chunks --------------------------------------------------------------------------------------------------------
 
-enum chunk_event { PARTS_READY, PARTS_SENT, PARTS_IN, SUMS_READY, SUMS_SENT, SUMS_IN, DECODED };
+enum chunk_event { PARTS_READY, PARTS_SENT, PARTS_IN, SUMS_READY, SUMS_SENT, SUMS_IN, DECODED, FORKED };
 
 struct chunk_run {
     struct device *d;
@@ -376,11 +376,23 @@ static struct chunk chunk_at(const struct chunk_run *run, uint32_t index)
     return (struct chunk){piece, (uint64_t)share_bytes(piece.rows, piece.cols, piece.tp_size, piece.wire)};
 }
 
-// Before it is recorded for a chunk, it is that of an earlier one: depth chunks ago, or two where it is of what goes out.
+// How many chunks one buffer is behind the next of its kind.
+static uint32_t ring_of(const struct chunk_run *run, enum chunk_event which)
+{
+    return which == PARTS_IN || which == SUMS_IN || which == DECODED ? (uint32_t)run->x->depth : 2;
+}
+
 static cudaEvent_t event_of(const struct chunk_run *run, enum chunk_event which, uint32_t index)
 {
-    bool is_in = which == PARTS_IN || which == SUMS_IN || which == DECODED;
-    return run->x->event[which][(run->x->chunks + index) % (is_in ? (uint64_t)run->x->depth : 2)];
+    return run->x->event[which][(run->x->chunks + index) % ring_of(run, which)];
+}
+
+// Until the chunk that had the same buffer before has come so far. That of an earlier message has: all streams begin behind the device's own, which
+// was behind them. So nothing waits for what was queued before a capture.
+static cudaError_t wait_for_buffer(const struct chunk_run *run, cudaStream_t stream, enum chunk_event which,
+                                   uint32_t index)
+{
+    return index < ring_of(run, which) ? cudaSuccess : cudaStreamWaitEvent(stream, event_of(run, which, index), 0);
 }
 
 static uint8_t *in_of(const struct exchange *x, uint8_t *const *in, uint64_t number)
@@ -414,18 +426,18 @@ static int chunk_parts(const struct chunk_run *run, uint32_t index)
     uint64_t number = x->chunks + index, own = (uint64_t)c.piece.rank * c.share;
     uint8_t *stage = x->parts_out[number % 2], *in = in_of(x, x->parts_in, number);
     int rc;
-    STEP(cudaStreamWaitEvent(d->stream, event_of(run, PARTS_SENT, index), 0));
+    STEP(wait_for_buffer(run, d->stream, PARTS_SENT, index));
     STEP(launch_share_encode(stage, &c.piece, NULL, 0, d->stream));
     STEP(cudaEventRecord(event_of(run, PARTS_READY, index), d->stream));
     STEP(cudaStreamWaitEvent(x->out, event_of(run, PARTS_READY, index), 0));
-    STEP(cudaStreamWaitEvent(x->out, event_of(run, SUMS_IN, index), 0));
+    STEP(wait_for_buffer(run, x->out, SUMS_IN, index));
     if ((rc = send_parts(run, &c, stage, number)))
         return rc;
     STEP(launch_exchange_post(&x->ranks, EXCHANGE_LANE_PARTS, x->out));
     STEP(cudaEventRecord(event_of(run, PARTS_SENT, index), x->out));
     STEP(cudaStreamWaitEvent(x->in, event_of(run, PARTS_SENT, index), 0));
     if (!x->p2p)
-        STEP(cudaStreamWaitEvent(x->in, event_of(run, SUMS_READY, index), 0));
+        STEP(wait_for_buffer(run, x->in, SUMS_READY, index));
     STEP(launch_exchange_wait(&x->ranks, EXCHANGE_LANE_PARTS, run->message.place, x->in));
     for (int r = 0; r < c.piece.tp_size && !x->p2p; r++)
         if (r != c.piece.rank)
@@ -443,7 +455,7 @@ static int chunk_sums(const struct chunk_run *run, uint32_t index)
     uint64_t number = x->chunks + index;
     uint8_t *stage = x->sums_out[number % 2], *in = in_of(x, x->sums_in, number);
     STEP(cudaStreamWaitEvent(d->stream, event_of(run, PARTS_IN, index), 0));
-    STEP(cudaStreamWaitEvent(d->stream, event_of(run, SUMS_SENT, index), 0));
+    STEP(wait_for_buffer(run, d->stream, SUMS_SENT, index));
     STEP(launch_share_add_up(stage, in_of(x, x->parts_in, number), &c.piece, d->stream));
     STEP(cudaEventRecord(event_of(run, SUMS_READY, index), d->stream));
     STEP(cudaStreamWaitEvent(x->out, event_of(run, SUMS_READY, index), 0));
@@ -456,7 +468,7 @@ static int chunk_sums(const struct chunk_run *run, uint32_t index)
     STEP(cudaEventRecord(event_of(run, SUMS_SENT, index), x->out));
     STEP(cudaStreamWaitEvent(x->in, event_of(run, SUMS_SENT, index), 0));
     if (!x->p2p)
-        STEP(cudaStreamWaitEvent(x->in, event_of(run, DECODED, index), 0));
+        STEP(wait_for_buffer(run, x->in, DECODED, index));
     STEP(launch_exchange_wait(&x->ranks, EXCHANGE_LANE_SUMS, run->message.place, x->in));
     for (int r = 0; r < c.piece.tp_size && !x->p2p; r++)
         if (r != c.piece.rank)
@@ -476,8 +488,21 @@ static int chunk_decode(const struct chunk_run *run, uint32_t index)
     return 0;
 }
 
+// The other streams go on behind the device's own, which at the end is behind them; so chunks can be recorded into a graph too.
+static int fork_streams(const struct chunk_run *run)
+{
+    struct exchange *x = run->x;
+    STEP(cudaEventRecord(x->event[FORKED][0], run->d->stream));
+    STEP(cudaStreamWaitEvent(x->out, x->event[FORKED][0], 0));
+    STEP(cudaStreamWaitEvent(x->in, x->event[FORKED][0], 0));
+    return 0;
+}
+
 static int run_chunks(struct chunk_run *run)
 {
+    int forked = fork_streams(run);
+    if (forked)
+        return forked;
     run->count = (uint32_t)div_up(run->message.rows, run->rows);
     for (uint32_t i = 0; i < run->count + 2; i++) {
         int rc;

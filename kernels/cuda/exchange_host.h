@@ -6,7 +6,7 @@
 #include "kernels/cuda/exchange.h"
 #include "kernels/cuda/nccl.h"
 
-enum { EXCHANGE_EVENTS = 7, EXCHANGE_P2P_DEPTH = 3, EXCHANGE_DEPTH = EXCHANGE_P2P_DEPTH };
+enum { EXCHANGE_EVENTS = 8, EXCHANGE_P2P_DEPTH = 3, EXCHANGE_DEPTH = EXCHANGE_P2P_DEPTH };
 
 struct exchange_p2p;
 

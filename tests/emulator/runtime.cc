@@ -3,7 +3,9 @@
 // A stream is a queue of closures that run when the host waits for it. A graph is the list of those that were queued while it was captured.
 #include "tests/emulator/runtime.h"
 
+#include <atomic>
 #include <deque>
+#include <map>
 #include <mutex>
 #include <sched.h>
 #include <stdio.h>
@@ -18,15 +20,20 @@ typedef std::function<void()> work;
 
 struct CUstream_st {
     std::deque<work> queue;
-    std::vector<work> captured;
-    bool capturing = false;
-    bool endless = false; // its work never ends
-    int device = -1;      // -1: the one that is current
+    CUstream_st *captured_by = nullptr;             // where the capture began that it belongs to
+    std::vector<work> captured;                     // of the capture that began here
+    uint64_t capture = 0;                           // its number
+    uint64_t captured_own = 0;                      // of its work
+    std::map<const CUstream_st *, uint64_t> behind; // of other streams' work in the capture, what its own waits for
+    bool endless = false;                           // its work never ends
+    int device = -1;                                // -1: the one that is current
     uint64_t queued = 0, run = 0;
 };
 struct CUevent_st {
     CUstream_st *stream = nullptr; // where it was recorded last
     uint64_t ticket = 0;           // work of the stream before it
+    uint64_t capture = 0;          // in which it was recorded last; 0: none
+    std::map<const CUstream_st *, uint64_t> behind;
     double ms = 0;
 };
 struct CUgraph_st {
@@ -147,8 +154,9 @@ namespace emulator
 cudaError_t enqueue(cudaStream_t stream, work w)
 {
     CUstream_st *s = stream_of(stream);
-    if (s->capturing) {
-        s->captured.push_back(std::move(w));
+    if (s->captured_by) {
+        s->captured_by->captured.push_back(std::move(w));
+        s->captured_own++;
     } else {
         s->queue.push_back(std::move(w));
         s->queued++;
@@ -304,6 +312,12 @@ const char *cudaGetErrorName(cudaError_t error)
         return "cudaErrorHostMemoryAlreadyRegistered";
     case cudaErrorLaunchFailure:
         return "cudaErrorLaunchFailure";
+    case cudaErrorStreamCaptureUnjoined:
+        return "cudaErrorStreamCaptureUnjoined";
+    case cudaErrorStreamCaptureIsolation:
+        return "cudaErrorStreamCaptureIsolation";
+    case cudaErrorCapturedEvent:
+        return "cudaErrorCapturedEvent";
     case cudaErrorStreamCaptureUnsupported:
         return "cudaErrorStreamCaptureUnsupported";
     case cudaErrorUnknown:
@@ -342,7 +356,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream)
         s->run = s->queued;
         return give(error);
     }
-    if (s->capturing)
+    if (s->captured_by)
         return give(cudaErrorStreamCaptureUnsupported);
     run_until(s, s->queued);
     return cudaSuccess;
@@ -401,10 +415,14 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
 {
     PLANNED();
     CUstream_st *s = stream_of(stream);
-    if (s->capturing)
-        emulator::fail("an event was recorded into a graph, which the emulator does not do");
+    event->stream = s->captured_by ? nullptr : s;
+    event->capture = s->captured_by ? s->captured_by->capture : 0;
+    if (s->captured_by) {
+        event->behind = s->behind;
+        event->behind[s] = s->captured_own;
+        return cudaSuccess;
+    }
     emulator::enqueue(stream, [=] { event->ms = now_ms(); });
-    event->stream = s;
     event->ticket = s->queued;
     return cudaSuccess;
 }
@@ -431,36 +449,71 @@ cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t begin, cudaEvent_t end)
     return cudaEventQuery(end);
 }
 
+// An event of a capture takes the stream into it.
+static cudaError_t wait_in_capture(CUstream_st *s, const CUevent_st *event)
+{
+    CUstream_st *origin = s->captured_by;
+    for (CUstream_st *other : streams)
+        if (!origin && event->capture && other->captured_by == other && other->capture == event->capture)
+            origin = other;
+    if (!origin)
+        return cudaErrorCapturedEvent; // its capture is over
+    if (event->capture != origin->capture)
+        return cudaErrorStreamCaptureIsolation;
+    s->captured_by = origin;
+    for (const auto &other : event->behind)
+        if (s->behind[other.first] < other.second)
+            s->behind[other.first] = other.second;
+    return cudaSuccess;
+}
+
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags)
 {
     (void)flags;
-    CUstream_st *of = event->stream;
+    CUstream_st *of = event->stream, *s = stream_of(stream);
     uint64_t ticket = event->ticket;
-    return emulator::enqueue(stream, [=] {
-        if (of)
-            run_until(of, ticket);
-    });
+    if (!of && !event->capture)
+        return cudaSuccess; // never recorded
+    if (s->captured_by || event->capture)
+        return give(wait_in_capture(s, event));
+    return emulator::enqueue(stream, [=] { run_until(of, ticket); });
 }
 
 // ---- graphs --------------------------------------------------------------------------------------------------------
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode)
 {
+    static std::atomic<uint64_t> captures;
     PLANNED();
     (void)mode;
-    if (!stream || stream->capturing)
+    if (!stream || stream->captured_by)
         return give(cudaErrorStreamCaptureUnsupported);
-    stream->capturing = true;
+    stream->captured_by = stream;
+    stream->capture = ++captures;
     stream->captured.clear();
     return cudaSuccess;
 }
 
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph)
 {
+    bool joined = true;
     PLANNED();
-    if (!stream->capturing)
+    if (stream->captured_by != stream)
         return give(cudaErrorInvalidValue);
-    stream->capturing = false;
+    for (CUstream_st *s : streams)
+        if (s->captured_by == stream) {
+            joined = joined && (s == stream || stream->behind[s] == s->captured_own);
+            s->captured_by = nullptr;
+            s->captured_own = 0;
+            if (s != stream)
+                s->behind.clear();
+        }
+    stream->behind.clear();
+    *graph = nullptr;
+    if (!joined) {
+        stream->captured.clear();
+        return give(cudaErrorStreamCaptureUnjoined);
+    }
     *graph = new CUgraph_st;
     (*graph)->nodes.swap(stream->captured);
     return cudaSuccess;
