@@ -196,9 +196,10 @@ def gap(shards, prompt, want, got, tmp, *more):
     return last[want[part]] - last[got[part]]
 
 
-def check_greedy(name, shards, prompt, count, tie, tmp, *more, **environment):
+# device: words for the device's run alone.
+def check_greedy(name, shards, prompt, count, tie, tmp, *more, device=(), **environment):
     want = greedy(shards, [prompt], count, *more)
-    got = greedy(shards, [prompt], count, *DEVICE, "--context", 256, *more, **environment)
+    got = greedy(shards, [prompt], count, *DEVICE, "--context", 256, *more, *device, **environment)
     near, apart = False, 0
     if want != got and len(got) == 1:
         apart = gap(shards, prompt, want[0], got[0], tmp, *more)

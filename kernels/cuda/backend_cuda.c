@@ -6,14 +6,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-int device_status(const struct device *d, cudaError_t status, const char *what, struct error *err)
-{
-    if (status == cudaSuccess)
-        return 0;
-    return error_set(err, status == cudaErrorMemoryAllocation ? ERR_MEMORY : ERR_GPU, "device %d: %s: %s (%s)",
-                     d->index, what, cudaGetErrorString(status), cudaGetErrorName(status));
-}
-
 // Ranks of one process that share a device have one context, whose kernels wait for each other. Code that is loaded when it is first run waits for all
 // kernels of its context: for one that waits for it. And a copy must not stand in a queue behind one that waits for it. Read by the driver when
 // it is first called, which is later.

@@ -1,6 +1,7 @@
 // One rank's device: what the host side of the CUDA backend shares between its files.
 //
 //   backend_cuda.c  the table; opening, describing and closing a device
+//   device.c        the driver's errors
 //   memory.c        what is allocated, planned before; loading the weights
 //   multiply.c      which arithmetic a matrix product takes, and taking it
 //   step.c          the operations of a step, and steps kept as CUDA graphs
