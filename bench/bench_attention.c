@@ -1,9 +1,9 @@
 // How fast is attention on the CPU? The backend's own operation over rows of a step, by table, phase and context: floating-point operations
 // per second beside the FMA peak, and bytes of keys and values beside what the same threads read from memory, both measured in the same run.
-// Operations: 2 for each product of a query with a key and of a weight with a value. Bytes: the keys and values that the rows attend to, each
-// sequence's once.
+// Operations: 2 for each product of a query with a key and of a weight with a value. Bytes: the codes of the keys and values that the rows attend to,
+// each sequence's once.
 //
-//   bench_attention [table [threads [latent]]]     e.g. "avx2 2"; the fastest table, 1 and 2 threads otherwise
+//   bench_attention [table [threads [latent | fp8 | int8 | int4]]]     e.g. "avx2 2"; the fastest table, 1 and 2 threads, a bf16 cache otherwise
 #include "bench/bandwidth.h"
 #include "bench/median.h"
 #include "formats/checked.h"
@@ -97,6 +97,7 @@ static double peak_flops(const struct kernels *k, int threads)
 struct bench {
     const struct kernels *kernels;
     int threads;
+    enum kv_format format;
     const uint8_t *memory; // READ_BYTES, to be read
     struct model_desc desc;
     struct rank_share share;
@@ -153,13 +154,14 @@ static int open_device(struct bench *b, size_t shape, int64_t context, struct th
                              .max_sequences = sequences,
                              .decode_rows = MAX_ROWS,
                              .context = context,
-                             .num_pages = sequences * b->pages_per_sequence};
+                             .num_pages = sequences * b->pages_per_sequence,
+                             .kv_format = b->format};
     if ((rc = backend_cpu.prepare(b->device, &s, &b->weights, err)))
         return rc;
     fill(b->device->kv, b->device->kv_bytes);
     int64_t width = buffer_width(&b->desc, &b->share, BUFFER_QKV);
     for (int64_t i = 0; i < MAX_ROWS * width; i++)
-        b->device->buffers[BUFFER_QKV][i] = (float)(i * 7919 % 1013) / 506.0f - 1;
+        b->device->all_buffers[BUFFER_QKV][i] = (float)(i * 7919 % 1013) / 506.0f - 1;
     return 0;
 }
 
@@ -178,8 +180,8 @@ static void measure(struct bench *b, size_t shape, size_t step, struct error *er
     struct kv_pages pages = {.pages = b->pages, .pages_per_sequence = b->pages_per_sequence};
     const struct kv_shape *kv = &b->device->kv_shape;
     double operations = 2 * positions * (double)(shapes[shape].heads * (kv->k_dim + kv->v_dim));
-    double bytes =
-        (double)((prefill ? 1 : count) * b->context * kv->heads * 2 * (kv->latent ? kv->k_dim : kv->k_dim + kv->v_dim));
+    int64_t columns = (prefill ? 1 : count) * b->context * kv->heads * (kv->latent ? kv->k_dim : kv->k_dim + kv->v_dim);
+    double bytes = (double)kv_codes_bytes((uint64_t)columns, b->format);
     backend_cpu.begin(b->device, rows, count, prefill ? PHASE_PREFILL : PHASE_DECODE, &pages, err);
     double begin = seconds_now(), once;
     backend_cpu.attend(b->device, 0, err);
@@ -198,10 +200,11 @@ static void measure(struct bench *b, size_t shape, size_t step, struct error *er
     }
     double middle = bench_median(flops, ROUNDS), most = bench_median(peak, ROUNDS), got = bench_median(rate, ROUNDS),
            limit = bench_median(read, ROUNDS);
-    printf("attention table=%s threads=%d shape=%s phase=%s rows=%" PRId64 " context=%" PRId64
+    printf("attention table=%s threads=%d shape=%s kv=%s phase=%s rows=%" PRId64 " context=%" PRId64
            " gflop_s=%.1f fma_gflop_s=%.1f share=%.2f gb_s=%.2f read_gb_s=%.2f read_share=%.2f us=%.0f\n",
-           b->kernels->name, b->threads, shapes[shape].name, steps[step].phase, count, b->context, middle / 1e9,
-           most / 1e9, most > 0 ? middle / most : 0, got / 1e9, limit / 1e9, got / limit, operations / middle * 1e6);
+           b->kernels->name, b->threads, shapes[shape].name, kv_format_name(b->format), steps[step].phase, count,
+           b->context, middle / 1e9, most / 1e9, most > 0 ? middle / most : 0, got / 1e9, limit / 1e9, got / limit,
+           operations / middle * 1e6);
     fflush(stdout);
 }
 
@@ -224,7 +227,10 @@ static int measure_threads(struct bench *b, size_t shape, struct error *err)
 int main(int argc, char **argv)
 {
     struct error err = {0};
-    struct bench b = {.pages = calloc((size_t)8 * MAX_CONTEXT / KV_PAGE_TOKENS, sizeof *b.pages)};
+    const char *what = argc > 3 ? argv[3] : "bf16";
+    bool latent = strcmp(what, "latent") == 0;
+    struct bench b = {.format = latent ? KV_BF16 : kv_format_from_name(what),
+                      .pages = calloc((size_t)8 * MAX_CONTEXT / KV_PAGE_TOKENS, sizeof *b.pages)};
     uint8_t *memory = mmap(NULL, READ_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     int rc = kernels_select(&b.kernels, argc > 1 ? argv[1] : "auto", &err);
     int least = argc > 2 ? atoi(argv[2]) : 1, most = argc > 2 ? least : 2;
@@ -235,7 +241,7 @@ int main(int argc, char **argv)
         b.memory = memory;
     }
     for (b.threads = least; b.threads <= most && !rc; b.threads++)
-        rc = measure_threads(&b, argc > 3 && strcmp(argv[3], "latent") == 0, &err);
+        rc = measure_threads(&b, latent, &err);
     if (rc)
         fprintf(stderr, "bench_attention: %s\n", err.msg);
     free(b.pages);

@@ -11,11 +11,11 @@
 #include "kernels/lanes.h"
 
 // The second operand of a product, [depth][columns]: f32 in panels, or codes as they lie in the cache.
-enum { IN_PANELS = -1 };
+enum { IN_PANELS = -1, IN_PAIRS = -2 };
 struct operand {
     const uint8_t *at;
-    int64_t row_bytes; // of codes
-    int form;          // IN_PANELS, or enum kv_format
+    int64_t row_bytes; // of codes; IN_PAIRS: of two rows
+    int form;          // IN_PANELS, IN_PAIRS (keys of int4: a byte holds a column of two rows), or enum kv_format
 };
 
 // One call's room.
@@ -215,8 +215,12 @@ static struct ahead ahead_of(const struct ahead *page, int64_t terms, bool first
     return first ? (struct ahead){page->from + terms * page->step, page->step} : (struct ahead){page->from, 0};
 }
 
-VECTOR_INLINE struct lanes column_of(const uint8_t *b, int64_t d, int64_t row_bytes, int v, const int form)
+// IN_PAIRS: of row d, which is even, or of the one behind it.
+VECTOR_INLINE struct lanes column_of(const uint8_t *b, int64_t d, int64_t behind, int64_t row_bytes, int v,
+                                     const int form)
 {
+    if (form == IN_PAIRS)
+        return lanes_int4_of_pair(b + d / 2 * row_bytes + v * LANES, behind);
     if (form == IN_PANELS)
         return lanes_load((const float *)(const void *)(b + d * row_bytes) + v * LANES);
     return widen(b + d * row_bytes + codes_bytes(v * LANES, (enum kv_format)form), (enum kv_format)form);
@@ -231,19 +235,24 @@ VECTOR_INLINE void tile(float *c, int64_t c_stride, const float *a, int64_t a_st
     UNROLL
     for (int i = 0; i < rows * vectors; i++)
         sum[i] = add ? lanes_load(c + i / vectors * c_stride + i % vectors * LANES) : lanes_zero();
-    for (int64_t d = 0; d < depth; d++) {
-        __builtin_prefetch(ahead.from + d * ahead.step, 0, 2);
-        __builtin_prefetch(ahead.from + d * ahead.step + ahead.step / 2, 0, 2);
-        struct lanes column[ATTENTION_VECTORS];
+    const int64_t step = form == IN_PAIRS ? 2 : 1;
+    for (int64_t d = 0; d < depth; d += step) {
         UNROLL
-        for (int v = 0; v < vectors; v++)
-            column[v] = column_of(b, d, row_bytes, v, form);
-        UNROLL
-        for (int r = 0; r < rows; r++) {
-            struct lanes x = lanes_all(a[r * a_stride + d]);
+        for (int64_t behind = 0; behind < step; behind++) {
+            const uint8_t *next = ahead.from + (d + behind) * ahead.step;
+            __builtin_prefetch(next, 0, 2);
+            __builtin_prefetch(next + ahead.step / 2, 0, 2);
+            struct lanes column[ATTENTION_VECTORS];
             UNROLL
             for (int v = 0; v < vectors; v++)
-                lanes_fmadd(&sum[r * vectors + v], x, column[v]);
+                column[v] = column_of(b, d, behind, row_bytes, v, form);
+            UNROLL
+            for (int r = 0; r < rows; r++) {
+                struct lanes x = lanes_all(a[r * a_stride + d + behind]);
+                UNROLL
+                for (int v = 0; v < vectors; v++)
+                    lanes_fmadd(&sum[r * vectors + v], x, column[v]);
+            }
         }
     }
     UNROLL
@@ -277,6 +286,7 @@ MULTIPLY(score_panels, IN_PANELS, false)
 MULTIPLY(score_bf16, KV_BF16, false)
 MULTIPLY(score_e4m3, KV_E4M3, false)
 MULTIPLY(score_int8, KV_INT8, false)
+MULTIPLY(score_pairs, IN_PAIRS, false)
 MULTIPLY(mix_panels, IN_PANELS, true)
 MULTIPLY(mix_bf16, KV_BF16, true)
 MULTIPLY(mix_e4m3, KV_E4M3, true)
@@ -288,7 +298,6 @@ MULTIPLY(mix_int4, KV_INT4, true)
 typedef void multiply_fn(float *c, int64_t c_stride, const float *a, int64_t a_stride, const uint8_t *b,
                          int64_t row_bytes, int64_t depth, int64_t rows, int64_t width, struct ahead ahead);
 
-// Keys of int4 are pairs of rows, which are always widened to panels.
 static multiply_fn *const score_by[] = {[KV_BF16] = score_bf16, [KV_E4M3] = score_e4m3, [KV_INT8] = score_int8};
 static multiply_fn *const mix_by[] = {
     [KV_BF16] = mix_bf16, [KV_E4M3] = mix_e4m3, [KV_INT8] = mix_int8, [KV_INT4] = mix_int4};
@@ -297,6 +306,10 @@ static multiply_fn *const mix_by[] = {
 static const uint8_t *operand_at(const struct operand *b, int64_t depth, int64_t row, int64_t column, int64_t width,
                                  int64_t *row_bytes)
 {
+    if (b->form == IN_PAIRS) { // keys: all rows
+        *row_bytes = b->row_bytes;
+        return b->at + column;
+    }
     if (b->form != IN_PANELS) {
         *row_bytes = b->row_bytes;
         return b->at + row * b->row_bytes + codes_bytes(column, (enum kv_format)b->form);
@@ -308,7 +321,9 @@ static const uint8_t *operand_at(const struct operand *b, int64_t depth, int64_t
 // bytes: of `next`.
 static void score(const struct work *w, const uint8_t *next, int64_t bytes)
 {
-    multiply_fn *multiply = w->keys.form == IN_PANELS ? score_panels : score_by[w->keys.form];
+    multiply_fn *multiply = w->keys.form == IN_PANELS  ? score_panels
+                            : w->keys.form == IN_PAIRS ? score_pairs
+                                                       : score_by[w->keys.form];
     int64_t panels = KV_PAGE_TOKENS / panel_width(0, KV_PAGE_TOKENS), panel = 0;
     const struct ahead page = {next, bytes / (panels * w->k_dim)};
     for (int64_t column = 0, width; column < KV_PAGE_TOKENS; column += width, panel++) {
@@ -524,6 +539,8 @@ static void take_keys(struct work *w, const struct kv_view *kv, const uint8_t *c
     if (kv_in_rows(kv))
         widen_panels(w->panel, turn_rows(w, codes, kv->format), KV_PAGE_TOKENS, w->k_dim, 0, w->k_dim, KV_PAGE_TOKENS,
                      KV_BF16);
+    else if (read_as_they_lie(w) && kv->format == KV_INT4)
+        w->keys = (struct operand){codes, KV_PAGE_TOKENS, IN_PAIRS};
     else if (kv->format == KV_INT4)
         fill_pairs(w->panel, codes, w->k_dim);
     else if (read_as_they_lie(w))

@@ -7,7 +7,7 @@
 #include "kernels/vectors.h"
 
 // lanes_int4: 8 bytes, 16 columns in blocks of 8 as kv_int4_byte (kernels/kv_codes.h) has them; lanes_int4_pair: the low nibbles of 16 bytes, and
-// the high ones. They become levels.
+// the high ones; lanes_int4_of_pair: one of the two. They become levels.
 // lanes_e4m3: 16 codes; by way of f16, whose exponent has the bits that e4m3 lacks: each code is shifted to the top of its 16 bits, then
 // down by one, which gives 2^-8 times its value. A NaN becomes e4m3_to_f32's.
 
@@ -40,10 +40,19 @@ VECTOR_INLINE struct lanes lanes_levels(__m512i codes)
     __m128i levels = _mm_set_epi64x((int64_t)WEIGHT_NL4_NEGATIVE, (int64_t)WEIGHT_NL4_POSITIVE);
     return (struct lanes){_mm512_permutexvar_ps(codes, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(levels)))};
 }
+// The bytes of a block to its lanes twice, then their halves.
 VECTOR_INLINE struct lanes lanes_int4(const uint8_t *codes)
 {
-    __m128i low = _mm_loadl_epi64((const __m128i *)codes);
-    return lanes_levels(_mm512_cvtepu8_epi32(_mm_unpacklo_epi32(low, _mm_srli_epi16(low, 4))));
+    const __m512i bytes = _mm512_set_epi32(7, 6, 5, 4, 7, 6, 5, 4, 3, 2, 1, 0, 3, 2, 1, 0);
+    const __m512i halves = _mm512_set_epi32(4, 4, 4, 4, 0, 0, 0, 0, 4, 4, 4, 4, 0, 0, 0, 0);
+    int64_t eight;
+    memcpy(&eight, codes, sizeof eight);
+    return lanes_levels(_mm512_srlv_epi32(_mm512_shuffle_epi8(_mm512_set1_epi64(eight), bytes), halves));
+}
+VECTOR_INLINE struct lanes lanes_int4_of_pair(const uint8_t *codes, bool high)
+{
+    __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes));
+    return lanes_levels(high ? _mm512_srli_epi32(both, 4) : both);
 }
 VECTOR_INLINE void lanes_int4_pair(struct lanes *low, struct lanes *high, const uint8_t *codes)
 {
@@ -111,6 +120,11 @@ VECTOR_INLINE struct lanes lanes_int4(const uint8_t *codes)
 {
     __m128i low = _mm_loadl_epi64((const __m128i *)codes);
     return lanes_levels(_mm_unpacklo_epi32(low, _mm_srli_epi16(low, 4)));
+}
+VECTOR_INLINE struct lanes lanes_int4_of_pair(const uint8_t *codes, bool high)
+{
+    __m128i both = _mm_loadu_si128((const __m128i *)codes);
+    return lanes_levels(high ? _mm_srli_epi16(both, 4) : both);
 }
 VECTOR_INLINE void lanes_int4_pair(struct lanes *low, struct lanes *high, const uint8_t *codes)
 {
@@ -190,6 +204,12 @@ VECTOR_INLINE void lanes_int4_pair(struct lanes *low, struct lanes *high, const 
         low->v[i] = (float)weight_nl4_level(codes[i]);
         high->v[i] = (float)weight_nl4_level((uint8_t)(codes[i] >> 4));
     }
+}
+VECTOR_INLINE struct lanes lanes_int4_of_pair(const uint8_t *codes, bool high)
+{
+    struct lanes low_ones, high_ones;
+    lanes_int4_pair(&low_ones, &high_ones, codes);
+    return high ? high_ones : low_ones;
 }
 VECTOR_INLINE struct lanes lanes_e4m3(const uint8_t *codes)
 {

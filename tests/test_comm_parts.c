@@ -57,7 +57,10 @@ static int take_sum(struct comm *comm, const struct parts_case *c, int block, in
         want[i] = value_of(block, chain, rank, i);
     if ((rc = comm_all_reduce(comm, want, 1, COLS, COLS, WIRE_BF16, NULL, NULL, err)))
         return rc;
-    return memcmp(sum, want, sizeof sum) ? error_set(err, ERR_OTHER, "block %d: not all_reduce's bits", block) : 0;
+    for (int i = 0; i < COLS; i++)
+        if (f32_bits(sum[i]) != f32_bits(want[i]))
+            return error_set(err, ERR_OTHER, "block %d, value %d: not all_reduce's bits", block, i);
+    return 0;
 }
 
 static int parts_body(struct comm *comm, void *arg, struct error *err)
