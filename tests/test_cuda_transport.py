@@ -5,6 +5,7 @@ what is said where it cannot be. CUDA_LIBRARY names the real backend, on a devic
 """
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -111,6 +112,29 @@ def leave_out_p2p(tmp):
         print(f"ok p2p # SKIP {told.strip()[-300:]}", flush=True)
 
 
+# A rank that is killed in the middle of a text ends all of them, whose kernels wait for it. So does one whose writes do not arrive: its peer's time
+# is up.
+def test_lost_ranks(tmp):
+    words = ("generate", tmp / "model", "--prompt", "And the", "--max-tokens", 400, "--seed", 1, "--transport", "p2p", *DEVICE)
+    with subprocess.Popen([str(w) for w in (BUILD / "tpengine", *words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          env={**os.environ, "EMULATED_DEVICES": "2"}) as parent:
+        text = parent.stdout.read(1)  # the ranks are at work
+        ranks = [int(pid) for pid in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()]
+        if len(ranks) == 2:
+            os.kill(ranks[1], signal.SIGKILL)
+        try:
+            _, told = parent.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            parent.kill()
+            _, told = parent.communicate()
+            told = "it did not end within 60 s: " + told
+    check("a killed rank ends all ranks", text != "" and parent.returncode == 7 and "rank 1" in told, (ranks, parent.returncode, told[-300:]))
+    check("no rank is left", not any(Path(f"/proc/{pid}").exists() for pid in ranks), ranks)
+    for fault in "drop", "hang":
+        rc, _, told = engine(*words, "--timeout", 2, EMULATED_DEVICES="2", EMULATED_PEERS=f"1>0:{fault}")
+        check(f"a link with {fault} ends all ranks, and a sum is named", rc == 7 and "all_reduce" in told, (rc, told[-300:]))
+
+
 def main():
     if not LIBRARY.exists():
         print("ok the emulated backend is not built here # SKIP")
@@ -118,7 +142,7 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         if REAL:
             leave_out_p2p(Path(name))
-        for test in (test_logits, test_tokens, test_greedy, test_refusals)[:3 if REAL else 4]:
+        for test in (test_logits, test_tokens, test_greedy, test_refusals, test_lost_ranks)[:3 if REAL else 5]:
             test(Path(name))
     sys.exit(1 if failures or test_cuda_engine.failures else 0)
 
