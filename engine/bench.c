@@ -1,5 +1,6 @@
 // tpengine bench: one result line for prefill and decode of random tokens, as a user would run them.
 #include "engine/commands.h"
+#include "formats/fnv.h"
 #include "kernels/clock.h"
 
 #include <assert.h>
@@ -41,9 +42,8 @@ static uint32_t next_random(uint32_t *state)
 
 static bool take(void *arg, int64_t sequence, const uint32_t *tokens, int64_t count)
 {
-    uint32_t *hash = arg;
-    for (int64_t i = 0; i < count; i++)
-        *hash = (*hash ^ (tokens[i] + (uint32_t)sequence * 0x9e3779b9u)) * 16777619u;
+    uint32_t *hashes = arg;
+    hashes[sequence] = fnv1a_32_behind(hashes[sequence], tokens, (size_t)count * sizeof *tokens);
     return true;
 }
 
@@ -52,8 +52,8 @@ static int measure(struct session *session, struct result *out, double opened_s,
     struct generation generations[MAX_SEQUENCES];
     const struct manifest *manifest = session_manifest(session);
     int64_t vocab = manifest->model.vocab_size;
-    assert(vocab > 0); // the manifest was checked
-    uint32_t state = 1, hash = 2166136261u;
+    assert(vocab > 0);                               // the manifest was checked
+    uint32_t state = 1, hashes[MAX_SEQUENCES] = {0}; // of each sequence: their tokens come in any order
     uint32_t *prompt = malloc((size_t)options.prompt_tokens * sizeof *prompt);
     if (!prompt)
         return error_set(err, ERR_MEMORY, "no memory for a prompt of %lld tokens", (long long)options.prompt_tokens);
@@ -66,7 +66,7 @@ static int measure(struct session *session, struct result *out, double opened_s,
                                              .ignore_eos = true,
                                              .sampling = {.top_p = 1, .repetition_penalty = 1},
                                              .on_tokens = take,
-                                             .arg = &hash};
+                                             .arg = hashes};
     struct generate_figures figures;
     int rc = session_generate(session, generations, options.batch, &figures, err);
     free(prompt);
@@ -98,7 +98,7 @@ static int measure(struct session *session, struct result *out, double opened_s,
     long long begun = atomic_load(&passes->begun);
     out->passes_in_flight = begun > 0 ? (double)atomic_load(&passes->sum_in_flight) / (double)begun : 0;
     out->most_in_flight = atomic_load(&passes->most_in_flight);
-    out->last_token = hash;
+    out->last_token = fnv1a_32(hashes, (size_t)options.batch * sizeof *hashes);
     return 0;
 }
 

@@ -37,6 +37,12 @@ struct pass {
     int64_t choice[STEP_MAX_CHOICES];   // of the step
 };
 
+// A staggered step that is under way.
+struct staggered_step {
+    int64_t num_segments, num_choices;
+    struct step_segment segments[STEP_MAX_SEGMENTS];
+};
+
 struct rank_step {
     struct decoder *decoder;
     struct step_limits limits;
@@ -46,7 +52,9 @@ struct rank_step {
     struct token_row *rows; // of one pass
     float *logits;          // [logits_rows][vocab_local]
     int64_t logits_rows;
-    struct step step; // a copy, checked
+    struct step step;                 // a copy, checked
+    struct staggered_step *under_way; // [stages] the last ones; NULL: there has been none
+    int64_t staggered;                // how many
     struct pass pass;
     struct rank_step_rows ran;
     struct pass_counts *counts_of_passes;
@@ -92,6 +100,7 @@ void rank_step_free(struct rank_step *s)
     for (int i = 0; i < MAX_SEQUENCES; i++)
         token_counts_free(&s->counts[i].host);
     sampler_free(s->sampler);
+    free(s->under_way);
     free(s->rows);
     free(s->logits);
     free(s);
@@ -313,14 +322,15 @@ static int64_t pass_rows(const struct rank_step *s, int64_t rows, int64_t least)
     return (rows + passes - 1) / passes;
 }
 
-// Runs the step's segments of one phase, apart or together; mixed: those of both phases together.
+// Runs the step's segments of one phase, apart or together; mixed: those of both phases together. A staggered step is one pass: other steps keep the
+// other stages busy.
 static int run_segments(struct rank_step *s, const struct step_area *area, enum phase phase, bool mixed,
                         struct error *err)
 {
     bool apart = !mixed && phase == PHASE_PREFILL, whole = apart && s->decoder->backend->chunks_fixed;
     bool prompts = s->ran.prefill > 0 && (mixed || apart);
     int64_t rows = (mixed || apart ? s->ran.prefill : 0) + (mixed || !apart ? s->ran.decode : 0), choice = 0;
-    int64_t room = pass_rows(s, rows, prompts ? LEAST_PREFILL_ROWS : LEAST_DECODE_ROWS);
+    int64_t room = s->step.staggered ? rows : pass_rows(s, rows, prompts ? LEAST_PREFILL_ROWS : LEAST_DECODE_ROWS);
     int rc = 0;
     for (int64_t i = 0; i < s->step.num_segments && !rc; choice += s->step.segments[i++].choices) {
         const struct step_segment *segment = &s->step.segments[i];
@@ -339,10 +349,10 @@ static int run_segments(struct rank_step *s, const struct step_area *area, enum 
 }
 
 // The last stage's first rank has the choices; rank 0 gets them.
-static int bring_choices(struct rank_step *s, struct error *err)
+static int bring_choices(struct rank_step *s, int64_t count, struct error *err)
 {
     const struct decoder *d = s->decoder;
-    size_t bytes = (size_t)s->step.num_choices * sizeof *s->step.choices;
+    size_t bytes = (size_t)count * sizeof *s->step.choices;
     if (!has_stages(s) || comm_rank(d->comm) > 0 || bytes == 0)
         return 0;
     if (!d->model->stage_behind)
@@ -360,6 +370,7 @@ static int bring_choices(struct rank_step *s, struct error *err)
 static int take_step(struct rank_step *s, const struct step_area *area, struct error *err)
 {
     int64_t count = area->step->num_segments;
+    s->step.staggered = area->step->staggered;
     s->step.num_segments = count;
     s->step.num_choices = area->step->num_choices;
     if (count > 0 && count <= STEP_MAX_SEGMENTS)
@@ -367,27 +378,81 @@ static int take_step(struct rank_step *s, const struct step_area *area, struct e
     int rc = step_check(area, &s->step, &s->limits, err);
     if (rc)
         return rc;
-    s->ran = (struct rank_step_rows){0};
     for (int64_t i = 0; i < count; i++) {
         const struct step_segment *segment = &s->step.segments[i];
-        int64_t *rows = segment->phase == PHASE_PREFILL ? &s->ran.prefill : &s->ran.decode;
-        *rows += segment->count;
         if (segment->begins_sequence)
             s->counts[segment->sequence].host_outputs = s->counts[segment->sequence].device_outputs = NOT_COUNTED;
     }
     return 0;
 }
 
+// The staggered step that was the last but `behind`.
+static struct staggered_step *step_under_way(const struct rank_step *s, int64_t behind)
+{
+    return &s->under_way[(s->staggered - behind) % comm_num_stages(s->decoder->world)];
+}
+
+static int check_none_under_way(const struct rank_step *s, struct error *err)
+{
+    int stages = comm_num_stages(s->decoder->world);
+    for (int64_t behind = 0; s->under_way && behind < stages - 1; behind++)
+        if (step_under_way(s, behind)->num_segments > 0)
+            return error_set(err, ERR_OTHER, "a step that is not staggered, while staggered ones are under way");
+    return 0;
+}
+
+// The step that was taken goes among those under way, and in its place comes that which is this stage's turn. last: the one that the last stage
+// computes.
+static int take_turn(struct rank_step *s, const struct staggered_step **last, struct error *err)
+{
+    const struct decoder *d = s->decoder;
+    int stages = comm_num_stages(d->world), stage = comm_rank(d->world) / comm_size(d->comm);
+    if (stages < 2)
+        return error_set(err, ERR_OTHER, "a staggered step, and one stage");
+    if (!s->under_way) {
+        s->under_way = calloc((size_t)stages, sizeof *s->under_way);
+        if (!s->under_way)
+            return error_set(err, ERR_MEMORY, "no memory for steps of %d stages", stages);
+        s->staggered = stages; // so that those before the first are there, and empty
+    }
+    s->staggered++;
+    struct staggered_step *taken = step_under_way(s, 0), *own = step_under_way(s, stage);
+    taken->num_segments = s->step.num_segments;
+    taken->num_choices = s->step.num_choices;
+    memcpy(taken->segments, s->step.segments, (size_t)taken->num_segments * sizeof *taken->segments);
+    s->step.num_segments = own->num_segments;
+    s->step.num_choices = own->num_choices;
+    memcpy(s->step.segments, own->segments, (size_t)own->num_segments * sizeof *own->segments);
+    *last = step_under_way(s, stages - 1);
+    return 0;
+}
+
+static void count_rows(struct rank_step *s)
+{
+    s->ran = (struct rank_step_rows){0};
+    for (int64_t i = 0; i < s->step.num_segments; i++) {
+        const struct step_segment *segment = &s->step.segments[i];
+        int64_t *rows = segment->phase == PHASE_PREFILL ? &s->ran.prefill : &s->ran.decode;
+        *rows += segment->count;
+    }
+}
+
 int rank_step_run(struct rank_step *s, const struct step_area *area, struct error *err)
 {
     const struct decoder *d = s->decoder;
+    const struct staggered_step *last = NULL;
     bool mixed = decoder_mixes(d);
     int rc;
-    if ((rc = take_step(s, area, err)) || (!mixed && (rc = run_segments(s, area, PHASE_PREFILL, false, err))) ||
-        (rc = run_segments(s, area, PHASE_DECODE, mixed, err)) || (rc = bring_choices(s, err)))
+    if ((rc = take_step(s, area, err)) ||
+        (rc = s->step.staggered ? take_turn(s, &last, err) : check_none_under_way(s, err)))
+        return rc;
+    count_rows(s);
+    int64_t choices = last ? last->num_choices : s->step.num_choices;
+    if ((!mixed && (rc = run_segments(s, area, PHASE_PREFILL, false, err))) ||
+        (rc = run_segments(s, area, PHASE_DECODE, mixed, err)) || (rc = bring_choices(s, choices, err)))
         return rc;
     if (comm_rank(d->comm) == 0 && !d->model->stage_before)
-        memcpy(area->step->choices, s->step.choices, (size_t)s->step.num_choices * sizeof *s->step.choices);
+        memcpy(area->step->choices, s->step.choices, (size_t)choices * sizeof *s->step.choices);
     return 0;
 }
 
@@ -399,7 +464,9 @@ int rank_step_forward(struct rank_step *s, const struct step_area *area, int32_t
     int64_t most = s->limits.prefill_rows, wanted = whole ? most : pass_rows(s, count, LEAST_PREFILL_ROWS);
     const uint32_t *tokens = area->tokens + sequence * area->context + start;
     struct kv_pages pages = pages_of(area);
-    int rc;
+    int rc = check_none_under_way(s, err);
+    if (rc)
+        return rc;
     most = wanted < most ? wanted : most;
     for (int64_t done = 0; done < count; done += most) {
         int64_t rows = count - done < most ? count - done : most;

@@ -25,7 +25,8 @@ void rank_step_free(struct rank_step *s); // accepts NULL
 // Where passes are counted from now on; NULL: nowhere.
 void rank_step_count_passes(struct rank_step *s, struct pass_counts *counts);
 
-// Checks the step in the area and runs it; rank 0 writes the choices back. Collective.
+// Checks the step in the area and runs it; of staggered ones (step.h) this rank's stage runs the one that is its turn. Rank 0 writes the choices back.
+// Collective.
 int rank_step_run(struct rank_step *s, const struct step_area *area, struct error *err);
 // Tokens start .. start + count - 1 of a slot; all their logits, [count][stride], of this rank's part of the vocabulary (of the last stage's ranks
 // alone). Collective.

@@ -14,7 +14,7 @@ struct head {
     uint64_t bytes; // of the whole message
     int32_t command, kind;
     struct relay_forward forward;
-    int64_t num_segments, num_choices; // segments follow
+    int64_t staggered, num_segments, num_choices; // segments follow
     int64_t num_slots;
 };
 
@@ -172,6 +172,7 @@ const uint8_t *relay_encode(struct relay *r, int command, enum relay_kind kind, 
         int64_t segments = r->area.step->num_segments;
         if (segments < 0 || segments > STEP_MAX_SEGMENTS)
             return NULL;
+        head.staggered = r->area.step->staggered;
         head.num_segments = segments;
         head.num_choices = r->area.step->num_choices;
         head.num_slots = put_step(r);
@@ -254,6 +255,7 @@ int relay_decode(struct relay *r, const uint8_t *data, uint64_t bytes, int *comm
     bool sound = get(&in, &head, sizeof head) && head.bytes == bytes && head.num_segments >= 0 &&
                  head.num_segments <= STEP_MAX_SEGMENTS && head.num_slots >= 0 && head.num_slots <= MAX_SEQUENCES;
     if (sound && head.kind == RELAY_STEP) {
+        step->staggered = head.staggered != 0;
         step->num_segments = head.num_segments;
         step->num_choices = head.num_choices;
         sound = get(&in, step->segments, (uint64_t)head.num_segments * sizeof step->segments[0]);

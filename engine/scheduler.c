@@ -28,7 +28,8 @@ static int check_options(const struct scheduler_options *o, const struct step_ar
     bool good = o->num_pages >= 1 && o->context >= 1 && o->context <= area->context && o->max_sequences >= 1 &&
                 o->max_sequences <= MAX_SEQUENCES && o->max_sequences <= area->max_sequences && o->prefill_chunk >= 1 &&
                 o->decode_rows >= o->max_sequences && o->max_rows >= o->decode_rows && o->draft_tokens >= 0 &&
-                (!o->chunks_fixed || o->max_rows >= o->prefill_chunk);
+                (!o->chunks_fixed || o->max_rows >= o->prefill_chunk) && o->stages >= 0 &&
+                o->stages <= SCHEDULER_MAX_STAGES;
     if (!good)
         return error_set(err, ERR_USAGE,
                          "a scheduler of %lld slots, %lld pages, %lld rows (%lld decode, %lld prefill) does not work",
@@ -58,6 +59,10 @@ int scheduler_create(struct scheduler **out, const struct scheduler_options *opt
         rc = error_set(err, ERR_MEMORY, "no memory for drafts");
         goto fail;
     }
+    if (options->stages > 1 && !(s->turns = calloc((size_t)options->stages, sizeof *s->turns))) {
+        rc = error_set(err, ERR_MEMORY, "no memory for steps of %lld stages", (long long)options->stages);
+        goto fail;
+    }
     *out = s;
     return 0;
 fail:
@@ -75,6 +80,7 @@ void scheduler_free(struct scheduler *s)
     page_cache_free(s->cache);
     fair_queue_free(s->queue);
     free(s->drafts);
+    free(s->turns);
     free(s);
 }
 
@@ -160,20 +166,29 @@ static void end(struct scheduler *s, struct sequence *q, enum finish_reason reas
     free(q);
 }
 
+// Those under way end when they are back.
 static void end_cancelled(struct scheduler *s)
 {
     while (s->num_cancelled > 0 && s->busy == 0) {
         struct sequence *q = s->first;
-        while (!q->cancelled)
+        while (q && (!q->cancelled || q->under_way))
             q = q->next;
+        if (!q)
+            return;
         end(s, q, FINISH_CANCELLED, STEP_NO_TOKEN, NULL);
     }
 }
 
-// What callbacks add meanwhile stays.
+// What callbacks add meanwhile stays. Nothing comes back of steps under way.
 static void end_all(struct scheduler *s, enum finish_reason reason, const struct error *why)
 {
     uint64_t groups = s->next_group;
+    for (int64_t i = 0; i < s->num_admitted; i++)
+        s->admitted[i]->under_way = false;
+    for (int64_t i = 0; s->turns && i < s->options.stages; i++)
+        s->turns[i].num_planned = 0;
+    s->num_under_way = 0;
+    s->drains = false;
     while (s->first && s->first->group < groups)
         end(s, s->first, reason, STEP_NO_TOKEN, why);
 }
@@ -391,11 +406,11 @@ static void take_choices(struct scheduler *s, struct sequence *q, double now)
     end(s, q, reason, reason == FINISH_EOS ? token : STEP_NO_TOKEN, reason == FINISH_ERROR ? &why : NULL);
 }
 
-static void take_results(struct scheduler *s)
+static void take_results(struct scheduler *s, const struct turn *turn)
 {
     double now = clock_now_s();
-    for (int64_t i = 0; i < s->num_planned; i++) {
-        struct sequence *q = s->planned[i];
+    for (int64_t i = 0; i < turn->num_planned; i++) {
+        struct sequence *q = turn->planned[i];
         if (q->choices > 0 && !q->cancelled) {
             take_choices(s, q, now);
         } else {
@@ -403,6 +418,20 @@ static void take_results(struct scheduler *s)
             scheduler_publish(s, q);
         }
     }
+}
+
+// The planned step has been run, staggered: its sequences are under way, and those of the step before, by as many as there are stages, are back.
+static struct turn *next_turn(struct scheduler *s)
+{
+    struct turn *begun = &s->turns[s->num_turns % s->options.stages];
+    struct turn *back = &s->turns[++s->num_turns % s->options.stages];
+    *begun = s->plan;
+    for (int64_t i = 0; i < begun->num_planned; i++)
+        begun->planned[i]->under_way = true;
+    for (int64_t i = 0; i < back->num_planned; i++)
+        back->planned[i]->under_way = false;
+    s->num_under_way += begun->num_planned - back->num_planned;
+    return back;
 }
 
 bool scheduler_has_work(const struct scheduler *s) { return s->first != NULL; }
@@ -413,12 +442,13 @@ int scheduler_step(struct scheduler *s, struct error *err)
     s->busy++;
     scheduler_admit(s);
     scheduler_plan(s);
+    struct turn *done = &s->plan;
     double now = clock_now_s();
-    for (int64_t i = 0; i < s->num_planned; i++)
-        if (s->planned[i]->started_s == 0)
-            s->planned[i]->started_s = now;
-    if (s->num_planned > 0) {
-        s->stats.steps++;
+    for (int64_t i = 0; i < s->plan.num_planned; i++)
+        if (s->plan.planned[i]->started_s == 0)
+            s->plan.planned[i]->started_s = now;
+    if (s->plan.num_planned > 0 || s->num_under_way > 0) {
+        s->stats.steps += s->plan.num_planned > 0;
         struct error why;
         int rc;
         if ((rc = s->runner.run(s->runner.arg, &why))) {
@@ -426,7 +456,10 @@ int scheduler_step(struct scheduler *s, struct error *err)
             scheduler_fail(s, &why);
             return error_set(err, rc, "%s", why.msg);
         }
-        take_results(s);
+        if (s->area.step->staggered)
+            done = next_turn(s);
+        take_results(s, done);
+        done->num_planned = 0;
     }
     s->busy--;
     end_cancelled(s);

@@ -16,6 +16,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+enum { SCHEDULER_MAX_STAGES = 64 };
 enum finish_reason { FINISH_NONE = 0, FINISH_EOS, FINISH_LENGTH, FINISH_CANCELLED, FINISH_ERROR };
 
 struct sequence_usage {
@@ -75,10 +76,13 @@ struct scheduler_options {
     // So many decode rows cost as much time as reading the weights: from there on a draft takes from other sequences, and must be likelier
     // to be right; and eight times as many rows of prompts are enough beside running streams, where chunks may be cut. 0: rows cost nothing.
     int64_t balance_rows;
+    // Pipeline stages (0: one), at most SCHEDULER_MAX_STAGES, and how many rows of decode one hands to the next without waiting for it. Where these are
+    // enough, decoding sequences take turns in staggered steps (step.h), so that each stage has work at any time.
+    int64_t stages, staggered_rows;
     uint64_t hash_seed; // secret, against chosen collisions
 };
 
-// Where steps are run: fills area->step->choices. Synchronous.
+// Where steps are run: fills area->step->choices; behind a staggered step those of the one that is through. Synchronous.
 struct step_runner {
     void *arg;
     int (*run)(void *arg, struct error *err);
@@ -104,7 +108,8 @@ void scheduler_free(struct scheduler *scheduler);
 // ERR_USAGE for a prompt that does not fit the context and for settings out of their ranges, ERR_MEMORY when it can never fit the cache.
 int scheduler_add(struct scheduler *scheduler, const struct sequence_spec *specs, int64_t count, struct sequence **out,
                   struct error *err);
-// The sequence ends with the running step at the latest, and on_end is called before this or scheduler_step returns.
+// The sequence ends with the running step at the latest, and on_end is called before this or scheduler_step returns; one in a staggered step, when
+// that is through.
 void scheduler_cancel(struct scheduler *scheduler, struct sequence *sequence);
 // Whether a step would do anything.
 bool scheduler_has_work(const struct scheduler *scheduler);

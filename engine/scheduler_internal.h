@@ -40,9 +40,16 @@ struct sequence {
 
     // In the step that is planned or run; rows 0: none.
     int64_t rows, choices, first_choice;
+    bool under_way; // in a staggered step whose choices have not come: nothing of it changes
 
     struct sequence_usage usage;
     double added_s, started_s, first_token_s; // 0: not yet
+};
+
+// A step's sequences, in the order of its segments.
+struct turn {
+    struct sequence *planned[MAX_SEQUENCES];
+    int64_t num_planned;
 };
 
 struct scheduler {
@@ -67,14 +74,17 @@ struct scheduler {
     int64_t num_cancelled;  // sequences that are marked
 
     int64_t rows_left, decode_left, choices_left; // while planning
-    struct sequence *planned[MAX_SEQUENCES];      // in the order of the step's segments
-    int64_t num_planned;
+    struct turn plan;
+    // The staggered steps under way: those of the last `stages` turns, turn n at n % stages. Some may be empty.
+    struct turn *turns;               // NULL: one stage
+    int64_t num_turns, num_under_way; // sequences
+    bool drains; // a page is wanted of a sequence under way: nothing new begins before all are back
     struct scheduler_stats stats;
 };
 
 // Gives waiting sequences slots, and preempted ones their pages, as far as there is room.
 void scheduler_admit(struct scheduler *scheduler);
-// Writes the next step into the area. scheduler->num_planned 0: there is nothing to do.
+// Writes the next step into the area. None planned, and none under way: there is nothing to do.
 void scheduler_plan(struct scheduler *scheduler);
 // Makes pages that are full now findable.
 void scheduler_publish(struct scheduler *scheduler, struct sequence *sequence);

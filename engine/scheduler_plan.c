@@ -103,7 +103,8 @@ static void preempt(struct scheduler *s, struct sequence *q)
     q->state = SEQUENCE_PREEMPTED;
 }
 
-// Makes room for the first `positions`; whoever was admitted last makes place. false: that was this sequence itself.
+// Makes room for the first `positions`; whoever was admitted last makes place. false: that was this sequence itself, or is one under way, which
+// is waited for.
 static bool reserve(struct scheduler *s, struct sequence *q, int64_t positions)
 {
     int64_t wanted = pages_of(positions), youngest = s->num_admitted - 1;
@@ -117,6 +118,10 @@ static bool reserve(struct scheduler *s, struct sequence *q, int64_t positions)
         while (s->admitted[youngest]->state != SEQUENCE_RUNNING)
             youngest--;
         struct sequence *victim = s->admitted[youngest];
+        if (victim->under_way) {
+            s->drains = true;
+            return false;
+        }
         preempt(s, victim);
         if (victim == q)
             return false;
@@ -285,13 +290,14 @@ static void fill_masks(struct scheduler *s)
 
 static bool waits_for_mask(const struct sequence *q) { return q->spec.filter && !q->mask_filled; }
 
-// One row for every sequence that decodes: no stream waits for another's prompt or draft.
-static int64_t plan_decode(struct scheduler *s)
+// One row for every sequence that decodes, or for as many as have their turn: no stream waits for another's prompt or draft.
+static int64_t plan_decode(struct scheduler *s, int64_t most)
 {
     int64_t streams = 0;
-    for (int64_t i = 0; i < s->num_admitted; i++) {
+    for (int64_t i = 0; i < s->num_admitted && streams < most; i++) {
         struct sequence *q = s->admitted[i];
-        if (q->state == SEQUENCE_RUNNING && !in_prompt(q) && !waits_for_mask(q) && reserve(s, q, q->computed + 1)) {
+        if (q->state == SEQUENCE_RUNNING && !q->under_way && !in_prompt(q) && !waits_for_mask(q) &&
+            reserve(s, q, q->computed + 1)) {
             give(s, q, 1, q->computed + 1 == q->length);
             streams++;
         }
@@ -327,7 +333,7 @@ static void plan_more_decode(struct scheduler *s, int64_t streams, int64_t reser
     double worth = balance > 0 ? rows / (rows + balance) : 0.05;
     for (int64_t i = 0; i < s->num_admitted; i++) {
         struct sequence *q = s->admitted[i];
-        if (q->state != SEQUENCE_RUNNING || in_prompt(q) || q->rows == 0)
+        if (q->state != SEQUENCE_RUNNING || q->under_way || in_prompt(q) || q->rows == 0)
             continue;
         int64_t left = min_of(s->decode_left, s->rows_left - reserved);
         int64_t behind = q->length - q->computed - 1, share = left / streams--;
@@ -416,25 +422,45 @@ static void write_segment(struct scheduler *s, struct sequence *q)
     q->begun = true;
     q->first_choice = step->num_choices;
     step->num_choices += q->choices;
-    s->planned[s->num_planned++] = q;
+    s->plan.planned[s->plan.num_planned++] = q;
     *(in_prompt(q) ? &s->stats.prefill_rows : &s->stats.decode_rows) += q->rows;
 }
 
-void scheduler_plan(struct scheduler *s)
+// Streams of one turn, where staggered steps are worth it. 0: they are not, or a prompt is to be computed.
+//
+// With P stages, n streams, r = n / balance_rows and a stage's weights read in one unit of time, all streams' next tokens take min over M of
+// (M + P - 1) (1 + r / M) in a step of M passes, and P + r in P turns: as long for small r, where all the time goes into reading, and two thirds of it
+// from r = 2 on (P = 2). Turns are as long as the slowest stage, and stages that read the same memory at the same time are slower: so from r = 2 on.
+static int64_t streams_of_turn(const struct scheduler *s)
 {
-    s->rows_left = s->options.max_rows;
-    s->decode_left = s->options.decode_rows;
-    s->choices_left = STEP_MAX_CHOICES;
-    s->num_planned = 0;
-    for (int64_t i = 0; i < s->num_admitted; i++)
-        s->admitted[i]->rows = s->admitted[i]->choices = 0;
+    int64_t streams = 0, stages = s->options.stages, balance = s->options.balance_rows;
+    for (int64_t i = 0; i < s->num_admitted; i++) {
+        const struct sequence *q = s->admitted[i];
+        if (q->state == SEQUENCE_RUNNING && in_prompt(q))
+            return 0;
+        streams += q->state == SEQUENCE_RUNNING;
+    }
+    if (stages < 2 || balance == 0 || s->drains || streams < 2 * (stages > balance ? stages : balance))
+        return 0;
+    int64_t of_turn = (streams + stages - 1) / stages;
+    return of_turn <= s->options.staggered_rows ? of_turn : 0;
+}
 
-    match_prompts(s);
-    fill_masks(s);
+static void plan_staggered(struct scheduler *s, int64_t streams)
+{
+    s->rows_left = min_of(s->rows_left, s->options.staggered_rows);
+    s->decode_left = min_of(s->decode_left, s->options.staggered_rows);
+    if (streams > 0)
+        plan_more_decode(s, plan_decode(s, streams), 0);
+}
+
+static void plan_together(struct scheduler *s)
+{
     int64_t chunk = next_chunk(s);
+    s->drains = false;
     // Where a chunk cannot be cut and does not fit beside the others, they take turns.
     if (chunk == 0 || !s->prefill_waited) {
-        int64_t streams = plan_decode(s);
+        int64_t streams = plan_decode(s, MAX_SEQUENCES);
         if (streams > 0)
             chunk = min_of(chunk, prefill_beside_decode(s));
         plan_more_decode(s, streams, min_of(chunk, s->rows_left));
@@ -443,12 +469,33 @@ void scheduler_plan(struct scheduler *s)
     }
     s->prefill_waited = false;
     plan_prefill(s);
+}
 
-    s->area.step->num_segments = s->area.step->num_choices = 0;
+void scheduler_plan(struct scheduler *s)
+{
+    s->rows_left = s->options.max_rows;
+    s->decode_left = s->options.decode_rows;
+    s->choices_left = STEP_MAX_CHOICES;
+    s->plan.num_planned = 0;
+    for (int64_t i = 0; i < s->num_admitted; i++)
+        if (!s->admitted[i]->under_way)
+            s->admitted[i]->rows = s->admitted[i]->choices = 0;
+
+    match_prompts(s);
+    fill_masks(s);
+    int64_t streams = streams_of_turn(s);
+    struct step *step = s->area.step;
+    step->staggered = streams > 0 || s->num_under_way > 0;
+    if (step->staggered)
+        plan_staggered(s, streams);
+    else
+        plan_together(s);
+
+    step->num_segments = step->num_choices = 0;
     for (int64_t i = 0; i < s->num_admitted; i++)
         if (s->admitted[i]->rows > 0 && in_prompt(s->admitted[i]))
             write_segment(s, s->admitted[i]);
     for (int64_t i = 0; i < s->num_admitted; i++)
-        if (s->admitted[i]->rows > 0 && !in_prompt(s->admitted[i]))
+        if (s->admitted[i]->rows > 0 && !s->admitted[i]->under_way && !in_prompt(s->admitted[i]))
             write_segment(s, s->admitted[i]);
 }

@@ -668,6 +668,8 @@ void session_scheduler_options(const struct session *s, struct scheduler_options
         .phases_differ =
             !w->backend->mixes_phases || w->deals || (wire_is_compressed(w->wire) && s->manifest->tp_size > 1),
         .balance_rows = w->backend->balance_rows,
+        .stages = s->manifest->pp_size,
+        .staggered_rows = (int64_t)(message_bytes(s) / ((uint64_t)s->manifest->model.hidden_size * sizeof(float))),
     };
 }
 

@@ -129,13 +129,15 @@ int step_check(const struct step_area *a, const struct step *step, const struct 
 {
     uint8_t seen[MAX_SEQUENCES] = {0}; // bit 0: a prefill segment of the slot, bit 1: one of decode
     int64_t rows = 0, decode_rows = 0, choices = 0;
-    if (step->num_segments < 1 || step->num_segments > STEP_MAX_SEGMENTS)
+    if (step->num_segments < !step->staggered || step->num_segments > STEP_MAX_SEGMENTS)
         return error_set(err, ERR_OTHER, "a step of %lld segments", (long long)step->num_segments);
     for (int64_t i = 0; i < step->num_segments; i++) {
         const struct step_segment *s = &step->segments[i];
         const char *problem = segment_problem(a, s, limits);
         if (problem)
             return refuse(i, problem, err);
+        if (step->staggered && s->phase != PHASE_DECODE)
+            return refuse(i, "of a prompt, in a staggered step", err);
         uint8_t bit = s->phase == PHASE_PREFILL ? 1 : 2;
         if (seen[s->sequence] >= bit)
             return refuse(i, "a second one of its slot and phase, or prefill behind decode", err);

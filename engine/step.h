@@ -63,7 +63,11 @@ struct step_choice {
 };
 
 struct step {
-    int64_t num_segments;
+    // With several stages steps of decode may be staggered: in the n-th of them stage k computes the segments of the (n - k)-th, and the choices are
+    // those of the one that the last stage computes. So all stages have work, each on other sequences, whose slots, tokens and pages stay as they
+    // are meanwhile. Empty ones bring back what is under way, all of which is done before a step that is not staggered.
+    bool staggered;
+    int64_t num_segments; // at least 1, but where staggered
     struct step_segment segments[STEP_MAX_SEGMENTS];
     int64_t num_choices; // sum of the segments' choices, at most STEP_MAX_CHOICES
     struct step_choice choices[STEP_MAX_CHOICES];

@@ -524,7 +524,7 @@ static int run_step(struct worker *w, struct error *err)
     int64_t exchanges = w->decoder.exchanges, exchange_ns = w->decoder.exchange_ns;
     int rc = rank_step_run(w->step, &w->area, err);
     struct rank_step_rows rows = rank_step_rows(w->step);
-    if (rc || w->env->rank > 0 || rows.prefill > 0)
+    if (rc || w->env->rank > 0 || rows.prefill > 0 || rows.decode == 0)
         return rc;
     atomic_fetch_add_explicit(&w->shared->decode_steps, 1, memory_order_relaxed);
     atomic_fetch_add_explicit(&w->shared->decode_rows, rows.decode, memory_order_relaxed);

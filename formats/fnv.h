@@ -13,12 +13,14 @@ static inline uint64_t fnv1a_64(const void *data, size_t bytes)
     return hash;
 }
 
-static inline uint32_t fnv1a_32(const void *data, size_t bytes)
+// Of what has this hash and what stands behind it.
+static inline uint32_t fnv1a_32_behind(uint32_t hash, const void *data, size_t bytes)
 {
-    uint32_t hash = 2166136261u;
     for (size_t i = 0; i < bytes; i++)
         hash = (hash ^ ((const uint8_t *)data)[i]) * 16777619u;
     return hash;
 }
+
+static inline uint32_t fnv1a_32(const void *data, size_t bytes) { return fnv1a_32_behind(2166136261u, data, bytes); }
 
 #endif

@@ -266,6 +266,38 @@ static void run_segment(struct fake_model *m, const struct step_segment *s, stru
     m->last_decoded[s->sequence] |= s->choices > 0;
 }
 
+// All that ranks read of a segment's sequence.
+static uint64_t inputs_of(const struct fake_model *m, const struct step_segment *s)
+{
+    const struct step_area *a = &m->area;
+    const struct step_slot *slot = &a->slots[s->sequence];
+    uint64_t key = mixed((uint64_t)slot->prompt_count, slot->sampling.seed);
+    for (int64_t i = 0; i < s->start + s->count; i++)
+        key = mixed(key, a->tokens[s->sequence * a->context + i]);
+    for (int64_t i = 0; i * KV_PAGE_TOKENS < s->start + s->count; i++)
+        key = mixed(key, (uint64_t)a->pages[s->sequence * a->pages_per_sequence + i]);
+    for (int64_t i = 0; slot->masked && i < a->mask_words; i++)
+        key = mixed(key, a->masks[s->sequence * a->mask_words + i]);
+    for (int64_t i = 0; i < slot->num_edits; i++)
+        key = mixed(key, slot->edits[i].token);
+    return key;
+}
+
+// The last stage's view: a step that is staggered is computed when as many have followed as there are stages before.
+static struct step *take_turn(struct fake_model *m)
+{
+    struct fake_turn *begun = &m->turns[m->num_turns % m->options.stages];
+    struct fake_turn *due = &m->turns[++m->num_turns % m->options.stages];
+    begun->step = *m->area.step;
+    for (int64_t i = 0; i < begun->step.num_segments; i++)
+        begun->inputs[i] = inputs_of(m, &begun->step.segments[i]);
+    for (int64_t i = 0; i < due->step.num_segments; i++)
+        if (inputs_of(m, &due->step.segments[i]) != due->inputs[i])
+            fail_msg("sequence %d has changed while it was under way", (int)due->step.segments[i].sequence);
+    m->staggered_steps++;
+    return &due->step;
+}
+
 static int run_step(void *arg, struct error *err)
 {
     struct fake_model *m = arg;
@@ -280,6 +312,11 @@ static int run_step(void *arg, struct error *err)
     if (rc)
         return rc;
     struct step_choice *choices = step->choices;
+    if (step->staggered)
+        step = take_turn(m);
+    else
+        for (int64_t i = 0; i < m->options.stages; i++)
+            assert_int_equal(m->turns[i].step.num_segments, 0); // all is back
     memset(m->last_decoded, 0, sizeof m->last_decoded);
     m->last_rows = 0;
     for (int64_t i = 0; i < step->num_segments; i++) {
@@ -287,6 +324,8 @@ static int run_step(void *arg, struct error *err)
         choices += step->segments[i].choices;
         m->last_rows += step->segments[i].count;
     }
+    if (step != m->area.step)
+        step->num_segments = 0;
     return 0;
 }
 
@@ -305,7 +344,8 @@ void fake_model_open(struct fake_model *m, const struct scheduler_options *optio
     step_area_place(&m->area, m->memory);
     m->entries = calloc((size_t)(options->num_pages * KV_PAGE_TOKENS), sizeof *m->entries);
     m->written = calloc((size_t)options->num_pages, sizeof *m->written);
-    assert_true(m->entries && m->written);
+    m->turns = calloc((size_t)options->stages + 1, sizeof *m->turns);
+    assert_true(m->entries && m->written && m->turns);
     m->runner = (struct step_runner){m, run_step};
     if (scheduler_create(&m->scheduler, options, &m->area, &m->runner, &err))
         fail_msg("%s", err.msg);
@@ -317,6 +357,7 @@ void fake_model_close(struct fake_model *m)
     free(m->memory);
     free(m->entries);
     free(m->written);
+    free(m->turns);
 }
 
 static void check_books(const struct fake_model *m)

@@ -35,6 +35,12 @@ struct fake_model {
     // What ranks remember of a slot: the prompt, the tokens chosen.
     uint64_t begun[MAX_SEQUENCES], counted[MAX_SEQUENCES];
     int64_t steps, fails_at; // the step that fails; 0: none does
+    // Staggered steps under way, step n at n % stages, and what they were planned with.
+    struct fake_turn {
+        struct step step;
+        uint64_t inputs[STEP_MAX_SEGMENTS];
+    } * turns;
+    int64_t num_turns, staggered_steps;
     int64_t last_rows;
     bool last_decoded[MAX_SEQUENCES]; // slots that were given a token in the last step
 };

@@ -18,6 +18,8 @@ from case_help import CLEAN, check, expect, free_port, report, run, skip, wait_u
 BUILD = Path(os.environ.get("BUILD", "build"))
 TPENGINE = BUILD / "tpengine"
 PROMPTS = ["--prompt", "Once", "--prompt", "And God", "--max-tokens", "24", "--draft-tokens", "3", "--threads", "1", "--json", "--quiet"]
+# Enough of them for turns of several stages.
+MANY = [word for prompt in ("Once", "And God", "In", "Blessed are they", "The words") * 4 for word in ("--prompt", prompt)] + PROMPTS[4:]
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "OMPI_", "PMIX_", "SLURM_", "LWS_", "TORCHELASTIC_", "GROUP_RANK")
 ENVIRONMENT = {key: value for key, value in CLEAN.items() if not key.startswith(LAUNCHERS)}
 LIMIT_S = 120  # of anything that hangs
@@ -66,6 +68,7 @@ def test_options():
         case_help.must(TPENGINE, "logits", models[tp], "--token-ids", "5,6,7,8,9", "--output", files[0], "--threads", "1")
         by_options(tp, "--token-ids", "5,6,7,8,9", "--output", files[1], "--threads", "1", command="logits")
         check(f"options, {tp}: the same bits of all logits", files[1].exists() and files[0].read_bytes() == files[1].read_bytes())
+    expect("options, stages, many prompts: the text of one stage", by_options("stages", *MANY), run(TPENGINE, "generate", models[2], *MANY, env=ENVIRONMENT))
     expect("ranks as threads of their processes: the same text", by_options(2, *PROMPTS, "--ranks", "thread"), alone[2])
 
 

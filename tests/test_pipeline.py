@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -22,6 +23,7 @@ TPSHARD, TPENGINE = BUILD / "tpshard", BUILD / "tpengine"
 QUICK = bool(os.environ.get("TEST_QUICK"))  # slow builds look at less
 PROMPTS = ("And the LORD said unto Moses,", "In the beginning", "Now it came to pass in the days when the judges ruled, that there was a famine in the land. " * 12,
            "Blessed are", "The words of the Preacher, the son of David, king in Jerusalem.")
+MANY = PROMPTS[:2] * 4 + PROMPTS * 3  # enough for turns of several stages
 
 
 def shards(work, tp, pp, model=MODEL, words=("--quant", "int4")):
@@ -68,6 +70,7 @@ def test_tokens(work):
             one = generate(shards(work, tp, 1), PROMPTS, *way)
             expect(f"as many answers as prompts, {name}", len(one), len(PROMPTS))
             expect(f"a batch, processes, {name}", generate(shards(work, tp, pp), PROMPTS, *way), one)
+            expect(f"many, {name}", generate(shards(work, tp, pp), MANY, *way), generate(shards(work, tp, 1), MANY, *way))
             if way in ways[:2]:
                 expect(f"a batch, threads, {name}", generate(shards(work, tp, pp), PROMPTS, "--ranks", "thread", *way), one)
         alone = [generate(shards(work, tp, pp), [prompt], *ways[0])[0] for prompt in PROMPTS[:2 if QUICK else None]]
@@ -100,6 +103,12 @@ def test_passes(work):
         print(f"pp {pp}: {cut['passes_in_flight']:.2f} passes in flight, at most {cut['most_in_flight']}; waits for a stage {100 * cut['stage_wait_share']:.0f} % of the time")
         expect(f"tokens of 16 sequences at pp {pp}", cut["tokens_hash"], one["tokens_hash"])
         check(f"passes overlap at pp {pp}", cut["most_in_flight"] >= 2 and cut["passes_in_flight"] > 1, f"{cut}")
+        # In decode each stage has other sequences, so that few wait.
+        words_of_decode = ("--batch", 24, "--prompt-tokens", 8, "--gen-tokens", 96, "--threads", 1)
+        cut = bench(shards(work, 1, pp), *words_of_decode)
+        print(f"pp {pp}, decode: {cut['passes_in_flight']:.2f} passes in flight; waits for a stage {100 * cut['stage_wait_share']:.0f} % of the time")
+        expect(f"tokens of 24 sequences in turns at pp {pp}", cut["tokens_hash"], bench(shards(work, 1, 1), *words_of_decode)["tokens_hash"])
+        check(f"sequences take turns at pp {pp}", cut["most_in_flight"] >= pp, f"{cut}")
     expect("one pass at a time with one stage", (one["most_in_flight"], one["passes_in_flight"], one["stage_wait_share"]), (1, 1, 0))
 
 
@@ -163,7 +172,7 @@ def test_commands(work):
 
 def test_serve(work):
     port = free_port()
-    server = subprocess.Popen([TPENGINE, "serve", shards(work, 2, 2), "--port", str(port)], env=CLEAN, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+    server = subprocess.Popen([TPENGINE, "serve", shards(work, 2, 2), "--port", str(port), "--max-batch", "24"], env=CLEAN, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                               stderr=subprocess.PIPE, text=True)
 
     def get(path, body=None):
@@ -182,6 +191,14 @@ def test_serve(work):
         answer = json.loads(get("/v1/completions", {"prompt": PROMPTS[0], "max_tokens": 12, "temperature": 0, "logprobs": 2}))
         text = must(TPENGINE, "generate", shards(work, 2, 1), "--prompt", PROMPTS[0], "--max-tokens", 12, "--temperature", 0, "--quiet")
         check("serve says what one stage says", text.strip() and answer["choices"][0]["text"].strip() == text.strip(), f"{answer['choices'][0]['text']!r} {text!r}")
+        # Requests that come and end at different times, among sequences that take turns.
+        wanted = [(prompt, 8 + 3 * i) for i, prompt in enumerate(MANY)]
+        def ask(one):
+            return json.loads(get("/v1/completions", {"prompt": one[0], "max_tokens": one[1], "temperature": 0}))["choices"][0]["text"]
+        alone = [ask(one) for one in wanted]
+        with ThreadPoolExecutor(len(wanted)) as pool:
+            together = list(pool.map(ask, wanted))
+        expect("serve says the same to many at a time", together, alone)
         metrics = get("/metrics")
         check("metrics of every stage's ranks", all(f'rank="{rank}"' in metrics for rank in range(4)) and 'rank="4"' not in metrics, metrics[:2000])
         for rank in children(server.pid)[3:4]:

@@ -65,6 +65,7 @@ static void change(struct step_area *a)
         for (int32_t i = 0; i < slot->num_edits; i++)
             slot->edits[i] = (struct logit_edit){(uint32_t)below(VOCAB), (float)below(9)};
     }
+    step->staggered = below(2);
     step->num_segments = 1 + below(3);
     step->num_choices = below(4);
     for (int64_t i = 0; i < step->num_segments; i++) {
@@ -75,6 +76,7 @@ static void change(struct step_area *a)
 
 static void check_same(const struct step_area *a, const struct step_area *b)
 {
+    assert_int_equal(b->step->staggered, a->step->staggered);
     assert_int_equal(b->step->num_segments, a->step->num_segments);
     assert_int_equal(b->step->num_choices, a->step->num_choices);
     assert_memory_equal(b->step->segments, a->step->segments,

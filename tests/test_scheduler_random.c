@@ -211,7 +211,9 @@ static void random_options(struct scheduler_options *o)
         .phases_differ = chance(30),
         .share_prefixes = chance(85),
         .draft_tokens = chance(60) ? between(1, 12) : 0,
-        .balance_rows = between(0, 20),
+        .balance_rows = chance(50) ? between(0, 20) : between(0, 2),
+        .stages = chance(50) ? between(2, 4) : between(0, 1),
+        .staggered_rows = chance(70) ? 64 : between(0, 10),
         .hash_seed = random_bits(),
     };
     o->decode_rows = o->max_sequences + between(0, 40);
@@ -259,6 +261,7 @@ static void run_mix(struct mix *mix, struct scheduler_stats *total)
     assert_int_equal(stats.pages_used, 0);
     assert_true(stats.running == 0 && stats.waiting == 0 && stats.preempted == 0);
     total->preemptions += stats.preemptions;
+    total->steps += mix->model.staggered_steps;
     total->cached_tokens += stats.cached_tokens;
     total->accepted_tokens += stats.accepted_tokens;
     total->produced_tokens += stats.produced_tokens;
@@ -283,12 +286,13 @@ static void test_alone_and_in_company(void **state)
         random_state = seed * 0x9e3779b97f4a7c15u;
         run_mix(mix, &total);
     }
-    print_message("%d mixes: %lld tokens, %lld preemptions, %lld tokens from the cache, %lld drafted ones right\n",
+    print_message("%d mixes: %lld tokens, %lld preemptions, %lld tokens from the cache, %lld drafted ones right, %lld "
+                  "staggered steps\n",
                   MIXES, (long long)total.produced_tokens, (long long)total.preemptions, (long long)total.cached_tokens,
-                  (long long)total.accepted_tokens);
+                  (long long)total.accepted_tokens, (long long)total.steps);
     // The mixes must meet what they are for.
     assert_true(total.preemptions > MIXES / 2 && total.cached_tokens > 25 * MIXES &&
-                total.accepted_tokens > 10 * MIXES);
+                total.accepted_tokens > 10 * MIXES && total.steps > 5 * MIXES);
     free(mix->lives);
     free(mix);
 }

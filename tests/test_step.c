@@ -61,6 +61,7 @@ static struct step_segment *segment(int i) { return &area->step->segments[i]; }
 static void no_segments(void) { area->step->num_segments = 0; }
 static void many_segments(void) { area->step->num_segments = STEP_MAX_SEGMENTS + 1; }
 static void negative_segments(void) { area->step->num_segments = -1; }
+static void staggered_prompt(void) { area->step->staggered = true; }
 static void negative_slot(void) { segment(1)->sequence = -1; }
 static void slot_behind(void) { segment(1)->sequence = SLOTS; }
 static void other_phase(void) { segment(1)->phase = (enum phase)7; }
@@ -109,6 +110,7 @@ static void test_damage_is_refused(void **state)
         no_segments,
         many_segments,
         negative_segments,
+        staggered_prompt,
         negative_slot,
         slot_behind,
         other_phase,
@@ -178,6 +180,26 @@ static void test_both_phases(void **state)
     free(made.step);
 }
 
+// A staggered step may be empty, and others not.
+static void test_staggered(void **state)
+{
+    (void)state;
+    struct step_area made = make_area();
+    struct error err;
+    area = &made;
+    fill(area);
+    area->step->segments[0] = area->step->segments[1];
+    area->step->num_segments = 1;
+    area->step->num_choices = 3;
+    area->step->staggered = true;
+    assert_int_equal(step_check(area, area->step, &limits, &err), 0);
+    area->step->num_segments = area->step->num_choices = 0;
+    assert_int_equal(step_check(area, area->step, &limits, &err), 0);
+    area->step->staggered = false;
+    assert_int_equal(step_check(area, area->step, &limits, &err), ERR_OTHER);
+    free(made.step);
+}
+
 // Logits are computed without a step around them.
 static void test_forwards(void **state)
 {
@@ -205,6 +227,6 @@ static void test_forwards(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_damage_is_refused), cmocka_unit_test(test_both_phases),
-                                       cmocka_unit_test(test_forwards)};
+                                       cmocka_unit_test(test_staggered), cmocka_unit_test(test_forwards)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
