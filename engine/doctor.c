@@ -20,7 +20,8 @@ static struct {
 const struct option_spec doctor_options[] = {
     {"deadline", OPTION_NUMBER, &options.deadline_s, "SECONDS", 0.1, 3600,
      "longest time of each probe; then it is ended"},
-    {"no-times", OPTION_FLAG, &options.no_times, NULL, 0, 0, "measure nothing, look only"},
+    {"no-times", OPTION_FLAG, &options.no_times, NULL, 0, 0,
+     "measure no copies and no exchanges; what devices do with each other's memory is tried all the same"},
     {"root", OPTION_TEXT, &options.root, "DIR", 0, 0,
      "read /sys, /proc and /dev below DIR, as they were copied from another machine"},
     {"cuda-library", OPTION_TEXT, &options.cuda_library, "FILE", 0, 0,
@@ -36,7 +37,9 @@ static const struct {
 
 struct doctor {
     struct backend_choice backend;
+    struct doctor_devices *devices;
     struct doctor_copies *copies[DOCTOR_CARDS];
+    struct link_probe *links;
     struct doctor_system *system;
     struct doctor_nvml *nvml;
     struct doctor_times *times[TIMES];
@@ -53,47 +56,91 @@ static void take_names(struct doctor *d)
     }
 }
 
-// Which transports ranks have, and which one they take. A backend that does not load is a finding, not the doctor's own failure.
-static int choose(struct doctor *d, struct error *err)
+// A backend that does not load is a finding, not the doctor's own failure.
+static void load_backend(struct doctor *d)
 {
     static struct error problem;
     const char *wanted = options.cuda_library ? "cuda" : "auto";
-    struct doctor_report *report = &d->report;
-    char path[PATH_MAX];
     d->backend.backend = &backend_cpu;
     if (!options.root[0] && backends_select(&d->backend, wanted, options.cuda_library, &problem))
-        report->backend_note = problem.msg;
+        d->report.backend_note = problem.msg;
     else
-        report->backend_note = d->backend.note;
-    bool cpu = d->backend.backend == &backend_cpu;
-    const char *why = d->system->num_cards == 0 ? "there is no GPU"
-                      : cpu                     ? "the ranks compute on the CPU here"
-                                                : "this version's ranks on GPUs do not have it";
-    report->missing[TRANSPORT_HOST] = report->missing[TRANSPORT_P2P] = report->missing[TRANSPORT_NCCL] = why;
-    if (!backends_find_library(path, "libtpengine_mpi.so"))
-        report->missing[TRANSPORT_MPI] =
-            "libtpengine_mpi.so, built where Open MPI's headers are, is neither beside tpengine nor in ../lib";
-    snprintf(report->why, sizeof report->why, "%s",
-             cpu ? "ranks compute on the CPU of one host and share its memory"
-                 : "ranks on the cards of one host exchange through its memory, by its CPU");
-    return comm_select_transport(&report->transport, "auto", report->missing, err);
+        d->report.backend_note = d->backend.note;
 }
+
+static bool on_devices(const struct doctor *d) { return d->backend.backend->devices != NULL; }
 
 static int measure_cards(struct doctor *d, struct error *err)
 {
     struct doctor_report *report = &d->report;
-    int cards = d->system->num_cards > 0 ? d->system->num_cards : 1; // one that is on no bus that we see
     report->some_hidden = getenv("CUDA_VISIBLE_DEVICES") != NULL;
-    for (int i = 0; i < cards && !options.no_times && d->backend.backend != &backend_cpu; i++) {
+    if (!on_devices(d))
+        return 0;
+    if (!(d->devices = doctor_probe_new(sizeof *d->devices)))
+        return error_set(err, ERR_MEMORY, "no memory for what is measured");
+    doctor_devices_count(d->devices, d->backend.backend, options.deadline_s);
+    report->devices = d->devices;
+    for (int i = 0; i < d->devices->count && i < DOCTOR_CARDS && !options.no_times; i++) {
         d->copies[i] = doctor_probe_new(sizeof *d->copies[i]);
         if (!d->copies[i])
             return error_set(err, ERR_MEMORY, "no memory for what is measured");
         doctor_cards_measure(d->copies[i], d->backend.backend, d->backend.kernels, i, options.deadline_s);
         report->copies[report->num_copies++] = d->copies[i];
-        if (report->some_hidden && d->copies[i]->probe.err.code)
-            break; // as many as are shown
     }
     return 0;
+}
+
+// What the devices really do with each other's memory; one alone with its own, from another process: that is what ranks which share it need.
+static int measure_links(struct doctor *d, struct error *err)
+{
+    enum { ROUNDS = 3, MOST_STEP_S = 5 };
+    int device[DOCTOR_CARDS], count = d->devices ? d->devices->count : 0;
+    struct link_probe_options probe = link_probe_defaults;
+    if (count < 1 || !d->backend.backend->link_probe)
+        return 0;
+    probe.num_ends = count == 1 ? 2 : count < DOCTOR_CARDS ? count : DOCTOR_CARDS;
+    for (int i = 0; i < probe.num_ends; i++)
+        device[i] = i % count;
+    probe.backend = d->backend.backend;
+    probe.group = probe.num_ends;
+    probe.device = device;
+    probe.as_the_bus_counts = true;
+    probe.all = true;
+    probe.rounds = options.no_times ? 0 : ROUNDS;
+    probe.open_s = options.deadline_s;
+    probe.step_s = options.deadline_s / 3 < MOST_STEP_S ? options.deadline_s / 3 : MOST_STEP_S;
+    probe.seconds = options.deadline_s * probe.num_ends;
+    int rc = link_probe_begin(&d->links, &probe, err);
+    if (rc)
+        return rc;
+    link_probe_wait(d->links);
+    d->report.links = link_probe_board(d->links);
+    return 0;
+}
+
+// Which transports ranks have, and which one they take.
+static int choose(struct doctor *d, struct error *err)
+{
+    static char unproven[LINK_SENTENCE_BYTES];
+    struct doctor_report *report = &d->report;
+    char path[PATH_MAX];
+    bool devices = on_devices(d), proven = d->links && link_probe_verdict(d->links, unproven);
+    const char *why = d->system->num_cards == 0 ? "there is no GPU" : "the ranks compute on the CPU here";
+    if (!devices)
+        report->missing[TRANSPORT_HOST] = report->missing[TRANSPORT_P2P] = report->missing[TRANSPORT_NCCL] = why;
+    else if (!proven)
+        report->missing[TRANSPORT_P2P] = d->links ? unproven : "whether the devices reach each other was not tried";
+    if (devices && !d->devices->has_nccl)
+        report->missing[TRANSPORT_NCCL] = "there is no libnccl.so.2";
+    if (!backends_find_library(path, "libtpengine_mpi.so"))
+        report->missing[TRANSPORT_MPI] =
+            "libtpengine_mpi.so, built where Open MPI's headers are, is neither beside tpengine nor in ../lib";
+    snprintf(report->why, sizeof report->why, "%s",
+             !devices   ? "ranks compute on the CPU of one host and share its memory"
+             : proven   ? "what a device writes into another one's memory was seen to arrive there, in every direction"
+             : d->links ? "it needs no way from device to device"
+                        : "it needs no way from device to device; ranks that start try whether there is one");
+    return comm_select_transport(&report->transport, "auto", report->missing, err);
 }
 
 static int measure(struct doctor *d, struct error *err)
@@ -121,7 +168,8 @@ static int examine(struct doctor *d, struct error *err)
     take_names(d);
     d->report.system = d->system;
     d->report.nvml = d->nvml;
-    if ((rc = choose(d, err)) || (rc = measure_cards(d, err)) || (rc = measure(d, err)))
+    load_backend(d);
+    if ((rc = measure_cards(d, err)) || (rc = measure_links(d, err)) || (rc = choose(d, err)) || (rc = measure(d, err)))
         return rc;
     doctor_advice(&d->report);
     return 0;
@@ -142,6 +190,8 @@ int doctor_run(int argc, char **argv, struct error *err)
         doctor_probe_free(d.times[i], sizeof *d.times[i]);
     for (int i = 0; i < DOCTOR_CARDS; i++)
         doctor_probe_free(d.copies[i], sizeof *d.copies[i]);
+    link_probe_end(d.links);
+    doctor_probe_free(d.devices, sizeof *d.devices);
     doctor_probe_free(d.nvml, sizeof *d.nvml);
     doctor_probe_free(d.system, sizeof *d.system);
     return rc;

@@ -8,6 +8,7 @@
 #define TPSHARD_ENGINE_DOCTOR_H
 
 #include "engine/comm.h"
+#include "engine/link_probe.h"
 #include "kernels/backend.h"
 #include "kernels/exchange_choice.h"
 
@@ -126,6 +127,14 @@ struct doctor_copies {
     double to_gb_s, from_gb_s; // 1e9 bytes a second to the card and from it; 0: not measured
     double small_us;           // of a copy of 4 KiB to it, with its wait
 };
+struct doctor_devices {
+    struct probe probe;
+    int count;     // that this process may use; 0: not known
+    bool has_nccl; // a library of that name is found
+};
+// How many devices there are to the driver, which numbers them as the bus does.
+void doctor_devices_count(struct doctor_devices *out, const struct backend *backend, double seconds);
+
 // card: its number on the bus, among those that the driver shows this process.
 void doctor_cards_measure(struct doctor_copies *out, const struct backend *backend, const struct kernels *kernels,
                           int card, double seconds);
@@ -144,6 +153,8 @@ struct doctor_report {
     int num_times;
     const struct doctor_copies *copies[DOCTOR_CARDS];
     int num_copies;
+    const struct doctor_devices *devices; // NULL: ranks do not run on devices
+    const struct link_board *links;       // between all devices, or of the only one with itself; NULL: not tried
     bool some_hidden;                     // CUDA_VISIBLE_DEVICES is set: devices are not numbered as cards
     const char *backend_note;             // why ranks do not run on the cards; NULL: they do, or there are none
     const char *missing[TRANSPORT_COUNT]; // why this machine's ranks cannot have it, a clause; NULL: they can
@@ -153,6 +164,9 @@ struct doctor_report {
     int num_findings;
 };
 void doctor_advice(struct doctor_report *report);
+// "GPU1", the card on whose bus an end of report->links is, or "device 1".
+enum { DOCTOR_END_BYTES = 16 };
+void doctor_end_name(char name[DOCTOR_END_BYTES], const struct doctor_report *report, int end);
 
 // ---- the report: doctor_print.c ------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@
 #include <math.h>
 #include <stdarg.h>
 #include <string.h>
+#include <strings.h>
 
 #define SMALL_SHM_BYTES (256.0 * (1 << 20))    // Docker's default is 64 MB
 #define SMALL_MEMLOCK_BYTES (64.0 * (1 << 20)) // 8 MB is usual for a login
@@ -150,6 +151,46 @@ static void judge_iommu(struct doctor_report *report)
             s->iommu_groups, s->iommu_words[0] ? ", " : "", s->iommu_words);
 }
 
+void doctor_end_name(char name[DOCTOR_END_BYTES], const struct doctor_report *report, int end)
+{
+    const struct link_end *e = &report->links->end[end];
+    for (int i = 0; e->bus[0] && i < report->system->num_cards; i++)
+        if (strcasecmp(report->system->cards[i].bus, e->bus) == 0) {
+            snprintf(name, DOCTOR_END_BYTES, "GPU%d", i);
+            return;
+        }
+    snprintf(name, DOCTOR_END_BYTES, "device %d", e->device >= 0 ? e->device : end);
+}
+
+// A driver that claims what is not so comes before one that refuses: there a program which believes it computes nonsense, or hangs.
+static void judge_links(struct doctor_report *report)
+{
+    const struct link_board *board = report->links;
+    const struct link_result *worst = NULL, *refused = NULL;
+    int lies = 0;
+    for (int a = 0; board && a < board->num_ends; a++)
+        for (int b = 0; b < board->num_ends; b++) {
+            const struct link_result *link = &board->result[a][b];
+            if (a == b || link->fault <= LINK_GOOD)
+                continue;
+            lies += link->fault != LINK_REFUSED;
+            if (link->fault == LINK_REFUSED)
+                refused = refused ? refused : link;
+            else
+                worst = worst ? worst : link;
+        }
+    if (worst && !worst->claimed)
+        add(report, true, "%s: ranks go through the host's memory instead", worst->sentence);
+    else if (worst)
+        add(report, true,
+            "%s, though the driver claims P2P%s: ranks go through the host's memory instead; other programs need "
+            "NCCL_P2P_DISABLE=1; look at ACS and the IOMMU (iommu=pt), at resizable BAR in the BIOS, and whether the "
+            "driver was changed for P2P",
+            worst->sentence, lies > 1 ? " (and other links are no better)" : "");
+    else if (refused)
+        add(report, false, "%s: ranks go through the host's memory, which needs no P2P", refused->sentence);
+}
+
 // Whether the two lists of processors, "0-3,8", have one in common; true when either cannot be read.
 static bool share_cpus(const char *a, const char *b)
 {
@@ -239,6 +280,8 @@ void doctor_advice(struct doctor_report *report)
     judge_probe(report, &report->system->probe, "reading what the system says of itself");
     judge_driver(report);
     judge_probe(report, &report->nvml->probe, "asking the driver through NVML");
+    if (report->devices)
+        judge_probe(report, &report->devices->probe, "counting the devices");
     for (int i = 0; i < report->num_times; i++) {
         char what[64];
         snprintf(what, sizeof what, "measuring %s with %d ranks", transport_name(report->times[i]->transport),
@@ -248,6 +291,7 @@ void doctor_advice(struct doctor_report *report)
     for (int i = 0; i < report->system->num_cards; i++)
         judge_width(report, i);
     judge_copies(report);
+    judge_links(report);
     judge_iommu(report);
     judge_nodes(report);
     for (int i = 0; i < report->system->num_cards; i++)

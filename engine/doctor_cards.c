@@ -4,6 +4,7 @@
 
 #include "kernels/clock.h"
 
+#include <dlfcn.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -72,6 +73,25 @@ static void measure(struct probe *probe, void *arg)
     c->backend->load_end(device);
     c->backend->close(device);
     probe->at[0] = 0;
+}
+
+static void count(struct probe *probe, void *arg)
+{
+    const struct backend *backend = arg;
+    struct doctor_devices *out = (struct doctor_devices *)(void *)probe;
+    setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID", 1); // as the bus counts cards
+    snprintf(probe->at, sizeof probe->at, "the start of the driver");
+    if (backend->devices(&out->count, &probe->err))
+        return;
+    snprintf(probe->at, sizeof probe->at, "libnccl.so.2");
+    out->has_nccl = dlopen("libnccl.so.2", RTLD_LAZY | RTLD_LOCAL) != NULL;
+    probe->at[0] = 0;
+}
+
+void doctor_devices_count(struct doctor_devices *out, const struct backend *backend, double seconds)
+{
+    struct backend copy = *backend;
+    doctor_probe_run(&out->probe, count, &copy, seconds);
 }
 
 void doctor_cards_measure(struct doctor_copies *out, const struct backend *backend, const struct kernels *kernels,

@@ -140,6 +140,85 @@ static void print_copies(const struct doctor_report *report, FILE *out)
     }
 }
 
+// ---- links between devices -----------------------------------------------------------------------------------------
+
+// What became of a direction, in capitals where the driver claims what is not so.
+static const char *seen_of(const struct link_result *link)
+{
+    static const char *const words[] = {"-", "good", "no", "LOST", "CHANGED", "STALE", "HANGS", "FAILS"};
+    return link->fault < sizeof words / sizeof *words ? words[link->fault] : "?";
+}
+
+enum link_figure { LINK_SEEN, LINK_RATES, LINK_LATENCY };
+
+static void print_link_table(const struct doctor_report *report, enum link_figure figure, FILE *out)
+{
+    const struct link_board *board = report->links;
+    char name[DOCTOR_END_BYTES], cell[32];
+    fprintf(out, "%11s", "");
+    for (int b = 0; b < board->num_ends; b++) {
+        doctor_end_name(name, report, b);
+        fprintf(out, " %-12s", name);
+    }
+    fprintf(out, "\n");
+    for (int a = 0; a < board->num_ends; a++) {
+        doctor_end_name(name, report, a);
+        fprintf(out, "  %-9s", name);
+        for (int b = 0; b < board->num_ends; b++) {
+            const struct link_result *link = &board->result[a][b];
+            if (a == b)
+                snprintf(cell, sizeof cell, "X");
+            else if (figure == LINK_SEEN)
+                snprintf(cell, sizeof cell, "%s/%s", link->claimed ? "yes" : "no", seen_of(link));
+            else if (figure == LINK_RATES && link->gb_s[LINK_BY_COPY] > 0)
+                snprintf(cell, sizeof cell, "%.1f/%.1f", link->gb_s[LINK_BY_KERNEL], link->gb_s[LINK_BY_COPY]);
+            else if (figure == LINK_LATENCY && link->us > 0)
+                snprintf(cell, sizeof cell, "%.1f", link->us);
+            else
+                snprintf(cell, sizeof cell, "-");
+            fprintf(out, " %-12s", cell);
+        }
+        fprintf(out, "\n");
+    }
+}
+
+static bool is_measured(const struct link_board *board, enum link_figure figure)
+{
+    for (int a = 0; a < board->num_ends; a++)
+        for (int b = 0; b < board->num_ends; b++)
+            if ((figure == LINK_RATES ? board->result[a][b].gb_s[LINK_BY_COPY] : board->result[a][b].us) > 0)
+                return true;
+    return false;
+}
+
+static void print_links(const struct doctor_report *report, FILE *out)
+{
+    const struct link_board *board = report->links;
+    char from[DOCTOR_END_BYTES], to[DOCTOR_END_BYTES];
+    if (!board)
+        return;
+    fprintf(out, "\nP2P     %s: as the driver claims / as seen where it was to arrive\n",
+            report->devices->count == 1 ? "two processes on one device write to each other's memory"
+                                        : "the row writes to the column's memory");
+    print_link_table(report, LINK_SEEN, out);
+    if (is_measured(board, LINK_RATES)) {
+        fprintf(out, "        GB/s, written by a kernel / by a copy engine\n");
+        print_link_table(report, LINK_RATES, out);
+    }
+    if (is_measured(board, LINK_LATENCY)) {
+        fprintf(out, "        microseconds from a kernel's write to the sight of it by one that runs there\n");
+        print_link_table(report, LINK_LATENCY, out);
+    }
+    for (int a = 0; a < board->num_ends; a++)
+        for (int b = 0; b < board->num_ends; b++) {
+            const struct link_result *link = &board->result[a][b];
+            doctor_end_name(from, report, a);
+            doctor_end_name(to, report, b);
+            if (link->fault > LINK_GOOD && (link->claimed || link->fault != LINK_REFUSED)) // the table says the rest
+                fprintf(out, "  %s to %s: %s\n", from, to, link->sentence);
+        }
+}
+
 static void print_transports(const struct doctor_report *report, FILE *out)
 {
     static const char *const meaning[TRANSPORT_COUNT] = {
@@ -197,7 +276,8 @@ static void print_times(const struct doctor_report *report, FILE *out)
 // What the table of exchanges takes for the sizes above.
 static void print_choice(const struct doctor_report *report, FILE *out)
 {
-    int ranks = report->system->num_cards > 1 ? report->system->num_cards : 2;
+    int devices = report->devices ? report->devices->count : report->system->num_cards,
+        ranks = devices > 1 ? devices : 2;
     ranks = ranks < COMM_MAX_RANKS ? ranks : COMM_MAX_RANKS;
     fprintf(out, "\nauto    %s: %s\n", transport_name(report->transport), report->why);
     for (int i = 0; i < DOCTOR_SIZES; i++) {
@@ -230,6 +310,7 @@ void doctor_print(const struct doctor_report *report, FILE *out)
     print_matrix(report, out);
     print_p2p(report, out);
     print_copies(report, out);
+    print_links(report, out);
     print_transports(report, out);
     print_times(report, out);
     print_choice(report, out);
@@ -276,6 +357,27 @@ static json_t *copies_json(const struct doctor_report *report)
     return all;
 }
 
+static json_t *links_json(const struct doctor_report *report)
+{
+    const struct link_board *board = report->links;
+    json_t *all = json_array();
+    for (int a = 0; board && a < board->num_ends; a++)
+        for (int b = 0; b < board->num_ends; b++) {
+            const struct link_result *link = &board->result[a][b];
+            if (a == b)
+                continue;
+            json_t *one = json_pack("{s:i, s:i, s:s, s:s, s:b, s:s, s:f, s:f, s:f}", "from", board->end[a].device, "to",
+                                    board->end[b].device, "from_bus", board->end[a].bus, "to_bus", board->end[b].bus,
+                                    "claimed", (int)(link->claimed != 0), "seen",
+                                    link_fault_name((enum link_fault)link->fault), "kernel_gb_s",
+                                    link->gb_s[LINK_BY_KERNEL], "copy_gb_s", link->gb_s[LINK_BY_COPY], "us", link->us);
+            if (one)
+                json_object_set_new(one, "problem", link->sentence[0] ? json_string(link->sentence) : json_null());
+            json_array_append_new(all, one);
+        }
+    return all;
+}
+
 static json_t *transports_json(const struct doctor_report *report)
 {
     json_t *all = json_object();
@@ -314,11 +416,11 @@ int doctor_print_json(const struct doctor_report *report, struct error *err)
                              "iommu_options", s->iommu_words);
     if (host)
         json_object_set_new(host, "memlock_bytes", isinf(s->memlock_bytes) ? json_null() : json_real(s->memlock_bytes));
-    return print_report(json_pack("{s:i, s:o, s:s, s:o, s:o, s:o, s:o, s:s, s:s, s:o, s:o}", "schema_version", 1,
+    return print_report(json_pack("{s:i, s:o, s:s, s:o, s:o, s:o, s:o, s:o, s:s, s:s, s:o, s:o}", "schema_version", 1,
                                   "host", host, "driver", s->driver, "cards", cards_json(report), "copies",
-                                  copies_json(report), "transports", transports_json(report), "times",
-                                  times_json(report), "transport", transport_name(report->transport), "why",
-                                  report->why, "change", hinders ? json_string(report->findings[0].text) : json_null(),
-                                  "findings", findings),
+                                  copies_json(report), "links", links_json(report), "transports",
+                                  transports_json(report), "times", times_json(report), "transport",
+                                  transport_name(report->transport), "why", report->why, "change",
+                                  hinders ? json_string(report->findings[0].text) : json_null(), "findings", findings),
                         err);
 }

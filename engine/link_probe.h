@@ -19,9 +19,9 @@ struct link_probe_options {
     bool as_the_bus_counts;        // devices are numbered so
     bool all;              // every pair is tried, whatever comes of the others; else the first that is not good ends it
     int rounds;            // of what is timed; 0: what is looked at is timed
-    double open_s, step_s; // longest times: of a driver's start, of a step
+    double open_s, step_s; // longest times: of what a device does alone, its start too; of a step over a link
     double seconds;        // of everything
-    uint64_t largest_bytes; // of a message; 0: LINK_BYTES
+    uint64_t largest_bytes; // of a message; 0: LINK_MOST_BYTES
 };
 extern const struct link_probe_options link_probe_defaults; // for ranks that start
 
@@ -31,8 +31,8 @@ struct link_probe;
 int link_probe_begin(struct link_probe **out, const struct link_probe_options *options, struct error *err);
 // Any process or thread that has been started since. Done: nothing on the board changes any more.
 bool link_probe_is_done(const struct link_probe *probe);
-// Seconds since it began after which nobody need wait any longer.
-double link_probe_patience_s(const struct link_probe *probe);
+// Done, or nobody watches it any more: there is nothing to wait for. It comes to that by itself.
+bool link_probe_has_ended(const struct link_probe *probe);
 double link_probe_age_s(const struct link_probe *probe);
 // What is there, done or not.
 const struct link_board *link_probe_board(const struct link_probe *probe);
@@ -41,7 +41,7 @@ bool link_probe_verdict(const struct link_probe *probe, char why[LINK_SENTENCE_B
 // Ends what still runs. Nobody else of this process uses the probe any more. Accepts NULL.
 void link_probe_end(struct link_probe *probe);
 
-// Waits until it is done, at most its patience.
+// Waits until it has ended.
 void link_probe_wait(const struct link_probe *probe);
 const char *link_fault_name(enum link_fault fault); // "good", "refused", ...
 

@@ -213,7 +213,9 @@ static int choose_transport(struct session *s, const char *wanted, struct error 
                           : ranks == 1 && automatic             ? "one rank has nobody to exchange with"
                                                                 : NULL;
     const char *no_nccl = !backend->exchange_open ? for_gpus : automatic ? "it is taken when it is asked for" : NULL;
-    const char *no_p2p = no_host ? no_host : automatic ? "it is taken when it is asked for" : NULL;
+    const char *no_p2p = no_host      ? no_host
+                         : ranks == 1 ? "one rank has nobody to exchange with"
+                                      : NULL; // or by what the links are (begin_links)
     const char *missing[TRANSPORT_COUNT] = {
         [TRANSPORT_SHM] =
             spread ? "the ranks are processes that share no memory, so they exchange over sockets (tcp)" : NULL,
@@ -318,6 +320,29 @@ void session_place(struct session *s)
     shared_area_place(s->shared, &s->area, &s->forward, &parts);
 }
 
+// Beside the ranks' own start: processes of their own, since the driver is touched in none that goes on.
+static int begin_links(struct session *s, struct error *err)
+{
+    struct link_probe_options options = link_probe_defaults;
+    int rc;
+    if (s->worker.transport != TRANSPORT_P2P)
+        return 0;
+    options.backend = s->worker.backend;
+    options.num_ends = (int)s->manifest->num_ranks;
+    options.group = (int)s->manifest->tp_size;
+    if ((rc = link_probe_begin(&s->links, &options, err)))
+        return rc;
+    s->worker.links = s->links;
+    return 0;
+}
+
+static void end_links(struct session *s)
+{
+    link_probe_end(s->links);
+    s->links = NULL;
+    s->worker.links = NULL;
+}
+
 int session_launch(struct session *s, struct error *err)
 {
     int links[COMM_MAX_RANKS];
@@ -334,10 +359,14 @@ int session_launch(struct session *s, struct error *err)
     if (rc)
         return rc;
     const struct launch_options launch = session_launch_options(s, spread ? links : NULL);
+    if ((rc = begin_links(s, err)))
+        return rc;
     if (s->ranks_are_threads && s->manifest->num_ranks > 1 && s->worker.backend->before_threads)
         s->worker.backend->before_threads();
-    if ((rc = launch_start(&s->launch, &launch, worker_main, &s->worker, err)))
+    if ((rc = launch_start(&s->launch, &launch, worker_main, &s->worker, err))) {
+        end_links(s);
         return rc;
+    }
     session_place(s);
     return 0;
 }
@@ -349,6 +378,7 @@ int session_wait(struct session *s, int extra_fd, struct error *err)
     int rc = launch_wait(s->launch, extra_fd, err);
     if (rc == 0 && !s->ready) {
         s->ready = true;
+        end_links(s);
         s->area.num_pages = atomic_load(&s->shared->num_pages);
     }
     return rc;
@@ -404,6 +434,7 @@ void session_stop(struct session *s)
     session_start_figures(s);
     scheduler_free(s->scheduler);
     launch_stop(s->launch, NULL);
+    end_links(s);
     s->scheduler = NULL;
     s->launch = NULL;
     s->shared = NULL;
@@ -604,7 +635,10 @@ bool session_feeds_back(const struct session *s) { return s->worker.feedback; }
 
 const char *session_wire(const struct session *s) { return wire_name(s->worker.wire); }
 
-const char *session_transport(const struct session *s) { return transport_name(s->worker.transport); }
+const char *session_transport(const struct session *s)
+{
+    return transport_name(s->ready ? (enum transport)atomic_load(&s->shared->transport) : s->worker.transport);
+}
 
 const char *session_prefill_way(const struct session *s)
 {

@@ -92,7 +92,7 @@ const char *session_backend(const struct session *session); // "cuda", or the na
 void session_print_devices(struct session *session, FILE *out);
 int session_threads(const struct session *session); // of each rank
 const char *session_wire(const struct session *session);
-const char *session_transport(const struct session *session); // between the ranks
+const char *session_transport(const struct session *session); // between the ranks; after the start: as they have agreed
 // After the start, how the rows of prompts travel: "plain", "overlap", "sequence-parallel" or "sequence-parallel+overlap".
 const char *session_prefill_way(const struct session *session);
 bool session_feeds_back(const struct session *session); // what a compressing wire loses is made up for

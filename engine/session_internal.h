@@ -29,6 +29,7 @@ struct session {
     struct error met_error; // of that; code 0: none
     // While ranks run:
     struct launch *launch;
+    struct link_probe *links; // of the devices, until the ranks are ready; NULL: nobody asks
     struct shared_area *shared;
     struct step_area area;
     struct forward_area forward;

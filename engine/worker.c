@@ -72,7 +72,8 @@ struct worker {
     struct model model;
     struct device *device;
     struct device_exchange *exchange;
-    char exchange_note[DEVICE_EXCHANGE_NOTE_BYTES];
+    enum transport transport; // by what is known of the devices' links
+    char link_note[LINK_SENTENCE_BYTES + 64], exchange_note[DEVICE_EXCHANGE_NOTE_BYTES];
     struct decoder decoder;
     struct rank_step *step;
     struct relay *relay; // where other ranks are other processes'; else NULL
@@ -176,7 +177,7 @@ static int refuse_memory(const struct worker *w, const struct memory_need *sum, 
     double needed = sum->weights + sum->kv + sum->scratch + sum->exchange;
     char exchanges[64] = "";
     if (sum->exchange > 0)
-        snprintf(exchanges, sizeof exchanges, ", sums over ranks by %s %.2f", transport_name(w->options->transport),
+        snprintf(exchanges, sizeof exchanges, ", sums over ranks by %s %.2f", transport_name(w->transport),
                  sum->exchange / 0x1p30);
     return error_set(
         err, ERR_MEMORY,
@@ -305,15 +306,48 @@ static int begin_load(struct worker *w, struct error *err)
     return model_load(&w->model, &options, err);
 }
 
+// Devices reach each other's memory only where that was seen to work (link_probe.h); all ranks follow what rank 0 has seen. It costs memory on
+// the devices while it runs, which is why they wait for its end before they look how much there is.
+static int settle_transport(struct worker *w, struct error *err)
+{
+    enum { LOOK_US = 200 };
+    const struct worker_options *o = w->options;
+    struct {
+        int32_t good;
+        char why[LINK_SENTENCE_BYTES];
+    } seen;
+    memset(&seen, 0, sizeof seen);
+    w->transport = o->transport;
+    if (o->transport != TRANSPORT_P2P)
+        return 0;
+    while (w->env->rank == 0 && !link_probe_has_ended(o->links) && !rank_is_stopped(w->env)) {
+        comm_at(w->env->comm, OP_START, -1);
+        usleep(LOOK_US);
+    }
+    if (w->env->rank == 0)
+        seen.good = link_probe_verdict(o->links, seen.why);
+    int rc = comm_broadcast(w->env->comm, &seen, sizeof seen, 0, err);
+    if (rc || seen.good)
+        return rc;
+    if (!o->transport_is_auto)
+        return error_set(err, ERR_GPU, "--transport p2p: %s; --transport host does without", seen.why);
+    w->transport = TRANSPORT_HOST;
+    if (w->env->rank == 0)
+        snprintf(w->link_note, sizeof w->link_note, "not over p2p: %s", seen.why);
+    return 0;
+}
+
 // Who adds up the ranks' sums. All ranks then have the same row of the table of exchanges.
 static int open_exchange(struct worker *w, struct error *err)
 {
     const struct worker_options *o = w->options;
     struct decoder *d = &w->decoder;
-    struct exchange_wish wish = {.transport = o->transport, .or_host = o->transport_is_auto, .feedback = o->feedback};
+    struct exchange_wish wish = {.transport = w->transport, .or_host = o->transport_is_auto, .feedback = o->feedback};
     int rc =
         device_exchange_open(&w->exchange, &d->transport, o->backend, w->device, d->comm, wish, w->exchange_note, err);
     d->feedback = o->feedback;
+    if (w->env->rank == 0)
+        atomic_store(&w->shared->transport, d->transport);
     if (rc || d->transport == o->transport)
         return rc;
     struct comm_select_options table = {
@@ -339,17 +373,20 @@ static int open_device(struct worker *w, struct error *err)
                                  .num_pages = o->num_pages,
                                  .kv_format = o->kv_format,
                                  .samples = decoder_samples(&w->decoder),
-                                 .exchange = o->transport,
                                  .feedback = o->feedback};
     int rc;
-    if ((rc = o->backend->open(&w->device, &options, err)) || (rc = settle_memory(w, &shape, err)) ||
-        (rc = begin_load(w, err)) || (rc = o->backend->prepare(w->device, &shape, &w->model.weights, err)) ||
-        (rc = open_exchange(w, err)))
+    if ((rc = o->backend->open(&w->device, &options, err)) || (rc = settle_transport(w, err)))
+        return rc;
+    shape.exchange = w->transport;
+    if ((rc = settle_memory(w, &shape, err)) || (rc = begin_load(w, err)) ||
+        (rc = o->backend->prepare(w->device, &shape, &w->model.weights, err)) || (rc = open_exchange(w, err)))
         return rc;
     char *text = w->shared->device[w->env->rank];
     o->backend->describe(w->device, text);
-    if (w->exchange_note[0])
-        snprintf(text + strlen(text), DEVICE_TEXT_BYTES - strlen(text), "; %s", w->exchange_note);
+    const char *const notes[] = {w->link_note, w->exchange_note};
+    for (int i = 0; i < 2; i++)
+        if (notes[i][0])
+            snprintf(text + strlen(text), DEVICE_TEXT_BYTES - strlen(text), "; %s", notes[i]);
     w->area.num_pages = shape.num_pages;
     if (w->env->rank == 0)
         atomic_store(&w->shared->num_pages, shape.num_pages);

@@ -10,6 +10,7 @@
 
 #include "engine/device_exchange.h"
 #include "engine/launch.h"
+#include "engine/link_probe.h"
 #include "engine/model.h"
 #include "engine/numa.h"
 #include "engine/rank_step.h"
@@ -49,8 +50,8 @@ struct shared_area {
     } forward;
     // By rank 0: pages of the KV cache that it has made.
     atomic_llong num_pages;
-    // And whether prompts go through the layers in two halves.
-    atomic_int in_parts;
+    // And whether prompts go through the layers in two halves, and the enum transport that the ranks have agreed on.
+    atomic_int in_parts, transport;
     // Totals since the start, by rank 0, of steps without prefill rows: steps, rows, bytes sent to the other ranks, sums over ranks and
     // nanoseconds in them.
     atomic_llong decode_steps, decode_rows, decode_sent_bytes, decode_exchanges, decode_exchange_ns;
@@ -93,6 +94,8 @@ struct worker_options {
     enum kv_format kv_format;
     enum transport transport;
     bool transport_is_auto; // another one will do where the ranks cannot have this one after all
+    // With TRANSPORT_P2P: of the links between the devices of all ranks. Until the ranks are ready.
+    const struct link_probe *links;
     enum wire wire;
     bool feedback;        // what a compressing wire loses is made up for by the next sum
     bool deals;           // decoder.deals

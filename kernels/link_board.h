@@ -25,7 +25,7 @@ enum {
     LINK_ENDS = 64,
     LINK_SENTENCE_BYTES = 224,
     LINK_HANDLE_BYTES = 64,
-    LINK_BYTES = 16 << 20, // the largest message
+    LINK_MOST_BYTES = 16 << 20, // the largest message
 };
 
 enum link_fault {
@@ -77,11 +77,12 @@ enum link_order { LINK_ORDER_NONE, LINK_ORDER_LOOK, LINK_ORDER_OPEN, LINK_ORDER_
 
 struct link_board {
     // Set before the ends begin.
-    int num_ends, group;      // ends a and b are a pair where a / group == b / group
-    int rounds;               // of each timed write, beside the one that is looked at
-    uint32_t seed;            // of what is written
-    uint64_t largest_bytes;   // of a message; at most LINK_BYTES
-    uint64_t call_timeout_ns; // of a running kernel's wait for another one
+    int num_ends, group;              // ends a and b are a pair where a / group == b / group
+    int rounds;                       // of each timed write, beside the one that is looked at
+    uint32_t seed;                    // of what is written
+    uint64_t largest_bytes;           // of a message; at most LINK_MOST_BYTES
+    uint64_t call_timeout_ns;         // of a running kernel's wait for another one
+    LINK_ATOMIC(uint64_t) watched_ns; // when the engine last looked
     // The engine's. Fields of an order are valid when its number can be read.
     struct {
         LINK_ATOMIC(uint32_t) number;

@@ -82,7 +82,7 @@ def test_whole(tmp):
     machine = Machine(tmp, carried=carried)
     code, report = machine.run()
     expect("a whole run ends well", (code, report["status"], report["reason"]), (0, "passed", ""))
-    steps = ("test_cuda_slab", "test_cuda_together", "engine", "transports", "memcheck test_cuda_together", "racecheck test_cuda_together",
+    steps = ("test_cuda_slab", "test_cuda_together", "links", "engine", "transports", "memcheck test_cuda_together", "racecheck test_cuda_together",
              "synccheck test_cuda_together", "racecheck gpu_exchange", "initcheck gpu_exchange", "initcheck gpu_kernels", "memcheck generate")
     for name in steps:
         expect(f"{name} is reported once", [line.split(":")[1].split(" in ")[0] for line in lines_of(report, "tests", f"{name}:")], [" passed"])
@@ -127,7 +127,7 @@ def test_failures(tmp):
 
 def test_time(tmp):
     machine = Machine(tmp, carried={"gpu_exchange": "sleep 60\n"})
-    code, report = machine.run(GPU_CHECK_S="3")
+    code, report = machine.run(GPU_CHECK_S="6")
     expect("out of time", (code, report["status"]), (1, "incomplete"))
     check("what was cut short is named", "exchange was cut short" in report["reason"], report["reason"])
     check("it ends in time", report["seconds"] < 20, report["seconds"])

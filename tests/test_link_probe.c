@@ -399,12 +399,40 @@ static void test_ended_in_the_middle(void **state)
         usleep(1000);
     char why[LINK_SENTENCE_BYTES];
     assert_false(link_probe_verdict(p, why));
-    assert_non_null(strstr(why, "did not end within"));
+    assert_non_null(strstr(why, "was not done after"));
+    assert_false(link_probe_has_ended(p));
     link_probe_end(p);
     expect_no_process();
     assert_true(clock_now_s() - begin_s < 60);
     assert_int_equal(waitpid(-1, NULL, WNOHANG), -1);
     assert_int_equal(errno, ECHILD);
+}
+
+// Who waits for a probe that nobody watches any more waits no longer.
+static void test_watcher_lost(void **state)
+{
+    (void)state;
+    begin_script();
+    script.pair[0][1] = ACT_HANGS;
+    struct link_probe_options options = options_for(2, 2, true);
+    options.step_s = 1000;
+    struct link_probe *p = probe(&options);
+    while (tries(0, 1) + tries(1, 0) < 2)
+        usleep(1000);
+    char path[64];
+    int watcher = 0;
+    snprintf(path, sizeof path, "/proc/%d/task/%d/children", getpid(), getpid());
+    FILE *f = fopen(path, "re");
+    if (!f || fscanf(f, "%d", &watcher) != 1 || watcher <= 0)
+        skip();
+    fclose(f);
+    kill(watcher, SIGKILL);
+    struct stopwatch watch = stopwatch_start();
+    link_probe_wait(p);
+    assert_true(stopwatch_idle_s(&watch) < 30);
+    assert_false(link_probe_is_done(p));
+    link_probe_end(p);
+    expect_no_process();
 }
 
 static void test_refused_options(void **state)
@@ -439,6 +467,7 @@ int main(void)
         cmocka_unit_test(test_refused),
         cmocka_unit_test(test_time_is_up),
         cmocka_unit_test(test_ended_in_the_middle),
+        cmocka_unit_test(test_watcher_lost),
         cmocka_unit_test(test_refused_options),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -1,7 +1,7 @@
 // One end of a probe of links, in a process of its own. See kernels/link_board.h for who else is there, and link_probe.h for the kernels.
 //
 // What is proven of the direction from a to b: what a kernel and a copy engine of a write is in b's memory when b itself looks, byte for byte, and
-// nothing beside it, from 4 bytes to LINK_BYTES; what b has in its memory is what a kernel and a copy engine of a read there; and, of both
+// nothing beside it, from 4 bytes to LINK_MOST_BYTES; what b has in its memory is what a kernel and a copy engine of a read there; and, of both
 // directions together, running kernels see each other's words, with what was written before them. A driver's leave, a bandwidth, and a look by the
 // writer at what it wrote prove none of this: where writes end in a copy of the page, all three are as they should be.
 #include "kernels/cuda/link_probe.h"
@@ -20,7 +20,7 @@
 enum {
     CALL_AREA_BYTES = 64 << 10, // before the messages
     GUARD_BYTES = 256,          // on both sides of a message: stay as they are
-    WINDOW_BYTES = CALL_AREA_BYTES + LINK_BYTES + 2 * GUARD_BYTES,
+    WINDOW_BYTES = CALL_AREA_BYTES + LINK_MOST_BYTES + 2 * GUARD_BYTES,
     EAGER_LOOKS = 2000,
     CALL_ROUNDS = 64,
     FLAG_ROUNDS = 256,
@@ -29,7 +29,7 @@ enum {
 _Static_assert((int)LINK_CALL_BYTES <= (int)CALL_AREA_BYTES, "two slots and a number");
 _Static_assert(sizeof(cudaIpcMemHandle_t) <= LINK_HANDLE_BYTES, "a handle fits the board");
 
-static const uint64_t message_bytes[] = {4, 4096, 256 << 10, LINK_BYTES};
+static const uint64_t message_bytes[] = {4, 4096, 256 << 10, LINK_MOST_BYTES};
 enum { MESSAGES = sizeof message_bytes / sizeof *message_bytes };
 
 struct prober {
@@ -39,8 +39,8 @@ struct prober {
     cudaStream_t stream;
     cudaEvent_t begin, finish;
     uint8_t *window;  // the others write into it
-    uint8_t *scratch; // [LINK_BYTES]: what is sent by copies, and what was read
-    uint8_t *host;    // pinned [LINK_BYTES + 2 * GUARD_BYTES]
+    uint8_t *scratch; // [LINK_MOST_BYTES]: what is sent by copies, and what was read
+    uint8_t *host;    // pinned [LINK_MOST_BYTES + 2 * GUARD_BYTES]
     struct link_call_result *called;
     uint8_t *other_window; // of the pair under way; NULL: not mapped
 };
@@ -143,11 +143,12 @@ static void compare(const struct prober *p, const struct trial *t, uint64_t at)
     for (uint64_t i = 0; i < t->bytes; i += 4) {
         uint32_t got, want = link_word(t->seed, (uint32_t)(i / 4));
         memcpy(&got, p->host + at + i, sizeof got);
+        bool untouched = got == 0x01010101u * blank(t); // all of it, though a byte may be as it should by chance
         for (uint64_t k = i; got != want && k < i + 4; k++) {
-            uint8_t byte = p->host[at + k];
+            bool differs = untouched || p->host[at + k] != byte_at(t, k);
             first = wrong == 0 ? k : first;
-            wrong += byte != byte_at(t, k);
-            unchanged += byte == blank(t) && byte != byte_at(t, k);
+            wrong += differs;
+            unchanged += untouched;
         }
     }
     for (uint64_t i = 0; i < at; i++)
@@ -425,8 +426,8 @@ static int open_device(struct prober *p, struct error *err)
     STEP(cudaEventCreateWithFlags(&p->begin, cudaEventDefault), "making an event");
     STEP(cudaEventCreateWithFlags(&p->finish, cudaEventDefault), "making an event");
     STEP(cudaMalloc((void **)&p->window, WINDOW_BYTES), what);
-    STEP(cudaMalloc((void **)&p->scratch, LINK_BYTES), what);
-    STEP(cudaMallocHost((void **)&p->host, LINK_BYTES + 2 * GUARD_BYTES), what);
+    STEP(cudaMalloc((void **)&p->scratch, LINK_MOST_BYTES), what);
+    STEP(cudaMallocHost((void **)&p->host, LINK_MOST_BYTES + 2 * GUARD_BYTES), what);
     STEP(cudaMallocHost((void **)&p->called, sizeof *p->called), what);
     STEP(cudaMemsetAsync(p->window, 0, WINDOW_BYTES, p->stream), what);
     STEP(cudaStreamSynchronize(p->stream), what);
