@@ -28,7 +28,8 @@ struct way {
 
 struct group {
     const struct way *way;
-    int tp_size, memory, timeout_ms;
+    int tp_size, memory;
+    int timeout_ms, host_timeout_ms; // of the devices' waits, of the hosts'
     bool feedback;
     uint64_t region_bytes, comm_bytes;
     struct comm_region *comm_region;
@@ -41,7 +42,7 @@ static inline void open_group(struct group *g, const struct way *way, int tp_siz
     *g = {};
     g->way = way;
     g->tp_size = tp_size;
-    g->timeout_ms = timeout_ms;
+    g->timeout_ms = g->host_timeout_ms = timeout_ms;
     g->feedback = feedback;
     g->region_bytes = exchange_region_bytes(tp_size);
     g->memory = memfd_create("exchange", MFD_CLOEXEC);
@@ -160,7 +161,7 @@ static inline bool open_end(struct end *e)
     if (!has_memory || cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking) != cudaSuccess ||
         !take(&d->buffer[BUFFER_PARTIAL], MAX_ROWS * HIDDEN * 4) ||
         !take(&d->buffer[BUFFER_RESIDUAL], MAX_ROWS * HIDDEN * 4) ||
-        comm_open(&e->comm, g->comm_region, e->rank, g->timeout_ms, &err) || exchange_open(d, &options, &err)) {
+        comm_open(&e->comm, g->comm_region, e->rank, g->host_timeout_ms, &err) || exchange_open(d, &options, &err)) {
         note(e, "opening: %s", err.msg);
         return false;
     }
