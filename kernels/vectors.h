@@ -30,6 +30,11 @@ typedef uint32_t u32x16 __attribute__((vector_size(64)));
 #else
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
+#ifdef __clang__
+#define NO_UNROLL _Pragma("clang loop unroll(disable)")
+#else
+#define NO_UNROLL _Pragma("GCC unroll 1")
+#endif
 
 VECTOR_INLINE void load16(f32x16 *out, const float *x) { memcpy(out, x, sizeof *out); }
 VECTOR_INLINE void store16(float *out, const f32x16 *x) { memcpy(out, x, sizeof *x); }

@@ -1,19 +1,17 @@
-// Matmul of int8 and tiled weights with few tokens, for AVX-512; included by kernels_avx512.c.
+// Matmul of tiled weights with some tokens, for AVX-512; included by kernels_avx512.c.
 //
 // A panel would be filled while memory is busy and multiplied while it rests; here each cache line of weights is used for all tokens as it
-// comes. Four lines are transposed by words, so that a 128-bit lane holds four rows. The columns of a row lie then in four lanes (int8), or
-// in two (tiled kinds, packed still, after lanes of two such fours have changed places), and are added up at the end of a group.
+// comes. Lines are transposed as in avx512_tiled.h; after lanes of two fours of them have changed places, the columns of a row lie in two lanes.
 #ifndef TPSHARD_KERNELS_CPU_AVX512_FEW_H
 #define TPSHARD_KERNELS_CPU_AVX512_FEW_H
 
 enum {
-    FEW_TOKENS = 16,    // at most
-    FEW_TILE = 8,       // tokens whose sums stay in registers
-    FEW_COLS = 128,     // of a step, at most
-    FEW_BLOCKS = 4,     // blocks of a tiled kind read side by side
-    FEW_INT8_ROWS = 32, // rows of int8 that share a step's input
-    FEW_INT8_PREFETCH_BYTES = 192,
+    FEW_TOKENS = 16, // at most
+    FEW_TILE = 8,    // tokens whose sums stay in registers
+    FEW_COLS = 128,  // of a step, at most
+    FEW_BLOCKS = 4,  // blocks that share a step's input
     FEW_ROWS = FEW_BLOCKS * BLOCK_ROWS,
+    FEW_PREFETCH_BYTES = 6144, // of codes, ahead
 };
 
 // What the tokens give to a step.
@@ -24,12 +22,11 @@ struct few_input {
     int32_t sum[FEW_COLS / 16][FEW_TOKENS]; // of q, per group
 };
 
-// One step: all rows at hand times columns [col, col + cols) of a tile of tokens.
+// One step: all rows at hand times the columns from `col` on and a tile of tokens.
 struct few_step {
     const uint8_t *codes; // of the first row and column
-    int64_t row_bytes;    // int8: to the next row; tiled kinds: to the next block
-    int64_t blocks;       // tiled kinds
-    int64_t col, cols;
+    int64_t block_bytes;  // to the next block
+    int64_t blocks, col;
     const struct tile_scales *scales; // [blocks * BLOCK_VECTORS]
     const struct few_input *in;       // of all tokens
     int64_t token;                    // the tile's first
@@ -51,27 +48,8 @@ static void few_input_fill(struct few_input *in, const struct activations *act, 
         }
         in->scale[t] = act->q_scale[t * (act->stride / ACT_GROUP) + col / ACT_GROUP];
         for (int64_t c = 0; c < cols; c += group_size)
-            in->sum[c / group_size][t] = sum_of_q(q_sum, col + c, cols - c < group_size ? cols - c : group_size);
+            in->sum[c / group_size][t] = sum_of_q(q_sum, col + c, group_size);
     }
-}
-
-// Word w of rows 0..3 (low nibbles) and 8..11 (high ones) of a tile in first[w], of rows 4..7 and 12..15 in second[w]; each 128-bit lane
-// has the columns that its lane of the activations has.
-VECTOR_INLINE void turn_tile(__m512i first[4], __m512i second[4], const uint8_t *tile)
-{
-    __m512i v[8];
-    for (int g = 0; g < 8; g++) {
-        v[g] = _mm512_loadu_si512(tile + 64 * g);
-        prefetch(tile + PREFETCH_BYTES + 64 * g);
-    }
-    transpose_words(first, v[0], v[1], v[2], v[3]);
-    transpose_words(second, v[4], v[5], v[6], v[7]);
-}
-
-// Codes of high nibbles left where they are, 16 times as large, and so will be their sums: worth it for groups of 64 columns or more.
-VECTOR_INLINE __m512i high_codes_16(__m512i v)
-{
-    return _mm512_ternarylogic_epi32(v, _mm512_set1_epi8((char)0xf0), _mm512_set1_epi8((char)0x80), 0x6a);
 }
 
 VECTOR_INLINE void few_tiles(const struct few_step *step, int tokens, enum weight_kind kind, int group_size)
@@ -82,7 +60,7 @@ VECTOR_INLINE void few_tiles(const struct few_step *step, int tokens, enum weigh
     for (int i = 0; i < BLOCK_VECTORS; i++)
         for (int64_t b = 0; b < step->blocks; b++) {
             const struct tile_scales *at = &step->scales[b * BLOCK_VECTORS + i];
-            const uint8_t *tile = step->codes + b * step->row_bytes + i * WEIGHT_TILE_BYTES;
+            const uint8_t *tile = step->codes + b * step->block_bytes + i * WEIGHT_TILE_BYTES;
             const uint8_t *scale_at = tile_scales_at(at, step->col);
             int64_t row = b * BLOCK_ROWS + i * LANES;
             i32x16 dot[FEW_TILE][2];
@@ -90,7 +68,7 @@ VECTOR_INLINE void few_tiles(const struct few_step *step, int tokens, enum weigh
             UNROLL
             for (int c = 0; c < tile_count; c++) {
                 __m512i first[4], second[4];
-                turn_tile(first, second, tile + c * (4 * WEIGHT_TILE_BYTES));
+                turn_tile(first, second, tile + c * (4 * WEIGHT_TILE_BYTES), FEW_PREFETCH_BYTES);
                 UNROLL
                 for (int w = 0; w < 4; w++) {
                     if ((64 * c + 16 * w) % group_size == 0) {
@@ -139,58 +117,6 @@ VECTOR_INLINE void few_tiles(const struct few_step *step, int tokens, enum weigh
         }
 }
 
-// dot[t] += products of 64 columns of 4 rows.
-VECTOR_INLINE void few_int8_dots(i32x16 dot[FEW_TILE], const struct few_step *step, const uint8_t *codes, int tokens,
-                                 int c)
-{
-    __m512i v[4], word[4];
-    UNROLL
-    for (int r = 0; r < 4; r++) {
-        v[r] = _mm512_xor_si512(_mm512_loadu_si512(codes + r * step->row_bytes + 64 * c), _mm512_set1_epi8((char)0x80));
-        prefetch(codes + r * step->row_bytes + 64 * c + FEW_INT8_PREFETCH_BYTES);
-    }
-    transpose_words(word, v[0], v[1], v[2], v[3]);
-    UNROLL
-    for (int w = 0; w < 4; w++) {
-        UNROLL
-        for (int t = 0; t < tokens; t++)
-            dot[t] = (i32x16)_mm512_dpbusd_epi32((__m512i)dot[t], word[w], step->in->x[step->token + t][c][w]);
-    }
-}
-
-VECTOR_INLINE void few_int8(const struct few_step *step, int tokens)
-{
-    for (int64_t row = 0; row < FEW_INT8_ROWS; row += LANES) {
-        __m512i part[FEW_TILE][2];
-        UNROLL
-        for (int half = 0; half < 2; half++) {
-            i32x16 dot[2][FEW_TILE];
-            UNROLL
-            for (int quad = 0; quad < 2; quad++) {
-                const uint8_t *codes = step->codes + (row + 8 * half + 4 * quad) * step->row_bytes;
-                UNROLL
-                for (int t = 0; t < tokens; t++)
-                    dot[quad][t] = (i32x16){0};
-                few_int8_dots(dot[quad], step, codes, tokens, 0);
-                if (step->cols == FEW_COLS)
-                    few_int8_dots(dot[quad], step, codes, tokens, 1);
-            }
-            UNROLL
-            for (int t = 0; t < tokens; t++)
-                part[t][half] = add_lane_pairs((__m512i)dot[0][t], (__m512i)dot[1][t]);
-        }
-        UNROLL
-        for (int t = 0; t < tokens; t++) {
-            __m512i bias = _mm512_set1_epi32(128 * step->in->sum[0][step->token + t]);
-            __m512i total = _mm512_sub_epi32(add_lane_pairs(part[t][0], part[t][1]), bias);
-            __m512 scale = _mm512_set1_ps(step->in->scale[step->token + t]);
-            float *sum = step->sum[step->token + t] + row;
-            __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(total), scale);
-            _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), value));
-        }
-    }
-}
-
 typedef void few_fn(const struct few_step *step);
 
 #define FEW_FN(name, tokens, call)                                                                                     \
@@ -216,13 +142,6 @@ FEW_TILED(nl4_64, WEIGHT_NL4, 64);
 FEW_TILED(nl4_32, WEIGHT_NL4, 32);
 FEW_TILED(mxfp4, WEIGHT_MXFP4, 32);
 FEW_TILED(nvfp4, WEIGHT_NVFP4, 16);
-FEW_FN(int8, 1, few_int8(step, 1))
-FEW_FN(int8, 2, few_int8(step, 2))
-FEW_FN(int8, 4, few_int8(step, 4))
-FEW_FN(int8, 6, few_int8(step, 6))
-FEW_FN(int8, 8, few_int8(step, 8))
-static few_fn *const few_int8_table[FEW_TILE + 1] = {
-    [1] = few_int8_1, [2] = few_int8_2, [4] = few_int8_4, [6] = few_int8_6, [8] = few_int8_8};
 #undef FEW_FN
 #undef FEW_TABLE
 #undef FEW_TILED
@@ -230,8 +149,6 @@ static few_fn *const few_int8_table[FEW_TILE + 1] = {
 static few_fn *const *few_table(const struct weight_shape *shape)
 {
     switch (shape->kind) {
-    case WEIGHT_INT8:
-        return few_int8_table;
     case WEIGHT_INT4:
         return shape->group_size == 128 ? few_int4_128 : shape->group_size == 64 ? few_int4_64 : few_int4_32;
     case WEIGHT_INT4Z:
@@ -249,33 +166,29 @@ static few_fn *const *few_table(const struct weight_shape *shape)
 static void few_matmul(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
                        int64_t tokens, int64_t row_begin, int64_t row_end)
 {
-    const bool int8 = w->shape.kind == WEIGHT_INT8;
     few_fn *const *table = few_table(&w->shape);
-    int64_t cols = (int64_t)w->shape.cols_padded, block_bytes = int8 ? BLOCK_ROWS * cols : BLOCK_ROWS / 2 * cols;
-    int64_t group_size = int8 ? ACT_GROUP : w->shape.group_size, step_cols = group_size == 128 ? 128 : 64;
-    int64_t rows = int8 ? FEW_INT8_ROWS : FEW_ROWS;
-    for (int64_t row = row_begin; row < row_end; row += rows) {
+    int64_t cols = (int64_t)w->shape.cols_padded, group_size = w->shape.group_size,
+            step_cols = group_size == 128 ? 128 : 64;
+    for (int64_t row = row_begin; row < row_end; row += FEW_ROWS) {
         int64_t blocks = (row_end - row + BLOCK_ROWS - 1) / BLOCK_ROWS;
         struct tile_scales scales[FEW_BLOCKS * BLOCK_VECTORS];
         struct few_input in;
         float sum[FEW_TOKENS][FEW_ROWS];
         struct few_step step = {
-            .row_bytes = int8 ? cols : block_bytes,
+            .block_bytes = BLOCK_ROWS / 2 * cols,
             .blocks = blocks < FEW_BLOCKS ? blocks : FEW_BLOCKS,
             .scales = scales,
             .in = &in,
             .sum = sum,
         };
-        int64_t vectors = int8 ? FEW_INT8_ROWS / LANES : step.blocks * BLOCK_VECTORS;
-        for (int64_t i = 0; !int8 && i < vectors; i++)
+        int64_t vectors = step.blocks * BLOCK_VECTORS;
+        for (int64_t i = 0; i < vectors; i++)
             scales[i] = tile_scales(w, row + i * LANES);
         for (int64_t t = 0; t < tokens; t++)
             memset(sum[t], 0, (size_t)(vectors * LANES) * sizeof **sum);
         for (step.col = 0; step.col < cols; step.col += step_cols) {
-            step.cols = cols - step.col < step_cols ? cols - step.col : step_cols;
-            step.codes =
-                (const uint8_t *)w->data + (int8 ? row * cols + step.col : (row * cols + step.col * BLOCK_ROWS) / 2);
-            few_input_fill(&in, act, tokens, step.col, step.cols, group_size);
+            step.codes = (const uint8_t *)w->data + (row * cols + step.col * BLOCK_ROWS) / 2;
+            few_input_fill(&in, act, tokens, step.col, step_cols, group_size);
             int64_t count;
             for (step.token = 0; step.token < tokens; step.token += count) {
                 int64_t left = tokens - step.token;
@@ -284,8 +197,7 @@ static void few_matmul(float *y, int64_t y_stride, const struct matrix *w, const
             }
         }
         for (int64_t i = 0; i < vectors; i++) {
-            __m512 last = int8 ? _mm512_loadu_ps((const float *)w->scale + row + i * LANES)
-                               : load_last(w->shape.kind, &scales[i]);
+            __m512 last = load_last(w->shape.kind, &scales[i]);
             for (int64_t t = 0; t < tokens; t++)
                 store_rows(y + t * y_stride, row + i * LANES, row_end,
                            _mm512_mul_ps(_mm512_loadu_ps(sum[t] + i * LANES), last));

@@ -9,7 +9,7 @@
 //   lanes_fmadd(struct lanes *sum, a, b)              *sum = a * b + *sum, rounded once
 //   lanes_store(float *, const struct lanes *)
 //   FLOAT_TILE_ROWS, FLOAT_TILE_TOKENS                sums that fit the registers; rows divide FLOAT_ROWS; tokens 3 or 6
-//   FLOAT_FEW_ROWS, FLOAT_FEW_TOKENS                  rows read side by side for fewer tokens, half of them for so many: 2 or 4
+//   FLOAT_FEW_ROWS, FLOAT_FEW_TOKENS                  rows read side by side for fewer tokens, half of them for so many: 2 or 4; they divide WEIGHT_ROW_UNIT
 //   FLOAT_PANEL_TOKENS                                from so many tokens on weights are unpacked before they are multiplied
 // Every sum is 16 partial sums over ascending columns, whatever the tile: see kernels.h. `kind` is a constant wherever it is passed.
 #ifndef TPSHARD_KERNELS_CPU_FLOAT_MATMUL_H
@@ -21,7 +21,7 @@ enum {
     FLOAT_ROWS = 64,   // rows and columns that are unpacked for all tokens of a block; with its sums
     FLOAT_COLS = 512,  //   they stay in L2, and a tile's activations
     FLOAT_TOKENS = 48, //   in L1
-    FLOAT_PREFETCH_BYTES = 1024,
+    FLOAT_PREFETCH_BYTES = 1536,
     FP8G_COLS = 128, // of one scale
 };
 
@@ -112,25 +112,28 @@ VECTOR_INLINE void float_store(float *y, const struct lanes *sum, const struct m
     y[row] = float_finish(sum_lanes(&lanes), w, row, nan);
 }
 
-// Few tokens: bound by memory, so `rows` rows from `row` on are read side by side from one end to the other, each cache line whole at once:
-// rows of a length of 2^n bytes share few sets of L1, and a line may not last there until a second look.
+// Few tokens: bound by memory, so `rows` rows are read side by side from one end to the other, each cache line whole at once: rows of a length
+// of 2^n bytes share few sets of L1, and a line may not last there until a second look. They stand `gap` rows apart, so that what follows each
+// in memory is read after it: with neighbours, what is fetched beyond the end of a row has been read, and the next rows begin unfetched.
 VECTOR_INLINE void float_few(float *y, int64_t y_stride, const struct matrix *w, const float *x, int64_t x_stride,
-                             int64_t row, int64_t row_end, int rows, int tokens, enum weight_kind kind)
+                             int64_t row, int64_t row_end, int64_t gap, int rows, int tokens, enum weight_kind kind)
 {
     enum { PARTS = 4, MAX_ROWS = 8, MAX_SUMS = 24 };
     int64_t cols = (int64_t)w->shape.cols_padded, elem_bytes = kind == WEIGHT_BF16 ? 2 : 1;
-    int64_t row_bytes = cols * elem_bytes;
-    const uint8_t *codes = (const uint8_t *)w->data + row * row_bytes;
-    const float *scale = kind == WEIGHT_FP8G ? fp8g_scales(w, row) : NULL;
+    int64_t gap_bytes = gap * cols * elem_bytes;
+    const uint8_t *codes = (const uint8_t *)w->data + row * cols * elem_bytes;
+    const float *scale[MAX_ROWS];
     struct lanes sum[MAX_SUMS], total[MAX_SUMS];
     struct magnitudes largest[MAX_ROWS] = {0};
+    for (int r = 0; r < rows; r++)
+        scale[r] = kind == WEIGHT_FP8G ? fp8g_scales(w, row + r * gap) : NULL;
     UNROLL
     for (int i = 0; i < rows * tokens; i++)
         sum[i] = total[i] = lanes_zero();
     for (int64_t col = 0; col < cols; col += PARTS * LANES) {
         UNROLL
         for (int r = 0; r < rows; r++) {
-            const uint8_t *from = codes + r * row_bytes + col * elem_bytes;
+            const uint8_t *from = codes + r * gap_bytes + col * elem_bytes;
             struct lanes weights[PARTS];
             for (int64_t line = 0; line < elem_bytes; line++)
                 __builtin_prefetch(from + line * 64 + FLOAT_PREFETCH_BYTES, 0, 2);
@@ -152,24 +155,24 @@ VECTOR_INLINE void float_few(float *y, int64_t y_stride, const struct matrix *w,
             continue;
         UNROLL
         for (int i = 0; i < rows * tokens; i++) {
-            lanes_fmadd(&total[i], sum[i], lanes_all(scale[col / FP8G_COLS * 16 + i / tokens]));
+            lanes_fmadd(&total[i], sum[i], lanes_all(scale[i / tokens][col / FP8G_COLS * 16]));
             sum[i] = lanes_zero();
         }
     }
-    for (int r = 0; r < rows && row + r < row_end; r++)
+    for (int r = 0; r < rows && row + r * gap < row_end; r++)
         for (int t = 0; t < tokens; t++)
             float_store(y + t * y_stride, kind == WEIGHT_FP8G ? &total[r * tokens + t] : &sum[r * tokens + t], w,
-                        row + r, kind != WEIGHT_BF16 && magnitudes_nan(&largest[r]));
+                        row + r * gap, kind != WEIGHT_BF16 && magnitudes_nan(&largest[r]));
 }
 
 // FLOAT_FEW_ROWS rows and at most FLOAT_FEW_TOKENS tokens.
 VECTOR_INLINE void float_few_any(float *y, int64_t y_stride, const struct matrix *w, const float *x, int64_t stride,
-                                 int64_t tokens, int64_t row, int64_t row_end, enum weight_kind kind)
+                                 int64_t tokens, int64_t row, int64_t row_end, int64_t gap, enum weight_kind kind)
 {
 #define FLOAT_CASE(n)                                                                                                  \
     case n:                                                                                                            \
         for (int r = 0; r < FLOAT_FEW_ROWS; r += (n) < FLOAT_FEW_TOKENS ? FLOAT_FEW_ROWS : FLOAT_FEW_ROWS / 2)         \
-            float_few(y, y_stride, w, x, stride, row + r, row_end,                                                     \
+            float_few(y, y_stride, w, x, stride, row + r * gap, row_end, gap,                                          \
                       (n) < FLOAT_FEW_TOKENS ? FLOAT_FEW_ROWS : FLOAT_FEW_ROWS / 2, n, kind);                          \
         break
     switch (tokens) {
@@ -257,10 +260,12 @@ VECTOR_INLINE void float_matmul_kind(float *y, int64_t y_stride, const struct ma
                                      int64_t tokens, int64_t row_begin, int64_t row_end, enum weight_kind kind)
 {
     if (tokens < FLOAT_PANEL_TOKENS) {
-        for (int64_t row = row_begin; row < row_end; row += FLOAT_FEW_ROWS) // the second time from a cache
+        int64_t gap =
+            (int64_t)div_up((uint64_t)(row_end - row_begin), WEIGHT_ROW_UNIT) * (WEIGHT_ROW_UNIT / FLOAT_FEW_ROWS);
+        for (int64_t row = row_begin; row < row_begin + gap; row++) // the second time from a cache
             for (int64_t token = 0; token < tokens; token += FLOAT_FEW_TOKENS)
                 float_few_any(y + token * y_stride, y_stride, w, act->f32 + token * act->stride, act->stride,
-                              tokens - token < FLOAT_FEW_TOKENS ? tokens - token : FLOAT_FEW_TOKENS, row, row_end,
+                              tokens - token < FLOAT_FEW_TOKENS ? tokens - token : FLOAT_FEW_TOKENS, row, row_end, gap,
                               kind);
         return;
     }
