@@ -106,8 +106,7 @@ def leave_out_p2p(tmp):
         print(f"ok p2p # SKIP {told.strip()[-300:]}", flush=True)
 
 
-# A rank that is killed in the middle of a text ends all of them, whose kernels wait for it. So does one whose writes do not arrive: its peer's time
-# is up.
+# A rank that is killed in the middle of a text ends all of them, whose kernels wait for it.
 def test_lost_ranks(tmp):
     words = ("generate", tmp / "model", "--prompt", "And the", "--max-tokens", 400, "--seed", 1, "--transport", "p2p", *DEVICE)
     with subprocess.Popen([str(w) for w in (BUILD / "tpengine", *words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -124,9 +123,6 @@ def test_lost_ranks(tmp):
             told = "it did not end within 60 s: " + told
     check("a killed rank ends all ranks", text != "" and parent.returncode == 7 and "rank 1" in told, (ranks, parent.returncode, told[-300:]))
     check("no rank is left", not any(Path(f"/proc/{pid}").exists() for pid in ranks), ranks)
-    for fault in "drop", "hang":
-        rc, _, told = engine(*words, "--timeout", 2, EMULATED_DEVICES="2", EMULATED_PEERS=f"1>0:{fault}")
-        check(f"a link with {fault} ends all ranks, and a sum is named", rc == 7 and "all_reduce" in told, (rc, told[-300:]))
 
 
 def main():
