@@ -17,7 +17,8 @@ enum {
     ANY = LOSSLESS | COMPRESSED,
     KB = 1 << 10,
     MB = 1 << 20,
-    HASH_VERSION = 1, // rises with the meaning of an algorithm
+    OVERLAP_BYTES = 8 * MB,
+    HASH_VERSION = 2, // rises with the meaning of an algorithm
 };
 
 // The first row that fits is taken.
@@ -45,7 +46,7 @@ static const struct row table[] = {
     {1 << TRANSPORT_SHM, LOSSLESS, RANK_PARTS_MOST, 32 * KB, ALGORITHM_ONE_SHOT, 0},
     {CPU_RANKS | NCCL, ANY, COMM_MAX_RANKS, UINT64_MAX, ALGORITHM_TWO_SHOT, 0},
 };
-enum { ROWS = sizeof table / sizeof *table, ROW_FIELDS = 6, OPTION_FIELDS = 6 };
+enum { ROWS = sizeof table / sizeof *table, ROW_FIELDS = 6, OPTION_FIELDS = 7 };
 
 enum wire comm_select_wire(enum phase phase, enum wire wanted)
 {
@@ -63,6 +64,13 @@ struct exchange_choice comm_select(enum transport transport, int tp_size, uint64
            message_bytes > row->most_bytes)
         row++; // each transport has a row without bounds
     return (struct exchange_choice){.algorithm = row->algorithm, .wire = wire, .chunk_bytes = row->chunk_bytes};
+}
+
+bool comm_select_overlaps(enum transport transport, bool local, bool expands, uint64_t *least_bytes)
+{
+    bool devices = (1 << transport & (HOST | P2P | NCCL)) != 0;
+    *least_bytes = devices ? OVERLAP_BYTES : 0;
+    return devices ? !expands : !local;
 }
 
 int comm_select_transport(enum transport *out, const char *wanted, const char *const missing[TRANSPORT_COUNT],
@@ -96,6 +104,7 @@ uint64_t comm_select_hash(const struct comm_select_options *options)
         *at++ = row->chunk_bytes;
     }
     *at++ = HASH_VERSION;
+    *at++ = OVERLAP_BYTES;
     *at++ = WIRE_GROUP;
     *at++ = (uint64_t)options->transport;
     *at++ = (uint64_t)options->tp_size;

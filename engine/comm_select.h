@@ -35,6 +35,15 @@ enum wire comm_select_wire(enum phase phase, enum wire wanted);
 struct exchange_choice comm_select(enum transport transport, int tp_size, uint64_t message_bytes, enum phase phase,
                                    enum wire wanted);
 
+// Whether prompts go through the layers in two halves by themselves, so that one computes while the other's sums are on their way. least_bytes: of a
+// step's sums, as message_bytes; smaller steps are not cut. local: the ranks share a host's memory. expands: see kernels/backend.h, of any rank.
+//   CPU ranks of one host    no: an exchange is work of the same processors, and halves read the weights twice (decoder.in_large_parts)
+//   CPU ranks over a network always
+//   GPUs, host, p2p, nccl    from 8 MB on, which take 0.2 to 0.3 ms over PCIe 4.0 (bench/bench_links): twice as many kernels, and products of half the
+//                            rows, cost a tenth of that for each block. Not where weights are expanded: doing that twice takes longer than the
+//                            exchange it hides.
+bool comm_select_overlaps(enum transport transport, bool local, bool expands, uint64_t *least_bytes);
+
 // --transport. missing[t]: why ranks cannot have transport t here, a clause; NULL: they can. wanted: a transport's name, or "auto", which
 // is the first that there is of p2p, host, nccl, shm, tcp, mpi. ERR_USAGE with the reason where it is missing.
 int comm_select_transport(enum transport *out, const char *wanted, const char *const missing[TRANSPORT_COUNT],

@@ -102,7 +102,7 @@ extern struct session_options session_options;
          0,                                                                                                            \
          0,                                                                                                            \
          "prompts go through the layers in two halves: while one's sums are on their way, the other computes; auto: "  \
-         "over networks"},                                                                                             \
+         "over networks, and between GPUs"},                                                                           \
         {"verify",                                                                                                     \
          OPTION_CHOICE,                                                                                                \
          &session_options.verify,                                                                                      \

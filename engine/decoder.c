@@ -31,7 +31,7 @@ static int exchange_squares(struct decoder *d, const struct block *block, struct
     float *squares, all[COMM_MAX_RANKS * 2 * PIECE];
     if (rc || ranks == 1 || (rc = part_settle_other(d, err)))
         return rc;
-    if (devices_exchange(d)) // from zeros in rank order: the same numbers, since none of them is -0
+    if (decoder_devices_exchange(d)) // from zeros in rank order: the same numbers, since none of them is -0
         return part_sum_on_device(d, BUFFER_SQUARES, 2, WIRE_F32, block->op, (int)block->layer, err);
     if ((rc = b->lend(d->device, BUFFER_SQUARES, &squares, err)))
         return rc;
@@ -233,7 +233,7 @@ int decoder_forward(struct decoder *d, const struct token_row *rows, int64_t cou
                     const struct kv_pages *pages, struct error *err)
 {
     bool one_stage = !d->model->stage_before && !d->model->stage_behind, replayed = false;
-    bool kept = phase == PHASE_DECODE && devices_exchange(d) && d->transport != TRANSPORT_NCCL && one_stage &&
+    bool kept = phase == PHASE_DECODE && decoder_devices_exchange(d) && d->transport != TRANSPORT_NCCL && one_stage &&
                 d->model->loaded && !d->watch;
     int rc = decoder_begin(d, rows, count, phase, pages, err);
     if (rc || (kept && (rc = d->backend->record(d->device, &replayed, err))) || replayed)

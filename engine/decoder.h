@@ -22,6 +22,8 @@ struct decoder_part {
     int64_t next_block;   // number; 0: it has been through none
     uint64_t ticket;      // of the exchange under way; 0: none
     bool lent;            // its partial sums are lent to the host
+    int side;             // of the device: the part's number
+    bool beside;          // the device exchanges its sums there
     bool joined;          // the residual has taken the last sum, and its normed rows are on their way or there
     bool posted;          // its partial sums lie where the other ranks read them: part number `number` of the comm
     uint32_t number;
@@ -59,6 +61,7 @@ struct decoder {
     bool deals;                  // of prefill: the residual is dealt out to the ranks (sequence parallel)
     bool shows_residual;         // every rank has all of the residual behind each norm, dealt out or not
     bool in_parts;               // steps with enough rows are cut in two
+    uint64_t part_bytes;         // enough: the sums' bytes as bf16
     bool in_large_parts;         // those with very many rows, whose sums are of parts in common memory
     struct part_area common;     // where sums over ranks are computed by all of them from parts that nobody sends
     struct exchanger *exchanger; // does a part's exchanges while the other computes; NULL: they are done in turn
@@ -78,6 +81,8 @@ struct decoder {
 
 // The codec of a phase: decode's messages are small and never compressed.
 enum wire decoder_wire(const struct decoder *decoder, enum phase phase);
+// Whether the devices add up the sums of a step among themselves. A residual that is dealt out goes through the hosts.
+bool decoder_devices_exchange(const struct decoder *decoder);
 // Whether prefill and decode are one arithmetic here, so that rows of both may go together.
 bool decoder_mixes(const struct decoder *decoder);
 

@@ -66,25 +66,56 @@ int part_exchange(struct decoder *d, const struct exchange *exchange, struct err
     return rc ? rc : end_exchange(d, &alone, err);
 }
 
-bool devices_exchange(const struct decoder *d)
+bool decoder_devices_exchange(const struct decoder *d)
 {
     bool of_devices = d->transport == TRANSPORT_HOST || d->transport == TRANSPORT_P2P || d->transport == TRANSPORT_NCCL;
     return of_devices && comm_size(d->comm) > 1 && !d->dealt;
 }
 
-int part_sum_on_device(struct decoder *d, enum buffer buffer, int64_t cols, enum wire wire, enum comm_operation op,
-                       int layer, struct error *err)
+static int sum_on_device(struct decoder *d, enum buffer buffer, int64_t rows, int64_t cols, enum wire wire,
+                         enum comm_operation op, int layer, struct error *err)
 {
     int ranks = comm_size(d->comm), rc;
-    struct exchange_choice choice = comm_select(d->transport, ranks, 2 * (uint64_t)(d->count * cols), d->phase, wire);
+    struct exchange_choice choice = comm_select(d->transport, ranks, 2 * (uint64_t)(rows * cols), d->phase, wire);
     bool feedback = d->feedback && buffer == BUFFER_PARTIAL && wire_is_compressed(choice.wire);
     // Devices bear with each other for the time of a wait: a rank whose weights are still on their way is waited for here.
     if (!d->model->loaded && (rc = comm_barrier(d->comm, err)))
         return rc;
     d->exchanges++;
-    d->device_sent_bytes += (uint64_t)d->count * wire_groups((uint64_t)cols) * wire_group_bytes(choice.wire) * 2 *
+    d->device_sent_bytes += (uint64_t)rows * wire_groups((uint64_t)cols) * wire_group_bytes(choice.wire) * 2 *
                             (uint64_t)(ranks - 1) / (uint64_t)ranks;
     return d->backend->all_reduce(d->device, buffer, &choice, feedback, (int)op, layer, err);
+}
+
+// Where the rows are cut, what the devices exchange goes on sides of theirs: behind what the parts before it have sent, beside what they compute.
+static int begin_side(struct decoder *d, struct decoder_part *part, struct error *err)
+{
+    part->beside = d->num_parts > 1;
+    return part->beside ? d->backend->side_begin(d->device, part->side, err) : 0;
+}
+
+// Also after an error (rc).
+static int end_side(struct decoder *d, const struct decoder_part *part, int rc, struct error *err)
+{
+    struct error other;
+    int ended = part->beside ? d->backend->side_end(d->device, rc ? &other : err) : 0;
+    return rc ? rc : ended;
+}
+
+static int wait_side(struct decoder *d, struct decoder_part *part, struct error *err)
+{
+    bool beside = part->beside;
+    part->beside = false;
+    return beside ? d->backend->side_wait(d->device, part->side, err) : 0;
+}
+
+int part_sum_on_device(struct decoder *d, enum buffer buffer, int64_t cols, enum wire wire, enum comm_operation op,
+                       int layer, struct error *err)
+{
+    int rc = begin_side(d, d->part, err);
+    rc = rc ? rc : sum_on_device(d, buffer, d->part->count, cols, wire, op, layer, err);
+    rc = end_side(d, d->part, rc, err);
+    return rc ? rc : wait_side(d, d->part, err);
 }
 
 static int window(struct decoder *d, const struct decoder_part *part, struct error *err)
@@ -149,7 +180,7 @@ static int take_back(struct decoder *d, struct decoder_part *part, struct error 
 {
     bool lent = part->lent;
     int rc;
-    if ((rc = end_exchange(d, part, err)) || (rc = window(d, part, err)))
+    if ((rc = end_exchange(d, part, err)) || (rc = wait_side(d, part, err)) || (rc = window(d, part, err)))
         return rc;
     part->lent = false;
     return lent ? d->backend->returned(d->device, BUFFER_PARTIAL, err) : 0;
@@ -289,9 +320,13 @@ int part_leave(struct decoder *d, const struct block *block, struct error *err)
         return 0;
     if (d->in_common)
         return post_common(d, part, block->number, err);
-    if (devices_exchange(d))
-        return part_sum_on_device(d, BUFFER_PARTIAL, d->model->desc.hidden_size, decoder_wire(d, d->phase), block->op,
-                                  (int)block->layer, err);
+    if (decoder_devices_exchange(d)) {
+        rc = begin_side(d, part, err);
+        rc = rc ? rc
+                : sum_on_device(d, BUFFER_PARTIAL, part->count, d->model->desc.hidden_size, decoder_wire(d, d->phase),
+                                block->op, (int)block->layer, err);
+        return end_side(d, part, rc, err);
+    }
     if ((rc = join_other(d, true, err)) || (rc = d->backend->lend(d->device, BUFFER_PARTIAL, &partial, err)))
         return rc;
     struct exchange exchange = exchange_of(d, part, block, d->dealt ? EXCHANGE_SUM_TO_OWN : EXCHANGE_SUM, partial);
@@ -312,17 +347,18 @@ void parts_begin(struct decoder *d, const struct token_row *rows)
     bool prefill = d->phase == PHASE_PREFILL, alone = ranks == 1;
     d->dealt = prefill && d->deals && !alone;
     d->in_common = sums_in_common(d);
-    bool wanted = d->in_parts ? d->count >= 2 * unit : d->in_common && d->in_large_parts && d->count >= 2 * LARGE_PART;
-    // What the devices exchange goes in order with what they compute.
-    bool cut = wanted && !alone && !devices_exchange(d) && (prefill || d->backend->mixes_phases);
+    uint64_t bytes = 2 * (uint64_t)(d->count * d->model->desc.hidden_size);
+    bool wanted = d->in_parts ? d->count >= 2 * unit && bytes >= d->part_bytes
+                              : d->in_common && d->in_large_parts && d->count >= 2 * LARGE_PART;
+    bool cut = wanted && !alone && (prefill || d->backend->mixes_phases);
     int64_t first = cut ? (d->count / 2 + unit - 1) / unit * unit : d->count;
     int64_t position = d->count > 0 ? rows[0].position : 0;
     d->num_parts = cut ? 2 : 1;
     d->parts[0] = (struct decoder_part){.count = first, .first_owner = position % ranks};
-    d->parts[1] =
-        (struct decoder_part){.first = first, .count = d->count - first, .first_owner = (position + first) % ranks};
+    d->parts[1] = (struct decoder_part){
+        .first = first, .count = d->count - first, .first_owner = (position + first) % ranks, .side = 1};
     d->part = &d->parts[0];
-    d->threaded = cut && d->exchanger && d->model->loaded && !d->in_common;
+    d->threaded = cut && d->exchanger && d->model->loaded && !d->in_common && !decoder_devices_exchange(d);
 }
 
 int part_sum_embedding(struct decoder *d, struct error *err)
@@ -331,8 +367,8 @@ int part_sum_embedding(struct decoder *d, struct error *err)
     int rc;
     if (comm_size(d->comm) == 1)
         return 0;
-    if (devices_exchange(d))
-        return part_sum_on_device(d, BUFFER_RESIDUAL, d->model->desc.hidden_size, WIRE_BF16, OP_EMBED, -1, err);
+    if (decoder_devices_exchange(d)) // all rows, before any side
+        return sum_on_device(d, BUFFER_RESIDUAL, d->count, d->model->desc.hidden_size, WIRE_BF16, OP_EMBED, -1, err);
     if ((rc = d->backend->lend(d->device, BUFFER_RESIDUAL, &rows, err)))
         return rc;
     struct exchange exchange = {.kind = d->dealt ? EXCHANGE_SUM_TO_OWN : EXCHANGE_SUM,
@@ -354,12 +390,14 @@ int parts_settle(struct decoder *d, int rc, struct error *err)
     for (int i = 0; i < d->num_parts; i++) {
         struct decoder_part *part = &d->parts[i];
         int ended = 0;
-        if (rc)
+        if (rc) {
             ended = end_exchange(d, part, &other);
-        else if (!d->in_common)
+            wait_side(d, part, &other);
+        } else if (!d->in_common) {
             ended = take_back(d, part, err);
-        else if (part->posted)
+        } else if (part->posted) {
             ended = take_common(d, part, part->next_block, err);
+        }
         rc = rc ? rc : ended;
     }
     if (!rc && d->num_parts > 1)

@@ -28,8 +28,6 @@ struct block {
 };
 struct block block_at(const struct model *model, int64_t number);
 
-// Whether the devices add up the sums of a step among themselves. A residual that is dealt out goes through the hosts.
-bool devices_exchange(const struct decoder *d);
 // A buffer's rows become the sum over ranks, in order with the device's other operations. cols: of a row, for the message's size.
 int part_sum_on_device(struct decoder *d, enum buffer buffer, int64_t cols, enum wire wire, enum comm_operation op,
                        int layer, struct error *err);

@@ -413,16 +413,30 @@ static int finish_load(struct worker *w, struct error *err)
     return 0;
 }
 
-// By itself where the ranks' messages are on their way for a time: over a network. Between CPU ranks of one host halves read the weights twice, and
-// what they win is that a rank may be late for a while without the others waiting: with large halves alone. The same on every rank.
-static void set_overlap(struct worker *w)
+// Whether prompts are cut in two parts, the same on every rank of the stage. The device is prepared, and who exchanges is settled.
+static int choose_parts(struct worker *w, struct error *err)
 {
     const struct worker_options *o = w->options;
     struct decoder *d = &w->decoder;
-    if (!o->backend->window || comm_size(d->comm) == 1 || o->residual_rows > 0)
-        return;
-    d->in_parts = o->overlap == OVERLAP_ON || (o->overlap == OVERLAP_AUTO && !comm_is_local(d->comm));
+    uint8_t mine, all[COMM_MAX_RANKS];
+    bool expands = false;
+    int rc;
+    if (!o->backend->window || comm_size(d->comm) == 1 || o->residual_rows > 0 || o->overlap == OVERLAP_OFF)
+        return 0;
+    mine = o->backend->expands && o->backend->expands(w->device);
+    if ((rc = comm_all_gather(d->comm, all, &mine, sizeof mine, err)))
+        return rc;
+    for (int r = 0; r < comm_size(d->comm); r++)
+        expands = expands || all[r];
+    d->in_parts = comm_select_overlaps(d->transport, comm_is_local(d->comm), expands, &d->part_bytes);
+    if (o->overlap == OVERLAP_ON) {
+        d->in_parts = true;
+        d->part_bytes = 0;
+    }
     d->in_large_parts = o->overlap == OVERLAP_AUTO;
+    if (w->env->rank == 0)
+        atomic_store(&w->shared->in_parts, d->in_parts);
+    return 0;
 }
 
 // What a rank of another process tells rank 0 of its start, as its own parent sees it.
@@ -493,11 +507,8 @@ static int worker_open(struct worker *w, struct error *err)
         w->decoder.watch = &w->tap.watch;
     w->decoder.deals = o->deals;
     w->decoder.shows_residual = o->residual_rows > 0;
-    set_overlap(w);
     w->decoder.common = parts;
-    if (w->env->rank == 0)
-        atomic_store(&w->shared->in_parts, w->decoder.in_parts);
-    if ((rc = open_device(w, err)))
+    if ((rc = open_device(w, err)) || (rc = choose_parts(w, err)))
         return rc;
     w->decoder.device = w->device;
     int64_t rows = rank_step_pass_rows(o->backend, &o->limits), hidden = w->model.desc.hidden_size;
@@ -507,7 +518,9 @@ static int worker_open(struct worker *w, struct error *err)
         return rc;
     if (!w->env->spread) // the last stage counts in another process
         rank_step_count_passes(w->step, &w->shared->passes);
-    if (w->decoder.in_parts && !parts.memory && (rc = exchanger_create(&w->decoder.exchanger, w->decoder.comm, err)))
+    bool by_host = !decoder_devices_exchange(&w->decoder) || w->decoder.deals;
+    if (w->decoder.in_parts && by_host && !parts.memory &&
+        (rc = exchanger_create(&w->decoder.exchanger, w->decoder.comm, err)))
         return rc;
     // Now that the threads which load have been started, on any of the rank's processors.
     if (o->pin == PIN_CORE && (rc = thread_pool_pin(w->pool, &w->place.cpus, err)))

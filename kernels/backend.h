@@ -180,6 +180,7 @@ enum {
     DEVICE_TEXT_BYTES = 512,
     LOAD_LANES = 16,             // threads that copy to a device at a time
     LOAD_BUFFER_BYTES = 8 << 20, // of one lane, at most
+    DEVICE_SIDES = 2,
 };
 
 // All functions but close return 0 or an error; `device` is filled by open and owned by the caller.
@@ -224,6 +225,8 @@ struct backend {
     int (*load_read)(struct device *device, uint64_t offset, void *to, uint64_t bytes, struct error *err);
     // Gives back what the lanes had; their threads have ended. Also after a load that failed.
     void (*load_end)(struct device *device);
+    // After prepare: whether products of prefill expand weights anew for each step, so that cutting a step doubles that. NULL: no.
+    bool (*expands)(const struct device *device);
     // Allocates buffers and KV cache. weights point into the payload, which may still be on its way: they are not read. They outlive the
     // device.
     int (*prepare)(struct device *device, const struct device_shape *shape, const struct weights *weights,
@@ -289,11 +292,18 @@ struct backend {
     uint64_t (*exchange_bytes)(int tp_size);
     // After prepare; all ranks call it, and it fails on all or none. Without it all_reduce is not called.
     int (*exchange_open)(struct device *device, const struct exchange_options *options, struct error *err);
-    // buffer = the sum of all ranks' over the rows of the step, with the bits of engine/comm_reduce.h. feedback: what the wire loses is made up for
+    // buffer = the sum of all ranks' over the rows of the window, with the bits of engine/comm_reduce.h. feedback: what the wire loses is made up for
     // by the next sum of the step. All ranks call it in the same order with the same choice. A step with it may be kept (record). That a
     // rank did not come is found when the host next waits for the device. operation and layer go into the failure.
     int (*all_reduce)(struct device *device, enum buffer buffer, const struct exchange_choice *choice, bool feedback,
                       int operation, int layer, struct error *err);
+    // What is asked for between side_begin and side_end goes on beside what is asked for after it: behind all that came before side_begin, and
+    // behind earlier sides. side_wait: what is asked for from now on comes behind that side (0 .. DEVICE_SIDES - 1; nothing if it never began).
+    // For all_reduce and norm_own; what they touch is theirs until the side is waited for, and so is the order of exchanges: while a side is
+    // under way, others belong to sides too. Not amid a recorded step. side_end without a side changes nothing.
+    int (*side_begin)(struct device *device, int side, struct error *err);
+    int (*side_end)(struct device *device, struct error *err);
+    int (*side_wait)(struct device *device, int side, struct error *err);
 
     // Logits of some rows after the last layer, whose sum joins for them alone, so that logits may be asked for again; row_index [count]
     // (NULL: 0 .. count-1). The logits stay with the device for sample, or go to host [count][stride] when host is not NULL.

@@ -2,35 +2,7 @@
 // (host) or straight into each other's device memory (p2p), on devices of their own or all on one. Held, bit for bit, to comm_all_reduce of the same ranks on the CPU: every algorithm and codec, feedback, rows with NaN, Inf, zeros
 // and denormals, one row to some hundreds, through the wrap of the tokens. A norm behind an exchange is held to launch_norm. Then ranks that never come,
 // and the abort word.
-#include "tests/device/exchange_ends.h"
-
-#include <thread>
-
-enum { TIMEOUT_MS = 60000 };
-
-// Runs fn as every rank of a group, a thread each.
-template <typename FN> static void run_ranks(void *way, int tp_size, int timeout_ms, bool feedback, FN fn)
-{
-    static struct end ends[TEST_RANKS];
-    struct group g;
-    open_group(&g, (const struct way *)way, tp_size, timeout_ms, feedback);
-    g.host_timeout_ms = TIMEOUT_MS; // ranks may open late on a busy machine
-    std::vector<std::thread> threads;
-    for (int r = 0; r < tp_size; r++) {
-        begin_end(&ends[r], &g, r);
-        threads.emplace_back([=] {
-            if (open_end(&ends[r]))
-                fn(&ends[r]);
-            close_end(&ends[r]);
-        });
-    }
-    for (std::thread &t : threads)
-        t.join();
-    for (int r = 0; r < tp_size; r++)
-        if (!ends[r].wrong.empty())
-            fail_msg("%s", ends[r].wrong.c_str());
-    close_group(&g);
-}
+#include "tests/device/exchange_threads.h"
 
 // ---- sums ----------------------------------------------------------------------------------------------------------
 

@@ -42,6 +42,21 @@ def test_logits(place, tmp):
               over["nccl"] == over["shm"] and isinstance(over["shm"], bytes), {k: v[:300] for k, v in over.items()})
 
 
+# Each sum is two messages: of both blocks of two layers and of the embedding, and in halves twice those of the blocks.
+def test_halves(place, tmp):
+    shards, ids, told = tmp / "llama3-2", [i * 7 % 50 for i in range(256)], tmp / "told"
+    results = {}
+    for words, count in (("shm", "on"), 0), (("nccl", "on"), 2 * (2 * 4 + 1)), (("nccl", "off"), 2 * (4 + 1)):
+        told.unlink(missing_ok=True)
+        results[words] = logits(place, shards, ids, tmp / "halves.npy", "--transport", words[0], "--overlap", words[1], "--context", 256,
+                                "--wire", "s8x", STAND_IN_TOLD=str(told))
+        lines = sorted(told.read_text().splitlines()) if told.exists() else []
+        check(f"{words[0]}, --overlap {words[1]}: NCCL has carried {count} messages of each rank",
+              lines == [f"rank {r}: {count} messages" for r in range(2) if count], lines)
+    check("nccl and shm give the same bytes in halves", results["shm", "on"] == results["nccl", "on"] and isinstance(results["shm", "on"], bytes),
+          {k: v[:300] for k, v in results.items()})
+
+
 def test_text(place, tmp):
     shards = tmp / "model"
     run(BUILD / "tpshard", "--tp", 2, "--quant", "int4", "tests/model", shards, "--quiet")
@@ -87,6 +102,7 @@ def main():
         place.mkdir()
         (place / "libnccl.so.2").symlink_to(STAND_IN.resolve())
         test_logits(place, Path(name))
+        test_halves(place, Path(name))
         test_text(place, Path(name))
         test_a_killed_rank(place, Path(name))
     return status()

@@ -51,6 +51,22 @@ def test_logits(tmp):
               [text for text in found.values() if isinstance(text, str)])
 
 
+# A prompt in two halves, the sums of one on their way while the other computes: the bytes of the same halves one after the other, whose sums the CPUs
+# add up. EMULATED_HURRY: exchanges run as soon as they may, not as late.
+def test_halves(tmp):
+    for family, tp, over, more in (("llama3", 2, ("host", "p2p"), ("--wire", "s8x")), ("olmo2", 2, ("p2p",), ("--ranks", "thread")),
+                                   ("llama3", 4, ("host",), ())):
+        shards, ids = tmp / f"{family}-{tp}", [i * 7 % 50 for i in range(256)]
+        common = ("--context", 256, "--overlap", "on", *more)
+        by_cpu = logits(shards, ids, tmp / "shm.npy", "--transport", "shm", *common)
+        for transport in over:
+            for hurry in ("0", "1") if transport == "host" and tp == 2 else ("1",):
+                by_device = logits(shards, ids, tmp / "device.npy", "--transport", transport, *common, EMULATED_HURRY=hurry,
+                                   EMULATED_DEVICES=str(tp))
+                check(f"{family} tp {tp} {' '.join(more)} in halves, hurry {hurry}: {transport} and shm give the same bytes",
+                      by_device == by_cpu and isinstance(by_cpu, bytes), [text for text in (by_device, by_cpu) if isinstance(text, str)])
+
+
 # Steps of decoding are kept as graphs with the exchanges in them: the third and later tokens come from one.
 def test_tokens(tmp):
     shards = tmp / "model"
@@ -132,7 +148,7 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         if REAL:
             leave_out_p2p(Path(name))
-        for test in (test_logits, test_tokens, test_greedy, test_refusals, test_lost_ranks)[:3 if REAL else 5]:
+        for test in (test_logits, test_tokens, test_greedy, test_refusals, test_lost_ranks, test_halves)[:3 if REAL else 6]:
             test(Path(name))
     sys.exit(1 if failures or test_cuda_engine.failures else 0)
 

@@ -167,6 +167,7 @@ int multiply_prepare(struct device *d, struct error *err);
 void multiply_free(struct device *d);
 uint64_t multiply_workspace_bytes(int sm); // of cuBLASLt
 void multiply_describe(const struct device *d, char *text, size_t bytes);
+bool multiply_expands(const struct device *d); // weights, in prefill
 // How rows must be prepared for a product with w in the step's phase.
 enum input_format multiply_input(const struct device *d, const struct matrix *w);
 // y [rows][rows of w] = the prepared input * w^T. For cuBLASLt y has room for rows rounded up to GEMM_ROWS_STEP.

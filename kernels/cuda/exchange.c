@@ -115,8 +115,7 @@ static int map_region(struct device *d, struct exchange *x, struct error *err)
 static int make_streams(struct device *d, struct exchange *x, struct error *err)
 {
     int rc;
-    if ((rc = CHECK(cudaStreamCreateWithFlags(&x->out, cudaStreamNonBlocking), "making a stream")) ||
-        (rc = CHECK(cudaStreamCreateWithFlags(&x->in, cudaStreamNonBlocking), "making a stream")))
+    if ((rc = exchange_make_stream(d, &x->out, err)) || (rc = exchange_make_stream(d, &x->in, err)))
         return rc;
     for (int i = 0; i < EXCHANGE_EVENTS; i++)
         for (int k = 0; k < EXCHANGE_DEPTH; k++)
@@ -239,7 +238,8 @@ int exchange_open(struct device *d, const struct exchange_options *options, stru
             exchange_close(d);
         return rc;
     }
-    open_alone(d, x, &mine, &mine.problem);
+    if (!exchange_open_sides(d, x, &mine.problem))
+        open_alone(d, x, &mine, &mine.problem);
     // Nobody posts before everybody's tokens are there.
     if ((rc = share_devices(d, x, &mine, all, err)) || (x->p2p && (rc = exchange_p2p_join(d, x, all, err))))
         exchange_close(d);
@@ -309,13 +309,16 @@ int device_wait_uploaded(struct device *d, struct error *err)
 void exchange_close(struct device *d)
 {
     struct exchange *x = d->exchange;
+    struct error ignored;
     if (!x)
         return;
-    nccl_close(x->nccl); // which waits itself
-    const cudaStream_t streams[] = {d->stream, x->out, x->in};
-    for (int i = 0; i < 3; i++)
+    exchange_side_end(d, &ignored); // of a step that failed
+    nccl_close(x->nccl);            // which waits itself
+    const cudaStream_t streams[] = {d->stream, x->side, x->out, x->in};
+    for (int i = 0; i < 4; i++)
         while (x->options.region && streams[i] && cudaStreamQuery(streams[i]) == cudaErrorNotReady)
             look(x);
+    exchange_close_sides(x);
     exchange_p2p_close(x);
     for (int i = 0; i < EXCHANGE_EVENTS; i++)
         for (int k = 0; k < EXCHANGE_DEPTH; k++)
@@ -551,7 +554,7 @@ int exchange_all_reduce(struct device *d, enum buffer buffer, const struct excha
     if (rc || m.rows == 0 || m.cols == 0)
         return rc;
     m.wire = choice->wire;
-    m.lost = feedback ? x->lost : NULL;
+    m.lost = feedback ? x->lost + d->window_first * m.cols : NULL;
     if (x->nccl)
         return exchange_nccl_all_reduce(x, &m, operation, layer, err);
     uint32_t rows = choice->algorithm == ALGORITHM_CHUNKS ? chunk_rows(x, &m, choice->chunk_bytes) : 0;

@@ -39,6 +39,11 @@ struct exchange {
     bool waits;
     int64_t looked_ns; // at whether the ranks are to end
 
+    // Sides: a stream of their own, which stands in for the device's between side_begin and side_end (exchange_sides.c).
+    cudaStream_t side, main; // main: the device's, while it does; else NULL
+    cudaEvent_t handed, sided[DEVICE_SIDES];
+    int open_side;
+
     // Chunks.
     cudaStream_t out, in;
     int depth; // how many there are of what comes in
@@ -74,6 +79,15 @@ cudaError_t exchange_p2p_send_parts(const struct exchange *x, const uint8_t *sta
 cudaError_t exchange_p2p_send_sums(const struct exchange *x, const uint8_t *stage, uint64_t share, uint64_t chunk);
 // This rank's streams have come to their ends.
 void exchange_p2p_close(struct exchange *x);
+
+// ---- exchange_sides.c: exchanges beside the device's other operations
+int exchange_side_begin(struct device *d, int side, struct error *err);
+int exchange_side_end(struct device *d, struct error *err);
+int exchange_side_wait(struct device *d, int side, struct error *err);
+int exchange_open_sides(struct device *d, struct exchange *x, struct error *err);
+void exchange_close_sides(struct exchange *x); // nothing runs any more
+// One that goes before the device's own.
+int exchange_make_stream(struct device *d, cudaStream_t *stream, struct error *err);
 
 // ---- exchange_nccl.c: the same over NCCL
 uint64_t exchange_nccl_memory_bytes(const struct device_shape *shape, int tp_size);

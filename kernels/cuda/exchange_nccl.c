@@ -67,7 +67,7 @@ int exchange_nccl_open(struct device *d, struct exchange *x, struct error *err)
     struct nccl_hello hellos[MOST_RANKS];
     int rc;
     memset(&mine, 0, sizeof mine);
-    if (!exchange_make_lost(d, x, &mine.problem))
+    if (!exchange_open_sides(d, x, &mine.problem) && !exchange_make_lost(d, x, &mine.problem))
         nccl_open(&x->nccl, &options, &mine.hello, &mine.problem);
     if ((rc = x->options.all_gather(x->options.arg, all, &mine, sizeof mine, err)))
         return rc;

@@ -424,6 +424,16 @@ static const char *arithmetic_name(enum arithmetic arithmetic, enum weight_kind 
     return "cuBLASLt fp8, scales by tensor";
 }
 
+bool multiply_expands(const struct device *d)
+{
+    const struct products *p = d->products;
+    for (int kind = 0; p && kind < WEIGHT_KIND_COUNT; kind++)
+        if (has_kind(d, (enum weight_kind)kind) &&
+            needs_slab(p->arithmetic[PHASE_PREFILL][kind], (enum weight_kind)kind))
+            return true;
+    return false;
+}
+
 void multiply_describe(const struct device *d, char *text, size_t bytes)
 {
     const struct products *p = d->products;

@@ -31,6 +31,7 @@ _Static_assert(sizeof(((struct nccl_hello *)0)->id) == NCCL_ID_BYTES, "the ranks
 struct nccl {
     struct nccl_library library;
     struct nccl_options options;
+    cudaStream_t carrying, beside; // of messages; another one that has carried some, or NULL
     int device;
     ncclComm_t comm;
     bool connected;
@@ -89,7 +90,9 @@ static void abort_communicator(struct nccl *n)
 static void drain_stream(struct nccl *n)
 {
     int64_t until_ns = clock_now_ns() + (int64_t)END_TIMEOUT_MS * 1000000;
-    while (cudaStreamQuery(n->options.stream) == cudaErrorNotReady && !n->stuck) {
+    while ((cudaStreamQuery(n->options.stream) == cudaErrorNotReady ||
+            (n->beside && cudaStreamQuery(n->beside) == cudaErrorNotReady)) &&
+           !n->stuck) {
         n->stuck = clock_now_ns() > until_ns;
         sched_yield();
     }
@@ -261,6 +264,13 @@ static int wait_until_done(struct nccl *n, cudaEvent_t event, struct error *err)
     }
 }
 
+void nccl_follow(struct nccl *n, cudaStream_t stream)
+{
+    n->carrying = stream;
+    if (stream != n->options.stream)
+        n->beside = stream;
+}
+
 int nccl_wait(struct nccl *n, struct error *err) { return wait_until_done(n, NULL, err); }
 
 int nccl_wait_event(struct nccl *n, cudaEvent_t event, struct error *err) { return wait_until_done(n, event, err); }
@@ -315,6 +325,7 @@ int nccl_open(struct nccl **out, const struct nccl_options *options, struct nccl
     if (!n)
         return error_set(err, ERR_MEMORY, "rank %d: no memory for the transport nccl", options->group.rank);
     n->options = *options;
+    n->carrying = options->stream;
     n->buffer_bytes = nccl_buffer_bytes(options->max_rows, options->max_cols, options->group.tp_size) / 2;
     if ((rc = nccl_library_open(&n->library, options->library, err)))
         goto fail;
@@ -438,7 +449,7 @@ uint64_t nccl_sent_bytes(const struct nccl *n) { return n->sent_bytes; }
 static ncclResult_t all_to_all(struct nccl *n, size_t share)
 {
     const struct nccl_library *library = &n->library;
-    cudaStream_t stream = n->options.stream;
+    cudaStream_t stream = n->carrying;
     ncclResult_t result = library->ncclGroupStart_(), end;
     if (result != ncclSuccess)
         return result;
@@ -458,7 +469,7 @@ static int reduce_piece(struct nccl *n, const struct share_piece *piece, struct 
     int rc;
     size_t share = (size_t)share_bytes(piece->rows, piece->cols, piece->tp_size, piece->wire);
     uint8_t *mine = n->to + share * (size_t)piece->rank;
-    cudaStream_t stream = n->options.stream;
+    cudaStream_t stream = n->carrying;
     struct wait w = wait_begin(n, place, n->options.timeout_ms, "begin");
     if ((rc = cuda_failed(n, launch_share_encode(n->to, piece, n->began, n->messages, stream), "coding", place, err)) ||
         (rc = settle(n, all_to_all(n, share), &w, "sending parts", err)) ||

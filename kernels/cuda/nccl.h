@@ -61,7 +61,7 @@ struct nccl_options {
     int timeout_ms;             // without any progress, of each single wait
     int start_timeout_ms;       // of connecting
     int64_t max_rows, max_cols; // of a message
-    cudaStream_t stream;        // on which all messages are
+    cudaStream_t stream;        // on which messages are, and what the host waits for
 };
 
 // Device memory that an end takes for its messages.
@@ -84,6 +84,9 @@ void nccl_describe(const struct nccl *nccl, char *text, size_t bytes);
 // stream. All ranks call it in the same order with the same sizes and codec. lost: bf16 [rows][cols] on the device, or NULL.
 int nccl_all_reduce(struct nccl *nccl, float *data, uint16_t *lost, int64_t rows, int64_t cols, int64_t stride,
                     enum wire wire, struct nccl_place place, struct error *err);
+// Messages from now on are on another stream, which comes behind the one before it and which nccl_close waits for, too. The host waits for that
+// of the options as before: it is the caller's to let that one come behind.
+void nccl_follow(struct nccl *nccl, cudaStream_t stream);
 // Waits until the stream is done: what the host calls in place of cudaStreamSynchronize.
 int nccl_wait(struct nccl *nccl, struct error *err);
 // Until the stream has come to an event; in place of cudaEventSynchronize.

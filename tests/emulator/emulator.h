@@ -49,6 +49,9 @@ void emulator_set_sm(int sm);
 void emulator_fail_call(const char *name, int nth, cudaError_t error);
 // From now on scaled products of the tensor cores are wrong, as on a device whose instructions mean something else.
 void emulator_misread_scales(bool wrong);
+// From now on work on streams of high priority runs at once, not when the host waits: it overtakes what it has not been told to wait for. So does
+// EMULATED_HURRY=1.
+void emulator_hurry(bool on);
 // Runs fn(arg) when the stream comes to it; may be captured.
 void emulator_enqueue(cudaStream_t stream, void (*fn)(void *arg), void *arg);
 // Work that waits for others: when the stream comes to it, it is tried until done(arg) is true. Nothing behind it runs before.

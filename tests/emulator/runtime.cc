@@ -25,6 +25,7 @@ struct CUstream_st {
     uint64_t capture = 0;                           // its number
     uint64_t captured_own = 0;                      // of its work
     std::map<const CUstream_st *, uint64_t> behind; // of other streams' work in the capture, what its own waits for
+    bool before_others = false;                     // of high priority
     bool endless = false;                           // its work never ends
     int device = -1;                                // -1: the one that is current
     uint64_t queued = 0, run = 0;
@@ -48,6 +49,7 @@ namespace
 
 std::mutex lock; // of what all threads share
 int forced_sm;
+bool hurry;
 struct planned_failure {
     std::string name;
     int nth;
@@ -160,6 +162,8 @@ cudaError_t enqueue(cudaStream_t stream, work w)
     } else {
         s->queue.push_back(std::move(w));
         s->queued++;
+        if (s->before_others && (hurry || setting("EMULATED_HURRY", 0)))
+            run_until(s, s->queued);
     }
     return cudaSuccess;
 }
@@ -173,6 +177,8 @@ bool misread_scales;
 bool emulator_present(void) { return true; }
 
 void emulator_set_sm(int sm) { forced_sm = sm; }
+
+void emulator_hurry(bool on) { hurry = on; }
 
 void emulator_misread_scales(bool wrong) { emulator::misread_scales = wrong; }
 
@@ -345,6 +351,22 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags)
     return cudaSuccess;
 }
 
+cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest)
+{
+    PLANNED();
+    *least = 0;
+    *greatest = -5;
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int priority)
+{
+    cudaError_t error = cudaStreamCreateWithFlags(stream, flags);
+    if (error == cudaSuccess)
+        (*stream)->before_others = priority < 0;
+    return error;
+}
+
 cudaError_t cudaStreamCreate(cudaStream_t *stream) { return cudaStreamCreateWithFlags(stream, cudaStreamDefault); }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream)
@@ -476,7 +498,14 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
         return cudaSuccess; // never recorded
     if (s->captured_by || event->capture)
         return give(wait_in_capture(s, event));
-    return emulator::enqueue(stream, [=] { run_until(of, ticket); });
+    return emulator::enqueue(stream, [=] {
+        bool waits = of->run < ticket; // and the host, which waits for this stream, may look at other things
+        if (waits) {
+            run_next(of);
+            waits = of->run < ticket;
+        }
+        not_done = waits;
+    });
 }
 
 // ---- graphs --------------------------------------------------------------------------------------------------------

@@ -260,6 +260,12 @@ EXPORT ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *result)
 EXPORT ncclResult_t ncclCommFinalize(ncclComm_t comm);
 EXPORT ncclResult_t ncclCommFinalize(ncclComm_t comm)
 {
+    const char *path = getenv("STAND_IN_TOLD");
+    FILE *told = path ? fopen(path, "ae") : NULL;
+    if (told) {
+        fprintf(told, "rank %d: %d messages\n", comm->rank, comm->messages);
+        fclose(told);
+    }
     comm->finalizing = true;
     atomic_fetch_add(&comm->region->finished, 1);
     return ncclInProgress;
