@@ -128,12 +128,14 @@ static void note_gone(struct link_probe *p, int end, int status)
     else if (!e->err.code)
         error_set(&e->err, ERR_GPU, "the process of %s %d ended with status %d", whose, number, WEXITSTATUS(status));
     snprintf(sentence, sizeof sentence, "%.200s", e->err.msg);
-    if (board->order.kind == LINK_ORDER_PAIR) {
-        e->err.code = 0; // it may do better with others
+    if (board->order.kind != LINK_ORDER_PAIR) {
+        condemn_end(board, end, LINK_FAILED, sentence);
+        return;
+    }
+    e->err.code = 0; // it may do better with others
+    if (end == board->order.a || end == board->order.b) {
         condemn(board, board->order.a, board->order.b, LINK_FAILED, sentence);
         condemn(board, board->order.b, board->order.a, LINK_FAILED, sentence);
-    } else {
-        condemn_end(board, end, LINK_FAILED, sentence);
     }
 }
 
@@ -367,7 +369,8 @@ static void run_ends(struct link_probe *p)
     }
     while (well && next_pair(p, &a, &b)) {
         post_order(p, LINK_ORDER_PAIR, a, b);
-        well = wait_for_pair(p, a, b);
+        // The others have seen the order, too, before another one is written over it.
+        well = wait_for_pair(p, a, b) && wait_for_all(p);
     }
     if (well)
         post_order(p, LINK_ORDER_END, 0, 0);

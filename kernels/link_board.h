@@ -2,7 +2,7 @@
 // backend, which moves bytes between the ends (kernels/cuda/link_probe.c), have in memory that all of these processes share.
 //
 // The engine posts orders, one at a time: it fills `order`, then raises order.number. An end carries out those that concern it and says so with
-// `taken`. With a pair's order its two ends go from step to step together (`steps`): one writes, the other looks. Nobody in here
+// `taken`; the next order comes when all have. With a pair's order its two ends go from step to step together (`steps`): one writes, the other looks. Nobody in here
 // keeps time: who does not go on is ended from outside, and `doing` then says what it was at.
 //
 // result[a][b] is the direction from a to b: what a does with the memory of b. It is written by one of the two in turn, between two steps.

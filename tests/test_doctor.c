@@ -174,6 +174,70 @@ static void test_claims_and_acs(void **state)
     doctor_probe_free(system, sizeof *system);
 }
 
+// Links as they were seen: a driver that claims what is not so hinders, one that refuses does not; ends are named as the cards on their buses.
+static void test_links_between_devices(void **state)
+{
+    (void)state;
+    struct doctor_system *system = new_system(2);
+    struct doctor_nvml *nvml = doctor_probe_new(sizeof *nvml);
+    struct doctor_devices counted = {.probe.end = PROBE_DONE, .count = 3};
+    struct doctor_report *report = calloc(1, sizeof *report);
+    struct link_board *board = calloc(1, sizeof *board);
+    static const struct {
+        enum link_fault fault;
+        uint32_t claimed;
+        bool hinders;
+        const char *words, *absent;
+    } cases[] = {
+        {LINK_LOST, 1, true, "it is lost, though the driver claims P2P: ranks go through", "other links"},
+        {LINK_LATE, 1, true, "NCCL_P2P_DISABLE=1", "other links"},
+        {LINK_FAILED, 0, true, "it is lost: ranks go through the host's memory instead", "claims"},
+        {LINK_REFUSED, 0, false, "it is lost: ranks go through the host's memory, which needs no P2P", "claims"},
+        {LINK_GOOD, 1, false, NULL, "it is lost"},
+    };
+    assert_true(nvml && report && board);
+    report->system = system;
+    report->nvml = nvml;
+    report->devices = &counted;
+    report->links = board;
+    board->num_ends = board->group = 3;
+    snprintf(board->end[0].bus, sizeof board->end[0].bus, "0000:02:00.0");
+    snprintf(board->end[1].bus, sizeof board->end[1].bus, "0000:01:00.0");
+    board->end[2].device = 2;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        for (int a = 0; a < 3; a++)
+            for (int b = 0; b < 3; b++)
+                board->result[a][b].fault = LINK_GOOD;
+        board->result[1][2].fault = (uint32_t)cases[i].fault;
+        board->result[1][2].claimed = cases[i].claimed;
+        snprintf(board->result[1][2].sentence, sizeof board->result[1][2].sentence, "it is lost");
+        doctor_advice(report);
+        if (cases[i].words && !found(report, cases[i].words, cases[i].hinders))
+            fail_msg("case %zu: %s", i, report->num_findings ? report->findings[0].text : "nothing found");
+        for (int f = 0; f < report->num_findings; f++)
+            assert_null(strstr(report->findings[f].text, cases[i].absent));
+    }
+    board->result[1][2].fault = board->result[2][0].fault = LINK_STALE;
+    doctor_advice(report);
+    assert_true(found(report, "(and other links are no better)", true));
+
+    static const char *const names[] = {"GPU1", "GPU0", "device 2"};
+    for (int end = 0; end < 3; end++) {
+        char name[DOCTOR_END_BYTES];
+        doctor_end_name(name, report, end);
+        assert_string_equal(name, names[end]);
+    }
+    counted.probe.end = PROBE_LATE;
+    counted.probe.seconds = 5;
+    snprintf(counted.probe.at, sizeof counted.probe.at, "the start of the driver");
+    doctor_advice(report);
+    assert_true(found(report, "counting the devices was ended after 5.0 s, at the start of the driver", true));
+    free(board);
+    free(report);
+    doctor_probe_free(nvml, sizeof *nvml);
+    doctor_probe_free(system, sizeof *system);
+}
+
 // ---- bodies ------------------------------------------------------------------------------------------------------------
 
 struct trial {
@@ -294,8 +358,9 @@ static void test_measured_in_time(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_nvml),   cmocka_unit_test(test_nvml_that_hangs),  cmocka_unit_test(test_claims_and_acs),
-        cmocka_unit_test(test_bodies), cmocka_unit_test(test_measured_in_time),
+        cmocka_unit_test(test_nvml),           cmocka_unit_test(test_nvml_that_hangs),
+        cmocka_unit_test(test_claims_and_acs), cmocka_unit_test(test_links_between_devices),
+        cmocka_unit_test(test_bodies),         cmocka_unit_test(test_measured_in_time),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

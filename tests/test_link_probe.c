@@ -28,12 +28,14 @@ static struct {
     enum act pair[4][4];       // by the end that acts, and the other
     enum link_doing doing;     // of an end that hangs in a pair
     int devices;               // end e is on device e % devices
+    int slow_end;              // reads its orders late; -1: none
 } script;
 
 // Ends count what they do, for all processes.
 static struct tally {
     _Atomic uint32_t opened[4], pairs[4][4];
     _Atomic int pid[4];
+    _Atomic uint32_t overwritten; // orders, before an end had read them
 } * tally;
 
 static int perform(struct link_board *board, int end, int other, enum act act, struct error *err)
@@ -105,6 +107,10 @@ static int stand_in(struct link_board *board, int end, struct error *err)
         enum link_order kind = (enum link_order)board->order.kind;
         int a = board->order.a, b = board->order.b;
         number = atomic_load(&board->order.number);
+        if (end == script.slow_end)
+            usleep(20000);
+        if (atomic_load(&board->order.number) != number || board->order.a != a || board->order.b != b)
+            atomic_fetch_add(&tally->overwritten, 1);
         if (kind == LINK_ORDER_END)
             return 0;
         atomic_store(&board->end[end].doing, kind == LINK_ORDER_LOOK ? LINK_ASKING : LINK_OPENING);
@@ -131,6 +137,7 @@ static void begin_script(void)
     memset(&script, 0, sizeof script);
     memset(tally, 0, sizeof *tally);
     script.devices = 4;
+    script.slow_end = -1;
     script.doing = LINK_WRITING;
 }
 
@@ -219,6 +226,21 @@ static void test_all_good(void **state)
         expect_fault(p, 2, 2, LINK_UNTRIED, "");
         link_probe_end(p);
         expect_no_process();
+    }
+}
+
+// An end that has nothing to do with a pair still reads the order, however late.
+static void test_slow_reader(void **state)
+{
+    (void)state;
+    for (int end = 0; end < 3; end++) {
+        begin_script();
+        script.slow_end = end;
+        struct link_probe_options options = options_for(3, 3, true);
+        struct link_probe *p = probed(&options);
+        expect_verdict(p, NULL);
+        assert_int_equal(atomic_load(&tally->overwritten), 0);
+        link_probe_end(p);
     }
 }
 
@@ -459,6 +481,7 @@ int main(void)
         return 1;
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_all_good),
+        cmocka_unit_test(test_slow_reader),
         cmocka_unit_test(test_groups_and_twins),
         cmocka_unit_test(test_first_bad_link),
         cmocka_unit_test(test_hangs),
