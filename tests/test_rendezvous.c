@@ -233,8 +233,9 @@ static struct error run_beside_other_user(struct rank *own, struct rank *other)
         if (setgid(OTHER_USER) || setuid(OTHER_USER))
             _exit(1);
         run(other);
-        other->err.code = other->rc;
-        if (write(said[1], &other->err, sizeof other->err) < 0)
+        struct error told = other->err;
+        told.code = other->rc;
+        if (write(said[1], &told, sizeof told) < 0)
             _exit(1);
         rendezvous_close(&other->met);
         _exit(0);
