@@ -18,7 +18,7 @@ enum {
     DECODE_PREFETCH_BYTES = 6144,
     ROWS = 8, // of one sum across lanes
     PREFETCH_BYTES = 4096,
-    INT8_PREFETCH_BYTES = 2048,
+    INT8_PREFETCH_BYTES = 1536,
 };
 
 // ---- bf16, fp8 and fp8g --------------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ VECTOR_INLINE void tiled_decode(float *y, const struct matrix *w, const struct a
 // ---- int8, one token -----------------------------------------------------------------------------------------------
 
 // dot[r] = products of 64 * parts columns, parts <= 2, of row r.
-VECTOR_INLINE void int8_dots(__m256i dot[ROWS], const uint8_t *codes, int64_t cols, const int8_t *q, int parts)
+VECTOR_INLINE void int8_dots(__m256i dot[ROWS], const uint8_t *codes, int64_t gap_bytes, const int8_t *q, int parts)
 {
     __m256i x[4];
     for (int i = 0; i < 2 * parts; i++)
@@ -244,33 +244,36 @@ VECTOR_INLINE void int8_dots(__m256i dot[ROWS], const uint8_t *codes, int64_t co
     for (int r = 0; r < ROWS; r++) {
         dot[r] = _mm256_setzero_si256();
         for (int i = 0; i < 2 * parts; i++) {
-            __m256i w = load(codes + r * cols + 32 * i);
+            __m256i w = load(codes + r * gap_bytes + 32 * i);
             __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x[i], w));
             add_32(&dot[r], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
             if (i % 2 == 0)
-                __builtin_prefetch(codes + r * cols + 32 * i + INT8_PREFETCH_BYTES, 0, 2);
+                __builtin_prefetch(codes + r * gap_bytes + 32 * i + INT8_PREFETCH_BYTES, 0, 2);
         }
     }
 }
 
+// ROWS rows side by side that stand far apart: see float_few of float_matmul.h.
 static void int8_decode(float *y, const struct matrix *w, const struct activations *act, int64_t row_begin,
                         int64_t row_end)
 {
     int64_t cols = (int64_t)w->shape.cols_padded;
-    for (int64_t row = row_begin; row < row_end; row += ROWS) {
+    int64_t gap = (int64_t)div_up((uint64_t)(row_end - row_begin), BLOCK_ROWS) * (BLOCK_ROWS / ROWS);
+    for (int64_t row = row_begin; row < row_begin + gap; row++) {
         const uint8_t *codes = (const uint8_t *)w->data + row * cols;
         __m256 sum = _mm256_setzero_ps();
         for (int64_t col = 0; col < cols; col += ACT_GROUP) {
             __m256i dot[ROWS];
             if (cols - col >= ACT_GROUP)
-                int8_dots(dot, codes + col, cols, act->q + col, 2);
+                int8_dots(dot, codes + col, gap * cols, act->q + col, 2);
             else
-                int8_dots(dot, codes + col, cols, act->q + col, 1);
+                int8_dots(dot, codes + col, gap * cols, act->q + col, 1);
             sum = add_term(sum, _mm256_cvtepi32_ps(sum_8(dot)), _mm256_set1_ps(act->q_scale[col / ACT_GROUP]));
         }
         float out[ROWS];
-        _mm256_storeu_ps(out, _mm256_mul_ps(sum, _mm256_loadu_ps((const float *)w->scale + row)));
-        memcpy(y + row, out, (size_t)(row_end - row < ROWS ? row_end - row : ROWS) * sizeof *y);
+        _mm256_storeu_ps(out, sum);
+        for (int64_t r = 0; r < ROWS && row + r * gap < row_end; r++)
+            y[row + r * gap] = out[r] * ((const float *)w->scale)[row + r * gap];
     }
 }
 
