@@ -124,7 +124,7 @@ def leave_out_p2p(tmp):
 
 # A rank that is killed in the middle of a text ends all of them, whose kernels wait for it.
 def test_lost_ranks(tmp):
-    words = ("generate", tmp / "model", "--prompt", "And the", "--max-tokens", 400, "--seed", 1, "--transport", "p2p", *DEVICE)
+    words = ("generate", tmp / "model", "--prompt", "And the", "--max-tokens", 400, "--seed", 1, "--transport", "p2p", "--timeout", 60, *DEVICE)
     with subprocess.Popen([str(w) for w in (BUILD / "tpengine", *words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                           env={**os.environ, "EMULATED_DEVICES": "2"}) as parent:
         text = parent.stdout.read(1)  # the ranks are at work
