@@ -160,6 +160,29 @@ static void test_transport(void **state)
     }
 }
 
+// ---- halves --------------------------------------------------------------------------------------------------------
+
+static void test_halves(void **state)
+{
+    (void)state;
+    static const struct {
+        enum transport transport;
+        bool local, expands, overlaps;
+        uint64_t least_bytes;
+    } cases[] = {
+        {TRANSPORT_SHM, true, false, false, 0},        {TRANSPORT_TCP, false, false, true, 0},
+        {TRANSPORT_MPI, false, true, true, 0},         {TRANSPORT_HOST, true, false, true, 8 << 20},
+        {TRANSPORT_HOST, true, true, false, 8 << 20},  {TRANSPORT_P2P, true, false, true, 8 << 20},
+        {TRANSPORT_NCCL, false, false, true, 8 << 20}, {TRANSPORT_NCCL, false, true, false, 8 << 20},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        uint64_t least_bytes = 1;
+        assert_int_equal(comm_select_overlaps(cases[i].transport, cases[i].local, cases[i].expands, &least_bytes),
+                         cases[i].overlaps);
+        assert_int_equal(least_bytes, cases[i].least_bytes);
+    }
+}
+
 // ---- the same on every rank ----------------------------------------------------------------------------------------
 
 static uint64_t digest;
@@ -285,6 +308,7 @@ int main(void)
         cmocka_unit_test(test_monotone_in_size),
         cmocka_unit_test(test_transport),
         cmocka_unit_test(test_same_in_processes),
+        cmocka_unit_test(test_halves),
         cmocka_unit_test(test_hash_of_options),
         cmocka_unit_test(test_tables_that_differ),
     };
