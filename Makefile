@@ -56,7 +56,8 @@ LDLIBS = $(LIBRARIES) -lpthread -ldl -lm
 ISA_avx2 = -mavx2 -mfma -mf16c
 ISA_avx512 = -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni $(ISA_avx2)
 # Compilers that lack AMX compile its file to a table that no machine supports.
-ISA_amx := $(shell $(CC) -mamx-tile -mamx-int8 -E -x c /dev/null >/dev/null 2>&1 && echo -mamx-tile -mamx-int8) $(ISA_avx512)
+AMX = -mamx-tile -mamx-int8 -mamx-bf16
+ISA_amx := $(shell $(CC) $(AMX) -E -x c /dev/null >/dev/null 2>&1 && echo $(AMX)) $(ISA_avx512)
 ISA_NAMES = avx2 avx512 amx
 ISA_FILES = $(foreach isa,$(ISA_NAMES),%_$(isa).c)
 

@@ -195,10 +195,10 @@ static int report(const struct capture_run *run, struct error *err)
     return 0;
 }
 
-// avx512 and amx compute the bits of avx2 (kernels/kernels.h), so that they go on with each other's files and the same weights come of them.
+// avx512 computes the bits of avx2 (kernels/kernels.h), so that they go on with each other's files and the same weights come of them.
 static const char *name_of_sums(const struct kernels *kernels)
 {
-    return strcmp(kernels->name, "scalar") == 0 ? "scalar" : "avx2";
+    return strcmp(kernels->name, "avx512") == 0 ? "avx2" : kernels->name;
 }
 
 static int make_header(struct capture_run *run, struct checksum128 text, const char *kernels, struct error *err)

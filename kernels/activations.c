@@ -27,12 +27,20 @@ static void free_zeroed(void *aligned)
         free(((void **)aligned)[-1]);
 }
 
+// An odd number of groups: rows at a distance of 2^n bytes would share few sets of a cache.
+static bool row_stride(int64_t max_cols, uint64_t *stride)
+{
+    bool fits = max_cols >= 0 && checked_round_up((uint64_t)max_cols, ACT_GROUP, stride);
+    *stride |= ACT_GROUP;
+    return fits;
+}
+
 int activations_alloc(struct activations *act, int64_t max_tokens, int64_t max_cols, struct error *err)
 {
     *act = (struct activations){0};
-    uint64_t stride, elems;
-    if (max_tokens < 0 || max_cols < 0 || !checked_round_up((uint64_t)max_cols, ACT_GROUP, &stride) ||
-        !checked_mul((uint64_t)max_tokens, stride, &elems) || elems > (PTRDIFF_MAX - MARGIN) / sizeof(float))
+    uint64_t stride = 0, elems;
+    if (max_tokens < 0 || !row_stride(max_cols, &stride) || !checked_mul((uint64_t)max_tokens, stride, &elems) ||
+        elems > (PTRDIFF_MAX - MARGIN) / sizeof(float))
         return error_set(err, ERR_MEMORY, "activations of %" PRId64 " tokens with %" PRId64 " columns are too large",
                          max_tokens, max_cols);
     act->max_tokens = max_tokens;

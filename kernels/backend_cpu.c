@@ -16,7 +16,7 @@ enum { CPU_STEP_ROWS = 256, CPU_WINDOW_ROWS = 32 };
 // ---- memory ----------------------------------------------------------------------------------------------------
 
 // Bytes of one prepared row of `cols` columns: f32, int8, scales and sums.
-static uint64_t prepared_bytes(int64_t cols) { return round_up((uint64_t)cols, ACT_GROUP) * 6; }
+static uint64_t prepared_bytes(int64_t cols) { return (round_up((uint64_t)cols, ACT_GROUP) + ACT_GROUP) * 6; }
 
 static uint64_t row_bytes(const struct model_desc *desc, const struct rank_share *share)
 {

@@ -58,9 +58,9 @@ bool kernels_supported_avx512(void)
 // Eight tiles of 16 rows of 64 bytes: the first palette, as long as there is no other hardware.
 static bool cpu_has_amx(void)
 {
-    enum { AMX_TILE = 1 << 24, AMX_INT8 = 1 << 25, PALETTE_LEAF = 0x1d };
-    uint32_t eax, ebx, ecx, edx;
-    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(edx & AMX_TILE) || !(edx & AMX_INT8))
+    enum { AMX_BF16 = 1 << 22, AMX_TILE = 1 << 24, AMX_INT8 = 1 << 25, PALETTE_LEAF = 0x1d };
+    uint32_t eax, ebx, ecx, edx, all = AMX_TILE | AMX_INT8 | AMX_BF16;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & all) != all)
         return false;
     return __get_cpuid_count(PALETTE_LEAF, 1, &eax, &ebx, &ecx, &edx) && (ebx & 0xffff) == 64 && ebx >> 16 >= 8 &&
            (ecx & 0xffff) == 16;

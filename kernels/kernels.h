@@ -13,8 +13,9 @@
 //     nvfp4  last = 2^7 * global_w[row], the codes doubled, scale_w = scale * 2^-8 (which is an f16)
 // where dot is the exact integer sum of products, and each *, +, - rounds to f32. bf16, fp8, fp8g and f32 matmul: 16 partial sums over
 // ascending columns (partial sum: column mod 16; fp8, fp8g: column mod 32 / 2), added by halves at the end; fp8g begins them anew for
-// each 128 columns and adds scale_w[row][g] times them, g ascending, to the 16 that are added at the end. avx2, avx512 and amx agree
-// bit for bit (fused multiply-add), scalar rounds products.
+// each 128 columns and adds scale_w[row][g] times them, g ascending, to the 16 that are added at the end. avx2 and avx512 agree
+// bit for bit (fused multiply-add), scalar rounds products. amx multiplies bf16, fp8 and fp8g in tiles of bf16, at every number of rows: its sums
+// are others, and activations count as the sum of two bf16 (kernels/cpu/amx_bf16.h).
 //
 // Attention, the same bits from every table: a product q . k is one chain of fused multiply-adds over ascending columns (of codes, where the
 // cache has scales: then times the key's scale), then scaled and capped. Positions are cut into chunks of KV_CHUNK_TOKENS, and these into pages, both by position alone. Within a chunk, page by page:
@@ -50,11 +51,13 @@ struct matrix {
     const void *scale; // NULL for f32 and bf16
 };
 
-// Inputs of a matmul, prepared once and then read by every thread. Rows are padded with zeros to `stride` columns, which is a
-// multiple of 128 and at least cols_padded of every matrix it is used with. (prepare writes the zeros of the last 128 columns
+// Inputs of a matmul, prepared once by its table and then read by every thread. Rows are padded with zeros to `stride` columns, which is an
+// odd multiple of 128 and at least cols_padded of every matrix it is used with. (prepare writes the zeros of the last 128 columns
 // that it touches; what lies behind them is never read.)
 //   f32        [tokens][stride]                 what bf16, fp8, fp8g and f32 weights are multiplied with; for fp8 and fp8g the
 //                                               even columns of each 32 stand before the odd ones
+//                                               amx, for all but f32 weights: in the place of each 32 columns the nearest bf16 of each,
+//                                               then of each the bf16 nearest to what is left
 //   q          [tokens][stride]                 int8, for int8 and tiled weights; for tiled ones permuted inside each block of 16
 //                                               columns: byte 4t + j holds column 2t + {0, 8, 1, 9}[j] (the order of T16x64), and the
 //                                               four 16-blocks of each 64 columns are interleaved so that the 64 bytes match a tile row:
@@ -129,7 +132,7 @@ struct kernels {
     bool (*supported)(void); // CPU and operating system
 
     // Fills rows [token_begin, token_end) of act from x [.., x_stride] for a matmul with w: the parts that w's kind needs.
-    // Good for every matrix of the same kind and number of columns.
+    // Good for every matrix of the same kind and number of columns, with the same table.
     void (*prepare)(struct activations *act, const struct matrix *w, const float *x, int64_t x_stride,
                     int64_t token_begin, int64_t token_end);
     // y[t, row] = sum over columns of x[t, :] * w[row, :] for t < tokens and row_begin <= row < row_end; row_begin is a

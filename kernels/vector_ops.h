@@ -275,12 +275,13 @@ static void vector_ops_dequantize_row(float *out, const struct matrix *w, int64_
     }
 }
 
-// The entries of a table that this file provides.
-#define VECTOR_OPS_ENTRIES                                                                                             \
-    .prepare = vector_ops_prepare, .dequantize_row = vector_ops_dequantize_row, .rms_norm = layer_ops_rms_norm,        \
-    .scale_norm = layer_ops_scale_norm, .rope_table = layer_ops_rope_table, .rope = layer_ops_rope,                    \
-    .activate = layer_ops_activate, .hadamard = layer_ops_hadamard, .softcap = layer_ops_softcap,                      \
-    .squares = layer_ops_squares, .mix_rows = layer_ops_mix_rows, .dot_rows = layer_ops_dot_rows,                      \
-    .add_scaled = layer_ops_add_scaled, .add = layer_ops_add
+// The entries of a table that this file provides; and all of them but `prepare`.
+#define VECTOR_OPS_ENTRIES .prepare = vector_ops_prepare, VECTOR_OPS_OTHER_ENTRIES
+#define VECTOR_OPS_OTHER_ENTRIES                                                                                       \
+    .dequantize_row = vector_ops_dequantize_row, .rms_norm = layer_ops_rms_norm, .scale_norm = layer_ops_scale_norm,   \
+    .rope_table = layer_ops_rope_table, .rope = layer_ops_rope, .activate = layer_ops_activate,                        \
+    .hadamard = layer_ops_hadamard, .softcap = layer_ops_softcap, .squares = layer_ops_squares,                        \
+    .mix_rows = layer_ops_mix_rows, .dot_rows = layer_ops_dot_rows, .add_scaled = layer_ops_add_scaled,                \
+    .add = layer_ops_add
 
 #endif

@@ -12,6 +12,7 @@ void amx_zero(int tile);
 void amx_load(int tile, const void *from, int64_t stride);
 void amx_store(int tile, void *to, int64_t stride);
 void amx_dot_int8(int sum, int a, int b);
+void amx_dot_bf16(int sum, int a, int b); // needs AVX-512
 
 #define TILES_CONFIGURE(config) amx_configure(config)
 #define TILES_RELEASE() amx_release()
@@ -19,6 +20,7 @@ void amx_dot_int8(int sum, int a, int b);
 #define TILE_LOAD(tile, from, stride) amx_load(tile, from, stride)
 #define TILE_STORE(tile, to, stride) amx_store(tile, to, stride)
 #define TILE_DOT_INT8(sum, a, b) amx_dot_int8(sum, a, b)
+#define TILE_DOT_BF16(sum, a, b) amx_dot_bf16(sum, a, b)
 
 #include "kernels/cpu/amx_tiles.h"
 

@@ -205,9 +205,21 @@ static int64_t permuted(int64_t col)
     return col / 64 * 64 + (t * 4 + w) * 4 + j;
 }
 
-// What the kernels multiply: x itself, or its int8 form.
-static double activation_value(const struct activations *act, const struct matrix *w, int64_t token, int64_t col)
+// Whether a table multiplies two bf16 in place of a float: kernels.h, struct activations.
+static inline bool splits_floats(const struct kernels *kernels, enum weight_kind kind)
 {
+    return strcmp(kernels->name, "amx") == 0 && kind != WEIGHT_F32 && !is_integer(kind);
+}
+
+// What a table multiplies: x itself, or its int8 form, or the sum of two bf16.
+static inline double activation_value(const struct kernels *kernels, const struct activations *act,
+                                      const struct matrix *w, int64_t token, int64_t col)
+{
+    if (splits_floats(kernels, w->shape.kind)) {
+        uint16_t split[2][32];
+        memcpy(split, act->f32 + token * act->stride + col / 32 * 32, sizeof split);
+        return (double)bf16_to_f32(split[0][col % 32]) + (double)bf16_to_f32(split[1][col % 32]);
+    }
     if (w->shape.kind == WEIGHT_FP8 || w->shape.kind == WEIGHT_FP8G)
         return act->f32[token * act->stride + col / 32 * 32 + col % 2 * 16 + col % 32 / 2];
     if (!is_integer(w->shape.kind))

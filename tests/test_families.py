@@ -4,7 +4,7 @@ whole (--experts ep) and cut (--experts tp).
 
 Bounds, --quant none. On one rank the weights are the same bits and the one rounding beyond float32 is that of keys and values to bfloat16,
 which logits_bf16_cache.npy has too: 0.1 % of the logits' rms is allowed (0.0001 to 0.03 % are usual; more where a value lies near the
-middle between two bfloat16 numbers). Against plain float32 the rounding of the cache is added (golden.json says what it amounts to: 0.1 to
+middle between two bfloat16 numbers; with tiles of bf16 0.3 %, 0.002 to 0.2 % being usual). Against plain float32 the rounding of the cache is added (golden.json says what it amounts to: 0.1 to
 1.2 %), and above tp 1 that of the partial sums and their sums in two all-reduces per layer, which norms and softmax amplify two to three
 times: 0.8 % for two layers, and more like noise, with the root of their number. A feature that is forgotten or wrong shows as 3 % and more: the
 script that makes the goldens checks that for each. No choice of experts is near a tie there, so that rounding does not turn one over.
@@ -25,7 +25,8 @@ TPS = (3,) if os.environ.get("TEST_QUICK") else (1, 2, 3, 4)  # slow builds look
 BUILD = Path(os.environ.get("BUILD", "build"))
 GOLDEN = Path("tests/golden/families")
 CACHED_EVERY = 4  # rows of logits_bf16_cache.npy
-BOUND_CACHED = 0.001
+# Tiles of bf16 err some times more than sums of float32 (kernels/cpu/amx_bf16.h), so that more values turn over to the other neighbour.
+BOUND_CACHED = 0.003 if "amx_bf16" in Path("/proc/cpuinfo").read_text() else 0.001
 BOUND_SUMS = 0.008  # two layers' all-reduces
 # Random weights have no slack: the weights' own rounding (8 % int4 g32, 2.7 % fp8, 0.9 % int8) grows over the layers.
 BOUND_QUANTIZED = {"int8": 0.12, "fp8": 0.25, "int4": 0.7}

@@ -7,6 +7,10 @@
 //   TILE_ZERO(tile)
 //   TILE_LOAD(tile, from, stride), TILE_STORE(tile, to, stride)    rows stand `stride` bytes apart; stores go to words, int32_t or float
 //   TILE_DOT_INT8(sum, a, b)    int32 sum[m][n] += a[m][k] * b[k / 4][n][k % 4] over k < 64, int8
+//   TILE_DOT_BF16(sum, a, b)    float sum[m][n] += even + odd, each a chain of fused multiply-adds from zero over ascending k < 16:
+//                               even of a[m][2k] * b[k][n][0], odd of a[m][2k + 1] * b[k][n][1]. All to nearest even; subnormal
+//                               operands and results count as zero, whatever the thread's own floating point does. The processor's
+//                               manual says so in the pseudo-code of TDPBF16PS. Operands may change places: a product is the same either way.
 #ifndef TPSHARD_KERNELS_CPU_AMX_TILES_H
 #define TPSHARD_KERNELS_CPU_AMX_TILES_H
 
@@ -27,7 +31,7 @@ _Static_assert(sizeof(struct tile_config) == 64, "read by the processor");
 #ifndef TILE_LOAD
 #include <immintrin.h>
 
-// gcc is not told what the instructions read: all that was written before must be in memory.
+// gcc is not told what the instructions read: all that was written before must be in memory, and nothing that is written later.
 #define TILES_BARRIER() __asm__ volatile("" ::: "memory")
 
 #define TILES_CONFIGURE(config)                                                                                        \
@@ -41,9 +45,11 @@ _Static_assert(sizeof(struct tile_config) == 64, "read by the processor");
     do {                                                                                                               \
         TILES_BARRIER();                                                                                               \
         _tile_loadd(tile, from, stride);                                                                               \
+        TILES_BARRIER();                                                                                               \
     } while (0)
 #define TILE_STORE(tile, to, stride) _tile_stored(tile, to, stride)
 #define TILE_DOT_INT8(sum, a, b) _tile_dpbssd(sum, a, b)
+#define TILE_DOT_BF16(sum, a, b) _tile_dpbf16ps(sum, a, b)
 #endif
 
 #endif

@@ -1,5 +1,6 @@
-// Matmul of many tokens with AMX: int8 and tiled weights in int8 tiles. Fewer tokens, and all else, are those of AVX-512. The order of
-// every sum: kernels.h; whole numbers are exact in any order, so the bits are those of the other tables.
+// Matmul with AMX: bf16 and fp8 weights in tiles of bf16, whatever the number of tokens (amx_bf16.h); int8 and tiled weights of many tokens in
+// tiles of int8, below. All else is AVX-512's. The order of every sum: kernels.h; whole numbers are exact in any order, so their bits are those
+// of the other tables.
 //
 // 64 rows and PANEL_COLS columns of weights are unpacked once to signed int8 in the order of the right operand, which up to BLOCK_TOKENS
 // tokens use from L1. The left operand is 16 tokens times 64 columns of the activations, as they lie. One left tile times four right ones:
@@ -13,7 +14,8 @@
 #include "kernels/cpu/avx512_help.h"
 #include "kernels/kernels_internal.h"
 
-#if defined(__AMX_INT8__) || defined(__AMXINT8__) || defined(TILE_LOAD) // clang 14's name for it; an emulation
+// clang 14 has names of its own; an emulation needs neither.
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__) || defined(__AMXINT8__) && defined(__AMXBF16__) || defined(TILE_LOAD)
 
 #include "kernels/cpu/amx_tiles.h"
 
@@ -27,6 +29,13 @@ enum {
     PANEL_GROUPS = NARROW_COLS / 16,
 };
 _Static_assert(PANEL_COLS / 64 <= PANEL_GROUPS && PANEL_COLS % ACT_GROUP == 0 && NARROW_COLS % ACT_GROUP == 0, "");
+
+static const struct tile_config all_tiles = {
+    .palette = 1,
+    .row_bytes = {TILE_ROW_BYTES, TILE_ROW_BYTES, TILE_ROW_BYTES, TILE_ROW_BYTES, TILE_ROW_BYTES, TILE_ROW_BYTES,
+                  TILE_ROW_BYTES, TILE_ROW_BYTES},
+    .rows = {TILE_ROWS, TILE_ROWS, TILE_ROWS, TILE_ROWS, TILE_ROWS, TILE_ROWS, TILE_ROWS, TILE_ROWS},
+};
 
 // Left operands: 16 tokens, 64 columns each.
 typedef int8_t left_tile[TILE_ROWS][TILE_ROW_BYTES];
@@ -51,19 +60,25 @@ VECTOR_INLINE __m512i load_lanes(const void *a, const void *b, const void *c, co
     return _mm512_mask_broadcast_i32x4(v, 0xf000, _mm_loadu_si128((const __m128i *)d));
 }
 
-// 64 columns of 16 rows. Each cache line is read once as a whole: rows of a length of 2^n crowd each other out of L1.
-VECTOR_INLINE void unpack_int8(__m512i tile[TILE_ROWS], const uint8_t *codes, int64_t row_bytes)
+// tile[i]: word i of each row.
+VECTOR_INLINE void turn_words(__m512i tile[TILE_ROWS], const left_tile *rows)
+{
+    for (int part = 0; part < 4; part++) {
+        __m512i v[4];
+        for (int r = 0; r < 4; r++)
+            v[r] = load_lanes(&(*rows)[r][16 * part], &(*rows)[r + 4][16 * part], &(*rows)[r + 8][16 * part],
+                              &(*rows)[r + 12][16 * part]);
+        transpose_words(tile + 4 * part, v[0], v[1], v[2], v[3]);
+    }
+}
+
+// 64 bytes of 16 rows. Each cache line is read once as a whole: rows of a length of 2^n crowd each other out of L1.
+VECTOR_INLINE void unpack_lines(__m512i tile[TILE_ROWS], const uint8_t *codes, int64_t row_bytes)
 {
     _Alignas(64) left_tile rows;
     for (int r = 0; r < TILE_ROWS; r++)
         _mm512_storeu_si512(rows[r], _mm512_loadu_si512(codes + r * row_bytes));
-    for (int part = 0; part < 4; part++) {
-        __m512i v[4];
-        for (int r = 0; r < 4; r++)
-            v[r] = load_lanes(&rows[r][16 * part], &rows[r + 4][16 * part], &rows[r + 8][16 * part],
-                              &rows[r + 12][16 * part]);
-        transpose_words(tile + 4 * part, v[0], v[1], v[2], v[3]);
-    }
+    turn_words(tile, (const left_tile *)&rows);
 }
 
 // A tile of four-bit codes: 128-bit lanes 0 and 1 become rows 0 to 7, the low nibbles, 2 and 3 the rows behind them.
@@ -124,7 +139,7 @@ static void fill_panel(struct block *block, const struct matrix *w, int64_t row,
     if (kind == WEIGHT_INT8) {
         for (int64_t c = 0; c < cols / 64; c++)
             for (int64_t i = 0; i < BLOCK_VECTORS; i++)
-                unpack_int8(block->codes[c][i], codes + i * LANES * row_cols + 64 * c, row_cols);
+                unpack_lines(block->codes[c][i], codes + i * LANES * row_cols + 64 * c, row_cols);
         return;
     }
     for (int64_t c = 0; c < cols / 64; c++)
@@ -309,25 +324,24 @@ static void multiply_block(float *y, int64_t y_stride, const struct matrix *w, c
     }
 }
 
+#include "kernels/cpu/amx_bf16.h"
+
 // ---- The table -----------------------------------------------------------------------------------------------------
 
 static void matmul(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act, int64_t tokens,
                    int64_t row_begin, int64_t row_end)
 {
-    static const struct tile_config config = {
-        .palette = 1,
-        .row_bytes = {TILE_ROW_BYTES, TILE_ROW_BYTES, TILE_ROW_BYTES, TILE_ROW_BYTES, TILE_ROW_BYTES, TILE_ROW_BYTES,
-                      TILE_ROW_BYTES, TILE_ROW_BYTES},
-        .rows = {TILE_ROWS, TILE_ROWS, TILE_ROWS, TILE_ROWS, TILE_ROWS, TILE_ROWS, TILE_ROWS, TILE_ROWS},
-    };
-    bool whole_numbers = w->shape.kind == WEIGHT_INT8 || weight_is_tiled(w->shape.kind);
     if (vector_ops_matmul(y, y_stride, w, act, tokens, row_begin, row_end))
         return;
-    if (!whole_numbers || tokens < LEAST_TOKENS) {
+    if (is_float_product(w->shape.kind)) {
+        float_matmul(y, y_stride, w, act, tokens, row_begin, row_end);
+        return;
+    }
+    if (tokens < LEAST_TOKENS) {
         kernels_avx512.matmul(y, y_stride, w, act, tokens, row_begin, row_end);
         return;
     }
-    TILES_CONFIGURE(&config);
+    TILES_CONFIGURE(&all_tiles);
     for (int64_t row = row_begin; row < row_end; row += BLOCK_ROWS)
         for (int64_t t = 0; t < tokens; t += BLOCK_TOKENS)
             multiply_block(y, y_stride, w, act, t, tokens - t < BLOCK_TOKENS ? tokens - t : BLOCK_TOKENS, row, row_end);
@@ -337,6 +351,12 @@ static void matmul(float *y, int64_t y_stride, const struct matrix *w, const str
 #else // the compiler knows no AMX
 
 static bool supported(void) { return false; }
+
+static void prepare(struct activations *act, const struct matrix *w, const float *x, int64_t x_stride,
+                    int64_t token_begin, int64_t token_end)
+{
+    vector_ops_prepare(act, w, x, x_stride, token_begin, token_end);
+}
 
 static void matmul(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act, int64_t tokens,
                    int64_t row_begin, int64_t row_end)
@@ -350,7 +370,8 @@ static void matmul(float *y, int64_t y_stride, const struct matrix *w, const str
 const struct kernels kernels_amx = {
     .name = "amx",
     .supported = supported,
+    .prepare = prepare,
     .matmul = matmul,
     .attention = attention_avx512,
-    VECTOR_OPS_ENTRIES,
+    VECTOR_OPS_OTHER_ENTRIES,
 };
