@@ -4,7 +4,8 @@
 //   us          median over rounds of the time per all_reduce, slowest rank of the round; best: the fastest round
 //   work_us     busy work of every rank before each all_reduce, not counted in us: 0 shows the collective alone, more
 //               a decode step, where a foreign busy process may cost its share of the cores and no more
-//   over        shm: shared memory; tcp: sockets over the loopback device
+//   over        shm: shared memory; common: the same, from parts that lie where all ranks read them, added up by each (comm_post_part); tcp:
+//               sockets over the loopback device
 //   rows        1: as in decode; 256: as in a step of prefill, in pieces
 //   wire_bytes  what one rank writes for one all_reduce: its groups for the owners and its own sums
 //
@@ -27,10 +28,11 @@ enum { MAX_RANKS = 8, ROUNDS = 15, ROUND_NS = 12 * 1000000, MAX_FLOATS = 256 * 2
 
 struct bench {
     int tp_size, rows, cols, work_us;
-    bool processes, busy, sockets;
+    bool processes, busy, sockets, common;
     enum wire wire;
     int calls; // of a round
     struct comm_region *region;
+    float *parts;                        // shared: [ranks][2][MAX_FLOATS]
     int fds[MAX_RANKS][MAX_RANKS];       // of sockets: [rank][to]
     int64_t round_ns[MAX_RANKS][ROUNDS]; // shared
 };
@@ -92,6 +94,36 @@ static int open_end(struct comm **comm, struct bench *bench, int rank, struct er
                              60000, err);
 }
 
+static const float *part_of(const struct bench *bench, int rank, int set)
+{
+    return bench->parts + (2 * rank + set) * MAX_FLOATS;
+}
+
+// The sum of this call's parts is the next call's part of this rank.
+static int sum_common(struct bench *bench, struct comm *comm, int rank, int call, struct error *err)
+{
+    uint32_t part;
+    float *sum = (float *)(uintptr_t)part_of(bench, rank, (call + 1) % 2);
+    int rc = comm_post_part(comm, bench->rows, bench->cols, bench->wire, &part, err);
+    if (rc || (rc = comm_wait_parts(comm, part, err)))
+        return rc;
+    for (int at = 0; at < bench->rows * bench->cols; at += WIRE_GROUP) {
+        const float *parts[MAX_RANKS];
+        for (int r = 0; r < bench->tp_size; r++)
+            parts[r] = part_of(bench, r, call % 2) + at;
+        wire_sum_group(sum + at, parts, at % bench->cols / WIRE_GROUP % bench->tp_size, bench->tp_size, WIRE_GROUP,
+                       bench->wire);
+    }
+    return 0;
+}
+
+static int sum_once(struct bench *bench, struct comm *comm, int rank, float *data, int call, struct error *err)
+{
+    if (bench->common)
+        return sum_common(bench, comm, rank, call, err);
+    return comm_all_reduce(comm, data, bench->rows, bench->cols, bench->cols, bench->wire, NULL, NULL, err);
+}
+
 static void *run_rank(void *arg)
 {
     struct rank *self = arg;
@@ -110,7 +142,7 @@ static void *run_rank(void *arg)
         for (int call = 0; call < bench->calls; call++) {
             if (bench->work_us)
                 work((int64_t)bench->work_us * 1000);
-            if (comm_all_reduce(comm, data, bench->rows, bench->cols, bench->cols, bench->wire, NULL, NULL, &err))
+            if (sum_once(bench, comm, self->rank, data, call, &err))
                 goto fail;
         }
         if (round >= 0)
@@ -157,8 +189,9 @@ static uint64_t wire_bytes(const struct bench *bench)
 
 static void run_bench(struct bench shape)
 {
-    uint64_t region_bytes = comm_region_bytes(shape.tp_size, 1, MAX_FLOATS, 0),
-             bytes = sizeof shape + 4096 + region_bytes;
+    uint64_t region_bytes = (comm_region_bytes(shape.tp_size, 1, MAX_FLOATS, 0) + 4095) / 4096 * 4096,
+             parts_bytes = 2 * (uint64_t)shape.tp_size * MAX_FLOATS * sizeof(float),
+             bytes = sizeof shape + 4096 + region_bytes + parts_bytes;
     uint8_t *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED)
         exit(1);
@@ -166,6 +199,7 @@ static void run_bench(struct bench shape)
     struct bench *bench = (struct bench *)memory;
     *bench = shape;
     bench->region = comm_region_init(memory + offset, shape.tp_size, 1, MAX_FLOATS, 0);
+    bench->parts = (float *)(void *)(memory + offset + region_bytes);
     bench->calls = ROUND_NS / ((shape.work_us + 20 * shape.rows) * 1000) + 1;
     if (shape.sockets)
         connect_all(bench);
@@ -205,7 +239,10 @@ static void run_bench(struct bench shape)
     qsort(us, ROUNDS, sizeof *us, compare);
     printf("all_reduce ranks=%d as=%s over=%s wire=%s rows=%d floats=%d foreign_busy=%d work_us=%d us=%.1f best=%.1f "
            "wire_bytes=%llu\n",
-           shape.tp_size, shape.processes ? "processes" : "threads", shape.sockets ? "tcp" : "shm",
+           shape.tp_size, shape.processes ? "processes" : "threads",
+           shape.sockets  ? "tcp"
+           : shape.common ? "common"
+                          : "shm",
            wire_name(shape.wire), shape.rows, shape.cols, shape.busy, shape.work_us, us[ROUNDS / 2], us[0],
            (unsigned long long)wire_bytes(&shape));
     munmap(memory, bytes);
@@ -216,6 +253,21 @@ int main(void)
     for (int busy = 0; busy < 2; busy++)
         for (int tp_size = 2; tp_size <= 4; tp_size += 2)
             for (int processes = 0; processes < 2; processes++) {
+                for (int cols = 2048; cols <= 8192; cols *= 2)
+                    run_bench((struct bench){.tp_size = tp_size,
+                                             .rows = 1,
+                                             .cols = cols,
+                                             .processes = processes,
+                                             .busy = busy,
+                                             .common = true,
+                                             .wire = WIRE_BF16});
+                run_bench((struct bench){.tp_size = tp_size,
+                                         .rows = 256,
+                                         .cols = 2048,
+                                         .processes = processes,
+                                         .busy = busy,
+                                         .common = true,
+                                         .wire = WIRE_BF16});
                 for (int cols = 2048; cols <= 8192; cols *= 2)
                     for (int wire = 0; wire < WIRE_COUNT; wire++)
                         run_bench((struct bench){.tp_size = tp_size,
