@@ -44,7 +44,8 @@ int step_begin(struct device *d, const struct token_row *rows, int64_t count, en
         d->host.sequence[i] = rows[i].sequence;
         d->host.position[i] = (int32_t)rows[i].position;
     }
-    return step_window(d, 0, count, err);
+    rc = step_window(d, 0, count, err);
+    return rc ? rc : exchange_begin_step(d, err); // a later stage embeds nothing
 }
 
 // Behind it the host's part of the step has been read.
@@ -104,7 +105,7 @@ static int send_rows(struct device *d, struct error *err)
 int step_embed(struct device *d, struct error *err)
 {
     int rc = send_rows(d, err);
-    if (rc || (rc = exchange_begin_step(d, err)))
+    if (rc)
         return rc;
     return CHECK(launch_embed(d->buffer[BUFFER_RESIDUAL], &d->weights->embedding, d->block.token, d->count,
                               d->shape.share->vocab_begin, d->stream),
