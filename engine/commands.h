@@ -86,8 +86,8 @@ extern struct session_options session_options;
          "auto|shm|tcp|mpi|host|p2p|nccl",                                                                             \
          0,                                                                                                            \
          0,                                                                                                            \
-         "how the ranks reach each other; auto: host between GPUs of one host, shm else, tcp over hosts; p2p: not "    \
-         "yet"},                                                                                                       \
+         "how the ranks reach each other; auto: p2p between GPUs whose links work, as seen, else host; shm without "   \
+         "GPUs, tcp over hosts"},                                                                                      \
         {"sequence-parallel",                                                                                          \
          OPTION_CHOICE,                                                                                                \
          &session_options.sequence_parallel,                                                                           \
