@@ -356,6 +356,7 @@ static void test_accuracy(void **state)
 {
     (void)state;
     enum { ROWS = 64, COLS = 4096, TOKENS = 24 };
+    const int roundings = 16 + COLS / 32 + 6;
     need_vectors();
     for (int k = 0; k < FLOAT_KINDS; k++) {
         struct test_matrix t = make_matrix(float_kinds[k], ROWS, COLS);
@@ -377,7 +378,7 @@ static void test_accuracy(void **state)
                 magnitude += fabs(term);
                 squares += term * term;
             }
-            double bound = magnitude * (0x1p-17 + (16 + COLS / 32 + 6) * 0x1p-24 * 1.01), size = sqrt(squares);
+            double bound = magnitude * (0x1p-17 + roundings * 0x1p-24 * 1.01), size = sqrt(squares);
             add_error(&tiles, y[i] - exact, bound, size);
             add_error(&f32, vectors[i] - exact, bound, size);
             add_error(&hi_alone, hi - exact, bound, size);
