@@ -8,3 +8,9 @@ int device_status(const struct device *d, cudaError_t status, const char *what, 
     return error_set(err, status == cudaErrorMemoryAllocation ? ERR_MEMORY : ERR_GPU, "device %d: %s: %s (%s)",
                      d->index, what, cudaGetErrorString(status), cudaGetErrorName(status));
 }
+
+int device_upload(struct device *d, void *to, const void *from, uint64_t bytes, const char *what, struct error *err)
+{
+    int rc = device_status(d, cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, d->stream), what, err);
+    return rc ? rc : device_status(d, cudaStreamSynchronize(d->stream), what, err);
+}

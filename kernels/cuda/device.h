@@ -133,6 +133,9 @@ struct device {
 
 // 0, or ERR_GPU (ERR_MEMORY when memory ran out) with the device, `what` and the driver's words.
 int device_status(const struct device *d, cudaError_t status, const char *what, struct error *err);
+// Copies to the device before any stream of it goes on: what cudaMemcpy takes from memory that is not pinned may still be on its way when it returns,
+// and our streams do not wait for it.
+int device_upload(struct device *d, void *to, const void *from, uint64_t bytes, const char *what, struct error *err);
 #define CHECK(call, what) device_status(d, call, what, err)
 
 // ---- exchange.c

@@ -132,7 +132,7 @@ static int make_memory(struct device *d, struct exchange *x, struct error *err)
     for (int lane = 0; lane < EXCHANGE_LANES; lane++)
         state->token[lane] = state->waited[lane] = (uint32_t)EXCHANGE_FIRST_TOKEN;
     if ((rc = CHECK(cudaMalloc((void **)&x->ranks.state, sizeof *state), what)) ||
-        (rc = CHECK(cudaMemcpy(x->ranks.state, state, sizeof *state, cudaMemcpyHostToDevice), what)) ||
+        (rc = device_upload(d, x->ranks.state, state, sizeof *state, what, err)) ||
         (rc = CHECK(cudaMalloc((void **)&x->staging, x->p2p ? OUT_BYTES : STAGING_BYTES), what)) ||
         (rc = CHECK(cudaMallocHost((void **)&x->record, sizeof *x->record), what)) ||
         (rc = CHECK(cudaHostGetDevicePointer((void **)&x->ranks.record, x->record, 0), what)))

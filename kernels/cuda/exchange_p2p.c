@@ -85,11 +85,10 @@ static int begin_tokens(struct device *d, const struct exchange *x, struct error
     for (int lane = 0; lane < EXCHANGE_LANES; lane++)
         tokens[lane * EXCHANGE_TOKEN_BYTES / (int)sizeof *tokens] = (uint32_t)EXCHANGE_FIRST_TOKEN;
     for (int r = 0; r < x->ranks.tp_size; r++)
-        if (r != x->ranks.rank && (rc = CHECK(cudaMemcpy(area_of(x->p2p->inbox, x->ranks.rank, r), tokens,
-                                                         sizeof tokens, cudaMemcpyHostToDevice),
-                                              what)))
+        if (r != x->ranks.rank &&
+            (rc = device_upload(d, area_of(x->p2p->inbox, x->ranks.rank, r), tokens, sizeof tokens, what, err)))
             return rc;
-    return CHECK(cudaStreamSynchronize(NULL), what); // the copies may still be on their way
+    return 0;
 }
 
 int exchange_p2p_make(struct device *d, struct exchange *x, struct exchange_card *card, struct error *err)

@@ -40,9 +40,8 @@ int experts_prepare(struct device *d, struct error *err)
                                           weights_of(&mlp->down, mlp->down_bias)};
     }
     if (!rc)
-        rc =
-            CHECK(cudaMemcpy(d->experts.table, table, (size_t)(layers * local) * sizeof *table, cudaMemcpyHostToDevice),
-                  "copying the table of experts");
+        rc = device_upload(d, d->experts.table, table, (uint64_t)(layers * local) * sizeof *table,
+                           "copying the table of experts", err);
     free(table);
     return rc;
 }
