@@ -11,6 +11,6 @@ int device_status(const struct device *d, cudaError_t status, const char *what, 
 
 int device_upload(struct device *d, void *to, const void *from, uint64_t bytes, const char *what, struct error *err)
 {
-    int rc = device_status(d, cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, d->stream), what, err);
-    return rc ? rc : device_status(d, cudaStreamSynchronize(d->stream), what, err);
+    int rc = CHECK(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice), what);
+    return rc ? rc : CHECK(cudaStreamSynchronize(NULL), what);
 }

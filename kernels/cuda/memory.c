@@ -269,6 +269,7 @@ static int fill_constants(struct device *d, uint64_t arena_bytes, struct error *
     for (int i = 0; i < LOGITS_ROWS; i++)
         identity[i] = i;
     if ((rc = device_status(d, cudaMemsetAsync(d->arena, 0, arena_bytes, d->stream), "clearing its memory", err)) ||
+        (rc = device_status(d, cudaStreamSynchronize(d->stream), "clearing its memory", err)) ||
         (rc = device_upload(d, d->identity, identity, sizeof identity, "copying constants", err)))
         return rc;
     return device_upload(d, d->one, &one, sizeof one, "copying constants", err);
