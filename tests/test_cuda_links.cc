@@ -93,6 +93,29 @@ static void test_one_device(void **)
     link_probe_end(p);
 }
 
+// A device that one process at most may use is the ranks': the probe asks, and opens none.
+static void test_exclusive_devices(void **)
+{
+    static const uint8_t none[LINK_HANDLE_BYTES] = {0};
+    setenv("EMULATED_DEVICES", "2", 1);
+    for (int mode = cudaComputeModeProhibited; mode <= cudaComputeModeExclusiveProcess; mode++)
+        for (int all = 0; all < 2; all++) {
+            char why[LINK_SENTENCE_BYTES], text[8];
+            snprintf(text, sizeof text, "%d", mode);
+            setenv("EMULATED_COMPUTE_MODE", text, 1);
+            struct link_probe *p = probe_devices(2, "", all, MESSAGE);
+            unsetenv("EMULATED_COMPUTE_MODE");
+            assert_false(link_probe_verdict(p, why));
+            assert_non_null(strstr(why, "the compute mode of device 0 lets one process at most use it"));
+            for (int end = 0; end < 2; end++) {
+                assert_int_equal(link_probe_board(p)->result[end][!end].fault, LINK_REFUSED);
+                assert_memory_equal(link_probe_board(p)->end[end].handle, none, sizeof none);
+            }
+            link_probe_end(p);
+        }
+    unsetenv("EMULATED_DEVICES");
+}
+
 // The largest message, as ranks do it at their start: it costs little.
 static void test_as_ranks_start(void **)
 {
@@ -110,6 +133,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_faults),
         cmocka_unit_test(test_one_device),
+        cmocka_unit_test(test_exclusive_devices),
         cmocka_unit_test(test_as_ranks_start),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -390,6 +390,33 @@ static int try_pair(struct prober *p, int a, int b, struct error *err)
 
 // ---- an end's life -------------------------------------------------------------------------------------------------
 
+// Whether several processes may use the device at once, as the probe's ends and ranks that start beside them do. Neither this nor the other questions
+// make a context: in the other modes it would take the ranks' place.
+static int is_shared(int *shared, struct prober *p, int device, struct error *err)
+{
+    int mode = cudaComputeModeDefault;
+    STEP(cudaDeviceGetAttribute(&mode, cudaDevAttrComputeMode, device), "asking for its compute mode");
+    *shared = mode == cudaComputeModeDefault;
+    return 0;
+}
+
+// Both ends of a pair ask for both of its devices: each then writes its own direction alone.
+static int ask_modes(struct prober *p, int other, int device, struct error *err)
+{
+    const int devices[2] = {p->end->device, device};
+    for (int i = 0; i < 2; i++) {
+        int shared = 1, rc = is_shared(&shared, p, devices[i], err);
+        if (rc)
+            return rc;
+        if (!shared && !is_condemned(p, p->me, other))
+            condemn(p, p->me, other, LINK_REFUSED,
+                    "the compute mode of device %d lets one process at most use it, so its links cannot be tried "
+                    "(`nvidia-smi -i %d -c DEFAULT` sets the usual mode)",
+                    devices[i], devices[i]);
+    }
+    return 0;
+}
+
 static int ask(struct prober *p, struct error *err)
 {
     struct link_board *board = p->board;
@@ -412,6 +439,8 @@ static int ask(struct prober *p, struct error *err)
         if (!can && !is_condemned(p, p->me, other))
             condemn(p, p->me, other, LINK_REFUSED, "the driver does not let device %d reach the memory of device %d",
                     p->end->device, device);
+        if ((rc = ask_modes(p, other, device, err)))
+            return rc;
     }
     return 0;
 }

@@ -251,6 +251,9 @@ cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, in
     case cudaDevAttrMultiProcessorCount:
         *value = properties.multiProcessorCount;
         return cudaSuccess;
+    case cudaDevAttrComputeMode:
+        *value = (int)setting("EMULATED_COMPUTE_MODE", cudaComputeModeDefault);
+        return cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor:
         *value = properties.major;
         return cudaSuccess;
