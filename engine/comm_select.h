@@ -14,7 +14,8 @@
 // Over NCCL there is one algorithm, two-shot. NCCL's own sum would cost its latency once instead of twice, but its order of additions
 // changes with the size of the message, and on a ring each step rounds.
 // CPU ranks of one host (shm) compute their parts where the others read them, which nobody encodes: one-shot of two ranks always, of few ranks with
-// the small messages of decoding, where the phase less is worth more than the bytes. Otherwise CPU ranks have one algorithm, two-shot; comm.c
+// the small messages of decoding, where the phase less is worth more than the bytes; what compresses, dealt-out rows and the embedding's sum go the
+// other way. Otherwise CPU ranks have one algorithm, two-shot; comm.c
 // cuts their messages itself.
 #ifndef TPSHARD_ENGINE_COMM_SELECT_H
 #define TPSHARD_ENGINE_COMM_SELECT_H
@@ -37,7 +38,8 @@ struct exchange_choice comm_select(enum transport transport, int tp_size, uint64
 
 // Whether prompts go through the layers in two halves by themselves, so that one computes while the other's sums are on their way. least_bytes: of a
 // step's sums, as message_bytes; smaller steps are not cut. local: the ranks share a host's memory. expands: see kernels/backend.h, of any rank.
-//   CPU ranks of one host    no: an exchange is work of the same processors, and halves read the weights twice (decoder.in_large_parts)
+//   CPU ranks of one host    no: an exchange is work of the same processors, and halves read the weights twice. (Large steps whose sums are made in
+//                            common memory are cut nevertheless, so that a rank may be late: decoder.in_large_parts.)
 //   CPU ranks over a network always
 //   GPUs, host, p2p, nccl    from 8 MB on, which take 0.2 to 0.3 ms over PCIe 4.0 (bench/bench_links): twice as many kernels, and products of half the
 //                            rows, cost a tenth of that for each block. Not where weights are expanded: doing that twice takes longer than the

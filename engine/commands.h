@@ -102,7 +102,7 @@ extern struct session_options session_options;
          0,                                                                                                            \
          0,                                                                                                            \
          "prompts go through the layers in two halves: while one's sums are on their way, the other computes; auto: "  \
-         "over networks, and between GPUs"},                                                                           \
+         "over networks, and where it pays between GPUs and two ranks of one host"},                                   \
         {"verify",                                                                                                     \
          OPTION_CHOICE,                                                                                                \
          &session_options.verify,                                                                                      \

@@ -114,6 +114,18 @@ static socklen_t length_of(const struct sockaddr_storage *a)
     return a->ss_family == AF_INET6 ? sizeof(struct sockaddr_in6) : sizeof(struct sockaddr_in);
 }
 
+// In a user namespace everybody who is not of it has one number.
+static bool stands_for_many(uid_t user)
+{
+    unsigned number = 65534;
+    FILE *f = fopen("/proc/sys/kernel/overflowuid", "re");
+    if (f && fscanf(f, "%u", &number) != 1)
+        number = 65534;
+    if (f)
+        fclose(f);
+    return user == (uid_t)number;
+}
+
 int meet_check_user(const struct meeting *m, int fd, struct error *err)
 {
     struct error found;
@@ -122,12 +134,13 @@ int meet_check_user(const struct meeting *m, int fd, struct error *err)
         return 0;
     if (socket_user(fd, &user, &found))
         return error_set(err, ERR_RANK, "%s; give all ranks the same --token-file or TPENGINE_RANK_TOKEN", found.msg);
-    if (user == geteuid())
+    if (user == geteuid() && !stands_for_many(user))
         return 0;
-    return error_set(err, ERR_RANK,
-                     "it is a process of user %u, and without a token all ranks are of one user, here %u: give all "
-                     "ranks the same --token-file or TPENGINE_RANK_TOKEN",
-                     (unsigned)user, (unsigned)geteuid());
+    return error_set(
+        err, ERR_RANK,
+        "it is a process of user %u, and without a token all ranks are of one known user, here %u: give all "
+        "ranks the same --token-file or TPENGINE_RANK_TOKEN",
+        (unsigned)user, (unsigned)geteuid());
 }
 
 // ---- calling ---------------------------------------------------------------------------------------------------

@@ -115,7 +115,8 @@ void scheduler_cancel(struct scheduler *scheduler, struct sequence *sequence);
 bool scheduler_has_work(const struct scheduler *scheduler);
 // One step. An error is the runner's: every sequence has then ended with FINISH_ERROR.
 int scheduler_step(struct scheduler *scheduler, struct error *err);
-// Ends all sequences with this error and forgets what the pages hold, so that it can go on with new ranks over the same area. Not to be called by
+// Ends all sequences with this error and forgets what the pages hold and what stages have under way, so that it can go on with new
+// ranks over the same area; those there are must not go on. Not to be called by
 // callbacks.
 void scheduler_fail(struct scheduler *scheduler, const struct error *why);
 void scheduler_read_stats(const struct scheduler *scheduler, struct scheduler_stats *out);

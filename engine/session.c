@@ -456,6 +456,13 @@ static int check_supported(const struct manifest *manifest, const char *dir, str
     return 0;
 }
 
+// What a rank touches of the memory where sums over ranks are made: two sets of each rank of its stage, in place of a buffer of its own.
+static uint64_t touched_parts_bytes(const struct session *s, int64_t rows)
+{
+    uint64_t set = (uint64_t)(rows * s->manifest->model.hidden_size) * sizeof(float);
+    return worker_sums_in_common(&s->worker) ? (2 * s->manifest->tp_size - 1) * set : 0;
+}
+
 // On the host a rank keeps to small buffers beside its file and its KV cache: models with wide rows have shorter steps, down to 64 rows. That
 // changes no result (law 9), and from there on little speed.
 static int64_t host_rows(const struct session *s, int64_t most, int64_t least)
@@ -463,7 +470,8 @@ static int64_t host_rows(const struct session *s, int64_t most, int64_t least)
     enum { BUFFERS_BYTES = 56 << 20, LEAST_ROWS = 64, ROWS_UNIT = 32 };
     least = least > LEAST_ROWS ? least : LEAST_ROWS;
     uint64_t fixed = rank_buffer_bytes(s, 0); // what shorter steps do not change
-    while (most - ROWS_UNIT >= least && rank_buffer_bytes(s, most) - fixed > BUFFERS_BYTES)
+    while (most - ROWS_UNIT >= least &&
+           rank_buffer_bytes(s, most) + touched_parts_bytes(s, most) - fixed > BUFFERS_BYTES)
         most -= ROWS_UNIT;
     return most;
 }

@@ -47,15 +47,21 @@ struct forward_area worker_forward_area(const struct worker_options *options)
                                      (model->num_layers + 1) * options->residual_rows * model->hidden_size};
 }
 
+bool worker_sums_in_common(const struct worker_options *options)
+{
+    size_t tp_size = options->manifest->tp_size;
+    return options->backend->place_partial && options->transport == TRANSPORT_SHM && tp_size > 1 &&
+           tp_size <= RANK_PARTS_MOST;
+}
+
 struct part_area worker_part_area(const struct worker_options *options)
 {
     const struct manifest *m = options->manifest;
     int64_t rows = rank_step_pass_rows(options->backend, &options->limits);
     uint64_t bytes = (uint64_t)(rows * m->model.hidden_size) * sizeof(float);
-    bool common = options->backend->place_partial && options->transport == TRANSPORT_SHM && m->tp_size > 1 &&
-                  m->tp_size <= RANK_PARTS_MOST;
-    return (struct part_area){.ranks = (int64_t)m->num_ranks,
-                              .elems = common ? (int64_t)(round_up(bytes, PAGE_BYTES) / sizeof(float)) : 0};
+    return (struct part_area){
+        .ranks = (int64_t)m->num_ranks,
+        .elems = worker_sums_in_common(options) ? (int64_t)(round_up(bytes, PAGE_BYTES) / sizeof(float)) : 0};
 }
 
 // ---- a rank's state --------------------------------------------------------------------------------------------
@@ -519,8 +525,7 @@ static int worker_open(struct worker *w, struct error *err)
     if (!w->env->spread) // the last stage counts in another process
         rank_step_count_passes(w->step, &w->shared->passes);
     bool by_host = !decoder_devices_exchange(&w->decoder) || w->decoder.deals;
-    if (w->decoder.in_parts && by_host && !parts.memory &&
-        (rc = exchanger_create(&w->decoder.exchanger, w->decoder.comm, err)))
+    if (w->decoder.in_parts && by_host && (rc = exchanger_create(&w->decoder.exchanger, w->decoder.comm, err)))
         return rc;
     // Now that the threads which load have been started, on any of the rank's processors.
     if (o->pin == PIN_CORE && (rc = thread_pool_pin(w->pool, &w->place.cpus, err)))

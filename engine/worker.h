@@ -116,6 +116,8 @@ struct worker_options {
 
 // Their sizes.
 struct forward_area worker_forward_area(const struct worker_options *options);
+// Whether sums over ranks may be made of parts that all ranks read (struct part_area).
+bool worker_sums_in_common(const struct worker_options *options);
 struct part_area worker_part_area(const struct worker_options *options);
 
 rank_main_fn worker_main; // arg is a const struct worker_options *

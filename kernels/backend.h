@@ -282,7 +282,8 @@ struct backend {
     int (*take_normed)(struct device *device, const float *order, const struct matrix *next, struct error *err);
 
     // ---- sums over ranks in memory of the host that all of them read; NULL where a backend's numbers lie elsewhere ---------
-    // From now on BUFFER_PARTIAL is rows [max_rows][hidden], borrowed; what it held is gone. parts (NULL: none): what the ranks' parts of the window's
+    // From now on BUFFER_PARTIAL is rows [max_rows][hidden], borrowed; what it held is gone, unless rows are those that it is already: then what
+    // they were to add up to still becomes it. parts (NULL: none): what the ranks' parts of the window's
     // rows add up to becomes BUFFER_PARTIAL there; they stay as they are until the next operation that names BUFFER_PARTIAL has ended, or norm, and
     // rows is none of them.
     int (*place_partial)(struct device *device, float *rows, const struct rank_parts *parts, struct error *err);
