@@ -15,6 +15,7 @@ enum { LATE_MS = 2000, LOOK_US = 1000, CALL_TEXT_BYTES = 128, REST_US = 200000 }
 
 struct device_exchange {
     struct comm *comm;
+    enum transport transport;
     void *region;
     size_t bytes;
 };
@@ -114,8 +115,8 @@ static int on_gather(void *arg, void *all, const void *mine, size_t bytes, struc
     return comm_all_gather(((struct device_exchange *)arg)->comm, all, mine, bytes, err);
 }
 
-// A step's operations are all queued before their first is done. To the watchdog a rank that waits for them moves: what does not end on a device
-// the others' devices find, whose waits have deadlines, or the next collective of the hosts.
+// A step's operations are all queued before their first is done. To the watchdog a rank that waits for them moves: what does not end on a device is
+// found by the others' devices, whose waits have deadlines, or by a host that sees its own device come no further.
 static bool on_look(void *arg)
 {
     struct comm *comm = ((struct device_exchange *)arg)->comm;
@@ -129,6 +130,10 @@ static bool on_look(void *arg)
 static void describe_sum(struct comm *comm, int operation, int layer, char what[CALL_TEXT_BYTES])
 {
     struct call call = comm_call(comm, ALL_REDUCE, 0, 0);
+    if (operation < 0) {
+        snprintf(what, CALL_TEXT_BYTES, "a step's sums over ranks");
+        return;
+    }
     call.op = (enum comm_operation)operation;
     call.layer = layer;
     comm_describe_call(what, &call);
@@ -161,25 +166,27 @@ static int rank_at_rest(const struct comm *comm)
     return whom;
 }
 
-// Over a library that does not tell whom it waits for.
-static int say_none_missing(struct comm *comm, const struct exchange_failure *failure, struct error *err)
+// It is not known whom it waits for.
+static int say_none_missing(struct device_exchange *x, const struct exchange_failure *failure, struct error *err)
 {
+    struct comm *comm = x->comm;
     char what[CALL_TEXT_BYTES];
     struct error found;
     describe_sum(comm, failure->operation, failure->layer, what);
-    error_set(&found, ERR_RANK,
-              "rank %d's device did not finish %s within %.1f s, and all ranks wait: a link between the "
-              "devices hangs; --transport host does without it",
-              comm->first + failure->rank, what, comm->timeout_ms / 1000.0);
+    error_set(&found, ERR_RANK, "rank %d's device did not finish %s within %.1f s, and all ranks wait: %s",
+              comm->first + failure->rank, what, comm->timeout_ms / 1000.0,
+              x->transport == TRANSPORT_HOST ? "it hangs, or its link to the host's memory does; dmesg may tell more"
+                                             : "a link between the devices hangs; --transport host does without it");
     return comm_raise(comm, err, &found);
 }
 
-static int say_missing(struct comm *comm, const struct exchange_failure *failure, struct error *err)
+static int say_missing(struct device_exchange *x, const struct exchange_failure *failure, struct error *err)
 {
+    struct comm *comm = x->comm;
     char place[COMM_PLACE_BYTES], what[CALL_TEXT_BYTES];
     int behind = failure->whom >= 0 ? failure->whom : rank_at_rest(comm), whom = comm->first + behind;
     if (behind < 0)
-        return say_none_missing(comm, failure, err);
+        return say_none_missing(x, failure, err);
     struct comm_position at = comm_region_position(comm->region, whom);
     struct error found;
     describe_sum(comm, failure->operation, failure->layer, what);
@@ -196,7 +203,7 @@ static int on_failure(void *arg, const struct exchange_failure *failure, struct 
 {
     struct comm *comm = ((struct device_exchange *)arg)->comm;
     if (failure)
-        return say_missing(comm, failure, err);
+        return say_missing(arg, failure, err);
     // Another rank's device has ended the exchanges; its host is about to say why.
     for (int ms = 0; ms < LATE_MS && !comm_region_aborted(comm->region); ms += LOOK_US / 1000)
         usleep(LOOK_US);
@@ -244,8 +251,9 @@ int device_exchange_open(struct device_exchange **out, enum transport *transport
     struct device_exchange *x = calloc(1, sizeof *x);
     if (!x)
         return error_set(err, ERR_MEMORY, "no memory for exchanges");
-    *x =
-        (struct device_exchange){.comm = comm, .bytes = carried ? 0 : (size_t)backend->exchange_bytes(comm_size(comm))};
+    *x = (struct device_exchange){.comm = comm,
+                                  .transport = wish.transport,
+                                  .bytes = carried ? 0 : (size_t)backend->exchange_bytes(comm_size(comm))};
     int rc = open_over(x, backend, device, wish.transport, wish.feedback, err);
     if (!rc) {
         *out = x;

@@ -143,7 +143,7 @@ struct device;     // one rank's end of a backend; belongs to one thread
 // What a device that exchanges sums with those of the other ranks needs of who opens it; borrowed, but for what the text says.
 struct exchange_failure {
     int rank, whom; // who waited, and for whom: of those that did not come, the one furthest behind; -1: not known
-    int operation, layer; // as all_reduce was told
+    int operation, layer; // as all_reduce was told; operation -1: not known, an exchange of the step
     uint32_t call;        // how many exchanges the device had begun
     uint32_t phase;       // 0: parts, 1: sums
     uint32_t expected, seen;

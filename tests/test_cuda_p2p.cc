@@ -140,15 +140,14 @@ static void test_sums(void **state)
 
 // ---- ranks that are killed -----------------------------------------------------------------------------------------
 
-// Sums without an end, of all algorithms in turn.
+// Sums without an end, of all algorithms in turn, from the one that is named.
 static void run_on(struct end *e, struct report *report, int argument)
 {
     struct error err;
-    (void)argument;
     e->desc.hidden_size = 256;
     e->device.count = 12;
     memset(e->device.buffer[BUFFER_PARTIAL], 0, 12 * 256 * 4);
-    for (uint64_t i = 0; report->rc == 0; i++) {
+    for (uint64_t i = (uint64_t)argument; report->rc == 0; i++) {
         struct exchange_choice choice = {(enum exchange_algorithm)(i % 3), i % 2 ? WIRE_S8X : WIRE_BF16, 4 * 256};
         report->rc = exchange_all_reduce(&e->device, BUFFER_PARTIAL, &choice, false, OP_MLP, 5, &err);
         report->rc = report->rc ? report->rc : exchange_flush(&e->device, &err);
@@ -194,37 +193,53 @@ static void test_kills(void **state)
 
 // ---- links ---------------------------------------------------------------------------------------------------------
 
-// What rank 1 writes to rank 0 does not arrive: waits end in time, and it is said for whom they were.
+// What rank 1 writes to rank 0 does not arrive: waits end in time, and it is said for whom they were. A rank whose own writes hang ends as well.
 static void test_faults(void **state)
 {
     (void)state;
-    static const struct {
-        const char *setting;
-        bool ends; // rank 1 too
-    } faults[] = {{"1>0:drop", true}, {"1>0:mirror", true}, {"1>0:hang", false}};
-    for (const auto &f : faults) {
+    for (const char *setting : {"1>0:drop", "1>0:mirror", "1>0:hang"}) {
         struct team t;
-        setenv("EMULATED_PEERS", f.setting, 1);
-        start(&t, &apart, 2, 2000, run_on, 0);
-        expect_ends(&t, f.ends ? -1 : 1, f.setting);
-        if (!f.ends) {
-            assert_int_equal(waitpid(t.pids[1], &t.status[1], WNOHANG), 0);
-            kill_rank(&t, 1);
-        }
+        setenv("EMULATED_PEERS", setting, 1);
+        start(&t, &apart, 2, 2000, run_on, ALGORITHM_ONE_SHOT);
+        expect_ends(&t, -1, setting);
         // Rank 1 goes on to the next phase and waits for rank 0 there: whose time is up first tells.
         bool told = false;
-        for (int r = 0; r < (f.ends ? 2 : 1); r++) {
+        for (int r = 0; r < 2; r++) {
             const struct report *report = &t.reports[r];
             told = told || report->told;
             if (report->rc != ERR_RANK ||
                 (report->told &&
                  (report->failure.whom != 1 - r || report->failure.layer != 5 || report->failure.operation != OP_MLP ||
                   (int32_t)(report->failure.expected - report->failure.seen) <= 0)))
-                fail_msg("%s: rank %d: %d, %s, rank %d, layer %d: %s", f.setting, r, report->rc,
+                fail_msg("%s: rank %d: %d, %s, rank %d, layer %d: %s", setting, r, report->rc,
                          report->told ? "told" : "not told", report->failure.whom, report->failure.layer, report->text);
         }
         if (!told)
-            fail_msg("%s: nobody told", f.setting);
+            fail_msg("%s: nobody told", setting);
+        finish_team(&t);
+    }
+    unsetenv("EMULATED_PEERS");
+}
+
+// Nothing that a rank writes to another one ends: no kernel that waits ever runs, and the hosts find it.
+static void test_all_hang(void **state)
+{
+    (void)state;
+    setenv("EMULATED_PEERS", "hang", 1);
+    for (int algorithm : {ALGORITHM_ONE_SHOT, ALGORITHM_CHUNKS}) {
+        struct team t;
+        int first = 0;
+        start(&t, &apart, 2, 500, run_on, algorithm);
+        expect_ends(&t, -1, algorithm_names[algorithm]);
+        for (int r = 0; r < 2; r++) {
+            const struct report *report = &t.reports[r];
+            first += report->failure.whom == -1 && report->failure.operation == -1;
+            if (report->rc != ERR_RANK || report->told)
+                fail_msg("%s: rank %d: %d, %s: %s", algorithm_names[algorithm], r, report->rc,
+                         report->told ? "told" : "not told", report->text);
+        }
+        if (first != 1)
+            fail_msg("%s: %d hosts said that the device comes no further", algorithm_names[algorithm], first);
         finish_team(&t);
     }
     unsetenv("EMULATED_PEERS");
@@ -293,8 +308,8 @@ int main(void)
     }
     setenv("EMULATED_DEVICES", "8", 1);
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_sums),      cmocka_unit_test(test_kills), cmocka_unit_test(test_faults),
-        cmocka_unit_test(test_no_access), cmocka_unit_test(test_end),
+        cmocka_unit_test(test_sums),     cmocka_unit_test(test_kills),     cmocka_unit_test(test_faults),
+        cmocka_unit_test(test_all_hang), cmocka_unit_test(test_no_access), cmocka_unit_test(test_end),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

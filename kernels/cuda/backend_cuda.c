@@ -57,7 +57,10 @@ static void cuda_close(struct device *d)
     if (!d)
         return;
     cudaSetDevice(d->index);
-    exchange_close(d);
+    if (!exchange_close(d)) {
+        free(d); // the rest stays until the process ends: the device hangs, and to free its memory would wait for it
+        return;
+    }
     device_settle(d);
     multiply_free(d);
     device_free_memory(d);

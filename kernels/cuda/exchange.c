@@ -23,7 +23,13 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { ABORT_BYTES = 4096, LOOK_NS = 1000000 };
+enum {
+    ABORT_BYTES = 4096,
+    LOOK_NS = 1000000,
+    ASK_NS = 50 * LOOK_NS,         // between two questions how far the device has come
+    MOST_SLICE_NS = 100 * LOOK_NS, // time in which this process was stopped counts little
+    END_MS = 2000,                 // of a device after exchanges were ended
+};
 
 // ---- the areas -----------------------------------------------------------------------------------------------------
 
@@ -115,7 +121,8 @@ static int map_region(struct device *d, struct exchange *x, struct error *err)
 static int make_streams(struct device *d, struct exchange *x, struct error *err)
 {
     int rc;
-    if ((rc = exchange_make_stream(d, &x->out, err)) || (rc = exchange_make_stream(d, &x->in, err)))
+    if ((rc = exchange_make_stream(d, &x->out, err)) || (rc = exchange_make_stream(d, &x->in, err)) ||
+        (rc = exchange_make_stream(d, &x->asks, err)))
         return rc;
     for (int i = 0; i < EXCHANGE_EVENTS; i++)
         for (int k = 0; k < EXCHANGE_DEPTH; k++)
@@ -135,9 +142,11 @@ static int make_memory(struct device *d, struct exchange *x, struct error *err)
         (rc = device_upload(d, x->ranks.state, state, sizeof *state, what, err)) ||
         (rc = CHECK(cudaMalloc((void **)&x->staging, x->p2p ? OUT_BYTES : STAGING_BYTES), what)) ||
         (rc = CHECK(cudaMallocHost((void **)&x->record, sizeof *x->record), what)) ||
-        (rc = CHECK(cudaHostGetDevicePointer((void **)&x->ranks.record, x->record, 0), what)))
+        (rc = CHECK(cudaHostGetDevicePointer((void **)&x->ranks.record, x->record, 0), what)) ||
+        (rc = CHECK(cudaMallocHost((void **)&x->seen, sizeof *x->seen), what)))
         return rc;
     memset(x->record, 0, sizeof *x->record);
+    *x->seen = x->last_seen = *state;
     place_staging(x, x->staging);
     return exchange_make_lost(d, x, err);
 }
@@ -248,7 +257,9 @@ int exchange_open(struct device *d, const struct exchange_options *options, stru
 
 // ---- waiting for the device ----------------------------------------------------------------------------------------
 
-static void raise_abort(struct exchange *x) { __atomic_store_n((uint32_t *)x->options.region, 1, __ATOMIC_RELEASE); }
+static uint32_t *abort_word(const struct exchange *x) { return x->options.region; }
+static void raise_abort(struct exchange *x) { __atomic_store_n(abort_word(x), 1, __ATOMIC_RELEASE); }
+static bool is_raised(const struct exchange *x) { return __atomic_load_n(abort_word(x), __ATOMIC_ACQUIRE) != 0; }
 
 static int failed(struct exchange *x, struct error *err)
 {
@@ -278,6 +289,61 @@ static void look(struct exchange *x)
     sched_yield();
 }
 
+// A wait of the host. Kernels that wait have deadlines of their own, but a copy or a store over a link that hangs has none: it keeps all kernels
+// behind it from ever running. So the host asks how far the device has come with its exchanges, by a copy of its state on a stream that nothing
+// else uses. Where that has not changed for twice the time of a wait on the device, the host ends the exchanges of all ranks; and after
+// END_MS without a change once they have been ended it gives up the device.
+struct host_wait {
+    int64_t before_ns, still_ns; // still: that nothing has changed
+    bool raised, first;          // the exchanges were ended; by this wait
+};
+
+static struct host_wait begin_wait(void) { return (struct host_wait){.before_ns = clock_now_ns()}; }
+
+// Since it was asked last. A copy that does not come back tells of no change.
+static bool has_moved(struct exchange *x)
+{
+    if (!x->ranks.state || !x->seen || cudaStreamQuery(x->asks) == cudaErrorNotReady)
+        return false;
+    bool moved = memcmp(x->seen, &x->last_seen, sizeof x->last_seen) != 0;
+    x->last_seen = *x->seen;
+    cudaMemcpyAsync(x->seen, x->ranks.state, sizeof *x->seen, cudaMemcpyDeviceToHost, x->asks);
+    return moved;
+}
+
+// A turn; false: it has lasted too long.
+static bool wait_more(struct exchange *x, struct host_wait *w)
+{
+    int64_t now_ns = clock_now_ns(), slice_ns = now_ns - w->before_ns;
+    look(x);
+    w->before_ns = now_ns;
+    w->still_ns += slice_ns < MOST_SLICE_NS ? slice_ns : MOST_SLICE_NS;
+    if (w->still_ns < ASK_NS)
+        return true;
+    if (now_ns - x->asked_ns > ASK_NS) {
+        x->asked_ns = now_ns;
+        if (has_moved(x))
+            w->still_ns = 0;
+    }
+    if (is_raised(x) && !w->raised) {
+        w->raised = true;
+        w->still_ns = 0;
+    }
+    int64_t most_ms = w->raised ? END_MS : 2 * (int64_t)x->options.timeout_ms;
+    if (w->still_ns < most_ms * 1000000 || (!w->raised && __atomic_exchange_n(abort_word(x), 1, __ATOMIC_ACQ_REL)))
+        return true;
+    w->first = !w->raised;
+    x->hangs = w->raised;
+    return false;
+}
+
+static int gave_up(struct exchange *x, const struct host_wait *w, struct error *err)
+{
+    struct exchange_failure failure = {
+        .rank = x->options.rank, .whom = -1, .operation = -1, .layer = -1, .phase = 1}; // somewhere in the step
+    return w->first ? x->options.failed(x->options.arg, &failure, err) : failed(x, err);
+}
+
 int device_wait(struct device *d, const char *what, struct error *err)
 {
     struct exchange *x = d->exchange;
@@ -286,11 +352,13 @@ int device_wait(struct device *d, const char *what, struct error *err)
         return CHECK(cudaStreamSynchronize(d->stream), what);
     if (x->nccl)
         return nccl_wait(x->nccl, err);
+    struct host_wait w = begin_wait();
     while ((status = cudaStreamQuery(d->stream)) == cudaErrorNotReady)
-        look(x);
+        if (!wait_more(x, &w))
+            return gave_up(x, &w, err);
     if (status != cudaSuccess)
         return CHECK(status, what);
-    return __atomic_load_n((uint32_t *)x->options.region, __ATOMIC_ACQUIRE) ? failed(x, err) : 0;
+    return is_raised(x) ? failed(x, err) : 0;
 }
 
 int device_wait_uploaded(struct device *d, struct error *err)
@@ -301,23 +369,38 @@ int device_wait_uploaded(struct device *d, struct error *err)
         return CHECK(cudaEventSynchronize(d->uploaded), what);
     if (d->exchange->nccl)
         return nccl_wait_event(d->exchange->nccl, d->uploaded, err);
+    struct host_wait w = begin_wait();
     while ((status = cudaEventQuery(d->uploaded)) == cudaErrorNotReady)
-        look(d->exchange);
+        if (!wait_more(d->exchange, &w))
+            return gave_up(d->exchange, &w, err);
     return CHECK(status, what);
 }
 
-void exchange_close(struct device *d)
+// Whether nothing runs any more.
+static bool come_to_end(const struct device *d, struct exchange *x)
+{
+    const cudaStream_t streams[] = {d->stream, x->side, x->out, x->in, x->asks};
+    struct host_wait w = begin_wait();
+    for (int i = 0; i < 5 && x->options.region; i++)
+        while (!x->hangs && streams[i] && cudaStreamQuery(streams[i]) == cudaErrorNotReady)
+            wait_more(x, &w);
+    return !x->hangs;
+}
+
+bool exchange_close(struct device *d)
 {
     struct exchange *x = d->exchange;
     struct error ignored;
     if (!x)
-        return;
+        return true;
     exchange_side_end(d, &ignored); // of a step that failed
     nccl_close(x->nccl);            // which waits itself
-    const cudaStream_t streams[] = {d->stream, x->side, x->out, x->in};
-    for (int i = 0; i < 4; i++)
-        while (x->options.region && streams[i] && cudaStreamQuery(streams[i]) == cudaErrorNotReady)
-            look(x);
+    if (!come_to_end(d, x)) {
+        free(x->p2p); // the others keep their inboxes, as this rank has not left
+        free(x);
+        d->exchange = NULL;
+        return false;
+    }
     exchange_close_sides(x);
     exchange_p2p_close(x);
     for (int i = 0; i < EXCHANGE_EVENTS; i++)
@@ -328,15 +411,20 @@ void exchange_close(struct device *d)
         cudaStreamDestroy(x->out);
     if (x->in)
         cudaStreamDestroy(x->in);
+    if (x->asks)
+        cudaStreamDestroy(x->asks);
     cudaFree(x->ranks.state);
     cudaFree(x->staging);
     cudaFree(x->lost);
     if (x->record)
         cudaFreeHost(x->record);
+    if (x->seen)
+        cudaFreeHost(x->seen);
     if (x->registered)
         cudaHostUnregister(x->options.region);
     free(x);
     d->exchange = NULL;
+    return true;
 }
 
 // ---- chunks --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@
 //
 // No wait without an end: a wait looks at the abort word, in pinned memory that all ranks share, and at the clock. When its time is up the
 // kernel writes down whom it waited for, raises the abort word, and leaves; what it should have computed is left as it is, and so do all exchanges
-// that follow. The host finds the record when it next waits for the device.
+// that follow. The host finds the record when it next waits for the device. What hangs outside of a wait, a store or a copy over a link, the host
+// ends: it sees the device come no further (exchange.c).
 #ifndef TPSHARD_KERNELS_CUDA_EXCHANGE_H
 #define TPSHARD_KERNELS_CUDA_EXCHANGE_H
 

@@ -39,6 +39,12 @@ struct exchange {
     bool waits;
     int64_t looked_ns; // at whether the ranks are to end
 
+    // How far the device has come, while the host waits: pinned, written by copies on a stream of their own; and what they brought before.
+    cudaStream_t asks;
+    struct exchange_state *seen, last_seen;
+    int64_t asked_ns;
+    bool hangs; // given up
+
     // Sides: a stream of their own, which stands in for the device's between side_begin and side_end (exchange_sides.c).
     cudaStream_t side, main; // main: the device's, while it does; else NULL
     cudaEvent_t handed, sided[DEVICE_SIDES];
@@ -56,7 +62,8 @@ uint64_t exchange_region_bytes(int tp_size);
 // Device memory that exchange_open takes, for the plan: no less than it really takes there.
 uint64_t exchange_memory_bytes(const struct device_shape *shape, int tp_size);
 int exchange_open(struct device *d, const struct exchange_options *options, struct error *err);
-void exchange_close(struct device *d);
+// false: the device hangs, and all that it may still touch stays; nothing of it is to be freed, as that would wait for it.
+bool exchange_close(struct device *d);
 int exchange_all_reduce(struct device *d, enum buffer buffer, const struct exchange_choice *choice, bool feedback,
                         int operation, int layer, struct error *err);
 // Launches a sum that waits for its norm without one.

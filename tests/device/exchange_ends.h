@@ -173,7 +173,10 @@ static inline void close_end(struct end *e)
     struct error err;
     if (e->comm)
         comm_barrier(e->comm, &err);
-    exchange_close(&e->device);
+    if (!exchange_close(&e->device)) { // it hangs: what it may touch stays
+        comm_close(e->comm);
+        return;
+    }
     for (float *memory : e->memory)
         cudaFree(memory);
     cudaFree(e->device.buffer[BUFFER_PARTIAL]);
