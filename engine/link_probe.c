@@ -483,16 +483,22 @@ bool link_probe_verdict(const struct link_probe *p, char why[LINK_SENTENCE_BYTES
     return true;
 }
 
+void link_probe_stop(struct link_probe *p)
+{
+    if (p->pid <= 0)
+        return;
+    if (!link_probe_is_done(p))
+        kill(p->pid, SIGKILL); // its children end with it
+    while (waitpid(p->pid, NULL, 0) < 0 && errno == EINTR)
+        ;
+    p->pid = 0;
+}
+
 void link_probe_end(struct link_probe *p)
 {
     if (!p)
         return;
-    if (p->pid > 0) {
-        if (!link_probe_is_done(p))
-            kill(p->pid, SIGKILL); // its children end with it
-        while (waitpid(p->pid, NULL, 0) < 0 && errno == EINTR)
-            ;
-    }
+    link_probe_stop(p);
     munmap(p->board, sizeof *p->board);
     free(p);
 }

@@ -38,7 +38,9 @@ double link_probe_age_s(const struct link_probe *probe);
 const struct link_board *link_probe_board(const struct link_probe *probe);
 // True: done, and every pair is good. Else the reason, a clause without a full stop: of the first pair that is not, or why there is none.
 bool link_probe_verdict(const struct link_probe *probe, char why[LINK_SENTENCE_BYTES]);
-// Ends what still runs. Nobody else of this process uses the probe any more. Accepts NULL.
+// Ends what still runs. What was found stays to be read.
+void link_probe_stop(struct link_probe *probe);
+// Stops it. Nobody else of this process uses the probe any more. Accepts NULL.
 void link_probe_end(struct link_probe *probe);
 
 // Waits until it has ended.

@@ -213,9 +213,10 @@ static int choose_transport(struct session *s, const char *wanted, struct error 
                           : ranks == 1 && automatic             ? "one rank has nobody to exchange with"
                                                                 : NULL;
     const char *no_nccl = !backend->exchange_open ? for_gpus : automatic ? "it is taken when it is asked for" : NULL;
-    const char *no_p2p = no_host      ? no_host
-                         : ranks == 1 ? "one rank has nobody to exchange with"
-                                      : NULL; // or by what the links are (begin_links)
+    const char *no_p2p = no_host                ? no_host
+                         : ranks == 1           ? "one rank has nobody to exchange with"
+                         : !backend->link_probe ? "the backend cannot try the links between its devices"
+                                                : NULL; // or by what the links are (session_links.c)
     const char *missing[TRANSPORT_COUNT] = {
         [TRANSPORT_SHM] =
             spread ? "the ranks are processes that share no memory, so they exchange over sockets (tcp)" : NULL,
@@ -320,29 +321,6 @@ void session_place(struct session *s)
     shared_area_place(s->shared, &s->area, &s->forward, &parts);
 }
 
-// Beside the ranks' own start: processes of their own, since the driver is touched in none that goes on.
-static int begin_links(struct session *s, struct error *err)
-{
-    struct link_probe_options options = link_probe_defaults;
-    int rc;
-    if (s->worker.transport != TRANSPORT_P2P)
-        return 0;
-    options.backend = s->worker.backend;
-    options.num_ends = (int)s->manifest->num_ranks;
-    options.group = (int)s->manifest->tp_size;
-    if ((rc = link_probe_begin(&s->links, &options, err)))
-        return rc;
-    s->worker.links = s->links;
-    return 0;
-}
-
-static void end_links(struct session *s)
-{
-    link_probe_end(s->links);
-    s->links = NULL;
-    s->worker.links = NULL;
-}
-
 int session_launch(struct session *s, struct error *err)
 {
     int links[COMM_MAX_RANKS];
@@ -359,12 +337,12 @@ int session_launch(struct session *s, struct error *err)
     if (rc)
         return rc;
     const struct launch_options launch = session_launch_options(s, spread ? links : NULL);
-    if ((rc = begin_links(s, err)))
+    if ((rc = session_begin_links(s, err)))
         return rc;
     if (s->ranks_are_threads && s->manifest->num_ranks > 1 && s->worker.backend->before_threads)
         s->worker.backend->before_threads();
     if ((rc = launch_start(&s->launch, &launch, worker_main, &s->worker, err))) {
-        end_links(s);
+        session_end_links(s);
         return rc;
     }
     session_place(s);
@@ -378,7 +356,7 @@ int session_wait(struct session *s, int extra_fd, struct error *err)
     int rc = launch_wait(s->launch, extra_fd, err);
     if (rc == 0 && !s->ready) {
         s->ready = true;
-        end_links(s);
+        session_end_links(s);
         s->area.num_pages = atomic_load(&s->shared->num_pages);
     }
     return rc;
@@ -431,10 +409,13 @@ double session_load_s(const struct session *s)
 
 void session_stop(struct session *s)
 {
+    bool lost = s->launch && launch_lost_rank(s->launch) >= 0;
     session_start_figures(s);
     scheduler_free(s->scheduler);
     launch_stop(s->launch, NULL);
-    end_links(s);
+    session_end_links(s);
+    if (lost)
+        session_doubt_links();
     s->scheduler = NULL;
     s->launch = NULL;
     s->shared = NULL;

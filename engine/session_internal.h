@@ -4,6 +4,7 @@
 //   session_generate.c  prompts run to their ends
 //   session_ranks.c     ranks in processes that a launcher started
 //   session_plan.c      what rank 0 tells them
+//   session_links.c     what is known of the links between the devices
 #ifndef TPSHARD_ENGINE_SESSION_INTERNAL_H
 #define TPSHARD_ENGINE_SESSION_INTERNAL_H
 
@@ -50,5 +51,14 @@ void session_place(struct session *session);
 int session_check_world(const struct session *session, struct error *err);
 // ERR_USAGE: the vocabulary ends before one of them.
 int session_check_tokens(const struct session *session, const uint32_t *tokens, int64_t count, struct error *err);
+
+// Before ranks are started over TRANSPORT_P2P: their devices' links are tried, or have been for ranks of this process before. Where that cannot begin,
+// ranks whose transport is chosen for them have the reason; for others it is an error. Called by the one thread that starts ranks, like the
+// next two.
+int session_begin_links(struct session *session, struct error *err);
+// The ranks are ready, or have ended.
+void session_end_links(struct session *session);
+// Ranks were lost: their links may not be what they were. The next start tries them anew, where it can.
+void session_doubt_links(void);
 
 #endif

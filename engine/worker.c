@@ -326,12 +326,14 @@ static int settle_transport(struct worker *w, struct error *err)
     w->transport = o->transport;
     if (o->transport != TRANSPORT_P2P)
         return 0;
-    while (w->env->rank == 0 && !link_probe_has_ended(o->links) && !rank_is_stopped(w->env)) {
+    while (w->env->rank == 0 && o->links && !link_probe_has_ended(o->links) && !rank_is_stopped(w->env)) {
         comm_at(w->env->comm, OP_START, -1);
         usleep(LOOK_US);
     }
-    if (w->env->rank == 0)
+    if (w->env->rank == 0 && o->links)
         seen.good = link_probe_verdict(o->links, seen.why);
+    else if (w->env->rank == 0)
+        memcpy(seen.why, o->link_problem, sizeof seen.why);
     int rc = comm_broadcast(w->env->comm, &seen, sizeof seen, 0, err);
     if (rc || seen.good)
         return rc;

@@ -94,8 +94,9 @@ struct worker_options {
     enum kv_format kv_format;
     enum transport transport;
     bool transport_is_auto; // another one will do where the ranks cannot have this one after all
-    // With TRANSPORT_P2P: of the links between the devices of all ranks. Until the ranks are ready.
+    // With TRANSPORT_P2P: of the links between the devices of all ranks. Until the ranks are ready. NULL: none could begin, and why.
     const struct link_probe *links;
+    char link_problem[LINK_SENTENCE_BYTES];
     enum wire wire;
     bool feedback;        // what a compressing wire loses is made up for by the next sum
     bool deals;           // decoder.deals

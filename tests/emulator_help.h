@@ -62,6 +62,7 @@ static inline void expect_sentence(void (*fn)(int), int argument, const char *co
         dup2(to[1], 2);
         close(to[0]);
         close(to[1]);
+        emulator_new_process();
         fn(argument);
         _exit(0);
     }

@@ -52,6 +52,20 @@ def test_faults(model):
             check(f"{fault}: p2p is refused", rc == 6 and f"--transport p2p: {sentence}" in told and "--transport host does without" in told, f"{rc} {told[-500:]}")
 
 
+# Two models at once in threads of one process: the driver lives in it when the second one's ranks start, and no probe can begin any more. What was seen for the
+# first holds for as many ranks.
+def test_second_model(model, other):
+    def compare(reference, *more):
+        return engine("eval", model, "--against", reference, "--text", "README.md", "--max-tokens", 12, "--context", 64, "--ranks", "thread", "--backend", "cuda",
+                      "--cuda-library", LIBRARY, *more, EMULATED_DEVICES="2")
+    rc, _, told = compare(model, "--transport", "p2p")
+    check("a second model takes the first one's verdict", rc == 0, f"{rc} {told[-500:]}")
+    rc, _, told = compare(other, "--transport", "p2p")
+    check("which does not hold for more ranks", rc == 1 and "of 4 ranks were not tried before ranks began as threads" in told, f"{rc} {told[-500:]}")
+    rc, _, told = compare(other)
+    check("where auto does without", rc == 0, f"{rc} {told[-500:]}")
+
+
 # A link that is not as its driver claims is a finding about the machine, which fails nothing here: ranks that take it nevertheless would.
 def test_device(model):
     rc, out, problem = engine("doctor", "--json", "--no-times", "--cuda-library", LIBRARY)
@@ -77,7 +91,13 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         model = Path(name) / "model"
         subprocess.run([BUILD / "tpshard", "--tp", "2", "--quant", "int4", "tests/model", model, "--quiet"], check=True)
-        (test_device if REAL else test_faults)(model)
+        if REAL:
+            test_device(model)
+        else:
+            other = Path(name) / "other"
+            subprocess.run([BUILD / "tpshard", "--tp", "4", "--quant", "int4", "tests/model", other, "--quiet"], check=True)
+            test_faults(model)
+            test_second_model(model, other)
     sys.exit(status())
 
 

@@ -142,6 +142,7 @@ template <typename FN> static void in_other_process(FN fn)
     pid_t child = fork();
     assert_true(child >= 0);
     if (child == 0) {
+        emulator_new_process(); // tests before this one have made calls
         fn();
         _exit(0);
     }
@@ -156,6 +157,20 @@ template <typename FN> static void in_other_process(FN fn)
             _exit(1);                                                                                                  \
         }                                                                                                              \
     } while (0)
+
+// Without that it is as with the driver: nothing works in a process that was forked behind the first call.
+static void test_forked_behind_a_call(void **)
+{
+    int status, count;
+    assert_int_equal(cudaSetDevice(0), cudaSuccess);
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0)
+        _exit(cudaSetDevice(0) == cudaErrorInitializationError && cudaGetDeviceCount(&count) != cudaSuccess ? 0 : 1);
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_int_equal(status, 0);
+    assert_int_equal(cudaSetDevice(0), cudaSuccess);
+}
 
 static void test_two_processes(void **)
 {
@@ -280,8 +295,9 @@ static void test_sentences(void **)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_one_process), cmocka_unit_test(test_two_processes), cmocka_unit_test(test_same_device),
-        cmocka_unit_test(test_handles),     cmocka_unit_test(test_sentences),
+        cmocka_unit_test(test_one_process),   cmocka_unit_test(test_forked_behind_a_call),
+        cmocka_unit_test(test_two_processes), cmocka_unit_test(test_same_device),
+        cmocka_unit_test(test_handles),       cmocka_unit_test(test_sentences),
     };
     return cmocka_run_group_tests(tests, nullptr, nullptr);
 }

@@ -3,6 +3,7 @@
 
 bool emulator_present(void) { return false; }
 void emulator_seed(uint64_t seed) { (void)seed; }
+void emulator_new_process(void) {}
 void emulator_misread_scales(bool wrong) { (void)wrong; }
 void emulator_stats_reset(void) {}
 struct emulator_stats emulator_count(const char *kernel)

@@ -52,6 +52,8 @@ void emulator_misread_scales(bool wrong);
 // From now on work on streams of high priority runs at once, not when the host waits: it overtakes what it has not been told to wait for. So does
 // EMULATED_HURRY=1.
 void emulator_hurry(bool on);
+// This process was forked from one that had made calls, and may make its own nevertheless: otherwise all fail.
+void emulator_new_process(void);
 // Runs fn(arg) when the stream comes to it; may be captured.
 void emulator_enqueue(cudaStream_t stream, void (*fn)(void *arg), void *arg);
 // Work that waits for others: when the stream comes to it, it is tried until done(arg) is true. Nothing behind it runs before.

@@ -83,8 +83,19 @@ cudaError_t give(cudaError_t error)
 
 int device_count(void) { return (int)setting("EMULATED_DEVICES", 1); }
 
+static std::atomic<pid_t> driver_process; // that of the first call; 0: none yet
+
+// Like the driver, which does not survive a fork.
+static bool is_forked(void)
+{
+    pid_t first = 0, own = getpid();
+    return !driver_process.compare_exchange_strong(first, own) && first != own;
+}
+
 cudaError_t planned(const char *name)
 {
+    if (is_forked()) // before the lock, which another thread may have held then
+        return cudaErrorInitializationError;
     std::lock_guard<std::mutex> hold(lock);
     for (size_t i = 0; i < failures.size(); i++)
         if (failures[i].name == name && failures[i].nth-- == 0) {
@@ -95,6 +106,8 @@ cudaError_t planned(const char *name)
     return cudaSuccess;
 }
 } // namespace emulator
+
+void emulator_new_process(void) { emulator::driver_process = 0; }
 
 using emulator::current_device;
 using emulator::give;
@@ -299,6 +312,8 @@ const char *cudaGetErrorName(cudaError_t error)
         return "cudaErrorInvalidValue";
     case cudaErrorMemoryAllocation:
         return "cudaErrorMemoryAllocation";
+    case cudaErrorInitializationError:
+        return "cudaErrorInitializationError";
     case cudaErrorInvalidConfiguration:
         return "cudaErrorInvalidConfiguration";
     case cudaErrorNoDevice:
