@@ -321,6 +321,16 @@ void session_place(struct session *s)
     shared_area_place(s->shared, &s->area, &s->forward, &parts);
 }
 
+// Before the first rank that is a thread, though it may be alone: a later session's ranks in this process can be several, and the driver then lives.
+static void prepare_threads(const struct session *s)
+{
+    static bool prepared;
+    if (!s->ranks_are_threads || prepared || !s->worker.backend->before_threads)
+        return;
+    s->worker.backend->before_threads();
+    prepared = true;
+}
+
 int session_launch(struct session *s, struct error *err)
 {
     int links[COMM_MAX_RANKS];
@@ -339,8 +349,7 @@ int session_launch(struct session *s, struct error *err)
     const struct launch_options launch = session_launch_options(s, spread ? links : NULL);
     if ((rc = session_begin_links(s, err)))
         return rc;
-    if (s->ranks_are_threads && s->manifest->num_ranks > 1 && s->worker.backend->before_threads)
-        s->worker.backend->before_threads();
+    prepare_threads(s);
     if ((rc = launch_start(&s->launch, &launch, worker_main, &s->worker, err))) {
         session_end_links(s);
         return rc;
