@@ -162,7 +162,14 @@ void doctor_end_name(char name[DOCTOR_END_BYTES], const struct doctor_report *re
     snprintf(name, DOCTOR_END_BYTES, "device %d", e->device >= 0 ? e->device : end);
 }
 
-// A driver that claims what is not so comes before one that refuses: there a program which believes it computes nonsense, or hangs.
+// What the driver claims of the link and what was seen of it differ. Memory that is taken, a device that is busy and a process that died say nothing of it.
+static bool is_lie(const struct link_result *link)
+{
+    bool wrong = link->fault == LINK_LOST || link->fault == LINK_CHANGED || link->fault == LINK_STALE;
+    return link->claimed && (wrong || (link->fault == LINK_LATE && link->crossing));
+}
+
+// A driver that claims what is not so comes first, and one that refuses last: where it claims, a program which believes it computes nonsense, or hangs.
 static void judge_links(struct doctor_report *report)
 {
     const struct link_board *board = report->links;
@@ -173,13 +180,13 @@ static void judge_links(struct doctor_report *report)
             const struct link_result *link = &board->result[a][b];
             if (a == b || link->fault <= LINK_GOOD)
                 continue;
-            lies += link->fault != LINK_REFUSED;
+            lies += is_lie(link);
             if (link->fault == LINK_REFUSED)
                 refused = refused ? refused : link;
-            else
-                worst = worst ? worst : link;
+            else if (!worst || (is_lie(link) && !is_lie(worst)))
+                worst = link;
         }
-    if (worst && !worst->claimed)
+    if (worst && !is_lie(worst))
         add(report, true, "%s: ranks go through the host's memory instead", worst->sentence);
     else if (worst)
         add(report, true,

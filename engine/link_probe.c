@@ -269,12 +269,15 @@ static void condemn_late(struct link_probe *p, int a, int b, double seconds)
     int waits = (int)(atomic_load(&board->end[a].doing) == LINK_MEETING), end = waits ? b : a, other = waits ? a : b;
     uint32_t doing = atomic_load(&board->end[end].doing);
     char sentence[LINK_SENTENCE_BYTES];
+    uint32_t crossing = doing == LINK_WRITING || doing == LINK_READING || doing == LINK_CALLING;
     describe_late(sentence, board, end, other, seconds);
     if (doing == LINK_WRITING || doing == LINK_READING || doing == LINK_MAPPING) {
         condemn(board, end, other, LINK_LATE, sentence);
+        board->result[end][other].crossing = crossing;
     } else {
         condemn(board, a, b, LINK_LATE, sentence);
         condemn(board, b, a, LINK_LATE, sentence);
+        board->result[a][b].crossing = board->result[b][a].crossing = crossing;
     }
 }
 

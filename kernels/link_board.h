@@ -42,8 +42,9 @@ enum link_fault {
 enum link_means { LINK_BY_KERNEL, LINK_BY_COPY, LINK_MEANS };
 
 struct link_result {
-    uint32_t fault;          // enum link_fault
-    uint32_t claimed;        // the driver says that a reaches b
+    uint32_t fault;    // enum link_fault
+    uint32_t claimed;  // the driver says that a reaches b
+    uint32_t crossing; // LINK_LATE: bytes were on their way then; 0: an end was at something else, or had no time left
     double gb_s[LINK_MEANS]; // 1e9 bytes a second that a writes to b: by a kernel, by a copy engine; 0: not measured
     double us;               // from a's write of a word to b's sight of it, both by running kernels; 0: not measured
     char sentence[LINK_SENTENCE_BYTES]; // what is wrong; LINK_GOOD: ""

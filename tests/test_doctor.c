@@ -185,15 +185,17 @@ static void test_links_between_devices(void **state)
     struct link_board *board = calloc(1, sizeof *board);
     static const struct {
         enum link_fault fault;
-        uint32_t claimed;
+        uint32_t claimed, crossing;
         bool hinders;
         const char *words, *absent;
     } cases[] = {
-        {LINK_LOST, 1, true, "it is lost, though the driver claims P2P: ranks go through", "other links"},
-        {LINK_LATE, 1, true, "NCCL_P2P_DISABLE=1", "other links"},
-        {LINK_FAILED, 0, true, "it is lost: ranks go through the host's memory instead", "claims"},
-        {LINK_REFUSED, 0, false, "it is lost: ranks go through the host's memory, which needs no P2P", "claims"},
-        {LINK_GOOD, 1, false, NULL, "it is lost"},
+        {LINK_LOST, 1, 0, true, "it is lost, though the driver claims P2P: ranks go through", "other links"},
+        {LINK_LATE, 1, 1, true, "NCCL_P2P_DISABLE=1", "other links"},
+        {LINK_LATE, 1, 0, true, "it is lost: ranks go through the host's memory instead", "claims"},
+        {LINK_FAILED, 1, 0, true, "it is lost: ranks go through the host's memory instead", "claims"},
+        {LINK_FAILED, 0, 0, true, "it is lost: ranks go through the host's memory instead", "claims"},
+        {LINK_REFUSED, 0, 0, false, "it is lost: ranks go through the host's memory, which needs no P2P", "claims"},
+        {LINK_GOOD, 1, 0, false, NULL, "it is lost"},
     };
     assert_true(nvml && report && board);
     report->system = system;
@@ -210,6 +212,7 @@ static void test_links_between_devices(void **state)
                 board->result[a][b].fault = LINK_GOOD;
         board->result[1][2].fault = (uint32_t)cases[i].fault;
         board->result[1][2].claimed = cases[i].claimed;
+        board->result[1][2].crossing = cases[i].crossing;
         snprintf(board->result[1][2].sentence, sizeof board->result[1][2].sentence, "it is lost");
         doctor_advice(report);
         if (cases[i].words && !found(report, cases[i].words, cases[i].hinders))
@@ -217,6 +220,8 @@ static void test_links_between_devices(void **state)
         for (int f = 0; f < report->num_findings; f++)
             assert_null(strstr(report->findings[f].text, cases[i].absent));
     }
+    board->result[0][1].fault = LINK_FAILED; // found before the others, and no lie
+    board->result[0][1].claimed = board->result[2][0].claimed = 1;
     board->result[1][2].fault = board->result[2][0].fault = LINK_STALE;
     doctor_advice(report);
     assert_true(found(report, "(and other links are no better)", true));

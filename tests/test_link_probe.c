@@ -311,6 +311,9 @@ static void test_hangs(void **state)
         struct link_probe *p = probed(&options);
         expect_fault(p, 1, 2, LINK_LATE, cases[i].sentence + (PATIENCE > 1 && i == 0));
         expect_fault(p, 2, 1, cases[i].both ? LINK_LATE : LINK_GOOD, "");
+        bool crossing =
+            cases[i].doing == LINK_WRITING || cases[i].doing == LINK_READING || cases[i].doing == LINK_CALLING;
+        assert_int_equal(link_probe_board(p)->result[1][2].crossing, crossing);
         expect_fault(p, 0, 1, LINK_GOOD, "");
         expect_fault(p, 2, 0, LINK_GOOD, "");
         assert_int_equal(tries(0, 1), 1); // what was known stays known

@@ -308,10 +308,12 @@ static void judge_call(struct prober *p, int other, const struct link_call_resul
                 "a kernel that runs on device %d sees device %d's word before what was written ahead of it (%u words "
                 "in %u rounds of %u)",
                 device, other_device, mine->wrong, mine->rounds, words);
-    else if (mine->missed && posted > mine->rounds)
+    else if (mine->missed && posted > mine->rounds) {
         condemn(p, other, p->me, LINK_LATE,
                 "a kernel that runs on device %d does not see within %.1f s what device %d writes into its memory",
                 device, 1e-9 * (double)p->board->call_timeout_ns, other_device);
+        result_of(p, other, p->me)->crossing = 1;
+    }
 }
 
 static int call_other(struct prober *p, int other, uint32_t words, uint32_t rounds, struct error *err)
