@@ -215,6 +215,14 @@ void rank_ends(struct rank_env *env, const struct error *why)
         return;
 }
 
+void rank_failed(struct rank_env *env, int code, struct error *err)
+{
+    if (!err->msg[0])
+        error_set(err, code, "rank %d failed with code %d", env->rank, code);
+    err->code = code;
+    comm_region_abort(env->launch->region, env->rank, err);
+}
+
 static void close_links(int *links, int count)
 {
     for (int rank = 0; rank < count; rank++) {
@@ -255,12 +263,8 @@ static int run_rank(struct rank_handle *handle)
         comm_at(env->comm, OP_START, -1);
         code = launch->rank_main(env, launch->arg, &err);
     }
-    if (code) {
-        if (!err.msg[0])
-            error_set(&err, code, "rank %d failed with code %d", env->rank, code);
-        err.code = code;
-        comm_region_abort(launch->region, env->rank, &err);
-    }
+    if (code)
+        rank_failed(env, code, &err);
     comm_close(env->comm);
     env->comm = NULL;
     // After an error the process ends without an end of MPI, which its launcher takes for what it is.

@@ -67,6 +67,9 @@ int64_t launch_pid(const struct launch *launch, int rank);
 // The rank whose failure has ended all of them; -1: none has failed.
 int launch_lost_rank(const struct launch *launch);
 
+// Rank side: this rank has failed with err, and all others end. Whoever is first tells. At the latest when its main function returns an error.
+void rank_failed(struct rank_env *env, int code, struct error *err);
+
 // Rank side, from a signal handler too: why this rank is about to end its process. The parent says so; where ranks are threads, there is no parent,
 // and it is written to standard error here.
 void rank_ends(struct rank_env *env, const struct error *why);

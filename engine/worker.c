@@ -662,6 +662,8 @@ int worker_main(struct rank_env *env, void *arg, struct error *err)
         if ((rc = run_command(w, command, err)) == 0)
             rank_command_done(env);
     }
+    if (rc)
+        rank_failed(env, rc, err); // first: to close may wait for the others' devices
     worker_close(w);
     free(w);
     return rc;
