@@ -267,6 +267,25 @@ static void test_abort(void **state)
     });
 }
 
+// A step fails while it is recorded, with chunks that have taken their streams into the recording.
+static void test_failed_recording(void **state)
+{
+    run_ranks(*state, 2, TIMEOUT_MS, false, [](struct end *e) {
+        struct error err;
+        struct device *d = &e->device;
+        struct exchange_choice choice = {ALGORITHM_CHUNKS, WIRE_BF16, 2 * 4 * 256};
+        e->desc.hidden_size = 256;
+        d->count = 12;
+        d->recording = true;
+        if (cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal) != cudaSuccess ||
+            exchange_all_reduce(d, BUFFER_PARTIAL, &choice, false, OP_MLP, 3, &err))
+            note(e, "recording: %s", err.msg);
+        exchange_close(d);
+        if (d->recording || cudaStreamQuery(d->stream) != cudaSuccess)
+            note(e, "the recording goes on");
+    });
+}
+
 int main(void)
 {
     // On a device: its code is there before a kernel waits, and each stream has a queue of its own.
@@ -294,6 +313,7 @@ int main(void)
         {"a missing rank over p2p", test_missing_rank, NULL, NULL, &p2p},
         {"an abort over host", test_abort, NULL, NULL, &host},
         {"an abort over p2p on one device", test_abort, NULL, NULL, &shared},
+        {"a failed recording", test_failed_recording, NULL, NULL, &host},
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

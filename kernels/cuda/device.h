@@ -156,7 +156,8 @@ int device_load_read(struct device *d, uint64_t offset, void *to, uint64_t bytes
 void device_load_end(struct device *d);
 int device_prepare(struct device *d, const struct device_shape *shape, const struct weights *weights,
                    struct error *err);
-void device_settle(struct device *d); // before anything is freed: nothing runs any more
+void device_end_recording(struct device *d); // of a step that failed on the way; else it does nothing
+void device_settle(struct device *d);        // before anything is freed: nothing runs any more
 void device_free_memory(struct device *d);
 struct step_block device_step_block(const struct device *d, uint8_t *memory, int64_t count);
 

@@ -394,6 +394,7 @@ bool exchange_close(struct device *d)
     if (!x)
         return true;
     exchange_side_end(d, &ignored); // of a step that failed
+    device_end_recording(d);        // likewise, before the streams that belong to it go
     nccl_close(x->nccl);            // which waits itself
     if (!come_to_end(d, x)) {
         free(x->p2p); // the others keep their inboxes, as this rank has not left

@@ -306,14 +306,21 @@ static void free_pinned(void *pointer)
         cudaFreeHost(pointer);
 }
 
+void device_end_recording(struct device *d)
+{
+    cudaGraph_t graph = NULL;
+    if (!d->recording)
+        return;
+    cudaStreamEndCapture(d->stream, &graph);
+    if (graph)
+        cudaGraphDestroy(graph);
+    cudaGetLastError(); // it may say that streams were not brought together
+    d->recording = false;
+}
+
 void device_settle(struct device *d)
 {
-    if (d->recording) { // a step failed on the way
-        cudaGraph_t graph = NULL;
-        cudaStreamEndCapture(d->stream, &graph);
-        if (graph)
-            cudaGraphDestroy(graph);
-    }
+    device_end_recording(d);
     if (d->stream)
         cudaStreamSynchronize(d->stream);
 }

@@ -404,6 +404,8 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream)
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream)
 {
+    if (stream->captured_by)
+        emulator::fail("cudaStreamDestroy: the stream belongs to a capture that has not ended");
     cudaError_t error = stream->endless ? cudaSuccess : cudaStreamSynchronize(stream);
     for (size_t i = 0; i < streams.size(); i++)
         if (streams[i] == stream)
