@@ -22,6 +22,7 @@ struct report {
     int rc;                 // of the last call
     bool told;              // the device wrote down whom it waited for
     struct exchange_failure failure;
+    size_t kept; // of the device's memory, where it could not open
     char text[256];
 };
 
@@ -34,7 +35,9 @@ struct team {
 
 typedef void rank_fn(struct end *e, struct report *report, int argument);
 
-static void start(struct team *t, const struct way *way, int tp_size, int timeout_ms, rank_fn *fn, int argument)
+// rank unpinned can pin nothing.
+static void start(struct team *t, const struct way *way, int tp_size, int timeout_ms, rank_fn *fn, int argument,
+                  int unpinned = -1)
 {
     size_t bytes = TEST_RANKS * sizeof *t->reports;
     open_group(&t->group, way, tp_size, timeout_ms, false);
@@ -47,11 +50,19 @@ static void start(struct team *t, const struct way *way, int tp_size, int timeou
         if (t->pids[r] > 0)
             continue;
         static struct end e;
+        size_t before, after, total;
         begin_end(&e, &t->group, r);
-        if (open_end(&e))
+        if (r == unpinned)
+            setenv("EMULATED_LOCKED", "1", 1);
+        cudaSetDevice(r % devices_of(&t->group));
+        cudaMemGetInfo(&before, &total);
+        if (open_end(&e)) {
             fn(&e, &t->reports[r], argument);
-        else
+        } else {
+            cudaMemGetInfo(&after, &total);
             t->reports[r].rc = ERR_GPU;
+            t->reports[r].kept = before - after;
+        }
         snprintf(t->reports[r].text, sizeof t->reports[r].text, "%s", e.wrong.c_str());
         close_end(&e);
         _exit(0);
@@ -300,6 +311,20 @@ static void test_end(void **state)
     finish_team(&t);
 }
 
+// Rank 1 can pin nothing, before it has an inbox: the others give theirs back.
+static void test_no_opening(void **state)
+{
+    (void)state;
+    struct team t;
+    start(&t, &apart, 3, LONG_MS, run_on, 0, 1);
+    expect_ends(&t, -1, "no opening");
+    for (int r = 0; r < 3; r++)
+        if (t.reports[r].rc != ERR_GPU || !strstr(t.reports[r].text, "pinning") ||
+            t.reports[r].kept >= exchange_p2p_bytes(3))
+            fail_msg("rank %d: %d, %zu bytes kept: %s", r, t.reports[r].rc, t.reports[r].kept, t.reports[r].text);
+    finish_team(&t);
+}
+
 int main(void)
 {
     if (!emulator_present()) {
@@ -309,7 +334,8 @@ int main(void)
     setenv("EMULATED_DEVICES", "8", 1);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_sums),     cmocka_unit_test(test_kills),     cmocka_unit_test(test_faults),
-        cmocka_unit_test(test_all_hang), cmocka_unit_test(test_no_access), cmocka_unit_test(test_end),
+        cmocka_unit_test(test_all_hang), cmocka_unit_test(test_no_access), cmocka_unit_test(test_no_opening),
+        cmocka_unit_test(test_end),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -403,7 +403,8 @@ bool exchange_close(struct device *d)
         return false;
     }
     exchange_close_sides(x);
-    exchange_p2p_close(x);
+    if (x->options.transport == TRANSPORT_P2P)
+        exchange_p2p_close(x);
     for (int i = 0; i < EXCHANGE_EVENTS; i++)
         for (int k = 0; k < EXCHANGE_DEPTH; k++)
             if (x->event[i][k])

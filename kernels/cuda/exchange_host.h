@@ -84,7 +84,7 @@ int exchange_p2p_join(struct device *d, struct exchange *x, const struct exchang
 // Queues the copies of a chunk's parts, [tp_size][share], or of this rank's sums, to all others.
 cudaError_t exchange_p2p_send_parts(const struct exchange *x, const uint8_t *stage, uint64_t share, uint64_t chunk);
 cudaError_t exchange_p2p_send_sums(const struct exchange *x, const uint8_t *stage, uint64_t share, uint64_t chunk);
-// This rank's streams have come to their ends.
+// This rank's streams have come to their ends. Also of a rank that failed on the way there.
 void exchange_p2p_close(struct exchange *x);
 
 // ---- exchange_sides.c: exchanges beside the device's other operations

@@ -203,18 +203,25 @@ cudaError_t exchange_p2p_send_sums(const struct exchange *x, const uint8_t *stag
 
 // ---- the end -------------------------------------------------------------------------------------------------------
 
-// This rank writes no more; whether none does.
+static uint32_t *left_word(const struct exchange *x)
+{
+    uint32_t *words = x->options.region;
+    return words + LEFT_OFFSET / sizeof *words;
+}
+
+// This rank writes no more; so many say so.
+static uint32_t leave(const struct exchange *x) { return __atomic_add_fetch(left_word(x), 1, __ATOMIC_ACQ_REL); }
+
 static bool all_have_left(const struct exchange *x)
 {
-    uint32_t *words = x->options.region, *left = words + LEFT_OFFSET / sizeof *words;
+    uint32_t *words = x->options.region, count = leave(x);
     int64_t begin_ns = clock_now_ns();
-    uint32_t count = __atomic_add_fetch(left, 1, __ATOMIC_ACQ_REL);
     while (count < (uint32_t)x->ranks.tp_size) {
         bool has_failed = __atomic_load_n(words, __ATOMIC_ACQUIRE) || x->options.aborted(x->options.arg);
         if (clock_now_ns() - begin_ns > (has_failed ? FAILED_MS : LEAVE_MS) * (int64_t)1000000)
             return false;
         usleep(PAUSE_US);
-        count = __atomic_load_n(left, __ATOMIC_ACQUIRE);
+        count = __atomic_load_n(left_word(x), __ATOMIC_ACQUIRE);
     }
     return true;
 }
@@ -222,8 +229,10 @@ static bool all_have_left(const struct exchange *x)
 void exchange_p2p_close(struct exchange *x)
 {
     struct exchange_p2p *p2p = x->p2p;
-    if (!p2p)
+    if (!p2p) { // it failed before it had an inbox: the others wait for it nevertheless
+        leave(x);
         return;
+    }
     for (int r = 0; r < x->ranks.tp_size; r++)
         if (p2p->opened[r])
             cudaIpcCloseMemHandle(p2p->peer[r]);
