@@ -84,7 +84,10 @@ static void count(struct probe *probe, void *arg)
     if (backend->devices(&out->count, &probe->err))
         return;
     snprintf(probe->at, sizeof probe->at, "libnccl.so.2");
-    out->has_nccl = dlopen("libnccl.so.2", RTLD_LAZY | RTLD_LOCAL) != NULL;
+    void *nccl = dlopen("libnccl.so.2", RTLD_LAZY | RTLD_LOCAL);
+    out->has_nccl = nccl != NULL;
+    if (nccl)
+        dlclose(nccl);
     probe->at[0] = 0;
 }
 

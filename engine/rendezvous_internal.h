@@ -47,6 +47,8 @@ struct meeting {
     struct meet_hello joined;            // other ranks: what they said to rank 0
     char sent_away[MEET_SENTENCE_BYTES]; // the last one; "": nobody
     unsigned lookups;                    // of rank 0's name
+    struct error ended; // rank 0: why a rank that does not fit has ended the meeting; code 0: it has not
+    int told;           // so many that have not joined
 };
 
 // Until a descriptor is ready: > 0; 0: the time is over.

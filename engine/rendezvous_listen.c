@@ -12,7 +12,7 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { BACKLOG = 128, ANSWER_MS = 1000, MEMBER = 1000 };
+enum { BACKLOG = 128, ANSWER_MS = 1000, LATECOMERS_MS = 2000, MEMBER = 1000 };
 
 // ---- where to listen -------------------------------------------------------------------------------------------
 
@@ -243,8 +243,15 @@ static int take_join(struct meeting *m, struct caller *caller, struct error *err
         answer(m, caller->fd, caller->hello.nonce, &why);
         return 0;
     }
+    if (m->ended.code) {
+        answer(m, caller->fd, caller->hello.nonce, &m->ended);
+        m->told++;
+        return 0;
+    }
     if (judge(m, caller, &why)) {
         answer(m, caller->fd, caller->hello.nonce, &why);
+        m->ended = why;
+        m->told = 1;
         return end_meeting(m, &why, err);
     }
     uint32_t rank = caller->hello.rank;
@@ -378,7 +385,7 @@ static int serve(struct meeting *m, bool joining, struct error *err)
             struct error lost;
             error_set(&lost, ERR_RANK, "rank %d has ended while the ranks met", whose[i] - MEMBER);
             meet_close(&m->out->control[whose[i] - MEMBER]);
-            rc = end_meeting(m, &lost, err);
+            rc = m->ended.code ? 0 : end_meeting(m, &lost, err);
         }
     }
     return rc;
@@ -418,11 +425,25 @@ static bool all_there(const struct meeting *m, const int *fds, int first)
     return true;
 }
 
+// Ranks that are just coming would look for rank 0 until their deadline.
+static void tell_latecomers(struct meeting *m)
+{
+    int64_t until_ns = clock_now_ns() + LATECOMERS_MS * 1000000ll;
+    struct error ignored;
+    m->until_ns = until_ns < m->until_ns ? until_ns : m->until_ns;
+    for (int rank = 1; rank < m->world; rank++)
+        m->told += m->out->control[rank] >= 0;
+    while (m->told < m->world - 1 && clock_now_ns() < m->until_ns)
+        serve(m, true, &ignored);
+}
+
 int meet_take_joins(struct meeting *m, const void *blob, size_t bytes, struct error *err)
 {
     int rc = 0;
     while (!rc && !all_there(m, m->out->control, 1))
         rc = clock_now_ns() < m->until_ns ? serve(m, true, err) : report_missing(m, m->out->control, 1, "come", err);
+    if (rc && m->ended.code)
+        tell_latecomers(m);
     return rc ? rc : answer_all(m, blob, bytes, err);
 }
 

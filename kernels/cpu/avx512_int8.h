@@ -125,9 +125,13 @@ static void int8_few(float *y, int64_t y_stride, const struct matrix *w, const s
                                        act->stride};
                 const int64_t scale_stride = act->stride / ACT_GROUP;
                 float sum[LANES];
-                (count == 4   ? int8_rows_4
-                 : count == 2 ? int8_rows_2
-                              : int8_rows_1)(sum, &job, act->q_scale + t * scale_stride, scale_stride, cols);
+                const float *q_scale = act->q_scale + t * scale_stride;
+                if (count == 4)
+                    int8_rows_4(sum, &job, q_scale, scale_stride, cols);
+                else if (count == 2)
+                    int8_rows_2(sum, &job, q_scale, scale_stride, cols);
+                else
+                    int8_rows_1(sum, &job, q_scale, scale_stride, cols);
                 for (int64_t r = 0; r < rows && row + r * gap < row_end; r++)
                     for (int64_t i = 0; i < count; i++)
                         y[(t + i) * y_stride + row + r * gap] = sum[i * rows + r] * scales[row + r * gap];
