@@ -149,7 +149,7 @@ static bool gone(struct link_probe *p, int end)
     return p->pids[end] == 0;
 }
 
-// At most so many seconds; kills those that are left. One that does not even die is given up.
+// At most so many seconds; kills those that are left. One that does not even die is given up, and stays in p->pids.
 static void end_ends(struct link_probe *p, double seconds)
 {
     for (int kills = 0; kills < 2; kills++) {
@@ -388,6 +388,22 @@ static void condemn_rest(struct link_probe *p)
         condemn_end(p->board, end, LINK_LATE, sentence);
 }
 
+// Of an end that was killed and lives on; what it holds of its device is not to be had, and nobody knows what it still does there.
+static bool some_hangs(struct link_probe *p)
+{
+    char sentence[LINK_SENTENCE_BYTES];
+    bool any = false;
+    for (int end = 0; end < p->board->num_ends; end++)
+        if (p->pids[end]) {
+            snprintf(sentence, sizeof sentence, "process %lld, which tried the links of device %d, hangs in the driver",
+                     (long long)p->pids[end], p->board->end[end].device);
+            any = true;
+        }
+    for (int end = 0; any && end < p->board->num_ends; end++)
+        condemn_end(p->board, end, LINK_LATE, sentence);
+    return any;
+}
+
 static void run(struct link_probe *p, pid_t parent)
 {
     int a, b;
@@ -400,7 +416,7 @@ static void run(struct link_probe *p, pid_t parent)
         setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID", 1);
     do
         run_ends(p);
-    while (next_pair(p, &a, &b) && left_s(p) > 0);
+    while (!some_hangs(p) && next_pair(p, &a, &b) && left_s(p) > 0);
     condemn_rest(p);
     p->board->seconds = link_probe_age_s(p);
     atomic_store(&p->board->done, 1);

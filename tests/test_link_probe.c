@@ -13,6 +13,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/ptrace.h>
 #include <sys/types.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -21,7 +23,7 @@
 
 // ---- the stand-in: what each end does, by the direction or the order ---------------------------------------------------
 
-enum act { ACT_WELL, ACT_REFUSED, ACT_LOST, ACT_HANGS, ACT_DIES, ACT_FAILS, ACT_RETURNS };
+enum act { ACT_WELL, ACT_REFUSED, ACT_LOST, ACT_HANGS, ACT_DIES, ACT_FAILS, ACT_RETURNS, ACT_STAYS };
 
 static struct {
     enum act look[4], open[4]; // by end
@@ -35,8 +37,24 @@ static struct {
 static struct tally {
     _Atomic uint32_t opened[4], pairs[4][4];
     _Atomic int pid[4];
+    _Atomic int tracer;           // -1: it may not trace
     _Atomic uint32_t overwritten; // orders, before an end had read them
 } * tally;
+
+// From now on this process cannot be seen to die: who traces it would have to look first, and does not.
+static void be_traced(void)
+{
+    pid_t me = getpid();
+    prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY);
+    if (fork() == 0) {
+        atomic_store(&tally->tracer, ptrace(PTRACE_SEIZE, me, NULL, NULL) == 0 ? getpid() : -1);
+        for (int s = 0; s < 300 && atomic_load(&tally->tracer) > 0; s++)
+            sleep(1);
+        _exit(0);
+    }
+    while (atomic_load(&tally->tracer) == 0)
+        usleep(100);
+}
 
 static int perform(struct link_board *board, int end, int other, enum act act, struct error *err)
 {
@@ -51,6 +69,9 @@ static int perform(struct link_board *board, int end, int other, enum act act, s
             result->fault = act == ACT_LOST ? LINK_LOST : LINK_REFUSED;
         }
         break;
+    case ACT_STAYS:
+        be_traced();
+        // fall through
     case ACT_HANGS:
         signal(SIGTERM, SIG_IGN);
         for (;;)
@@ -83,7 +104,9 @@ static int try_pair(struct link_board *board, int end, int other, struct error *
     atomic_store(&me->bytes, 4096);
     atomic_store(&me->means, LINK_BY_COPY);
     if (board->result[end][other].fault == LINK_UNTRIED) { // else it is known by now
-        atomic_store(&me->doing, script.pair[end][other] == ACT_HANGS ? script.doing : LINK_MEETING);
+        atomic_store(&me->doing, script.pair[end][other] == ACT_HANGS || script.pair[end][other] == ACT_STAYS
+                                     ? script.doing
+                                     : LINK_MEETING);
         int rc = perform(board, end, other, script.pair[end][other], err);
         if (rc)
             return rc;
@@ -394,6 +417,28 @@ static void test_refused(void **state)
     }
 }
 
+// A process that hangs in a driver does not end when it is killed: no other is sent after it.
+static void test_unkillable(void **state)
+{
+    (void)state;
+    begin_script();
+    script.pair[0][1] = ACT_STAYS;
+    struct link_probe_options options = options_for(3, 3, true);
+    struct link_probe *p = probed(&options);
+    int tracer = atomic_load(&tally->tracer);
+    if (tracer > 0)
+        kill(tracer, SIGKILL);
+    if (tracer > 0) {
+        expect_fault(p, 0, 1, LINK_LATE, "did not end within");
+        expect_fault(p, 1, 2, LINK_LATE, "which tried the links of device 0, hangs in the driver");
+        expect_fault(p, 2, 0, LINK_LATE, "hangs in the driver");
+        assert_int_equal(tries(0, 2) + tries(1, 2), 0);
+    }
+    link_probe_end(p);
+    if (tracer <= 0)
+        skip();
+}
+
 static void test_time_is_up(void **state)
 {
     (void)state;
@@ -491,6 +536,7 @@ int main(void)
         cmocka_unit_test(test_ends_that_go),
         cmocka_unit_test(test_late_starts),
         cmocka_unit_test(test_refused),
+        cmocka_unit_test(test_unkillable),
         cmocka_unit_test(test_time_is_up),
         cmocka_unit_test(test_ended_in_the_middle),
         cmocka_unit_test(test_watcher_lost),
