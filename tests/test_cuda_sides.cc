@@ -211,6 +211,29 @@ static void test_left_open(void **state)
     });
 }
 
+// A sum that no side holds comes behind a side that nobody has waited for.
+static void test_behind(void **state)
+{
+    run_ranks(*state, 2, TIMEOUT_MS, false, [](struct end *e) {
+        struct error err;
+        struct device *d = &e->device;
+        struct exchange_choice choice = {ALGORITHM_TWO_SHOT, WIRE_BF16, 64 * COLS};
+        std::vector<struct piece> pieces(1);
+        begin_step(e);
+        pieces[0] = {e, 0, FIRST, 0, {}};
+        emulator_enqueue(d->stream, compute, &pieces[0]);
+        int rc = send_half(e, 0, &choice, &err);
+        rc = rc ? rc : step_window(d, FIRST, SECOND, &err);
+        rc = rc ? rc : exchange_all_reduce(d, BUFFER_PARTIAL, &choice, false, OP_MLP, 1, &err);
+        if (rc || device_wait(d, "the second half", &err))
+            note(e, "%s", err.msg);
+        struct piece seen = {e, 0, FIRST, 1, {}};
+        const float *rows = d->all_buffer[BUFFER_PARTIAL];
+        seen.before.assign(rows, rows + FIRST * COLS);
+        check_half(e, &seen, &choice, NULL);
+    });
+}
+
 int main(void)
 {
     setenv("CUDA_MODULE_LOADING", "EAGER", 1);
@@ -224,6 +247,7 @@ int main(void)
         {"a missing rank over host", test_missing_rank, NULL, NULL, &host},
         {"a missing rank over p2p", test_missing_rank, NULL, NULL, &p2p},
         {"a side left open", test_left_open, NULL, NULL, &host},
+        {"behind a side", test_behind, NULL, NULL, &p2p},
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -643,6 +643,8 @@ int exchange_all_reduce(struct device *d, enum buffer buffer, const struct excha
     int rc = exchange_flush(d, err);
     if (rc || m.rows == 0 || m.cols == 0)
         return rc;
+    if ((rc = exchange_wait_for_sides(d, err)))
+        return rc;
     m.wire = choice->wire;
     m.lost = feedback ? x->lost + d->window_first * m.cols : NULL;
     if (x->nccl)

@@ -49,6 +49,7 @@ struct exchange {
     cudaStream_t side, main; // main: the device's, while it does; else NULL
     cudaEvent_t handed, sided[DEVICE_SIDES];
     int open_side;
+    bool under_way[DEVICE_SIDES]; // ended, and not waited for
 
     // Chunks.
     cudaStream_t out, in;
@@ -91,6 +92,8 @@ void exchange_p2p_close(struct exchange *x);
 int exchange_side_begin(struct device *d, int side, struct error *err);
 int exchange_side_end(struct device *d, struct error *err);
 int exchange_side_wait(struct device *d, int side, struct error *err);
+// For all sides that have ended, before an exchange that none holds.
+int exchange_wait_for_sides(struct device *d, struct error *err);
 int exchange_open_sides(struct device *d, struct exchange *x, struct error *err);
 void exchange_close_sides(struct exchange *x); // nothing runs any more
 // One that goes before the device's own.

@@ -2,7 +2,7 @@
 //
 // A side is a stretch of one stream that all sides share; while one is open, that stream stands in for the device's. So exchanges follow each other
 // on it in one order, the same on every rank, as their tokens want it; and an exchange that no side holds comes behind them, since its stream waits
-// for every side first. A side begins behind what the device's stream had been given, and that stream waits for a side by an event: both
+// for every side first (exchange_wait_for_sides). A side begins behind what the device's stream had been given, and that stream waits for a side by an event: both
 // directions are order among streams alone, and the host waits for nothing.
 //
 // The side's stream and those of chunks (exchange.c) are of the highest priority: an exchange's few blocks must not stand behind the thousands of a
@@ -68,6 +68,7 @@ int exchange_side_end(struct device *d, struct error *err)
     int rc;
     if (!x || !x->main)
         return 0;
+    x->under_way[x->open_side] = true;
     if ((rc = exchange_flush(d, err)) == 0)
         rc = CHECK(cudaEventRecord(x->sided[x->open_side], d->stream), "ending an exchange beside");
     stand_in(d, x->main);
@@ -80,5 +81,14 @@ int exchange_side_wait(struct device *d, int side, struct error *err)
     struct exchange *x = d->exchange;
     if (!x || x->main || side < 0 || side >= DEVICE_SIDES)
         return error_set(err, ERR_OTHER, "device %d: side %d of exchanges cannot be waited for here", d->index, side);
+    x->under_way[side] = false;
     return CHECK(cudaStreamWaitEvent(d->stream, x->sided[side], 0), "waiting for an exchange beside");
+}
+
+int exchange_wait_for_sides(struct device *d, struct error *err)
+{
+    int rc = 0;
+    for (int i = 0; i < DEVICE_SIDES && !d->exchange->main && !rc; i++)
+        rc = d->exchange->under_way[i] ? exchange_side_wait(d, i, err) : 0;
+    return rc;
 }
