@@ -203,7 +203,7 @@ struct backend {
     int (*devices)(int *count, struct error *err);
     int (*link_probe)(struct link_board *board, int end, struct error *err);
 
-    // Before several ranks are started as threads of this process, which may share a device; called by who starts them. NULL: nothing to be done.
+    // Before the first rank is started as a thread of this process; several may share a device; called by who starts them. NULL: nothing to be done.
     void (*before_threads)(void);
     int (*open)(struct device **out, const struct device_options *options, struct error *err);
     void (*close)(struct device *device); // accepts NULL
