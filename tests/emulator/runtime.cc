@@ -546,7 +546,6 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMo
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph)
 {
     bool joined = true;
-    PLANNED();
     if (stream->captured_by != stream)
         return give(cudaErrorInvalidValue);
     for (CUstream_st *s : streams)
@@ -559,12 +558,13 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph)
         }
     stream->behind.clear();
     *graph = nullptr;
-    if (!joined) {
-        stream->captured.clear();
+    std::vector<decltype(stream->captured)::value_type> nodes; // also after an error the capture has ended
+    nodes.swap(stream->captured);
+    PLANNED();
+    if (!joined)
         return give(cudaErrorStreamCaptureUnjoined);
-    }
     *graph = new CUgraph_st;
-    (*graph)->nodes.swap(stream->captured);
+    (*graph)->nodes.swap(nodes);
     return cudaSuccess;
 }
 
