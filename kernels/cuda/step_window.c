@@ -17,7 +17,8 @@ int step_window(struct device *d, int64_t first, int64_t count, struct error *er
     d->window_first = first;
     d->count = count;
     for (int i = 0; i < BUFFER_COUNT; i++)
-        d->buffer[i] = d->all_buffer[i] + first * buffer_width(s->desc, s->share, (enum buffer)i);
+        if (d->all_buffer[i])
+            d->buffer[i] = d->all_buffer[i] + first * buffer_width(s->desc, s->share, (enum buffer)i);
     d->normed = d->buffer[BUFFER_NORMED];
     d->block = d->all_block;
     d->block.token += first;
