@@ -327,7 +327,7 @@ demo: $(PROGRAMS) $(if $(wildcard /dev/nvidia[0-9]*),$(CUDA_BACKEND)) ## shard t
 PROMPT = And the LORD said unto Moses,
 
 test: tests ## run every test that this machine can run (ONLY='test_json*' selects)
-	@BUILD="$(BUILD)" tests/run_tests $(if $(ONLY),--only '$(ONLY)') $(TEST_PROGRAMS) $(EMULATED_TESTS) \
+	@BUILD="$(BUILD)" tests/run_tests $(if $(ONLY),--only '$(ONLY)') $(filter-out $(LEAVE_OUT:%=$(BUILD)/tests/%),$(TEST_PROGRAMS) $(EMULATED_TESTS)) \
 	    $(FUZZ_PROGRAMS) $(TEST_SCRIPTS)
 
 # What ThreadSanitizer runs.
