@@ -1,5 +1,5 @@
 // How fast are the matmul kernels? For each kind of weights, shape, number of tokens and threads: bytes of weights per second,
-// their share of what the same threads could read just before and after (four streams each), and operations per second with their share of
+// their share of what the same threads could read just before and after (bench/bandwidth.h), and operations per second with their share of
 // what the table's multiply-add could do in registers (bench/peak.h) at the same time. Weights rotate over copies that no cache holds.
 //
 //   bench_kernels [table [kind [tokens [shape]]]]     e.g. "avx2 int4 1"; "all" or nothing: everything

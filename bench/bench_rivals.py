@@ -15,8 +15,8 @@ Three steps, all of them unless some are named:
 A rival that cannot be installed, converted for or run is named with the reason, and the others go on.
 
 Parts of a round: speed (prefill, decode after it, memory), batch (decode of several sequences), start (exec to first token, files in the page
-cache), busy (decode beside one process that never sleeps). Before each turn of the first two, the limits: read bandwidth of as many threads (four streams each) and
-the peak of byte products. A measurement beside which other processes used more than a quarter of a core is left out of the table where enough others
+cache), busy (decode beside one process that never sleeps). Before each turn of the first two, the limits: read bandwidth of as many threads (four streams each, or one where
+that is faster) and the peak of byte products. A measurement beside which other processes used more than a quarter of a core is left out of the table where enough others
 are there. Bits of a weight, scales included: int4 ours, llama.cpp's Q4_0 and OpenVINO's 4.5, ONNX Runtime's 5; the head has them too, or eight bits
 with int4-head8, where each has its own default group size.
 Rivals are spared their interpreter's start (not in `start`, which tells both) and, where they allow it, sampling.
@@ -242,7 +242,7 @@ def model_of(args, model, form, name):
 
 def limits(threads):
     def figure(words):
-        return {line.split("kind=")[-1].split()[0] if "kind=" in line else "read": float(line.split("_s=")[1]) for line in words.splitlines()}
+        return {line.split("kind=")[-1].split()[0] if "kind=" in line else "read": float(line.split("_s=")[-1]) for line in words.splitlines()}
     peaks = figure(child(BUILD / "bench" / "bench_peak", threads)[0])
     kind = next((kind for kind in ("amx", "vnni", "avx2") if kind in peaks), None)
     return {"read_gb_s": figure(child(BUILD / "bench" / "bench_bandwidth", threads)[0])["read"], "peaks_gop_s": peaks, "peak_kind": kind}
