@@ -394,6 +394,8 @@ void rendezvous_close(struct rendezvous *r)
 
 // ---- afterwards --------------------------------------------------------------------------------------------------
 
+enum { LEAST_HEARD_MS = 1000 }; // for the others to hear why it ends
+
 struct least {
     int64_t value;
     int32_t code, reserved; // 0: value counts; else an error's
@@ -460,6 +462,37 @@ static void hear_all(struct rendezvous *r, struct least *all, int64_t until_ns)
     }
 }
 
+// Rank 0 has told the others why it ends, and its connections will be closed. What they still say is read until they end, too: a connection that is
+// closed over unread input is reset, and what was sent and is still on its way is lost with it.
+static void let_them_hear(const struct rendezvous *r)
+{
+    int64_t until_ns = clock_now_ns() + LEAST_HEARD_MS * 1000000ll;
+    bool ended[COMM_MAX_RANKS] = {0};
+    for (int rank = 1; rank < r->world; rank++)
+        shutdown(r->control[rank], SHUT_WR);
+    for (;;) {
+        struct pollfd fds[COMM_MAX_RANKS];
+        int whose[COMM_MAX_RANKS], count = 0;
+        for (int rank = 1; rank < r->world; rank++)
+            if (!ended[rank]) {
+                fds[count] = (struct pollfd){.fd = r->control[rank], .events = POLLIN};
+                whose[count++] = rank;
+            }
+        int64_t left_ns = until_ns - clock_now_ns();
+        if (count == 0 || left_ns <= 0)
+            return;
+        if (poll(fds, (nfds_t)count, (int)(left_ns / 1000000) + 1) < 0 && errno != EINTR)
+            return;
+        for (int i = 0; i < count; i++) {
+            char ignored[512];
+            if (fds[i].revents == 0)
+                continue;
+            ssize_t n = recv(fds[i].fd, ignored, sizeof ignored, MSG_DONTWAIT);
+            ended[whose[i]] = n == 0 || (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR);
+        }
+    }
+}
+
 int rendezvous_least(struct rendezvous *r, int64_t *value, const struct error *why, int timeout_ms, struct error *err)
 {
     int64_t until_ns = clock_now_ns() + (int64_t)timeout_ms * 1000000;
@@ -473,6 +506,8 @@ int rendezvous_least(struct rendezvous *r, int64_t *value, const struct error *w
         hear_all(r, &all, until_ns);
         for (int rank = 1; rank < r->world; rank++)
             meet_write(r->control[rank], &all, sizeof all, until_ns);
+        if (all.code)
+            let_them_hear(r);
     } else {
         meet_write(r->control[0], &all, sizeof all, until_ns);
         if ((rc = meet_read(r->control[0], &all, sizeof all, until_ns)))

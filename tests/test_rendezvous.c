@@ -221,6 +221,39 @@ static void test_least_beside_silence(void **state)
     close_all(3);
 }
 
+// Rank 0 gives up at rank 1's error, with what rank 2 has said before still unread, and closes: rank 2 hears why, and a connection that ends in order.
+static void *run_and_close(void *arg)
+{
+    struct rank *r = arg;
+    char more;
+    run_least(r);
+    r->notes = 0;
+    if (r->place.rank == 2) {
+        struct pollfd end = {.fd = r->met.control[0], .events = POLLIN};
+        poll(&end, 1, LONG_MS);
+        r->notes = (int)recv(end.fd, &more, 1, MSG_DONTWAIT);
+    }
+    rendezvous_close(&r->met);
+    return NULL;
+}
+
+static void test_least_beside_unread(void **state)
+{
+    (void)state;
+    prepare(3, LONG_MS);
+    start(3);
+    join(3);
+    check_mesh(3);
+    ranks[0].silent_ms = 300; // both have said what they say
+    ranks[1].delay_ms = 1;
+    for (int i = 0; i < 3; i++)
+        assert_int_equal(pthread_create(&ranks[i].thread, NULL, run_and_close, &ranks[i]), 0);
+    join(3);
+    for (int i = 0; i < 3; i++)
+        says(&ranks[i], "rank 1: too little memory");
+    assert_int_equal(ranks[2].notes, 0); // its end; -1: reset
+}
+
 // `own` as a thread's run would, `other` in a process of another user. Returns what that one says.
 static struct error run_beside_other_user(struct rank *own, struct rank *other)
 {
@@ -515,6 +548,7 @@ int main(void)
         cmocka_unit_test(test_meet),
         cmocka_unit_test(test_no_token),
         cmocka_unit_test(test_least_beside_silence),
+        cmocka_unit_test(test_least_beside_unread),
         cmocka_unit_test(test_other_users),
         cmocka_unit_test(test_other_world),
         cmocka_unit_test(test_other_version),
