@@ -6,6 +6,33 @@
 
 static bool has_losses(const struct decoder *d) { return d->lost && wire_is_compressed(decoder_wire(d, d->phase)); }
 
+// Whoever adds up has them: the hosts, or the devices.
+static int take_losses(struct decoder *d, int from, struct error *err)
+{
+    size_t bytes = (size_t)(d->count * d->model->desc.hidden_size) * sizeof *d->lost;
+    uint16_t *lost = d->lost;
+    int rc;
+    if (!has_losses(d))
+        return 0;
+    if (!decoder_devices_exchange(d))
+        return comm_receive(d->world, lost, bytes, from, err);
+    if ((rc = d->backend->lend_lost(d->device, &lost, err)) || (rc = comm_receive(d->world, lost, bytes, from, err)))
+        return rc;
+    return d->backend->returned_lost(d->device, err);
+}
+
+static int pass_on_losses(struct decoder *d, int to, struct error *err)
+{
+    size_t bytes = (size_t)(d->count * d->model->desc.hidden_size) * sizeof *d->lost;
+    uint16_t *lost = d->lost;
+    int rc;
+    if (!has_losses(d))
+        return 0;
+    if (decoder_devices_exchange(d) && (rc = d->backend->lend_lost(d->device, &lost, err)))
+        return rc;
+    return comm_send(d->world, lost, bytes, to, err);
+}
+
 int decoder_stage_take(struct decoder *d, struct error *err)
 {
     int from = comm_rank(d->world) - comm_size(d->comm), rc;
@@ -15,10 +42,10 @@ int decoder_stage_take(struct decoder *d, struct error *err)
     comm_at(d->world, OP_HAND_OVER, -1);
     if ((rc = d->backend->lend(d->device, BUFFER_RESIDUAL, &rows, err)) ||
         (rc = comm_receive(d->world, rows, elems * sizeof *rows, from, err)) ||
-        (has_losses(d) && (rc = comm_receive(d->world, d->lost, elems * sizeof *d->lost, from, err))))
+        (rc = d->backend->returned(d->device, BUFFER_RESIDUAL, err)) || (rc = take_losses(d, from, err)))
         return rc;
     d->stage_wait_ns += clock_now_ns() - begin_ns;
-    return d->backend->returned(d->device, BUFFER_RESIDUAL, err);
+    return 0;
 }
 
 int decoder_stage_pass_on(struct decoder *d, struct error *err)
@@ -35,8 +62,8 @@ int decoder_stage_pass_on(struct decoder *d, struct error *err)
         return rc;
     int64_t begin_ns = clock_now_ns();
     if ((rc = comm_send(d->world, rows, elems * sizeof *rows, to, err)) ||
-        (has_losses(d) && (rc = comm_send(d->world, d->lost, elems * sizeof *d->lost, to, err))))
+        (rc = d->backend->returned(d->device, BUFFER_RESIDUAL, err)) || (rc = pass_on_losses(d, to, err)))
         return rc;
     d->stage_wait_ns += clock_now_ns() - begin_ns;
-    return d->backend->returned(d->device, BUFFER_RESIDUAL, err);
+    return 0;
 }

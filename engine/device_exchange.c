@@ -264,7 +264,7 @@ int device_exchange_open(struct device_exchange **out, enum transport *transport
         return rc;
     if (wish.transport != TRANSPORT_P2P) {
         snprintf(note, DEVICE_EXCHANGE_NOTE_BYTES, "sums of ranks through the CPU: %.200s", err->msg);
-        *transport = TRANSPORT_SHM;
+        *transport = comm_is_local(comm) ? TRANSPORT_SHM : TRANSPORT_TCP;
         return 0;
     }
     char why[DEVICE_EXCHANGE_NOTE_BYTES];

@@ -14,7 +14,7 @@
 struct exchange_wish {
     enum transport transport;
     bool
-        or_host; // where the ranks cannot have it: TRANSPORT_HOST instead of TRANSPORT_P2P, else the hosts add up, over TRANSPORT_SHM
+        or_host; // where the ranks cannot have it: TRANSPORT_HOST instead of TRANSPORT_P2P, else the hosts add up, over what comm is
     bool feedback; // the wire's losses are made up for
 };
 

@@ -449,8 +449,10 @@ int link_probe_begin(struct link_probe **out, const struct link_probe_options *o
     board->largest_bytes = options->largest_bytes ? options->largest_bytes : LINK_MOST_BYTES;
     board->watched_ns = (uint64_t)p->begin_ns;
     board->call_timeout_ns = (uint64_t)(options->step_s * 1e9);
-    for (int end = 0; end < options->num_ends; end++)
+    for (int end = 0; end < options->num_ends; end++) {
         p->device[end] = options->device ? options->device[end] : -1;
+        board->end[end].rank = options->rank ? options->rank[end] : end;
+    }
     pid_t parent = getpid();
     fflush(NULL); // or what is buffered would be written twice
     if ((p->pid = fork()) == 0)

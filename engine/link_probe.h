@@ -15,7 +15,8 @@ struct link_probe_options {
     const struct backend *backend; // with link_probe
     int num_ends;                  // at most LINK_ENDS
     int group;                     // ends a and b are a pair where a / group == b / group
-    const int *device;             // [num_ends]; NULL: each where the rank of its number computes
+    const int *device;             // [num_ends]; NULL: each where its rank computes
+    const int *rank;               // [num_ends], then; NULL: that of its own number
     bool as_the_bus_counts;        // devices are numbered so
     bool all;              // every pair is tried, whatever comes of the others; else the first that is not good ends it
     int rounds;            // of what is timed; 0: what is looked at is timed

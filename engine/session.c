@@ -127,7 +127,8 @@ static uint64_t rank_buffer_bytes(const struct session *s, int64_t rows)
 static uint64_t exchange_region_bytes(const struct session *s)
 {
     bool through_host = s->worker.transport == TRANSPORT_HOST || s->worker.transport == TRANSPORT_P2P;
-    return through_host ? s->manifest->pp_size * s->worker.backend->exchange_bytes((int)s->manifest->tp_size) : 0;
+    int ranks = (int)s->manifest->tp_size;
+    return through_host && ranks > 1 ? s->manifest->pp_size * s->worker.backend->exchange_bytes(ranks) : 0;
 }
 
 // The host's memory. Weights that are used where the file is mapped need not fit at once, but the engine is useless when they do not; all others are
@@ -206,17 +207,16 @@ static int choose_transport(struct session *s, const char *wanted, struct error 
     const char *elsewhere = "it is for ranks of several hosts; these are all on this one and share its memory (shm)";
     const char *for_gpus = backend == &backend_cpu ? "it is for GPUs, and these ranks compute on the CPU"
                                                    : "the backend's devices do not exchange among themselves";
-    bool spread = s->where.world_size > 1;
+    bool spread = s->where.world_size > 1, apart = spread && s->where.local_size > 0 && s->where.local_size < ranks;
     const char *no_host = !backend->exchange_open               ? for_gpus
-                          : spread                              ? "the ranks are processes that share no memory"
+                          : apart                               ? "the launcher has put the ranks on several hosts"
                           : backend->exchange_bytes(ranks) == 0 ? "there are too many ranks for it"
                           : ranks == 1 && automatic             ? "one rank has nobody to exchange with"
                                                                 : NULL;
     const char *no_nccl = !backend->exchange_open ? for_gpus : automatic ? "it is taken when it is asked for" : NULL;
     const char *no_p2p = no_host                ? no_host
-                         : ranks == 1           ? "one rank has nobody to exchange with"
                          : !backend->link_probe ? "the backend cannot try the links between its devices"
-                                                : NULL; // or by what the links are (session_links.c)
+                                                : NULL; // or by what the links are (rank_transport.h)
     const char *missing[TRANSPORT_COUNT] = {
         [TRANSPORT_SHM] =
             spread ? "the ranks are processes that share no memory, so they exchange over sockets (tcp)" : NULL,

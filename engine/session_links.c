@@ -1,4 +1,4 @@
-// What is known of the links between the devices, for ranks that start. See link_probe.h.
+// What is known of the links between the devices, for ranks that this process starts. See link_probe.h.
 //
 // The first verdict on the ranks' devices stays, for later starts and for a second model beside the first (tpengine eval --against). A probe is made of
 // processes that are forked, and where ranks are threads of this process its driver runs from their start on, which no forked process can use; and
@@ -63,7 +63,9 @@ static int take_links(struct session *s, struct error *err)
 int session_begin_links(struct session *s, struct error *err)
 {
     struct worker_options *w = &s->worker;
-    int rc = w->transport == TRANSPORT_P2P ? take_links(s, err) : 0;
+    bool here =
+        !session_is_spread(s) && s->manifest->tp_size > 1; // others try them among themselves (rank_transport.h)
+    int rc = w->transport == TRANSPORT_P2P && here ? take_links(s, err) : 0;
     if (rc && w->transport_is_auto) {
         snprintf(w->link_problem, sizeof w->link_problem, "%.*s", (int)sizeof w->link_problem - 1, err->msg);
         rc = 0;

@@ -87,8 +87,8 @@ int session_plan_check(const struct session_plan *p, const struct manifest *mani
                              (long long)numbers[i].value, (long long)numbers[i].least, (long long)numbers[i].most);
     if (kv_format_check(&manifest->model, (enum kv_format)p->kv_format, &why))
         return error_set(err, ERR_RANK, "rank 0's plan: %s", why.msg);
-    if (p->transport != TRANSPORT_TCP && p->transport != TRANSPORT_MPI &&
-        (p->transport != TRANSPORT_NCCL || !backend->exchange_open))
+    bool of_devices = p->transport == TRANSPORT_HOST || p->transport == TRANSPORT_P2P || p->transport == TRANSPORT_NCCL;
+    if (p->transport != TRANSPORT_TCP && p->transport != TRANSPORT_MPI && (!of_devices || !backend->exchange_open))
         return error_set(err, ERR_RANK,
                          "rank 0's plan: transport %s (%d), which is none between processes of the %s "
                          "backend",

@@ -5,6 +5,7 @@
 #include "engine/decoder.h"
 #include "engine/exchange.h"
 #include "engine/rank_step.h"
+#include "engine/rank_transport.h"
 #include "engine/relay.h"
 #include "engine/residual_tap.h"
 #include "formats/checked.h"
@@ -78,8 +79,8 @@ struct worker {
     struct model model;
     struct device *device;
     struct device_exchange *exchange;
-    enum transport transport; // by what is known of the devices' links
-    char link_note[LINK_SENTENCE_BYTES + 64], exchange_note[DEVICE_EXCHANGE_NOTE_BYTES];
+    struct rank_transport settled; // by where the ranks are, and what is known of their devices' links
+    char exchange_note[DEVICE_EXCHANGE_NOTE_BYTES];
     struct decoder decoder;
     struct rank_step *step;
     struct relay *relay; // where other ranks are other processes'; else NULL
@@ -89,6 +90,7 @@ struct worker {
 
 static void worker_close(struct worker *w)
 {
+    rank_transport_end(&w->settled);
     relay_free(w->relay);
     rank_step_free(w->step);
     exchanger_free(w->decoder.exchanger);
@@ -175,15 +177,21 @@ static int check_shares(struct worker *w, struct error *err)
 struct memory_need {
     double weights, kv, scratch, exchange, available;
     int64_t device;
-    uint64_t host; // tells hosts of spread ranks apart
+    uint64_t host;              // tells hosts of spread ranks apart
+    char bus[DEVICE_BUS_BYTES]; // and devices that each rank numbers for itself
 };
+
+static bool same_device(const struct memory_need *a, const struct memory_need *b)
+{
+    return a->host == b->host && (a->bus[0] ? strcmp(a->bus, b->bus) == 0 : a->device == b->device);
+}
 
 static int refuse_memory(const struct worker *w, const struct memory_need *sum, int sharing, struct error *err)
 {
     double needed = sum->weights + sum->kv + sum->scratch + sum->exchange;
     char exchanges[64] = "";
     if (sum->exchange > 0)
-        snprintf(exchanges, sizeof exchanges, ", sums over ranks by %s %.2f", transport_name(w->transport),
+        snprintf(exchanges, sizeof exchanges, ", sums over ranks by %s %.2f", transport_name(w->settled.transport),
                  sum->exchange / 0x1p30);
     return error_set(
         err, ERR_MEMORY,
@@ -209,6 +217,8 @@ static int own_need(struct memory_need *out, const struct worker *w, const struc
                                 .available = (double)plan.available_bytes,
                                 .device = plan.device,
                                 .host = w->env->spread ? host_identity() : 0};
+    if (w->options->backend->bus)
+        w->options->backend->bus(w->device, out->bus);
     if (plan.available_bytes != UINT64_MAX)
         return 0;
     // The parent has looked at the host's memory, but knows of a compressed file only how long it is.
@@ -224,7 +234,7 @@ static struct memory_need need_of_device(const struct memory_need *all, int num_
     struct memory_need sum = {.available = INFINITY, .device = mine->device};
     *sharing = 0;
     for (int r = 0; r < num_ranks; r++) {
-        if (all[r].device != mine->device || all[r].host != mine->host)
+        if (!same_device(&all[r], mine))
             continue;
         ++*sharing;
         sum.weights += all[r].weights;
@@ -242,6 +252,7 @@ static int settle_memory(struct worker *w, struct device_shape *shape, struct er
 {
     struct memory_need mine, all[COMM_MAX_RANKS];
     int rc, sharing;
+    memset(&mine, 0, sizeof mine);
     if ((rc = comm_barrier(w->env->comm, err)) || // every rank has opened its device, which takes memory as well
         (rc = own_need(&mine, w, shape, err)) || (rc = comm_all_gather(w->env->comm, all, &mine, sizeof mine, err)))
         return rc;
@@ -312,37 +323,31 @@ static int begin_load(struct worker *w, struct error *err)
     return model_load(&w->model, &options, err);
 }
 
-// Devices reach each other's memory only where that was seen to work (link_probe.h); all ranks follow what rank 0 has seen. It costs memory on
-// the devices while it runs, which is why they wait for its end before they look how much there is.
-static int settle_transport(struct worker *w, struct error *err)
+static bool is_stopped(void *arg) { return rank_is_stopped(((const struct worker *)arg)->env); }
+
+// The number of the rank for the choice of its device: ranks of a launcher are counted on each host.
+static int device_rank(const struct worker *w)
 {
-    enum { LOOK_US = 200 };
+    return w->env->spread && w->options->local_rank >= 0 ? w->options->local_rank : w->env->rank;
+}
+
+static int begin_transport(struct worker *w, struct error *err)
+{
     const struct worker_options *o = w->options;
-    struct {
-        int32_t good;
-        char why[LINK_SENTENCE_BYTES];
-    } seen;
-    memset(&seen, 0, sizeof seen);
-    w->transport = o->transport;
-    if (o->transport != TRANSPORT_P2P)
-        return 0;
-    while (w->env->rank == 0 && o->links && !link_probe_has_ended(o->links) && !rank_is_stopped(w->env)) {
-        comm_at(w->env->comm, OP_START, -1);
-        usleep(LOOK_US);
-    }
-    if (w->env->rank == 0 && o->links)
-        seen.good = link_probe_verdict(o->links, seen.why);
-    else if (w->env->rank == 0)
-        memcpy(seen.why, o->link_problem, sizeof seen.why);
-    int rc = comm_broadcast(w->env->comm, &seen, sizeof seen, 0, err);
-    if (rc || seen.good)
-        return rc;
-    if (!o->transport_is_auto)
-        return error_set(err, ERR_GPU, "--transport p2p: %s; --transport host does without", seen.why);
-    w->transport = TRANSPORT_HOST;
-    if (w->env->rank == 0)
-        snprintf(w->link_note, sizeof w->link_note, "not over p2p: %s", seen.why);
-    return 0;
+    bool spread = w->env->spread;
+    struct rank_transport_options options = {.backend = o->backend,
+                                             .wanted = o->transport,
+                                             .is_auto = o->transport_is_auto,
+                                             .spread = spread,
+                                             .comm = spread ? comm_stage(w->env->comm) : w->env->comm,
+                                             .first = spread ? w->env->rank - w->env->rank % w->env->tp_size : 0,
+                                             .tp_size = w->env->tp_size,
+                                             .device_rank = device_rank(w),
+                                             .links = o->links,
+                                             .link_problem = o->link_problem,
+                                             .stopped = is_stopped,
+                                             .arg = w};
+    return rank_transport_begin(&w->settled, &options, err);
 }
 
 // Who adds up the ranks' sums. All ranks then have the same row of the table of exchanges.
@@ -350,7 +355,8 @@ static int open_exchange(struct worker *w, struct error *err)
 {
     const struct worker_options *o = w->options;
     struct decoder *d = &w->decoder;
-    struct exchange_wish wish = {.transport = w->transport, .or_host = o->transport_is_auto, .feedback = o->feedback};
+    struct exchange_wish wish = {
+        .transport = w->settled.transport, .or_host = o->transport_is_auto, .feedback = o->feedback};
     int rc =
         device_exchange_open(&w->exchange, &d->transport, o->backend, w->device, d->comm, wish, w->exchange_note, err);
     d->feedback = o->feedback;
@@ -367,11 +373,8 @@ static int open_exchange(struct worker *w, struct error *err)
 static int open_device(struct worker *w, struct error *err)
 {
     const struct worker_options *o = w->options;
-    struct device_options options = {.kernels = o->kernels,
-                                     .pool = w->pool,
-                                     .rank = w->env->rank,
-                                     .tp_size = w->env->tp_size,
-                                     .device = w->env->spread ? w->options->local_rank : -1};
+    struct device_options options = {
+        .kernels = o->kernels, .pool = w->pool, .rank = device_rank(w), .tp_size = w->env->tp_size, .device = -1};
     struct device_shape shape = {.desc = &w->model.desc,
                                  .share = &w->model.share,
                                  .max_rows = rank_step_pass_rows(o->backend, &o->limits),
@@ -383,15 +386,17 @@ static int open_device(struct worker *w, struct error *err)
                                  .samples = decoder_samples(&w->decoder),
                                  .feedback = o->feedback};
     int rc;
-    if ((rc = o->backend->open(&w->device, &options, err)) || (rc = settle_transport(w, err)))
+    if ((rc = begin_transport(w, err)) || (rc = o->backend->open(&w->device, &options, err)) ||
+        (rc = rank_transport_settle(&w->settled, w->device, err)))
         return rc;
-    shape.exchange = w->transport;
+    rank_transport_end(&w->settled); // what tried the links has let go of the devices
+    shape.exchange = w->settled.transport;
     if ((rc = settle_memory(w, &shape, err)) || (rc = begin_load(w, err)) ||
         (rc = o->backend->prepare(w->device, &shape, &w->model.weights, err)) || (rc = open_exchange(w, err)))
         return rc;
     char *text = w->shared->device[w->env->rank];
     o->backend->describe(w->device, text);
-    const char *const notes[] = {w->link_note, w->exchange_note};
+    const char *const notes[] = {w->settled.note, w->exchange_note};
     for (int i = 0; i < 2; i++)
         if (notes[i][0])
             snprintf(text + strlen(text), DEVICE_TEXT_BYTES - strlen(text), "; %s", notes[i]);

@@ -176,8 +176,9 @@ struct load_target {
 };
 
 enum {
-    BACKEND_ABI = 8,
+    BACKEND_ABI = 9,
     DEVICE_TEXT_BYTES = 512,
+    DEVICE_BUS_BYTES = 24,
     LOAD_LANES = 16,             // threads that copy to a device at a time
     LOAD_BUFFER_BYTES = 8 << 20, // of one lane, at most
     DEVICE_SIDES = 2,
@@ -209,6 +210,8 @@ struct backend {
     void (*close)(struct device *device); // accepts NULL
     // One line about the device and how matrices will be multiplied on it; the second part is known after prepare.
     void (*describe)(const struct device *device, char text[DEVICE_TEXT_BYTES]);
+    // Where the device is on this host's bus, "0000:01:00.0", the same to every process, however it is shown; "": not known. NULL: it is the host.
+    void (*bus)(const struct device *device, char bus[DEVICE_BUS_BYTES]);
 
     // Memory that prepare and exchange_open will take; nothing is allocated yet.
     int (*plan)(struct device *device, const struct device_shape *shape, struct memory_plan *plan, struct error *err);
@@ -298,6 +301,11 @@ struct backend {
     // rank did not come is found when the host next waits for the device. operation and layer go into the failure.
     int (*all_reduce)(struct device *device, enum buffer buffer, const struct exchange_choice *choice, bool feedback,
                       int operation, int layer, struct error *err);
+    // What the wire has lost in the sums of this step, bf16 [rows of the window][hidden], for a later pipeline stage to make up for. lend_lost waits
+    // for it and lends it to the host; what the host then has there is the device's with returned_lost. With exchange_options.feedback; no other
+    // lend in between.
+    int (*lend_lost)(struct device *device, uint16_t **host, struct error *err);
+    int (*returned_lost)(struct device *device, struct error *err);
     // What is asked for between side_begin and side_end goes on beside what is asked for after it: behind all that came before side_begin, and
     // behind earlier sides. side_wait: what is asked for from now on comes behind that side (0 .. DEVICE_SIDES - 1; nothing if it never began).
     // For all_reduce and norm_own; what they touch is theirs until the side is waited for, and so is the order of exchanges: while a side is

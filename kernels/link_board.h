@@ -64,7 +64,8 @@ enum link_doing {
 };
 
 struct link_end {
-    int device;   // wanted; -1: by the backend's rule for a rank of this number, and then what that gave
+    int device; // wanted; -1: by the backend's rule for rank `rank`, and then what that gave
+    int rank;
     char bus[24]; // "0000:01:00.0"; "": not known
     LINK_ATOMIC(uint32_t) taken, steps;
     LINK_ATOMIC(uint32_t) doing, means; // enum link_doing, enum link_means

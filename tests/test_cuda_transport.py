@@ -51,6 +51,18 @@ def test_logits(tmp):
               [text for text in found.values() if isinstance(text, str)])
 
 
+# In pipeline stages what a codec lost goes along with the residual: the sums of the next stage make up for it.
+def test_stages(tmp):
+    shards, ids = tmp / "stages", [i * 7 % 50 for i in range(40)]
+    run(BUILD / "tpshard", "--tp", 2, "--pp", 2, "--quant", "none", GOLDEN / "llama3", shards, "--quiet")
+    found = {(t, wire): logits(shards, ids, tmp / "stages.npy", "--transport", t, "--wire", wire, EMULATED_DEVICES="4") for wire in ("s8x", "fp8") for t in TRANSPORTS}
+    plain = logits(shards, ids, tmp / "stages.npy", "--transport", "shm", "--wire", "fp8", "--wire-feedback", "off")
+    for wire in ("s8x", "fp8"):
+        check(f"two stages of two ranks, {wire}: the same bytes", found["shm", wire][:1] != "e" and len({found[t, wire] for t in TRANSPORTS}) == 1,
+              [text for text in found.values() if isinstance(text, str)])
+    check("feedback is at work there", plain != found["shm", "fp8"] and isinstance(plain, bytes), plain)
+
+
 # A prompt in two halves, the sums of one on their way while the other computes: the bytes of the same halves one after the other, whose sums the CPUs
 # add up. EMULATED_HURRY: exchanges run as soon as they may, not as late.
 def test_halves(tmp):
@@ -112,6 +124,13 @@ def test_refusals(tmp):
           and "sums of ranks through the CPU: " in told and "pinning" in told, (rc, told[-300:]))
 
 
+# One rank has nobody to exchange with, whatever is asked for.
+def test_one_rank(tmp):
+    run(BUILD / "tpshard", "--tp", 1, "--quant", "none", GOLDEN / "llama3", tmp / "one", "--quiet")
+    found = {transport: logits(tmp / "one", [1, 2, 3], tmp / "one.npy", "--transport", transport) for transport in ("auto", *TRANSPORTS)}
+    check("one rank over any of them", isinstance(found["auto"], bytes) and len(set(found.values())) == 1, [text for text in found.values() if isinstance(text, str)])
+
+
 # Cards of one machine may be unable to reach each other.
 def leave_out_p2p(tmp):
     global TRANSPORTS
@@ -148,7 +167,7 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         if REAL:
             leave_out_p2p(Path(name))
-        for test in (test_logits, test_tokens, test_greedy, test_refusals, test_lost_ranks, test_halves)[:3 if REAL else 6]:
+        for test in (test_logits, test_tokens, test_greedy, test_stages, test_refusals, test_one_rank, test_lost_ranks, test_halves)[:4 if REAL else 8]:
             test(Path(name))
     sys.exit(1 if failures or test_cuda_engine.failures else 0)
 

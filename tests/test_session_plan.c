@@ -128,6 +128,30 @@ static void test_numbers_out_of_range(void **state)
         }
 }
 
+static int never_open(struct device *device, const struct exchange_options *options, struct error *err)
+{
+    (void)device, (void)options;
+    return error_set(err, ERR_OTHER, "opened");
+}
+
+// Devices exchange among themselves over these alone.
+static void test_device_transports(void **state)
+{
+    (void)state;
+    struct worker_options worker = make_worker();
+    struct manifest manifest = make_manifest();
+    struct backend devices = backend_cpu;
+    struct session_plan made;
+    struct error err;
+    devices.exchange_open = never_open;
+    session_plan_make(&made, &worker, PAGES, TIMEOUT_MS);
+    for (int transport = 0; transport < TRANSPORT_COUNT; transport++) {
+        made.transport = transport;
+        assert_int_equal(session_plan_check(&made, &manifest, &devices, &err),
+                         transport == TRANSPORT_SHM ? ERR_RANK : 0);
+    }
+}
+
 // What a rank's backend lacks it does not begin.
 static void test_backends(void **state)
 {
@@ -249,9 +273,8 @@ static int tear_down(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_good_plans),
-        cmocka_unit_test(test_numbers_out_of_range),
-        cmocka_unit_test(test_backends),
+        cmocka_unit_test(test_good_plans),        cmocka_unit_test(test_numbers_out_of_range),
+        cmocka_unit_test(test_device_transports), cmocka_unit_test(test_backends),
         cmocka_unit_test(test_a_rank_refuses),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);

@@ -105,6 +105,14 @@ static void cuda_describe(const struct device *d, char text[DEVICE_TEXT_BYTES])
     }
 }
 
+static void cuda_bus(const struct device *d, char bus[DEVICE_BUS_BYTES])
+{
+    if (cudaDeviceGetPCIBusId(bus, DEVICE_BUS_BYTES, d->index) != cudaSuccess) {
+        cudaGetLastError();
+        bus[0] = 0;
+    }
+}
+
 static const struct backend table = {
     .abi = BACKEND_ABI,
     .name = "cuda",
@@ -120,6 +128,7 @@ static const struct backend table = {
     .open = cuda_open,
     .close = cuda_close,
     .describe = cuda_describe,
+    .bus = cuda_bus,
     .plan = device_plan,
     .load_begin = device_load_begin,
     .load_buffer = device_load_buffer,
@@ -150,6 +159,8 @@ static const struct backend table = {
     .exchange_bytes = exchange_region_bytes,
     .exchange_open = exchange_open,
     .all_reduce = exchange_all_reduce,
+    .lend_lost = exchange_lend_lost,
+    .returned_lost = exchange_returned_lost,
     .side_begin = exchange_side_begin,
     .side_end = exchange_side_end,
     .side_wait = exchange_side_wait,

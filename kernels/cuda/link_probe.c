@@ -427,12 +427,12 @@ static int ask(struct prober *p, struct error *err)
     int rc = device_count(&p->count, err);
     if (rc)
         return rc;
-    p->end->device = device_of_rank(p->me, p->end->device, p->count);
+    p->end->device = device_of_rank(p->end->rank, p->end->device, p->count);
     if (p->end->device >= p->count)
         return error_set(err, ERR_GPU, "device %d does not exist: there are %d", p->end->device, p->count);
     STEP(cudaDeviceGetPCIBusId(p->end->bus, sizeof p->end->bus, p->end->device), "asking where it is");
     for (int other = first; other < first + board->group && other < board->num_ends; other++) {
-        int can = 1, device = device_of_rank(other, board->end[other].device, p->count);
+        int can = 1, device = device_of_rank(board->end[other].rank, board->end[other].device, p->count);
         if (other == p->me || device >= p->count)
             continue;
         if (device != p->end->device) // of its own memory there is nothing to ask

@@ -42,7 +42,7 @@ bool emulator_present(void);
 // The order of threads and blocks from now on (0: as numbered).
 void emulator_seed(uint64_t seed);
 // The compute capability that the device reports, 10 * major + minor. Without it: EMULATED_SM, or 86. Other variables:
-// EMULATED_MEMORY (bytes), EMULATED_DEVICES, EMULATED_DRIVER (CUDA's version, 13000), EMULATED_LOCKED (bytes of the
+// EMULATED_MEMORY (bytes), EMULATED_DEVICES, EMULATED_FIRST (devices of the bus that are not shown before them), EMULATED_DRIVER (CUDA's version, 13000), EMULATED_LOCKED (bytes of the
 // host's that can be pinned at once), EMULATED_COMPUTE_MODE (enum cudaComputeMode: what devices report; nobody is kept out).
 void emulator_set_sm(int sm);
 // The nth call from now (0: the next) of the runtime function of this name fails with the error. NULL: nothing planned fails any more.

@@ -283,7 +283,7 @@ cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, in
 cudaError_t cudaDeviceGetPCIBusId(char *text, int bytes, int device)
 {
     PLANNED();
-    snprintf(text, (size_t)bytes, "0000:%02x:00.0", device + 1);
+    snprintf(text, (size_t)bytes, "0000:%02x:00.0", device + 1 + (int)setting("EMULATED_FIRST", 0));
     return cudaSuccess;
 }
 
