@@ -29,11 +29,14 @@ const struct option_spec doctor_options[] = {
     {NULL, OPTION_FLAG, NULL, NULL, 0, 0, NULL},
 };
 
-enum { TIMES = 4 };
+// Between all devices, by what ranks have there; then between processors.
 static const struct {
     enum transport transport;
-    int ranks;
-} measured[TIMES] = {{TRANSPORT_SHM, 2}, {TRANSPORT_SHM, 4}, {TRANSPORT_TCP, 2}, {TRANSPORT_TCP, 4}};
+    int ranks; // 0: of all devices
+} measured[] = {{TRANSPORT_P2P, 0}, {TRANSPORT_HOST, 0}, {TRANSPORT_NCCL, 0}, {TRANSPORT_SHM, 2},
+                {TRANSPORT_SHM, 4}, {TRANSPORT_TCP, 2},  {TRANSPORT_TCP, 4}};
+enum { TIMES = sizeof measured / sizeof *measured };
+_Static_assert((int)TIMES <= (int)DOCTOR_TIMES, "the report has room for all");
 
 struct doctor {
     struct backend_choice backend;
@@ -143,13 +146,30 @@ static int choose(struct doctor *d, struct error *err)
     return comm_select_transport(&report->transport, "auto", report->missing, err);
 }
 
+// Two ranks share a card that is alone; NCCL has a card for each.
+static bool can_measure(const struct doctor *d, enum transport transport)
+{
+    bool missing = d->report.missing[transport] != NULL;
+    return !missing && on_devices(d) && d->devices->count >= (transport == TRANSPORT_NCCL ? 2 : 1);
+}
+
+static int ranks_of_devices(int devices) { return devices < 2 ? 2 : devices < DOCTOR_RANKS ? devices : DOCTOR_RANKS; }
+
 static int measure(struct doctor *d, struct error *err)
 {
     for (int i = 0; i < TIMES && !options.no_times; i++) {
+        enum transport transport = measured[i].transport;
+        int devices = d->devices ? d->devices->count : 0;
+        if (measured[i].ranks == 0 && !can_measure(d, transport))
+            continue;
         d->times[i] = doctor_probe_new(sizeof *d->times[i]);
         if (!d->times[i])
             return error_set(err, ERR_MEMORY, "no memory for what is measured");
-        doctor_links_measure(d->times[i], measured[i].transport, measured[i].ranks, options.deadline_s);
+        if (measured[i].ranks > 0)
+            doctor_links_measure(d->times[i], transport, measured[i].ranks, options.deadline_s);
+        else
+            doctor_devices_measure(d->times[i], d->backend.backend, d->backend.kernels, transport,
+                                   ranks_of_devices(devices), devices, options.deadline_s);
         d->report.times[d->report.num_times++] = d->times[i];
     }
     return 0;

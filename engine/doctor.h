@@ -102,7 +102,7 @@ struct doctor_nvml {
 // library: a handle of dlopen in which NVML's functions are looked up; NULL: libnvidia-ml.so.1.
 void doctor_nvml_read(struct doctor_nvml *out, const struct doctor_system *system, void *library, double seconds);
 
-// ---- exchanges on this machine: doctor_links.c ---------------------------------------------------------------------
+// ---- exchanges on this machine: doctor_links.c, doctor_devices.c ---------------------------------------------------
 
 enum { DOCTOR_SIZES = 5 };
 struct doctor_size {
@@ -114,11 +114,31 @@ extern const struct doctor_size doctor_sizes[DOCTOR_SIZES];
 struct doctor_times {
     struct probe probe;
     enum transport transport;
-    int ranks;
-    double us[DOCTOR_SIZES]; // the fastest of several all_reduces, of the slowest rank; 0: not measured
+    int ranks, devices; // rank r computes on device r % devices; 0: on the processors
+    double us
+        [DOCTOR_SIZES]; // of one sum among some that follow each other, the slowest rank's, in the fastest of several rounds; 0: not measured
 };
-// Really runs all_reduces between 2 to 8 processes: TRANSPORT_SHM, or TRANSPORT_TCP over the loopback.
+enum { DOCTOR_RANKS = 8 }; // at most
+// Both really add up between 2 to DOCTOR_RANKS processes, by the algorithms that ranks would take (comm_select.h). TRANSPORT_SHM, or TRANSPORT_TCP over
+// the loopback:
 void doctor_links_measure(struct doctor_times *out, enum transport transport, int ranks, double seconds);
+// TRANSPORT_HOST, TRANSPORT_P2P or TRANSPORT_NCCL, between devices as the bus counts them; and whether the sums are right.
+void doctor_devices_measure(struct doctor_times *out, const struct backend *backend, const struct kernels *kernels,
+                            enum transport transport, int ranks, int devices, double seconds);
+
+// What the two share: the body of a probe. One rank's part of what is measured; each call is one of all ranks.
+struct doctor_sums {
+    int (*prepare)(void *arg, const struct doctor_size *size, struct error *err);
+    // So many sums one behind the other, done when it returns; count 1 at first.
+    int (*run)(void *arg, const struct doctor_size *size, int count, struct error *err);
+    void *arg;
+};
+int doctor_time_sums(struct doctor_times *out, struct comm *comm, const struct doctor_sums *sums, struct error *err);
+struct exchange_choice doctor_choice(const struct doctor_times *times, const struct doctor_size *size);
+// Each rank in a process of its own, the first in this one. What rank_main returns for the first is the probe's error.
+void doctor_run_ranks(struct doctor_times *out, int (*rank_main)(void *arg, int rank, struct error *err), void *arg);
+// What a rank adds up, [size->rows][DOCTOR_COLS]: numbers whose sum every codec carries exactly or nearly so.
+static inline float doctor_value(int rank, int64_t col) { return (float)(col % 16 + rank); }
 
 // ---- a card's own link: doctor_cards.c -----------------------------------------------------------------------------
 

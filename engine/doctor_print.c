@@ -249,8 +249,9 @@ static void print_times(const struct doctor_report *report, FILE *out)
     char name[24], sentence[PROBE_SENTENCE_BYTES];
     if (report->num_times == 0)
         return;
-    fprintf(out, "\ntimes   of one all_reduce in microseconds, by what it would be in bf16 and by the codec it took; "
-                 "processes of this host\n");
+    fprintf(out,
+            "\ntimes   of one sum over ranks in microseconds, by what it would be in bf16 and by the codec it took; "
+            "processes of this host\n");
     fprintf(out, "  %-10s %5s", "transport", "ranks");
     for (int i = 0; i < DOCTOR_SIZES; i++) {
         size_name(name, &doctor_sizes[i]);
@@ -265,6 +266,8 @@ static void print_times(const struct doctor_report *report, FILE *out)
                 fprintf(out, " %12.1f", times->us[size]);
             else
                 fprintf(out, " %12s", "-");
+        if (times->devices > 0 && times->devices < times->ranks)
+            fprintf(out, "  by turns on %d device%s", times->devices, times->devices == 1 ? "" : "s");
         if (times->probe.end != PROBE_DONE || times->probe.err.code) {
             doctor_probe_sentence(sentence, &times->probe);
             fprintf(out, "  it %s", sentence);
@@ -395,8 +398,9 @@ static json_t *times_json(const struct doctor_report *report)
             const struct doctor_times *times = report->times[i];
             if (!(times->us[size] > 0))
                 continue;
-            json_array_append_new(all, json_pack("{s:s, s:i, s:I, s:s, s:f}", "transport",
-                                                 transport_name(times->transport), "ranks", times->ranks, "bf16_bytes",
+            json_array_append_new(all, json_pack("{s:s, s:i, s:i, s:I, s:s, s:f}", "transport",
+                                                 transport_name(times->transport), "ranks", times->ranks, "devices",
+                                                 times->devices, "bf16_bytes",
                                                  (json_int_t)(2 * doctor_sizes[size].rows * DOCTOR_COLS), "wire",
                                                  wire_name(doctor_sizes[size].wire), "us", times->us[size]));
         }

@@ -24,7 +24,7 @@ MIRROR = "not over p2p: what device 1 writes does not arrive in the memory of de
 
 
 def engine(command, model, *words):
-    asked = ("--token-ids", IDS) if command == "logits" else ("--prompt", "And the", "--max-tokens", 5, "--temperature", 0.9, "--seed", 1)
+    asked = ("--token-ids", IDS) if command == "logits" else ("--prompt", "And the", "--max-tokens", 2, "--temperature", 0.9, "--seed", 1)
     return [str(w) for w in (TPENGINE, command, model, *asked, "--context", 64, "--threads", 1, "--backend", "cuda", "--cuda-library", LIBRARY, *words)]
 
 

@@ -360,12 +360,146 @@ static void test_measured_in_time(void **state)
     doctor_probe_free(times, sizeof *times);
 }
 
+// ---- exchanges between devices: a backend of the host's memory, whose sums are right, wrong or late ------------------
+
+enum { RIGHT, WRONG, FAILS_ON_1, LATE };
+static int fake_mode;
+struct device {
+    int rank, tp_size;
+    int64_t rows;
+    float data[512][DOCTOR_COLS];
+    float squares[512][2];
+};
+
+static int fake_open(struct device **out, const struct device_options *options, struct error *err)
+{
+    if (fake_mode == FAILS_ON_1 && options->rank == 1)
+        return error_set(err, ERR_GPU, "device %d is lost", options->device);
+    *out = calloc(1, sizeof **out);
+    assert_non_null(*out);
+    (*out)->rank = options->rank;
+    (*out)->tp_size = options->tp_size;
+    return 0;
+}
+
+static void fake_close(struct device *d) { free(d); }
+
+static int fake_prepare(struct device *d, const struct device_shape *shape, const struct weights *weights,
+                        struct error *err)
+{
+    (void)d, (void)weights, (void)err;
+    assert_true(shape->max_rows <= 512 && shape->desc->hidden_size == DOCTOR_COLS);
+    return 0;
+}
+
+static int fake_begin(struct device *d, const struct token_row *rows, int64_t count, enum phase phase,
+                      const struct kv_pages *pages, struct error *err)
+{
+    (void)rows, (void)pages, (void)err;
+    assert_int_equal(phase, count == 1 ? PHASE_DECODE : PHASE_PREFILL);
+    d->rows = count;
+    return 0;
+}
+
+static int fake_lend(struct device *d, enum buffer buffer, float **host, struct error *err)
+{
+    (void)err;
+    *host = buffer == BUFFER_PARTIAL ? d->data[0] : d->squares[0];
+    return 0;
+}
+
+static int fake_returned(struct device *d, enum buffer buffer, struct error *err)
+{
+    (void)d, (void)buffer, (void)err;
+    return 0;
+}
+
+static uint64_t fake_exchange_bytes(int tp_size) { return tp_size > 4 ? 0 : 4096; }
+
+static int fake_exchange_open(struct device *d, const struct exchange_options *options, struct error *err)
+{
+    (void)d, (void)err;
+    assert_int_equal(options->transport, TRANSPORT_HOST);
+    return 0;
+}
+
+// Behind the first sum every rank has the same.
+static int fake_all_reduce(struct device *d, enum buffer buffer, const struct exchange_choice *choice, bool feedback,
+                           int operation, int layer, struct error *err)
+{
+    (void)buffer, (void)operation, (void)err;
+    assert_false(feedback);
+    assert_int_equal(choice->algorithm, d->rows == 1 ? ALGORITHM_ONE_SHOT : ALGORITHM_CHUNKS);
+    while (fake_mode == LATE && d->rows == 512)
+        pause();
+    for (int64_t row = 0; row < d->rows; row++)
+        for (int64_t col = 0; col < DOCTOR_COLS; col++) {
+            float sum = 0;
+            for (int rank = 0; rank < d->tp_size; rank++)
+                sum += layer > 0 ? d->data[row][col] : doctor_value(rank, col);
+            d->data[row][col] = sum + (float)(fake_mode == WRONG && d->rank == 1 && row == 63 && col == 8191);
+        }
+    return 0;
+}
+
+static void test_devices_measured(void **state)
+{
+    (void)state;
+    static const struct backend backend = {.abi = BACKEND_ABI,
+                                           .name = "fake",
+                                           .open = fake_open,
+                                           .close = fake_close,
+                                           .prepare = fake_prepare,
+                                           .begin = fake_begin,
+                                           .lend = fake_lend,
+                                           .returned = fake_returned,
+                                           .exchange_bytes = fake_exchange_bytes,
+                                           .exchange_open = fake_exchange_open,
+                                           .all_reduce = fake_all_reduce};
+    static const struct {
+        int mode;
+        const char *problem;
+        int sizes; // that are measured
+    } cases[] = {
+        {RIGHT, NULL, DOCTOR_SIZES},
+        {WRONG,
+         "a sum of 2 ranks over host is wrong on device 1: value 8191 of row 63 is 32 instead of 31; --transport shm "
+         "does without",
+         1},
+        {FAILS_ON_1, "device 1 is lost", 0},
+        {LATE, NULL, 3},
+    };
+    struct doctor_times *times = doctor_probe_new(sizeof *times);
+    assert_non_null(times);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        memset(times, 0, sizeof *times);
+        fake_mode = cases[i].mode;
+        doctor_devices_measure(times, &backend, NULL, TRANSPORT_HOST, 2, 3, fake_mode == LATE ? 5 : 100);
+        assert_int_equal(times->probe.end, fake_mode == LATE ? PROBE_LATE : PROBE_DONE);
+        if (cases[i].problem)
+            assert_string_equal(times->probe.err.msg, cases[i].problem);
+        else
+            assert_int_equal(times->probe.err.code, 0);
+        for (int size = 0; size < DOCTOR_SIZES; size++)
+            if ((times->us[size] > 0) != (size < cases[i].sizes))
+                fail_msg("case %zu, size %d: %g us", i, size, times->us[size]);
+    }
+    memset(times, 0, sizeof *times);
+    doctor_devices_measure(times, &backend, NULL, TRANSPORT_HOST, 5, 5, 1);
+    assert_int_equal(times->probe.err.code, ERR_USAGE);
+    doctor_probe_free(times, sizeof *times);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_nvml),           cmocka_unit_test(test_nvml_that_hangs),
-        cmocka_unit_test(test_claims_and_acs), cmocka_unit_test(test_links_between_devices),
-        cmocka_unit_test(test_bodies),         cmocka_unit_test(test_measured_in_time),
+        cmocka_unit_test(test_nvml),
+        cmocka_unit_test(test_nvml_that_hangs),
+        cmocka_unit_test(test_claims_and_acs),
+        cmocka_unit_test(test_links_between_devices),
+        cmocka_unit_test(test_bodies),
+        cmocka_unit_test(test_measured_in_time),
+        cmocka_unit_test(test_devices_measured),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
