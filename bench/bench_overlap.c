@@ -5,6 +5,7 @@
 //   ms                      of a step of `rows` rows through all layers, fastest of the rounds, slowest rank
 //   link_ms                 what the link alone takes for that step, by the bytes sent
 //   exposed_ms              that computing stood still for exchanges, of the same round
+//   gain                    by how much it is faster than the plain way over the same link and wire
 //   logits                  hash of the last row's logits on rank 0: overlap does not change it
 //
 // Usage: bench_overlap [SHARD_DIR]; without, of tests/model for two ranks.
@@ -45,6 +46,7 @@ struct bench {
     struct link_case link;
     struct way way;
     enum wire wire;
+    double plain_ms; // of this link and wire
 };
 
 struct rank {
@@ -208,11 +210,13 @@ static int run_case(struct bench *b)
             slowest[round] = ranks[i].ms[round] > slowest[round] ? ranks[i].ms[round] : slowest[round];
         best = slowest[round] < slowest[best] ? round : best;
     }
+    if (!b->way.deals && !b->way.in_parts)
+        b->plain_ms = slowest[best];
     if (!rc)
         printf("overlap tp_size=%d rows=%d wire=%s link_mb_s=%.0f latency_us=%.0f way=%s ms=%.2f link_ms=%.2f "
-               "exposed_ms=%.2f logits=%08x\n",
+               "exposed_ms=%.2f gain=%.3f logits=%08x\n",
                size, ROWS, wire_name(b->wire), b->link.mb_s, b->link.latency_us, b->way.name, slowest[best],
-               ranks[0].link_ms[best], ranks[0].exposed_ms[best],
+               ranks[0].link_ms[best], ranks[0].exposed_ms[best], b->plain_ms / slowest[best] - 1,
                fnv1a_32(ranks[0].logits, (size_t)ranks[0].model.share.vocab_local * sizeof(float)));
     fflush(stdout);
     for (int i = 0; i < size; i++) {

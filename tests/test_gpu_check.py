@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """scripts/gpu_check with stand-ins for a device, its tools and what it runs: every step is begun, with what it needs, and the report says what came of
-each: passed, failed, cut short, not begun. The benchmark of sums over ranks (gpu_exchange), which looks at what it measures, runs in the emulator.
+each: passed, failed, cut short, not begun. The benchmarks of sums over ranks, which look at what they measure (gpu_exchange, gpu_overlap.py), run in the emulator.
 """
 import json
 import os
@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from case_help import check, expect, status  # noqa: E402
+from case_help import CLEAN, check, expect, must, run, skip, status  # noqa: E402
 
 BUILD = Path(os.environ.get("BUILD", "build")).resolve()
 BENCH_LINE = "gpu_of_its_own rows=1 us=2.5"
@@ -21,7 +21,7 @@ NOTE = 'echo "$(basename "$0") $*" >>"$CALLS"\n'
 TOOLS = {
     "nvidia-smi": 'case $1 in --query-gpu=compute_cap) echo 8.6 ;; *) echo "Stand-in, 1.0, 24576 MiB" ;; esac\n',
     "df": "echo; echo 'x 1 1 99999999 1% /'\n",
-    "python3": 'case $1 in -c) exit 1 ;; scripts/*) echo "gpu_rival what=x us=1.0" ;; esac\n',
+    "python3": 'case $1 in -c) exit 1 ;; scripts/*) echo "gpu_rival what=x us=1.0" ;; bench/*) echo "gpu_overlap tp=2 gain=0.1" ;; esac\n',
     "compute-sanitizer": 'while [ "${1#--}" != "$1" ]; do case $1 in --tool | --error-exitcode | --report-api-errors) shift ;; esac; shift; done\n'
                          '[ "${TEST_QUICK:-}" = 1 ] || exit 9\nSANITIZED=1 exec "$@"\n',
 }
@@ -88,7 +88,7 @@ def test_whole(tmp):
         expect(f"{name} is reported once", [line.split(":")[1].split(" in ")[0] for line in lines_of(report, "tests", f"{name}:")], [" passed"])
     expect("ranks whose kernels wait for each other run without sanitizers", lines_of(report, "tests", "memcheck test_cuda_exchange"), [])
     check("every test is reported", all(": passed in " in line for line in report["tests"]), report["tests"])
-    for start in (BENCH_LINE, "gpu_rival", "# gpu_nccl", "bench tok_s"):
+    for start in (BENCH_LINE, "gpu_rival", "# gpu_nccl", "bench tok_s", "gpu_overlap tp="):
         check(f"the report has {start}", lines_of(report, "bench", start), report["bench"])
     if carried:
         check("the report has sums over ranks", len(lines_of(report, "bench", "gpu_together tp=")) == 4 and
@@ -135,10 +135,27 @@ def test_time(tmp):
     check("what was not begun is named", lines_of(report, "bench", "# kernels: not begun"), report["bench"])
 
 
+# What a prompt gains from halves: a line where the devices add up, a failure where they do not.
+def test_overlap(tmp):
+    library = BUILD / "tests" / "libtpengine_cuda_emulated.so"
+    if not library.exists():
+        skip("gpu_overlap.py", "the emulated backend is not built")
+        return
+    must(BUILD / "tpshard", "--tp", 2, "--quant", "none", "tests/golden/families/llama3", tmp / "small", "--quiet")
+    words = ("bench/gpu/gpu_overlap.py", "--engine", BUILD / "tpengine", "--cuda-library", library, "--prompt-tokens", 250, "--rounds", 1, "--transports", "host",
+             "--wires", "s8x", tmp / "small")
+    code, out, problem = run(sys.executable, *words, env={**CLEAN, "EMULATED_DEVICES": "2"})
+    check("a prompt in halves is measured", code == 0 and out.startswith("gpu_overlap model=small quant=bf16 transport=host wire=s8x tp=2 devices=2 prompt_tokens=250 off_tok_s=") and
+          " gain=" in out and "gpu=unknown" not in out, f"{code} {out}{problem}")
+    code, out, problem = run(sys.executable, *words, env={**CLEAN, "EMULATED_LOCKED": "1000000"})
+    check("where the devices cannot add up that is said", code == 1 and out.startswith("# gpu_overlap: host: ") and "pinning" in out, f"{code} {out}{problem}")
+
+
 def main():
     with tempfile.TemporaryDirectory() as name:
         for test in (test_whole, test_no_device, test_failures, test_time):
             test(Path(name) / "machine")
+        test_overlap(Path(name))
     return status()
 
 

@@ -1,10 +1,10 @@
-// Writes a shard directory of one rank with random codes, straight into the rank file: for whole-model benchmarks where making and
+// Writes a shard directory with random codes, straight into the rank files: for whole-model benchmarks where making and
 // quantizing a real checkpoint would take longer than the measurement. Weights have the spread of a trained model's, so that
 // numbers stay in range; the text means nothing and there is no tokenizer.
 //
-//   synthetic_shards NAME QUANT out_dir
+//   synthetic_shards NAME QUANT out_dir [TP_SIZE]
 //
-// NAME is a shape below. llama-3-70b/4 and /2 are what one card of four or two holds of Llama-3-70B, as a model of one rank: its decode
+// NAME is a shape below; it is cut for so many ranks (1). llama-3-70b/4 and /2 are what one card of four or two holds of Llama-3-70B, as a model of one rank: its decode
 // and prefill time is a card's time without the exchange.
 #include "formats/checked.h"
 #include "formats/file_io.h"
@@ -33,12 +33,13 @@ static const struct {
     {"small", 2, 256, 4, 2, 64, 512, 1000, 1024, 10000}, // for a test of this program
 };
 
-enum { BLOCK_BYTES = 8 << 20 };
+enum { BLOCK_BYTES = 8 << 20, MOST_RANKS = 8 };
 
 struct fill_job {
     uint8_t *payload;
     const uint8_t *block; // random bytes
     const struct plan *plan;
+    uint32_t rank;
     double rope_base;
 };
 
@@ -75,7 +76,7 @@ static void fill_tensor(void *arg, int64_t index, int thread)
 {
     (void)thread;
     const struct fill_job *job = arg;
-    const struct shard_tensor *tensor = &job->plan->ranks[0].tensors[index];
+    const struct shard_tensor *tensor = &job->plan->ranks[job->rank].tensors[index];
     uint8_t *data = job->payload + tensor->data_offset;
     void *scale = job->payload + tensor->scale_offset;
     const struct weight_shape *shape = &tensor->shape;
@@ -99,19 +100,19 @@ static void fill_tensor(void *arg, int64_t index, int thread)
     default:
         break;
     }
-    fill_codes(data, shape->data_bytes, shape->kind, job->block, (uint64_t)index);
+    fill_codes(data, shape->data_bytes, shape->kind, job->block, (uint64_t)index + 1000003 * job->rank);
 }
 
-static int fill_payload(const char *dir, const struct plan *plan, double rope_base, struct thread_pool *pool,
-                        struct error *err)
+static int fill_payload(const char *dir, const struct plan *plan, uint32_t rank, double rope_base,
+                        struct thread_pool *pool, struct error *err)
 {
     char name[64], path[4096];
     uint64_t state = 1;
-    manifest_rank_file_name(name, sizeof name, 0, 1, 1);
+    manifest_rank_file_name(name, sizeof name, rank, plan->tp_size, 1);
     snprintf(path, sizeof path, "%s/%s", dir, name);
     uint8_t *block = malloc(BLOCK_BYTES);
     int fd = open(path, O_RDWR | O_CLOEXEC);
-    size_t bytes = plan->ranks[0].file_bytes;
+    size_t bytes = plan->ranks[rank].file_bytes;
     uint8_t *map = fd < 0 ? MAP_FAILED : mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     int rc = 0;
     if (!block || map == MAP_FAILED) {
@@ -119,7 +120,7 @@ static int fill_payload(const char *dir, const struct plan *plan, double rope_ba
     } else {
         for (int i = 0; i < BLOCK_BYTES; i++)
             block[i] = (uint8_t)((state = state * 6364136223846793005u + 1442695040888963407u) >> 56);
-        struct fill_job job = {map + plan->ranks[0].payload_offset, block, plan, rope_base};
+        struct fill_job job = {map + plan->ranks[rank].payload_offset, block, plan, rank, rope_base};
         thread_pool_run(pool, fill_tensor, &job, (int64_t)plan->tensor_count);
         munmap(map, bytes);
     }
@@ -133,30 +134,34 @@ static int write_model(const char *dir, const struct plan *plan, double rope_bas
                        struct error *err)
 {
     struct rank_writer *writer = NULL;
-    struct manifest_file file = {0};
+    struct manifest_file files[MOST_RANKS] = {{0}};
     struct progress progress;
     char wire[] = "bf16", tool[] = "synthetic_shards", *text = NULL;
     struct manifest manifest = {.version = MANIFEST_VERSION,
                                 .tool = tool,
                                 .model = plan->model,
-                                .tp_size = 1,
+                                .tp_size = plan->tp_size,
                                 .pp_size = 1,
                                 .quant = plan->quant,
                                 .wire_advice = wire,
-                                .ranks = &file,
-                                .num_ranks = 1};
+                                .ranks = files,
+                                .num_ranks = plan->tp_size};
     int rc;
     progress_start(&progress, "", 0, true);
-    if ((rc = rank_writer_open(&writer, dir, plan, false, false, err)) ||
-        (rc = fill_payload(dir, plan, rope_base, pool, err)) ||
-        (rc = manifest_contract(&manifest, &manifest.contract, err)) ||
-        (rc = rank_writer_finish(writer, manifest.contract, pool, &progress, &file, err)) ||
+    if ((rc = rank_writer_open(&writer, dir, plan, false, false, err)))
+        goto done;
+    for (uint32_t rank = 0; rank < plan->tp_size; rank++)
+        if ((rc = fill_payload(dir, plan, rank, rope_base, pool, err)))
+            goto done;
+    if ((rc = manifest_contract(&manifest, &manifest.contract, err)) ||
+        (rc = rank_writer_finish(writer, manifest.contract, pool, &progress, files, err)) ||
         (rc = manifest_to_json(&manifest, &text, err)))
         goto done;
     rc = file_write_atomic(dir, MANIFEST_FILE_NAME, text, strlen(text), err);
 done:
     rank_writer_free(writer);
-    free(file.name);
+    for (int rank = 0; rank < MOST_RANKS; rank++)
+        free(files[rank].name);
     free(text);
     return rc;
 }
@@ -164,15 +169,19 @@ done:
 int main(int argc, char **argv)
 {
     struct error err = {0};
-    struct plan_options options = {.tp_size = 1};
+    int tp_size = argc == 5 ? atoi(argv[4]) : 1;
+    struct plan_options options = {.tp_size = (uint32_t)tp_size};
     struct plan *plan = NULL;
     struct thread_pool *pool = NULL;
     size_t s = 0;
-    while (argc == 4 && s < sizeof shapes / sizeof *shapes && strcmp(shapes[s].name, argv[1]) != 0)
+    bool right = argc == 4 || (argc == 5 && tp_size >= 1 && tp_size <= MOST_RANKS);
+    while (right && s < sizeof shapes / sizeof *shapes && strcmp(shapes[s].name, argv[1]) != 0)
         s++;
-    if (argc != 4 || s == sizeof shapes / sizeof *shapes) {
+    if (!right || s == sizeof shapes / sizeof *shapes) {
         fprintf(stderr,
-                "usage: synthetic_shards llama-3-8b|llama-3-70b/4|llama-3-70b/2|small none|int8|int4|fp8 out_dir\n");
+                "usage: synthetic_shards llama-3-8b|llama-3-70b/4|llama-3-70b/2|small none|int8|int4|fp8 out_dir "
+                "[1 to %d ranks]\n",
+                MOST_RANKS);
         return 2;
     }
     struct model_desc model = {.architecture = "LlamaForCausalLM",
