@@ -17,6 +17,15 @@ __global__ static void move_kernel(uint32_t *to, const uint32_t *from, uint32_t 
         store_global(to + i, load_system(from + i) + by);
 }
 
+// What a word posted behind a value says of it, to a block that reads both again.
+__global__ static void post_kernel(uint32_t *there, uint32_t *seen)
+{
+    store_global(there, (uint32_t)NEW);
+    post_system(there + 1, 1);
+    store_global(seen + 1, posted_system(there + 1));
+    store_global(seen, load_system(there));
+}
+
 static void fill(uint32_t *memory, uint32_t first)
 {
     for (uint32_t i = 0; i < COUNT; i++)
@@ -78,6 +87,9 @@ static const struct fault_case {
     {"drop", true, COUNT, COUNT},
     {"stale", true, 0, COUNT},
     {"corrupt", true, 2, 2},
+    {"late", true, 0, COUNT}, // what is read again was read before
+    {"loose", true, 0, 0},
+    {"slow", true, 0, 0},
     {"1>0:hang", false, COUNT, COUNT},
     {"hang,1>0:none", true, 0, 0},
 };
@@ -88,6 +100,8 @@ static void check_fault(const struct fault_case &c, bool by_copy, const char *ho
     int lost = wrong(there, NEW), back = c.back;
     if (strcmp(c.setting, "corrupt") == 0 && by_copy)
         back = 0; // changed on both ways, which is what it was
+    if (strcmp(c.setting, "late") == 0 && !by_copy)
+        back = 0; // it is about copies
     if (m.ended != c.ends || lost != c.there || (m.ended && m.back != back))
         fail_msg("EMULATED_PEERS=%s, %s, %s: %s, %d values wrong there and %d read again, not %d and %d", c.setting,
                  how, by_copy ? "copy" : "kernel", m.ended ? "ended" : "no end", lost, m.back, c.there, back);
@@ -133,6 +147,30 @@ static void test_one_process(void **)
     assert_int_equal(cudaDeviceEnablePeerAccess(1, 0), cudaErrorInvalidDevice);
     cudaSetDevice(0);
     cudaGetLastError();
+}
+
+// Words that are posted arrive at once; what was stored before them arrives with the end of the block, over a loose link.
+static void test_overtaken(void **)
+{
+    setenv("EMULATED_DEVICES", "2", 1);
+    for (const char *setting : {"", "1>0:loose"}) {
+        setenv("EMULATED_PEERS", setting, 1);
+        cudaSetDevice(0);
+        uint32_t *there = device<uint32_t>(2);
+        there[0] = there[1] = OLD;
+        cudaSetDevice(1);
+        uint32_t *seen = device<uint32_t>(2);
+        assert_int_equal(cudaDeviceEnablePeerAccess(0, 0), cudaSuccess);
+        RUN(post_kernel, 1, 1, 0, there, seen);
+        assert_int_equal(seen[0], *setting ? OLD : NEW);
+        assert_int_equal(seen[1], 1);
+        assert_int_equal(there[0], NEW);
+        assert_int_equal(there[1], 1);
+        assert_int_equal(cudaDeviceDisablePeerAccess(0), cudaSuccess);
+        cudaFree(seen), cudaFree(there);
+    }
+    unsetenv("EMULATED_PEERS");
+    cudaSetDevice(0);
 }
 
 // Runs fn in another process; its asserts end it with another code.
@@ -280,14 +318,14 @@ static void ask_for_nonsense(int)
 {
     int can;
     setenv("EMULATED_DEVICES", "2", 1);
-    setenv("EMULATED_PEERS", "0>1:slow", 1);
+    setenv("EMULATED_PEERS", "0>1:weak", 1);
     cudaDeviceCanAccessPeer(&can, 0, 1);
 }
 
 static void test_sentences(void **)
 {
     static const char *const no_access[] = {"device 1 touches memory of device 0", "no access", NULL};
-    static const char *const nonsense[] = {"EMULATED_PEERS=0>1:slow", "mirror drop stale", NULL};
+    static const char *const nonsense[] = {"EMULATED_PEERS=0>1:weak", "mirror drop stale", NULL};
     expect_sentence(touch_without_access, 0, no_access);
     expect_sentence(ask_for_nonsense, 0, nonsense);
 }
@@ -298,6 +336,7 @@ int main(void)
         cmocka_unit_test(test_one_process),   cmocka_unit_test(test_forked_behind_a_call),
         cmocka_unit_test(test_two_processes), cmocka_unit_test(test_same_device),
         cmocka_unit_test(test_handles),       cmocka_unit_test(test_sentences),
+        cmocka_unit_test(test_overtaken),
     };
     return cmocka_run_group_tests(tests, nullptr, nullptr);
 }

@@ -514,7 +514,7 @@ template <typename T> static inline T load_system(const T *p, emulator::place wh
 }
 static inline void post_system(uint32_t *p, uint32_t v, emulator::place where = EMULATOR_PLACE)
 {
-    p = reached(emulator::GLOBAL_STORE, where, p);
+    p = reached(emulator::GLOBAL_POST, where, p);
     __atomic_store_n(p, v, __ATOMIC_RELEASE);
 }
 static inline uint32_t posted_system(const uint32_t *p, emulator::place where = EMULATOR_PLACE)

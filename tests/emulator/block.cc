@@ -204,7 +204,7 @@ void count_shared(const request &r)
 
 void count(const request &r)
 {
-    if (r.which == GLOBAL_LOAD || r.which == GLOBAL_STORE)
+    if (is_global(r.which))
         count_global(r);
     else
         count_shared(r);
@@ -293,6 +293,7 @@ void end_block(block &b)
 {
     if (b.alive > 0)
         deadlock(b);
+    land_stores();
     for (thread &t : b.threads)
         fibers.spare.push_back(t.stack);
     for (auto &warp : b.requests)
@@ -604,12 +605,12 @@ void *note_access(space which, place where, const void *address, size_t bytes)
     settle_stores();
     if (first % bytes != 0)
         bad_access(where, bytes, "at an address that is no multiple of it");
-    if (which == GLOBAL_LOAD || which == GLOBAL_STORE) {
+    if (is_global(which)) {
         const range *allocation = known_allocation(first, bytes);
         if (!allocation)
             bad_access(where, bytes, "that is not inside an allocation");
         if (allocation->seen)
-            target = through_view(*allocation, which == GLOBAL_STORE, target, bytes);
+            target = through_view(*allocation, which, target, bytes);
     } else {
         array *shared = shared_array_of(first, bytes);
         if (!shared)
@@ -621,7 +622,7 @@ void *note_access(space which, place where, const void *address, size_t bytes)
         return target;
     uint32_t visit = self().visits[{where.file, where.line}]++;
     auto &warp = b.requests[(size_t)(b.current / WARP)];
-    auto key = std::make_tuple((const void *)where.file, where.line * 4 + (int)which, visit);
+    auto key = std::make_tuple((const void *)where.file, where.line * 8 + (int)which, visit);
     request &r = warp[key];
     int mine = b.current % WARP;
     r.which = which;

@@ -67,8 +67,12 @@ struct range {
 };
 range allocation_of(const void *address);
 // Where an access through a view goes. What it stores is on its way until settle_stores.
-void *through_view(const range &r, bool stores, void *address, size_t bytes);
+enum space { GLOBAL_LOAD, GLOBAL_STORE, GLOBAL_POST, SHARED_LOAD, SHARED_STORE };
+static inline bool is_global(space which) { return which <= GLOBAL_POST; }
+void *through_view(const range &r, space which, void *address, size_t bytes);
 void settle_stores(void);
+// A block has ended: all that it has stored arrives.
+void land_stores(void);
 // The kernel does not go on, and never ends: for its stream an endless is thrown.
 struct endless {
 };
@@ -76,7 +80,6 @@ struct endless {
 
 // Each access is checked: aligned, inside an allocation or a shared array, not where a copy is still on its way. Returns where it goes, which is
 // the address itself but where a device reaches another one through a fault.
-enum space { GLOBAL_LOAD, GLOBAL_STORE, SHARED_LOAD, SHARED_STORE };
 void *note_access(space which, place where, const void *address, size_t bytes);
 
 // See emulator_misread_scales.

@@ -19,6 +19,9 @@
 //   drop     what is written vanishes
 //   stale    reads see what was there at first
 //   corrupt  of what is written or copied a byte in 4096 changes on its way: those whose place in the allocation is 1000 modulo 4096
+//   late     what is copied arrives when the host has waited for it: words that kernels post behind it overtake it
+//   loose    what a kernel stores arrives when its block has ended: words that it posts overtake it
+//   slow     copies take sixteen times as long
 //   hang     a copy or a kernel that touches it never ends; the host can go on asking
 //   refuse   there is no access, as cudaDeviceCanAccessPeer says
 // Copies between devices without access go over the host, where nothing is wrong.

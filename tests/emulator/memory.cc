@@ -348,7 +348,8 @@ int hand_out(char *memory, size_t whole)
             break;
         done += (size_t)wrote;
     }
-    if (done < whole || mmap(memory, whole, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file, 0) == MAP_FAILED) {
+    if (done < whole ||
+        mmap(memory, whole, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_POPULATE, file, 0) == MAP_FAILED) {
         if (file >= 0)
             close(file);
         return -1;
@@ -364,7 +365,7 @@ void *map_of(const handle &h)
     snprintf(path, sizeof path, "/proc/%d/fd/%d", (int)h.pid, (int)h.file);
     int file = open(path, O_RDWR | O_CLOEXEC);
     if (file >= 0 && fstat(file, &about) == 0 && (uint64_t)about.st_size == whole_of(h.bytes))
-        memory = mmap(nullptr, whole_of(h.bytes), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+        memory = mmap(nullptr, whole_of(h.bytes), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, file, 0);
     if (file >= 0)
         close(file);
     return memory == MAP_FAILED ? nullptr : (char *)memory + GUARD_BYTES;

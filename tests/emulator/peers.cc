@@ -11,6 +11,7 @@
 #include <string>
 #include <unistd.h>
 #include <utility>
+#include <vector>
 
 namespace
 {
@@ -24,19 +25,33 @@ struct held_back {
     void *to = nullptr;
     uintptr_t offset = 0; // in its allocation
     size_t bytes = 0;
+    bool until_end = false; // of the block
 };
 thread_local held_back held;
+struct under_way {
+    char *to;
+    std::string bytes;
+};
+thread_local std::vector<under_way> copies, stores; // LATE, LOOSE
+
+void land(std::vector<under_way> &all)
+{
+    for (const under_way &one : all)
+        memcpy(one.to, one.bytes.data(), one.bytes.size());
+    all.clear();
+}
 
 [[noreturn]] void bad_setting(const char *text)
 {
     emulator::fail("EMULATED_PEERS=%s: wanted fault, or a>b:fault, with commas between; faults: mirror drop stale "
-                   "corrupt hang refuse",
+                   "corrupt hang refuse late loose slow",
                    text);
 }
 
 emulator::fault fault_named(const std::string &name, const char *text)
 {
-    static const char *const names[] = {"none", "mirror", "drop", "stale", "corrupt", "hang", "refuse"};
+    static const char *const names[] = {"none", "mirror", "drop", "stale", "corrupt",
+                                        "hang", "refuse", "late", "loose", "slow"};
     for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
         if (name == names[i])
             return (emulator::fault)i;
@@ -101,14 +116,22 @@ void settle_stores(void)
 {
     if (!held.to)
         return;
-    corrupt(scratch, held.offset, held.bytes);
-    memcpy(held.to, scratch, held.bytes);
+    if (held.until_end) {
+        stores.push_back({(char *)held.to, std::string(scratch, held.bytes)});
+    } else {
+        corrupt(scratch, held.offset, held.bytes);
+        memcpy(held.to, scratch, held.bytes);
+    }
     held.to = nullptr;
 }
 
-void *through_view(const range &r, bool stores, void *address, size_t bytes)
+void land_stores(void) { land(stores); }
+void land_copies(void) { land(copies); }
+
+void *through_view(const range &r, space which, void *address, size_t bytes)
 {
     uintptr_t offset = (uintptr_t)address - r.begin;
+    bool stores = which != GLOBAL_LOAD;
     switch (r.seen->fault) {
     case MIRROR:
         return r.seen->copy + offset;
@@ -120,16 +143,32 @@ void *through_view(const range &r, bool stores, void *address, size_t bytes)
         break;
     case HANG:
         never_ends();
+    case LOOSE:
+        if (which != GLOBAL_STORE)
+            return address;
+        held = {address, offset, bytes, true};
+        return scratch;
     case NO_FAULT:
     case REFUSE:
+    case LATE:
+    case SLOW:
         return address;
     }
     for (size_t i = 0; i < bytes && stores; i++)
         if (is_corrupted(offset + i)) {
-            held = {address, offset, bytes};
+            held = {address, offset, bytes, false};
             return scratch;
         }
     return address;
+}
+
+static void copy_slowly(char *target, const char *source, size_t bytes)
+{
+    enum { TIMES = 16 };
+    uint64_t begin = now_ns();
+    memcpy(target, source, bytes);
+    uint64_t one = now_ns() - begin;
+    usleep((useconds_t)((TIMES - 1) * one / 1000 + 1));
 }
 
 void copy_seen(const side &to, const side &from, size_t bytes)
@@ -141,6 +180,14 @@ void copy_seen(const side &to, const side &from, size_t bytes)
     char *target = in == MIRROR ? to.seen->copy + (to.address - to.begin) : to.address;
     if (in == DROP)
         return;
+    if (in == LATE) {
+        copies.push_back({target, std::string(source, bytes)});
+        return;
+    }
+    if (in == SLOW || out == SLOW) {
+        copy_slowly(target, source, bytes);
+        return;
+    }
     if (in != CORRUPT && out != CORRUPT) {
         memcpy(target, source, bytes);
         return;

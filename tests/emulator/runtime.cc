@@ -152,6 +152,7 @@ void run_until(CUstream_st *s, uint64_t ticket)
     while (s->run < ticket)
         if (!run_next(s))
             sched_yield();
+    emulator::land_copies();
 }
 
 double now_ms()
@@ -417,8 +418,10 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream)
 cudaError_t cudaStreamQuery(cudaStream_t stream)
 {
     CUstream_st *s = stream_of(stream);
-    if (s->run == s->queued)
+    if (s->run == s->queued) {
+        emulator::land_copies();
         return cudaSuccess;
+    }
     run_next(s); // time passes
     return cudaErrorNotReady;
 }

@@ -34,7 +34,7 @@ size_t memory_taken(int device);
 
 // ---- peers.cc: memory that a device reaches of another one ------------------------------------------------------------
 
-enum fault { NO_FAULT, MIRROR, DROP, STALE, CORRUPT, HANG, REFUSE };
+enum fault { NO_FAULT, MIRROR, DROP, STALE, CORRUPT, HANG, REFUSE, LATE, LOOSE, SLOW };
 
 // One device's sight of an allocation of another device, or of another process.
 struct view {
@@ -53,6 +53,8 @@ struct side {
     const view *seen; // NULL: plain
 };
 void copy_seen(const side &to, const side &from, size_t bytes);
+// What this thread's work has copied and what has not arrived yet, arrives.
+void land_copies(void);
 
 } // namespace emulator
 
