@@ -109,6 +109,7 @@ static int measure_links(struct doctor *d, struct error *err)
     probe.device = device;
     probe.as_the_bus_counts = true;
     probe.all = true;
+    probe.at_once = options.no_times;
     probe.rounds = options.no_times ? 0 : ROUNDS;
     probe.open_s = options.deadline_s;
     probe.step_s = options.deadline_s / 3 < MOST_STEP_S ? options.deadline_s / 3 : MOST_STEP_S;

@@ -145,7 +145,7 @@ static void print_copies(const struct doctor_report *report, FILE *out)
 // What became of a direction, in capitals where the driver claims what is not so.
 static const char *seen_of(const struct link_result *link)
 {
-    static const char *const words[] = {"-", "good", "no", "LOST", "CHANGED", "STALE", "HANGS", "FAILS"};
+    static const char *const words[] = {"-", "good", "no", "LOST", "CHANGED", "STALE", "HANGS", "FAILS", "slow"};
     return link->fault < sizeof words / sizeof *words ? words[link->fault] : "?";
 }
 

@@ -22,6 +22,7 @@ const struct link_probe_options link_probe_defaults = {
     .open_s = 30,
     .step_s = 5,
     .seconds = 90,
+    .at_once = true,
     .largest_bytes = LINK_MOST_BYTES,
 };
 
@@ -32,11 +33,13 @@ struct link_probe {
     pid_t pid;             // who watches
     pid_t pids[LINK_ENDS]; // its children; 0: none
     int device[LINK_ENDS]; // as they were wanted
+    bool hurries;          // some hung, which takes time that the others may miss
 };
 
 const char *link_fault_name(enum link_fault fault)
 {
-    static const char *const names[] = {"untried", "good", "refused", "lost", "changed", "stale", "late", "failed"};
+    static const char *const names[] = {"untried", "good", "refused", "lost", "changed",
+                                        "stale",   "late", "failed",  "slow"};
     return (unsigned)fault < sizeof names / sizeof *names ? names[fault] : "unknown";
 }
 
@@ -128,14 +131,15 @@ static void note_gone(struct link_probe *p, int end, int status)
     else if (!e->err.code)
         error_set(&e->err, ERR_GPU, "the process of %s %d ended with status %d", whose, number, WEXITSTATUS(status));
     snprintf(sentence, sizeof sentence, "%.200s", e->err.msg);
-    if (board->order.kind != LINK_ORDER_PAIR) {
+    if (board->order.kind != LINK_ORDER_PAIRS) {
         condemn_end(board, end, LINK_FAILED, sentence);
         return;
     }
     e->err.code = 0; // it may do better with others
-    if (end == board->order.a || end == board->order.b) {
-        condemn(board, board->order.a, board->order.b, LINK_FAILED, sentence);
-        condemn(board, board->order.b, board->order.a, LINK_FAILED, sentence);
+    int other = board->order.other[end];
+    if (other >= 0) {
+        condemn(board, end, other, LINK_FAILED, sentence);
+        condemn(board, other, end, LINK_FAILED, sentence);
     }
 }
 
@@ -174,14 +178,26 @@ static void end_ends(struct link_probe *p, double seconds)
 
 static double left_s(const struct link_probe *p) { return p->options.seconds - link_probe_age_s(p); }
 
-static void post_order(struct link_probe *p, enum link_order kind, int a, int b)
+// A pair that is being tried.
+struct pair {
+    int a, b;
+    bool over;
+    uint64_t mark;   // of what its ends were at when they last moved
+    double waited_s; // since then
+};
+
+static void post_order(struct link_probe *p, enum link_order kind, const struct pair *pairs, int count)
 {
     struct link_board *board = p->board;
-    for (int end = 0; end < board->num_ends; end++)
+    for (int end = 0; end < board->num_ends; end++) {
         atomic_store(&board->end[end].steps, 0);
+        board->order.other[end] = -1;
+    }
+    for (int i = 0; i < count; i++) {
+        board->order.other[pairs[i].a] = pairs[i].b;
+        board->order.other[pairs[i].b] = pairs[i].a;
+    }
     board->order.kind = (uint32_t)kind;
-    board->order.a = a;
-    board->order.b = b;
     atomic_fetch_add(&board->order.number, 1);
 }
 
@@ -214,6 +230,11 @@ static void describe_late(char text[LINK_SENTENCE_BYTES], const struct link_boar
                  "kernels that write to each other between devices %d and %d did not end within %.1f s", from, to,
                  seconds);
         break;
+    case LINK_HANDING:
+        snprintf(text, LINK_SENTENCE_BYTES,
+                 "copies with a word behind each between devices %d and %d did not end within %.1f s", from, to,
+                 seconds);
+        break;
     case LINK_MAPPING:
         snprintf(text, LINK_SENTENCE_BYTES, "device %d did not map the memory of device %d within %.1f s", from, to,
                  seconds);
@@ -234,13 +255,13 @@ static void describe_late(char text[LINK_SENTENCE_BYTES], const struct link_boar
     }
 }
 
-// Rests; adds what has passed since the last time, without what this process itself was kept from running.
-static void let_pass(const struct link_probe *p, double *waited_s, double *looked_s)
+// Rests; what has passed since the last time, without what this process itself was kept from running.
+static double let_pass(const struct link_probe *p, double *looked_s)
 {
     rest(p);
     double now_s = clock_now_s(), passed_s = now_s - *looked_s;
-    *waited_s += passed_s < MOST_LOOK_S ? passed_s : MOST_LOOK_S;
     *looked_s = now_s;
+    return passed_s < MOST_LOOK_S ? passed_s : MOST_LOOK_S;
 }
 
 // All ends that are there have carried out the order, or the first that is late is condemned; false: the ends are to be ended.
@@ -257,20 +278,25 @@ static bool wait_for_all(struct link_probe *p)
                 condemn_end(board, end, LINK_LATE, sentence);
                 return false;
             }
-            let_pass(p, &waited_s, &looked_s);
+            waited_s += let_pass(p, &looked_s);
         }
     return true;
 }
 
+static bool is_crossing(uint32_t doing)
+{
+    return doing == LINK_WRITING || doing == LINK_READING || doing == LINK_CALLING || doing == LINK_HANDING;
+}
+
 // The end that is the reason why a pair does not go on, and its direction.
-static void condemn_late(struct link_probe *p, int a, int b, double seconds)
+static void condemn_late(struct link_probe *p, const struct pair *pair)
 {
     struct link_board *board = p->board;
+    int a = pair->a, b = pair->b;
     int waits = (int)(atomic_load(&board->end[a].doing) == LINK_MEETING), end = waits ? b : a, other = waits ? a : b;
-    uint32_t doing = atomic_load(&board->end[end].doing);
+    uint32_t doing = atomic_load(&board->end[end].doing), crossing = is_crossing(doing);
     char sentence[LINK_SENTENCE_BYTES];
-    uint32_t crossing = doing == LINK_WRITING || doing == LINK_READING || doing == LINK_CALLING;
-    describe_late(sentence, board, end, other, seconds);
+    describe_late(sentence, board, end, other, pair->waited_s);
     if (doing == LINK_WRITING || doing == LINK_READING || doing == LINK_MAPPING) {
         condemn(board, end, other, LINK_LATE, sentence);
         board->result[end][other].crossing = crossing;
@@ -284,33 +310,54 @@ static void condemn_late(struct link_probe *p, int a, int b, double seconds)
 // How long an end may be at it. What touches the link is short; what a device does alone can be slow where others use it, too.
 static double limit_of(const struct link_probe *p, uint32_t doing)
 {
-    enum { CALLS = 3 }; // each of the two kernels ends by itself after a step's time
+    enum { CALLS = 3 }; // each of the kernels ends by itself after a step's time
     bool of_link = doing == LINK_WRITING || doing == LINK_READING || doing == LINK_MAPPING;
-    return of_link ? p->options.step_s : doing == LINK_CALLING ? CALLS * p->options.step_s : p->options.open_s;
+    bool by_kernels = doing == LINK_CALLING || doing == LINK_HANDING;
+    return of_link ? p->options.step_s : by_kernels ? CALLS * p->options.step_s : p->options.open_s;
 }
 
-// A pair goes on as long as its ends move; false: the ends are to be ended.
-static bool wait_for_pair(struct link_probe *p, int a, int b)
+// A pair goes on as long as its ends move. false: it is late, or an end is gone.
+static bool look_at(struct link_probe *p, struct pair *pair)
 {
     struct link_board *board = p->board;
-    double waited_s = 0, looked_s = clock_now_s();
-    uint64_t before = 0;
-    while (!has_taken(board, a) || !has_taken(board, b)) {
-        uint32_t steps = atomic_load(&board->end[a].steps) + atomic_load(&board->end[b].steps);
-        uint32_t doing_a = atomic_load(&board->end[a].doing), doing_b = atomic_load(&board->end[b].doing);
-        uint64_t mark = (uint64_t)steps << 16 | doing_a << 8 | doing_b;
-        if (mark != before)
-            waited_s = 0;
-        before = mark;
-        if ((!has_taken(board, a) && gone(p, a)) || (!has_taken(board, b) && gone(p, b)) || left_s(p) < 0)
-            return false;
-        if (waited_s > limit_of(p, doing_a == LINK_MEETING ? doing_b : doing_a)) {
-            condemn_late(p, a, b, waited_s);
-            return false;
-        }
-        let_pass(p, &waited_s, &looked_s);
+    int a = pair->a, b = pair->b;
+    uint32_t steps = atomic_load(&board->end[a].steps) + atomic_load(&board->end[b].steps);
+    uint32_t doing_a = atomic_load(&board->end[a].doing), doing_b = atomic_load(&board->end[b].doing);
+    uint64_t mark = (uint64_t)steps << 16 | doing_a << 8 | doing_b;
+    pair->over = has_taken(board, a) && has_taken(board, b);
+    if (pair->over)
+        return true;
+    if (mark != pair->mark)
+        pair->waited_s = 0;
+    pair->mark = mark;
+    pair->over = (!has_taken(board, a) && gone(p, a)) || (!has_taken(board, b) && gone(p, b));
+    if (!pair->over && pair->waited_s > limit_of(p, doing_a == LINK_MEETING ? doing_b : doing_a)) {
+        condemn_late(p, pair);
+        pair->over = true;
     }
-    return true;
+    return !pair->over;
+}
+
+// Until each of them is over; false: the ends are to be ended.
+static bool wait_for_pairs(struct link_probe *p, struct pair *pairs, int count)
+{
+    bool well = true, any = true;
+    double passed_s = 0, looked_s = clock_now_s();
+    while (any) {
+        any = false;
+        for (int i = 0; i < count; i++) {
+            if (pairs[i].over)
+                continue;
+            pairs[i].waited_s += passed_s;
+            well = look_at(p, &pairs[i]) && well;
+            any = any || !pairs[i].over;
+        }
+        if (left_s(p) < 0)
+            return false;
+        if (any)
+            passed_s = let_pass(p, &looked_s);
+    }
+    return well;
 }
 
 // ---- all pairs -----------------------------------------------------------------------------------------------------
@@ -320,12 +367,17 @@ static bool is_untried(const struct link_board *board, int a, int b)
     return board->result[a][b].fault == LINK_UNTRIED || board->result[b][a].fault == LINK_UNTRIED;
 }
 
+static bool delivers(uint32_t fault) { return fault == LINK_GOOD || fault == LINK_SLOW; }
+
+// One that is slow may do yet.
 static bool some_is_bad(const struct link_board *board)
 {
     for (int a = 0; a < board->num_ends; a++)
-        for (int b = 0; b < board->num_ends; b++)
-            if (is_pair(board, a, b) && board->result[a][b].fault > LINK_GOOD)
+        for (int b = 0; b < board->num_ends; b++) {
+            uint32_t fault = board->result[a][b].fault;
+            if (is_pair(board, a, b) && fault != LINK_UNTRIED && !delivers(fault))
                 return true;
+        }
     return false;
 }
 
@@ -342,42 +394,81 @@ static void take_from_twins(struct link_board *board, int a, int b)
             }
 }
 
-// The next pair that is to be tried; false: none.
-static bool next_pair(const struct link_probe *p, int *a, int *b)
+// They share no device, so that each has its own to itself.
+static bool are_apart(const struct link_board *board, int a, int b, const struct pair *pair)
+{
+    int first = board->end[a].device, second = board->end[b].device;
+    int c = board->end[pair->a].device, d = board->end[pair->b].device;
+    return first != c && first != d && second != c && second != d;
+}
+
+// Some pair is still to be tried; those that have twins are not.
+static bool some_is_left(const struct link_probe *p)
 {
     struct link_board *board = p->board;
+    bool any = false;
     if (!p->options.all && some_is_bad(board))
         return false;
-    for (*a = 0; *a < board->num_ends; ++*a)
-        for (*b = *a + 1; *b < board->num_ends; ++*b) {
-            if (is_pair(board, *a, *b) && is_untried(board, *a, *b))
-                take_from_twins(board, *a, *b);
-            if (is_pair(board, *a, *b) && is_untried(board, *a, *b))
-                return true;
+    for (int a = 0; a < board->num_ends; a++)
+        for (int b = a + 1; b < board->num_ends; b++) {
+            if (is_pair(board, a, b) && is_untried(board, a, b))
+                take_from_twins(board, a, b);
+            any = any || (is_pair(board, a, b) && is_untried(board, a, b));
         }
-    return false;
+    return any;
+}
+
+// A tournament in which every end of a group meets every other one: so many turns, in each of which an end has at most one other.
+static int num_turns(const struct link_board *board) { return board->group % 2 ? board->group : board->group - 1; }
+
+static int turn_of(const struct link_board *board, int a, int b)
+{
+    int turns = num_turns(board), i = a % board->group, j = b % board->group; // i < j
+    return (j == turns ? 2 * i : i + j) % turns;
+}
+
+// The pairs of a turn that are still to be tried, all of them on devices of their own; one, if they are to be tried one after the other.
+static int take_turn(const struct link_probe *p, int turn, struct pair pairs[LINK_ENDS / 2])
+{
+    struct link_board *board = p->board;
+    int count = 0;
+    for (int a = 0; a < board->num_ends; a++)
+        for (int b = a + 1; b < board->num_ends; b++) {
+            bool apart = true;
+            if (!is_pair(board, a, b) || turn_of(board, a, b) != turn % num_turns(board) || !is_untried(board, a, b))
+                continue;
+            for (int i = 0; i < count; i++)
+                apart = apart && are_apart(board, a, b, &pairs[i]);
+            if (count == 0 || ((p->options.at_once || p->hurries) && apart))
+                pairs[count++] = (struct pair){.a = a, .b = b};
+        }
+    return count;
 }
 
 // One set of processes, until all is tried or one of them is late or dies.
 static void run_ends(struct link_probe *p)
 {
-    int a, b;
+    struct pair pairs[LINK_ENDS / 2];
     bool well;
     start_ends(p);
-    post_order(p, LINK_ORDER_LOOK, 0, 0);
+    post_order(p, LINK_ORDER_LOOK, NULL, 0);
     well = wait_for_all(p);
-    if (well && next_pair(p, &a, &b)) {
-        post_order(p, LINK_ORDER_OPEN, 0, 0);
+    if (well && some_is_left(p)) {
+        post_order(p, LINK_ORDER_OPEN, NULL, 0);
         well = wait_for_all(p);
     }
-    while (well && next_pair(p, &a, &b)) {
-        post_order(p, LINK_ORDER_PAIR, a, b);
+    for (int turn = 1; well && some_is_left(p); turn++) {
+        int count = take_turn(p, turn, pairs);
+        if (count == 0)
+            continue;
+        post_order(p, LINK_ORDER_PAIRS, pairs, count);
         // The others have seen the order, too, before another one is written over it.
-        well = wait_for_pair(p, a, b) && wait_for_all(p);
+        well = wait_for_pairs(p, pairs, count) && wait_for_all(p);
     }
     if (well)
-        post_order(p, LINK_ORDER_END, 0, 0);
+        post_order(p, LINK_ORDER_END, NULL, 0);
     end_ends(p, well ? END_S : 0);
+    p->hurries = p->hurries || !well;
 }
 
 static void condemn_rest(struct link_probe *p)
@@ -406,7 +497,6 @@ static bool some_hangs(struct link_probe *p)
 
 static void run(struct link_probe *p, pid_t parent)
 {
-    int a, b;
     end_with(parent);
     setpgid(0, 0); // a terminal's signals are its parent's
     signal(SIGINT, SIG_IGN);
@@ -416,7 +506,7 @@ static void run(struct link_probe *p, pid_t parent)
         setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID", 1);
     do
         run_ends(p);
-    while (!some_hangs(p) && next_pair(p, &a, &b) && left_s(p) > 0);
+    while (!some_hangs(p) && some_is_left(p) && left_s(p) > 0);
     condemn_rest(p);
     p->board->seconds = link_probe_age_s(p);
     atomic_store(&p->board->done, 1);
@@ -491,17 +581,29 @@ bool link_probe_verdict(const struct link_probe *p, char why[LINK_SENTENCE_BYTES
                  link_probe_age_s(p));
         return false;
     }
-    for (int pass = 0; pass < 2; pass++) // what was tried and is wrong says more than what was not
+    // What was tried and is wrong says more than what was not, and than what is slow.
+    for (int pass = 0; pass < 3; pass++)
         for (int a = 0; a < board->num_ends; a++)
             for (int b = 0; b < board->num_ends; b++) {
-                const struct link_result *result = &board->result[a][b];
-                if (!is_pair(board, a, b) || result->fault == LINK_GOOD || (pass == 0 && result->fault == LINK_UNTRIED))
+                uint32_t fault = board->result[a][b].fault;
+                int its_pass = fault == LINK_UNTRIED ? 1 : fault == LINK_SLOW ? 2 : 0;
+                if (!is_pair(board, a, b) || fault == LINK_GOOD || pass != its_pass)
                     continue;
                 snprintf(why, LINK_SENTENCE_BYTES, "%.*s", LINK_SENTENCE_BYTES - 1,
-                         result->fault == LINK_UNTRIED ? "not every link was tried" : result->sentence);
+                         fault == LINK_UNTRIED ? "not every link was tried" : board->result[a][b].sentence);
                 return false;
             }
     return true;
+}
+
+bool link_probe_delivers(const struct link_probe *p)
+{
+    const struct link_board *board = p->board;
+    bool all = link_probe_is_done(p);
+    for (int a = 0; a < board->num_ends; a++)
+        for (int b = 0; b < board->num_ends; b++)
+            all = all && (!is_pair(board, a, b) || delivers(board->result[a][b].fault));
+    return all;
 }
 
 void link_probe_stop(struct link_probe *p)

@@ -102,7 +102,7 @@ int rank_transport_begin(struct rank_transport *t, const struct rank_transport_o
 
 // What the first rank has seen.
 struct verdict {
-    int32_t good;
+    int32_t good, slow; // slow: it is not good for that reason alone
     char why[LINK_SENTENCE_BYTES];
 };
 
@@ -110,9 +110,9 @@ struct verdict {
 static void compare_devices(const struct rank_transport *t, char (*bus)[DEVICE_BUS_BYTES], struct verdict *seen)
 {
     const struct link_board *board = link_probe_board(t->own);
-    for (int r = 0; r < t->options.tp_size && seen->good; r++)
+    for (int r = 0; r < t->options.tp_size && (seen->good || seen->slow); r++)
         if (strcmp(bus[r], board->end[r].bus) != 0) {
-            seen->good = false;
+            seen->good = seen->slow = false;
             snprintf(seen->why, sizeof seen->why,
                      "the device of rank %d (%.23s) is not shown to rank %d, which was to try its links",
                      t->options.first + r, bus[r], t->options.first);
@@ -146,16 +146,23 @@ int rank_transport_settle(struct rank_transport *t, const struct device *device,
         comm_at(o->comm, OP_START, -1);
         usleep(LOOK_US);
     }
-    if (first && links)
+    if (first && links) {
         seen.good = link_probe_verdict(links, seen.why);
-    else if (first)
+        seen.slow = !seen.good && link_probe_delivers(links);
+    } else if (first) {
         snprintf(seen.why, sizeof seen.why, "%s", o->spread ? t->problem : o->link_problem);
-    if (first && seen.good && o->spread)
+    }
+    if (first && (seen.good || seen.slow) && o->spread)
         compare_devices(t, bus, &seen);
     if ((rc = comm_broadcast(o->comm, &seen, sizeof seen, 0, err)))
         return rc;
     seen.why[sizeof seen.why - 1] = 0;
-    return seen.good ? 0 : do_without(t, TRANSPORT_HOST, seen.why, err);
+    if (seen.good || (seen.slow && !o->is_auto)) {
+        if (first && seen.slow)
+            snprintf(t->note, sizeof t->note, "slow over p2p: %s", seen.why);
+        return 0;
+    }
+    return do_without(t, TRANSPORT_HOST, seen.why, err);
 }
 
 void rank_transport_end(struct rank_transport *t)

@@ -1,5 +1,5 @@
 // Which transport ranks take between their devices, settled before the first of them takes memory there: the one that was chosen for them, or, where
-// they cannot have it, one that does without, and why.
+// they cannot have it, or would gain nothing by it, one that does without, and why. A slow link is left to who asks for it.
 //
 // Where one process starts all ranks, it has the links tried before (session_links.c). Ranks that a launcher has started first tell each other where they
 // are: devices of several hosts have NCCL or the hosts' sockets. Then the first rank of each stage has the links of its stage tried, by processes that see what

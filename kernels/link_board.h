@@ -2,8 +2,8 @@
 // backend, which moves bytes between the ends (kernels/cuda/link_probe.c), have in memory that all of these processes share.
 //
 // The engine posts orders, one at a time: it fills `order`, then raises order.number. An end carries out those that concern it and says so with
-// `taken`; the next order comes when all have. With a pair's order its two ends go from step to step together (`steps`): one writes, the other looks. Nobody in here
-// keeps time: who does not go on is ended from outside, and `doing` then says what it was at.
+// `taken`; the next order comes when all have. With an order of pairs, which no two share an end, the two ends of each go from step to step together (`steps`):
+// one writes, the other looks. Nobody in here keeps time: who does not go on is ended from outside, and `doing` then says what it was at.
 //
 // result[a][b] is the direction from a to b: what a does with the memory of b. It is written by one of the two in turn, between two steps.
 #ifndef TPSHARD_KERNELS_LINK_BOARD_H
@@ -37,6 +37,7 @@ enum link_fault {
     LINK_STALE,   // a does not see what b has in its memory
     LINK_LATE,    // it did not end in time
     LINK_FAILED,  // an error of the driver, or a process that died
+    LINK_SLOW,    // all arrives, but later than over the host's memory
 };
 
 enum link_means { LINK_BY_KERNEL, LINK_BY_COPY, LINK_MEANS };
@@ -61,21 +62,26 @@ enum link_doing {
     LINK_LOOKING, // into its own memory
     LINK_READING, // the other's memory, by `means`
     LINK_CALLING, // words that go to and fro between running kernels
+    LINK_HANDING, // copies, each with a word behind it that a running kernel waits for
 };
+
+enum link_way { LINK_TO_HOST, LINK_FROM_HOST, LINK_WAYS };
 
 struct link_end {
     int device; // wanted; -1: by the backend's rule for rank `rank`, and then what that gave
     int rank;
     char bus[24]; // "0000:01:00.0"; "": not known
     LINK_ATOMIC(uint32_t) taken, steps;
-    LINK_ATOMIC(uint32_t) doing, means; // enum link_doing, enum link_means
-    LINK_ATOMIC(uint64_t) bytes;        // of it
-    LINK_ATOMIC(uint32_t) calls;        // rounds of calls between running kernels
+    LINK_ATOMIC(uint32_t) doing, means;      // enum link_doing, enum link_means
+    LINK_ATOMIC(uint64_t) bytes;             // of it
+    LINK_ATOMIC(uint32_t) calls;             // rounds that its running kernel has taken in
+    LINK_ATOMIC(uint32_t) posts;             // words that it has posted behind copies
+    double host_gb_s[LINK_WAYS][LINK_MEANS]; // between its device and the host's memory; 0: not measured
     uint8_t handle[LINK_HANDLE_BYTES];
     struct error err; // why it has ended; code 0: it has not failed
 };
 
-enum link_order { LINK_ORDER_NONE, LINK_ORDER_LOOK, LINK_ORDER_OPEN, LINK_ORDER_PAIR, LINK_ORDER_END };
+enum link_order { LINK_ORDER_NONE, LINK_ORDER_LOOK, LINK_ORDER_OPEN, LINK_ORDER_PAIRS, LINK_ORDER_END };
 
 struct link_board {
     // Set before the ends begin.
@@ -88,8 +94,8 @@ struct link_board {
     // The engine's. Fields of an order are valid when its number can be read.
     struct {
         LINK_ATOMIC(uint32_t) number;
-        uint32_t kind; // enum link_order
-        int a, b;      // of LINK_ORDER_PAIR; a < b
+        uint32_t kind;        // enum link_order
+        int other[LINK_ENDS]; // of LINK_ORDER_PAIRS: with whom each end is a pair; -1: with nobody
     } order;
     LINK_ATOMIC(uint32_t) done; // nothing in here changes any more
     double seconds;             // that it took

@@ -1,4 +1,4 @@
-// The kernels of the probe of links: writing, reading, and kernels that call each other from two streams.
+// The kernels of the probe of links: writing, reading, kernels that call each other from two streams, and copies with a word behind each.
 #include "tests/device/cuda_test.h"
 
 #include "kernels/cuda/link_probe.h"
@@ -93,12 +93,97 @@ static void test_calls(void **)
     assert_int_equal(launch_link_call(&call, 0), cudaErrorInvalidValue);
 }
 
+enum { HAND_ROUNDS = 7, HAND_WORDS = LINK_HAND_BYTES / 4 };
+
+// What one device gives and the other one takes, in streams of two threads; either alone is in vain.
+struct hands {
+    struct link_hand give, take;
+    uint8_t *area[2], *place;
+    uint32_t *sent;
+    struct link_hand_result *result; // of who gives, of who takes
+};
+
+static void make_hands(struct hands *h, uint32_t seed, uint64_t timeout_ns)
+{
+    h->give = {};
+    h->place = (uint8_t *)device_zeros(LINK_HAND_BYTES);
+    h->sent = device_array<uint32_t>(HAND_WORDS + link_hand_first(HAND_ROUNDS));
+    h->result = (struct link_hand_result *)device_zeros(2 * sizeof(struct link_hand_result));
+    for (uint8_t *&area : h->area)
+        area = (uint8_t *)device_zeros(LINK_CALL_BYTES);
+    h->give.rounds = HAND_ROUNDS;
+    h->give.words[0] = 4;
+    h->give.words[1] = HAND_WORDS;
+    h->give.words[2] = 1000;
+    h->give.timeout_ns = timeout_ns;
+    h->give.place = h->place;
+    h->give.seed = 9;
+    h->take = h->give;
+    h->take.seed = seed;
+    for (int i = 0; i < 2; i++) {
+        struct link_hand *hand = i ? &h->take : &h->give;
+        hand->own = h->area[i];
+        hand->other = h->area[1 - i];
+        hand->result = h->result + i;
+    }
+    assert_int_equal(launch_link_write(h->sent, HAND_WORDS + link_hand_first(HAND_ROUNDS), 9, 0), cudaSuccess);
+    assert_int_equal(cudaDeviceSynchronize(), cudaSuccess);
+}
+
+static void give(const struct hands *h)
+{
+    cudaStream_t stream;
+    cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+    for (uint32_t round = 1; round <= HAND_ROUNDS; round++) {
+        launch_link_await(&h->give, round, stream);
+        cudaMemcpyAsync(h->place, h->sent + link_hand_first(round), 4 * link_hand_words(&h->give, round),
+                        cudaMemcpyDeviceToDevice, stream);
+        launch_link_post(&h->give, round, stream);
+    }
+    cudaStreamSynchronize(stream);
+    cudaStreamDestroy(stream);
+}
+
+static void take(const struct hands *h)
+{
+    cudaStream_t stream;
+    cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+    launch_link_take(&h->take, stream);
+    cudaStreamSynchronize(stream);
+    cudaStreamDestroy(stream);
+}
+
+static void test_hands(void **)
+{
+    struct hands h;
+    for (uint32_t seed : {9u, 10u}) {
+        make_hands(&h, seed, 60000000000);
+        std::thread other(give, &h);
+        take(&h);
+        other.join();
+        assert_int_equal(h.result[0].posted, HAND_ROUNDS);
+        assert_int_equal(h.result[0].unready, 0);
+        assert_int_equal(h.result[1].rounds, HAND_ROUNDS);
+        assert_int_equal(h.result[1].missed, 0);
+        assert_int_equal(h.result[1].wrong, seed == 9 ? 0 : 3 * 4 + 2 * HAND_WORDS + 2 * 1000);
+    }
+    make_hands(&h, 9, 50000000);
+    take(&h);
+    assert_int_equal(h.result[1].rounds, 0);
+    assert_int_equal(h.result[1].missed, 1);
+    make_hands(&h, 9, 50000000);
+    give(&h);
+    assert_int_equal(h.result[0].unready, 1);
+    assert_int_equal(h.result[0].posted, 0);
+}
+
 int main(void)
 {
     setenv("CUDA_MODULE_LOADING", "EAGER", 1); // kernels of two threads wait for each other
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_write_and_read),
         cmocka_unit_test(test_calls),
+        cmocka_unit_test(test_hands),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -47,6 +47,11 @@ static void test_faults(void **)
         {"0>1:stale", LINK_STALE, "device 0 does not see what is in the memory of device 1"},
         {"0>1:corrupt", LINK_CHANGED,
          "what device 0 writes arrives changed in the memory of device 1 (1 of 4096 bytes by a kernel; byte"},
+        {"0>1:late", LINK_CHANGED,
+         "a kernel that runs on device 1 sees the word that device 0 posts behind a copy before the copy has arrived"},
+        {"0>1:loose", LINK_CHANGED,
+         "a kernel that runs on device 1 sees device 0's word before what was written ahead of it"},
+        {"0>1:slow", LINK_SLOW, "GB/s to device 1 by a copy engine, and"},
         {"0>1:hang", LINK_LATE, "a write of 4 bytes by a kernel from device 0 to device 1 did not end within 2."},
     };
     setenv("EMULATED_DEVICES", "3", 1);
@@ -56,6 +61,7 @@ static void test_faults(void **)
         const struct link_board *board = link_probe_board(p);
         char why[LINK_SENTENCE_BYTES];
         assert_int_equal(link_probe_verdict(p, why), c.fault == LINK_GOOD);
+        assert_int_equal(link_probe_delivers(p), c.fault == LINK_GOOD || c.fault == LINK_SLOW);
         for (int a = 0; a < 3; a++)
             for (int b = 0; b < 3; b++) {
                 const struct link_result *r = &board->result[a][b];

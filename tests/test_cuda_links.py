@@ -21,6 +21,7 @@ FAULTS = (("mirror", "process", True, WRITES),
           ("drop", "thread", False, WRITES),
           ("stale", "process", False, "device 1 does not see what is in the memory of device 0"),
           ("corrupt", "process", False, "what device 1 writes arrives changed in the memory of device 0 (1 of 4096 bytes by a kernel; byte "),
+          ("late", "process", False, "a kernel that runs on device 0 sees the word that device 1 posts behind a copy before the copy has arrived ("),
           ("hang", "thread", False, "a write of 4 bytes by a kernel from device 1 to device 0 did not end within 5."),
           ("refuse", "process", True, "the driver does not let device 1 reach the memory of device 0"))
 
@@ -50,6 +51,17 @@ def test_faults(model):
         if asked:
             rc, _, told = generate(model, "--ranks", ranks, "--transport", "p2p", **env)
             check(f"{fault}: p2p is refused", rc == 6 and f"--transport p2p: {sentence}" in told and "--transport host does without" in told, f"{rc} {told[-500:]}")
+
+
+# A link that delivers, but slowly, is left to who asks for it.
+def test_slow(model):
+    env = {"EMULATED_DEVICES": "2", "EMULATED_PEERS": "slow"}
+    rc, text, told = generate(model, **env)
+    check("slow: auto takes host and says why", rc == 0 and "wire over host" in told and told.count("not over p2p: device ") == 1
+          and "would go over the host's memory" in told, f"{rc} {text} {told[-500:]}")
+    rc, asked, told = generate(model, "--transport", "p2p", **env)
+    check("slow: p2p is had by who asks for it, and is told", rc == 0 and asked == text and "wire over p2p" in told and told.count("slow over p2p: device ") == 1,
+          f"{rc} {asked} {told[-500:]}")
 
 
 # Two models at once in threads of one process: the driver lives in it when the second one's ranks start, and no probe can begin any more. What was seen for the
@@ -97,6 +109,7 @@ def main():
             other = Path(name) / "other"
             subprocess.run([BUILD / "tpshard", "--tp", "4", "--quant", "int4", "tests/model", other, "--quiet"], check=True)
             test_faults(model)
+            test_slow(model)
             test_second_model(model, other)
     sys.exit(status())
 

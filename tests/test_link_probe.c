@@ -1,5 +1,5 @@
-// The engine's side of a probe of links (engine/link_probe.c), with ends that move no bytes: orders, verdicts, ends that hang at any place, die, fail,
-// or cannot be started; what is tried again after that, and what is not; deadlines; and a probe that is ended in the middle.
+// The engine's side of a probe of links (engine/link_probe.c), with ends that move no bytes: orders, pairs at the same time, verdicts, ends that hang at any
+// place, die, fail, or cannot be started; what is tried again after that, and what is not; deadlines; and a probe that is ended in the middle.
 #include "engine/link_probe.h"
 #include "kernels/clock.h"
 #include "tests/patience.h"
@@ -23,20 +23,23 @@
 
 // ---- the stand-in: what each end does, by the direction or the order ---------------------------------------------------
 
-enum act { ACT_WELL, ACT_REFUSED, ACT_LOST, ACT_HANGS, ACT_DIES, ACT_FAILS, ACT_RETURNS, ACT_STAYS };
+enum act { ACT_WELL, ACT_REFUSED, ACT_LOST, ACT_SLOW, ACT_HANGS, ACT_DIES, ACT_FAILS, ACT_RETURNS, ACT_STAYS };
+enum { ENDS = 9 };
 
 static struct {
-    enum act look[4], open[4]; // by end
-    enum act pair[4][4];       // by the end that acts, and the other
-    enum link_doing doing;     // of an end that hangs in a pair
-    int devices;               // end e is on device e % devices
-    int slow_end;              // reads its orders late; -1: none
+    enum act look[ENDS], open[ENDS]; // by end
+    enum act pair[ENDS][ENDS];       // by the end that acts, and the other
+    enum link_doing doing;           // of an end that hangs in a pair
+    int devices;                     // end e is on device e % devices
+    int slow_end;                    // reads its orders late; -1: none
+    int together;                    // ends that a pair waits for before it goes on
 } script;
 
 // Ends count what they do, for all processes.
 static struct tally {
-    _Atomic uint32_t opened[4], pairs[4][4];
-    _Atomic int pid[4];
+    _Atomic uint32_t opened[ENDS], pairs[ENDS][ENDS];
+    _Atomic uint32_t inside[4 * ENDS], most_inside; // ends in such an order, by its number
+    _Atomic int pid[ENDS];
     _Atomic int tracer;           // -1: it may not trace
     _Atomic uint32_t overwritten; // orders, before an end had read them
 } * tally;
@@ -64,9 +67,10 @@ static int perform(struct link_board *board, int end, int other, enum act act, s
         break;
     case ACT_REFUSED:
     case ACT_LOST:
+    case ACT_SLOW:
         if (result && result->fault == LINK_UNTRIED) {
             snprintf(result->sentence, sizeof result->sentence, "link %d to %d", end, other);
-            result->fault = act == ACT_LOST ? LINK_LOST : LINK_REFUSED;
+            result->fault = act == ACT_LOST ? LINK_LOST : act == ACT_SLOW ? LINK_SLOW : LINK_REFUSED;
         }
         break;
     case ACT_STAYS:
@@ -97,10 +101,23 @@ static int look(struct link_board *board, int end, struct error *err)
     return rc;
 }
 
+// Until so many ends are in this order.
+static void come_together(const struct link_board *board)
+{
+    uint32_t number = atomic_load(&board->order.number) % (4 * ENDS),
+             inside = atomic_fetch_add(&tally->inside[number], 1) + 1;
+    uint32_t most = atomic_load(&tally->most_inside);
+    while (inside > most && !atomic_compare_exchange_weak(&tally->most_inside, &most, inside))
+        ;
+    while (atomic_load(&tally->inside[number]) < (uint32_t)script.together)
+        usleep(100);
+}
+
 static int try_pair(struct link_board *board, int end, int other, struct error *err)
 {
     struct link_end *me = &board->end[end];
     atomic_fetch_add(&tally->pairs[end][other], 1);
+    come_together(board);
     atomic_store(&me->bytes, 4096);
     atomic_store(&me->means, LINK_BY_COPY);
     if (board->result[end][other].fault == LINK_UNTRIED) { // else it is known by now
@@ -128,11 +145,11 @@ static int stand_in(struct link_board *board, int end, struct error *err)
         while (atomic_load(&board->order.number) == number)
             usleep(100);
         enum link_order kind = (enum link_order)board->order.kind;
-        int a = board->order.a, b = board->order.b;
+        int other = board->order.other[end];
         number = atomic_load(&board->order.number);
         if (end == script.slow_end)
             usleep(20000);
-        if (atomic_load(&board->order.number) != number || board->order.a != a || board->order.b != b)
+        if (atomic_load(&board->order.number) != number || board->order.other[end] != other)
             atomic_fetch_add(&tally->overwritten, 1);
         if (kind == LINK_ORDER_END)
             return 0;
@@ -141,8 +158,8 @@ static int stand_in(struct link_board *board, int end, struct error *err)
             rc = look(board, end, err);
         else if (kind == LINK_ORDER_OPEN)
             rc = perform(board, end, -1, script.open[end], err);
-        else if (end == a || end == b)
-            rc = try_pair(board, end, end == a ? b : a, err);
+        else if (other >= 0)
+            rc = try_pair(board, end, other, err);
         if (kind == LINK_ORDER_OPEN)
             atomic_fetch_add(&tally->opened[end], 1);
         if (rc)
@@ -159,7 +176,7 @@ static void begin_script(void)
 {
     memset(&script, 0, sizeof script);
     memset(tally, 0, sizeof *tally);
-    script.devices = 4;
+    script.devices = ENDS;
     script.slow_end = -1;
     script.doing = LINK_WRITING;
 }
@@ -213,7 +230,7 @@ static uint32_t tries(int a, int b) { return atomic_load(&tally->pairs[a][b]); }
 // Nothing that the probe has started lives on.
 static void expect_no_process(void)
 {
-    for (int end = 0; end < 4; end++) {
+    for (int end = 0; end < ENDS; end++) {
         int pid = atomic_load(&tally->pid[end]);
         for (int ms = 0; pid > 0 && kill(pid, 0) == 0; ms++) {
             char path[64], text[256] = "";
@@ -252,6 +269,109 @@ static void test_all_good(void **state)
     }
 }
 
+// Pairs are tried at the same time, in as few turns as there can be; or one by one.
+static void test_turns(void **state)
+{
+    (void)state;
+    static const struct {
+        int ends, group;
+        uint32_t turns, inside;
+    } cases[] = {{2, 2, 1, 2}, {3, 3, 3, 2}, {4, 4, 3, 4}, {5, 5, 5, 4},
+                 {6, 6, 5, 6}, {8, 8, 7, 8}, {9, 9, 9, 8}, {8, 4, 3, 8}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        for (int at_once = 0; at_once < 2; at_once++) {
+            begin_script();
+            script.together = at_once ? (int)cases[i].inside : 2;
+            struct link_probe_options options = options_for(cases[i].ends, cases[i].group, true);
+            options.at_once = at_once;
+            struct link_probe *p = probed(&options);
+            uint32_t pairs = 0, orders = atomic_load(&link_probe_board(p)->order.number);
+            expect_verdict(p, NULL);
+            for (int a = 0; a < cases[i].ends; a++)
+                for (int b = 0; b < cases[i].ends; b++) {
+                    bool is_pair = a != b && a / cases[i].group == b / cases[i].group;
+                    assert_int_equal(tries(a, b), is_pair);
+                    pairs += is_pair && a < b;
+                }
+            assert_int_equal(atomic_load(&tally->most_inside), at_once ? cases[i].inside : 2);
+            assert_int_equal(orders, 3 + (at_once ? cases[i].turns : pairs)); // to look, to open, to end
+            link_probe_end(p);
+        }
+}
+
+// Who is late or gone holds up nobody: the others of its turn come to their ends, and are not tried again.
+static void test_others_of_a_turn(void **state)
+{
+    (void)state;
+    static const enum act acts[] = {ACT_HANGS, ACT_DIES};
+    for (size_t i = 0; i < sizeof acts / sizeof *acts; i++) {
+        begin_script();
+        script.together = 4;
+        script.pair[0][1] = acts[i];
+        struct link_probe_options options = options_for(4, 4, true);
+        struct link_probe *p = probed(&options);
+        expect_fault(p, 0, 1, acts[i] == ACT_HANGS ? LINK_LATE : LINK_FAILED, "");
+        for (int a = 0; a < 4; a++)
+            for (int b = 0; b < 4; b++) {
+                if (a == b || a + b == 1)
+                    continue;
+                expect_fault(p, a, b, LINK_GOOD, "");
+                assert_int_equal(tries(a, b), 1);
+            }
+        link_probe_end(p);
+        expect_no_process();
+    }
+}
+
+// Where pairs hang, those that were to be tried one after the other are not any more: there would be no time for all.
+static void test_hurry(void **state)
+{
+    (void)state;
+    enum { ORDERS = 3 + 2 + 3 + 1 }; // to look, to open, the pair; again, with turns of two, two pairs and one; to end
+    begin_script();
+    script.pair[0][1] = ACT_HANGS;
+    struct link_probe_options options = options_for(4, 4, true);
+    options.at_once = false;
+    struct link_probe *p = probed(&options);
+    expect_fault(p, 0, 1, LINK_LATE, "");
+    expect_fault(p, 2, 3, LINK_GOOD, "");
+    assert_int_equal(atomic_load(&link_probe_board(p)->order.number), ORDERS);
+    link_probe_end(p);
+}
+
+// Ends on one device keep it to themselves while they are tried.
+static void test_shared_devices(void **state)
+{
+    (void)state;
+    begin_script();
+    script.devices = 2;
+    script.together = 2;
+    struct link_probe_options options = options_for(4, 4, true);
+    struct link_probe *p = probed(&options);
+    expect_verdict(p, NULL);
+    assert_int_equal(tries(0, 1) + tries(0, 3) + tries(2, 1) + tries(2, 3), 1);
+    link_probe_end(p);
+}
+
+// A link that is slow delivers: it ends nothing, and others that do not are what is said.
+static void test_slow_link(void **state)
+{
+    (void)state;
+    for (int lost = 0; lost < 2; lost++) {
+        begin_script();
+        script.pair[0][1] = ACT_SLOW;
+        script.pair[2][1] = lost ? ACT_LOST : ACT_WELL;
+        struct link_probe_options options = options_for(3, 3, false);
+        struct link_probe *p = probed(&options);
+        expect_fault(p, 0, 1, LINK_SLOW, "link 0 to 1");
+        expect_fault(p, 1, 0, LINK_GOOD, "");
+        assert_int_equal(tries(1, 2), 1);
+        assert_int_equal(link_probe_delivers(p), !lost);
+        expect_verdict(p, lost ? "link 2 to 1" : "link 0 to 1");
+        link_probe_end(p);
+    }
+}
+
 // An end that has nothing to do with a pair still reads the order, however late.
 static void test_slow_reader(void **state)
 {
@@ -286,8 +406,9 @@ static void test_groups_and_twins(void **state)
     p = probed(&options);
     expect_verdict(p, "link 0 to 1");
     assert_int_equal(tries(0, 1), 1);
-    assert_int_equal(tries(0, 3) + tries(2, 3) + tries(1, 2), 0); // as (0, 1) or the other way round
-    assert_int_equal(tries(0, 2) + tries(1, 3), 2);               // on one device each
+    assert_int_equal(tries(0, 3) + tries(2, 3) + tries(1, 2),
+                     0);                            // as (0, 1) or the other way round, never at the same time
+    assert_int_equal(tries(0, 2) + tries(1, 3), 2); // on one device each
     expect_fault(p, 0, 3, LINK_LOST, "link 0 to 1");
     expect_fault(p, 3, 0, LINK_GOOD, "");
     expect_fault(p, 2, 1, LINK_LOST, "link 0 to 1");
@@ -450,7 +571,7 @@ static void test_time_is_up(void **state)
     options.seconds = options.step_s * 1.5;
     struct link_probe *p = probed(&options);
     expect_verdict(p, "did not end within");
-    expect_fault(p, 3, 2, LINK_LATE, "there was no time left for it after");
+    expect_fault(p, 3, 0, LINK_LATE, "there was no time left for it after");
     assert_true(link_probe_board(p)->seconds < 20 * PATIENCE);
     link_probe_end(p);
     expect_no_process();
@@ -528,19 +649,15 @@ int main(void)
     if (tally == MAP_FAILED)
         return 1;
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_all_good),
-        cmocka_unit_test(test_slow_reader),
-        cmocka_unit_test(test_groups_and_twins),
-        cmocka_unit_test(test_first_bad_link),
-        cmocka_unit_test(test_hangs),
-        cmocka_unit_test(test_ends_that_go),
-        cmocka_unit_test(test_late_starts),
-        cmocka_unit_test(test_refused),
-        cmocka_unit_test(test_unkillable),
-        cmocka_unit_test(test_time_is_up),
-        cmocka_unit_test(test_ended_in_the_middle),
-        cmocka_unit_test(test_watcher_lost),
-        cmocka_unit_test(test_refused_options),
+        cmocka_unit_test(test_all_good),         cmocka_unit_test(test_turns),
+        cmocka_unit_test(test_others_of_a_turn), cmocka_unit_test(test_hurry),
+        cmocka_unit_test(test_shared_devices),   cmocka_unit_test(test_slow_link),
+        cmocka_unit_test(test_slow_reader),      cmocka_unit_test(test_groups_and_twins),
+        cmocka_unit_test(test_first_bad_link),   cmocka_unit_test(test_hangs),
+        cmocka_unit_test(test_ends_that_go),     cmocka_unit_test(test_late_starts),
+        cmocka_unit_test(test_refused),          cmocka_unit_test(test_unkillable),
+        cmocka_unit_test(test_time_is_up),       cmocka_unit_test(test_ended_in_the_middle),
+        cmocka_unit_test(test_watcher_lost),     cmocka_unit_test(test_refused_options),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1,15 +1,20 @@
 // One end of a probe of links, in a process of its own. See kernels/link_board.h for who else is there, and link_probe.h for the kernels.
 //
 // What is proven of the direction from a to b: what a kernel and a copy engine of a write is in b's memory when b itself looks, byte for byte, and
-// nothing beside it, from 4 bytes to LINK_MOST_BYTES; what b has in its memory is what a kernel and a copy engine of a read there; and, of both
-// directions together, running kernels see each other's words, with what was written before them. A driver's leave, a bandwidth, and a look by the
-// writer at what it wrote prove none of this: where writes end in a copy of the page, all three are as they should be.
+// nothing beside it, from 4 bytes to LINK_MOST_BYTES; what b has in its memory is what a kernel and a copy engine of a read there (up to READ_MOST_BYTES); and, of both
+// directions together, running kernels see each other's words, with what was written before them; of each direction alone and of both at once, a kernel
+// that runs on b and sees the word that a posted behind a copy sees all of the copy, which the chunks of exchanges (exchange_p2p.c) rely on. A driver's
+// leave, a bandwidth, and a look by the writer at what it wrote prove none of this: where writes end in a copy of the page, all three are as they
+// should be. And where an end waits before it looks, a word that overtakes a copy is not to be seen.
+//
+// A link that delivers is good when it is not much slower than the way over the host's memory, which is measured beside it.
 #include "kernels/cuda/link_probe.h"
 #include "kernels/cuda/device.h"
 
 #include "kernels/link_board.h"
 
 #include <inttypes.h>
+#include <pthread.h>
 #include <sched.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -21,12 +26,20 @@ enum {
     CALL_AREA_BYTES = 64 << 10, // before the messages
     GUARD_BYTES = 256,          // on both sides of a message: stay as they are
     WINDOW_BYTES = CALL_AREA_BYTES + LINK_MOST_BYTES + 2 * GUARD_BYTES,
+    READ_MOST_BYTES = 256 << 10, // exchanges write over links, and read nowhere
     EAGER_LOOKS = 2000,
     CALL_ROUNDS = 64,
     FLAG_ROUNDS = 256,
     CALL_MOST_NS = 30 * 1000 * 1000,
+    HAND_ROUNDS = 4 * LINK_HAND_SIZES,
+    // What tells the host's rates from the link's: little, as both are measured again where the link looks slow.
+    RATE_KERNEL_BYTES = 256 << 10,
+    RATE_COPY_BYTES = 1 << 20,
+    RATE_ROUNDS = 2,
+    RATE_TRIES = 8,
 };
 _Static_assert((int)LINK_CALL_BYTES <= (int)CALL_AREA_BYTES, "two slots and a number");
+_Static_assert(LINK_HAND_BYTES + LINK_HAND_STEP * (HAND_ROUNDS + 1) <= LINK_MOST_BYTES, "all rounds' messages");
 _Static_assert(sizeof(cudaIpcMemHandle_t) <= LINK_HANDLE_BYTES, "a handle fits the board");
 
 static const uint64_t message_bytes[] = {4, 4096, 256 << 10, LINK_MOST_BYTES};
@@ -35,13 +48,14 @@ enum { MESSAGES = sizeof message_bytes / sizeof *message_bytes };
 struct prober {
     struct link_board *board;
     struct link_end *end;
-    int me, count; // count: devices
-    cudaStream_t stream;
+    int me, count;            // count: devices
+    cudaStream_t stream, out; // out: what a running kernel of the other end waits for
     cudaEvent_t begin, finish;
     uint8_t *window;  // the others write into it
     uint8_t *scratch; // [LINK_MOST_BYTES]: what is sent by copies, and what was read
     uint8_t *host;    // pinned [LINK_MOST_BYTES + 2 * GUARD_BYTES]
     struct link_call_result *called;
+    struct link_hand_result *handed;
     uint8_t *other_window; // of the pair under way; NULL: not mapped
 };
 
@@ -177,27 +191,30 @@ static void compare(const struct prober *p, const struct trial *t, uint64_t at)
 
 static uint8_t *message_place(uint8_t *window) { return window + CALL_AREA_BYTES; }
 
-// Writes the message to `to`, in any device's memory; its rate where the message is large.
-static int send(struct prober *p, const struct trial *t, uint8_t *to, bool timed, struct error *err)
+// What was queued since p->begin was recorded has come to its end: 1e9 bytes a second; 0: too fast for its clock.
+static int take_rate(struct prober *p, uint64_t bytes, double *gb_s, const char *what, struct error *err)
+{
+    float ms = 0;
+    STEP(cudaEventRecord(p->finish, p->stream), what);
+    STEP(cudaStreamSynchronize(p->stream), what);
+    STEP(cudaEventElapsedTime(&ms, p->begin, p->finish), what);
+    *gb_s = ms > 0 ? 1e-6 * (double)bytes / (double)ms : 0;
+    return 0;
+}
+
+// Writes the message to `to`, in any device's memory; a copy takes what is in scratch.
+static int send(struct prober *p, const struct trial *t, uint8_t *to, double *gb_s, struct error *err)
 {
     static const char what[] = "writing to another device";
-    uint32_t words = (uint32_t)(t->bytes / 4), *place = (uint32_t *)(void *)to;
-    float ms = 0;
-    if (t->means == LINK_BY_COPY)
-        STEP(launch_link_write((uint32_t *)(void *)p->scratch, words, t->seed, p->stream), what);
     STEP(cudaEventRecord(p->begin, p->stream), what);
     if (t->means == LINK_BY_COPY)
         STEP(cudaMemcpyAsync(to, p->scratch, t->bytes, cudaMemcpyDeviceToDevice, p->stream), what);
     else
-        STEP(launch_link_write(place, words, t->seed, p->stream), what);
-    STEP(cudaEventRecord(p->finish, p->stream), what);
-    STEP(cudaStreamSynchronize(p->stream), what);
-    STEP(cudaEventElapsedTime(&ms, p->begin, p->finish), what);
-    double gb_s = ms > 0 ? 1e-6 * (double)t->bytes / (double)ms : 0, *best = &result_of(p, t->a, t->b)->gb_s[t->means];
-    if (timed && gb_s > *best)
-        *best = gb_s;
-    return 0;
+        STEP(launch_link_write((uint32_t *)(void *)to, (uint32_t)(t->bytes / 4), t->seed, p->stream), what);
+    return take_rate(p, t->bytes, gb_s, what, err);
 }
+
+static void keep_best(double *best, double gb_s) { *best = gb_s > *best ? gb_s : *best; }
 
 // The writer's part of a message from a to b.
 static int write_out(struct prober *p, const struct trial *t, struct error *err)
@@ -205,10 +222,16 @@ static int write_out(struct prober *p, const struct trial *t, struct error *err)
     bool timed = t->bytes == p->board->largest_bytes;
     meet(p, t->b); // its memory is blank
     is_at(p, LINK_WRITING, t->means, t->bytes);
+    if (t->means == LINK_BY_COPY)
+        STEP(launch_link_write((uint32_t *)(void *)p->scratch, (uint32_t)(t->bytes / 4), t->seed, p->stream),
+             "writing to its memory");
     for (int round = 0; round < (timed ? 1 + p->board->rounds : 1); round++) {
-        int rc = send(p, t, message_place(p->other_window) + GUARD_BYTES, timed, err);
+        double gb_s;
+        int rc = send(p, t, message_place(p->other_window) + GUARD_BYTES, &gb_s, err);
         if (rc)
             return rc;
+        if (timed)
+            keep_best(&result_of(p, t->a, t->b)->gb_s[t->means], gb_s);
     }
     meet(p, t->b); // it is written
     meet(p, t->b); // and has been looked at
@@ -282,7 +305,7 @@ static int try_direction(struct prober *p, int a, int b, struct error *err)
                                   .seed = p->board->seed + (uint32_t)(a * LINK_ENDS + b) * 64 + index,
                                   .bytes = message_bytes[i],
                                   .reads = reads};
-                if (t.bytes > p->board->largest_bytes)
+                if (t.bytes > p->board->largest_bytes || (reads && t.bytes > READ_MOST_BYTES))
                     continue;
                 if (is_condemned(p, a, b))
                     return 0;
@@ -349,6 +372,217 @@ static int call_other(struct prober *p, int other, uint32_t words, uint32_t roun
     return 0;
 }
 
+// ---- copies with a word behind them ----------------------------------------------------------------------------------
+
+// Each end judges what it was to see: what the other one wrote into its memory.
+static void judge_hand(struct prober *p, int other, bool gives, bool takes)
+{
+    const struct link_hand_result *mine = p->handed;
+    const struct link_end *theirs = &p->board->end[other];
+    int device = p->end->device, other_device = theirs->device;
+    double seconds = 1e-9 * (double)p->board->call_timeout_ns;
+    bool unseen = takes && mine->missed && atomic_load(&theirs->posts) > mine->rounds;
+    bool unheard = gives && mine->unready > 0 && atomic_load(&theirs->calls) + 1 >= mine->unready;
+    if (takes && mine->wrong > 0)
+        condemn(p, other, p->me, LINK_CHANGED,
+                "a kernel that runs on device %d sees the word that device %d posts behind a copy before the copy has "
+                "arrived (%u words of 4 bytes are others, in %u copies)",
+                device, other_device, mine->wrong, mine->rounds);
+    else if (unseen || unheard)
+        condemn(p, other, p->me, LINK_LATE, "a kernel that runs on device %d does not see within %.1f s %s", device,
+                seconds, unseen ? "the word behind a copy" : "that the other one is ready for a copy");
+    if (unseen || unheard)
+        result_of(p, other, p->me)->crossing = 1;
+}
+
+// All rounds of who gives, in its own stream.
+static int queue_copies(struct prober *p, const struct link_hand *hand, struct error *err)
+{
+    static const char what[] = "copies with a word behind them";
+    for (uint32_t round = 1; round <= hand->rounds; round++) {
+        STEP(launch_link_await(hand, round, p->out), what);
+        STEP(cudaMemcpyAsync(message_place(p->other_window), p->scratch + 4 * (uint64_t)link_hand_first(round),
+                             4 * (uint64_t)link_hand_words(hand, round), cudaMemcpyDeviceToDevice, p->out),
+             what);
+        STEP(launch_link_post(hand, round, p->out), what);
+    }
+    return 0;
+}
+
+struct waiter {
+    struct prober *p;
+    cudaError_t status;
+};
+static void *wait_for_copies(void *arg)
+{
+    struct waiter *w = arg;
+    w->status = cudaSetDevice(w->p->end->device);
+    if (w->status == cudaSuccess)
+        w->status = cudaStreamSynchronize(w->p->out);
+    return NULL;
+}
+
+// Both streams come to their ends only together, so each is waited for by a thread of its own: an emulated device computes in the thread that waits.
+static int wait_for_both(struct prober *p, struct error *err)
+{
+    static const char what[] = "copies with a word behind them";
+    struct waiter w = {.p = p, .status = cudaSuccess};
+    pthread_t thread;
+    int problem = pthread_create(&thread, NULL, wait_for_copies, &w);
+    if (problem)
+        return error_set(err, ERR_MEMORY, "device %d: %s: no thread can be started (%s)", p->end->device, what,
+                         strerror(problem));
+    cudaError_t status = cudaStreamSynchronize(p->stream);
+    pthread_join(thread, NULL);
+    STEP(status, what);
+    STEP(w.status, what);
+    return 0;
+}
+
+static struct link_hand make_hand(const struct prober *p)
+{
+    static const uint32_t bytes[LINK_HAND_SIZES] = {4096, 64 << 10, LINK_HAND_BYTES};
+    struct link_hand hand = {.own = p->window,
+                             .other = p->other_window,
+                             .place = message_place(p->window),
+                             .rounds = HAND_ROUNDS,
+                             .seed = p->board->seed ^ 0x2545f491u * (uint32_t)(p->me + 1),
+                             .timeout_ns = p->board->call_timeout_ns};
+    for (int i = 0; i < LINK_HAND_SIZES; i++)
+        hand.words[i] = (bytes[i] < p->board->largest_bytes ? bytes[i] : (uint32_t)p->board->largest_bytes) / 16 * 4;
+    return hand;
+}
+
+// gives: this end sends; takes: it looks.
+static int hand_over(struct prober *p, int other, bool gives, bool takes, struct error *err)
+{
+    static const char what[] = "copies with a word behind them";
+    struct link_hand mine = make_hand(p), theirs = mine;
+    theirs.seed = p->board->seed ^ 0x2545f491u * (uint32_t)(other + 1);
+    is_at(p, LINK_PREPARING, LINK_BY_COPY, LINK_HAND_BYTES);
+    STEP(cudaMemsetAsync(p->window, 0, LINK_CALL_BYTES, p->stream), what);
+    if (gives)
+        STEP(launch_link_write((uint32_t *)(void *)p->scratch, link_hand_first(HAND_ROUNDS) + LINK_HAND_BYTES / 4,
+                               mine.seed, p->stream),
+             what);
+    STEP(cudaStreamSynchronize(p->stream), what);
+    memset(p->handed, 0, sizeof *p->handed);
+    STEP(cudaHostGetDevicePointer((void **)&mine.result, p->handed, 0), what);
+    theirs.result = mine.result;
+    meet(p, other);
+    is_at(p, LINK_HANDING, LINK_BY_COPY, LINK_HAND_BYTES);
+    if (takes)
+        STEP(launch_link_take(&theirs, p->stream), what);
+    int rc = gives ? queue_copies(p, &mine, err) : 0;
+    if (rc || (rc = wait_for_both(p, err)))
+        return rc;
+    atomic_store(&p->end->calls, p->handed->rounds);
+    atomic_store(&p->end->posts, p->handed->posted);
+    meet(p, other);
+    judge_hand(p, other, gives, takes);
+    meet(p, other);
+    return 0;
+}
+
+static bool are_condemned(const struct prober *p, int a, int b)
+{
+    return is_condemned(p, a, b) || is_condemned(p, b, a);
+}
+
+// One direction, the other, and both at once.
+static int try_copies(struct prober *p, int a, int b, struct error *err)
+{
+    int other = p->me == a ? b : a, rc = 0;
+    for (int i = 0; i < 3 && !rc && !are_condemned(p, a, b); i++)
+        rc = hand_over(p, other, i == 2 || (i == 0) == (p->me == a), i == 2 || (i == 0) == (p->me == b), err);
+    return rc;
+}
+
+// ---- rates -----------------------------------------------------------------------------------------------------------
+
+static uint64_t rate_bytes(const struct prober *p, enum link_means means)
+{
+    uint64_t bytes = means == LINK_BY_COPY ? RATE_COPY_BYTES : RATE_KERNEL_BYTES;
+    return bytes < p->board->largest_bytes ? bytes : p->board->largest_bytes;
+}
+
+// Between this device and memory of the host.
+static int measure_host(struct prober *p, enum link_way way, enum link_means means, double *gb_s, struct error *err)
+{
+    static const char what[] = "copying to and from memory of the host";
+    uint64_t bytes = rate_bytes(p, means);
+    uint32_t *device = (uint32_t *)(void *)p->scratch, *host;
+    STEP(cudaHostGetDevicePointer((void **)&host, p->host, 0), what);
+    STEP(cudaEventRecord(p->begin, p->stream), what);
+    if (means == LINK_BY_COPY && way == LINK_TO_HOST)
+        STEP(cudaMemcpyAsync(p->host, p->scratch, bytes, cudaMemcpyDeviceToHost, p->stream), what);
+    else if (means == LINK_BY_COPY)
+        STEP(cudaMemcpyAsync(p->scratch, p->host, bytes, cudaMemcpyHostToDevice, p->stream), what);
+    else if (way == LINK_TO_HOST)
+        STEP(launch_link_write(host, (uint32_t)(bytes / 4), p->board->seed, p->stream), what);
+    else
+        STEP(launch_link_read(device, host, (uint32_t)(bytes / 4), p->stream), what);
+    return take_rate(p, bytes, gb_s, what, err);
+}
+
+static int measure_host_rates(struct prober *p, struct error *err)
+{
+    double gb_s;
+    for (int i = 0; i < RATE_ROUNDS * LINK_WAYS * LINK_MEANS; i++) {
+        enum link_way way = (enum link_way)(i / LINK_MEANS % LINK_WAYS);
+        enum link_means means = (enum link_means)(i % LINK_MEANS);
+        int rc = measure_host(p, way, means, &gb_s, err);
+        if (rc)
+            return rc;
+        keep_best(&p->end->host_gb_s[way][means], gb_s);
+    }
+    return 0;
+}
+
+static double least_of(double x, double y) { return x < y ? x : y; }
+
+// By a third, at least: words and small messages take one way over a link and two over the host.
+static bool is_slower(double link_gb_s, double host_gb_s) { return link_gb_s > 0 && 3 * link_gb_s < 2 * host_gb_s; }
+
+// Over the host a byte is written by one device while another one reads those before it. Where the link's rate is less, that may be for what else
+// happened then: it is slow if it is so each time, with both measured one right after the other.
+static int judge_rate(struct prober *p, int other, enum link_means means, struct error *err)
+{
+    struct trial t = {.a = p->me, .b = other, .means = means, .seed = p->board->seed, .bytes = rate_bytes(p, means)};
+    double *best = &result_of(p, p->me, other)->gb_s[means],
+           theirs = p->board->end[other].host_gb_s[LINK_FROM_HOST][means];
+    double host = least_of(p->end->host_gb_s[LINK_TO_HOST][means], theirs), link = *best;
+    for (int i = 0; i < RATE_TRIES && is_slower(link, host); i++) {
+        int rc;
+        is_at(p, LINK_WRITING, means, t.bytes);
+        if ((rc = measure_host(p, LINK_TO_HOST, means, &host, err)) ||
+            (rc = send(p, &t, message_place(p->other_window), &link, err)))
+            return rc;
+        host = least_of(host, theirs);
+        keep_best(best, link);
+    }
+    if (is_slower(link, host))
+        condemn(p, p->me, other, LINK_SLOW,
+                "device %d writes %.2f GB/s to device %d by a %s, and %.2f GB/s would go over the host's memory",
+                p->end->device, *best, p->board->end[other].device, means_name(means), host);
+    return 0;
+}
+
+// What each writes, one after the other.
+static int judge_rates(struct prober *p, int a, int b, struct error *err)
+{
+    int other = p->me == a ? b : a, rc = 0;
+    for (int turn = 0; turn < 2; turn++) {
+        bool mine = (turn == 0) == (p->me == a);
+        for (int means = 0; means < LINK_MEANS && mine && !rc && !is_condemned(p, p->me, other); means++)
+            rc = judge_rate(p, other, (enum link_means)means, err);
+        if (rc)
+            return rc;
+        meet(p, other);
+    }
+    return 0;
+}
+
 // ---- a pair --------------------------------------------------------------------------------------------------------
 
 static void map_other(struct prober *p, int other)
@@ -373,11 +607,11 @@ static int try_pair(struct prober *p, int a, int b, struct error *err)
     meet(p, other);
     if ((rc = try_direction(p, a, b, err)) || (rc = try_direction(p, b, a, err)))
         return rc;
-    bool both = !is_condemned(p, a, b) && !is_condemned(p, b, a);
-    if (both && (rc = call_other(p, other, LINK_CALL_WORDS, CALL_ROUNDS, err)))
+    if (!are_condemned(p, a, b) && (rc = call_other(p, other, LINK_CALL_WORDS, CALL_ROUNDS, err)))
         return rc;
-    both = both && !is_condemned(p, a, b) && !is_condemned(p, b, a);
-    if (both && (rc = call_other(p, other, 0, FLAG_ROUNDS, err)))
+    if (!are_condemned(p, a, b) && (rc = call_other(p, other, 0, FLAG_ROUNDS, err)))
+        return rc;
+    if ((rc = try_copies(p, a, b, err)) || (rc = judge_rates(p, a, b, err)))
         return rc;
     is_at(p, LINK_MAPPING, LINK_BY_KERNEL, 0);
     if (p->other_window)
@@ -447,6 +681,20 @@ static int ask(struct prober *p, struct error *err)
     return 0;
 }
 
+// A driver may load a kernel when it is first launched, and wait before that for what runs: for ever, if that waits for the new one.
+static int load_kernels(struct prober *p, struct error *err)
+{
+    static const char what[] = "loading kernels";
+    struct link_hand none = {.own = p->window, .other = p->window, .place = p->window, .words = {4}};
+    memset(p->handed, 0, sizeof *p->handed);
+    STEP(cudaHostGetDevicePointer((void **)&none.result, p->handed, 0), what);
+    STEP(launch_link_take(&none, p->stream), what);
+    STEP(launch_link_await(&none, 0, p->stream), what);
+    STEP(launch_link_post(&none, 0, p->stream), what);
+    STEP(cudaStreamSynchronize(p->stream), what);
+    return 0;
+}
+
 static int open_device(struct prober *p, struct error *err)
 {
     static const char what[] = "taking memory";
@@ -454,21 +702,25 @@ static int open_device(struct prober *p, struct error *err)
     is_at(p, LINK_OPENING, LINK_BY_KERNEL, 0);
     STEP(cudaSetDevice(p->end->device), "choosing it");
     STEP(cudaStreamCreateWithFlags(&p->stream, cudaStreamNonBlocking), "making a stream");
+    STEP(cudaStreamCreateWithFlags(&p->out, cudaStreamNonBlocking), "making a stream");
     STEP(cudaEventCreateWithFlags(&p->begin, cudaEventDefault), "making an event");
     STEP(cudaEventCreateWithFlags(&p->finish, cudaEventDefault), "making an event");
     STEP(cudaMalloc((void **)&p->window, WINDOW_BYTES), what);
     STEP(cudaMalloc((void **)&p->scratch, LINK_MOST_BYTES), what);
     STEP(cudaMallocHost((void **)&p->host, LINK_MOST_BYTES + 2 * GUARD_BYTES), what);
     STEP(cudaMallocHost((void **)&p->called, sizeof *p->called), what);
+    STEP(cudaMallocHost((void **)&p->handed, sizeof *p->handed), what);
     STEP(cudaMemsetAsync(p->window, 0, WINDOW_BYTES, p->stream), what);
     STEP(cudaStreamSynchronize(p->stream), what);
     STEP(cudaIpcGetMemHandle(&handle, p->window), "making its memory one that other processes can map");
     memcpy(p->end->handle, &handle, sizeof handle);
-    return 0;
+    int rc = load_kernels(p, err);
+    return rc ? rc : measure_host_rates(p, err);
 }
 
 static void give_back(struct prober *p)
 {
+    cudaFreeHost(p->handed);
     cudaFreeHost(p->called);
     cudaFreeHost(p->host);
     cudaFree(p->scratch);
@@ -477,6 +729,8 @@ static void give_back(struct prober *p)
         cudaEventDestroy(p->finish);
     if (p->begin)
         cudaEventDestroy(p->begin);
+    if (p->out)
+        cudaStreamDestroy(p->out);
     if (p->stream)
         cudaStreamDestroy(p->stream);
 }
@@ -495,11 +749,12 @@ static enum link_order next_order(const struct prober *p, uint32_t number)
 int link_probe(struct link_board *board, int end, struct error *err)
 {
     struct prober p = {.board = board, .end = &board->end[end], .me = end};
+    unsetenv("CUDA_LAUNCH_BLOCKING"); // it keeps kernels from running beside each other
     uint32_t number = atomic_load(&p.end->taken);
     int rc = 0;
     while (!rc) {
         enum link_order kind = next_order(&p, number);
-        int a = board->order.a, b = board->order.b;
+        int other = board->order.other[end];
         number = atomic_load(&board->order.number);
         if (kind == LINK_ORDER_END)
             break;
@@ -507,8 +762,8 @@ int link_probe(struct link_board *board, int end, struct error *err)
             rc = ask(&p, err);
         else if (kind == LINK_ORDER_OPEN)
             rc = open_device(&p, err);
-        else if (kind == LINK_ORDER_PAIR && (end == a || end == b))
-            rc = try_pair(&p, a, b, err);
+        else if (kind == LINK_ORDER_PAIRS && other >= 0)
+            rc = try_pair(&p, end < other ? end : other, end < other ? other : end, err);
         if (!rc)
             atomic_store(&p.end->taken, number);
     }

@@ -53,6 +53,45 @@ struct link_call_result {
 };
 cudaError_t launch_link_call(const struct link_call *call, cudaStream_t stream);
 
+// Copies with a word behind each, as chunks of exchanges travel. A kernel runs on the device that takes: in each round it posts to the other device that
+// it is ready, waits in its own memory for the round's word, and compares what the copy was to have brought before. A stream of the device that gives
+// has, for each round, a kernel that waits until the other is ready, the copy, and a kernel that posts the word. All rounds use one place, so what came
+// before is still there where a copy has not arrived. In an area: the words below, which the other device writes.
+enum {
+    LINK_HAND_ARRIVED = 0, // round that a copy has been made for
+    LINK_HAND_READY = 128, // round that the other's kernel is ready for
+    LINK_HAND_SIZES = 3,
+    LINK_HAND_BYTES = 512 << 10,
+    LINK_HAND_STEP = 256, // bytes that a round's message begins behind that of the round before, in what is sent
+};
+struct link_hand {
+    uint8_t *own, *other;            // areas of LINK_CALL_BYTES; own: zeros
+    const uint8_t *place;            // own, on 16 bytes: where the other's copies arrive
+    uint32_t rounds;                 // < LINK_CALL_LAST
+    uint32_t words[LINK_HAND_SIZES]; // of a round, by turns; multiples of 4
+    uint32_t seed;                   // word i of round r is link_word(seed, r * LINK_HAND_STEP / 4 + i)
+    uint64_t timeout_ns;             // of each wait
+    struct link_hand_result *result;
+};
+// In pinned memory; zeros before. The first three of who takes, the others of who gives.
+struct link_hand_result {
+    uint32_t rounds;  // taken in
+    uint32_t missed;  // 1: a word did not come in time
+    uint32_t wrong;   // words of messages that were not those
+    uint32_t posted;  // rounds
+    uint32_t unready; // the round for which the other was not ready in time; 0: none
+};
+// Round's message, in words of 4 bytes.
+TP_HD uint32_t link_hand_words(const struct link_hand *hand, uint32_t round)
+{
+    return hand->words[(round - 1) % LINK_HAND_SIZES];
+}
+TP_HD uint32_t link_hand_first(uint32_t round) { return round * (LINK_HAND_STEP / 4); }
+cudaError_t launch_link_take(const struct link_hand *hand, cudaStream_t stream);
+// Before and behind a round's copy. Nothing is waited for or posted any more when a wait was in vain.
+cudaError_t launch_link_await(const struct link_hand *hand, uint32_t round, cudaStream_t stream);
+cudaError_t launch_link_post(const struct link_hand *hand, uint32_t round, cudaStream_t stream);
+
 #ifdef __cplusplus
 }
 #endif
