@@ -249,7 +249,7 @@ $(NCCL_STAND_IN): tests/nccl/stand_in.c tests/nccl/stand_in.h kernels/cuda/nccl_
 
 # What `make gpu-check` runs: the kernels' tests, which run in the emulator, on the real thing, and benchmarks. Tests look into device
 # memory, so there they get memory that both sides see. test_cuda_backend stays with the emulator: it makes calls fail.
-DEVICE_TESTS := $(patsubst %,$(BUILD)/device/test_cuda_%,attention exchange experts fp4 linear link_kernels rows sample shares slab together)
+DEVICE_TESTS := $(patsubst %,$(BUILD)/device/test_cuda_%,attention dealt exchange experts fp4 linear link_kernels rows sample shares slab together)
 CUDA_LIBRARIES = -L$(CUDA_HOME)/lib64 -lcudart_static -lrt -lstdc++
 DEVICE_CXXFLAGS = $(filter-out $(EMULATED_FLAGS),$(EMULATED_CXXFLAGS)) -isystem $(CUDA_HOME)/include
 

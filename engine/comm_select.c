@@ -18,7 +18,7 @@ enum {
     KB = 1 << 10,
     MB = 1 << 20,
     OVERLAP_BYTES = 8 * MB,
-    HASH_VERSION = 2, // rises with the meaning of an algorithm
+    HASH_VERSION = 3, // rises with the meaning of an algorithm
 };
 
 // The first row that fits is taken.

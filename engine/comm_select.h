@@ -11,6 +11,8 @@
 //   two-shot   in one kernel, as long as copy engines, which take both directions at once, do not win by more than their start costs:
 //              up to 256 KB over the host, which a kernel reads at half the speed of a copy, up to 1 MB over P2P.
 //   chunks     beyond; a few of each message, and two of each rank stay in a processor's last cache.
+// Halves of a sum, where rows are dealt out to the ranks, take the row of the whole sum: each has half of its bytes and half of its phases, so that one
+// way overtakes the other at the same size. One-shot and two-shot are then the same, one phase.
 // Over NCCL there is one algorithm, two-shot. NCCL's own sum would cost its latency once instead of twice, but its order of additions
 // changes with the size of the message, and on a ring each step rounds.
 // CPU ranks of one host (shm) compute their parts where the others read them, which nobody encodes: one-shot of two ranks always, of few ranks with

@@ -81,7 +81,7 @@ struct decoder {
 
 // The codec of a phase: decode's messages are small and never compressed.
 enum wire decoder_wire(const struct decoder *decoder, enum phase phase);
-// Whether the devices add up the sums of a step among themselves. A residual that is dealt out goes through the hosts.
+// Whether the devices add up the sums of a step among themselves.
 bool decoder_devices_exchange(const struct decoder *decoder);
 // Whether prefill and decode are one arithmetic here, so that rows of both may go together.
 bool decoder_mixes(const struct decoder *decoder);
@@ -96,7 +96,8 @@ int decoder_logits(struct decoder *decoder, const int64_t *row_index, int64_t co
                    struct error *err);
 
 // The same step piece by piece, for who wants to see the residual between layers: the tokens' rows into it, one layer, and what the head multiplies.
-// The tokens' rows are given, or for who has the residual himself the step alone is begun, and he fills the backend's buffers.
+// The tokens' rows are given, or for who has the residual himself the step alone is begun, and he fills the backend's buffers. The residual is not dealt
+// out.
 int decoder_begin(struct decoder *decoder, const struct token_row *rows, int64_t count, enum phase phase,
                   const struct kv_pages *pages, struct error *err);
 int decoder_embed(struct decoder *decoder, const struct token_row *rows, int64_t count, enum phase phase,

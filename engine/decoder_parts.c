@@ -1,10 +1,12 @@
 // The parts of a step and their exchanges. See decoder_parts.h.
 //
 // The exchanges of all parts are posted in one order on every rank: in a block the first part's sum, then the second's. Where rows are dealt out, a
-// part's normed rows follow its sum before the other part's next exchange, however early or late that one's coming is noticed.
+// part's normed rows follow its sum before the other part's next exchange, however early or late that one's coming is noticed; on devices they follow
+// it at once.
 #include "engine/decoder_parts.h"
 
 #include "engine/comm_select.h"
+#include "engine/device_exchange.h"
 #include "kernels/clock.h"
 
 struct block block_at(const struct model *model, int64_t number)
@@ -69,7 +71,13 @@ int part_exchange(struct decoder *d, const struct exchange *exchange, struct err
 bool decoder_devices_exchange(const struct decoder *d)
 {
     bool of_devices = d->transport == TRANSPORT_HOST || d->transport == TRANSPORT_P2P || d->transport == TRANSPORT_NCCL;
-    return of_devices && comm_size(d->comm) > 1 && !d->dealt;
+    return of_devices && comm_size(d->comm) > 1;
+}
+
+// Devices bear with each other for the time of a wait: a rank whose weights are still on their way is waited for here.
+static int wait_for_loading(struct decoder *d, struct error *err)
+{
+    return d->model->loaded ? 0 : comm_barrier(d->comm, err);
 }
 
 static int sum_on_device(struct decoder *d, enum buffer buffer, int64_t rows, int64_t cols, enum wire wire,
@@ -78,13 +86,65 @@ static int sum_on_device(struct decoder *d, enum buffer buffer, int64_t rows, in
     int ranks = comm_size(d->comm), rc;
     struct exchange_choice choice = comm_select(d->transport, ranks, 2 * (uint64_t)(rows * cols), d->phase, wire);
     bool feedback = d->feedback && buffer == BUFFER_PARTIAL && wire_is_compressed(choice.wire);
-    // Devices bear with each other for the time of a wait: a rank whose weights are still on their way is waited for here.
-    if (!d->model->loaded && (rc = comm_barrier(d->comm, err)))
+    if ((rc = wait_for_loading(d, err)))
         return rc;
     d->exchanges++;
     d->device_sent_bytes += (uint64_t)rows * wire_groups((uint64_t)cols) * wire_group_bytes(choice.wire) * 2 *
                             (uint64_t)(ranks - 1) / (uint64_t)ranks;
     return d->backend->all_reduce(d->device, buffer, &choice, feedback, (int)op, layer, err);
+}
+
+// Of `rows`, which belong to the ranks in turn, this one's.
+static int64_t count_own(const struct decoder *d, const struct dealt_rows *rows)
+{
+    int64_t ranks = comm_size(d->comm), first = (comm_rank(d->comm) - rows->first_owner + ranks) % ranks;
+    return first < rows->count ? (rows->count - first + ranks - 1) / ranks : 0;
+}
+
+// A half of a sum, as the kind of exchange says: EXCHANGE_SUM_TO_OWN or EXCHANGE_OWN_TO_ALL.
+struct half {
+    struct exchange_choice choice;
+    bool feedback;
+    int operation; // as devices are told of it
+    uint64_t sent_bytes;
+};
+
+static struct half half_of(const struct decoder *d, enum exchange_kind kind, enum buffer buffer,
+                           const struct dealt_rows *rows, enum wire wire, enum comm_operation op)
+{
+    uint64_t cols = (uint64_t)d->model->desc.hidden_size, row_bytes = wire_groups(cols) * wire_group_bytes(wire);
+    uint64_t own = (uint64_t)count_own(d, rows), others = (uint64_t)comm_size(d->comm) - 1;
+    bool to_own = kind == EXCHANGE_SUM_TO_OWN;
+    return (struct half){
+        .choice = comm_select(d->transport, comm_size(d->comm), 2 * (uint64_t)rows->count * cols, d->phase, wire),
+        .feedback = to_own && d->feedback && buffer == BUFFER_PARTIAL && wire_is_compressed(wire),
+        .operation = device_operation(to_own ? DEVICE_REDUCE_SCATTER : DEVICE_ALL_GATHER, op),
+        .sent_bytes = (to_own ? (uint64_t)rows->count - own : own * others) * row_bytes};
+}
+
+static void count_half(struct decoder *d, const struct half *half)
+{
+    d->exchanges++;
+    d->device_sent_bytes += half->sent_bytes;
+}
+
+static int half_on_device(struct decoder *d, enum exchange_kind kind, enum buffer buffer, const struct dealt_rows *rows,
+                          enum wire wire, enum comm_operation op, int layer, struct error *err)
+{
+    const struct backend *b = d->backend;
+    struct half half = half_of(d, kind, buffer, rows, wire, op);
+    int rc = wait_for_loading(d, err);
+    if (rc)
+        return rc;
+    count_half(d, &half);
+    if (kind == EXCHANGE_OWN_TO_ALL)
+        return b->all_gather_rows(d->device, buffer, rows, &half.choice, half.operation, layer, err);
+    return b->reduce_scatter_rows(d->device, buffer, rows, &half.choice, half.feedback, half.operation, layer, err);
+}
+
+static struct dealt_rows rows_of(const struct decoder_part *part)
+{
+    return (struct dealt_rows){.count = part->count, .first_owner = (int)part->first_owner};
 }
 
 // Where the rows are cut, what the devices exchange goes on sides of theirs: behind what the parts before it have sent, beside what they compute.
@@ -208,12 +268,16 @@ static int64_t first_own(const struct decoder *d, const struct decoder_part *par
     return (comm_rank(d->comm) - part->first_owner + ranks) % ranks;
 }
 
-// Rows [first, first + count) of the step from their owners, as they are.
+// Rows [first, first + count) of the step, which the window is, from their owners, as they are.
 static int gather_exactly(struct decoder *d, enum buffer buffer, int64_t first, int64_t count, enum comm_operation op,
                           int layer, struct error *err)
 {
     float *rows;
     int64_t hidden = d->model->desc.hidden_size;
+    int owner = (int)((d->parts[0].first_owner + first) % comm_size(d->comm));
+    if (decoder_devices_exchange(d))
+        return half_on_device(d, EXCHANGE_OWN_TO_ALL, buffer, &(struct dealt_rows){first, count, owner}, WIRE_F32, op,
+                              layer, err);
     int rc = d->backend->lend(d->device, buffer, &rows, err);
     if (rc)
         return rc;
@@ -223,7 +287,7 @@ static int gather_exactly(struct decoder *d, enum buffer buffer, int64_t first, 
                                 .data = rows + first * hidden,
                                 .rows = count,
                                 .cols = hidden,
-                                .first_owner = (d->parts[0].first_owner + first) % comm_size(d->comm),
+                                .first_owner = owner,
                                 .wire = WIRE_F32};
     if ((rc = part_exchange(d, &exchange, err)))
         return rc;
@@ -241,19 +305,86 @@ static int need_block(struct decoder *d, const struct block *block, struct error
     return rc;
 }
 
-// The part's sum enters the residual of its own rows, and their normed rows set out. With the part's window; it is the caller's to set it again.
-static int join_own(struct decoder *d, struct decoder_part *part, const struct block *block, struct error *err)
+// The part's sum, which is there, enters the residual of its own rows, and their normed rows set out. With the part's window.
+static int norm_and_send(struct decoder *d, struct decoder_part *part, const struct block *block, struct error *err)
 {
     const struct backend *b = d->backend;
+    struct dealt_rows rows = rows_of(part);
     float *normed;
-    int rc;
-    if ((rc = need_block(d, block, err)) || (rc = take_back(d, part, err)) ||
-        (rc = b->norm_own(d->device, block->join, block->weight, first_own(d, part), comm_size(d->comm), err)) ||
-        (rc = b->lend(d->device, BUFFER_NORMED, &normed, err)))
+    int rc = b->norm_own(d->device, block->join, block->weight, first_own(d, part), comm_size(d->comm), err);
+    if (rc)
+        return rc;
+    part->joined = true;
+    if (decoder_devices_exchange(d))
+        return half_on_device(d, EXCHANGE_OWN_TO_ALL, BUFFER_NORMED, &rows, decoder_wire(d, d->phase), block->op,
+                              (int)block->layer, err);
+    if ((rc = b->lend(d->device, BUFFER_NORMED, &normed, err)))
         return rc;
     struct exchange exchange = exchange_of(d, part, block, EXCHANGE_OWN_TO_ALL, normed);
-    part->joined = true;
     return begin_exchange(d, part, &exchange, err);
+}
+
+// The same once the sum has come; the window is the caller's to set again.
+static int join_own(struct decoder *d, struct decoder_part *part, const struct block *block, struct error *err)
+{
+    bool on_device = decoder_devices_exchange(d);
+    int rc;
+    if ((rc = need_block(d, block, err)) || (rc = take_back(d, part, err)) ||
+        (rc = on_device ? begin_side(d, part, err) : 0))
+        return rc;
+    rc = norm_and_send(d, part, block, err);
+    return on_device ? end_side(d, part, rc, err) : rc;
+}
+
+// Before the first block of devices: that of all parts, so that no part's stands behind another one's sum.
+static int join_all(struct decoder *d, const struct block *block, struct error *err)
+{
+    int rc = 0;
+    for (int i = 0; i < d->num_parts && !rc; i++)
+        rc = d->parts[i].joined ? 0 : join_own(d, &d->parts[i], block, err);
+    return rc;
+}
+
+// The part's last sum to its owners.
+static int sum_to_own(struct decoder *d, const struct block *block, struct error *err)
+{
+    struct dealt_rows rows = rows_of(d->part);
+    return half_on_device(d, EXCHANGE_SUM_TO_OWN, BUFFER_PARTIAL, &rows, decoder_wire(d, d->phase), block->op,
+                          (int)block->layer, err);
+}
+
+// On devices all that is between two blocks is one: the sum to its owners, their norm for the next block, the normed rows to all.
+static int norm_for_next(struct decoder *d, const struct block *block, const struct block *next, struct error *err)
+{
+    struct decoder_part *part = d->part;
+    struct dealt_rows rows = rows_of(part);
+    struct half sum = half_of(d, EXCHANGE_SUM_TO_OWN, BUFFER_PARTIAL, &rows, decoder_wire(d, d->phase), block->op);
+    struct half normed = half_of(d, EXCHANGE_OWN_TO_ALL, BUFFER_NORMED, &rows, decoder_wire(d, d->phase), next->op);
+    struct dealt_norm what = {.first_owner = rows.first_owner,
+                              .join = next->join,
+                              .weight = next->weight,
+                              .choice = sum.choice,
+                              .feedback = sum.feedback,
+                              .operation = {sum.operation, normed.operation},
+                              .layer = {(int)block->layer, (int)next->layer}};
+    int rc;
+    if ((rc = need_block(d, next, err)) || (rc = wait_for_loading(d, err)))
+        return rc;
+    count_half(d, &sum);
+    count_half(d, &normed);
+    part->joined = true;
+    return d->backend->norm_dealt(d->device, &what, err);
+}
+
+static int leave_dealt_on_device(struct decoder *d, const struct block *block, struct error *err)
+{
+    struct decoder_part *part = d->part;
+    int64_t number = block->number + 1;
+    bool last = number == 2 * d->model->desc.num_layers;
+    struct block next = block_at(d->model, last ? 0 : number);
+    int rc = begin_side(d, part, err);
+    rc = rc ? rc : last ? sum_to_own(d, block, err) : norm_for_next(d, block, &next, err);
+    return end_side(d, part, rc, err);
 }
 
 // The other part's next block; false where there is none to be joined.
@@ -287,9 +418,10 @@ static int enter_dealt(struct decoder *d, const struct block *block, struct erro
 {
     const struct backend *b = d->backend;
     struct decoder_part *part = d->part;
-    int rc;
-    if ((rc = part->joined ? 0 : join_own(d, part, block, err)) || (rc = end_exchange(d, part, err)) ||
-        (rc = window(d, part, err)) || (rc = b->returned(d->device, BUFFER_NORMED, err)))
+    bool first = block->number == 0 && decoder_devices_exchange(d);
+    int rc = part->joined ? 0 : first ? join_all(d, block, err) : join_own(d, part, block, err);
+    if (rc || (rc = end_exchange(d, part, err)) || (rc = wait_side(d, part, err)) || (rc = window(d, part, err)) ||
+        (rc = decoder_devices_exchange(d) ? 0 : b->returned(d->device, BUFFER_NORMED, err)))
         return rc;
     part->joined = false;
     rc = b->take_normed(d->device, block->order, block->first, err);
@@ -320,6 +452,8 @@ int part_leave(struct decoder *d, const struct block *block, struct error *err)
         return 0;
     if (d->in_common)
         return post_common(d, part, block->number, err);
+    if (decoder_devices_exchange(d) && d->dealt)
+        return leave_dealt_on_device(d, block, err);
     if (decoder_devices_exchange(d)) {
         rc = begin_side(d, part, err);
         rc = rc ? rc
@@ -367,7 +501,10 @@ int part_sum_embedding(struct decoder *d, struct error *err)
     int rc;
     if (comm_size(d->comm) == 1)
         return 0;
-    if (decoder_devices_exchange(d)) // all rows, before any side
+    struct dealt_rows all = {.count = d->count, .first_owner = (int)d->parts[0].first_owner};
+    if (decoder_devices_exchange(d) && d->dealt) // all rows, before any side
+        return half_on_device(d, EXCHANGE_SUM_TO_OWN, BUFFER_RESIDUAL, &all, WIRE_BF16, OP_EMBED, -1, err);
+    if (decoder_devices_exchange(d))
         return sum_on_device(d, BUFFER_RESIDUAL, d->count, d->model->desc.hidden_size, WIRE_BF16, OP_EMBED, -1, err);
     if ((rc = d->backend->lend(d->device, BUFFER_RESIDUAL, &rows, err)))
         return rc;

@@ -8,6 +8,7 @@
 // sum goes to the owners (half an all-reduce), who add it to the residual and norm their rows; the normed rows go to all ranks (the other half). So
 // what the second half's coding loses never enters the residual. The owner is fixed by the position, so a row's bits depend on nothing beside it,
 // and the owner's own part, and the sum itself, need no coding. Error feedback is of the sums alone: what a normed row loses is gone with its block.
+// Devices that exchange among themselves do all that is between two blocks at once.
 //
 // Both are of prefill, and which exchanges there are follows from what all ranks know: the options and the number of rows.
 #ifndef TPSHARD_ENGINE_DECODER_PARTS_H

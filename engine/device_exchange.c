@@ -129,12 +129,16 @@ static bool on_look(void *arg)
 
 static void describe_sum(struct comm *comm, int operation, int layer, char what[CALL_TEXT_BYTES])
 {
-    struct call call = comm_call(comm, ALL_REDUCE, 0, 0);
+    struct call call = comm_call(comm,
+                                 operation >= DEVICE_ALL_GATHER       ? ROWS_TO_ALL
+                                 : operation >= DEVICE_REDUCE_SCATTER ? ROWS_TO_OWNERS
+                                                                      : ALL_REDUCE,
+                                 0, 0);
     if (operation < 0) {
         snprintf(what, CALL_TEXT_BYTES, "a step's sums over ranks");
         return;
     }
-    call.op = (enum comm_operation)operation;
+    call.op = (enum comm_operation)(operation % DEVICE_REDUCE_SCATTER);
     call.layer = layer;
     comm_describe_call(what, &call);
 }

@@ -20,6 +20,11 @@ struct exchange_wish {
 
 struct device_exchange;
 
+// What a device is told of an exchange for the failure that may come: the operation that the ranks are in, and which half of a sum it is.
+enum { DEVICE_SUM = 0, DEVICE_REDUCE_SCATTER = 16, DEVICE_ALL_GATHER = 32 };
+_Static_assert((int)OP_COUNT <= (int)DEVICE_REDUCE_SCATTER, "an operation and a half are one number");
+static inline int device_operation(int half, enum comm_operation op) { return half + (int)op; }
+
 // After the device is prepared; all ranks of comm call it with the same wish. Success: *out, the caller's (device_exchange_close, after the device is
 // closed), or NULL where the host exchanges. *transport: what was agreed on. note: "" or one sentence for the user.
 enum { DEVICE_EXCHANGE_NOTE_BYTES = 256 };

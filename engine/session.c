@@ -232,7 +232,8 @@ static int choose_transport(struct session *s, const char *wanted, struct error 
 
 // Whether the residual of prompts is dealt out to the ranks. Not by itself: what normed rows lose on the wire each layer sees at once, and with the
 // sums' error feedback that is more than what they keep out of the residual (bundled model, tp 2 and 4: KL divergence .000046 instead of .000022
-// with s8x, .00080 instead of .00036 with fp8; without feedback the two are equal). With f32 the results are the same bits.
+// with s8x, .00080 instead of .00036 with fp8; without feedback the two are equal). With f32 the results are the same bits. Nor by a step's size: what a row
+// loses where would then depend on the rows beside it (law 9).
 static int choose_deal(struct session *s, const char *wanted, struct error *err)
 {
     const struct backend *b = s->worker.backend;

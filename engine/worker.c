@@ -531,7 +531,7 @@ static int worker_open(struct worker *w, struct error *err)
         return rc;
     if (!w->env->spread) // the last stage counts in another process
         rank_step_count_passes(w->step, &w->shared->passes);
-    bool by_host = !decoder_devices_exchange(&w->decoder) || w->decoder.deals;
+    bool by_host = !decoder_devices_exchange(&w->decoder);
     if (w->decoder.in_parts && by_host && (rc = exchanger_create(&w->decoder.exchanger, w->decoder.comm, err)))
         return rc;
     // Now that the threads which load have been started, on any of the rank's processors.

@@ -169,6 +169,21 @@ struct exchange_options {
     void *arg;
 };
 
+// Rows first .. first + count - 1 of a window, dealt out to the ranks in turn.
+struct dealt_rows {
+    int64_t first, count;
+    int first_owner; // of row `first`; < tp_size
+};
+
+struct dealt_norm {
+    int first_owner; // of the window's row 0
+    const struct join *join;
+    const float *weight;
+    struct exchange_choice choice; // of both halves
+    bool feedback;                 // of the sums
+    int operation[2], layer[2];    // of the sums; of the normed rows
+};
+
 // Where a payload will lie.
 struct load_target {
     const uint8_t *base; // payload byte `offset` at base + offset, as the kernels see it
@@ -176,7 +191,7 @@ struct load_target {
 };
 
 enum {
-    BACKEND_ABI = 9,
+    BACKEND_ABI = 10,
     DEVICE_TEXT_BYTES = 512,
     DEVICE_BUS_BYTES = 24,
     LOAD_LANES = 16,             // threads that copy to a device at a time
@@ -301,6 +316,16 @@ struct backend {
     // rank did not come is found when the host next waits for the device. operation and layer go into the failure.
     int (*all_reduce)(struct device *device, enum buffer buffer, const struct exchange_choice *choice, bool feedback,
                       int operation, int layer, struct error *err);
+    // Its halves, over rows of the window, as engine/comm_rows.h has them, and with its bits: the owners' rows become the sums; every row becomes what its
+    // owner's is after the way over the wire. Rules as for all_reduce. There where norm_own and all_reduce are.
+    int (*reduce_scatter_rows)(struct device *device, enum buffer buffer, const struct dealt_rows *rows,
+                               const struct exchange_choice *choice, bool feedback, int operation, int layer,
+                               struct error *err);
+    int (*all_gather_rows)(struct device *device, enum buffer buffer, const struct dealt_rows *rows,
+                           const struct exchange_choice *choice, int operation, int layer, struct error *err);
+    // All that is between two blocks of a residual that is dealt out, over all rows of the window: reduce_scatter_rows of BUFFER_PARTIAL, norm_own of a
+    // rank's own rows, all_gather_rows of BUFFER_NORMED. Its bits are those of the three; what has been added up is normed and sent on while more comes.
+    int (*norm_dealt)(struct device *device, const struct dealt_norm *what, struct error *err);
     // What the wire has lost in the sums of this step, bf16 [rows of the window][hidden], for a later pipeline stage to make up for. lend_lost waits
     // for it and lends it to the host; what the host then has there is the device's with returned_lost. With exchange_options.feedback; no other
     // lend in between.
@@ -308,7 +333,7 @@ struct backend {
     int (*returned_lost)(struct device *device, struct error *err);
     // What is asked for between side_begin and side_end goes on beside what is asked for after it: behind all that came before side_begin, and
     // behind earlier sides. side_wait: what is asked for from now on comes behind that side (0 .. DEVICE_SIDES - 1; nothing if it never began).
-    // For all_reduce and norm_own; what they touch is theirs until the side is waited for, and so is the order of exchanges: while a side is
+    // For all_reduce, its halves, norm_own and norm_dealt; what they touch is theirs until the side is waited for, and so is the order of exchanges: while a side is
     // under way, others belong to sides too. Not amid a recorded step. side_end without a side changes nothing.
     int (*side_begin)(struct device *device, int side, struct error *err);
     int (*side_end)(struct device *device, struct error *err);

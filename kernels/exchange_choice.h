@@ -33,6 +33,7 @@ enum exchange_algorithm {
     ALGORITHM_CHUNKS,
     ALGORITHM_COUNT
 };
+// A half of a sum over rows that have owners (backend.h) is one phase of either: ALGORITHM_ONE_SHOT stands for ALGORITHM_TWO_SHOT there.
 
 struct exchange_choice {
     enum exchange_algorithm algorithm;

@@ -5,6 +5,7 @@
 
 extern "C" {
 #include "engine/comm.h"
+#include "engine/comm_rows.h"
 #include "kernels/clock.h"
 }
 #include "kernels/cuda/nccl.h"
@@ -12,6 +13,7 @@ extern "C" {
 #include "tests/nccl/stand_in.h"
 
 #include <dlfcn.h>
+#include <initializer_list>
 #include <pthread.h>
 #include <signal.h>
 #include <sys/mman.h>
@@ -264,6 +266,52 @@ static int same_bits(struct rank *rank, struct error *err)
     return rc;
 }
 
+// The halves, whose rows have owners: several messages, without a wait between them.
+static int same_rows(struct rank *rank, struct error *err)
+{
+    struct run *run = rank->run;
+    int64_t elems = run->rows * run->cols;
+    float *cpu = (float *)malloc((size_t)elems * 4), *gpu[MESSAGES] = {};
+    uint16_t *cpu_lost = (uint16_t *)calloc((size_t)elems, 2), *gpu_lost = NULL;
+    int rc = connect_rank(rank, err);
+    if (cudaMalloc((void **)&gpu_lost, (size_t)elems * 2) != cudaSuccess)
+        rc = error_set(err, ERR_MEMORY, "no memory");
+    else
+        memset(gpu_lost, 0, (size_t)elems * 2);
+    for (int m = 0; m < MESSAGES && !rc; m++) {
+        if (cudaMalloc((void **)&gpu[m], (size_t)elems * 4) != cudaSuccess)
+            rc = error_set(err, ERR_MEMORY, "no memory");
+        for (int64_t i = 0; i < elems && !rc; i++)
+            gpu[m][i] = value_at(rank->number, m, i / run->cols, i % run->cols);
+        struct nccl_rows rows = {gpu[m], run->rows, run->cols, m % run->tp_size, run->wire};
+        struct nccl_place place = {OP_ATTENTION, m};
+        rc = rc ? rc : nccl_reduce_scatter_rows(rank->nccl, &rows, run->feeds ? gpu_lost : NULL, place, err);
+        if (m < MESSAGES - 1) // of the last one what the owners have is looked at
+            rc = rc ? rc : nccl_all_gather_rows(rank->nccl, &rows, place, err);
+    }
+    rc = rc ? rc : nccl_wait(rank->nccl, err);
+    for (int m = 0; m < MESSAGES && !rc; m++) {
+        for (int64_t i = 0; i < elems; i++)
+            cpu[i] = value_at(rank->number, m, i / run->cols, i % run->cols);
+        comm_at(rank->comm, OP_ATTENTION, m);
+        rc = comm_reduce_scatter_rows(rank->comm, cpu, run->rows, run->cols, m % run->tp_size, run->wire,
+                                      run->feeds ? cpu_lost : NULL, NULL, err);
+        if (!rc && m < MESSAGES - 1)
+            rc = comm_all_gather_rows(rank->comm, cpu, run->rows, run->cols, m % run->tp_size, run->wire, NULL, err);
+        for (int64_t i = 0; i < elems && !rc; i++)
+            if (f32_bits(cpu[i]) != f32_bits(gpu[m][i]))
+                rc = error_set(err, ERR_OTHER, "message %d, value %lld is %08x, not %08x", m, (long long)i,
+                               f32_bits(gpu[m][i]), f32_bits(cpu[i]));
+    }
+    if (!rc && run->feeds && memcmp(cpu_lost, gpu_lost, (size_t)elems * 2) != 0)
+        rc = error_set(err, ERR_OTHER, "what error feedback keeps differs");
+    for (int m = 0; m < MESSAGES; m++)
+        cudaFree(gpu[m]);
+    cudaFree(gpu_lost);
+    free(cpu), free(cpu_lost);
+    return rc;
+}
+
 static void expect_success(const struct run *run, const char *what)
 {
     for (int r = 0; r < run->tp_size; r++)
@@ -297,6 +345,23 @@ static void test_bits_of_pieces(void **state)
         run_ranks(run);
         expect_success(run, "pieces");
     }
+}
+
+static void test_bits_of_rows(void **state)
+{
+    (void)state;
+    static const int sizes[] = {2, 3, 8};
+    for (int tp_size : sizes)
+        for (int wire = 0; wire < WIRE_COUNT; wire++)
+            for (bool pieces : {false, true}) {
+                if (pieces && tp_size == 8)
+                    continue;
+                struct run *run = new_run(same_rows, tp_size, 13, 300, (enum wire)wire);
+                run->feeds = wire % 2 == 0;
+                run->max_rows = pieces ? 1 : run->rows; // room for one row of each owner
+                run_ranks(run);
+                expect_success(run, "rows");
+            }
 }
 
 static void test_bits_of_processes(void **state)
@@ -585,6 +650,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_bits),
         cmocka_unit_test(test_bits_of_pieces),
+        cmocka_unit_test(test_bits_of_rows),
         cmocka_unit_test(test_bits_of_processes),
         cmocka_unit_test(test_faults),
         cmocka_unit_test(test_a_rank_that_stops),

@@ -57,6 +57,22 @@ def test_halves(place, tmp):
           {k: v[:300] for k, v in results.items()})
 
 
+# Dealt out, a sum is two exchanges of one message each, and behind the last block the last sum and the residual are gathered: NCCL carries all of them.
+def test_dealt(place, tmp):
+    shards, ids, told = tmp / "llama3-2", [i * 7 % 50 for i in range(256)], tmp / "told"
+    for overlap, count in (("off", 1 + 2 * 4 + 2), ("on", 1 + 2 * 2 * 4 + 2)):
+        results = {}
+        for name, carried in ("shm", 0), ("nccl", count):
+            told.unlink(missing_ok=True)
+            results[name] = logits(place, shards, ids, tmp / "dealt.npy", "--transport", name, "--overlap", overlap, "--context", 256,
+                                   "--wire", "s8x", "--sequence-parallel", "on", STAND_IN_TOLD=str(told))
+            lines = sorted(told.read_text().splitlines()) if told.exists() else []
+            check(f"{name}, dealt out, --overlap {overlap}: NCCL has carried {carried} messages of each rank",
+                  lines == [f"rank {r}: {carried} messages" for r in range(2) if carried], lines)
+        check(f"nccl and shm give the same bytes, dealt out, --overlap {overlap}", results["shm"] == results["nccl"] and isinstance(results["shm"], bytes),
+              {k: v[:300] for k, v in results.items()})
+
+
 def test_text(place, tmp):
     shards = tmp / "model"
     run(BUILD / "tpshard", "--tp", 2, "--quant", "int4", "tests/model", shards, "--quiet")
@@ -103,6 +119,7 @@ def main():
         (place / "libnccl.so.2").symlink_to(STAND_IN.resolve())
         test_logits(place, Path(name))
         test_halves(place, Path(name))
+        test_dealt(place, Path(name))
         test_text(place, Path(name))
         test_a_killed_rank(place, Path(name))
     return status()

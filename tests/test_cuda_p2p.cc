@@ -151,7 +151,7 @@ static void test_sums(void **state)
 
 // ---- ranks that are killed -----------------------------------------------------------------------------------------
 
-// Sums without an end, of all algorithms in turn, from the one that is named.
+// Sums without an end, and halves, of all algorithms in turn, from the one that is named.
 static void run_on(struct end *e, struct report *report, int argument)
 {
     struct error err;
@@ -162,6 +162,12 @@ static void run_on(struct end *e, struct report *report, int argument)
         struct exchange_choice choice = {(enum exchange_algorithm)(i % 3), i % 2 ? WIRE_S8X : WIRE_BF16, 4 * 256};
         report->rc = exchange_all_reduce(&e->device, BUFFER_PARTIAL, &choice, false, OP_MLP, 5, &err);
         report->rc = report->rc ? report->rc : exchange_flush(&e->device, &err);
+        struct dealt_rows rows = {(int64_t)(i % 2), 11, (int)(i % (uint64_t)e->group->tp_size)};
+        report->rc = report->rc ? report->rc
+                                : exchange_reduce_scatter_rows(&e->device, BUFFER_PARTIAL, &rows, &choice, false,
+                                                               OP_MLP, 5, &err);
+        report->rc = report->rc ? report->rc
+                                : exchange_all_gather_rows(&e->device, BUFFER_PARTIAL, &rows, &choice, OP_MLP, 5, &err);
         report->rc = report->rc ? report->rc : device_wait(&e->device, "a sum", &err);
         report->sums++;
     }

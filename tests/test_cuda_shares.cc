@@ -1,5 +1,5 @@
 // An all_reduce in packed shares (kernels/cuda/shares.h) against the CPU's arithmetic (engine/comm_reduce.h): coded bytes, sums and what error
-// feedback keeps, bit for bit, on every rank.
+// feedback keeps, bit for bit, on every rank; and its halves where whole rows have owners.
 #include "tests/device/cuda_test.h"
 
 extern "C" {
@@ -131,7 +131,11 @@ static void reduce_on_cpu(struct group_of_ranks *g)
 static struct share_piece piece_of(const struct group_of_ranks *g, int rank)
 {
     const struct share_case *s = g->shape;
-    return {g->gpu[rank], g->feeds ? g->gpu_lost[rank] : NULL, s->rows, s->cols, s->stride, g->wire, rank, s->tp_size};
+    struct share_piece piece = {};
+    piece.data = g->gpu[rank], piece.lost = g->feeds ? g->gpu_lost[rank] : NULL;
+    piece.rows = s->rows, piece.cols = s->cols, piece.stride = s->stride;
+    piece.wire = g->wire, piece.rank = rank, piece.tp_size = s->tp_size;
+    return piece;
 }
 
 static void reduce_on_device(struct group_of_ranks *g)
@@ -240,6 +244,105 @@ static void test_many_rows(void **state)
         run(&many, (enum wire)wire, true);
 }
 
+// ---- rows that have owners -------------------------------------------------------------------------------------------
+
+// From the definition: the own part as it is, the others' coded, in rank order; then the sum coded for all.
+static void reference_group(const struct group_of_ranks *g, int owner, int64_t row, int64_t col, float *sum, float *all)
+{
+    const struct share_case *s = g->shape;
+    uint8_t bytes[WIRE_MAX_GROUP_BYTES];
+    int count = s->cols - col < WIRE_GROUP ? (int)(s->cols - col) : WIRE_GROUP;
+    for (int i = 0; i < WIRE_GROUP; i++)
+        sum[i] = 0;
+    for (int r = 0; r < s->tp_size; r++) {
+        enum wire wire = r == owner ? WIRE_F32 : g->wire;
+        wire_encode_group(bytes, g->cpu[r] + row * s->stride + col, count, wire);
+        wire_add_group(sum, bytes, count, wire);
+    }
+    wire_encode_group(bytes, sum, count, g->wire);
+    wire_decode_group(all, bytes, count, g->wire);
+}
+
+static struct share_piece rows_of(const struct group_of_ranks *g, int rank, int first_owner)
+{
+    struct share_piece piece = piece_of(g, rank);
+    piece.by_rows = true;
+    piece.first_owner = first_owner;
+    return piece;
+}
+
+static void check_rows(const struct group_of_ranks *g, int first_owner, bool gathered)
+{
+    const struct share_case *s = g->shape;
+    for (int r = 0; r < s->tp_size; r++)
+        for (int64_t row = 0; row < s->rows; row++)
+            for (int64_t col = 0; col < s->stride; col += WIRE_GROUP) {
+                int owner = (int)((first_owner + row) % s->tp_size);
+                float sum[WIRE_GROUP], all[WIRE_GROUP], *want = gathered ? all : owner == r ? sum : NULL;
+                int64_t at = row * s->stride + col, left = s->stride - col;
+                int64_t count = left < WIRE_GROUP ? left : (int64_t)WIRE_GROUP;
+                if (col < s->cols)
+                    reference_group(g, owner, row, col, sum, all);
+                for (int64_t i = 0; i < count; i++) {
+                    float x = want && col + i < s->cols ? want[i] : g->cpu[r][at + i]; // what is nobody's stays
+                    if (f32_bits(g->gpu[r][at + i]) != f32_bits(x))
+                        fail_msg("%s, %s, rank %d, %s: row %lld differs from column %lld on", s->name,
+                                 wire_name(g->wire), r, gathered ? "gathered" : "sums", (long long)row,
+                                 (long long)(col + i));
+                }
+            }
+}
+
+static void run_rows(const struct share_case *shape, enum wire wire, int first_owner)
+{
+    struct group_of_ranks g = {};
+    g.shape = shape, g.wire = wire;
+    open_ranks(&g);
+    fill(&g);
+    int64_t lines = (shape->rows + shape->tp_size - 1) / shape->tp_size;
+    size_t share = (size_t)share_rows_bytes(shape->rows, shape->cols, shape->tp_size, wire);
+    assert_int_equal(share, (uint64_t)lines * wire_groups((uint64_t)shape->cols) * wire_group_bytes(wire));
+    for (int r = 0; r < shape->tp_size; r++) { // shares of rows are larger where there are few
+        cudaFree(g.to[r]), cudaFree(g.from[r]), cudaFree(g.sum[r]);
+        g.to[r] = (uint8_t *)device_new((int64_t)share * shape->tp_size);
+        g.from[r] = (uint8_t *)device_new((int64_t)share * shape->tp_size);
+        g.sum[r] = (uint8_t *)device_new((int64_t)share * shape->tp_size);
+    }
+    for (int r = 0; r < shape->tp_size; r++) {
+        struct share_piece piece = rows_of(&g, r, first_owner);
+        finish(launch_share_encode(g.to[r], &piece, NULL, 0, NULL));
+        for (int o = 0; o < shape->tp_size; o++)
+            if (o != r)
+                memcpy(g.from[o] + share * (size_t)r, g.to[r] + share * (size_t)o, share);
+    }
+    for (int r = 0; r < shape->tp_size; r++) {
+        struct share_piece piece = rows_of(&g, r, first_owner);
+        finish(launch_share_add_up(NULL, g.from[r], &piece, NULL));
+    }
+    check_rows(&g, first_owner, false);
+    for (int r = 0; r < shape->tp_size; r++) {
+        struct share_piece piece = rows_of(&g, r, first_owner);
+        finish(launch_share_encode_own(g.sum[r] + share * (size_t)r, &piece, NULL, 0, NULL));
+        for (int o = 0; o < shape->tp_size; o++)
+            if (o != r)
+                memcpy(g.sum[o] + share * (size_t)r, g.sum[r] + share * (size_t)r, share);
+    }
+    for (int r = 0; r < shape->tp_size; r++) {
+        struct share_piece piece = rows_of(&g, r, first_owner);
+        finish(launch_share_decode(g.sum[r], &piece, NULL));
+    }
+    check_rows(&g, first_owner, true);
+    close_ranks(&g);
+}
+
+static void test_owned_rows(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        for (int wire = 0; wire < WIRE_COUNT; wire++)
+            run_rows(&cases[i], (enum wire)wire, (int)(i % (size_t)cases[i].tp_size));
+}
+
 static void test_unknown_codec(void **state)
 {
     (void)state;
@@ -251,9 +354,8 @@ static void test_unknown_codec(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_same_bits),
-        cmocka_unit_test(test_same_bits_with_error_feedback),
-        cmocka_unit_test(test_many_rows),
+        cmocka_unit_test(test_same_bits),     cmocka_unit_test(test_same_bits_with_error_feedback),
+        cmocka_unit_test(test_many_rows),     cmocka_unit_test(test_owned_rows),
         cmocka_unit_test(test_unknown_codec),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -2,7 +2,7 @@
 // ranks that wait for others which do not run. The ranks' kernels are those of kernels/cuda/exchange.cu; their areas lie in memory of the device.
 //
 // Held, bit for bit and on every rank, to the arithmetic of the CPU's collectives (engine/comm_reduce.h): both algorithms, every codec, feedback,
-// rows with NaN, Inf, zeros and denormals, through the wrap of the tokens; then a graph of it, launched again and again.
+// rows with NaN, Inf, zeros and denormals, through the wrap of the tokens; likewise the halves of a sum, whose rows have owners; then a graph of it, launched again and again.
 #include "tests/device/cuda_test.h"
 #include "tests/device/exchange_messages.h"
 
@@ -127,9 +127,15 @@ static void close_together(struct together *t)
 static void set_messages(struct together *t, enum wire wire, bool feedback)
 {
     int64_t count = t->rows * t->cols;
-    for (int r = 0; r < t->tp_size; r++)
-        t->messages[r] = {
-            t->data + r * count, feedback ? t->lost + r * count : NULL, (uint32_t)t->rows, (uint32_t)t->cols, wire, 0};
+    for (int r = 0; r < t->tp_size; r++) {
+        struct exchange_message *m = &t->messages[r];
+        *m = {};
+        m->data = t->data + r * count;
+        m->lost = feedback ? t->lost + r * count : NULL;
+        m->rows = (uint32_t)t->rows;
+        m->cols = (uint32_t)t->cols;
+        m->wire = wire;
+    }
 }
 
 static const char *const names[] = {"one-shot", "two-shot"};
@@ -196,6 +202,83 @@ static void test_bits(void **state)
                     for (const auto &s : large)
                         check_shape(tp_size, s.rows, s.cols, two_shot, (enum wire)wire, false, 1);
             }
+}
+
+// ---- halves ------------------------------------------------------------------------------------------------------------
+
+// A row at its owner, of others' coded parts and its own as it is; then what it is after the way over the wire.
+static void row_on_cpu(const std::vector<values> &data, size_t owner, int64_t row, int64_t cols, enum wire wire,
+                       values &sum, values &all)
+{
+    uint8_t bytes[WIRE_MAX_GROUP_BYTES];
+    for (int64_t col = 0; col < cols; col += WIRE_GROUP) {
+        int count = cols - col < WIRE_GROUP ? (int)(cols - col) : WIRE_GROUP;
+        for (int i = 0; i < count; i++)
+            sum[(size_t)(col + i)] = 0;
+        for (size_t r = 0; r < data.size(); r++) {
+            enum wire coded = r == owner ? WIRE_F32 : wire;
+            wire_encode_group(bytes, &data[r][(size_t)(row * cols + col)], count, coded);
+            wire_add_group(&sum[(size_t)col], bytes, count, coded);
+        }
+        wire_encode_group(bytes, &sum[(size_t)col], count, wire);
+        wire_decode_group(&all[(size_t)col], bytes, count, wire);
+    }
+}
+
+static void compare_rows(const struct together *t, const std::vector<values> &data, uint32_t first_owner,
+                         enum wire wire, bool gathered)
+{
+    size_t cols = (size_t)t->cols, count = (size_t)t->rows * cols;
+    values sum(cols), all(cols);
+    for (int64_t row = 0; row < t->rows; row++) {
+        size_t owner = (first_owner + (size_t)row) % data.size();
+        row_on_cpu(data, owner, row, t->cols, wire, sum, all);
+        for (size_t r = 0; r < data.size(); r++) {
+            const float *got = t->data + r * count + (size_t)row * cols;
+            const float *want = gathered ? all.data() : r == owner ? sum.data() : &data[r][(size_t)row * cols];
+            if (memcmp(got, want, cols * sizeof *want) != 0)
+                fail_msg("%s, %s, %d ranks, %lld x %lld: rank %zu has another row %lld",
+                         gathered ? "to all" : "to owners", wire_name(wire), t->tp_size, (long long)t->rows,
+                         (long long)t->cols, r, (long long)row);
+        }
+    }
+}
+
+static void check_rows(int tp_size, int64_t rows, int64_t cols, uint32_t first_owner, enum wire wire, int calls)
+{
+    struct together t;
+    size_t count = (size_t)(rows * cols);
+    std::vector<values> data((size_t)tp_size, values(count));
+    open_together(&t, tp_size, rows, cols);
+    set_messages(&t, wire, false);
+    for (int call = 0; call < calls; call++) {
+        for (size_t r = 0; r < data.size(); r++) {
+            exchange_fill(data[r].data(), (uint64_t)(call + 31 * tp_size), (int)r, rows, cols);
+            memcpy(t.data + r * count, data[r].data(), count * sizeof(float));
+        }
+        for (enum exchange_half half : {EXCHANGE_TO_OWNERS, EXCHANGE_TO_ALL}) {
+            for (int r = 0; r < tp_size; r++)
+                t.messages[r].half = half, t.messages[r].first_owner = first_owner;
+            finish(launch_exchange_together(t.ranks, t.messages, tp_size, true, BLOCKS, NULL));
+            assert_int_equal(*t.abort_word, 0);
+            compare_rows(&t, data, first_owner, wire, half == EXCHANGE_TO_ALL);
+        }
+    }
+    close_together(&t);
+}
+
+static void test_halves(void **state)
+{
+    (void)state;
+    for (int tp_size : {2, 4, 8})
+        for (int wire = 0; wire < WIRE_COUNT; wire++) {
+            check_rows(tp_size, 3, 520, 1, (enum wire)wire, 1);
+            if (tp_size < 8 || !(emulator_present() || quick()))
+                check_rows(tp_size, 11, 260, (uint32_t)tp_size - 1, (enum wire)wire, 1);
+            if (!emulator_present() && !quick())
+                check_rows(tp_size, 2049, 1000, 0, (enum wire)wire, 2);
+        }
+    check_rows(2, 2, 130, 1, WIRE_S8X, CALLS_BEFORE_WRAP / 2 + 2); // through the wrap
 }
 
 static void test_wrap_and_feedback(void **state)
@@ -290,6 +373,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         {"bits over host", test_bits, over_host, NULL, NULL},
         {"bits over p2p", test_bits, over_p2p, NULL, NULL},
+        {"halves over host", test_halves, over_host, NULL, NULL},
+        {"halves over p2p", test_halves, over_p2p, NULL, NULL},
         {"wrap and feedback over host", test_wrap_and_feedback, over_host, NULL, NULL},
         {"wrap and feedback over p2p", test_wrap_and_feedback, over_p2p, NULL, NULL},
         {"orders over host", test_orders, over_host, NULL, NULL},

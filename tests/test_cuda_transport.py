@@ -79,6 +79,22 @@ def test_halves(tmp):
                       by_device == by_cpu and isinstance(by_cpu, bytes), [text for text in (by_device, by_cpu) if isinstance(text, str)])
 
 
+# The residual dealt out to the ranks: the devices add up rows at their owners, norm them there and send them to all, in one part and in halves. The
+# bytes of shm, where the hosts carry the rows.
+def test_dealt(tmp):
+    for family, tp, wire, overlap, over in (("llama3", 2, "s8x", "off", ("p2p",)), ("llama3", 2, "s8x", "on", ("host", "p2p")),
+                                            ("olmo2", 2, "bf16", "on", ("p2p",)), ("llama3", 4, "fp8", "on", ("host",))):
+        shards, ids = tmp / f"{family}-{tp}", [i * 7 % 50 for i in range(256)]
+        common = ("--context", 256, "--sequence-parallel", "on", "--overlap", overlap, "--wire", wire)
+        by_cpu = logits(shards, ids, tmp / "shm.npy", "--transport", "shm", *common)
+        for transport in over:
+            for hurry in ("0", "1") if len(over) > 1 and transport == "host" else ("1",):
+                by_device = logits(shards, ids, tmp / "device.npy", "--transport", transport, *common, EMULATED_HURRY=hurry,
+                                   EMULATED_DEVICES=str(tp))
+                check(f"{family} tp {tp} {wire} dealt out, overlap {overlap}, hurry {hurry}: {transport} and shm give the same bytes",
+                      by_device == by_cpu and isinstance(by_cpu, bytes), [text for text in (by_device, by_cpu) if isinstance(text, str)])
+
+
 # Steps of decoding are kept as graphs with the exchanges in them: the third and later tokens come from one.
 def test_tokens(tmp):
     shards = tmp / "model"
@@ -167,7 +183,7 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         if REAL:
             leave_out_p2p(Path(name))
-        for test in (test_logits, test_tokens, test_greedy, test_stages, test_refusals, test_one_rank, test_lost_ranks, test_halves)[:4 if REAL else 8]:
+        for test in (test_logits, test_tokens, test_greedy, test_stages, test_refusals, test_one_rank, test_lost_ranks, test_halves, test_dealt)[:4 if REAL else 9]:
             test(Path(name))
     sys.exit(1 if failures or test_cuda_engine.failures else 0)
 

@@ -7,7 +7,7 @@
 //   step.c          the operations of a step, and steps kept as CUDA graphs
 //   step_attention.c  from queries and keys to what attention puts out
 //   step_experts.c  those of a mixture of experts
-//   exchange*.c     sums over the ranks of one machine: over pinned memory of the host, p2p into other devices' memory, or by NCCL
+//   exchange*.c     sums over the ranks of one machine, and their halves: over pinned memory of the host, p2p into other devices' memory, or by NCCL
 //   link_probe.c    what devices really do with each other's memory
 #ifndef TPSHARD_KERNELS_CUDA_DEVICE_H
 #define TPSHARD_KERNELS_CUDA_DEVICE_H

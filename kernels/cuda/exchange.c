@@ -1,15 +1,5 @@
 // The host's side of sums over the ranks of one machine: areas, streams and what becomes of a wait without an end. See exchange.h.
-//
-// Chunks. Three streams: the device's own computes, one copies out, one copies in. Of chunk c, with two buffers of everything:
-//   parts   own: encodes | out: copies them to the host, posts | in: waits for everybody's, copies those for this owner in
-//   sums    own: adds up, encodes | out: copies, posts          | in: waits, copies the others' in
-//   decode  own
-// parts of c + 1 come before sums of c, so that copies and arithmetic of two chunks go on beside each other. The host's buffer of parts c is
-// written again as that of c + 2 when this rank has copied sums c in: then every rank has posted sums c, and had copied parts c in before. The
-// buffer of sums c is written again after parts c + 2 of all ranks, which they post when they have copied sums c in. All ranks queue the same
-// in the same order, and what a stream waits for was queued before: no circle. Over p2p the copies out are all there are (exchange_p2p.c).
 #include "kernels/cuda/exchange_host.h"
-#include "kernels/cuda/shares.h"
 
 #include "formats/checked.h"
 #include "kernels/buffers.h"
@@ -40,17 +30,8 @@ uint64_t exchange_region_bytes(int tp_size)
     return tp_size > EXCHANGE_RANKS ? 0 : ABORT_BYTES + (uint64_t)tp_size * HOST_AREA_BYTES;
 }
 
-static uint8_t *parts_of(uint8_t *area, uint64_t chunk)
-{
-    return area + EXCHANGE_DIRECT_BYTES + chunk % 2 * EXCHANGE_PARTS_BYTES;
-}
-static uint8_t *sums_of(uint8_t *area, uint64_t chunk)
-{
-    return area + EXCHANGE_DIRECT_BYTES + 2 * EXCHANGE_PARTS_BYTES + chunk % 2 * EXCHANGE_SUMS_BYTES;
-}
-
 // For the host and its copies; for kernels.
-static uint8_t *host_area(const struct exchange *x, int rank)
+uint8_t *exchange_host_area(const struct exchange *x, int rank)
 {
     return (uint8_t *)x->options.region + ABORT_BYTES + (uint64_t)rank * HOST_AREA_BYTES;
 }
@@ -212,7 +193,7 @@ static void fill_host_ranks(struct exchange *x)
     }
     ranks->every[0] = mapped_area(x, ranks->rank);
     ranks->num_every = 1;
-    begin_tokens(host_area(x, ranks->rank));
+    begin_tokens(exchange_host_area(x, ranks->rank));
 }
 
 // What a rank does alone.
@@ -429,195 +410,12 @@ bool exchange_close(struct device *d)
     return true;
 }
 
-// ---- chunks --------------------------------------------------------------------------------------------------------
-
-enum chunk_event { PARTS_READY, PARTS_SENT, PARTS_IN, SUMS_READY, SUMS_SENT, SUMS_IN, DECODED, FORKED };
-
-struct chunk_run {
-    struct device *d;
-    struct exchange *x;
-    struct exchange_message message;
-    uint32_t rows, count; // of a chunk; chunks
-    struct error *err;
-};
-
-#define STEP(call)                                                                                                     \
-    do {                                                                                                               \
-        int step_rc = device_status(run->d, (call), "exchanging a chunk", run->err);                                   \
-        if (step_rc)                                                                                                   \
-            return step_rc;                                                                                            \
-    } while (0)
-
-// The rows of a chunk, and the bytes of each owner's share of them.
-struct chunk {
-    struct share_piece piece;
-    uint64_t share;
-};
-
-static struct chunk chunk_at(const struct chunk_run *run, uint32_t index)
-{
-    const struct exchange_message *all = &run->message;
-    uint32_t first = index * run->rows;
-    struct share_piece piece = {.data = all->data + (uint64_t)first * all->cols,
-                                .lost = all->lost ? all->lost + (uint64_t)first * all->cols : NULL,
-                                .rows = all->rows - first < run->rows ? all->rows - first : run->rows,
-                                .cols = all->cols,
-                                .stride = all->cols,
-                                .wire = all->wire,
-                                .rank = run->x->ranks.rank,
-                                .tp_size = run->x->ranks.tp_size};
-    return (struct chunk){piece, (uint64_t)share_bytes(piece.rows, piece.cols, piece.tp_size, piece.wire)};
-}
-
-// How many chunks one buffer is behind the next of its kind.
-static uint32_t ring_of(const struct chunk_run *run, enum chunk_event which)
-{
-    return which == PARTS_IN || which == SUMS_IN || which == DECODED ? (uint32_t)run->x->depth : 2;
-}
-
-static cudaEvent_t event_of(const struct chunk_run *run, enum chunk_event which, uint32_t index)
-{
-    return run->x->event[which][(run->x->chunks + index) % ring_of(run, which)];
-}
-
-// Until the chunk that had the same buffer before has come so far. That of an earlier message has: all streams begin behind the device's own, which
-// was behind them. So nothing waits for what was queued before a capture.
-static cudaError_t wait_for_buffer(const struct chunk_run *run, cudaStream_t stream, enum chunk_event which,
-                                   uint32_t index)
-{
-    return index < ring_of(run, which) ? cudaSuccess : cudaStreamWaitEvent(stream, event_of(run, which, index), 0);
-}
-
-static uint8_t *in_of(const struct exchange *x, uint8_t *const *in, uint64_t number)
-{
-    return in[number % (uint64_t)x->depth];
-}
-
-// The parts of all owners but this rank.
-static int send_parts(const struct chunk_run *run, const struct chunk *c, const uint8_t *stage, uint64_t number)
-{
-    struct exchange *x = run->x;
-    uint64_t own = (uint64_t)c->piece.rank * c->share, behind = own + c->share;
-    uint64_t end = (uint64_t)c->piece.tp_size * c->share;
-    if (x->p2p) {
-        STEP(exchange_p2p_send_parts(x, stage, c->share, number));
-        return 0;
-    }
-    uint8_t *mine = parts_of(host_area(x, c->piece.rank), number);
-    if (own > 0)
-        STEP(cudaMemcpyAsync(mine, stage, own, cudaMemcpyDeviceToHost, x->out));
-    if (behind < end)
-        STEP(cudaMemcpyAsync(mine + behind, stage + behind, end - behind, cudaMemcpyDeviceToHost, x->out));
-    return 0;
-}
-
-static int chunk_parts(const struct chunk_run *run, uint32_t index)
-{
-    struct device *d = run->d;
-    struct exchange *x = run->x;
-    struct chunk c = chunk_at(run, index);
-    uint64_t number = x->chunks + index, own = (uint64_t)c.piece.rank * c.share;
-    uint8_t *stage = x->parts_out[number % 2], *in = in_of(x, x->parts_in, number);
-    int rc;
-    STEP(wait_for_buffer(run, d->stream, PARTS_SENT, index));
-    STEP(launch_share_encode(stage, &c.piece, NULL, 0, d->stream));
-    STEP(cudaEventRecord(event_of(run, PARTS_READY, index), d->stream));
-    STEP(cudaStreamWaitEvent(x->out, event_of(run, PARTS_READY, index), 0));
-    STEP(wait_for_buffer(run, x->out, SUMS_IN, index));
-    if ((rc = send_parts(run, &c, stage, number)))
-        return rc;
-    STEP(launch_exchange_post(&x->ranks, EXCHANGE_LANE_PARTS, x->out));
-    STEP(cudaEventRecord(event_of(run, PARTS_SENT, index), x->out));
-    STEP(cudaStreamWaitEvent(x->in, event_of(run, PARTS_SENT, index), 0));
-    if (!x->p2p)
-        STEP(wait_for_buffer(run, x->in, SUMS_READY, index));
-    STEP(launch_exchange_wait(&x->ranks, EXCHANGE_LANE_PARTS, run->message.place, x->in));
-    for (int r = 0; r < c.piece.tp_size && !x->p2p; r++)
-        if (r != c.piece.rank)
-            STEP(cudaMemcpyAsync(in + (uint64_t)r * c.share, parts_of(host_area(x, r), number) + own, c.share,
-                                 cudaMemcpyHostToDevice, x->in));
-    STEP(cudaEventRecord(event_of(run, PARTS_IN, index), x->in));
-    return 0;
-}
-
-static int chunk_sums(const struct chunk_run *run, uint32_t index)
-{
-    struct device *d = run->d;
-    struct exchange *x = run->x;
-    struct chunk c = chunk_at(run, index);
-    uint64_t number = x->chunks + index;
-    uint8_t *stage = x->sums_out[number % 2], *in = in_of(x, x->sums_in, number);
-    STEP(cudaStreamWaitEvent(d->stream, event_of(run, PARTS_IN, index), 0));
-    STEP(wait_for_buffer(run, d->stream, SUMS_SENT, index));
-    STEP(launch_share_add_up(stage, in_of(x, x->parts_in, number), &c.piece, d->stream));
-    STEP(cudaEventRecord(event_of(run, SUMS_READY, index), d->stream));
-    STEP(cudaStreamWaitEvent(x->out, event_of(run, SUMS_READY, index), 0));
-    if (x->p2p)
-        STEP(exchange_p2p_send_sums(x, stage, c.share, number));
-    else
-        STEP(cudaMemcpyAsync(sums_of(host_area(x, c.piece.rank), number), stage, c.share, cudaMemcpyDeviceToHost,
-                             x->out));
-    STEP(launch_exchange_post(&x->ranks, EXCHANGE_LANE_SUMS, x->out));
-    STEP(cudaEventRecord(event_of(run, SUMS_SENT, index), x->out));
-    STEP(cudaStreamWaitEvent(x->in, event_of(run, SUMS_SENT, index), 0));
-    if (!x->p2p)
-        STEP(wait_for_buffer(run, x->in, DECODED, index));
-    STEP(launch_exchange_wait(&x->ranks, EXCHANGE_LANE_SUMS, run->message.place, x->in));
-    for (int r = 0; r < c.piece.tp_size && !x->p2p; r++)
-        if (r != c.piece.rank)
-            STEP(cudaMemcpyAsync(in + (uint64_t)r * c.share, sums_of(host_area(x, r), number), c.share,
-                                 cudaMemcpyHostToDevice, x->in));
-    STEP(cudaEventRecord(event_of(run, SUMS_IN, index), x->in));
-    return 0;
-}
-
-static int chunk_decode(const struct chunk_run *run, uint32_t index)
-{
-    struct device *d = run->d;
-    struct chunk c = chunk_at(run, index);
-    STEP(cudaStreamWaitEvent(d->stream, event_of(run, SUMS_IN, index), 0));
-    STEP(launch_share_decode(in_of(run->x, run->x->sums_in, run->x->chunks + index), &c.piece, d->stream));
-    STEP(cudaEventRecord(event_of(run, DECODED, index), d->stream));
-    return 0;
-}
-
-// The other streams go on behind the device's own, which at the end is behind them; so chunks can be recorded into a graph too.
-static int fork_streams(const struct chunk_run *run)
-{
-    struct exchange *x = run->x;
-    STEP(cudaEventRecord(x->event[FORKED][0], run->d->stream));
-    STEP(cudaStreamWaitEvent(x->out, x->event[FORKED][0], 0));
-    STEP(cudaStreamWaitEvent(x->in, x->event[FORKED][0], 0));
-    return 0;
-}
-
-static int run_chunks(struct chunk_run *run)
-{
-    int forked = fork_streams(run);
-    if (forked)
-        return forked;
-    run->count = (uint32_t)div_up(run->message.rows, run->rows);
-    for (uint32_t i = 0; i < run->count + 2; i++) {
-        int rc;
-        if ((i < run->count && (rc = chunk_parts(run, i))) ||
-            (i >= 1 && i - 1 < run->count && (rc = chunk_sums(run, i - 1))) ||
-            (i >= 2 && (rc = chunk_decode(run, i - 2))))
-            return rc;
-    }
-    run->x->chunks += run->count;
-    return 0;
-}
-
-// Rows of a chunk; 0: not even one row fits.
-static uint32_t chunk_rows(const struct exchange *x, const struct exchange_message *m, uint64_t chunk_bytes)
-{
-    uint64_t row = (uint64_t)(x->ranks.tp_size * share_bytes(1, m->cols, x->ranks.tp_size, m->wire));
-    uint64_t wanted = chunk_bytes / (2 * (uint64_t)m->cols), fit = EXCHANGE_PARTS_BYTES / row;
-    wanted = wanted < 1 ? 1 : wanted;
-    return (uint32_t)(wanted < fit ? wanted : fit);
-}
-
 // ---- sums ----------------------------------------------------------------------------------------------------------
+
+static uint32_t place_of(int operation, int layer)
+{
+    return (uint32_t)operation << 24 | ((uint32_t)(layer + 1) & 0xffffff);
+}
 
 static struct exchange_message message_of(const struct device *d, enum buffer buffer, int operation, int layer)
 {
@@ -626,7 +424,7 @@ static struct exchange_message message_of(const struct device *d, enum buffer bu
     struct exchange_message m = {.data = d->buffer[buffer],
                                  .rows = (uint32_t)d->count,
                                  .cols = (uint32_t)cols,
-                                 .place = (uint32_t)operation << 24 | ((uint32_t)(layer + 1) & 0xffffff)};
+                                 .place = place_of(operation, layer)};
     // Two numbers a row would be a group of 128.
     if (buffer == BUFFER_SQUARES) {
         m.rows = 1;
@@ -649,11 +447,8 @@ int exchange_all_reduce(struct device *d, enum buffer buffer, const struct excha
     m.lost = feedback ? x->lost + d->window_first * m.cols : NULL;
     if (x->nccl)
         return exchange_nccl_all_reduce(x, &m, operation, layer, err);
-    uint32_t rows = choice->algorithm == ALGORITHM_CHUNKS ? chunk_rows(x, &m, choice->chunk_bytes) : 0;
-    if (rows > 0) {
-        struct chunk_run run = {.d = d, .x = x, .message = m, .rows = rows, .err = err};
-        return run_chunks(&run);
-    }
+    if (choice->algorithm == ALGORITHM_CHUNKS && exchange_fits_chunks(x, &m))
+        return exchange_in_chunks(d, &m, NULL, choice->chunk_bytes, err);
     if (choice->algorithm == ALGORITHM_ONE_SHOT && !m.lost) {
         // The norm that follows may take it along.
         x->waiting = m;
@@ -661,6 +456,85 @@ int exchange_all_reduce(struct device *d, enum buffer buffer, const struct excha
         return buffer == BUFFER_PARTIAL && m.rows <= EXCHANGE_NORM_ROWS ? 0 : exchange_flush(d, err);
     }
     return CHECK(launch_exchange_two_shot(&x->ranks, &m, x->blocks, d->stream), "an exchange");
+}
+
+// A half of a sum over rows of the window; begun alike on all ranks. An empty one has no rows.
+static int begin_half(struct device *d, enum buffer buffer, enum exchange_half half, const struct dealt_rows *rows,
+                      const struct exchange_choice *choice, bool feedback, int operation, int layer,
+                      struct exchange_message *m, struct error *err)
+{
+    int rc = exchange_flush(d, err);
+    *m = message_of(d, buffer, operation, layer);
+    if (!rc && (rows->first < 0 || rows->count < 0 || rows->first + rows->count > d->count))
+        rc = error_set(err, ERR_OTHER, "device %d: rows %lld to %lld of %lld are to be exchanged", d->index,
+                       (long long)rows->first, (long long)(rows->first + rows->count), (long long)d->count);
+    if (rc || rows->count == 0 || (rc = exchange_wait_for_sides(d, err))) {
+        m->rows = 0;
+        return rc;
+    }
+    m->data += rows->first * m->cols;
+    m->rows = (uint32_t)rows->count;
+    m->wire = choice->wire;
+    m->lost = feedback ? d->exchange->lost + (d->window_first + rows->first) * m->cols : NULL;
+    m->half = half;
+    m->first_owner = (uint32_t)rows->first_owner;
+    return 0;
+}
+
+static int run_half(struct device *d, const struct exchange_message *m, const struct exchange_choice *choice,
+                    int operation, int layer, struct error *err)
+{
+    struct exchange *x = d->exchange;
+    if (m->rows == 0)
+        return 0;
+    if (x->nccl)
+        return exchange_nccl_half(x, m, operation, layer, err);
+    if (choice->algorithm == ALGORITHM_CHUNKS && exchange_fits_chunks(x, m))
+        return exchange_in_chunks(d, m, NULL, choice->chunk_bytes, err);
+    return CHECK(launch_exchange_half(&x->ranks, m, x->blocks, d->stream), "half an exchange");
+}
+
+int exchange_reduce_scatter_rows(struct device *d, enum buffer buffer, const struct dealt_rows *rows,
+                                 const struct exchange_choice *choice, bool feedback, int operation, int layer,
+                                 struct error *err)
+{
+    struct exchange_message m;
+    int rc = begin_half(d, buffer, EXCHANGE_TO_OWNERS, rows, choice, feedback, operation, layer, &m, err);
+    return rc ? rc : run_half(d, &m, choice, operation, layer, err);
+}
+
+int exchange_all_gather_rows(struct device *d, enum buffer buffer, const struct dealt_rows *rows,
+                             const struct exchange_choice *choice, int operation, int layer, struct error *err)
+{
+    struct exchange_message m;
+    int rc = begin_half(d, buffer, EXCHANGE_TO_ALL, rows, choice, false, operation, layer, &m, err);
+    return rc ? rc : run_half(d, &m, choice, operation, layer, err);
+}
+
+int exchange_norm_dealt(struct device *d, const struct dealt_norm *what, struct error *err)
+{
+    const struct exchange_choice *choice = &what->choice;
+    struct exchange *x = d->exchange;
+    struct dealt_rows rows = {0, d->count, what->first_owner};
+    int64_t ranks = x->options.tp_size, first = (x->options.rank - what->first_owner + ranks) % ranks;
+    struct exchange_message m;
+    int rc = begin_half(d, BUFFER_PARTIAL, EXCHANGE_TO_OWNERS, &rows, choice, what->feedback, what->operation[0],
+                        what->layer[0], &m, err);
+    if (rc || m.rows == 0)
+        return rc;
+    if (!x->nccl && choice->algorithm == ALGORITHM_CHUNKS && exchange_fits_chunks(x, &m)) {
+        struct exchange_own_norm norm = {.normed = d->normed,
+                                         .residual = d->buffer[BUFFER_RESIDUAL],
+                                         .join = step_join(d, what->join),
+                                         .weight = what->weight,
+                                         .eps = (float)d->shape.desc->norm_eps,
+                                         .place = place_of(what->operation[1], what->layer[1])};
+        return exchange_in_chunks(d, &m, &norm, choice->chunk_bytes, err);
+    }
+    if ((rc = run_half(d, &m, choice, what->operation[0], what->layer[0], err)) ||
+        (rc = step_norm_own(d, what->join, what->weight, first, ranks, err)))
+        return rc;
+    return exchange_all_gather_rows(d, BUFFER_NORMED, &rows, choice, what->operation[1], what->layer[1], err);
 }
 
 int exchange_flush(struct device *d, struct error *err)

@@ -121,11 +121,17 @@ struct cut {
     uint32_t groups_per_row, unit_groups, units_per_row, units;
 };
 
-__host__ __device__ inline struct cut cut_of(uint32_t rows, uint32_t cols, int tp_size, uint32_t blocks)
+// A half is cut as if tp_size rows, which all have other owners, were one row: its groups are theirs in turn, so that in both cases group g of a row is
+// owned by the rank that comes g % tp_size behind that of group 0, and each unit has work for all ranks.
+__host__ __device__ inline struct cut cut_of(const struct exchange_message &m, int tp_size, uint32_t blocks)
 {
     struct cut c;
-    uint32_t ranks = (uint32_t)tp_size;
-    c.groups_per_row = (cols + WIRE_GROUP - 1) / WIRE_GROUP;
+    uint32_t ranks = (uint32_t)tp_size, rows = m.rows;
+    c.groups_per_row = (m.cols + WIRE_GROUP - 1) / WIRE_GROUP;
+    if (m.half != EXCHANGE_WHOLE) {
+        rows = (rows + ranks - 1) / ranks;
+        c.groups_per_row *= ranks;
+    }
     uint32_t share = (rows * c.groups_per_row + blocks - 1) / blocks, least = MAX_WARPS / 2;
     share = share < least ? least : share;
     share = (share + ranks - 1) / ranks * ranks; // units begin with a group of rank 0
@@ -165,6 +171,15 @@ __device__ __forceinline__ struct place place_of(const struct exchange_message &
     p.count = (int)min((uint32_t)WIRE_GROUP, m.cols - group * WIRE_GROUP);
     p.aligned = m.cols % LANE_VALUES == 0 && (uintptr_t)m.data % 16 == 0 && (uintptr_t)m.lost % 8 == 0;
     return p;
+}
+
+// Group `index` of a row as a half is cut; beyond the last row there is none: count 0.
+__device__ __forceinline__ struct place place_in_half(const struct exchange_message &m, const struct unit &u,
+                                                      uint32_t i, uint32_t tp_size)
+{
+    uint32_t index = u.first + i, row = u.row * tp_size + index % tp_size;
+    struct place none = {};
+    return row < m.rows ? place_of(m, row, index / tp_size) : none;
 }
 
 __device__ __forceinline__ void read_place(float *x, const struct place &p) { wire_read(x, p.x, p.count, p.aligned); }
@@ -308,7 +323,7 @@ __device__ void one_shot(const struct exchange_ranks &ranks, const struct exchan
                          struct row_input in, int64_t kept_groups, int lane, int lanes)
 {
     SHARED(uint32_t, failed, 1);
-    struct cut c = cut_of(m.rows, m.cols, ranks.tp_size, (uint32_t)lanes);
+    struct cut c = cut_of(m, ranks.tp_size, (uint32_t)lanes);
     uint32_t token = begin_lane(ranks, lane, failed);
     for (uint32_t index = (uint32_t)lane; index < c.units && *failed == 0; index += (uint32_t)lanes) {
         struct unit u = unit_at(c, index);
@@ -356,12 +371,14 @@ __device__ __forceinline__ void send_parts(const struct exchange_ranks &ranks, c
     }
 }
 
-// Group i of the unit is this rank's: the encoded sum; in its place is then what it decodes to.
-__device__ __forceinline__ struct wire_lane add_up(const struct exchange_ranks &ranks, const struct exchange_message &m,
-                                                   const struct place &p, uint64_t offset)
+// Of a group that is this rank's.
+__device__ __forceinline__ void sum_parts(float *sum, const struct exchange_ranks &ranks,
+                                          const struct exchange_message &m, const struct place &p, uint64_t offset)
 {
-    float x[LANE_VALUES], sum[LANE_VALUES] = {};
+    float x[LANE_VALUES];
     read_place(x, p);
+    for (int i = 0; i < LANE_VALUES; i++)
+        sum[i] = 0;
     for (int r = 0; r < ranks.tp_size; r++) {
         if (r == ranks.rank)
             for (int i = 0; i < LANE_VALUES; i++)
@@ -369,6 +386,14 @@ __device__ __forceinline__ struct wire_lane add_up(const struct exchange_ranks &
         else
             add_coded(sum, load_coded(ranks.from[r] + offset, m.wire), m.wire);
     }
+}
+
+// The encoded sum; in the group's place is then what it decodes to.
+__device__ __forceinline__ struct wire_lane add_up(const struct exchange_ranks &ranks, const struct exchange_message &m,
+                                                   const struct place &p, uint64_t offset)
+{
+    float sum[LANE_VALUES];
+    sum_parts(sum, ranks, m, p, offset);
     struct wire_lane c = encode_place(p, sum, m.wire);
     if (!p.lost)
         decode(sum, c, m.wire);
@@ -379,7 +404,7 @@ __device__ __forceinline__ struct wire_lane add_up(const struct exchange_ranks &
 __device__ void two_shot(const struct exchange_ranks &ranks, const struct exchange_message &m, int lane, int lanes)
 {
     SHARED(uint32_t, failed, 1);
-    struct cut c = cut_of(m.rows, m.cols, ranks.tp_size, (uint32_t)lanes);
+    struct cut c = cut_of(m, ranks.tp_size, (uint32_t)lanes);
     uint32_t token = begin_lane(ranks, lane, failed), bytes = bytes_of(m.wire);
     uint32_t step = (uint32_t)ranks.tp_size, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     for (uint32_t index = (uint32_t)lane; index < c.units && *failed == 0; index += (uint32_t)lanes) {
@@ -414,12 +439,83 @@ __global__ void __launch_bounds__(THREADS)
     two_shot(ranks, message, (int)blockIdx.x, (int)gridDim.x);
 }
 
+// ---- halves --------------------------------------------------------------------------------------------------------
+
+// What this rank does of a unit before the ranks meet, and after. The first half sends others' rows and adds up its own; the second sends its own and
+// takes others'.
+__device__ __forceinline__ void send_rows(const struct exchange_ranks &ranks, const struct exchange_message &m,
+                                          const struct unit &u, uint64_t slot)
+{
+    uint32_t bytes = bytes_of(m.wire), tp_size = (uint32_t)ranks.tp_size;
+    for (uint32_t i = threadIdx.x / WARP; i < u.count; i += blockDim.x / WARP) {
+        int owner = (int)((m.first_owner + i) % tp_size);
+        struct place p = place_in_half(m, u, i, tp_size);
+        bool own = owner == ranks.rank, all = m.half == EXCHANGE_TO_ALL;
+        if (p.count == 0 || own != all)
+            continue;
+        float x[LANE_VALUES];
+        read_place(x, p);
+        struct wire_lane c = encode_place(p, x, m.wire);
+        if (!all) {
+            store_coded(ranks.to[owner] + slot + i * bytes, c, m.wire);
+            continue;
+        }
+        decode(x, c, m.wire);
+        write_place(p, x);
+        for (int e = 0; e < ranks.num_every; e++)
+            store_coded(ranks.every[e] + slot + i * bytes, c, m.wire);
+    }
+}
+
+__device__ __forceinline__ void take_rows(const struct exchange_ranks &ranks, const struct exchange_message &m,
+                                          const struct unit &u, uint64_t slot)
+{
+    uint32_t bytes = bytes_of(m.wire), tp_size = (uint32_t)ranks.tp_size;
+    for (uint32_t i = threadIdx.x / WARP; i < u.count; i += blockDim.x / WARP) {
+        int owner = (int)((m.first_owner + i) % tp_size);
+        struct place p = place_in_half(m, u, i, tp_size);
+        bool own = owner == ranks.rank, all = m.half == EXCHANGE_TO_ALL;
+        if (p.count == 0 || own == all)
+            continue;
+        float x[LANE_VALUES];
+        if (all)
+            decode(x, load_coded(ranks.from[owner] + slot + i * bytes, m.wire), m.wire);
+        else
+            sum_parts(x, ranks, m, p, slot + i * bytes);
+        write_place(p, x);
+    }
+}
+
+__device__ void owned_rows(const struct exchange_ranks &ranks, const struct exchange_message &m, int lane, int lanes)
+{
+    SHARED(uint32_t, failed, 1);
+    struct cut c = cut_of(m, ranks.tp_size, (uint32_t)lanes);
+    uint32_t token = begin_lane(ranks, lane, failed);
+    for (uint32_t index = (uint32_t)lane; index < c.units && *failed == 0; index += (uint32_t)lanes) {
+        struct unit u = unit_at(c, index);
+        uint64_t slot = slot_of(lane, ++token);
+        send_rows(ranks, m, u, slot);
+        if (!meet_ranks(ranks, lane, token, m.half == EXCHANGE_TO_ALL, m.place, failed))
+            break;
+        take_rows(ranks, m, u, slot);
+    }
+    end_lane(ranks, lane, token);
+}
+
+__global__ void __launch_bounds__(THREADS)
+    exchange_owned_rows(const __grid_constant__ struct exchange_ranks ranks, struct exchange_message message)
+{
+    owned_rows(ranks, message, (int)blockIdx.x, (int)gridDim.x);
+}
+
 // Rank blockIdx.y.
 template <bool TWO_SHOT>
 __global__ void __launch_bounds__(THREADS)
     exchange_together(const struct exchange_ranks *ranks, const struct exchange_message *messages)
 {
-    if (TWO_SHOT)
+    if (TWO_SHOT && messages[blockIdx.y].half != EXCHANGE_WHOLE)
+        owned_rows(ranks[blockIdx.y], messages[blockIdx.y], (int)blockIdx.x, (int)gridDim.x);
+    else if (TWO_SHOT)
         two_shot(ranks[blockIdx.y], messages[blockIdx.y], (int)blockIdx.x, (int)gridDim.x);
     else
         one_shot<false, INPUT_F32>(ranks[blockIdx.y], messages[blockIdx.y], {}, {}, 0, (int)blockIdx.x, (int)gridDim.x);
@@ -455,7 +551,7 @@ __global__ void __launch_bounds__(WARP)
 unsigned blocks_of(const struct exchange_message *m, int tp_size, int blocks)
 {
     uint32_t most = (uint32_t)at_most(blocks < 1 ? 1 : blocks, EXCHANGE_BLOCKS);
-    uint32_t units = cut_of(m->rows, m->cols, tp_size, most).units;
+    uint32_t units = cut_of(*m, tp_size, most).units;
     return units < most ? units : most;
 }
 
@@ -475,7 +571,7 @@ extern "C" cudaError_t launch_exchange_one_shot(const struct exchange_ranks *ran
                                                 const struct exchange_norm *norm, int blocks, cudaStream_t stream)
 {
     unsigned grid = blocks_of(message, ranks->tp_size, blocks);
-    if (message->lost || (norm && message->rows > EXCHANGE_NORM_ROWS))
+    if (message->lost || message->half != EXCHANGE_WHOLE || (norm && message->rows > EXCHANGE_NORM_ROWS))
         return cudaErrorInvalidValue;
     if (grid == 0)
         return cudaSuccess;
@@ -514,7 +610,19 @@ extern "C" cudaError_t launch_exchange_two_shot(const struct exchange_ranks *ran
                                                 const struct exchange_message *message, int blocks, cudaStream_t stream)
 {
     unsigned grid = blocks_of(message, ranks->tp_size, blocks);
+    if (message->half != EXCHANGE_WHOLE)
+        return cudaErrorInvalidValue;
     return grid == 0 ? cudaSuccess : LAUNCH(exchange_two_shot, dim3(grid), dim3(THREADS), 0, stream, *ranks, *message);
+}
+
+extern "C" cudaError_t launch_exchange_half(const struct exchange_ranks *ranks, const struct exchange_message *message,
+                                            int blocks, cudaStream_t stream)
+{
+    unsigned grid = blocks_of(message, ranks->tp_size, blocks);
+    if (message->half == EXCHANGE_WHOLE || (message->lost && message->half == EXCHANGE_TO_ALL))
+        return cudaErrorInvalidValue;
+    return grid == 0 ? cudaSuccess
+                     : LAUNCH(exchange_owned_rows, dim3(grid), dim3(THREADS), 0, stream, *ranks, *message);
 }
 
 extern "C" cudaError_t launch_exchange_together(const struct exchange_ranks *ranks,

@@ -76,6 +76,13 @@ struct exchange_ranks {
     uint64_t timeout_ns;
 };
 
+// A sum, or one of its halves over rows that have owners (engine/comm_rows.h).
+enum exchange_half {
+    EXCHANGE_WHOLE,
+    EXCHANGE_TO_OWNERS, // the first: a row's sum is at its owner, not coded
+    EXCHANGE_TO_ALL     // the second: owned rows go to everybody
+};
+
 // data [rows][cols], in place.
 struct exchange_message {
     float *data;
@@ -83,6 +90,8 @@ struct exchange_message {
     uint32_t rows, cols;
     enum wire wire;
     uint32_t place; // what the record says
+    enum exchange_half half;
+    uint32_t first_owner; // < tp_size; of a half: row r belongs to rank (first_owner + r) % tp_size
 };
 
 // launch_norm of the same rows, whose join's partial is the message.
@@ -102,7 +111,10 @@ cudaError_t launch_exchange_one_shot(const struct exchange_ranks *ranks, const s
 // Two phases: parts to their owners, sums back.
 cudaError_t launch_exchange_two_shot(const struct exchange_ranks *ranks, const struct exchange_message *message,
                                      int blocks, cudaStream_t stream);
-// The same for all ranks of one device in one launch, whose blocks run together. ranks and messages [tp_size] in memory that the device sees.
+// A half, in one phase. No feedback in the second.
+cudaError_t launch_exchange_half(const struct exchange_ranks *ranks, const struct exchange_message *message, int blocks,
+                                 cudaStream_t stream);
+// The same for all ranks of one device in one launch, whose blocks run together; two_shot also stands for halves. ranks and messages [tp_size] in memory that the device sees.
 cudaError_t launch_exchange_together(const struct exchange_ranks *ranks, const struct exchange_message *messages,
                                      int tp_size, bool two_shot, int blocks, cudaStream_t stream);
 

@@ -67,6 +67,13 @@ int exchange_open(struct device *d, const struct exchange_options *options, stru
 bool exchange_close(struct device *d);
 int exchange_all_reduce(struct device *d, enum buffer buffer, const struct exchange_choice *choice, bool feedback,
                         int operation, int layer, struct error *err);
+// Its halves; see kernels/backend.h.
+int exchange_reduce_scatter_rows(struct device *d, enum buffer buffer, const struct dealt_rows *rows,
+                                 const struct exchange_choice *choice, bool feedback, int operation, int layer,
+                                 struct error *err);
+int exchange_all_gather_rows(struct device *d, enum buffer buffer, const struct dealt_rows *rows,
+                             const struct exchange_choice *choice, int operation, int layer, struct error *err);
+int exchange_norm_dealt(struct device *d, const struct dealt_norm *what, struct error *err);
 // Launches a sum that waits for its norm without one.
 int exchange_flush(struct device *d, struct error *err);
 bool exchange_takes_norm(const struct device *d);
@@ -77,6 +84,24 @@ int exchange_begin_step(struct device *d, struct error *err);
 int exchange_make_lost(struct device *d, struct exchange *x, struct error *err);
 int exchange_lend_lost(struct device *d, uint16_t **host, struct error *err);
 int exchange_returned_lost(struct device *d, struct error *err);
+
+// The area of a rank over host, for the host and for copies.
+uint8_t *exchange_host_area(const struct exchange *x, int rank);
+
+// ---- exchange_chunks.c: large messages, over host and p2p
+// Whether a chunk has room for the least of a message.
+bool exchange_fits_chunks(const struct exchange *x, const struct exchange_message *message);
+// chunk_bytes: see kernels/exchange_choice.h. norm (NULL: none) behind the sums of EXCHANGE_TO_OWNERS: what it makes of a chunk's own rows goes to
+// everybody as by EXCHANGE_TO_ALL.
+struct exchange_own_norm {
+    float *normed, *residual; // of the message's row 0
+    struct device_join join;  // its partial is the message
+    const float *weight;
+    float eps;
+    uint32_t place; // of the normed rows
+};
+int exchange_in_chunks(struct device *d, const struct exchange_message *message, const struct exchange_own_norm *norm,
+                       uint64_t chunk_bytes, struct error *err);
 
 // ---- exchange_p2p.c: the memory that other devices write to
 uint64_t exchange_p2p_bytes(int tp_size); // of one rank's
@@ -106,5 +131,7 @@ uint64_t exchange_nccl_memory_bytes(const struct device_shape *shape, int tp_siz
 int exchange_nccl_open(struct device *d, struct exchange *x, struct error *err);
 int exchange_nccl_all_reduce(struct exchange *x, const struct exchange_message *message, int operation, int layer,
                              struct error *err);
+int exchange_nccl_half(struct exchange *x, const struct exchange_message *message, int operation, int layer,
+                       struct error *err);
 
 #endif

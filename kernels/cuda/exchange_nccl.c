@@ -87,3 +87,12 @@ int exchange_nccl_all_reduce(struct exchange *x, const struct exchange_message *
     return nccl_all_reduce(x->nccl, m->data, m->lost, m->rows, m->cols, m->cols, m->wire,
                            (struct nccl_place){operation, layer}, err);
 }
+
+int exchange_nccl_half(struct exchange *x, const struct exchange_message *m, int operation, int layer,
+                       struct error *err)
+{
+    struct nccl_place place = {operation, layer};
+    struct nccl_rows rows = {m->data, m->rows, m->cols, (int)m->first_owner, m->wire};
+    return m->half == EXCHANGE_TO_OWNERS ? nccl_reduce_scatter_rows(x->nccl, &rows, m->lost, place, err)
+                                         : nccl_all_gather_rows(x->nccl, &rows, place, err);
+}

@@ -279,9 +279,9 @@ int nccl_wait_event(struct nccl *n, cudaEvent_t event, struct error *err) { retu
 
 uint64_t nccl_buffer_bytes(int64_t max_rows, int64_t max_cols, int tp_size)
 {
-    uint64_t row = (uint64_t)(share_bytes(1, max_cols, tp_size, WIRE_F32) * tp_size);
+    uint64_t row = (uint64_t)(share_bytes(1, max_cols, tp_size, WIRE_F32) * tp_size), ranks = (uint64_t)tp_size;
     uint64_t most = row * (uint64_t)max_rows, bytes = most < PIECE_BYTES ? most : PIECE_BYTES;
-    return 2 * (bytes > row ? bytes : row);
+    return 2 * (bytes > ranks * row ? bytes : ranks * row); // a row of each owner at least
 }
 
 uint64_t nccl_own_bytes(int tp_size)
@@ -463,53 +463,129 @@ static ncclResult_t all_to_all(struct nccl *n, size_t share)
     return result == ncclSuccess ? end : result;
 }
 
-// The rank's sums are gathered where its parts were, which have been sent by then.
+// What a message does with a piece of its rows.
+typedef int piece_step(struct nccl *n, const struct share_piece *piece, struct nccl_place place, struct error *err);
+
+// Parts go to their owners.
+static int scatter(struct nccl *n, const struct share_piece *piece, size_t share, struct wait *w, struct error *err)
+{
+    cudaError_t status = launch_share_encode(n->to, piece, n->began, n->messages, n->carrying);
+    int rc = cuda_failed(n, status, "coding", w->place, err);
+    rc = rc ? rc : settle(n, all_to_all(n, share), w, "sending parts", err);
+    n->sent_bytes += rc ? 0 : share * (uint64_t)(piece->tp_size - 1);
+    return rc;
+}
+
+// Where a rank's own share is gathered with all others': where its parts were, which have been sent by then.
+static uint8_t *own_share(const struct nccl *n, const struct share_piece *piece, size_t share)
+{
+    return n->to + share * (size_t)piece->rank;
+}
+
+static int gather(struct nccl *n, const struct share_piece *piece, size_t share, struct wait *w, struct error *err)
+{
+    ncclResult_t result =
+        n->library.ncclAllGather_(own_share(n, piece, share), n->to, share, ncclUint8, n->comm, n->carrying);
+    int rc = settle(n, result, w, "gathering sums", err);
+    if (rc)
+        return rc;
+    n->sent_bytes += share * (uint64_t)(piece->tp_size - 1);
+    return cuda_failed(n, launch_share_decode(n->to, piece, n->carrying), "decoding", w->place, err);
+}
+
 static int reduce_piece(struct nccl *n, const struct share_piece *piece, struct nccl_place place, struct error *err)
 {
-    int rc;
-    size_t share = (size_t)share_bytes(piece->rows, piece->cols, piece->tp_size, piece->wire);
-    uint8_t *mine = n->to + share * (size_t)piece->rank;
-    cudaStream_t stream = n->carrying;
+    size_t share = (size_t)share_piece_bytes(piece);
     struct wait w = wait_begin(n, place, n->options.timeout_ms, "begin");
-    if ((rc = cuda_failed(n, launch_share_encode(n->to, piece, n->began, n->messages, stream), "coding", place, err)) ||
-        (rc = settle(n, all_to_all(n, share), &w, "sending parts", err)) ||
-        (rc = cuda_failed(n, launch_share_add_up(mine, n->from, piece, stream), "adding up", place, err)))
+    int rc = scatter(n, piece, share, &w, err);
+    if (rc)
         return rc;
-    ncclResult_t result = n->library.ncclAllGather_(mine, n->to, share, ncclUint8, n->comm, stream);
-    if ((rc = settle(n, result, &w, "gathering sums", err)))
-        return rc;
-    n->sent_bytes += 2 * share * (uint64_t)(piece->tp_size - 1);
-    return cuda_failed(n, launch_share_decode(n->to, piece, stream), "decoding", place, err);
+    cudaError_t status = launch_share_add_up(own_share(n, piece, share), n->from, piece, n->carrying);
+    return (rc = cuda_failed(n, status, "adding up", place, err)) ? rc : gather(n, piece, share, &w, err);
+}
+
+static int scatter_piece(struct nccl *n, const struct share_piece *piece, struct nccl_place place, struct error *err)
+{
+    struct wait w = wait_begin(n, place, n->options.timeout_ms, "begin");
+    int rc = scatter(n, piece, (size_t)share_piece_bytes(piece), &w, err);
+    return rc ? rc : cuda_failed(n, launch_share_add_up(NULL, n->from, piece, n->carrying), "adding up", place, err);
+}
+
+static int gather_piece(struct nccl *n, const struct share_piece *piece, struct nccl_place place, struct error *err)
+{
+    size_t share = (size_t)share_piece_bytes(piece);
+    struct wait w = wait_begin(n, place, n->options.timeout_ms, "begin");
+    cudaError_t status = launch_share_encode_own(own_share(n, piece, share), piece, n->began, n->messages, n->carrying);
+    int rc = cuda_failed(n, status, "coding", place, err);
+    return rc ? rc : gather(n, piece, share, &w, err);
+}
+
+// all: the whole message, of which the buffers hold some rows at a time.
+static int run_message(struct nccl *n, const struct share_piece *all, piece_step *step, struct nccl_place place,
+                       struct error *err)
+{
+    struct share_piece least = *all;
+    int rc = 0;
+    if (n->failed)
+        return already_failed(n, err);
+    least.rows = all->by_rows ? all->tp_size : 1;
+    uint64_t least_bytes = (uint64_t)(share_piece_bytes(&least) * all->tp_size);
+    if (least_bytes == 0) // nothing to add up
+        return 0;
+    if (least_bytes > n->buffer_bytes)
+        return error_set(err, ERR_OTHER,
+                         "rank %d: a message of %lld columns over NCCL: the largest was said to have %lld", all->rank,
+                         (long long)all->cols, (long long)n->options.max_cols);
+    int64_t at_once = (int64_t)(n->buffer_bytes / least_bytes) * least.rows;
+    n->places[++n->messages % PLACES] = place;
+    for (int64_t row = 0; row < all->rows && !rc; row += at_once) {
+        struct share_piece piece = *all;
+        piece.data = all->data + row * all->stride;
+        piece.lost = all->lost ? all->lost + row * all->cols : NULL;
+        piece.rows = all->rows - row < at_once ? all->rows - row : at_once; // whole turns of owners, but for the last
+        rc = step(n, &piece, place, err);
+    }
+    return rc;
 }
 
 int nccl_all_reduce(struct nccl *n, float *data, uint16_t *lost, int64_t rows, int64_t cols, int64_t stride,
                     enum wire wire, struct nccl_place place, struct error *err)
 {
     const struct nccl_group *group = &n->options.group;
-    int64_t row_bytes = share_bytes(1, cols, group->tp_size, wire) * group->tp_size;
-    int rc = 0;
-    if (n->failed)
-        return already_failed(n, err);
-    if (row_bytes == 0) // nothing to add up
-        return 0;
-    if ((uint64_t)row_bytes > n->buffer_bytes)
-        return error_set(err, ERR_OTHER,
-                         "rank %d: a message of %lld columns over NCCL: the largest was said to have %lld", group->rank,
-                         (long long)cols, (long long)n->options.max_cols);
-    int64_t at_once = (int64_t)n->buffer_bytes / row_bytes;
-    n->places[++n->messages % PLACES] = place;
-    for (int64_t row = 0; row < rows && !rc; row += at_once) {
-        struct share_piece piece = {
-            .data = data + row * stride,
-            .lost = lost ? lost + row * cols : NULL,
-            .rows = rows - row < at_once ? rows - row : at_once,
-            .cols = cols,
-            .stride = stride,
-            .wire = wire,
-            .rank = group->rank,
-            .tp_size = group->tp_size,
-        };
-        rc = reduce_piece(n, &piece, place, err);
-    }
-    return rc;
+    struct share_piece all = {.data = data,
+                              .lost = lost,
+                              .rows = rows,
+                              .cols = cols,
+                              .stride = stride,
+                              .wire = wire,
+                              .rank = group->rank,
+                              .tp_size = group->tp_size};
+    return run_message(n, &all, reduce_piece, place, err);
+}
+
+static struct share_piece piece_of_rows(const struct nccl *n, const struct nccl_rows *rows, uint16_t *lost)
+{
+    return (struct share_piece){.data = rows->data,
+                                .lost = lost,
+                                .rows = rows->rows,
+                                .cols = rows->cols,
+                                .stride = rows->cols,
+                                .wire = rows->wire,
+                                .rank = n->options.group.rank,
+                                .tp_size = n->options.group.tp_size,
+                                .by_rows = true,
+                                .first_owner = rows->first_owner};
+}
+
+int nccl_reduce_scatter_rows(struct nccl *n, const struct nccl_rows *rows, uint16_t *lost, struct nccl_place place,
+                             struct error *err)
+{
+    struct share_piece all = piece_of_rows(n, rows, lost);
+    return run_message(n, &all, scatter_piece, place, err);
+}
+
+int nccl_all_gather_rows(struct nccl *n, const struct nccl_rows *rows, struct nccl_place place, struct error *err)
+{
+    struct share_piece all = piece_of_rows(n, rows, NULL);
+    return run_message(n, &all, gather_piece, place, err);
 }

@@ -84,6 +84,16 @@ void nccl_describe(const struct nccl *nccl, char *text, size_t bytes);
 // stream. All ranks call it in the same order with the same sizes and codec. lost: bf16 [rows][cols] on the device, or NULL.
 int nccl_all_reduce(struct nccl *nccl, float *data, uint16_t *lost, int64_t rows, int64_t cols, int64_t stride,
                     enum wire wire, struct nccl_place place, struct error *err);
+// Its halves, over rows that have owners, as engine/comm_rows.h has them.
+struct nccl_rows {
+    float *data; // [rows][cols] on the device
+    int64_t rows, cols;
+    int first_owner; // of row 0; the next ones are owned by the ranks behind it, in turn
+    enum wire wire;
+};
+int nccl_reduce_scatter_rows(struct nccl *nccl, const struct nccl_rows *rows, uint16_t *lost, struct nccl_place place,
+                             struct error *err);
+int nccl_all_gather_rows(struct nccl *nccl, const struct nccl_rows *rows, struct nccl_place place, struct error *err);
 // Messages from now on are on another stream, which comes behind the one before it and which nccl_close waits for, too. The host waits for that
 // of the options as before: it is the caller's to let that one come behind.
 void nccl_follow(struct nccl *nccl, cudaStream_t stream);
