@@ -520,6 +520,9 @@ int link_probe_begin(struct link_probe **out, const struct link_probe_options *o
     if (!options->backend->link_probe || options->num_ends < 1 || options->num_ends > LINK_ENDS || options->group < 1)
         return error_set(err, ERR_USAGE, "links between %d ends of the %s backend cannot be probed", options->num_ends,
                          options->backend->name);
+    if (options->largest_bytes > LINK_MOST_BYTES)
+        return error_set(err, ERR_USAGE, "links cannot be probed with messages of %" PRIu64 " bytes: at most %d",
+                         options->largest_bytes, (int)LINK_MOST_BYTES);
     struct link_probe *p = calloc(1, sizeof *p);
     struct link_board *board =
         mmap(NULL, sizeof *board, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0); // zeros

@@ -26,7 +26,7 @@ struct link_probe_options {
     int rounds;   // of what is timed; 0: what is looked at is timed
     double open_s, step_s;  // longest times: of what a device does alone, its start too; of a step over a link
     double seconds;         // of everything: what is under way then is ended, and what was not tried is late
-    uint64_t largest_bytes; // of a message; 0: LINK_MOST_BYTES
+    uint64_t largest_bytes; // of a message, at most LINK_MOST_BYTES; 0: that
 };
 extern const struct link_probe_options link_probe_defaults; // for ranks that start
 

@@ -78,6 +78,8 @@ static void test_faults(void **)
             }
         if (c.fault != LINK_GOOD)
             assert_string_equal(why, board->result[0][1].sentence);
+        for (int end = 0; end < 3 && c.fault == LINK_GOOD; end++) // in the end both of a pair sent copies at once
+            assert_true(board->end[end].posts > 0 && board->end[end].posts == board->end[end].calls);
         assert_true(clock_now_s() - begin_s < 60);
         link_probe_end(p);
     }
@@ -87,10 +89,11 @@ static void test_faults(void **)
 // Ranks of one device reach each other's memory too, or do not: there the driver is not asked.
 static void test_one_device(void **)
 {
-    struct link_probe *p = probe_devices(2, "", false, MESSAGE);
+    struct link_probe *p = probe_devices(2, "", false, MESSAGE + 1); // the largest that there is, then
     char why[LINK_SENTENCE_BYTES];
     if (!link_probe_verdict(p, why))
         fail_msg("%s", why);
+    assert_true(link_probe_board(p)->result[0][1].gb_s[LINK_BY_COPY] > 0);
     assert_string_equal(link_probe_board(p)->end[1].bus, "0000:01:00.0");
     link_probe_end(p);
     p = probe_devices(2, "mirror", false, MESSAGE);

@@ -639,6 +639,10 @@ static void test_refused_options(void **state)
     options.backend = &without;
     assert_int_equal(link_probe_begin(&p, &options, &err), ERR_USAGE);
     assert_non_null(strstr(err.msg, "the without backend"));
+    options = options_for(2, 2, true);
+    options.largest_bytes = LINK_MOST_BYTES + 1;
+    assert_int_equal(link_probe_begin(&p, &options, &err), ERR_USAGE);
+    assert_non_null(strstr(err.msg, "16777217 bytes"));
     assert_null(p);
     link_probe_end(NULL);
 }

@@ -216,10 +216,20 @@ static int send(struct prober *p, const struct trial *t, uint8_t *to, double *gb
 
 static void keep_best(double *best, double gb_s) { *best = gb_s > *best ? gb_s : *best; }
 
+// Of the sizes that are tried.
+static bool is_largest(const struct prober *p, uint64_t bytes)
+{
+    uint64_t largest = 0;
+    for (int i = 0; i < MESSAGES; i++)
+        if (message_bytes[i] <= p->board->largest_bytes)
+            largest = message_bytes[i];
+    return bytes == largest;
+}
+
 // The writer's part of a message from a to b.
 static int write_out(struct prober *p, const struct trial *t, struct error *err)
 {
-    bool timed = t->bytes == p->board->largest_bytes;
+    bool timed = is_largest(p, t->bytes);
     meet(p, t->b); // its memory is blank
     is_at(p, LINK_WRITING, t->means, t->bytes);
     if (t->means == LINK_BY_COPY)
