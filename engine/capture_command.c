@@ -26,7 +26,7 @@ const struct option_spec capture_options[] = {
     {"tokens", OPTION_INT, &options.tokens, "N", 1, 1e9, "read the first N tokens of the text"},
     {"window", OPTION_INT, &options.window, "N", 2, 1 << 20,
      "tokens that are read at once, as a text of their own, or the longest that the model reads if that is less"},
-    {"backend", OPTION_CHOICE, &options.backend, "cpu|scalar|avx2|avx512|amx", 0, 0,
+    {"backend", OPTION_CHOICE, &options.backend, "cpu|scalar|avx2|avx512|avx512bf16|amx", 0, 0,
      "kernels to compute with; cpu: the fastest here"},
     {"threads", OPTION_INT, &options.threads, "N", 0, 1024,
      "worker threads; 0: all CPUs; the statistics do not depend on it"},

@@ -14,8 +14,8 @@
 // where dot is the exact integer sum of products, and each *, +, - rounds to f32. bf16, fp8, fp8g and f32 matmul: 16 partial sums over
 // ascending columns (partial sum: column mod 16; fp8, fp8g: column mod 32 / 2), added by halves at the end; fp8g begins them anew for
 // each 128 columns and adds scale_w[row][g] times them, g ascending, to the 16 that are added at the end. avx2 and avx512 agree
-// bit for bit (fused multiply-add), scalar rounds products. amx multiplies bf16, fp8 and fp8g in tiles of bf16, at every number of rows: its sums
-// are others, and activations count as the sum of two bf16 (kernels/cpu/amx_bf16.h).
+// bit for bit (fused multiply-add), scalar rounds products. avx512bf16 and amx multiply bf16, fp8 and fp8g by activations rounded to bf16, at every
+// number of rows; their sums are others (kernels/cpu/avx512_bf16.h, kernels/cpu/amx_bf16.h).
 //
 // Attention, the same bits from every table: a product q . k is one chain of fused multiply-adds over ascending columns (of codes, where the
 // cache has scales: then times the key's scale), then scaled and capped. Positions are cut into chunks of KV_CHUNK_TOKENS, and these into pages, both by position alone. Within a chunk, page by page:
@@ -56,8 +56,8 @@ struct matrix {
 // that it touches; what lies behind them is never read.)
 //   f32        [tokens][stride]                 what bf16, fp8, fp8g and f32 weights are multiplied with; for fp8 and fp8g the
 //                                               even columns of each 32 stand before the odd ones
-//                                               amx, for all but f32 weights: in the place of each 32 columns the nearest bf16 of each,
-//                                               then of each the bf16 nearest to what is left
+//                                               avx512bf16, amx, for all but f32 weights: the nearest bf16 in the first half of a row's
+//                                               room; of avx512bf16 for fp8 and fp8g of each 64 columns the first 8 of each 16, then the others
 //   q          [tokens][stride]                 int8, for int8 and tiled weights; for tiled ones permuted inside each block of 16
 //                                               columns: byte 4t + j holds column 2t + {0, 8, 1, 9}[j] (the order of T16x64), and the
 //                                               four 16-blocks of each 64 columns are interleaved so that the 64 bytes match a tile row:
@@ -128,7 +128,7 @@ struct attention_query {
 };
 
 struct kernels {
-    const char *name;        // "scalar", "avx2", "avx512", "amx"
+    const char *name;        // "scalar", "avx2", "avx512", "avx512bf16", "amx"
     bool (*supported)(void); // CPU and operating system
 
     // Fills rows [token_begin, token_end) of act from x [.., x_stride] for a matmul with w: the parts that w's kind needs.
@@ -176,7 +176,7 @@ struct kernels {
     void (*add)(float *y, const float *x, int64_t count);
 };
 
-// The fastest supported table, or the one named ("auto", "scalar", "avx2", "avx512", "amx"); ERR_USAGE with the list of what this
+// The fastest supported table, or the one named ("auto", "scalar", "avx2", "avx512", "avx512bf16", "amx"); ERR_USAGE with the list of what this
 // machine supports when the name is unknown or unsupported.
 int kernels_select(const struct kernels **out, const char *wanted, struct error *err);
 // All tables compiled in, fastest first, NULL at the end; supported or not.

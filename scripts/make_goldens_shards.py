@@ -143,7 +143,7 @@ def tokens(shards, *options):
 def agreed_tokens(shards):
     """The tokens on which all kernels agree, or None."""
     answer = tokens(shards)
-    others = [("--backend", "scalar"), ("--backend", "avx2"), ("--backend", "avx512")]
+    others = [("--backend", name) for name in ("scalar", "avx2", "avx512", "avx512bf16")]
     return answer if all(tokens(shards, *options) == answer for options in others) else None
 
 

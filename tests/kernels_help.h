@@ -205,20 +205,30 @@ static int64_t permuted(int64_t col)
     return col / 64 * 64 + (t * 4 + w) * 4 + j;
 }
 
-// Whether a table multiplies two bf16 in place of a float: kernels.h, struct activations.
-static inline bool splits_floats(const struct kernels *kernels, enum weight_kind kind)
+// Whether a table rounds activations to bf16: kernels.h, struct activations.
+static inline bool rounds_floats(const struct kernels *kernels, enum weight_kind kind)
 {
-    return strcmp(kernels->name, "amx") == 0 && kind != WEIGHT_F32 && !is_integer(kind);
+    bool bf16 = strcmp(kernels->name, "amx") == 0 || strcmp(kernels->name, "avx512bf16") == 0;
+    return bf16 && kind != WEIGHT_F32 && !is_integer(kind);
 }
 
-// What a table multiplies: x itself, or its int8 form, or the sum of two bf16.
+// Where column `col` of a rounded row lies.
+static inline int64_t rounded_place(const struct kernels *kernels, enum weight_kind kind, int64_t col)
+{
+    if (kind == WEIGHT_BF16 || strcmp(kernels->name, "amx") == 0)
+        return col;
+    return col / 64 * 64 + col % 16 / 8 * 32 + col % 64 / 16 * 8 + col % 8;
+}
+
+// What a table multiplies: x itself, or its bf16 or int8 form.
 static inline double activation_value(const struct kernels *kernels, const struct activations *act,
                                       const struct matrix *w, int64_t token, int64_t col)
 {
-    if (splits_floats(kernels, w->shape.kind)) {
-        uint16_t split[2][32];
-        memcpy(split, act->f32 + token * act->stride + col / 32 * 32, sizeof split);
-        return (double)bf16_to_f32(split[0][col % 32]) + (double)bf16_to_f32(split[1][col % 32]);
+    if (rounds_floats(kernels, w->shape.kind)) {
+        uint16_t rounded;
+        const uint8_t *row = (const uint8_t *)(act->f32 + token * act->stride);
+        memcpy(&rounded, row + 2 * rounded_place(kernels, w->shape.kind, col), sizeof rounded);
+        return bf16_to_f32(rounded);
     }
     if (w->shape.kind == WEIGHT_FP8 || w->shape.kind == WEIGHT_FP8G)
         return act->f32[token * act->stride + col / 32 * 32 + col % 2 * 16 + col % 32 / 2];

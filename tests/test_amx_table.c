@@ -1,5 +1,5 @@
 // The AMX table on emulated tile registers (tests/amx_emulator.h): the same bits as the scalar table where it computes with whole numbers, and
-// what is asked of the processor. bf16 and fp8 weights: test_amx_bf16. Where there is AMX, test_kernels runs the table itself.
+// what is asked of the processor. bf16 and fp8 weights: test_bf16. Where there is AMX, test_kernels runs the table itself.
 #ifndef __x86_64__
 #include <stdio.h>
 
@@ -134,12 +134,12 @@ static void check(const struct test_matrix *t, int64_t tokens)
     int64_t cols = (int64_t)t->m.shape.cols, rows = (int64_t)t->m.shape.rows;
     struct activations act = make_activations(tokens, cols);
     float *x = random_floats(tokens * cols);
-    bool splits = splits_floats(&kernels_amx_emulated, t->m.shape.kind);
+    bool rounds = rounds_floats(&kernels_amx_emulated, t->m.shape.kind);
     kernels_amx_emulated.prepare(&act, &t->m, x, cols, 0, tokens);
     struct amx_counts before = amx_counts;
     float *want = multiply(table("scalar"), &t->m, &act, tokens),
           *y = multiply(&kernels_amx_emulated, &t->m, &act, tokens);
-    if (!splits)
+    if (!rounds)
         assert_same(y, want, tokens * rows, t->name);
     int64_t token = random_below(tokens), row = random_below(rows);
     double sum = 0, magnitude = 0;
@@ -149,7 +149,7 @@ static void check(const struct test_matrix *t, int64_t tokens)
         magnitude += fabs(term);
     }
     assert_true(fabs(y[token * rows + row] - sum) <= 1e-5 * magnitude);
-    bool tiles = splits || (is_integer(t->m.shape.kind) && tokens >= 12);
+    bool tiles = rounds || (is_integer(t->m.shape.kind) && tokens >= 12);
     assert_true((amx_counts.dots > before.dots) == tiles);
     assert_int_equal(amx_counts.configures - before.configures, amx_counts.releases - before.releases);
     assert_true(amx_is_released());

@@ -207,6 +207,8 @@ static void row_reference(const struct model *m, double out[HIDDEN], uint32_t to
 
 // ---- one rank ----------------------------------------------------------------------------------------------------
 
+static const char *wanted_kernels = "auto";
+
 // Runs rows [first, first + count) through embed, norm, router and experts of a rank; out [count][HIDDEN] += its part.
 static void run_rank(const struct model *m, const struct rank_share *share, const struct token_row *rows, int64_t count,
                      int threads, float *out)
@@ -244,7 +246,7 @@ static void run_rank(const struct model *m, const struct rank_share *share, cons
     int32_t page = 0;
     struct kv_pages pages = {.pages = &page, .pages_per_sequence = 1};
 
-    assert_int_equal(kernels_select(&kernels, "auto", &err), 0);
+    assert_int_equal(kernels_select(&kernels, wanted_kernels, &err), 0);
     assert_int_equal(thread_pool_create(&pool, threads, &err), 0);
     struct device_options options = {.kernels = kernels, .pool = pool, .tp_size = 1};
     assert_int_equal(b->open(&device, &options, &err), 0);
@@ -323,19 +325,21 @@ static void make_rows(struct token_row rows[ROWS])
         rows[i] = (struct token_row){.token = (uint32_t)(i * 7 % VOCAB), .position = i};
 }
 
-// In units of the root mean square of a row; of two products of f32, or of activations as the sum of two bf16.
-static double tolerance(void)
+// Whether activations are rounded to bf16.
+static bool rounds(void)
 {
     struct error err;
     const struct kernels *kernels;
-    assert_int_equal(kernels_select(&kernels, "auto", &err), 0);
-    return strcmp(kernels->name, "amx") == 0 ? 1e-4 : 1e-5;
+    assert_int_equal(kernels_select(&kernels, wanted_kernels, &err), 0);
+    return strcmp(kernels->name, "amx") == 0 || strcmp(kernels->name, "avx512bf16") == 0;
 }
 
 // The parts of all ranks add up to the model, whole experts or slices; ranks may hold nothing.
-static void test_against_double(void **state)
+static void check_against_double(void)
 {
-    (void)state;
+    // In units of the root mean square of a row. Rounding moves weights of experts, and where two are nearly equal it may choose the other.
+    const double tolerance = rounds() ? 5e-2 : 1e-5;
+    const int may_be_off = rounds() ? ROWS / 6 : 0;
     struct token_row rows[ROWS];
     make_rows(rows);
     for (size_t c = 0; c < sizeof cases / sizeof *cases; c++)
@@ -358,19 +362,34 @@ static void test_against_double(void **state)
                     share.shared_size_local = m->desc.experts.shared_size * (r + 1) / ranks - share.shared_begin;
                     run_rank(m, &share, rows, ROWS, 2, got);
                 }
+                int off = 0;
                 for (int i = 0; i < ROWS; i++) {
                     double want[HIDDEN], rms = 0;
+                    bool good = true;
                     row_reference(m, want, rows[i].token);
                     for (int j = 0; j < HIDDEN; j++)
                         rms += want[j] * want[j] / HIDDEN;
                     for (int j = 0; j < HIDDEN; j++)
-                        if (!(fabs(got[i * HIDDEN + j] - want[j]) <= tolerance() * sqrt(rms)))
-                            fail_msg("case %zu, %d ranks, %s: row %d, column %d is %g, not %g", c, ranks,
-                                     whole ? "whole experts" : "slices", i, j, (double)got[i * HIDDEN + j], want[j]);
+                        good &= fabs(got[i * HIDDEN + j] - want[j]) <= tolerance * sqrt(rms);
+                    off += !good;
                 }
+                if (off > may_be_off)
+                    fail_msg("case %zu, %d ranks, %s: %d rows are off", c, ranks, whole ? "whole experts" : "slices",
+                             off);
                 free(got);
                 free(m);
             }
+}
+
+static void test_against_double(void **state)
+{
+    (void)state;
+    check_against_double();
+    if (!rounds())
+        return;
+    wanted_kernels = "avx512"; // which does not round
+    check_against_double();
+    wanted_kernels = "auto";
 }
 
 static struct rank_share whole_model(const struct model *m)

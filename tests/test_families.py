@@ -25,8 +25,12 @@ TPS = (3,) if os.environ.get("TEST_QUICK") else (1, 2, 3, 4)  # slow builds look
 BUILD = Path(os.environ.get("BUILD", "build"))
 GOLDEN = Path("tests/golden/families")
 CACHED_EVERY = 4  # rows of logits_bf16_cache.npy
-# Tiles of bf16 err some times more than sums of float32 (kernels/cpu/amx_bf16.h), so that more values turn over to the other neighbour.
-BOUND_CACHED = 0.003 if "amx_bf16" in Path("/proc/cpuinfo").read_text() else 0.001
+BOUND_CACHED = 0.001
+# Kernels that round activations to bfloat16 (kernels/cpu/bf16_rows.h) err by 1.5e-3 of a typical product, which random weights amplify. Where a
+# processor may have them, those that do not round are held to the sharp bounds beside them.
+FLAGS = set(Path("/proc/cpuinfo").read_text().split())
+BOUND_ROUNDED = 0.02
+BACKENDS = (("auto", BOUND_ROUNDED), ("avx512", 0)) if FLAGS & {"amx_bf16", "avx512_bf16"} else (("auto", 0),)
 BOUND_SUMS = 0.008  # two layers' all-reduces
 # Random weights have no slack: the weights' own rounding (8 % int4 g32, 2.7 % fp8, 0.9 % int8) grows over the layers.
 BOUND_QUANTIZED = {"int8": 0.12, "fp8": 0.25, "int4": 0.7}
@@ -85,17 +89,19 @@ def check(case, tp, quant, experts, tmp):
             shards, out = Path(work) / "shards", Path(work) / "out.npy"
             run(BUILD / "tpshard", "--tp", tp, "--quant", quant, *(("--group-size", 32) if quant != "none" else ()),
                 *(("--experts", experts) if experts else ()), case.path, shards, "--quiet")
-            run(BUILD / "tpengine", "logits", shards, "--token-ids", ",".join(map(str, case.golden["token_ids"])), "--output", out,
-                *(("--context", case.golden["context"]) if "context" in case.golden else ()), "--quiet")
-            logits = read_npy(out)
-        error = relative_error(logits, case.want)
-        ok = error <= bound  # false for a NaN
-        detail = f"error {100 * error:.3f} % of rms, bound {100 * bound:.1f} %"
-        if quant == "none" and tp == 1:
-            close = relative_error(every_fourth_row(logits, case.config["vocab_size"]), case.cached)
-            ok = ok and close <= BOUND_CACHED
-            detail += f"; with a bf16 cache {100 * close:.4f} %, bound {100 * BOUND_CACHED:.1f} %"
-        return ok, f"{'ok' if ok else 'not ok'} {name} {detail}"
+            good, details = True, []
+            for backend, more in (("auto", 0),) if quant != "none" else BACKENDS if tp == 1 else BACKENDS[:1]:
+                run(BUILD / "tpengine", "logits", shards, "--token-ids", ",".join(map(str, case.golden["token_ids"])), "--output", out,
+                    *(("--context", case.golden["context"]) if "context" in case.golden else ()), "--quiet", "--backend", backend)
+                logits = read_npy(out)
+                error = relative_error(logits, case.want)
+                good = error <= bound + more and good  # false for a NaN
+                details.append(f"{backend}: error {100 * error:.3f} % of rms, bound {100 * (bound + more):.1f} %")
+                if quant == "none" and tp == 1:
+                    close = relative_error(every_fourth_row(logits, case.config["vocab_size"]), case.cached)
+                    good = close <= BOUND_CACHED + more and good
+                    details.append(f"with a bf16 cache {100 * close:.4f} %, bound {100 * (BOUND_CACHED + more):.1f} %")
+        return good, f"{'ok' if good else 'not ok'} {name} {'; '.join(details)}"
     except (RuntimeError, OSError, AssertionError) as problem:
         return False, f"not ok {name} {problem}"
 

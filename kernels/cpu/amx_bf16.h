@@ -1,99 +1,39 @@
 // Matmul of bf16, fp8 and fp8g weights in tiles of bf16; included by kernels_amx.c.
 //
-// Weights are exact: bf16 as they are, e4m3 as bf16 of 2^-8 times their value. Activations are f32, and are split by `prepare`: hi, the nearest
-// bf16, and lo, the bf16 nearest to what is left; both are multiplied, and their sums added at the end. What that is worth, and what it costs:
-//   hi alone      errs by up to 2^-8 of each activation, and by 1.5e-3 of a typical output. Activations of int8 err four times that, but those who
-//                 keep bf16 or fp8 weights do so for what int8 loses; and the likeliest token would often change with the machine.
-//   hi + lo       errs by up to 2^-17 of each, and by 2.2e-6 of a typical output: 700 times less. (The vectors' sums of f32 err by 3e-7.)
-//                 In prefill twice the products of tiles, so half of their peak is useful: on paper still 8 times the peak of f32 in
-//                 vectors, which was all there was. In decode nothing: weights are read once, and hi and lo are columns of one right operand.
-//   three parts   lose nothing, at three times the products; the error of the sums stays, so outputs would gain less than a factor of 7.
-// Tiles count subnormal numbers as zero: activations below 2^-126, lo of those below 2^-117. NaN and Inf give NaN, and so do magnitudes from
-// 3.39e38 on, which round to an infinite bf16. (tests/test_amx_bf16.c measures, and holds these bounds.)
+// Weights are exact: bf16 as they are, e4m3 as bf16 of 2^-8 times their value. Activations are rounded to bf16 by `prepare` (bf16_rows.h says
+// why, and what it costs). The likeliest token changes with that now and then, as it does from a GPU to a CPU. What was tried instead: the
+// rounding's rest as a second bf16 beside the first takes twice the products of tiles in prefill, and leaves 2.2e-6 of a typical output.
+// Tiles count subnormal numbers as zero. NaN and Inf give NaN or Inf, and so do magnitudes from 3.39e38 on, which round to an infinite bf16.
+// (tests/test_bf16.c measures, and holds these bounds.)
 //
 // The order of every sum, and so a row's bits, are one whatever its company. With a step of 32 columns, its product and the chains inside it as
 // TILE_DOT_BF16 has them, and everything else in f32:
-//   sum_hi = step 0 + step 1 + ... from zero, ascending;  sum_lo likewise
-//   bf16   y = sum_hi + sum_lo
-//   fp8    y = (sum_hi + sum_lo) * (2^8 * scale_w[row])
-//   fp8g   y = 2^8 * total, where for each 128 columns g, ascending, with sums begun anew: total = fma(sum_hi + sum_lo, scale_w[row][g], total)
+//   sum = step 0 + step 1 + ... from zero, ascending
+//   bf16   y = sum
+//   fp8    y = sum * (2^8 * scale_w[row])
+//   fp8g   y = 2^8 * total, where for each 128 columns g, ascending, with the sum begun anew: total = fma(sum, scale_w[row][g], total)
 // Two ways lead to these bits, since the operands of a product may change places. Each rearranges the one that is used less:
 //   few tokens    weights are the left operand: 16 rows as they lie in the file (fp8: unpacked), read side by side, each cache line whole.
-//                 Activations, at most FEW_INPUT_BYTES, are turned to the right operand once a call: of 8 tokens hi and lo stand side by side.
+//                 Activations, at most FEW_INPUT_BYTES, are turned to the right operand once a call.
 //   more tokens   activations are the left operand, as `prepare` leaves them. 64 rows x PANEL_FLOATS columns of weights are turned to right
-//                 operands that up to BLOCK_TOKENS tokens use. Four sums, of 32 rows by hi and lo, take four loads for four products; they
-//                 leave their registers at a panel's end. Between products the next panel is unpacked and the one behind it
+//                 operands that up to BLOCK_TOKENS tokens use. Four sums, of 32 tokens by 32 rows, take four loads for four products;
+//                 they leave their registers at a panel's end. Between products the next panel is unpacked and the one behind it
 //                 fetched: the vectors and the memory have time while tiles multiply.
 #ifndef TPSHARD_KERNELS_CPU_AMX_BF16_H
 #define TPSHARD_KERNELS_CPU_AMX_BF16_H
 
+#include "kernels/cpu/bf16_rows.h"
+
 enum {
-    STEP_COLS = 32,                              // of one product
-    STEP_BYTES = STEP_COLS * (int)sizeof(float), // of prepared activations: hi, then lo
-    PANEL_FLOATS = 128,                          // columns: 16 KiB of weights, 8 KiB of 16 tokens; a group of fp8g
-    PANEL_STEPS = PANEL_FLOATS / STEP_COLS,      //
-    HALF_ROWS = BLOCK_ROWS / 2,                  // of a panel, whose sums fit the registers
-    FEW_GROUP = 8,                               // tokens of one right operand, where weights are the left one
-    FEW_GROUPS = 2,                              //
-    FEW_INPUT_BYTES = 512 * 1024,                // of them: a quarter of L2
-    FEW_PREFETCH_BYTES = 1024,                   // ahead, of each row
+    STEP_COLS = 32,                         // of one product
+    PANEL_FLOATS = 128,                     // columns: 16 KiB of weights, 8 KiB of 32 tokens; a group of fp8g
+    PANEL_STEPS = PANEL_FLOATS / STEP_COLS, //
+    PAIR_TOKENS = 2 * TILE_ROWS,            // of two left operands, whose sums by those of
+    HALF_ROWS = BLOCK_ROWS / 2,             //   half a panel's rows fit the registers
+    FEW_INPUT_BYTES = 512 * 1024,           // of right operands, where weights are the left one: a quarter of L2
+    FEW_PREFETCH_BYTES = 1024,              // ahead, of each row
 };
 _Static_assert(PANEL_FLOATS == 128, "a group of fp8g is one panel");
-
-static bool is_float_product(enum weight_kind kind)
-{
-    return kind == WEIGHT_BF16 || kind == WEIGHT_FP8 || kind == WEIGHT_FP8G;
-}
-
-// ---- Activations ---------------------------------------------------------------------------------------------------
-
-// Floats whose upper halves are the nearest bf16.
-VECTOR_INLINE __m512 nearest_bf16(__m512 x)
-{
-    __m512i bits = _mm512_castps_si512(x), even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    bits = _mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
-    bits = _mm512_mask_mov_epi32(bits, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
-    return _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32((int)0xffff0000)));
-}
-
-// Each 32 columns: 32 hi, then 32 lo.
-static void split_row(uint8_t *out, const float *x, int64_t cols)
-{
-    _Alignas(64) static const uint16_t upper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
-                                                    33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-    __m512i halves = _mm512_load_si512(upper);
-    for (int64_t col = 0, stored = (int64_t)round_up((uint64_t)cols, ACT_GROUP); col < stored; col += STEP_COLS) {
-        __m512 hi[2], lo[2];
-        for (int64_t i = 0; i < 2; i++) {
-            int64_t left = cols - col - i * LANES;
-            __mmask16 some = left >= LANES ? 0xffff : left > 0 ? (__mmask16)((1u << left) - 1) : 0;
-            __m512 v = _mm512_maskz_loadu_ps(some, x + col + i * LANES);
-            hi[i] = nearest_bf16(v);
-            lo[i] = nearest_bf16(_mm512_sub_ps(v, hi[i]));
-        }
-        _mm512_storeu_si512(out + col * 4,
-                            _mm512_permutex2var_epi16(_mm512_castps_si512(hi[0]), halves, _mm512_castps_si512(hi[1])));
-        _mm512_storeu_si512(out + col * 4 + TILE_ROW_BYTES,
-                            _mm512_permutex2var_epi16(_mm512_castps_si512(lo[0]), halves, _mm512_castps_si512(lo[1])));
-    }
-}
-
-static void prepare(struct activations *act, const struct matrix *w, const float *x, int64_t x_stride,
-                    int64_t token_begin, int64_t token_end)
-{
-    if (!is_float_product(w->shape.kind)) {
-        vector_ops_prepare(act, w, x, x_stride, token_begin, token_end);
-        return;
-    }
-    for (int64_t token = token_begin; token < token_end; token++)
-        split_row((uint8_t *)(act->f32 + token * act->stride), x + token * x_stride, (int64_t)w->shape.cols);
-}
-
-// Prepared columns of a token, from a multiple of STEP_COLS on.
-VECTOR_INLINE const uint8_t *split_at(const struct activations *act, int64_t token, int64_t col)
-{
-    return (const uint8_t *)(act->f32 + token * act->stride + col);
-}
 
 // ---- Weights -------------------------------------------------------------------------------------------------------
 
@@ -133,120 +73,81 @@ VECTOR_INLINE __m512 last_of_floats(const struct matrix *w, int64_t row, enum we
 
 // ---- Few tokens ----------------------------------------------------------------------------------------------------
 
-// The right operands of up to FEW_GROUP tokens: for each step 16 rows of `row_bytes`, a word of each token's hi, then of its lo.
-struct few_input {
+// The right operands of up to TILE_ROWS tokens: for each step 16 rows of `row_bytes`, a word of each token.
+struct few_job {
+    const struct matrix *w;
     int64_t tokens, row_bytes;
-    const uint8_t *tiles;
+    const uint8_t *input;
+    _Alignas(64) left_tile left[2];           // fp8: unpacked
+    _Alignas(64) float dot[TILE_ROWS][LANES]; // as stored; column: token
+    _Alignas(64) float sum[TILE_ROWS][LANES];
 };
 
 static int64_t few_input_bytes(const struct matrix *w, int64_t tokens)
 {
-    return tokens * (int64_t)w->shape.cols_padded * (int64_t)sizeof(float);
+    return tokens * (int64_t)w->shape.cols_padded * (int64_t)sizeof(uint16_t);
 }
 
 // Rows are stored whole, one over the end of the other: 64 bytes behind the last are written too.
-static struct few_input few_input(uint8_t *room, const struct activations *act, int64_t token, int64_t tokens,
-                                  int64_t cols)
+static void few_input(uint8_t *room, const struct activations *act, int64_t tokens, int64_t cols)
 {
-    struct few_input input = {tokens, 2 * tokens * (int64_t)sizeof(int32_t), room};
+    int64_t row_bytes = tokens * (int64_t)sizeof(int32_t);
     _Alignas(64) left_tile rows;
     memset(rows, 0, sizeof rows);
-    for (int64_t col = 0; col < cols; col += STEP_COLS, room += TILE_ROWS * input.row_bytes) {
+    for (int64_t col = 0; col < cols; col += STEP_COLS, room += TILE_ROWS * row_bytes) {
         __m512i turned[TILE_ROWS];
         if (tokens == 1) {
-            _Alignas(64) static const int32_t order[2][16] = {
-                {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23},
-                {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31}};
-            __m512i hi = _mm512_loadu_si512(split_at(act, token, col));
-            __m512i lo = _mm512_loadu_si512(split_at(act, token, col) + TILE_ROW_BYTES);
-            for (int i = 0; i < 2; i++)
-                _mm512_storeu_si512(room + TILE_ROW_BYTES * i,
-                                    _mm512_permutex2var_epi32(hi, _mm512_load_si512(order[i]), lo));
+            _mm512_storeu_si512(room, _mm512_loadu_si512(rounded_at(act, 0, col)));
             continue;
         }
-        for (int64_t t = 0; t < tokens; t++) {
-            const uint8_t *split = split_at(act, token + t, col);
-            _mm512_store_si512(rows[t], _mm512_loadu_si512(split));
-            _mm512_store_si512(rows[tokens + t], _mm512_loadu_si512(split + TILE_ROW_BYTES));
-        }
+        for (int64_t t = 0; t < tokens; t++)
+            _mm512_store_si512(rows[t], _mm512_loadu_si512(rounded_at(act, t, col)));
         turn_words(turned, (const left_tile *)&rows);
         for (int64_t i = 0; i < TILE_ROWS; i++)
-            _mm512_storeu_si512(room + i * input.row_bytes, turned[i]);
+            _mm512_storeu_si512(room + i * row_bytes, turned[i]);
     }
-    return input;
 }
 
-struct few_job {
-    const struct matrix *w;
-    struct few_input input[FEW_GROUPS];
-    _Alignas(64) left_tile left[2];                       // fp8: unpacked
-    _Alignas(64) float dot[FEW_GROUPS][TILE_ROWS][LANES]; // as stored: the columns of hi, then those of lo
-    _Alignas(64) float sum[FEW_GROUPS][TILE_ROWS][LANES]; // column: token
-};
-
-static void few_configure(const struct few_job *job, int groups)
+static void few_configure(const struct few_job *job)
 {
     struct tile_config config = {.palette = 1, .row_bytes = {[4] = TILE_ROW_BYTES, [5] = TILE_ROW_BYTES}};
     config.rows[4] = config.rows[5] = TILE_ROWS;
-    for (int tile = 0; tile < TILE_COUNT; tile++)
-        if (tile != 4 && tile != 5 && tile % 2 < groups) {
-            config.rows[tile] = TILE_ROWS;
-            config.row_bytes[tile] = (uint16_t)job->input[tile % 2].row_bytes;
-        }
+    for (int tile = 0; tile < 3; tile++) {
+        config.rows[tile] = TILE_ROWS;
+        config.row_bytes[tile] = (uint16_t)job->row_bytes;
+    }
     TILES_CONFIGURE(&config);
 }
 
-#define FEW_PRODUCT(sum, left, right, group, step)                                                                     \
-    TILE_LOAD(right, job->input[group].tiles + (step)*TILE_ROWS * job->input[group].row_bytes,                         \
-              job->input[group].row_bytes);                                                                            \
-    TILE_DOT_BF16(sum, left, right)
-
-// Two steps of 16 rows: sums in tile 0, of the second group in tile 1.
+// Two steps of 16 rows, to the sums in tile 0.
 VECTOR_INLINE void few_products(const struct few_job *job, const uint8_t *left, int64_t left_stride, int64_t left_step,
-                                int64_t step, int groups)
+                                int64_t step)
 {
+    const uint8_t *right = job->input + step * TILE_ROWS * job->row_bytes;
     TILE_LOAD(4, left, left_stride);
-    FEW_PRODUCT(0, 4, 2, 0, step);
-    if (groups == 2) {
-        FEW_PRODUCT(1, 4, 3, 1, step);
-    }
+    TILE_LOAD(1, right, job->row_bytes);
+    TILE_DOT_BF16(0, 4, 1);
     TILE_LOAD(5, left + left_step, left_stride);
-    FEW_PRODUCT(0, 5, 6, 0, step + 1);
-    if (groups == 2) {
-        FEW_PRODUCT(1, 5, 7, 1, step + 1);
-    }
-}
-#undef FEW_PRODUCT
-
-// What the tiles hold: sum = hi + lo, or with a scale for each row, sum = fma(hi + lo, scale, sum).
-VECTOR_INLINE void few_add(struct few_job *job, const float *scale, int groups)
-{
-    TILE_STORE(0, job->dot[0], TILE_ROW_BYTES);
-    if (groups == 2)
-        TILE_STORE(1, job->dot[1], TILE_ROW_BYTES);
-    for (int g = 0; g < groups; g++) {
-        int64_t tokens = job->input[g].tokens;
-        __mmask16 some = (__mmask16)((1u << tokens) - 1);
-        for (int r = 0; r < TILE_ROWS; r++) {
-            const float *dot = job->dot[g][r];
-            __m512 value = _mm512_add_ps(_mm512_maskz_loadu_ps(some, dot), _mm512_maskz_loadu_ps(some, dot + tokens));
-            if (scale)
-                value = _mm512_fmadd_ps(value, _mm512_set1_ps(scale[r]), _mm512_load_ps(job->sum[g][r]));
-            _mm512_store_ps(job->sum[g][r], value);
-        }
-    }
+    TILE_LOAD(2, right + TILE_ROWS * job->row_bytes, job->row_bytes);
+    TILE_DOT_BF16(0, 5, 2);
 }
 
-VECTOR_INLINE void few_zero(int groups)
+// What tile 0 holds: sum = it, or with a scale for each row, sum = fma(it, scale, sum).
+VECTOR_INLINE void few_add(struct few_job *job, const float *scale)
 {
-    TILE_ZERO(0);
-    if (groups == 2)
-        TILE_ZERO(1);
+    __mmask16 some = (__mmask16)((1u << job->tokens) - 1);
+    TILE_STORE(0, job->dot, TILE_ROW_BYTES);
+    for (int r = 0; r < TILE_ROWS; r++) {
+        __m512 value = _mm512_maskz_loadu_ps(some, job->dot[r]);
+        if (scale)
+            value = _mm512_fmadd_ps(value, _mm512_set1_ps(scale[r]), _mm512_load_ps(job->sum[r]));
+        _mm512_store_ps(job->sum[r], value);
+    }
 }
 
 // 16 rows from `row` on. What is fetched ahead runs on from the rows' ends to the beginnings of the next 16.
 VECTOR_INLINE void few_rows(float *y, int64_t y_stride, struct few_job *job, int64_t row, int64_t row_end,
-                            enum weight_kind kind, int groups)
+                            enum weight_kind kind)
 {
     enum { COLS = 2 * STEP_COLS };
     const struct matrix *w = job->w;
@@ -256,7 +157,7 @@ VECTOR_INLINE void few_rows(float *y, int64_t y_stride, struct few_job *job, int
     const float *scale = kind == WEIGHT_FP8G ? fp8g_scales(w, row) : NULL;
     if (kind == WEIGHT_FP8G)
         memset(job->sum, 0, sizeof job->sum);
-    few_zero(groups);
+    TILE_ZERO(0);
     for (int64_t col = 0; col < cols; col += COLS) {
         const uint8_t *from = codes + col * elem_bytes;
         int64_t ahead = FEW_PREFETCH_BYTES;
@@ -274,44 +175,34 @@ VECTOR_INLINE void few_rows(float *y, int64_t y_stride, struct few_job *job, int
             }
         }
         if (kind == WEIGHT_BF16)
-            few_products(job, from, row_bytes, TILE_ROW_BYTES, col / STEP_COLS, groups);
+            few_products(job, from, row_bytes, TILE_ROW_BYTES, col / STEP_COLS);
         else
-            few_products(job, (const uint8_t *)job->left, TILE_ROW_BYTES, sizeof(left_tile), col / STEP_COLS, groups);
+            few_products(job, (const uint8_t *)job->left, TILE_ROW_BYTES, sizeof(left_tile), col / STEP_COLS);
         if (kind == WEIGHT_FP8G && (col + COLS) % PANEL_FLOATS == 0) {
-            few_add(job, scale + col / PANEL_FLOATS * 16, groups);
-            few_zero(groups);
+            few_add(job, scale + col / PANEL_FLOATS * 16);
+            TILE_ZERO(0);
         }
     }
     if (kind != WEIGHT_FP8G)
-        few_add(job, NULL, groups);
+        few_add(job, NULL);
     __m512 last = last_of_floats(w, row, kind);
-    for (int64_t g = 0; g < groups; g++) {
-        __m512i turned[TILE_ROWS];
-        turn_words(turned, (const left_tile *)&job->sum[g]);
-        for (int64_t t = 0; t < job->input[g].tokens; t++)
-            store_rows(y + (FEW_GROUP * g + t) * y_stride, row, row_end,
-                       _mm512_mul_ps(_mm512_castsi512_ps(turned[t]), last));
-    }
+    __m512i turned[TILE_ROWS];
+    turn_words(turned, (const left_tile *)&job->sum);
+    for (int64_t t = 0; t < job->tokens; t++)
+        store_rows(y + t * y_stride, row, row_end, _mm512_mul_ps(_mm512_castsi512_ps(turned[t]), last));
 }
 
 static void few_floats(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
                        int64_t tokens, int64_t row_begin, int64_t row_end)
 {
-    _Alignas(64) uint8_t room[FEW_INPUT_BYTES + FEW_GROUPS * TILE_ROW_BYTES];
-    struct few_job job = {.w = w};
-    int groups = tokens > FEW_GROUP ? 2 : 1;
-    int64_t cols = (int64_t)w->shape.cols_padded, first = groups == 2 ? FEW_GROUP : tokens;
-    job.input[0] = few_input(room, act, 0, first, cols);
-    if (groups == 2)
-        job.input[1] = few_input(room + few_input_bytes(w, first) + TILE_ROW_BYTES, act, first, tokens - first, cols);
-    few_configure(&job, groups);
+    _Alignas(64) uint8_t room[FEW_INPUT_BYTES + TILE_ROW_BYTES];
+    struct few_job job = {.w = w, .tokens = tokens, .row_bytes = tokens * (int64_t)sizeof(int32_t), .input = room};
+    few_input(room, act, tokens, (int64_t)w->shape.cols_padded);
+    few_configure(&job);
 #define FEW_CASE(kind)                                                                                                 \
     case kind:                                                                                                         \
         for (int64_t row = row_begin; row < row_end; row += TILE_ROWS)                                                 \
-            if (groups == 2)                                                                                           \
-                few_rows(y, y_stride, &job, row, row_end, kind, 2);                                                    \
-            else                                                                                                       \
-                few_rows(y, y_stride, &job, row, row_end, kind, 1);                                                    \
+            few_rows(y, y_stride, &job, row, row_end, kind);                                                           \
         break
     switch (w->shape.kind) {
         FEW_CASE(WEIGHT_BF16);
@@ -326,16 +217,16 @@ static void few_floats(float *y, int64_t y_stride, const struct matrix *w, const
 
 // ---- More tokens ---------------------------------------------------------------------------------------------------
 
-enum { HI, LO, UNPACK_COLS = 64, UNPACK_PARTS = PANEL_FLOATS / UNPACK_COLS * BLOCK_VECTORS };
+enum { UNPACK_COLS = 64, UNPACK_PARTS = PANEL_FLOATS / UNPACK_COLS * BLOCK_VECTORS };
 
 struct float_block {
     const struct matrix *w;
     const struct activations *act;
-    int64_t row, token, tokens;                                      // of w and of act
-    __m512i codes[2][PANEL_STEPS][BLOCK_VECTORS][TILE_ROWS];         // right operands of this panel and the next
-    _Alignas(64) uint8_t input[TILE_ROWS][PANEL_STEPS * STEP_BYTES]; // the last tokens, and zeros
-    _Alignas(64) float dot[2][TILE_ROWS][HALF_ROWS];                 // fp8g: of a group
-    _Alignas(64) float sum[2][BLOCK_TOKENS][BLOCK_ROWS];             // fp8g: [HI] is the total
+    int64_t row, token, tokens;                              // of w and of act
+    __m512i codes[2][PANEL_STEPS][BLOCK_VECTORS][TILE_ROWS]; // right operands of this panel and the next
+    _Alignas(64) uint8_t input[TILE_ROWS][2 * PANEL_FLOATS]; // the last tokens, and zeros
+    _Alignas(64) float dot[PAIR_TOKENS][HALF_ROWS];          // fp8g: of a group
+    _Alignas(64) float sum[BLOCK_TOKENS][BLOCK_ROWS];        // fp8g: the total
 };
 
 // A panel of a block: columns [col, col + cols).
@@ -393,100 +284,129 @@ VECTOR_INLINE void do_beside(const struct float_block *block, struct beside *b, 
                      _MM_HINT_T1);
 }
 
-// 16 tokens times 32 rows of a panel: tiles 0 and 1 take hi, 2 and 3 lo.
-static void half_products(const struct float_panel *panel, const uint8_t *left, int64_t left_stride, int64_t half)
+// The left operands of up to PAIR_TOKENS tokens: `count` of them, each with its stride.
+struct left_pair {
+    const uint8_t *tile[2];
+    int64_t stride[2];
+    int count;
+};
+
+// Whole tiles of tokens are multiplied as they lie; the last tokens are copied, since no others may follow them in memory.
+static struct left_pair panel_left(struct float_block *block, const struct float_panel *panel, int64_t token)
+{
+    struct left_pair left = {.count = block->tokens - token > TILE_ROWS ? 2 : 1};
+    for (int i = 0; i < left.count; i++, token += TILE_ROWS) {
+        int64_t tokens = block->tokens - token, stride = block->act->stride * (int64_t)sizeof(float);
+        const uint8_t *from = rounded_at(block->act, block->token + token, panel->col);
+        left.tile[i] = from;
+        left.stride[i] = stride;
+        if (tokens >= TILE_ROWS)
+            continue;
+        memset(block->input, 0, sizeof block->input);
+        for (int64_t t = 0; t < tokens; t++)
+            memcpy(block->input[t], from + t * stride, (size_t)panel->cols * sizeof(uint16_t));
+        left.tile[i] = block->input[0];
+        left.stride[i] = sizeof block->input[0];
+    }
+    return left;
+}
+
+// The tokens times 32 rows of a panel: tiles 0 and 1 take the first 16 tokens, 2 and 3 the others.
+VECTOR_INLINE void half_products(const struct float_panel *panel, const struct left_pair *left, int64_t half, int count)
 {
     const __m512i(*right)[TILE_ROWS] = (const __m512i(*)[TILE_ROWS]) & panel->codes[0][2 * half];
-    for (int64_t col = 0; col < panel->cols; col += STEP_COLS, left += STEP_BYTES, right += BLOCK_VECTORS) {
-        TILE_LOAD(4, left, left_stride);
+    for (int64_t col = 0, at = 0; col < panel->cols; col += STEP_COLS, at += TILE_ROW_BYTES, right += BLOCK_VECTORS) {
+        TILE_LOAD(4, left->tile[0] + at, left->stride[0]);
         TILE_LOAD(6, right[0], TILE_ROW_BYTES);
         TILE_DOT_BF16(0, 4, 6);
         TILE_LOAD(7, right[1], TILE_ROW_BYTES);
         TILE_DOT_BF16(1, 4, 7);
-        TILE_LOAD(5, left + TILE_ROW_BYTES, left_stride);
-        TILE_DOT_BF16(2, 5, 6);
-        TILE_DOT_BF16(3, 5, 7);
+        if (count == 2) {
+            TILE_LOAD(5, left->tile[1] + at, left->stride[1]);
+            TILE_DOT_BF16(2, 5, 6);
+            TILE_DOT_BF16(3, 5, 7);
+        }
     }
 }
 
-VECTOR_INLINE void zero_sums(void)
+VECTOR_INLINE void zero_sums(int count)
 {
     TILE_ZERO(0);
     TILE_ZERO(1);
-    TILE_ZERO(2);
-    TILE_ZERO(3);
+    if (count == 2) {
+        TILE_ZERO(2);
+        TILE_ZERO(3);
+    }
 }
-VECTOR_INLINE void load_sums(const float *hi, const float *lo)
+VECTOR_INLINE void load_sums(const float *sum, int count)
 {
     enum { STRIDE = BLOCK_ROWS * sizeof(float) };
-    TILE_LOAD(0, hi, STRIDE);
-    TILE_LOAD(1, hi + LANES, STRIDE);
-    TILE_LOAD(2, lo, STRIDE);
-    TILE_LOAD(3, lo + LANES, STRIDE);
+    TILE_LOAD(0, sum, STRIDE);
+    TILE_LOAD(1, sum + LANES, STRIDE);
+    if (count == 2) {
+        TILE_LOAD(2, sum + TILE_ROWS * BLOCK_ROWS, STRIDE);
+        TILE_LOAD(3, sum + TILE_ROWS * BLOCK_ROWS + LANES, STRIDE);
+    }
 }
-VECTOR_INLINE void store_sums(float *hi, float *lo, int64_t stride)
+VECTOR_INLINE void store_sums(float *sum, int64_t row_floats, int count)
 {
-    TILE_STORE(0, hi, stride);
-    TILE_STORE(1, hi + LANES, stride);
-    TILE_STORE(2, lo, stride);
-    TILE_STORE(3, lo + LANES, stride);
+    int64_t stride = row_floats * (int64_t)sizeof(float);
+    TILE_STORE(0, sum, stride);
+    TILE_STORE(1, sum + LANES, stride);
+    if (count == 2) {
+        TILE_STORE(2, sum + TILE_ROWS * row_floats, stride);
+        TILE_STORE(3, sum + TILE_ROWS * row_floats + LANES, stride);
+    }
 }
 
-// fp8g: a group's sums, which were stored, scaled and added to the totals of 16 tokens and 32 rows. Inline: gcc 12 takes a function like this
-// for one without effects, and leaves out its calls.
+// fp8g: a group's sums, which were stored, scaled and added to the totals of the tokens from `token` on and 32 rows. Inline: gcc 12 takes a
+// function like this for one without effects, and leaves out its calls.
 VECTOR_INLINE void add_floats(struct float_block *block, const struct float_panel *panel, int64_t token, int64_t half)
 {
+    int64_t tokens = block->tokens - token < PAIR_TOKENS ? block->tokens - token : PAIR_TOKENS;
     __m512 scale[2];
     for (int64_t i = 0; i < 2; i++)
         scale[i] = _mm512_loadu_ps(fp8g_scales(block->w, block->row + half * HALF_ROWS + i * LANES) +
                                    panel->col / PANEL_FLOATS * 16);
-    for (int64_t t = 0; t < TILE_ROWS; t++)
+    for (int64_t t = 0; t < tokens; t++)
         for (int64_t i = 0; i < 2; i++) {
-            float *total = &block->sum[HI][token + t][half * HALF_ROWS + i * LANES];
-            __m512 value = _mm512_add_ps(_mm512_load_ps(&block->dot[HI][t][i * LANES]),
-                                         _mm512_load_ps(&block->dot[LO][t][i * LANES]));
+            float *total = &block->sum[token + t][half * HALF_ROWS + i * LANES];
+            __m512 value = _mm512_load_ps(&block->dot[t][i * LANES]);
             _mm512_store_ps(total, _mm512_fmadd_ps(value, scale[i], _mm512_load_ps(total)));
         }
 }
 
-// Whole tiles of tokens are multiplied as they lie; the last tokens are copied, since no others may follow them in memory.
-static const uint8_t *panel_left(struct float_block *block, const struct float_panel *panel, int64_t token,
-                                 int64_t *stride)
+VECTOR_INLINE void multiply_half(struct float_block *block, const struct float_panel *panel,
+                                 const struct left_pair *left, int64_t token, int64_t half, struct beside *b, int count,
+                                 enum weight_kind kind)
 {
-    const uint8_t *left = split_at(block->act, block->token + token, panel->col);
-    int64_t tokens = block->tokens - token;
-    *stride = block->act->stride * (int64_t)sizeof(float);
-    if (tokens >= TILE_ROWS)
-        return left;
-    memset(block->input, 0, sizeof block->input);
-    for (int64_t t = 0; t < tokens; t++)
-        memcpy(block->input[t], left + t * *stride, (size_t)panel->cols * sizeof(float));
-    *stride = sizeof block->input[0];
-    return block->input[0];
+    float *sum = &block->sum[token][half * HALF_ROWS];
+    if (kind == WEIGHT_FP8G || panel->col == 0)
+        zero_sums(count);
+    else
+        load_sums(sum, count);
+    half_products(panel, left, half, count);
+    do_beside(block, b, kind);
+    if (kind != WEIGHT_FP8G)
+        store_sums(sum, BLOCK_ROWS, count);
 }
 
 VECTOR_INLINE void multiply_float_panel(struct float_block *block, const struct float_panel *panel, struct beside *b,
                                         enum weight_kind kind)
 {
     int64_t token_before = -1, half_before = 0;
-    for (int64_t token = 0; token < block->tokens; token += TILE_ROWS) {
-        int64_t left_stride;
-        const uint8_t *left = panel_left(block, panel, token, &left_stride);
+    for (int64_t token = 0; token < block->tokens; token += PAIR_TOKENS) {
+        struct left_pair left = panel_left(block, panel, token);
         for (int64_t half = 0; half < 2; half++) {
-            float *hi = &block->sum[HI][token][half * HALF_ROWS], *lo = &block->sum[LO][token][half * HALF_ROWS];
-            if (kind == WEIGHT_FP8G || panel->col == 0)
-                zero_sums();
+            if (left.count == 2)
+                multiply_half(block, panel, &left, token, half, b, 2, kind);
             else
-                load_sums(hi, lo);
-            half_products(panel, left, left_stride, half);
-            do_beside(block, b, kind);
-            if (kind != WEIGHT_FP8G) {
-                store_sums(hi, lo, sizeof block->sum[0][0]);
+                multiply_half(block, panel, &left, token, half, b, 1, kind);
+            if (kind != WEIGHT_FP8G)
                 continue;
-            }
             if (token_before >= 0)
                 add_floats(block, panel, token_before, half_before);
-            store_sums(block->dot[HI][0], block->dot[LO][0], sizeof block->dot[0][0]);
+            store_sums(block->dot[0], HALF_ROWS, left.count);
             token_before = token;
             half_before = half;
         }
@@ -501,7 +421,7 @@ VECTOR_INLINE void multiply_float_block(float *y, int64_t y_stride, struct float
     const struct matrix *w = block->w;
     int64_t cols = (int64_t)w->shape.cols_padded, whole_cols = (int64_t)round_up(w->shape.cols_padded, PANEL_FLOATS);
     if (kind == WEIGHT_FP8G)
-        memset(block->sum[HI], 0, sizeof block->sum[HI]);
+        memset(block->sum, 0, sizeof block->sum);
     struct float_panel panel = panel_at(block, 0);
     for (int64_t part = 0; part < panel_parts(&panel); part++)
         unpack_part(block, &panel, part, kind);
@@ -511,7 +431,7 @@ VECTOR_INLINE void multiply_float_block(float *y, int64_t y_stride, struct float
             fetch_col -= whole_cols;
             fetch_row += BLOCK_ROWS;
         }
-        struct beside b = {.steps = 2 * ((block->tokens + TILE_ROWS - 1) / TILE_ROWS)};
+        struct beside b = {.steps = 2 * ((block->tokens + PAIR_TOKENS - 1) / PAIR_TOKENS)};
         b.fetch = floats_at(w, fetch_row, fetch_col > 0 ? fetch_col : 0);
         if (col + PANEL_FLOATS < cols)
             b.next = panel_at(block, col + PANEL_FLOATS);
@@ -520,12 +440,9 @@ VECTOR_INLINE void multiply_float_block(float *y, int64_t y_stride, struct float
     }
     for (int64_t i = 0; i < BLOCK_ROWS; i += LANES) {
         __m512 last = last_of_floats(w, block->row + i, kind);
-        for (int64_t t = 0; t < block->tokens; t++) {
-            __m512 value = _mm512_load_ps(&block->sum[HI][t][i]);
-            if (kind != WEIGHT_FP8G)
-                value = _mm512_add_ps(value, _mm512_load_ps(&block->sum[LO][t][i]));
-            store_rows(y + (block->token + t) * y_stride, block->row + i, row_end, _mm512_mul_ps(value, last));
-        }
+        for (int64_t t = 0; t < block->tokens; t++)
+            store_rows(y + (block->token + t) * y_stride, block->row + i, row_end,
+                       _mm512_mul_ps(_mm512_load_ps(&block->sum[t][i]), last));
     }
 }
 
@@ -552,7 +469,7 @@ static void many_floats(float *y, int64_t y_stride, const struct matrix *w, cons
 static void float_matmul(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act,
                          int64_t tokens, int64_t row_begin, int64_t row_end)
 {
-    bool few = tokens <= FEW_GROUPS * FEW_GROUP && few_input_bytes(w, tokens) <= FEW_INPUT_BYTES;
+    bool few = tokens <= TILE_ROWS && few_input_bytes(w, tokens) <= FEW_INPUT_BYTES;
     if (tokens > 0 && row_begin < row_end)
         (few ? few_floats : many_floats)(y, y_stride, w, act, tokens, row_begin, row_end);
 }

@@ -328,6 +328,12 @@ static void multiply_block(float *y, int64_t y_stride, const struct matrix *w, c
 
 // ---- The table -----------------------------------------------------------------------------------------------------
 
+static void prepare(struct activations *act, const struct matrix *w, const float *x, int64_t x_stride,
+                    int64_t token_begin, int64_t token_end)
+{
+    round_or_prepare(act, w, x, x_stride, token_begin, token_end, false);
+}
+
 static void matmul(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act, int64_t tokens,
                    int64_t row_begin, int64_t row_end)
 {
