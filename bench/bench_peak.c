@@ -1,5 +1,5 @@
-// Products of bytes that the cores of this machine can sum at most, the limit of prefill: bench_peak [threads]. Sums stay in registers or
-// tiles and nothing is loaded. One result line for each kind of instruction that this machine has.
+// Products of bytes, and of bf16 or f32, that the cores of this machine can sum at most, the limit of prefill: bench_peak [threads]. Sums stay in
+// registers or tiles and nothing is loaded. One result line for each kind of instruction that this machine has.
 #include "bench/bandwidth.h"
 #include "bench/peak.h"
 #include "kernels/kernels.h"
@@ -15,7 +15,10 @@ int main(int argc, char **argv)
 {
     static const struct {
         const char *table, *instruction;
-    } kinds[] = {{"amx", "amx"}, {"avx512", "vnni"}, {"avx2", "avx2"}};
+        bool integers;
+    } kinds[] = {{"amx", "amx", true},       {"avx512", "vnni", true},      {"avx2", "avx2", true},
+                 {"amx", "amx-bf16", false}, {"avx512bf16", "bf16", false}, {"avx512", "fma-512", false},
+                 {"avx2", "fma-256", false}};
     long threads = argc > 1 ? strtol(argv[1], NULL, 10) : sysconf(_SC_NPROCESSORS_ONLN);
     if (threads < 1 || threads > BANDWIDTH_MAX_THREADS) {
         fprintf(stderr, "bench_peak: threads must be from 1 to %d\n", BANDWIDTH_MAX_THREADS);
@@ -27,7 +30,7 @@ int main(int argc, char **argv)
                 continue;
             double best = 0;
             for (int round = 0; round < ROUNDS; round++) {
-                double rate = peak_operations_per_second(kinds[k].table, true, (int)threads);
+                double rate = peak_operations_per_second(kinds[k].table, kinds[k].integers, (int)threads);
                 best = rate > best ? rate : best;
             }
             if (best > 0)

@@ -16,7 +16,7 @@ A rival that cannot be installed, converted for or run is named with the reason,
 
 Parts of a round: speed (prefill, decode after it, memory), batch (decode of several sequences), start (exec to first token, files in the page
 cache), busy (decode beside one process that never sleeps). Before each turn of the first two, the limits: read bandwidth of as many threads (four streams each, or one where
-that is faster) and the peak of byte products. A measurement beside which other processes used more than a quarter of a core is left out of the table where enough others
+that is faster) and the peak of products of bytes, or of bf16 for such weights. A measurement beside which other processes used more than a quarter of a core is left out of the table where enough others
 are there. Bits of a weight, scales included: int4 ours, llama.cpp's Q4_0 and OpenVINO's 4.5, ONNX Runtime's 5; the head has them too, or eight bits
 with int4-head8, where each has its own default group size.
 Rivals are spared their interpreter's start (not in `start`, which tells both) and, where they allow it, sampling.
@@ -240,11 +240,12 @@ def model_of(args, model, form, name):
 # ---- run -----------------------------------------------------------------------------------------------------------------
 
 
-def limits(threads):
+def limits(threads, form):
     def figure(words):
         return {line.split("kind=")[-1].split()[0] if "kind=" in line else "read": float(line.split("_s=")[-1]) for line in words.splitlines()}
     peaks = figure(child(BUILD / "bench" / "bench_peak", threads)[0])
-    kind = next((kind for kind in ("amx", "vnni", "avx2") if kind in peaks), None)
+    kinds = ("amx-bf16", "bf16", "fma-512", "fma-256") if form == "bf16" else ("amx", "vnni", "avx2")
+    kind = next((kind for kind in kinds if kind in peaks), None)
     return {"read_gb_s": figure(child(BUILD / "bench" / "bench_bandwidth", threads)[0])["read"], "peaks_gop_s": peaks, "peak_kind": kind}
 
 
@@ -343,7 +344,7 @@ def run(args):
                           "prompt_tokens": args.prompt_tokens if part == "speed" else None}
                 found = list(engines(args, model, form, threads).items())
                 for name, engine in found[number % len(found):] + found[:number % len(found)]:  # nobody is always the first
-                    common["limits"] = limits(threads) if part in ("speed", "batch") else None
+                    common["limits"] = limits(threads, form) if part in ("speed", "batch") else None
                     for more, function in measurements(args, part, engine):
                         if (model, form, part, name) in tired:
                             continue

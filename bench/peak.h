@@ -47,6 +47,12 @@ PEAK_FN(peak_fma_256, "avx2,fma", __m256, _mm256_setzero_ps(), PEAK_FMA_256)
 PEAK_FN(peak_fma_512, "avx512f", __m512, _mm512_setzero_ps(), PEAK_FMA_512)
 PEAK_FN(peak_madd_256, "avx2", __m256i, _mm256_setzero_si256(), PEAK_MADD_256)
 PEAK_FN(peak_vnni_512, "avx512f,avx512vnni", __m512i, _mm512_setzero_si512(), PEAK_VNNI_512)
+#if __GNUC__ >= 10 || __clang_major__ >= 9 // older ones do not know it
+#define PEAK_BF16_512(sum, a, b) _mm512_dpbf16_ps(sum, (__m512bh)(a), (__m512bh)(b))
+PEAK_FN(peak_bf16_512, "avx512f,avx512bf16", __m512, _mm512_setzero_ps(), PEAK_BF16_512)
+#else
+static void peak_bf16_512(void *arg, int thread) { (void)arg, (void)thread; }
+#endif
 
 #if __GNUC__ >= 11 || __clang_major__ >= 12 // older ones do not know tiles
 #define PEAK_TILES_FN(name, isa, dot)                                                                                  \
@@ -79,24 +85,31 @@ static void peak_tiles_int8(void *arg, int thread) { (void)arg, (void)thread; }
 static void peak_tiles_bf16(void *arg, int thread) { (void)arg, (void)thread; }
 #endif
 
-// Of the table with this name (0: unknown), for weights that are multiplied as integers or as floats. Tiles of bf16 count as what they are, two
-// of which make the product of a float (kernels/cpu/amx_bf16.h).
+// Of the table with this name (0: unknown), for weights that are multiplied as integers or as floats.
 static inline double peak_operations_per_second(const char *table, bool integers, int threads)
 {
-    bool tiles = strcmp(table, "amx") == 0, wide = strcmp(table, "avx2") != 0;
-    if (!tiles && wide && strcmp(table, "avx512") != 0)
-        return 0;
-    double products = (integers ? 32 : 8) * (wide ? 2.0 : 1.0) * PEAK_CHAINS * PEAK_STEPS; // a byte or a float each
-    double seconds;
-    if (tiles) {
-        products = 16.0 * 16 * (integers ? 64 : 32) * 4 * PEAK_TILE_STEPS;
-        seconds = bench_parallel(threads, integers ? peak_tiles_int8 : peak_tiles_bf16, NULL);
-    } else if (wide) {
-        seconds = bench_parallel(threads, integers ? peak_vnni_512 : peak_fma_512, NULL);
-    } else {
-        seconds = bench_parallel(threads, integers ? peak_madd_256 : peak_fma_256, NULL);
-    }
-    return seconds > 0 ? threads * 2 * products / seconds : 0;
+    static const struct {
+        const char *table;
+        bool integers;
+        double products; // of a step
+        int64_t steps;
+        void (*run)(void *arg, int thread);
+    } peaks[] = {
+        {"amx", true, 16 * 16 * 64 * 4, PEAK_TILE_STEPS, peak_tiles_int8},
+        {"amx", false, 16 * 16 * 32 * 4, PEAK_TILE_STEPS, peak_tiles_bf16},
+        {"avx512bf16", true, 64 * PEAK_CHAINS, PEAK_STEPS, peak_vnni_512},
+        {"avx512bf16", false, 32 * PEAK_CHAINS, PEAK_STEPS, peak_bf16_512},
+        {"avx512", true, 64 * PEAK_CHAINS, PEAK_STEPS, peak_vnni_512},
+        {"avx512", false, 16 * PEAK_CHAINS, PEAK_STEPS, peak_fma_512},
+        {"avx2", true, 32 * PEAK_CHAINS, PEAK_STEPS, peak_madd_256},
+        {"avx2", false, 8 * PEAK_CHAINS, PEAK_STEPS, peak_fma_256},
+    };
+    for (size_t i = 0; i < sizeof peaks / sizeof *peaks; i++)
+        if (strcmp(peaks[i].table, table) == 0 && peaks[i].integers == integers) {
+            double seconds = bench_parallel(threads, peaks[i].run, NULL);
+            return seconds > 0 ? threads * 2 * peaks[i].products * (double)peaks[i].steps / seconds : 0;
+        }
+    return 0;
 }
 
 #else
