@@ -147,11 +147,11 @@ static int choose(struct doctor *d, struct error *err)
     return comm_select_transport(&report->transport, "auto", report->missing, err);
 }
 
-// Two ranks share a card that is alone; NCCL has a card for each.
+// Two ranks share a card that is alone; NCCL has a card for each. What is merely slow is measured.
 static bool can_measure(const struct doctor *d, enum transport transport)
 {
-    bool missing = d->report.missing[transport] != NULL;
-    return !missing && on_devices(d) && d->devices->count >= (transport == TRANSPORT_NCCL ? 2 : 1);
+    bool works = transport == TRANSPORT_P2P ? d->links && link_probe_delivers(d->links) : !d->report.missing[transport];
+    return works && on_devices(d) && d->devices->count >= (transport == TRANSPORT_NCCL ? 2 : 1);
 }
 
 static int ranks_of_devices(int devices) { return devices < 2 ? 2 : devices < DOCTOR_RANKS ? devices : DOCTOR_RANKS; }

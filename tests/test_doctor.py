@@ -189,15 +189,15 @@ check("the man page has it", "doctor" in out and "something hinders" in out, out
 # A card's copies, on the emulated one.
 EMULATED = Path(os.environ.get("BUILD", "build")) / "tests/libtpengine_cuda_emulated.so"
 if EMULATED.exists():
-    code, out, problem = run(ENGINE, "doctor", "--json", "--cuda-library", EMULATED, "--deadline", "3", env=CLEAN)
+    code, out, problem = run(ENGINE, "doctor", "--json", "--cuda-library", EMULATED, "--deadline", "3", env={**CLEAN, "EMULATED_PEERS": "slow"})
     report = json.loads(out)
     copies = report["copies"]
     check("copies of an emulated card", len(copies) >= 1 and all(copies[0][key] > 0 for key in ("to_gb_s", "from_gb_s", "small_us")), out + problem)
-    # Large sums take the emulator longer than that; slow builds, the small ones, too; and a busy machine the probe that p2p needs.
+    # Large sums take the emulator longer than that; slow builds, the small ones, too; and a busy machine the probe that p2p needs. What is slow is measured.
     for transport in () if os.environ.get("TEST_QUICK") else ("host", "p2p"):
         name = f"sums of two ranks on one card over {transport} are measured"
         mine = [t for t in report["times"] if t["transport"] == transport]
-        if transport == "p2p" and report["transports"]["p2p"] is not True:
+        if transport == "p2p" and "would go over the host's memory" not in str(report["transports"]["p2p"]):
             skip(name, report["transports"]["p2p"])
             continue
         check(name, len(mine) >= 1 and mine[0]["bf16_bytes"] == 16384 and all(t["ranks"] == 2 and t["devices"] == 1 and t["us"] > 0 for t in mine), out + problem)
