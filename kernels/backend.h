@@ -302,8 +302,8 @@ struct backend {
     // ---- sums over ranks in memory of the host that all of them read; NULL where a backend's numbers lie elsewhere ---------
     // From now on BUFFER_PARTIAL is rows [max_rows][hidden], borrowed; what it held is gone, unless rows are those that it is already: then what
     // they were to add up to still becomes it. parts (NULL: none): what the ranks' parts of the window's
-    // rows add up to becomes BUFFER_PARTIAL there; they stay as they are until the next operation that names BUFFER_PARTIAL has ended, or norm, and
-    // rows is none of them.
+    // rows add up to becomes BUFFER_PARTIAL there; they stay as they are until the next operation that names BUFFER_PARTIAL has ended, or norm, or
+    // until the next step begins; rows is none of them.
     int (*place_partial)(struct device *device, float *rows, const struct rank_parts *parts, struct error *err);
 
     // ---- sums over ranks by the devices themselves; NULL where the host does it, by lend and returned --------------------
@@ -360,6 +360,18 @@ struct backend {
 };
 
 extern const struct backend backend_cpu;
+// Rows of a CPU rank's steps, at most shape's: a rank keeps to small buffers beside its file and its KV cache, so models with wide rows have shorter
+// steps, down to `least` (or CPU_LEAST_ROWS, where that is more). That changes no result (law 9), and from there on little speed. row_extra_bytes:
+// what else a row of a step takes.
+enum { CPU_LEAST_ROWS = 64 };
+int64_t cpu_step_rows(const struct device_shape *shape, int threads, uint64_t row_extra_bytes, int64_t least);
+// Bytes that a row takes of the memory where tp_size ranks of one host make their sums: two sets of each, in place of a buffer of its own.
+static inline uint64_t cpu_parts_row_bytes(int tp_size, int64_t hidden_size)
+{
+    return tp_size > 1 && tp_size <= RANK_PARTS_MOST
+               ? (uint64_t)(2 * tp_size - 1) * (uint64_t)hidden_size * sizeof(float)
+               : 0;
+}
 
 // The entry of a backend's shared object.
 #define BACKEND_ENTRY "tpengine_cuda_backend"

@@ -78,6 +78,19 @@ static uint64_t cpu_host_bytes(const struct device_shape *s, int threads)
            (uint64_t)threads * (uint64_t)s->desc->hidden_size * sizeof(float);
 }
 
+int64_t cpu_step_rows(const struct device_shape *shape, int threads, uint64_t row_extra_bytes, int64_t least)
+{
+    enum { BUFFERS_BYTES = 56 << 20, ROWS_UNIT = 32 };
+    struct device_shape s = *shape;
+    least = larger_of(least, CPU_LEAST_ROWS);
+    s.max_rows = 0;
+    uint64_t fixed = cpu_host_bytes(&s, threads); // what shorter steps do not change
+    for (s.max_rows = shape->max_rows; s.max_rows - ROWS_UNIT >= least; s.max_rows -= ROWS_UNIT)
+        if (cpu_host_bytes(&s, threads) + (uint64_t)s.max_rows * row_extra_bytes - fixed <= BUFFERS_BYTES)
+            break;
+    return s.max_rows;
+}
+
 static int cpu_plan(struct device *d, const struct device_shape *s, struct memory_plan *plan, struct error *err)
 {
     (void)err;
@@ -177,11 +190,10 @@ static void rope_row(void *arg, int64_t row, int thread)
 }
 
 // The sum of a row's parts, whose groups' owners are the ranks in turn.
-static void sum_row(struct device *d, int64_t row)
+static void sum_row(const struct device *d, int64_t row, float *sum)
 {
     const struct rank_parts *parts = &d->parts;
     int64_t hidden = d->shape.desc->hidden_size, step_row = d->rows - d->step_rows + row;
-    float *sum = d->buffers[BUFFER_PARTIAL] + row * hidden;
     for (int64_t at = 0, group = 0; at < hidden; at += WIRE_GROUP, group++) {
         const float *part[RANK_PARTS_MOST];
         for (int rank = 0; rank < parts->ranks; rank++)
@@ -194,7 +206,8 @@ static void sum_row(struct device *d, int64_t row)
 static void sum_row_task(void *arg, int64_t row, int thread)
 {
     (void)thread;
-    sum_row(arg, row);
+    struct device *d = arg;
+    sum_row(d, row, d->buffers[BUFFER_PARTIAL] + row * d->shape.desc->hidden_size);
 }
 
 // BUFFER_PARTIAL is about to be read, or the window to move.
@@ -228,8 +241,8 @@ static int cpu_window(struct device *d, int64_t first, int64_t count, struct err
 static int cpu_begin(struct device *d, const struct token_row *rows, int64_t count, enum phase phase,
                      const struct kv_pages *pages, struct error *err)
 {
-    (void)phase;   // one arithmetic for both
-    finish_sum(d); // of a step whose logits nobody wanted
+    (void)phase;        // one arithmetic for both
+    d->parts.ranks = 0; // of a step whose sums nobody reads any more
     d->step_rows = rows;
     d->step_count = count;
     d->pages = *pages;
@@ -408,10 +421,9 @@ static void order_columns(const struct norm_job *job, int64_t row)
 
 static void norm_row(void *arg, int64_t row, int thread)
 {
-    (void)thread;
     const struct norm_job *job = arg;
     if (job->sums)
-        sum_row(job->d, row);
+        sum_row_task(job->d, row, thread);
     join_and_norm(job, row);
     order_columns(job, row);
 }
@@ -539,7 +551,7 @@ static int cpu_returned(struct device *d, enum buffer buffer, struct error *err)
     return 0;
 }
 
-// Into BUFFER_NORMED, by way of copies, so that the residual stays as it is and logits may be asked for again.
+// Into BUFFER_NORMED, by way of copies, so that the residual and the ranks' parts stay as they are and logits may be asked for again.
 static void head_norm_row(void *arg, int64_t i, int thread)
 {
     struct norm_job *job = arg;
@@ -547,7 +559,10 @@ static void head_norm_row(void *arg, int64_t i, int thread)
     int64_t hidden = d->shape.desc->hidden_size, row = job->row_index ? job->row_index[i] : i;
     float *x = d->buffers[BUFFER_NORMED] + i * hidden, *partial = d->head_rows + thread * hidden;
     memcpy(x, d->buffers[BUFFER_RESIDUAL] + row * hidden, (size_t)hidden * sizeof *x);
-    memcpy(partial, d->buffers[BUFFER_PARTIAL] + row * hidden, (size_t)hidden * sizeof *partial);
+    if (job->sums)
+        sum_row(d, row, partial);
+    else
+        memcpy(partial, d->buffers[BUFFER_PARTIAL] + row * hidden, (size_t)hidden * sizeof *partial);
     join_row(job, x, partial);
     d->k->rms_norm(x, x, job->weight, hidden, (float)d->shape.desc->norm_eps);
 }
@@ -574,10 +589,10 @@ static void shape_logits(void *arg, int64_t row, int thread)
 static int cpu_logits(struct device *d, const struct join *join, const int64_t *row_index, int64_t count, float *host,
                       int64_t stride, struct error *err)
 {
-    struct norm_job job = {.d = d, .join = join, .weight = d->weights->final_norm, .row_index = row_index};
+    struct norm_job job = {
+        .d = d, .join = join, .weight = d->weights->final_norm, .row_index = row_index, .sums = d->parts.ranks > 0};
     struct logits_job shaping = {d, host, stride};
     (void)err;
-    finish_sum(d);
     thread_pool_run(d->pool, head_norm_row, &job, count);
     cpu_set_input(d, d->buffers[BUFFER_NORMED], d->shape.desc->hidden_size, count, &d->weights->head);
     multiply(d, host, stride, &d->weights->head, count);
