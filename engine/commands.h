@@ -103,6 +103,14 @@ extern struct session_options session_options;
          0,                                                                                                            \
          "prompts go through the layers in two halves: while one's sums are on their way, the other computes; auto: "  \
          "over networks, and where it pays between GPUs and two ranks of one host"},                                   \
+        {"check-sums",                                                                                                 \
+         OPTION_INT,                                                                                                   \
+         &session_options.check_sums,                                                                                  \
+         "N",                                                                                                          \
+         0,                                                                                                            \
+         INT32_MAX,                                                                                                    \
+         "one step of N has what the GPUs added up over their links added up again by the processors, and compared "   \
+         "bit by bit; 0: none"},                                                                                       \
         {"verify",                                                                                                     \
          OPTION_CHOICE,                                                                                                \
          &session_options.verify,                                                                                      \

@@ -233,9 +233,9 @@ int decoder_forward(struct decoder *d, const struct token_row *rows, int64_t cou
                     const struct kv_pages *pages, struct error *err)
 {
     bool one_stage = !d->model->stage_before && !d->model->stage_behind, replayed = false;
-    bool kept = phase == PHASE_DECODE && decoder_devices_exchange(d) && d->transport != TRANSPORT_NCCL && one_stage &&
-                d->model->loaded && !d->watch;
     int rc = decoder_begin(d, rows, count, phase, pages, err);
+    bool kept = phase == PHASE_DECODE && decoder_devices_exchange(d) && d->transport != TRANSPORT_NCCL && one_stage &&
+                d->model->loaded && !d->watch && !d->checked;
     if (rc || (kept && (rc = d->backend->record(d->device, &replayed, err))) || replayed)
         return rc;
     if ((rc = take_residual(d, err)) || (rc = run_layers(d, err)) ||

@@ -13,6 +13,7 @@
 
 struct decoder;
 struct exchanger;
+struct sum_check;
 
 // Rows of a step that go through the blocks together. Those of a prompt may be cut in two, so that one part computes while the other's sums are on
 // their way; decoder_parts.c keeps its state here.
@@ -64,6 +65,7 @@ struct decoder {
     uint64_t part_bytes;         // enough: the sums' bytes as bf16
     bool in_large_parts;         // those with very many rows, whose sums are of parts in common memory
     struct part_area common;     // where sums over ranks are computed by all of them from parts that nobody sends
+    struct sum_check *check;     // of what the devices add up; NULL: none
     struct exchanger *exchanger; // does a part's exchanges while the other computes; NULL: they are done in turn
     int64_t count;               // rows of the last step
     enum phase phase;            // its phase
@@ -73,6 +75,7 @@ struct decoder {
     int64_t stage_wait_ns;       // in handing over from stage to stage, so far
     bool dealt;                  // of the last step: the residual is dealt out
     bool in_common;              // its sums are of parts in common memory
+    bool checked;                // the devices' sums are made again by the processors
     bool threaded;               // its exchanges go to the exchanger; while weights still come, they are done in turn
     int num_parts;
     struct decoder_part parts[2], *part; // part: under way

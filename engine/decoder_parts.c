@@ -7,6 +7,7 @@
 
 #include "engine/comm_select.h"
 #include "engine/device_exchange.h"
+#include "engine/sum_check.h"
 #include "kernels/clock.h"
 
 struct block block_at(const struct model *model, int64_t number)
@@ -88,10 +89,23 @@ static int sum_on_device(struct decoder *d, enum buffer buffer, int64_t rows, in
     bool feedback = d->feedback && buffer == BUFFER_PARTIAL && wire_is_compressed(choice.wire);
     if ((rc = wait_for_loading(d, err)))
         return rc;
+    // The message of two numbers a row is one row.
+    struct checked_sum sum = {.buffer = buffer,
+                              .rows = buffer == BUFFER_SQUARES ? 1 : rows,
+                              .cols = buffer == BUFFER_SQUARES ? rows * cols : cols,
+                              .wire = choice.wire,
+                              .feedback = feedback,
+                              .op = op,
+                              .layer = layer};
     d->exchanges++;
     d->device_sent_bytes += (uint64_t)rows * wire_groups((uint64_t)cols) * wire_group_bytes(choice.wire) * 2 *
                             (uint64_t)(ranks - 1) / (uint64_t)ranks;
-    return d->backend->all_reduce(d->device, buffer, &choice, feedback, (int)op, layer, err);
+    if (d->checked && (rc = sum_check_take(d->check, d->backend, d->device, &sum, err)))
+        return rc;
+    rc = d->backend->all_reduce(d->device, buffer, &choice, feedback, (int)op, layer, err);
+    return rc || !d->checked
+               ? rc
+               : sum_check_compare(d->check, d->backend, d->device, d->comm, d->pool, d->transport, &sum, err);
 }
 
 // Of `rows`, which belong to the ranks in turn, this one's.
@@ -183,18 +197,23 @@ static int window(struct decoder *d, const struct decoder_part *part, struct err
     return d->num_parts > 1 ? d->backend->window(d->device, part->first, part->count, err) : 0;
 }
 
+static bool deals_out(const struct decoder *d, enum phase phase)
+{
+    return phase == PHASE_PREFILL && d->deals && comm_size(d->comm) > 1;
+}
+
 // ---- sums of parts in common memory ----------------------------------------------------------------------------
 //
 // A block's partial sums are computed in the set of its number's parity, and what they add up to, in the other one, which the next block overwrites.
 // That one's parts are of the block before: who has posted a part of this block has read them.
 
-static bool sums_in_common(const struct decoder *d)
+static bool sums_in_common(const struct decoder *d, int64_t rows, enum phase phase)
 {
     int ranks = comm_size(d->comm);
-    enum wire wire = decoder_wire(d, d->phase);
-    uint64_t bytes = 2 * (uint64_t)(d->count * d->model->desc.hidden_size);
-    return d->common.memory && !d->dealt && !wire_is_compressed(wire) &&
-           comm_select(d->transport, ranks, bytes, d->phase, wire).algorithm == ALGORITHM_ONE_SHOT;
+    enum wire wire = decoder_wire(d, phase);
+    uint64_t bytes = 2 * (uint64_t)(rows * d->model->desc.hidden_size);
+    return d->common.memory && !deals_out(d, phase) && !wire_is_compressed(wire) &&
+           comm_select(d->transport, ranks, bytes, phase, wire).algorithm == ALGORITHM_ONE_SHOT;
 }
 
 static float *common_set(const struct decoder *d, int rank, int64_t number)
@@ -473,18 +492,24 @@ int part_leave(struct decoder *d, const struct block *block, struct error *err)
 
 // ---- the step --------------------------------------------------------------------------------------------------
 
+bool parts_cut(const struct decoder *d, int64_t rows, enum phase phase)
+{
+    enum { LARGE_PART = 128 }; // rows: reading the weights once more costs little beside them
+    uint64_t bytes = 2 * (uint64_t)(rows * d->model->desc.hidden_size);
+    if (comm_size(d->comm) == 1 || (phase != PHASE_PREFILL && !d->backend->mixes_phases))
+        return false;
+    return d->in_parts ? rows >= 2 * d->backend->window_rows && bytes >= d->part_bytes
+                       : d->in_large_parts && rows >= 2 * LARGE_PART && sums_in_common(d, rows, phase);
+}
+
 void parts_begin(struct decoder *d, const struct token_row *rows)
 {
     int ranks = comm_size(d->comm);
-    enum { LARGE_PART = 128 }; // rows: reading the weights once more costs little beside them
     int64_t unit = d->backend->window_rows;
-    bool prefill = d->phase == PHASE_PREFILL, alone = ranks == 1;
-    d->dealt = prefill && d->deals && !alone;
-    d->in_common = sums_in_common(d);
-    uint64_t bytes = 2 * (uint64_t)(d->count * d->model->desc.hidden_size);
-    bool wanted = d->in_parts ? d->count >= 2 * unit && bytes >= d->part_bytes
-                              : d->in_common && d->in_large_parts && d->count >= 2 * LARGE_PART;
-    bool cut = wanted && !alone && (prefill || d->backend->mixes_phases);
+    d->dealt = deals_out(d, d->phase);
+    d->checked = sum_check_begin(d->check) && decoder_devices_exchange(d);
+    bool cut = !d->checked && parts_cut(d, d->count, d->phase);
+    d->in_common = sums_in_common(d, d->count, d->phase);
     int64_t first = cut ? (d->count / 2 + unit - 1) / unit * unit : d->count;
     int64_t position = d->count > 0 ? rows[0].position : 0;
     d->num_parts = cut ? 2 : 1;

@@ -33,6 +33,8 @@ struct block block_at(const struct model *model, int64_t number);
 int part_sum_on_device(struct decoder *d, enum buffer buffer, int64_t cols, enum wire wire, enum comm_operation op,
                        int layer, struct error *err);
 
+// Whether a step of so many rows goes in two parts; d->transport is settled.
+bool parts_cut(const struct decoder *d, int64_t rows, enum phase phase);
 // For a step of d->count rows in d->phase: cuts it.
 void parts_begin(struct decoder *d, const struct token_row *rows);
 // The sum over ranks of the embedding's rows.

@@ -108,19 +108,30 @@ static uint64_t shared_bytes(const struct session *s)
     return shared_area_place(NULL, &area, &forward, &parts);
 }
 
-// Of one rank on the host, for steps of so many rows.
-static uint64_t rank_buffer_bytes(const struct session *s, int64_t rows)
+static struct device_shape rank_shape(const struct session *s, const struct rank_share *share, int64_t rows)
 {
-    struct rank_share share = upper_share(&s->manifest->model, s->manifest->tp_size);
-    struct device_shape shape = {.desc = &s->manifest->model,
-                                 .share = &share,
+    return (struct device_shape){.desc = &s->manifest->model,
+                                 .share = share,
                                  .max_rows = rows,
                                  .max_sequences = s->worker.max_sequences,
                                  .decode_rows = s->worker.limits.decode_rows,
                                  .context = s->worker.context,
                                  .samples = s->manifest->num_ranks == 1};
-    uint64_t feedback = s->worker.feedback ? (uint64_t)rows * (uint64_t)s->manifest->model.hidden_size * 2 : 0;
-    return s->worker.backend->host_bytes(&shape, s->worker.threads) + feedback;
+}
+
+// What the wire has lost, and what is checked.
+static uint64_t extra_row_bytes(const struct session *s)
+{
+    uint64_t hidden = (uint64_t)s->manifest->model.hidden_size, lost = s->worker.feedback ? 2 * hidden : 0;
+    return s->worker.check_sums > 0 ? 2 * lost + 4 * hidden : lost;
+}
+
+// Of one rank on the host, for steps of so many rows.
+static uint64_t rank_buffer_bytes(const struct session *s, int64_t rows)
+{
+    struct rank_share share = upper_share(&s->manifest->model, s->manifest->tp_size);
+    struct device_shape shape = rank_shape(s, &share, rows);
+    return s->worker.backend->host_bytes(&shape, s->worker.threads) + (uint64_t)rows * extra_row_bytes(s);
 }
 
 // Where the devices of this host's ranks exchange through its memory: a region for each stage.
@@ -447,24 +458,13 @@ static int check_supported(const struct manifest *manifest, const char *dir, str
     return 0;
 }
 
-// What a rank touches of the memory where sums over ranks are made: two sets of each rank of its stage, in place of a buffer of its own.
-static uint64_t touched_parts_bytes(const struct session *s, int64_t rows)
-{
-    uint64_t set = (uint64_t)(rows * s->manifest->model.hidden_size) * sizeof(float);
-    return worker_sums_in_common(&s->worker) ? (2 * s->manifest->tp_size - 1) * set : 0;
-}
-
-// On the host a rank keeps to small buffers beside its file and its KV cache: models with wide rows have shorter steps, down to 64 rows. That
-// changes no result (law 9), and from there on little speed.
 static int64_t host_rows(const struct session *s, int64_t most, int64_t least)
 {
-    enum { BUFFERS_BYTES = 56 << 20, LEAST_ROWS = 64, ROWS_UNIT = 32 };
-    least = least > LEAST_ROWS ? least : LEAST_ROWS;
-    uint64_t fixed = rank_buffer_bytes(s, 0); // what shorter steps do not change
-    while (most - ROWS_UNIT >= least &&
-           rank_buffer_bytes(s, most) + touched_parts_bytes(s, most) - fixed > BUFFERS_BYTES)
-        most -= ROWS_UNIT;
-    return most;
+    const struct manifest *m = s->manifest;
+    struct rank_share share = upper_share(&m->model, m->tp_size);
+    struct device_shape shape = rank_shape(s, &share, most);
+    uint64_t parts = worker_sums_in_common(&s->worker) ? cpu_parts_row_bytes((int)m->tp_size, m->model.hidden_size) : 0;
+    return cpu_step_rows(&shape, s->worker.threads, extra_row_bytes(s) + parts, least);
 }
 
 // What a step may hold. On a device decode rows cost memory for attention's parts, but a sequence that is computed again wants more of them than
@@ -564,9 +564,20 @@ static int choose_exchanges(struct session *s, const struct session_options *opt
     if ((rc = choose_wire(s->manifest, options->wire, &s->worker.wire, err)))
         return rc;
     s->worker.feedback = feeds_back(s->manifest, s->worker.wire, options->wire_feedback);
-    if ((rc = choose_transport(s, options->transport, err)) || (rc = choose_deal(s, options->sequence_parallel, err)))
+    if ((rc = choose_transport(s, options->transport, err)) || (rc = choose_deal(s, options->sequence_parallel, err)) ||
+        (rc = choose_overlap(s, options->overlap, err)))
         return rc;
-    return choose_overlap(s, options->overlap, err);
+    s->worker.check_sums = options->check_sums;
+    if (options->check_sums > 0 && !s->worker.backend->all_reduce)
+        return error_set(err, ERR_USAGE,
+                         "--check-sums: the %s backend's sums are the processors' own: there is nothing "
+                         "to compare them with",
+                         s->worker.backend->name);
+    if (options->check_sums > 0 && s->worker.deals)
+        return error_set(err, ERR_USAGE,
+                         "--check-sums: sums whose rows are dealt out (--sequence-parallel on) are not "
+                         "checked; give one of the two");
+    return 0;
 }
 
 int session_open(struct session **out, const char *place, const struct session_options *options, int64_t max_sequences,

@@ -25,6 +25,7 @@ struct session_options {
     const char *transport;         // "auto" or a transport's name
     const char *sequence_parallel; // "auto", "on", "off"
     const char *overlap;           // "auto", "on", "off"
+    int64_t check_sums;            // worker_options.check_sums
     const char *verify;            // "full", "sample", "off"
     const char *load;              // "auto", "map", "read", "direct", "uring"
     int64_t load_threads;          // of each rank; 0: as many as keep the store busy
@@ -93,7 +94,8 @@ void session_print_devices(struct session *session, FILE *out);
 int session_threads(const struct session *session); // of each rank
 const char *session_wire(const struct session *session);
 const char *session_transport(const struct session *session); // between the ranks; after the start: as they have agreed
-// After the start, how the rows of prompts travel: "plain", "overlap", "sequence-parallel" or "sequence-parallel+overlap".
+// After the start, how the rows of long prompts travel: "plain", "overlap", "sequence-parallel" or "sequence-parallel+overlap". Overlap: steps as long
+// as they get here are cut.
 const char *session_prefill_way(const struct session *session);
 bool session_feeds_back(const struct session *session); // what a compressing wire loses is made up for
 

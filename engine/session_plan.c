@@ -16,6 +16,7 @@ void session_plan_make(struct session_plan *plan, const struct worker_options *w
     plan->num_pages = num_pages;
     plan->least_pages = w->least_pages;
     plan->usual_choices = w->usual_choices;
+    plan->check_sums = w->check_sums;
     plan->limits = w->limits;
     plan->kv_format = (int32_t)w->kv_format;
     plan->wire = (int32_t)w->wire;
@@ -37,6 +38,7 @@ void session_plan_take(const struct session_plan *plan, struct worker_options *w
     w->residual_rows = plan->residual_rows;
     w->least_pages = plan->least_pages;
     w->usual_choices = plan->usual_choices;
+    w->check_sums = plan->check_sums;
     w->limits = plan->limits;
     w->kv_format = (enum kv_format)plan->kv_format;
     w->wire = (enum wire)plan->wire;
@@ -66,6 +68,7 @@ int session_plan_check(const struct session_plan *p, const struct manifest *mani
         {"pages", p->num_pages, 1, INT32_MAX},
         {"least pages", p->least_pages, 1, p->num_pages},
         {"usual choices", p->usual_choices, 1, MOST_ROWS},
+        {"steps to a check of sums", p->check_sums, 0, INT32_MAX},
         {"rows of a step", l->max_rows, 1, MOST_ROWS},
         {"rows of decode", l->decode_rows, 1, l->max_rows},
         {"rows of a prompt", l->prefill_rows, 1, l->max_rows},

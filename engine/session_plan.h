@@ -11,7 +11,7 @@
 #include <stdint.h>
 
 struct session_plan {
-    int64_t context, max_sequences, logits_rows, residual_rows, num_pages, least_pages, usual_choices;
+    int64_t context, max_sequences, logits_rows, residual_rows, num_pages, least_pages, usual_choices, check_sums;
     struct step_limits limits;
     int32_t kv_format, wire, transport, transport_is_auto, feedback, deals, overlap, verify, load_first, timeout_ms;
 };

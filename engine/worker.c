@@ -2,12 +2,13 @@
 #include "engine/worker.h"
 
 #include "engine/comm_select.h"
-#include "engine/decoder.h"
+#include "engine/decoder_parts.h"
 #include "engine/exchange.h"
 #include "engine/rank_step.h"
 #include "engine/rank_transport.h"
 #include "engine/relay.h"
 #include "engine/residual_tap.h"
+#include "engine/sum_check.h"
 #include "formats/checked.h"
 #include "kernels/futex.h"
 #include "kernels/host_identity.h"
@@ -94,6 +95,7 @@ static void worker_close(struct worker *w)
     relay_free(w->relay);
     rank_step_free(w->step);
     exchanger_free(w->decoder.exchanger);
+    sum_check_free(w->decoder.check);
     free(w->decoder.lost);
     model_stop(&w->model);
     w->options->backend->close(w->device);
@@ -108,7 +110,7 @@ static struct rank_start *start_of(const struct worker *w) { return &w->shared->
 struct agreement {
     struct checksum128 contract;
     uint32_t tp_size, pp_size, wire, feedback, deals, overlap;
-    int64_t context, num_pages;
+    int64_t check_sums, context, num_pages;
     struct step_limits limits;
     uint32_t kv_format;
     char backend[16], kernels[16];
@@ -127,6 +129,7 @@ static int agree(struct worker *w, struct error *err)
     mine.feedback = o->feedback;
     mine.deals = o->deals;
     mine.overlap = (uint32_t)o->overlap;
+    mine.check_sums = o->check_sums;
     mine.context = o->context;
     mine.limits = o->limits;
     mine.num_pages = o->num_pages;
@@ -447,8 +450,9 @@ static int choose_parts(struct worker *w, struct error *err)
         d->part_bytes = 0;
     }
     d->in_large_parts = o->overlap == OVERLAP_AUTO;
+    int64_t longest = o->limits.prefill_rows < o->context ? o->limits.prefill_rows : o->context; // of a prompt's steps
     if (w->env->rank == 0)
-        atomic_store(&w->shared->in_parts, d->in_parts);
+        atomic_store(&w->shared->in_parts, parts_cut(d, longest, decoder_mixes(d) ? PHASE_DECODE : PHASE_PREFILL));
     return 0;
 }
 
@@ -527,6 +531,9 @@ static int worker_open(struct worker *w, struct error *err)
     int64_t rows = rank_step_pass_rows(o->backend, &o->limits), hidden = w->model.desc.hidden_size;
     if (o->feedback && !(w->decoder.lost = calloc((size_t)(rows * hidden), sizeof *w->decoder.lost)))
         return error_set(err, ERR_MEMORY, "no memory for the wire's losses of %lld rows", (long long)rows);
+    if (o->check_sums > 0 && comm_size(w->decoder.comm) > 1 && decoder_devices_exchange(&w->decoder) &&
+        (rc = sum_check_create(&w->decoder.check, o->check_sums, rows, hidden, o->feedback, err)))
+        return rc;
     if ((rc = rank_step_create(&w->step, &w->decoder, &o->limits, o->usual_choices, err)))
         return rc;
     if (!w->env->spread) // the last stage counts in another process

@@ -101,6 +101,7 @@ struct worker_options {
     bool feedback;        // what a compressing wire loses is made up for by the next sum
     bool deals;           // decoder.deals
     enum overlap overlap; // AUTO: by the transport; see decoder.in_parts
+    int64_t check_sums;   // one step of so many has the devices' sums checked (sum_check.h); 0: none
     enum verify_mode verify;
     enum load_path load_path;
     int load_threads; // 0: the loader's choice

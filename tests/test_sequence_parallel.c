@@ -453,6 +453,41 @@ static void test_overlap(void **state)
     }
 }
 
+// It is called overlap where the longest steps that prompts have here are cut, and only there.
+static void test_way(void **state)
+{
+    static const struct {
+        int tp_size;
+        const char *overlap, *wire;
+        int64_t context;
+        const char *way;
+    } cases[] = {
+        {2, "on", "s8x", 64, "overlap"},   {2, "on", "s8x", 48, "plain"},    {2, "auto", "bf16", 256, "overlap"},
+        {2, "auto", "bf16", 240, "plain"}, {2, "auto", "s8x", 256, "plain"}, {2, "off", "bf16", 256, "plain"},
+        {2, "on", "bf16", 256, "overlap"},
+    };
+    (void)state;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char dir[256];
+        struct error err;
+        struct session *session;
+        struct session_options options = session_defaults;
+        snprintf(dir, sizeof dir, "%s/%d", work, cases[i].tp_size);
+        options.context = cases[i].context;
+        options.backend = "cpu";
+        options.threads = 1;
+        options.timeout_s = 60;
+        options.wire = cases[i].wire;
+        options.ranks = "thread";
+        options.overlap = cases[i].overlap;
+        check(session_open(&session, dir, &options, 1, 0, &err), &err);
+        check(session_start(session, &err), &err);
+        if (strcmp(session_prefill_way(session), cases[i].way) != 0)
+            fail_msg("case %zu: %s, wanted %s", i, session_prefill_way(session), cases[i].way);
+        session_close(session);
+    }
+}
+
 static int set_up(void **state)
 {
     char command[512];
@@ -483,6 +518,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_rows),        cmocka_unit_test(test_kept),
                                        cmocka_unit_test(test_rows_errors), cmocka_unit_test(test_exchanger),
-                                       cmocka_unit_test(test_residual),    cmocka_unit_test(test_overlap)};
+                                       cmocka_unit_test(test_residual),    cmocka_unit_test(test_overlap),
+                                       cmocka_unit_test(test_way)};
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }

@@ -1,0 +1,106 @@
+// See sum_check.h.
+#include "engine/sum_check.h"
+
+#include "formats/number_formats.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct sum_check {
+    int64_t every, steps;
+    int64_t elems;  // room
+    float *values;  // [elems]
+    uint16_t *lost; // bf16 [elems], as decoder.lost; NULL: no feedback
+};
+
+int sum_check_create(struct sum_check **out, int64_t every, int64_t rows, int64_t hidden_size, bool feedback,
+                     struct error *err)
+{
+    struct sum_check *c = calloc(1, sizeof *c);
+    if (c) {
+        c->every = every;
+        c->elems = rows * hidden_size;
+        c->values = calloc((size_t)c->elems, sizeof *c->values);
+        c->lost = feedback ? calloc((size_t)c->elems, sizeof *c->lost) : NULL;
+    }
+    if (!c || !c->values || (feedback && !c->lost)) {
+        sum_check_free(c);
+        return error_set(err, ERR_MEMORY, "no memory to check sums of %lld rows", (long long)rows);
+    }
+    *out = c;
+    return 0;
+}
+
+void sum_check_free(struct sum_check *c)
+{
+    if (!c)
+        return;
+    free(c->values);
+    free(c->lost);
+    free(c);
+}
+
+bool sum_check_begin(struct sum_check *c)
+{
+    if (!c || c->steps++ % c->every != 0)
+        return false;
+    if (c->lost)
+        memset(c->lost, 0, (size_t)c->elems * sizeof *c->lost);
+    return true;
+}
+
+int sum_check_take(struct sum_check *c, const struct backend *backend, struct device *device,
+                   const struct checked_sum *sum, struct error *err)
+{
+    float *part;
+    int64_t count = sum->rows * sum->cols;
+    if (count > c->elems)
+        return error_set(err, ERR_OTHER, "a sum of %lld values is to be checked; there is room for %lld",
+                         (long long)count, (long long)c->elems);
+    int rc = backend->lend(device, sum->buffer, &part, err);
+    if (rc)
+        return rc;
+    memcpy(c->values, part, (size_t)count * sizeof *part);
+    return backend->returned(device, sum->buffer, err);
+}
+
+static int report(const struct sum_check *c, const struct comm *comm, enum transport transport,
+                  const struct checked_sum *sum, const float *found, struct error *err)
+{
+    int64_t count = sum->rows * sum->cols, first = -1, others = -1;
+    for (int64_t i = 0; i < count; i++)
+        if (f32_bits(found[i]) != f32_bits(c->values[i])) {
+            first = first < 0 ? i : first;
+            others++;
+        }
+    char where[64];
+    if (sum->layer < 0)
+        snprintf(where, sizeof where, "the %s", comm_operation_name(sum->op));
+    else
+        snprintf(where, sizeof where, "layer %d (%s)", sum->layer, comm_operation_name(sum->op));
+    return error_set(err, ERR_GPU,
+                     "rank %d: the devices' sum of %s over %s is not that of its parts: value %lld of row %lld is %.9g "
+                     "(0x%08x), wanted %.9g (0x%08x), and %lld other%s wrong; a link or a memory changes data: "
+                     "--transport shm does without links between devices",
+                     comm_rank(comm), where, transport_name(transport), (long long)(first % sum->cols),
+                     (long long)(first / sum->cols), (double)found[first], f32_bits(found[first]),
+                     (double)c->values[first], f32_bits(c->values[first]), (long long)others,
+                     others == 1 ? " is" : "s are");
+}
+
+int sum_check_compare(struct sum_check *c, const struct backend *backend, struct device *device, struct comm *comm,
+                      struct thread_pool *pool, enum transport transport, const struct checked_sum *sum,
+                      struct error *err)
+{
+    float *found;
+    int rc;
+    comm_at(comm, sum->op, sum->layer);
+    if ((rc = comm_all_reduce(comm, c->values, sum->rows, sum->cols, sum->cols, sum->wire,
+                              sum->feedback ? c->lost : NULL, pool, err)) ||
+        (rc = backend->lend(device, sum->buffer, &found, err)))
+        return rc;
+    if (memcmp(found, c->values, (size_t)(sum->rows * sum->cols) * sizeof *found) != 0)
+        return report(c, comm, transport, sum, found, err);
+    return backend->returned(device, sum->buffer, err);
+}

@@ -1,0 +1,45 @@
+// Sums that devices have exchanged, made again by the processors and compared bit by bit (--check-sums). The links were tried before they were used
+// (link_probe.h), and may lose or change data later all the same: then ranks compute on with wrong numbers, and nothing else would tell.
+//
+// Of a step that is checked, all sums are: the parts are copied from the devices before the devices add them up, the processors add them up
+// over the ranks' comm, and what the devices have made of them must be the same bits (law 5). So a step that is checked takes much longer than
+// others, is neither cut in parts nor kept, and gives the same results. Which steps are checked, all ranks know alike: they count them.
+#ifndef TPSHARD_ENGINE_SUM_CHECK_H
+#define TPSHARD_ENGINE_SUM_CHECK_H
+
+#include "engine/comm.h"
+#include "kernels/backend.h"
+#include "kernels/thread_pool.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+struct sum_check;
+
+// One step of `every` > 0 is checked, the first one too. rows: most of a step; hidden_size: most columns. feedback: some sums make up for what a
+// wire has lost. Success: caller owns *out.
+int sum_check_create(struct sum_check **out, int64_t every, int64_t rows, int64_t hidden_size, bool feedback,
+                     struct error *err);
+void sum_check_free(struct sum_check *check); // accepts NULL
+
+// A step begins: whether it is checked. check may be NULL.
+bool sum_check_begin(struct sum_check *check);
+
+// A sum of the step: buffer's rows, as the backend's all_reduce adds them up.
+struct checked_sum {
+    enum buffer buffer;
+    int64_t rows, cols; // rows * cols values in all; cols: of a row of the message
+    enum wire wire;
+    bool feedback;
+    enum comm_operation op;
+    int layer;
+};
+// Before the devices add up: keeps this rank's part.
+int sum_check_take(struct sum_check *check, const struct backend *backend, struct device *device,
+                   const struct checked_sum *sum, struct error *err);
+// Behind it, on all ranks: ERR_GPU where the device holds other bits than the processors.
+int sum_check_compare(struct sum_check *check, const struct backend *backend, struct device *device, struct comm *comm,
+                      struct thread_pool *pool, enum transport transport, const struct checked_sum *sum,
+                      struct error *err);
+
+#endif
