@@ -102,8 +102,11 @@ enum {
     CUDA_SMALL_BYTES = 1 << 20, // tables of a step, of constants, of the sampler; alignment
     CUDA_WORKSPACE_BYTES = 32 << 20,
     CUDA_RESERVE_BYTES = 192 << 20,
-    // kernels/cuda/exchange.c: sums over ranks by the devices, through the host's memory and without a wire that loses
-    CUDA_EXCHANGE_BYTES = 14 << 20,
+    // kernels/cuda/exchange.h, exchange_p2p.c: sums over ranks by the devices, without a wire that loses. Over p2p, which takes more than the host's
+    // memory: what goes out and comes in of chunks, and an area for each other rank.
+    CUDA_EXCHANGE_RANKS = 16,
+    CUDA_CHUNKS_BYTES = 18 << 20,
+    CUDA_AREA_BYTES = (2 << 20) + 8192,
 };
 
 // Of a mixture of experts: for each chosen expert of a row gate and up, its output, and their input.
@@ -147,11 +150,20 @@ static uint64_t cuda_scratch(const struct plan *plan, uint32_t rank, int64_t con
                      CUDA_LOGITS_ROWS * vocab * sizeof(float) + CUDA_SLAB_BYTES + CUDA_SLAB_BYTES / 64 * sizeof(float);
     if (plan->num_ranks == 1) // the device samples
         bytes += vocab * 3;
-    if (plan->tp_size > 1)
-        bytes += CUDA_EXCHANGE_BYTES;
+    if (plan->tp_size > 1 && plan->tp_size <= CUDA_EXCHANGE_RANKS)
+        bytes += CUDA_CHUNKS_BYTES + (uint64_t)(plan->tp_size - 1) * CUDA_AREA_BYTES;
     return bytes + CUDA_SMALL_BYTES + CUDA_WORKSPACE_BYTES + CUDA_RESERVE_BYTES;
 }
 
+// Two sets of a step's rows that the ranks of one host share, where no wire carries their sums; as worker_part_area of engine/worker.c has them.
+static uint64_t cpu_parts_bytes(const struct plan *plan, int64_t rows)
+{
+    enum { PAGE_BYTES = 4096 };
+    uint64_t bytes = (uint64_t)(rows * plan->model.hidden_size) * sizeof(float);
+    return plan->tp_size > 1 && plan->tp_size <= RANK_PARTS_MOST ? 2 * round_up(bytes, PAGE_BYTES) : 0;
+}
+
+// As the engine runs it on one host with a lossless wire.
 static uint64_t cpu_scratch(const struct plan *plan, uint32_t rank, int64_t context_tokens)
 {
     struct model_desc stage;
@@ -163,7 +175,8 @@ static uint64_t cpu_scratch(const struct plan *plan, uint32_t rank, int64_t cont
         .max_sequences = 1,
         .context = context_tokens,
     };
-    return backend_cpu.host_bytes(&shape, 1);
+    shape.max_rows = cpu_step_rows(&shape, 1, cpu_parts_row_bytes((int)plan->tp_size, stage.hidden_size), 1);
+    return backend_cpu.host_bytes(&shape, 1) + cpu_parts_bytes(plan, shape.max_rows);
 }
 
 // ---- the whole ---------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ struct rank_memory {
     uint64_t kv_bytes;                      // at the context, in whole pages
     uint64_t
         scratch_bytes; // on a GPU: buffers of a step of 2048 rows and of sums over ranks, and the backend's reserve
-    uint64_t cpu_scratch_bytes; // on a CPU, one thread
+    uint64_t cpu_scratch_bytes; // on a CPU, one thread: buffers of a step, and the rank's parts of sums over ranks
     uint64_t total_bytes;       // on a GPU: weights, KV cache and scratch
     // One token of decoding.
     uint64_t read_bytes;    // weights, of the experts the chosen ones alone; whole experts: on average

@@ -74,7 +74,7 @@ static void compare(const char *name, uint32_t tp_size, enum experts_mode expert
         shape.context = context;
         shape.num_pages = (int64_t)div_up((uint64_t)context, KV_PAGE_TOKENS);
         shape.samples = tp_size == 1;
-        shape.exchange = TRANSPORT_HOST;
+        shape.exchange = TRANSPORT_P2P;
         options.rank = (int)rank;
         options.tp_size = (int)tp_size;
         options.device = -1;
@@ -85,6 +85,13 @@ static void compare(const char *name, uint32_t tp_size, enum experts_mode expert
                 skip();
             fail_msg("%s: %s", name, err.msg);
         }
+        struct memory_plan over_host;
+        shape.exchange = TRANSPORT_HOST;
+        if (b->plan(device, &shape, &over_host, &err))
+            fail_msg("%s: %s", name, err.msg);
+        if (tp_size > 1 && over_host.exchange_bytes > taken.exchange_bytes)
+            fail_msg("tp %u: the plan counts p2p, and host takes more: %llu", tp_size,
+                     (unsigned long long)over_host.exchange_bytes);
         memory_plan_rank(&planned, plan, rank, context, KV_BF16);
         uint64_t scratch = taken.scratch_bytes + taken.exchange_bytes + slab_difference(plan, rank);
         if (planned.scratch_bytes < scratch || planned.scratch_bytes > scratch + SLACK ||
@@ -106,6 +113,7 @@ static void test_plan(void **state)
     compare("gemma-2-27b", 3, EXPERTS_TP, 4096);
     compare("Mixtral-8x7B-v0.1", 2, EXPERTS_TP, 32768);
     compare("Qwen3-30B-A3B", 4, EXPERTS_EP, 4096);
+    compare("Llama-3-70B", 8, EXPERTS_TP, 4096);
     compare("gpt-oss-20b", 3, EXPERTS_TP, 4096);
 }
 
