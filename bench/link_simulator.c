@@ -37,6 +37,12 @@ struct shared {
     struct error err;
 };
 
+// When a chunk was done with its buffers; seconds of the clock.
+struct moments {
+    double parts_sent, added, sums_sent, sums_in, decoded;
+};
+enum { MOMENTS = 4 }; // chunks that are remembered
+
 struct run {
     const struct link_message *message;
     int rank;
@@ -51,6 +57,7 @@ struct run {
     // The clock: when the card, its way out and its way in are free.
     double card, to, from;
     uint64_t to_bytes, from_bytes;
+    struct moments moments[MOMENTS]; // of chunk c at c % MOMENTS
 };
 
 // ---- the clock -----------------------------------------------------------------------------------------------------
@@ -149,13 +156,24 @@ static void move_groups(const struct run *r, uint8_t *card, int rank, int phase,
 // ---- two-shot, whole or in chunks ----------------------------------------------------------------------------------
 
 struct chunk {
-    uint64_t begin, end, mine, others; // groups: all, and those that this rank owns and does not
+    uint64_t index, begin, end, mine, others; // groups: all, and those that this rank owns and does not
     double encoded, added;
 };
 
+// Of the chunk that had the same one of `ring` buffers before; there may have been none.
+static const struct moments *before(const struct run *r, uint64_t index, uint64_t ring)
+{
+    static const struct moments none;
+    return index < ring ? &none : &r->moments[(index - ring) % MOMENTS];
+}
+
+// Of what goes out there are two buffers on the card; of what others read or write three (kernels/cuda/exchange.c and exchange_p2p.c, which say who
+// waits for whom).
+enum { RING_OUT = 2, RING_IN = 3 };
+
 static struct chunk chunk_at(const struct run *r, uint64_t index)
 {
-    struct chunk chunk = {.begin = index * r->chunk_groups};
+    struct chunk chunk = {.index = index, .begin = index * r->chunk_groups};
     chunk.end = chunk.begin + r->chunk_groups < r->groups ? chunk.begin + r->chunk_groups : r->groups;
     chunk.mine = owned(r, r->rank, chunk.begin, chunk.end);
     chunk.others = chunk.end - chunk.begin - chunk.mine;
@@ -169,21 +187,27 @@ static void encode_chunk(struct run *r, struct chunk *chunk)
         piece.to = r->mine + chunk->begin * F32_GROUP_BYTES;
         reduce_encode(&piece, 0, piece.count);
     }
-    chunk->encoded = compute(r, 0, chunk->others * (F32_GROUP_BYTES + r->group_bytes));
+    chunk->encoded =
+        compute(r, before(r, chunk->index, RING_OUT)->parts_sent, chunk->others * (F32_GROUP_BYTES + r->group_bytes));
 }
 
 // Groups go to their owners, which add them up.
 static int first_phase(struct run *r, struct chunk *chunk, struct error *err)
 {
+    struct moments *moments = &r->moments[chunk->index % MOMENTS];
+    // Others may still read, or add up, what had its place before.
+    double was_read = before(r, chunk->index, RING_IN)->sums_in;
     double written[LINK_MAX_RANKS], there = chunk->encoded;
     uint64_t n = (uint64_t)r->message->tp_size;
     if (r->data)
         move_groups(r, r->mine + chunk->begin * F32_GROUP_BYTES, r->rank, 0, chunk->begin, chunk->end, r->rank, true,
                     false);
-    int rc = exchange_times(r, send_out(r, chunk->encoded, chunk->others * r->group_bytes), written, err);
+    moments->parts_sent = send_out(r, fmax(chunk->encoded, was_read), chunk->others * r->group_bytes);
+    int rc = exchange_times(r, moments->parts_sent, written, err);
+    double vacant = over_host(r) ? before(r, chunk->index, RING_IN)->added : 0;
     for (int rank = 0; rank < r->message->tp_size && !rc; rank++)
         if (rank != r->rank)
-            there = fmax(there, take_in(r, written[rank], chunk->mine * r->group_bytes));
+            there = fmax(there, take_in(r, fmax(written[rank], vacant), chunk->mine * r->group_bytes));
     if (rc)
         return rc;
     if (r->data) {
@@ -195,22 +219,28 @@ static int first_phase(struct run *r, struct chunk *chunk, struct error *err)
         piece.to = r->mine + (r->groups + chunk->begin) * F32_GROUP_BYTES;
         reduce_add_up(&piece, 0, piece.count);
     }
-    chunk->added = compute(r, there, chunk->mine * (2 * F32_GROUP_BYTES + n * r->group_bytes));
+    there = fmax(there, before(r, chunk->index, RING_OUT)->sums_sent);
+    moments->added = chunk->added = compute(r, there, chunk->mine * (2 * F32_GROUP_BYTES + n * r->group_bytes));
     return 0;
 }
 
 // The sums go to all others.
 static int second_phase(struct run *r, const struct chunk *chunk, struct error *err)
 {
+    struct moments *moments = &r->moments[chunk->index % MOMENTS];
     double written[LINK_MAX_RANKS], there = 0;
     uint64_t copies = over_host(r) ? 1 : (uint64_t)r->message->tp_size - 1;
     if (r->data)
         move_groups(r, r->mine + (r->groups + chunk->begin) * F32_GROUP_BYTES, r->rank, 1, chunk->begin, chunk->end,
                     r->rank, false, false);
-    int rc = exchange_times(r, send_out(r, chunk->added, chunk->mine * copies * r->group_bytes), written, err);
+    moments->sums_sent = send_out(r, chunk->added, chunk->mine * copies * r->group_bytes);
+    int rc = exchange_times(r, moments->sums_sent, written, err);
+    double vacant = over_host(r) ? before(r, chunk->index, RING_IN)->decoded : 0;
     for (int rank = 0; rank < r->message->tp_size && !rc; rank++)
         if (rank != r->rank)
-            there = fmax(there, take_in(r, written[rank], owned(r, rank, chunk->begin, chunk->end) * r->group_bytes));
+            there = fmax(there, take_in(r, fmax(written[rank], vacant),
+                                        owned(r, rank, chunk->begin, chunk->end) * r->group_bytes));
+    moments->sums_in = there;
     if (rc)
         return rc;
     if (r->data) {
@@ -221,7 +251,7 @@ static int second_phase(struct run *r, const struct chunk *chunk, struct error *
                             chunk->begin, chunk->end, rank, false, true);
         reduce_decode(&piece, 0, piece.count);
     }
-    compute(r, there, chunk->others * (F32_GROUP_BYTES + r->group_bytes));
+    moments->decoded = compute(r, there, chunk->others * (F32_GROUP_BYTES + r->group_bytes));
     return 0;
 }
 

@@ -11,13 +11,14 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))
+from two_hosts_help import ADDRESSES, HOSTS, cut, join, make_hosts, on_host, remove_hosts, run  # noqa: E402
+
 BUILD = Path(os.environ.get("BUILD", "build")).absolute()
 TCP, MPI, LIBRARY = BUILD / "tests/test_comm_tcp", BUILD / "tests/test_comm_mpi", BUILD / "libtpengine_mpi.so"
 RANKS = 4  # two on each host
 END_S = 60  # for a rank on a loaded machine
 CUT_S = 20  # deadlines are 1.5 s, and four times that in slow builds
-HOSTS = [f"tp{os.getpid()}{side}" for side in "ab"]
-ADDRESSES = ["10.231.77.1", "10.231.77.2"]
 
 failed = False
 
@@ -26,44 +27,6 @@ def report(name, fault):
     global failed
     failed |= bool(fault)
     print(f"{'not ok' if fault else 'ok'} - {name}" + (f"\n# {fault}".replace("\n", "\n# ") if fault else ""), flush=True)
-
-
-def run(*command, check=True):
-    return subprocess.run(command, check=check, capture_output=True, text=True)
-
-
-def make_hosts():
-    """The error of the step that failed; None: two hosts are there."""
-    try:
-        for host in HOSTS:
-            run("ip", "netns", "add", host)
-        run("ip", "link", "add", "tpveth0", "netns", HOSTS[0], "type", "veth", "peer", "name", "tpveth0", "netns", HOSTS[1])
-        for host, address in zip(HOSTS, ADDRESSES):
-            run("ip", "-n", host, "addr", "add", f"{address}/24", "dev", "tpveth0")
-            run("ip", "-n", host, "link", "set", "lo", "up")
-        join()
-    except (OSError, subprocess.CalledProcessError) as error:
-        return getattr(error, "stderr", None) or str(error)
-    return None
-
-
-def join():
-    for host in HOSTS:
-        run("ip", "-n", host, "link", "set", "tpveth0", "up")
-
-
-def cut():
-    run("ip", "-n", HOSTS[0], "link", "set", "tpveth0", "down")
-
-
-def remove_hosts():
-    for host in HOSTS:
-        for pid in run("ip", "netns", "pids", host, check=False).stdout.split():
-            try:
-                os.kill(int(pid), 9)
-            except ProcessLookupError:
-                pass
-        run("ip", "netns", "del", host, check=False)
 
 
 def start_tcp(case, stages, port):
@@ -90,8 +53,7 @@ def start_mpi(case, stages, folder):
     exports = {"COMM_MPI_CASE": case, "COMM_MPI_STAGES": str(stages), "COMM_MPI_LIBRARY": str(LIBRARY)}
     for key, value in exports.items():
         options += ["-x", f"{key}={value}"]
-    command = ["ip", "netns", "exec", HOSTS[0], "unshare", "--uts", "sh", "-c", f'hostname {HOSTS[0]}; exec "$@"', "sh", "mpirun"]
-    return [subprocess.Popen(command + options + [str(MPI)], stdin=subprocess.DEVNULL,
+    return [subprocess.Popen(on_host(0) + ["mpirun"] + options + [str(MPI)], stdin=subprocess.DEVNULL,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)]
 
 
@@ -180,9 +142,8 @@ def is_rank(pid):
 
 
 def main():
-    fault = make_hosts() if shutil.which("ip") else "no ip here"
+    fault = make_hosts()
     if fault:
-        remove_hosts() if shutil.which("ip") else None
         print(f"SKIP no network namespaces: {fault.strip()}")
         return
     folder = Path(tempfile.mkdtemp(prefix="comm_namespaces_"))

@@ -35,6 +35,7 @@ struct result {
     int code;
     struct error error;
     double seconds;
+    bool endless; // nccl_close has left what does not end
 };
 
 // What the ranks of a run have in common; shared memory.
@@ -111,8 +112,9 @@ static void *run_rank(void *argument)
             cudaStreamCreateWithFlags(&rank->stream, cudaStreamNonBlocking) != cudaSuccess)
             code = error_set(&err, ERR_OTHER, "no device");
         code = code ? code : rank->run->body(rank, &err);
-        nccl_close(rank->nccl);
-        cudaStreamDestroy(rank->stream);
+        result->endless = !nccl_close(rank->nccl);
+        if (!result->endless)
+            cudaStreamDestroy(rank->stream);
         comm_close(rank->comm);
     }
     result->error = err;
@@ -485,6 +487,20 @@ static void test_a_rank_that_dies(void **state)
     }
 }
 
+// What not even an abort ends is left as it is, in time, and who closes is told.
+static void test_what_never_ends(void **state)
+{
+    (void)state;
+    static const char *const parts[4] = {"rank ", "layer 11 (mlp)", "within 0.3 s"};
+    struct run *run = new_run(exchange, 2, 2, 512, WIRE_BF16);
+    run->processes = true;
+    stand_in->fault = FAULT_ENDLESS, stand_in->rank = 1, stand_in->nth = 2;
+    run_ranks(run);
+    expect_failure(run, "what never ends", ERR_RANK, parts, -1);
+    assert_false(run->results[0].endless);
+    assert_true(run->results[1].endless);
+}
+
 // Sums are done; only the end is not orderly.
 static void test_an_end_that_never_comes(void **state)
 {
@@ -656,6 +672,7 @@ int main(void)
         cmocka_unit_test(test_a_rank_that_stops),
         cmocka_unit_test(test_a_rank_that_dies),
         cmocka_unit_test(test_an_end_that_never_comes),
+        cmocka_unit_test(test_what_never_ends),
         cmocka_unit_test(test_two_ranks_on_one_gpu),
         cmocka_unit_test(test_a_message_that_was_not_planned),
         cmocka_unit_test(test_errors_of_the_runtime),

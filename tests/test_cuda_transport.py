@@ -133,7 +133,7 @@ def test_refusals(tmp):
     check("p2p pins a page", rc == 0 and "sums of ranks over p2p" in told, (rc, told[-300:]))
     rc, _, told = engine(*words, "--transport", "host", EMULATED_MEMORY="100000000")
     check("memory of sums over ranks is planned and named", rc == 8 and "device 0 (2 ranks) needs" in told and
-          "sums over ranks by host 0.03" in told, (rc, told[-300:]))
+          "sums over ranks by host 0.04" in told, (rc, told[-300:]))
     rc, _, told = engine(*words, "--transport", "p2p", EMULATED_MEMORY="100000000")
     check("likewise over p2p", rc == 8 and "sums over ranks by p2p 0.04" in told, (rc, told[-300:]))
     rc, _, told = engine(*words, EMULATED_DEVICES="2", EMULATED_PEERS="mirror", EMULATED_LOCKED="1000000")

@@ -158,6 +158,22 @@ static void test_clock(void **state)
     assert_true(link_seconds(&message) > 1.8 * before_s);
 }
 
+// Where a flag takes long, so many chunks are on their way as there are buffers.
+static void test_buffers(void **state)
+{
+    enum { CHUNKS = 24, BUFFERS = 3 };
+    (void)state;
+    for (size_t t = 0; t < 2; t++) {
+        struct exchange_choice choice = {ALGORITHM_CHUNKS, WIRE_BF16, 64 << 10};
+        struct link_message message = message_of(transports[t], choice, 2, 4 * CHUNKS, 8192);
+        message.rates.flag_s = 1e-3; // of parts, and of sums
+        double took_s = link_seconds(&message), least_s = 2e-3 * CHUNKS / BUFFERS;
+        if (!(took_s > least_s && took_s < 1.1 * least_s))
+            fail_msg("%s: %.2f ms, wanted a little more than %.2f", transport_name(transports[t]), 1e3 * took_s,
+                     1e3 * least_s);
+    }
+}
+
 // The table's choice is never far from the fastest of all.
 static void test_table(void **state)
 {
@@ -205,7 +221,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_bytes_and_bits), cmocka_unit_test(test_formulae), cmocka_unit_test(test_odd_shapes),
-        cmocka_unit_test(test_clock),          cmocka_unit_test(test_table),    cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_clock),          cmocka_unit_test(test_buffers),  cmocka_unit_test(test_table),
+        cmocka_unit_test(test_refusals),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

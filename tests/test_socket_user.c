@@ -25,7 +25,7 @@
 
 #include <cmocka.h>
 
-enum { LOOKUPS = 200, CALL_ANY = -1 };
+enum { LOOKUPS = 100, CALL_ANY = -1 };
 
 struct pair {
     int listener, caller, called;

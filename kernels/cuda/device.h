@@ -129,6 +129,7 @@ struct device {
 
     struct products *products; // multiply.c's; NULL before prepare
     struct exchange *exchange; // exchange.c's; NULL: the host exchanges
+    bool hangs;                // an exchange has been closed that did not end
 };
 
 // 0, or ERR_GPU (ERR_MEMORY when memory ran out) with the device, `what` and the driver's words.

@@ -23,7 +23,7 @@ enum {
 
 // ---- the areas -----------------------------------------------------------------------------------------------------
 
-enum { HOST_AREA_BYTES = EXCHANGE_DIRECT_BYTES + 2 * (EXCHANGE_PARTS_BYTES + EXCHANGE_SUMS_BYTES) };
+enum { HOST_AREA_BYTES = EXCHANGE_DIRECT_BYTES + EXCHANGE_DEPTH * (EXCHANGE_PARTS_BYTES + EXCHANGE_SUMS_BYTES) };
 
 uint64_t exchange_region_bytes(int tp_size)
 {
@@ -43,7 +43,7 @@ static uint8_t *mapped_area(const struct exchange *x, int rank)
 // The device memory of chunks. Over p2p what comes in has its place elsewhere.
 enum {
     OUT_BYTES = 2 * (EXCHANGE_PARTS_BYTES + EXCHANGE_SUMS_BYTES),
-    STAGING_BYTES = OUT_BYTES + 2 * 2 * EXCHANGE_PARTS_BYTES,
+    STAGING_BYTES = OUT_BYTES + EXCHANGE_DEPTH * 2 * EXCHANGE_PARTS_BYTES,
 };
 
 static void place_staging(struct exchange *x, uint8_t *memory)
@@ -53,7 +53,7 @@ static void place_staging(struct exchange *x, uint8_t *memory)
         x->sums_out[i] = memory + EXCHANGE_PARTS_BYTES;
         memory += EXCHANGE_PARTS_BYTES + EXCHANGE_SUMS_BYTES;
     }
-    for (int i = 0; i < 2 && !x->p2p; i++) {
+    for (int i = 0; i < EXCHANGE_DEPTH && !x->p2p; i++) {
         x->parts_in[i] = memory;
         x->sums_in[i] = memory + EXCHANGE_PARTS_BYTES;
         memory += 2 * EXCHANGE_PARTS_BYTES;
@@ -200,7 +200,6 @@ static void fill_host_ranks(struct exchange *x)
 static int open_alone(struct device *d, struct exchange *x, struct exchange_card *card, struct error *err)
 {
     int rc;
-    x->depth = 2;
     if ((rc = map_region(d, x, err)) ||
         (x->options.transport == TRANSPORT_P2P && (rc = exchange_p2p_make(d, x, card, err))) ||
         (rc = make_streams(d, x, err)) || (rc = make_memory(d, x, err)))
@@ -373,14 +372,15 @@ bool exchange_close(struct device *d)
     struct exchange *x = d->exchange;
     struct error ignored;
     if (!x)
-        return true;
-    exchange_side_end(d, &ignored); // of a step that failed
-    device_end_recording(d);        // likewise, before the streams that belong to it go
-    nccl_close(x->nccl);            // which waits itself
-    if (!come_to_end(d, x)) {
+        return !d->hangs;
+    exchange_side_end(d, &ignored);  // of a step that failed
+    device_end_recording(d);         // likewise, before the streams that belong to it go
+    bool over = nccl_close(x->nccl); // which waits itself
+    if (!over || !come_to_end(d, x)) {
         free(x->p2p); // the others keep their inboxes, as this rank has not left
         free(x);
         d->exchange = NULL;
+        d->hangs = true;
         return false;
     }
     exchange_close_sides(x);

@@ -4,8 +4,8 @@
 //   host  one area a rank, in pinned memory of the host that all ranks have mapped. A rank writes its own and reads those of the others.
 //   p2p   each rank's device memory has an area for each other rank. A rank writes into those of the others and reads its own; it never reads over a
 //         link. What is the same for all others it writes to each (every).
-// An area: tokens [EXCHANGE_LANES], each in a line of its own; slots [EXCHANGE_BLOCKS][2]; over host behind them, for chunks, parts [2] and
-// sums [2], which over p2p stand behind all areas, for all senders together (exchange_p2p.c). No place in it depends on the size of a message.
+// An area: tokens [EXCHANGE_LANES], each in a line of its own; slots [EXCHANGE_BLOCKS][2]; over host behind them, for chunks, parts [3] and
+// sums [3], which over p2p stand behind all areas, for all senders together (exchange_p2p.c). No place in it depends on the size of a message.
 //
 // A lane is a block of a kernel, or the parts or the sums of chunks. In phase t a rank writes slot t % 2 of the lane, posts t, waits until every
 // other rank has posted t or more, and reads what they wrote. It writes that slot again in phase t + 2, which it enters only after all have

@@ -1,12 +1,14 @@
 // Exchanges in chunks that copy engines move while the chunks before are added up. See exchange.h.
 //
-// Three streams: the device's own computes, one copies out, one copies in. Of chunk c, with two buffers of everything:
+// Three streams: the device's own computes, one copies out, one copies in. Of chunk c, with two buffers of what goes out on the
+// device and three (DEPTH) of all else:
 //   parts   own: encodes | out: copies them to the host, posts | in: waits for everybody's, copies those for this owner in
 //   sums    own: adds up, encodes | out: copies, posts          | in: waits, copies the others' in
 //   decode  own
 // parts of c + 1 come before sums of c, so that copies and arithmetic of two chunks go on beside each other. The host's buffer of parts c is
-// written again as that of c + 2 when this rank has copied sums c in: then every rank has posted sums c, and had copied parts c in before. The
-// buffer of sums c is written again after parts c + 2 of all ranks, which they post when they have copied sums c in. All ranks queue the same
+// written again as that of c + 3 when this rank has copied sums c in: then every rank has posted sums c, and had copied parts c in before. The
+// buffer of sums c is written again after parts c + 3 of all ranks, which they post when they have copied sums c in. With two of them the copies
+// out would wait for those in at every chunk (bench/link_simulator.c). All ranks queue the same
 // in the same order, and what a stream waits for was queued before: no circle. Over p2p the copies out are all there are (exchange_p2p.c).
 //
 // Halves of a sum are the same with one of the two phases empty: its tokens are posted and waited for, so that what is said above of the buffers holds
@@ -17,15 +19,17 @@
 
 #include "formats/checked.h"
 
+enum { DEPTH = EXCHANGE_DEPTH };
+
 // ---- the host's buffers --------------------------------------------------------------------------------------------
 
 static uint8_t *parts_of(uint8_t *area, uint64_t chunk)
 {
-    return area + EXCHANGE_DIRECT_BYTES + chunk % 2 * EXCHANGE_PARTS_BYTES;
+    return area + EXCHANGE_DIRECT_BYTES + chunk % DEPTH * EXCHANGE_PARTS_BYTES;
 }
 static uint8_t *sums_of(uint8_t *area, uint64_t chunk)
 {
-    return area + EXCHANGE_DIRECT_BYTES + 2 * EXCHANGE_PARTS_BYTES + chunk % 2 * EXCHANGE_SUMS_BYTES;
+    return area + EXCHANGE_DIRECT_BYTES + DEPTH * EXCHANGE_PARTS_BYTES + chunk % DEPTH * EXCHANGE_SUMS_BYTES;
 }
 
 // ---- a chunk -------------------------------------------------------------------------------------------------------
@@ -77,15 +81,15 @@ static struct chunk chunk_at(const struct chunk_run *run, uint32_t index)
     return c;
 }
 
-// How many chunks one buffer is behind the next of its kind.
-static uint32_t ring_of(const struct chunk_run *run, enum chunk_event which)
+// How many chunks one buffer is behind the next of its kind: of those in which parts and sums come in, and of those that go out.
+static uint32_t ring_of(enum chunk_event which)
 {
-    return which == PARTS_IN || which == SUMS_IN || which == DECODED ? (uint32_t)run->x->depth : 2;
+    return which == PARTS_IN || which == SUMS_READY || which == SUMS_IN || which == DECODED ? DEPTH : 2;
 }
 
 static cudaEvent_t event_of(const struct chunk_run *run, enum chunk_event which, uint32_t index)
 {
-    return run->x->event[which][(run->x->chunks + index) % ring_of(run, which)];
+    return run->x->event[which][(run->x->chunks + index) % ring_of(which)];
 }
 
 // Until the chunk that had the same buffer before has come so far. That of an earlier message has: all streams begin behind the device's own, which
@@ -93,13 +97,10 @@ static cudaEvent_t event_of(const struct chunk_run *run, enum chunk_event which,
 static cudaError_t wait_for_buffer(const struct chunk_run *run, cudaStream_t stream, enum chunk_event which,
                                    uint32_t index)
 {
-    return index < ring_of(run, which) ? cudaSuccess : cudaStreamWaitEvent(stream, event_of(run, which, index), 0);
+    return index < ring_of(which) ? cudaSuccess : cudaStreamWaitEvent(stream, event_of(run, which, index), 0);
 }
 
-static uint8_t *in_of(const struct exchange *x, uint8_t *const *in, uint64_t number)
-{
-    return in[number % (uint64_t)x->depth];
-}
+static uint8_t *in_of(uint8_t *const *in, uint64_t number) { return in[number % DEPTH]; }
 
 // The parts of all owners but this rank.
 static int send_parts(const struct chunk_run *run, const struct chunk *c, const uint8_t *stage, uint64_t number)
@@ -157,7 +158,7 @@ static int chunk_parts(const struct chunk_run *run, uint32_t index)
     struct exchange *x = run->x;
     struct chunk c = chunk_at(run, index);
     uint64_t number = x->chunks + index, own = (uint64_t)c.piece.rank * c.share;
-    uint8_t *stage = x->parts_out[number % 2], *in = in_of(x, x->parts_in, number);
+    uint8_t *stage = x->parts_out[number % 2], *in = in_of(x->parts_in, number);
     int rc;
     STEP(wait_for_buffer(run, d->stream, PARTS_SENT, index));
     if (has_parts(run))
@@ -187,11 +188,11 @@ static int chunk_sums(const struct chunk_run *run, uint32_t index)
     struct exchange *x = run->x;
     struct chunk c = chunk_at(run, index);
     uint64_t number = x->chunks + index;
-    uint8_t *stage = x->sums_out[number % 2], *in = in_of(x, x->sums_in, number);
+    uint8_t *stage = x->sums_out[number % 2], *in = in_of(x->sums_in, number);
     int rc;
     STEP(cudaStreamWaitEvent(d->stream, event_of(run, PARTS_IN, index), 0));
     STEP(wait_for_buffer(run, d->stream, SUMS_SENT, index));
-    if ((rc = work_between(run, &c, stage, in_of(x, x->parts_in, number))))
+    if ((rc = work_between(run, &c, stage, in_of(x->parts_in, number))))
         return rc;
     STEP(cudaEventRecord(event_of(run, SUMS_READY, index), d->stream));
     STEP(cudaStreamWaitEvent(x->out, event_of(run, SUMS_READY, index), 0));
@@ -220,7 +221,7 @@ static int chunk_decode(const struct chunk_run *run, uint32_t index)
     struct chunk c = chunk_at(run, index);
     STEP(cudaStreamWaitEvent(d->stream, event_of(run, SUMS_IN, index), 0));
     if (has_sums(run))
-        STEP(launch_share_decode(in_of(run->x, run->x->sums_in, run->x->chunks + index), &c.behind, d->stream));
+        STEP(launch_share_decode(in_of(run->x->sums_in, run->x->chunks + index), &c.behind, d->stream));
     STEP(cudaEventRecord(event_of(run, DECODED, index), d->stream));
     return 0;
 }

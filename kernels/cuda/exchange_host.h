@@ -6,7 +6,7 @@
 #include "kernels/cuda/exchange.h"
 #include "kernels/cuda/nccl.h"
 
-enum { EXCHANGE_EVENTS = 8, EXCHANGE_P2P_DEPTH = 3, EXCHANGE_DEPTH = EXCHANGE_P2P_DEPTH };
+enum { EXCHANGE_EVENTS = 8, EXCHANGE_DEPTH = 3 };
 
 struct exchange_p2p;
 
@@ -53,7 +53,6 @@ struct exchange {
 
     // Chunks.
     cudaStream_t out, in;
-    int depth; // how many there are of what comes in
     cudaEvent_t event[EXCHANGE_EVENTS][EXCHANGE_DEPTH];
     uint8_t *staging, *parts_out[2], *sums_out[2], *parts_in[EXCHANGE_DEPTH], *sums_in[EXCHANGE_DEPTH];
     uint64_t chunks; // so far

@@ -8,7 +8,7 @@
 // for their device. A rank writes there with stores of its kernels and with copies of its copy engines, and never reads there.
 //
 // Chunks. Copies go from the out stream to all others' parts or sums, and the token behind them; the in stream only waits. Of everything that others
-// write there are three, not two. Parts c are written again as parts c + 3 when this rank has had the token of everybody's sums c: those were added
+// write there are three. Parts c are written again as parts c + 3 when this rank has had the token of everybody's sums c: those were added
 // up from parts c. Sums c are written again as sums c + 3 when everybody's parts c + 3 are here: a rank's own stream encodes them behind decoding sums
 // c. So a sender hardly ever waits for its readers.
 //
@@ -25,7 +25,7 @@
 #include <unistd.h>
 
 enum {
-    DEPTH = EXCHANGE_P2P_DEPTH,
+    DEPTH = EXCHANGE_DEPTH,
     LEFT_OFFSET = 128, // in the ranks' memory of the host, behind the abort word
     LEAVE_MS = 2000,   // for the others to end
     FAILED_MS = 100,   // after a failure, when they may be gone
@@ -107,7 +107,6 @@ int exchange_p2p_make(struct device *d, struct exchange *x, struct exchange_card
     card->handle_status = cudaIpcGetMemHandle(&card->handle, x->p2p->inbox);
     if (card->handle_status != cudaSuccess)
         cudaGetLastError();
-    x->depth = DEPTH;
     for (uint64_t i = 0; i < DEPTH; i++) {
         x->parts_in[i] = parts_of(x, x->p2p->inbox, i);
         x->sums_in[i] = sums_of(x, x->p2p->inbox, i);

@@ -417,23 +417,25 @@ static bool end_orderly(struct nccl *n)
     return result == ncclSuccess;
 }
 
-void nccl_close(struct nccl *n)
+bool nccl_close(struct nccl *n)
 {
     if (!n)
-        return;
+        return true;
     if (n->comm && end_orderly(n))
         n->library.ncclCommDestroy_(n->comm);
     else if (n->comm) {
         abort_communicator(n);
         drain_stream(n); // what it frees below a kernel may still use
     }
-    if (!n->stuck) { // else the process ends with it
+    bool over = !n->stuck;
+    if (over) { // else they end with the process, and the library's code is in use until then
         cudaFree(n->to);
         cudaFree(n->from);
         cudaFreeHost(n->began);
+        nccl_library_close(&n->library);
     }
-    nccl_library_close(&n->library);
     free(n);
+    return over;
 }
 
 void nccl_describe(const struct nccl *n, char *text, size_t bytes)

@@ -75,8 +75,9 @@ int nccl_open(struct nccl **out, const struct nccl_options *options, struct nccl
 // hellos [tp_size], by rank. All ranks call it at about the same time. ERR_GPU where two ranks have one GPU, ERR_CORRUPT where they have
 // different versions of NCCL.
 int nccl_connect(struct nccl *nccl, const struct nccl_hello *hellos, struct error *err);
-// Waits for what is on the stream. An end that has failed, or that finds the group's abort word raised, aborts. Accepts NULL.
-void nccl_close(struct nccl *nccl);
+// Waits for what is on the stream. An end that has failed, or that finds the group's abort word raised, aborts. false: what is on the stream does not
+// end even so, within seconds; then all that it may still touch stays, and nothing of the device is to be freed or waited for. Accepts NULL.
+bool nccl_close(struct nccl *nccl);
 // "NCCL 2.28.9", and what was set in the environment for it.
 void nccl_describe(const struct nccl *nccl, char *text, size_t bytes);
 

@@ -54,7 +54,7 @@ struct message {
     struct ncclComm *comm;
     cudaStream_t stream;
     int num_transfers;
-    bool stuck;
+    bool stuck, endless, corrupt;
     struct transfer transfers[MOST_TRANSFERS];
 };
 
@@ -71,6 +71,11 @@ __attribute__((constructor)) static void make_shared(void)
     if (shared == MAP_FAILED)
         abort();
     shared->version = 22809;
+    const char *given = getenv("STAND_IN_FAULT");
+    int fault = 0;
+    if (given && sscanf(given, "%d:%d:%d", &fault, &shared->rank, &shared->nth) != 3)
+        abort();
+    shared->fault = (enum stand_in_fault)fault;
 }
 
 #define EXPORT __attribute__((visibility("default")))
@@ -119,13 +124,14 @@ static void release(struct ncclComm *comm)
     free(comm);
 }
 
-static void move(struct ncclComm *comm, struct transfer *t)
+static void move(struct ncclComm *comm, struct transfer *t, bool corrupt)
 {
     struct box *box = t->sends ? &comm->region->boxes[comm->rank][t->peer] : &comm->region->boxes[t->peer][comm->rank];
     unsigned filled = atomic_load(&box->filled), emptied = atomic_load(&box->emptied);
     if (t->sends && filled == emptied) {
         box->bytes = t->left < BOX_BYTES ? (unsigned)t->left : BOX_BYTES;
         memcpy(box->piece, t->data, box->bytes);
+        box->piece[box->bytes / 2 | 1] ^= corrupt ? 0x40 : 0;
     } else if (!t->sends && filled != emptied) {
         if (box->bytes > t->left) {
             fprintf(stderr, "nccl stand-in: rank %d receives %zu bytes from rank %d, which sends more\n", comm->rank,
@@ -145,9 +151,11 @@ static bool step(void *argument)
 {
     struct message *m = argument;
     bool done = true;
+    if (m->endless)
+        return false;
     for (int i = 0; i < m->num_transfers && !atomic_load(&m->comm->aborted); i++) {
         if (m->transfers[i].left && !m->stuck)
-            move(m->comm, &m->transfers[i]);
+            move(m->comm, &m->transfers[i], m->corrupt);
         done = done && !m->transfers[i].left;
     }
     if (!done && !atomic_load(&m->comm->aborted))
@@ -175,6 +183,8 @@ static ncclResult_t queue(struct message *m)
 {
     struct ncclComm *comm = m->comm;
     int number = comm->messages++;
+    m->corrupt = fault(FAULT_CORRUPT, comm) && number == shared->nth;
+    m->endless = fault(FAULT_ENDLESS, comm) && number == shared->nth;
     m->stuck = (fault(FAULT_STUCK, comm) && number == shared->nth) || fault(FAULT_ABORT_HANGS, comm);
     if (comm->queued || (fault(FAULT_CALL, comm) && number == shared->nth)) {
         free(m);

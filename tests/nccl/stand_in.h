@@ -20,6 +20,8 @@ enum stand_in_fault {
     FAULT_DUPLICATE,   // the rank's communicator is refused, as if another one had its GPU
     FAULT_NO_END,      // the rank's communicator never finishes in order
     FAULT_ABORT_HANGS, // so does the rank's ncclCommAbort; and its first message never moves
+    FAULT_CORRUPT,     // a bit of what the rank sends in its nth message is changed on the way
+    FAULT_ENDLESS,     // the rank's nth message never moves, and stays on its stream when the communicator is aborted
 };
 
 // In memory that processes forked after loading share.
@@ -30,6 +32,7 @@ struct stand_in {
     int aborts[STAND_IN_RANKS], destroys[STAND_IN_RANKS], opened[STAND_IN_RANKS]; // communicators, by rank
 };
 
+// The variable STAND_IN_FAULT, "fault:rank:nth" in numbers, sets the three of them at first.
 // Where the variable STAND_IN_TOLD names a file, a communicator that ends in order appends a line to it: "rank 1: 12 messages".
 struct stand_in *nccl_stand_in(void);
 #define STAND_IN_ENTRY "nccl_stand_in"
