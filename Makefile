@@ -1,7 +1,7 @@
 # tpshard and tpengine: build, tests and checks. `make help` lists the targets.
 #
 # New files plug in by their place and name; this file need not change:
-#   formats/*.c kernels/*.c kernels/scalar/*.c kernels/cpu/*.c   both programs (suffix _avx2, _avx512, _avx512bf16, _amx: see "Sources")
+#   formats/*.c kernels/*.c kernels/scalar/*.c kernels/cpu/*.c   both programs (suffix _avx2, _avx512, _avx512vbmi, _avx512bf16, _amx: see "Sources")
 #   shard/*.c, engine/*.c, engine/serve/*.c                       one program each, with its main in main.c
 #   tests/test_*.c, tests/test_*.sh, tests/test_*.py              run by `make test`; other tests/*.c are helpers of all tests
 #   tests/fuzz/fuzz_<name>.c with tests/fuzz/corpus/<name>/       replayed by `make test`, explored by `make fuzz`
@@ -55,12 +55,13 @@ LDLIBS = $(LIBRARIES) -lpthread -ldl -lm
 
 ISA_avx2 = -mavx2 -mfma -mf16c
 ISA_avx512 = -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni $(ISA_avx2)
+ISA_avx512vbmi = -mavx512vbmi $(ISA_avx512)
 # Compilers that lack one of these compile its file to a table that no machine supports.
 BF16 = -mavx512bf16 -mavx512vbmi
 ISA_avx512bf16 := $(shell $(CC) $(BF16) -E -x c /dev/null >/dev/null 2>&1 && echo $(BF16)) $(ISA_avx512)
 AMX = -mamx-tile -mamx-int8 -mamx-bf16
 ISA_amx := $(shell $(CC) $(AMX) -E -x c /dev/null >/dev/null 2>&1 && echo $(AMX)) $(ISA_avx512)
-ISA_NAMES = avx2 avx512 avx512bf16 amx
+ISA_NAMES = avx2 avx512 avx512vbmi avx512bf16 amx
 ISA_FILES = $(foreach isa,$(ISA_NAMES),%_$(isa).c)
 
 FORMATS_SRC := $(wildcard formats/*.c)

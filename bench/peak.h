@@ -99,6 +99,8 @@ static inline double peak_operations_per_second(const char *table, bool integers
         {"amx", false, 16 * 16 * 32 * 4, PEAK_TILE_STEPS, peak_tiles_bf16},
         {"avx512bf16", true, 64 * PEAK_CHAINS, PEAK_STEPS, peak_vnni_512},
         {"avx512bf16", false, 32 * PEAK_CHAINS, PEAK_STEPS, peak_bf16_512},
+        {"avx512vbmi", true, 64 * PEAK_CHAINS, PEAK_STEPS, peak_vnni_512},
+        {"avx512vbmi", false, 16 * PEAK_CHAINS, PEAK_STEPS, peak_fma_512},
         {"avx512", true, 64 * PEAK_CHAINS, PEAK_STEPS, peak_vnni_512},
         {"avx512", false, 16 * PEAK_CHAINS, PEAK_STEPS, peak_fma_512},
         {"avx2", true, 32 * PEAK_CHAINS, PEAK_STEPS, peak_madd_256},

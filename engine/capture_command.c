@@ -26,7 +26,7 @@ const struct option_spec capture_options[] = {
     {"tokens", OPTION_INT, &options.tokens, "N", 1, 1e9, "read the first N tokens of the text"},
     {"window", OPTION_INT, &options.window, "N", 2, 1 << 20,
      "tokens that are read at once, as a text of their own, or the longest that the model reads if that is less"},
-    {"backend", OPTION_CHOICE, &options.backend, "cpu|scalar|avx2|avx512|avx512bf16|amx", 0, 0,
+    {"backend", OPTION_CHOICE, &options.backend, "cpu|scalar|avx2|avx512|avx512vbmi|avx512bf16|amx", 0, 0,
      "kernels to compute with; cpu: the fastest here"},
     {"threads", OPTION_INT, &options.threads, "N", 0, 1024,
      "worker threads; 0: all CPUs; the statistics do not depend on it"},
@@ -195,10 +195,11 @@ static int report(const struct capture_run *run, struct error *err)
     return 0;
 }
 
-// avx512 computes the bits of avx2 (kernels/kernels.h), so that they go on with each other's files and the same weights come of them.
+// avx512 and avx512vbmi compute the bits of avx2 (kernels/kernels.h), so that they go on with each other's files and the same weights come of them.
 static const char *name_of_sums(const struct kernels *kernels)
 {
-    return strcmp(kernels->name, "avx512") == 0 ? "avx2" : kernels->name;
+    const bool same = strcmp(kernels->name, "avx512") == 0 || strcmp(kernels->name, "avx512vbmi") == 0;
+    return same ? "avx2" : kernels->name;
 }
 
 static int make_header(struct capture_run *run, struct checksum128 text, const char *kernels, struct error *err)

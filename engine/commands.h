@@ -46,7 +46,7 @@ extern struct session_options session_options;
     {"backend",                                                                                                        \
      OPTION_CHOICE,                                                                                                    \
      &session_options.backend,                                                                                         \
-     "auto|cpu|cuda|scalar|avx2|avx512|avx512bf16|amx",                                                                \
+     "auto|cpu|cuda|scalar|avx2|avx512|avx512vbmi|avx512bf16|amx",                                                     \
      0,                                                                                                                \
      0,                                                                                                                \
      "where to compute; auto: cuda where there is a driver, else cpu, its fastest kernels"},                           \

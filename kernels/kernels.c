@@ -14,8 +14,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-const struct kernels *const kernels_all[] = {&kernels_amx,  &kernels_avx512bf16, &kernels_avx512,
-                                             &kernels_avx2, &kernels_scalar,     NULL};
+const struct kernels *const kernels_all[] = {
+    &kernels_amx, &kernels_avx512bf16, &kernels_avx512vbmi, &kernels_avx512, &kernels_avx2, &kernels_scalar, NULL};
 
 // Register sets that the operating system saves at a context switch (XCR0).
 enum { XCR0_YMM = 0x06, XCR0_ZMM = 0xe6, XCR0_TILES = 0x60000 };
@@ -63,6 +63,8 @@ bool kernels_supported_avx512bf16(void)
     return kernels_supported_avx512() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (ecx & AVX512_VBMI) &&
            __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & AVX512_BF16);
 }
+
+bool kernels_supported_avx512vbmi(void) { return kernels_supported_avx512() && __builtin_cpu_supports("avx512vbmi"); }
 
 // Eight tiles of 16 rows of 64 bytes: the first palette, as long as there is no other hardware.
 static bool cpu_has_amx(void)

@@ -13,7 +13,7 @@
 //     nvfp4  last = 2^7 * global_w[row], the codes doubled, scale_w = scale * 2^-8 (which is an f16)
 // where dot is the exact integer sum of products, and each *, +, - rounds to f32. bf16, fp8, fp8g and f32 matmul: 16 partial sums over
 // ascending columns (partial sum: column mod 16; fp8, fp8g: column mod 32 / 2), added by halves at the end; fp8g begins them anew for
-// each 128 columns and adds scale_w[row][g] times them, g ascending, to the 16 that are added at the end. avx2 and avx512 agree
+// each 128 columns and adds scale_w[row][g] times them, g ascending, to the 16 that are added at the end. avx2, avx512 and avx512vbmi agree
 // bit for bit (fused multiply-add), scalar rounds products. avx512bf16 and amx multiply bf16, fp8 and fp8g by activations rounded to bf16, at every
 // number of rows; their sums are others (kernels/cpu/avx512_bf16.h, kernels/cpu/amx_bf16.h).
 //
@@ -128,7 +128,7 @@ struct attention_query {
 };
 
 struct kernels {
-    const char *name;        // "scalar", "avx2", "avx512", "avx512bf16", "amx"
+    const char *name;        // "scalar", "avx2", "avx512", "avx512vbmi", "avx512bf16", "amx"
     bool (*supported)(void); // CPU and operating system
 
     // Fills rows [token_begin, token_end) of act from x [.., x_stride] for a matmul with w: the parts that w's kind needs.
@@ -176,7 +176,7 @@ struct kernels {
     void (*add)(float *y, const float *x, int64_t count);
 };
 
-// The fastest supported table, or the one named ("auto", "scalar", "avx2", "avx512", "avx512bf16", "amx"); ERR_USAGE with the list of what this
+// The fastest supported table, or the one named ("auto", "scalar", "avx2", "avx512", "avx512vbmi", "avx512bf16", "amx"); ERR_USAGE with the list of what this
 // machine supports when the name is unknown or unsupported.
 int kernels_select(const struct kernels **out, const char *wanted, struct error *err);
 // All tables compiled in, fastest first, NULL at the end; supported or not.

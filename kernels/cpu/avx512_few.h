@@ -1,4 +1,4 @@
-// Matmul of tiled weights with some tokens, for AVX-512; included by kernels_avx512.c.
+// Matmul of tiled weights with some tokens, for AVX-512; included by avx512_table.h.
 //
 // A panel would be filled while memory is busy and multiplied while it rests; here each cache line of weights is used for all tokens as it
 // comes. Lines are transposed as in avx512_tiled.h; after lanes of two fours of them have changed places, the columns of a row lie in two lanes.

@@ -33,6 +33,12 @@ VECTOR_INLINE void transpose_words(__m512i out[4], __m512i a, __m512i b, __m512i
 
 VECTOR_INLINE __m512 load_f16(const uint8_t *x) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x)); }
 
+// 2^-8 times the values of 16 codes, NaN as 2^-8 * 480: the sign to the top, all other bits below f16's second bit, which e4m3 lacks.
+VECTOR_INLINE __m256i e4m3_to_f16(__m128i codes)
+{
+    return _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7), _mm256_set1_epi16((short)0xbf80));
+}
+
 // tile_scale of vector_ops.h, 16 rows at once.
 VECTOR_INLINE __m512 load_scale(enum weight_kind kind, const uint8_t *scale)
 {
@@ -45,11 +51,29 @@ VECTOR_INLINE __m512 load_scale(enum weight_kind kind, const uint8_t *scale)
         __mmask16 nan = _mm512_cmpeq_epi32_mask(wide, _mm512_set1_epi32(255));
         return _mm512_castsi512_ps(_mm512_mask_mov_epi32(bits, nan, _mm512_set1_epi32(0x7fc00000)));
     }
-    __m256i f16 = _mm256_srai_epi16(_mm256_slli_epi16(_mm256_cvtepu8_epi16(codes), 8), 1);
-    f16 = _mm256_and_si256(f16, _mm256_set1_epi16((short)0xbf80));
+    __m256i f16 = e4m3_to_f16(codes);
     __m128i magnitude = _mm_and_si128(codes, _mm_set1_epi8(0x7f));
     __mmask16 nan = _mm_cmpeq_epi8_mask(magnitude, _mm_set1_epi8(0x7f));
     return _mm512_cvtph_ps(_mm256_mask_mov_epi16(f16, nan, _mm256_set1_epi16(0x7e00)));
+}
+
+// The same of `groups` groups of a tile, one behind the other; at most four.
+VECTOR_INLINE void load_group_scales(__m512 *out, enum weight_kind kind, const uint8_t *scales, int groups)
+{
+    const int group_bytes = kind == WEIGHT_INT4Z ? 4 * LANES : weight_group_chosen(kind) ? 2 * LANES : LANES;
+    if (kind == WEIGHT_NVFP4 && groups == 4) {
+        __m512i all = _mm512_loadu_si512(scales), sign = _mm512_set1_epi8((char)0x80);
+        bool nan = _mm512_cmpeq_epi8_mask(_mm512_or_si512(all, sign), _mm512_set1_epi8(-1)) != 0;
+        if (__builtin_expect(!nan, 1)) {
+            UNROLL
+            for (int g = 0; g < groups; g++)
+                out[g] = _mm512_cvtph_ps(e4m3_to_f16(_mm_loadu_si128((const __m128i *)(scales + g * group_bytes))));
+            return;
+        }
+    }
+    UNROLL
+    for (int g = 0; g < groups; g++)
+        out[g] = load_scale(kind, scales + g * group_bytes);
 }
 
 VECTOR_INLINE void load_scales_kind(float (*scale)[BLOCK_ROWS], float (*zero)[BLOCK_ROWS], const struct matrix *w,

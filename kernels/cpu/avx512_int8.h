@@ -1,4 +1,4 @@
-// Matmul of int8 weights with few tokens, for AVX-512; included by kernels_avx512.c.
+// Matmul of int8 weights with few tokens, for AVX-512; included by avx512_table.h.
 //
 // As float_few of float_matmul.h does it: a few rows side by side, which stand so far apart that what follows each in memory is read after it.
 #ifndef TPSHARD_KERNELS_CPU_AVX512_INT8_H

@@ -1,4 +1,4 @@
-// Matmul of int8 and tiled weights with many tokens, for AVX-512; included by kernels_avx512.c.
+// Matmul of int8 and tiled weights with many tokens, for AVX-512; included by avx512_table.h.
 //
 // Weights of 64 rows and 256 columns are unpacked and transposed into a panel in L1, with 16 rows in the lanes of a vector, so that no sum goes
 // across lanes. Six tokens at a time, whose sums of a group stay in registers, go through it: four loads of weights and six of activations

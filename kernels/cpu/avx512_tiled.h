@@ -1,10 +1,11 @@
-// Matmul of tiled weights with one or two tokens, for AVX-512; included by kernels_avx512.c.
+// Matmul of tiled weights with one or two tokens, for AVX-512; included by avx512_table.h.
 //
 // One stream of memory to a thread: a block of 64 rows from one end to the other, each line of weights used for all tokens as it comes. A load
 // goes through memory in equal steps, in the order in which it lies (the loop over tiles is not unrolled): so the processor, too, fetches ahead.
 //
 // Four lines are transposed by words, still packed, so that a 128-bit lane holds four rows; the columns of a row lie then in four lanes, and
-// are added up at the end of a group.
+// are added up at the end of a group. Where a group is only one or two words long, lanes of two fours of rows change places before, so that
+// columns lie in two lanes.
 #ifndef TPSHARD_KERNELS_CPU_AVX512_TILED_H
 #define TPSHARD_KERNELS_CPU_AVX512_TILED_H
 
@@ -18,11 +19,12 @@ struct tiled_input {
     // Of each 64 columns, in the order of act->q, and of w < 4: word w of each 128-bit lane in all four places of that lane.
     __m512i x[TILED_TOKENS][2][4];
     float scale[TILED_TOKENS];
-    int32_t sum[TILED_TOKENS][4]; // of q, per group
+    int32_t bias[TILED_TOKENS][4]; // per group: what unsigned codes add
+    float sum[TILED_TOKENS][4];    // of q, per group
 };
 
 VECTOR_INLINE void tiled_input_fill(struct tiled_input *in, const struct activations *act, int64_t col, int step,
-                                    int group_size, int tokens)
+                                    int group_size, int tokens, enum weight_kind kind)
 {
     UNROLL
     for (int t = 0; t < tokens; t++) {
@@ -36,8 +38,11 @@ VECTOR_INLINE void tiled_input_fill(struct tiled_input *in, const struct activat
             in->x[t][h][3] = _mm512_shuffle_epi32(x, 0xff);
         }
         in->scale[t] = act->q_scale[t * (act->stride / ACT_GROUP) + col / ACT_GROUP];
-        for (int g = 0; g < step / group_size; g++)
-            in->sum[t][g] = sum_of_q(q_sum, col + g * group_size, group_size);
+        for (int g = 0; g < step / group_size; g++) {
+            int32_t sum = sum_of_q(q_sum, col + g * group_size, group_size);
+            in->bias[t][g] = tile_bias(kind) * sum;
+            in->sum[t][g] = (float)sum;
+        }
     }
 }
 
@@ -60,49 +65,78 @@ VECTOR_INLINE void turn_tile(__m512i first[4], __m512i second[4], const uint8_t 
     transpose_words(second, v[4], v[5], v[6], v[7]);
 }
 
-// dot[t]: products of words [begin, end) of a tile's rows: 0..3, 4..7, 8..11 and 12..15, a word of the four in each place of a 128-bit lane.
-VECTOR_INLINE void tiled_dots(i32x16 dot[TILED_TOKENS][4], const __m512i first[4], const __m512i second[4],
-                              const __m512i x[][2][4], int64_t h, int begin, int end, int tokens, enum weight_kind kind)
+// Codes of high nibbles as tiled_add expects their products.
+VECTOR_INLINE __m512i tiled_high_codes(__m512i v, enum weight_kind kind)
 {
+    return has_tile_table(kind) ? high_codes(v, kind) : high_codes_16(v);
+}
+
+// total[t]: products of all words of a tile's 16 rows. x: of the tile's columns, every second of an array of [token][2].
+VECTOR_INLINE void tiled_tile(__m512i total[TILED_TOKENS], const __m512i first[4], const __m512i second[4],
+                              const __m512i (*x)[4], int tokens, enum weight_kind kind)
+{
+    i32x16 dot[TILED_TOKENS][4]; // of rows 0..3, 4..7, 8..11 and 12..15
     UNROLL
     for (int t = 0; t < tokens; t++)
         for (int i = 0; i < 4; i++)
             dot[t][i] = (i32x16){0};
     UNROLL
-    for (int w = begin; w < end; w++) {
-        const bool table = has_tile_table(kind);
-        __m512i codes[4] = {low_codes(first[w], kind), low_codes(second[w], kind),
-                            table ? high_codes(first[w], kind) : high_codes_16(first[w]),
-                            table ? high_codes(second[w], kind) : high_codes_16(second[w])};
+    for (int w = 0; w < 4; w++) {
+        __m512i codes[4] = {low_codes(first[w], kind), low_codes(second[w], kind), tiled_high_codes(first[w], kind),
+                            tiled_high_codes(second[w], kind)};
         UNROLL
         for (int t = 0; t < tokens; t++) {
             UNROLL
             for (int i = 0; i < 4; i++)
-                dot[t][i] = (i32x16)_mm512_dpbusd_epi32((__m512i)dot[t][i], codes[i], x[t][h][w]);
+                dot[t][i] = (i32x16)_mm512_dpbusd_epi32((__m512i)dot[t][i], codes[i], x[2 * t][w]);
         }
     }
+    UNROLL
+    for (int t = 0; t < tokens; t++)
+        total[t] = add_lane_pairs(add_lane_pairs((__m512i)dot[t][0], (__m512i)dot[t][1]),
+                                  add_lane_pairs((__m512i)dot[t][2], (__m512i)dot[t][3]));
 }
 
-// Of 16 rows.
-VECTOR_INLINE __m512i tiled_total(const i32x16 dot[4])
+// The same of words [begin, end), one or two.
+VECTOR_INLINE void tiled_words(__m512i total[TILED_TOKENS], const __m512i first[4], const __m512i second[4],
+                               const __m512i (*x)[4], int begin, int end, int tokens, enum weight_kind kind)
 {
-    return add_lane_pairs(add_lane_pairs((__m512i)dot[0], (__m512i)dot[1]),
-                          add_lane_pairs((__m512i)dot[2], (__m512i)dot[3]));
+    i32x16 dot[TILED_TOKENS][2]; // of rows 0..7 and 8..15
+    UNROLL
+    for (int t = 0; t < tokens; t++)
+        dot[t][0] = dot[t][1] = (i32x16){0};
+    UNROLL
+    for (int w = begin; w < end; w++) {
+        UNROLL
+        for (int p = 0; p < 2; p++) {
+            __m512i v =
+                p ? _mm512_shuffle_i32x4(first[w], second[w], 0xee) : _mm512_shuffle_i32x4(first[w], second[w], 0x44);
+            __m512i low = low_codes(v, kind), high = tiled_high_codes(v, kind);
+            UNROLL
+            for (int t = 0; t < tokens; t++) {
+                __m512i half = _mm512_broadcast_i64x4(_mm256_load_si256((const __m256i *)&x[2 * t][w] + p));
+                dot[t][0] = (i32x16)_mm512_dpbusd_epi32((__m512i)dot[t][0], low, half);
+                dot[t][1] = (i32x16)_mm512_dpbusd_epi32((__m512i)dot[t][1], high, half);
+            }
+        }
+    }
+    UNROLL
+    for (int t = 0; t < tokens; t++)
+        total[t] = add_lane_pairs((__m512i)dot[t][0], (__m512i)dot[t][1]);
 }
 
 // sum[t][i] += a group of tile i whose products are total[t].
 VECTOR_INLINE void tiled_add(__m512 sum[TILED_TOKENS][BLOCK_VECTORS], int64_t i, const __m512i total[TILED_TOKENS],
-                             const uint8_t *scales, const struct tiled_input *in, int group, int tokens,
+                             __m512 scale, const uint8_t *scales, const struct tiled_input *in, int group, int tokens,
                              enum weight_kind kind)
 {
-    __m512 scale = load_scale(kind, scales);
     UNROLL
     for (int t = 0; t < tokens; t++) {
-        int32_t x_sum = in->sum[t][group];
         __m512i dot = has_tile_table(kind) ? total[t] : _mm512_mask_srai_epi32(total[t], 0xff00, total[t], 4);
-        __m512 value = _mm512_cvtepi32_ps(_mm512_sub_epi32(dot, _mm512_set1_epi32(tile_bias(kind) * x_sum)));
+        __m512 value = _mm512_cvtepi32_ps(_mm512_sub_epi32(dot, _mm512_set1_epi32(in->bias[t][group])));
         if (kind == WEIGHT_INT4Z)
-            value = _mm512_sub_ps(value, _mm512_mul_ps(load_f16(scales + 2 * LANES), _mm512_set1_ps((float)x_sum)));
+            value =
+                _mm512_sub_ps(value, _mm512_mul_ps(load_f16(scales + 2 * LANES), _mm512_set1_ps(in->sum[t][group])));
         value = _mm512_mul_ps(value, _mm512_mul_ps(scale, _mm512_set1_ps(in->scale[t])));
         sum[t][i] = _mm512_add_ps(sum[t][i], value);
     }
@@ -127,33 +161,37 @@ VECTOR_INLINE void tiled_block(float *y, int64_t y_stride, const struct matrix *
     int64_t group_bytes = scales[0].group_bytes, step_bytes = step / group_size * group_bytes, at = 0;
     for (int64_t col = 0; col < cols; col += step, codes += tiles * WEIGHT_TILE_BYTES, at += step_bytes) {
         __m512i total[BLOCK_VECTORS][TILED_TOKENS];
-        tiled_input_fill(&in, act, col, step, group_size, tokens);
+        tiled_input_fill(&in, act, col, step, group_size, tokens, kind);
         // Scales of the next block, as many as the step uses: they stand by themselves, and would come late.
         for (int64_t i = 0; i < BLOCK_VECTORS * step_bytes; i += 64)
             prefetch(next + BLOCK_VECTORS * at + i);
         NO_UNROLL
         for (int64_t tile = 0; tile < tiles; tile++) {
             int64_t i = tile % BLOCK_VECTORS;
-            __m512i first[4], second[4];
+            const __m512i(*x)[4] = &in.x[0][tile / BLOCK_VECTORS];
+            const uint8_t *tile_scales = scales[i].first + at;
+            __m512i first[4], second[4], group[TILED_TOKENS];
+            __m512 scale[4];
             turn_tile(first, second, codes + tile * WEIGHT_TILE_BYTES, TILED_PREFETCH_BYTES);
-            UNROLL
-            for (int word = 0; word < 4; word += words) {
-                i32x16 dot[TILED_TOKENS][4];
-                __m512i group[TILED_TOKENS];
-                tiled_dots(dot, first, second, in.x, tile / BLOCK_VECTORS, word, word + words, tokens, kind);
-                UNROLL
-                for (int t = 0; t < tokens; t++) {
-                    group[t] = tiled_total(dot[t]);
-                    if (halves)
-                        total[i][t] = tile < BLOCK_VECTORS ? group[t] : _mm512_add_epi32(total[i][t], group[t]);
-                }
+            if (words == 4) {
+                tiled_tile(group, first, second, x, tokens, kind);
+                for (int t = 0; t < tokens && halves; t++)
+                    total[i][t] = tile < BLOCK_VECTORS ? group[t] : _mm512_add_epi32(total[i][t], group[t]);
                 if (!halves)
-                    tiled_add(sum, i, group, scales[i].first + at + word / words * group_bytes, &in, word / words,
-                              tokens, kind);
+                    tiled_add(sum, i, group, load_scale(kind, tile_scales), tile_scales, &in, 0, tokens, kind);
+                continue;
+            }
+            load_group_scales(scale, kind, tile_scales, 4 / words);
+            UNROLL
+            for (int g = 0; g < 4 / words; g++) {
+                tiled_words(group, first, second, x, g * words, (g + 1) * words, tokens, kind);
+                tiled_add(sum, i, group, scale[g], tile_scales + g * group_bytes, &in, g, tokens, kind);
             }
         }
-        for (int64_t i = 0; i < BLOCK_VECTORS && halves; i++)
-            tiled_add(sum, i, total[i], scales[i].first + at, &in, 0, tokens, kind);
+        for (int64_t i = 0; i < BLOCK_VECTORS && halves; i++) {
+            const uint8_t *tile_scales = scales[i].first + at;
+            tiled_add(sum, i, total[i], load_scale(kind, tile_scales), tile_scales, &in, 0, tokens, kind);
+        }
     }
     for (int64_t i = 0; i < BLOCK_VECTORS; i++)
         for (int t = 0; t < tokens; t++)

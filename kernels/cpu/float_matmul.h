@@ -2,10 +2,10 @@
 //   struct lanes                                      16 floats
 //   lanes_zero(), lanes_all(float), lanes_load(const float *)   struct lanes
 //   lanes_bf16(const uint8_t *codes)                  16 weights
-//   lanes_fp8_all(struct lanes out[4], codes)         64 weights, 2^-8 times their value, NaN as anything: even and odd ones of the first 32,
-//                                                     then of the others
+//   lanes_fp8_all(struct lanes out[4], codes)         64 weights, 2^-8 times their value: even and odd ones of the first 32, then of the others;
+//                                                     NaN as NaN, or as anything
 //   struct magnitudes, zero at first                  magnitudes_add(&m, codes) keeps the largest of 64 codes in each place
-//   magnitudes_nan(&m)                                whether one of them was NaN
+//   magnitudes_nan(&m)                                whether one of them was NaN; false where lanes_fp8_all gives NaN
 //   lanes_fmadd(struct lanes *sum, a, b)              *sum = a * b + *sum, rounded once
 //   lanes_store(float *, const struct lanes *)
 //   FLOAT_TILE_ROWS, FLOAT_TILE_TOKENS                sums that fit the registers; rows divide FLOAT_ROWS; tokens 3 or 6
@@ -103,13 +103,15 @@ VECTOR_INLINE float float_finish(float total, const struct matrix *w, int64_t ro
     return nan ? NAN : total * 0x1p8f * (w->shape.kind == WEIGHT_FP8 ? ((const float *)w->scale)[row] : 1.0f);
 }
 
+// nan: whether a weight is NaN, or the sum will tell.
 VECTOR_INLINE void float_store(float *y, const struct lanes *sum, const struct matrix *w, int64_t row, bool nan)
 {
     float lane[LANES];
     lanes_store(lane, sum);
     f32x16 lanes;
     load16(&lanes, lane);
-    y[row] = float_finish(sum_lanes(&lanes), w, row, nan);
+    float total = sum_lanes(&lanes);
+    y[row] = float_finish(total, w, row, nan || isnan(total));
 }
 
 // Few tokens: bound by memory, so `rows` rows are read side by side from one end to the other, each cache line whole at once: rows of a length

@@ -1,11 +1,17 @@
 // Matmul of bf16, fp8 and fp8g weights with AVX512_BF16 and AVX512_VBMI (avx512_bf16.h), whose activations are rounded to bf16 (bf16_rows.h). All
-// else is AVX-512's.
+// else is that of AVX-512 with VBMI.
 #include "kernels/attention.h"
 #include "kernels/cpu/avx512_help.h"
 #include "kernels/kernels_internal.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__) || defined(BF16_DOT)
 
+// An emulation runs where VBMI may not be.
+#ifdef BF16_DOT
+#define OTHERS kernels_avx512
+#else
+#define OTHERS kernels_avx512vbmi
+#endif
 #include "kernels/cpu/avx512_bf16.h"
 
 static bool supported(void) { return kernels_supported_avx512bf16(); }
@@ -21,8 +27,7 @@ static void matmul(float *y, int64_t y_stride, const struct matrix *w, const str
 {
     if (vector_ops_matmul(y, y_stride, w, act, tokens, row_begin, row_end))
         return;
-    (is_float_product(w->shape.kind) ? bf16_matmul : kernels_avx512.matmul)(y, y_stride, w, act, tokens, row_begin,
-                                                                            row_end);
+    (is_float_product(w->shape.kind) ? bf16_matmul : OTHERS.matmul)(y, y_stride, w, act, tokens, row_begin, row_end);
 }
 
 #else // the compiler does not know these instructions
