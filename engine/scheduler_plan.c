@@ -131,14 +131,21 @@ static bool reserve(struct scheduler *s, struct sequence *q, int64_t positions)
 
 // ---- Admission -----------------------------------------------------------------------------------------------------
 
-// Pages that the running sequences will want soon: for what they know already, and one more for each to grow into.
+// Pages for what a sequence knows already, and one more to grow into unless its output ends before.
+static int64_t pages_wanted(const struct sequence *q)
+{
+    return min_of(pages_of(q->length) + 1,
+                  pages_of(q->spec.prompt_count + q->limit - 1)); // the last token is not computed
+}
+
+// Pages that the running sequences will want soon.
 static int64_t pages_spoken_for(const struct scheduler *s)
 {
     int64_t pages = 0;
     for (int64_t i = 0; i < s->num_admitted; i++) {
         const struct sequence *q = s->admitted[i];
         if (q->state == SEQUENCE_RUNNING)
-            pages += pages_of(q->length) - min_of(q->num_pages, pages_of(q->length)) + 1;
+            pages += pages_wanted(q) - min_of(q->num_pages, pages_wanted(q));
     }
     return pages;
 }

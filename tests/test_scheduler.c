@@ -241,6 +241,27 @@ static void test_prompts_have_room(void **state)
     fake_model_close(&model);
 }
 
+// Pages that no output can reach are kept for nobody: as many sequences run together as there are pages for all of them.
+static void test_ends_before_a_page(void **state)
+{
+    (void)state;
+    enum { COUNT = 4 };
+    struct fake_model model;
+    static struct watched w[COUNT];
+    struct scheduler_options options = fake_options;
+    options.num_pages = COUNT;
+    fake_model_open(&model, &options);
+    for (int i = 0; i < COUNT; i++) {
+        make(&w[i], (uint64_t)i, 16, KV_PAGE_TOKENS - 16 + 1); // the last token is not computed
+        add(&model, &w[i], 1);
+    }
+    step(&model);
+    assert_int_equal(stats_of(&model).running, COUNT);
+    run_out(&model);
+    assert_int_equal(stats_of(&model).preemptions, 0);
+    fake_model_close(&model);
+}
+
 // Younger sequences have grown into the pages that an older one's prompt needs: they make place, though they were to be in this step.
 static void test_a_prompt_preempts(void **state)
 {
@@ -415,6 +436,7 @@ int main(void)
         cmocka_unit_test(test_group_without_its_first),
         cmocka_unit_test(test_preempts_the_last),
         cmocka_unit_test(test_prompts_have_room),
+        cmocka_unit_test(test_ends_before_a_page),
         cmocka_unit_test(test_a_prompt_preempts),
         cmocka_unit_test(test_drafts_do_not_preempt),
         cmocka_unit_test(test_cancels_in_every_phase),
