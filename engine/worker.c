@@ -606,11 +606,27 @@ static int run_step(struct worker *w, struct error *err)
     return 0;
 }
 
+// While a model is being loaded, devices wait for each other's ranks before each sum (decoder_parts.c): all ranks of a stage end that between the
+// same two commands, when the last of them has its weights.
+static int all_have_weights(const struct worker *w, bool *out, struct error *err)
+{
+    uint8_t mine = loader_is_done(w->model.loader), all[COMM_MAX_RANKS];
+    int rc = comm_all_gather(w->decoder.comm, all, &mine, sizeof mine, err);
+    *out = true;
+    for (int r = 0; r < comm_size(w->decoder.comm) && !rc; r++)
+        *out = *out && all[r];
+    return rc;
+}
+
 // Before a result leaves: see worker.h.
 static int settle_load(struct worker *w, struct error *err)
 {
-    if (w->model.loaded || (w->options->verify == VERIFY_OFF && !loader_is_done(w->model.loader)))
+    bool all = true;
+    int rc;
+    if (w->model.loaded)
         return 0;
+    if (w->options->verify == VERIFY_OFF && ((rc = all_have_weights(w, &all, err)) || !all))
+        return rc;
     return finish_load(w, err);
 }
 

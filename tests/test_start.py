@@ -364,6 +364,37 @@ def test_patience():
             report(f"and leaves nothing in the cache: {part}", str(left) if left and part == "rank-" else None)
 
 
+def test_devices(work):
+    """Devices add up, and of two ranks one has its weights when a command ends: without a comparison, too, the ranks go on in step."""
+    library = BUILD / "tests" / "libtpengine_cuda_emulated.so"
+    if SLOW or not library.exists():
+        case_help.skip("weights that reach one device later", "two thousand emulated tokens take too long here" if SLOW else f"{library} was not built")
+        return
+    checkpoint, directory = work / "checkpoint", work / "head"
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    subprocess.run([sys.executable, "scripts/make_synthetic_checkpoint.py", "--layers", "1", "--hidden", "128", "--intermediate", "32", "--heads", "2",
+                    "--kv-heads", "2", "--head-dim", "16", "--vocab", "16384", checkpoint], check=True, stdout=subprocess.DEVNULL)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(Path("tests/model") / name, checkpoint)
+    subprocess.run([TPSHARD, "--tp", "2", "--quant", "none", checkpoint, directory, "--quiet"], check=True)
+    # More than the 2048 rows of a step: the first needs no head, of which rank 1's is held back.
+    words = ("generate", directory, "--prompt", "z" * 2100, "--max-tokens", 1, "--ignore-eos", "--ids", "--temperature", 0, "--context", 4096, "--quiet",
+             "--verify", "off", "--backend", "cuda", "--cuda-library", library, "--transport", "host", "--timeout", 10)
+    with Gate(directory, part="rank-01", begin=rank_files(directory)[1].stat().st_size - MIB) as gate:
+        process = subprocess.Popen([str(w) for w in (TPENGINE, "generate", gate.url, *words[2:])], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                   env={**CLEAN, "EMULATED_DEVICES": "2"})
+        ranks = wait_until(lambda: children(process.pid))
+        held = wait_until(lambda: gate.held)
+        before_s, end = -1.0, time.monotonic() + 60  # until they do nothing but wait
+        while process.poll() is None and time.monotonic() < end and (now_s := sum(map(cpu_s, ranks))) > before_s + 0.2:
+            before_s = now_s
+            time.sleep(1.5)
+        report("two devices wait for the weights of one", None if held and process.poll() is None else process.communicate()[1][-600:])
+        gate.open()
+        out, problem = process.communicate(timeout=120)
+    expect("and then the same token", (process.returncode, out, problem), engine(*words, EMULATED_DEVICES="2"))
+
+
 def test_cache(work):
     """Rank files are kept where --cache says, and not asked for again; a token opens the door, from the environment alone."""
     directory, cache = MODELS["two"], work / "cache"
@@ -495,7 +526,8 @@ def main():
         curl = has_curl()
         parts = {"libraries": test_libraries, "paths": test_paths, "damage": lambda: test_damage(curl), "bytes": test_bytes}
         if curl:
-            parts.update(streaming=test_streaming, cache=lambda: test_cache(work), patience=test_patience, serve=test_serve_loading, waiting=test_serve_waiting)
+            parts.update(streaming=test_streaming, cache=lambda: test_cache(work), patience=test_patience, devices=lambda: test_devices(work), serve=test_serve_loading,
+                         waiting=test_serve_waiting)
         else:
             print("SKIP libcurl is not here: nothing comes from a server")
         for name in sys.argv[1:] or parts:
