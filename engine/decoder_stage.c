@@ -2,6 +2,7 @@
 #include "engine/decoder_stage.h"
 
 #include "engine/decoder_parts.h"
+#include "engine/sum_check.h"
 #include "kernels/clock.h"
 
 static bool has_losses(const struct decoder *d) { return d->lost && wire_is_compressed(decoder_wire(d, d->phase)); }
@@ -16,7 +17,8 @@ static int take_losses(struct decoder *d, int from, struct error *err)
         return 0;
     if (!decoder_devices_exchange(d))
         return comm_receive(d->world, lost, bytes, from, err);
-    if ((rc = d->backend->lend_lost(d->device, &lost, err)) || (rc = comm_receive(d->world, lost, bytes, from, err)))
+    if ((rc = d->backend->lend_lost(d->device, &lost, err)) || (rc = comm_receive(d->world, lost, bytes, from, err)) ||
+        (rc = d->checked ? sum_check_take_losses(d->check, lost, (int64_t)(bytes / sizeof *lost), err) : 0))
         return rc;
     return d->backend->returned_lost(d->device, err);
 }

@@ -1,6 +1,7 @@
 // See sum_check.h.
 #include "engine/sum_check.h"
 
+#include "engine/comm_internal.h"
 #include "formats/number_formats.h"
 
 #include <stdio.h>
@@ -50,6 +51,16 @@ bool sum_check_begin(struct sum_check *c)
     return true;
 }
 
+int sum_check_take_losses(struct sum_check *c, const uint16_t *lost, int64_t count, struct error *err)
+{
+    if (!c->lost || count > c->elems)
+        return error_set(err, ERR_OTHER,
+                         "what the wire lost in %lld values is to be made up for; there is room for %lld",
+                         (long long)count, c->lost ? (long long)c->elems : 0LL);
+    memcpy(c->lost, lost, (size_t)count * sizeof *c->lost);
+    return 0;
+}
+
 int sum_check_take(struct sum_check *c, const struct backend *backend, struct device *device,
                    const struct checked_sum *sum, struct error *err)
 {
@@ -78,12 +89,12 @@ static int report(const struct sum_check *c, const struct comm *comm, enum trans
     if (sum->layer < 0)
         snprintf(where, sizeof where, "the %s", comm_operation_name(sum->op));
     else
-        snprintf(where, sizeof where, "layer %d (%s)", sum->layer, comm_operation_name(sum->op));
+        snprintf(where, sizeof where, "layer %d (%s)", comm->first_layer + sum->layer, comm_operation_name(sum->op));
     return error_set(err, ERR_GPU,
                      "rank %d: the devices' sum of %s over %s is not that of its parts: value %lld of row %lld is %.9g "
                      "(0x%08x), wanted %.9g (0x%08x), and %lld other%s wrong; a link or a memory changes data: "
                      "--transport shm does without links between devices",
-                     comm_rank(comm), where, transport_name(transport), (long long)(first % sum->cols),
+                     comm->first + comm->rank, where, transport_name(transport), (long long)(first % sum->cols),
                      (long long)(first / sum->cols), (double)found[first], f32_bits(found[first]),
                      (double)c->values[first], f32_bits(c->values[first]), (long long)others,
                      others == 1 ? " is" : "s are");

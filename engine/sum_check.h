@@ -25,6 +25,10 @@ void sum_check_free(struct sum_check *check); // accepts NULL
 // A step begins: whether it is checked. check may be NULL.
 bool sum_check_begin(struct sum_check *check);
 
+// Of a step that is checked, in a later pipeline stage and before its first sum: what the wire has lost in the stages before, bf16 values, which the
+// sums with feedback make up for.
+int sum_check_take_losses(struct sum_check *check, const uint16_t *lost, int64_t count, struct error *err);
+
 // A sum of the step: buffer's rows, as the backend's all_reduce adds them up.
 struct checked_sum {
     enum buffer buffer;
