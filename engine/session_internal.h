@@ -1,6 +1,7 @@
 // What the session's files share.
 //
 //   session.c           opening, memory, start and end of the ranks, single steps
+//   session_exchanges.c how its ranks exchange
 //   session_generate.c  prompts run to their ends
 //   session_ranks.c     ranks in processes that a launcher started
 //   session_plan.c      what rank 0 tells them
@@ -47,6 +48,8 @@ int session_meet(struct session *session, int *links, struct error *err);
 struct launch_options session_launch_options(const struct session *session, int *links);
 // The places in shared memory, after launch_start.
 void session_place(struct session *session);
+// Takes the options of exchanges. The manifest, the launcher's place and the backend are known. ERR_USAGE with the reason: what was asked for cannot be had.
+int session_choose_exchanges(struct session *session, const struct session_options *options, struct error *err);
 // ERR_USAGE: the launcher's processes are not as many as the model's ranks.
 int session_check_world(const struct session *session, struct error *err);
 // ERR_USAGE: the vocabulary ends before one of them.

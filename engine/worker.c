@@ -399,8 +399,10 @@ static int open_device(struct worker *w, struct error *err)
         return rc;
     char *text = w->shared->device[w->env->rank];
     o->backend->describe(w->device, text);
-    const char *const notes[] = {w->settled.note, w->exchange_note};
-    for (int i = 0; i < 2; i++)
+    bool unchecked = o->check_sums > 0 && !decoder_devices_exchange(&w->decoder) && comm_rank(w->decoder.comm) == 0;
+    const char *const notes[] = {w->settled.note, w->exchange_note,
+                                 unchecked ? "--check-sums checks nothing: the processors add up" : ""};
+    for (size_t i = 0; i < sizeof notes / sizeof *notes; i++)
         if (notes[i][0])
             snprintf(text + strlen(text), DEVICE_TEXT_BYTES - strlen(text), "; %s", notes[i]);
     w->area.num_pages = shape.num_pages;

@@ -141,13 +141,19 @@ def test_refusals(tmp):
     check("likewise over p2p", rc == 8 and "sums over ranks by p2p 0.04" in told, (rc, told[-300:]))
     rc, _, told = engine(*words, EMULATED_DEVICES="2", EMULATED_PEERS="mirror", EMULATED_LOCKED="1000000")
     check("auto goes on over shm and says why", rc == 0 and "wire over shm" in told and "not over p2p: what device 0 writes" in told
-          and "sums of ranks through the CPU: " in told and "pinning" in told, (rc, told[-300:]))
+          and "sums of ranks through the CPU: " in told and "pinning" in told and "--check-sums" not in told, (rc, told[-300:]))
+    rc, _, told = engine(*words, "--check-sums", 1, EMULATED_DEVICES="2", EMULATED_PEERS="mirror", EMULATED_LOCKED="1000000")
+    check("and that --check-sums checks nothing there", rc == 0 and told.count("--check-sums checks nothing: the processors add up") == 1, (rc, told[-400:]))
+    rc, _, told = engine(*words, "--check-sums", 1, "--transport", "shm")
+    check("--check-sums over shm is refused", rc == 2 and "--check-sums: over shm the processors add up" in told, (rc, told[-300:]))
 
 
 # One rank has nobody to exchange with, whatever is asked for.
 def test_one_rank(tmp):
     run(BUILD / "tpshard", "--tp", 1, "--quant", "none", GOLDEN / "llama3", tmp / "one", "--quiet")
     found = {transport: logits(tmp / "one", [1, 2, 3], tmp / "one.npy", "--transport", transport) for transport in ("auto", *TRANSPORTS)}
+    refused = logits(tmp / "one", [1, 2, 3], tmp / "one.npy", "--check-sums", 1)
+    check("one rank has no sums to check", isinstance(refused, str) and "exit 2" in refused and "--check-sums: at tp 1" in refused, refused[:300])
     check("one rank over any of them", isinstance(found["auto"], bytes) and len(set(found.values())) == 1, [text for text in found.values() if isinstance(text, str)])
 
 
