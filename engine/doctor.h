@@ -129,9 +129,11 @@ void doctor_devices_measure(struct doctor_times *out, const struct backend *back
 // What the two share: the body of a probe. One rank's part of what is measured; each call is one of all ranks.
 struct doctor_sums {
     int (*prepare)(void *arg, const struct doctor_size *size, struct error *err);
-    // So many sums one behind the other, done when it returns; count 1 at first.
+    // So many sums one behind the other, done when it returns.
     int (*run)(void *arg, const struct doctor_size *size, int count, struct error *err);
-    void *arg;
+    // Behind the clock, after the first round of a size, which is one sum: whether it is right. NULL: not looked at.
+    int (*check)(void *arg, const struct doctor_size *size, struct error *err);
+    void *arg; // of all three
 };
 int doctor_time_sums(struct doctor_times *out, struct comm *comm, const struct doctor_sums *sums, struct error *err);
 struct exchange_choice doctor_choice(const struct doctor_times *times, const struct doctor_size *size);

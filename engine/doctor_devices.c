@@ -106,8 +106,9 @@ static int prepare_values(void *arg, const struct doctor_size *size, struct erro
     return b->lend(r->device, BUFFER_SQUARES, &data, err); // waits for it
 }
 
-static int check_sums(const struct rank *r, const struct doctor_size *size, struct error *err)
+static int check_sums(void *arg, const struct doctor_size *size, struct error *err)
 {
+    const struct rank *r = arg;
     const struct doctor_times *out = r->run->out;
     float *data, tolerance = wire_is_compressed(size->wire) ? 0.08f : 0; // of the largest in a group; fp8 keeps 3 bits
     int rc = r->run->backend->lend(r->device, BUFFER_PARTIAL, &data, err);
@@ -136,9 +137,7 @@ static int add_up(void *arg, const struct doctor_size *size, int count, struct e
     int rc = 0;
     for (int i = 0; i < count && !rc; i++)
         rc = b->all_reduce(r->device, BUFFER_PARTIAL, &choice, false, OP_MLP, i, err);
-    if (rc || (rc = b->lend(r->device, BUFFER_SQUARES, &none, err))) // a few bytes, behind all that was asked for
-        return rc;
-    return count == 1 ? check_sums(r, size, err) : 0;
+    return rc ? rc : b->lend(r->device, BUFFER_SQUARES, &none, err); // a few bytes, behind all that was asked for
 }
 
 static int run_rank(void *arg, int rank, struct error *err)
@@ -147,7 +146,7 @@ static int run_rank(void *arg, int rank, struct error *err)
     const struct run *run = arg;
     if (!r)
         return error_set(err, ERR_MEMORY, "no memory for rank %d", rank);
-    const struct doctor_sums sums = {prepare_values, add_up, r};
+    const struct doctor_sums sums = {prepare_values, add_up, check_sums, r};
     r->run = run;
     r->rank = rank;
     int rc = open_rank(r, err);

@@ -63,7 +63,7 @@ static int time_size(double *best_us, struct comm *comm, const struct doctor_sum
     for (int round = 0; round < ROUNDS; round++) { // the first warms up
         double fit = round < 2 ? 1 : 1 + ROUND_US / us;
         int rc = time_round(&us, comm, sums, size, fit < MOST_COUNT ? (int)fit : MOST_COUNT, err);
-        if (rc)
+        if (rc || (round == 0 && sums->check && (rc = sums->check(sums->arg, size, err))))
             return rc;
         if (round > 0 && (*best_us == 0 || us < *best_us))
             *best_us = us;
@@ -218,7 +218,7 @@ static int add_up(void *arg, const struct doctor_size *size, int count, struct e
 static int run_rank(void *arg, int rank, struct error *err)
 {
     struct cpu_rank r = {.run = arg, .rank = rank};
-    const struct doctor_sums sums = {prepare_values, add_up, &r};
+    const struct doctor_sums sums = {.prepare = prepare_values, .run = add_up, .arg = &r};
     int rc = open_end(&r.comm, r.run, rank, err);
     if (!rc)
         rc = doctor_time_sums(r.run->out, r.comm, &sums, err);

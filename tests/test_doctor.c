@@ -362,7 +362,8 @@ static void test_measured_in_time(void **state)
 
 // ---- exchanges between devices: a backend of the host's memory, whose sums are right, wrong or late ------------------
 
-enum { RIGHT, WRONG, FAILS_ON_1, LATE };
+enum { RIGHT, WRONG, FAILS_ON_1, LATE, SLOW_TO_LEND };
+enum { LEND_US = 20000 };
 static int fake_mode;
 struct device {
     int rank, tp_size;
@@ -404,6 +405,8 @@ static int fake_begin(struct device *d, const struct token_row *rows, int64_t co
 static int fake_lend(struct device *d, enum buffer buffer, float **host, struct error *err)
 {
     (void)err;
+    if (fake_mode == SLOW_TO_LEND && buffer == BUFFER_PARTIAL)
+        usleep(LEND_US);
     *host = buffer == BUFFER_PARTIAL ? d->data[0] : d->squares[0];
     return 0;
 }
@@ -468,6 +471,7 @@ static void test_devices_measured(void **state)
          1},
         {FAILS_ON_1, "device 1 is lost", 0},
         {LATE, NULL, 3},
+        {SLOW_TO_LEND, NULL, DOCTOR_SIZES},
     };
     struct doctor_times *times = doctor_probe_new(sizeof *times);
     assert_non_null(times);
@@ -483,6 +487,8 @@ static void test_devices_measured(void **state)
         for (int size = 0; size < DOCTOR_SIZES; size++)
             if ((times->us[size] > 0) != (size < cases[i].sizes))
                 fail_msg("case %zu, size %d: %g us", i, size, times->us[size]);
+        if (fake_mode == SLOW_TO_LEND && !(times->us[0] < LEND_US / 4.0)) // that the sums are looked at takes no part
+            fail_msg("%g us, with the time of looking at the sums", times->us[0]);
     }
     memset(times, 0, sizeof *times);
     doctor_devices_measure(times, &backend, NULL, TRANSPORT_HOST, 5, 5, 1);

@@ -5,7 +5,7 @@
 // for every side first (exchange_wait_for_sides). A side begins behind what the device's stream had been given, and that stream waits for a side by an event: both
 // directions are order among streams alone, and the host waits for nothing.
 //
-// The side's stream and those of chunks (exchange.c) are of the highest priority: an exchange's few blocks must not stand behind the thousands of a
+// The side's stream and those of chunks (exchange_chunks.c) are of the highest priority: an exchange's few blocks must not stand behind the thousands of a
 // product. They wait for other ranks, and so they hold their places on the chip; there are few enough of them.
 #include "kernels/cuda/exchange_host.h"
 
