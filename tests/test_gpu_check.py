@@ -15,6 +15,7 @@ from case_help import CLEAN, check, expect, must, run, skip, status  # noqa: E40
 
 BUILD = Path(os.environ.get("BUILD", "build")).resolve()
 BENCH_LINE = "gpu_of_its_own rows=1 us=2.5"
+PROMPT_TOKENS = 300  # enough to be cut in two
 
 # By name: what is put in the place of a program. All note their names and arguments.
 NOTE = 'echo "$(basename "$0") $*" >>"$CALLS"\n'
@@ -141,14 +142,19 @@ def test_overlap(tmp):
     if not library.exists():
         skip("gpu_overlap.py", "the emulated backend is not built")
         return
-    must(BUILD / "tpshard", "--tp", 2, "--quant", "none", "tests/golden/families/llama3", tmp / "small", "--quiet")
-    words = ("bench/gpu/gpu_overlap.py", "--engine", BUILD / "tpengine", "--cuda-library", library, "--prompt-tokens", 250, "--rounds", 1, "--transports", "host",
+    must(BUILD / "tpshard", "--tp", 2, "--quant", "none", "tests/model", tmp / "small", "--quiet")
+    words = ("bench/gpu/gpu_overlap.py", "--engine", BUILD / "tpengine", "--cuda-library", library, "--prompt-tokens", PROMPT_TOKENS, "--rounds", 1, "--transports", "host",
              "--wires", "s8x", tmp / "small")
     code, out, problem = run(sys.executable, *words, env={**CLEAN, "EMULATED_DEVICES": "2"})
-    check("a prompt in halves is measured", code == 0 and out.startswith("gpu_overlap model=small quant=bf16 transport=host wire=s8x tp=2 devices=2 prompt_tokens=250 off_tok_s=") and
+    check("a prompt in halves is measured", code == 0 and out.startswith(f"gpu_overlap model=small quant=bf16 transport=host wire=s8x tp=2 devices=2 prompt_tokens={PROMPT_TOKENS} off_tok_s=") and
           " gain=" in out and "gpu=unknown" not in out, f"{code} {out}{problem}")
     code, out, problem = run(sys.executable, *words, env={**CLEAN, "EMULATED_LOCKED": "1000000"})
     check("where the devices cannot add up that is said", code == 1 and out.startswith("# gpu_overlap: host: ") and "pinning" in out, f"{code} {out}{problem}")
+    words = [{"host": "p2p"}.get(word, word) for word in words]
+    code, out, problem = run(sys.executable, *words, env={**CLEAN, "EMULATED_DEVICES": "2", "EMULATED_PEERS": "0>1:mirror"})
+    check("p2p that is refused is said, and no failure", code == 0 and out.startswith("# gpu_overlap: p2p: ") and "--transport p2p: what device 0 writes" in out, f"{code} {out}{problem}")
+    code, out, problem = run(sys.executable, *words[:-1], tmp / "none", env={**CLEAN, "EMULATED_DEVICES": "2"})
+    check("another failure over p2p is one", code == 1 and out.startswith("# gpu_overlap: p2p: "), f"{code} {out}{problem}")
 
 
 def main():

@@ -6,7 +6,7 @@
   off_tok_s, on_tok_s   tokens of the prompt a second, in the fastest run
   gain            by how much on is faster
 
-The tokens behind the prompt must be the same either way. A transport that the devices do not have is said so, which is no failure.
+The tokens behind the prompt must be the same either way. A transport other than host that the engine refuses is said, which is no failure.
 
   gpu_overlap.py [--engine FILE] [--cuda-library FILE] [--transports host,p2p] [--wires bf16,s8x] [--prompt-tokens 6144] [--rounds 2] SHARD_DIR
 """
@@ -15,6 +15,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+
+REFUSED = (2, 6)  # exit statuses: of wrong words, and of a device
 
 
 def options():
@@ -30,13 +32,13 @@ def options():
 
 
 def bench(o, transport, wire, overlap):
-    """The report of a run, and what it said; the report is None where the run failed."""
+    """The report of a run, its exit status, and what it said; the report is None where the run failed."""
     words = [o.engine, "bench", o.shards, "--json", "--backend", "cuda", "--transport", transport, "--wire", wire, "--overlap", overlap,
              "--prompt-tokens", o.prompt_tokens, "--gen-tokens", 4]
     if o.cuda_library:
         words += ["--cuda-library", o.cuda_library]
     done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
-    return json.loads(done.stdout) if done.returncode == 0 else None, done.stderr.strip()
+    return json.loads(done.stdout) if done.returncode == 0 else None, done.returncode, done.stderr.strip()
 
 
 def devices_of(said):
@@ -51,10 +53,11 @@ def measure(o, transport, wire):
     best, hashes, said = {"off": 0.0, "on": 0.0}, set(), ""
     for _ in range(o.rounds):
         for overlap in best:
-            report, said = bench(o, transport, wire, overlap)
+            report, code, said = bench(o, transport, wire, overlap)
             if not report or f"sums of ranks over {transport}" not in said:
-                print(f"# gpu_overlap: {transport}: {said.splitlines()[-1] if said else 'no report'}", flush=True)
-                return 0 if transport != "host" else 1
+                last = said.splitlines()[-1] if said else "no report"
+                print(f"# gpu_overlap: {transport}: {last}", flush=True)
+                return 0 if transport != "host" and code in REFUSED and f"--transport {transport}: " in last else 1
             if ("overlap" in report["prefill"]) != (overlap == "on"):
                 print(f"# gpu_overlap: --overlap {overlap} ran as {report['prefill']}", flush=True)
                 return 1
