@@ -62,8 +62,13 @@ static int choose_transport(struct session *s, const char *wanted, struct error 
         [TRANSPORT_P2P] = no_p2p,
         [TRANSPORT_NCCL] = no_nccl,
     };
+    enum transport *transport = &s->worker.transport;
     s->worker.transport_is_auto = automatic;
-    return comm_select_transport(&s->worker.transport, wanted, missing, err);
+    int rc = comm_select_transport(transport, wanted, missing, err);
+    bool of_devices = *transport == TRANSPORT_HOST || *transport == TRANSPORT_P2P || *transport == TRANSPORT_NCCL;
+    if (!rc && ranks == 1 && of_devices) // there are no sums; what goes from stage to stage the hosts carry
+        *transport = spread ? TRANSPORT_TCP : TRANSPORT_SHM;
+    return rc;
 }
 
 // Whether the residual of prompts is dealt out to the ranks. Not by itself: what normed rows lose on the wire each layer sees at once, and with the

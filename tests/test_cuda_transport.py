@@ -157,6 +157,19 @@ def test_one_rank(tmp):
     check("one rank over any of them", isinstance(found["auto"], bytes) and len(set(found.values())) == 1, [text for text in found.values() if isinstance(text, str)])
 
 
+# Stages of one rank each: nothing is added up, and what goes from stage to stage goes through the host.
+def test_stages_of_one(tmp):
+    shards = tmp / "stages-of-one"
+    run(BUILD / "tpshard", "--tp", 1, "--pp", 2, "--quant", "int4", "tests/model", shards, "--quiet")
+    texts = set()
+    for transport in TRANSPORTS:
+        rc, text, told = engine("generate", shards, "--prompt", "And", "--max-tokens", 1, "--context", 64, *DEVICE, "--transport", transport, EMULATED_DEVICES="2")
+        check(f"two stages of one rank, --transport {transport}: over shm, and told so", rc == 0 and "wire over shm" in told and "sums of ranks" not in told,
+              (rc, told[-300:]))
+        texts.add(text)
+    check("two stages of one rank: the same text", len(texts) == 1, texts)
+
+
 # Cards of one machine may be unable to reach each other.
 def leave_out_p2p(tmp):
     global TRANSPORTS
@@ -193,7 +206,8 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         if REAL:
             leave_out_p2p(Path(name))
-        for test in (test_logits, test_tokens, test_greedy, test_stages, test_refusals, test_one_rank, test_lost_ranks, test_halves, test_dealt)[:4 if REAL else 9]:
+        for test in (test_logits, test_tokens, test_greedy, test_stages, test_refusals, test_one_rank, test_stages_of_one, test_lost_ranks, test_halves,
+                     test_dealt)[:4 if REAL else 10]:
             test(Path(name))
     sys.exit(1 if failures or test_cuda_engine.failures else 0)
 
