@@ -27,7 +27,7 @@ static const struct {
 static const struct {
     int64_t rows, cols;
 } shapes[] = {{4096, 4096}, {14336, 4096}};
-static const int64_t token_counts[] = {1, 2, 4, 8, 16, 64, 512};
+static const int64_t token_counts[] = {1, 2, 3, 4, 8, 16, 64, 512};
 enum { MAX_TOKENS = 512, MAX_ROWS = 14336, MAX_COLS = 4096 };
 
 // One measurement: `copies` products one after the other, each thread its share of the rows.

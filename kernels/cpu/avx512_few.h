@@ -122,13 +122,17 @@ typedef void few_fn(const struct few_step *step);
 #define FEW_FN(name, tokens, call)                                                                                     \
     static void few_##name##_##tokens(const struct few_step *step) { call; }
 #define FEW_TABLE(name)                                                                                                \
-    static few_fn *const few_##name[FEW_TILE + 1] = {                                                                  \
-        [1] = few_##name##_1, [2] = few_##name##_2, [4] = few_##name##_4, [6] = few_##name##_6, [8] = few_##name##_8}
+    static few_fn *const few_##name[FEW_TILE + 1] = {NULL,           few_##name##_1, few_##name##_2,                   \
+                                                     few_##name##_3, few_##name##_4, few_##name##_5,                   \
+                                                     few_##name##_6, few_##name##_7, few_##name##_8}
 #define FEW_TILED(name, kind, group_size)                                                                              \
     FEW_FN(name, 1, few_tiles(step, 1, kind, group_size))                                                              \
     FEW_FN(name, 2, few_tiles(step, 2, kind, group_size))                                                              \
+    FEW_FN(name, 3, few_tiles(step, 3, kind, group_size))                                                              \
     FEW_FN(name, 4, few_tiles(step, 4, kind, group_size))                                                              \
+    FEW_FN(name, 5, few_tiles(step, 5, kind, group_size))                                                              \
     FEW_FN(name, 6, few_tiles(step, 6, kind, group_size))                                                              \
+    FEW_FN(name, 7, few_tiles(step, 7, kind, group_size))                                                              \
     FEW_FN(name, 8, few_tiles(step, 8, kind, group_size))                                                              \
     FEW_TABLE(name)
 FEW_TILED(int4_128, WEIGHT_INT4, 128);
@@ -192,7 +196,7 @@ static void few_matmul(float *y, int64_t y_stride, const struct matrix *w, const
             int64_t count;
             for (step.token = 0; step.token < tokens; step.token += count) {
                 int64_t left = tokens - step.token;
-                count = left >= FEW_TILE ? FEW_TILE : tile_tokens(left);
+                count = left < FEW_TILE ? left : FEW_TILE;
                 table[count](&step);
             }
         }
