@@ -43,9 +43,9 @@ static int choose_transport(struct session *s, const char *wanted, struct error 
     const char *elsewhere = "it is for ranks of several hosts; these are all on this one and share its memory (shm)";
     const char *for_gpus = backend == &backend_cpu ? "it is for GPUs, and these ranks compute on the CPU"
                                                    : "the backend's devices do not exchange among themselves";
-    bool spread = s->where.world_size > 1, apart = spread && s->where.local_size > 0 && s->where.local_size < ranks;
+    bool spread = s->where.world_size > 1;
+    // Where the ranks of a stage are is theirs to find out (rank_transport.h): a launcher's count may be that of one of two launchers of a host.
     const char *no_host = !backend->exchange_open               ? for_gpus
-                          : apart                               ? "the launcher has put the ranks on several hosts"
                           : backend->exchange_bytes(ranks) == 0 ? "there are too many ranks for it"
                           : ranks == 1 && automatic             ? "one rank has nobody to exchange with"
                                                                 : NULL;

@@ -91,10 +91,33 @@ def test_logits(models):
 def test_refusals(models):
     codes, told, _ = spread("generate", models["text"], "--transport", "p2p", EMULATED_PEERS="1>0:mirror")
     check("--transport p2p over a link that lies is refused on both ranks", codes == [6, 6] and all(MIRROR[14:] in text and "--transport host does without" in text for text in told), (codes, told))
-    named = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    for transport, words in (("host", "--transport host: the launcher has put the ranks on several hosts"), ("shm", "share no memory")):
-        code, _, problem = run(*engine("generate", models["text"], "--transport", transport), env={**ENVIRONMENT, **named})
-        check(f"--transport {transport} over several hosts is refused", code == 2 and words in problem, problem)
+    code, _, problem = run(*engine("generate", models["text"], "--transport", "shm"), env={**ENVIRONMENT, **launched(0, 1)})
+    check("--transport shm between ranks of a launcher is refused", code == 2 and "share no memory" in problem, problem)
+
+
+def launched(rank, port):
+    return {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+# Each counts one rank, as if the other were on another host.
+def test_two_launchers(models):
+    text, port = by_itself("generate", models["text"], "--transport", "shm"), free_port()
+    for transport in "auto", "host":
+        processes = [subprocess.Popen(engine("generate", models["text"], "--transport", transport), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
+                                      env={**ENVIRONMENT, **launched(rank, port)}) for rank in range(2)]
+        results = [end(process) for process in processes]
+        check(f"two launchers of one host: --transport {transport}", all(code == 0 for code, _, _ in results) and results[0][1] == text and
+              f"wire over {'p2p' if transport == 'auto' else transport}" in results[0][2] and "several hosts" not in results[0][2], results)
+
+
+# Stages of one rank hand rows over by the processors, whatever is asked for.
+def test_stages_of_one(models):
+    text = by_itself("generate", models["alone"])
+    for transport in "p2p", "host":
+        codes, told, got = spread("generate", models["alone"], "--transport", transport)
+        check(f"stages of one rank, --transport {transport}: over sockets", codes == [0, 0] and got == text and "wire over tcp" in told[0] and "sums of ranks" not in told[0], (codes, got, told))
+    code, out, told = run(*engine("generate", models["alone"], "--transport", "p2p"), env={**ENVIRONMENT, "EMULATED_DEVICES": "2"})
+    check("stages of one rank that tpengine starts: over shared memory", code == 0 and out == text and "wire over shm" in told, (code, out, told))
 
 
 # Hosts that differ by their names alone, as containers do.
@@ -145,11 +168,12 @@ def main():
         skip("ranks of launchers on devices", "the emulated backend is not built")
         sys.exit(status())
     with tempfile.TemporaryDirectory() as name:
-        models = {key: Path(name) / key for key in ("stages", "text")}
+        models = {key: Path(name) / key for key in ("stages", "text", "alone")}
         for key, words in (("stages", ("--tp", 2, "--pp", 2, "--quant", "none", "tests/golden/families/llama3")),
-                           ("text", ("--tp", 2, "--quant", "int4", "tests/model"))):
+                           ("text", ("--tp", 2, "--quant", "int4", "tests/model")),
+                           ("alone", ("--pp", 2, "--quant", "int4", "tests/model"))):
             must(BUILD / "tpshard", *words, models[key], "--quiet")
-        for test in (test_one_host, test_logits, test_refusals, test_two_hosts, test_mpirun, test_lost_rank):
+        for test in (test_one_host, test_logits, test_refusals, test_two_launchers, test_stages_of_one, test_two_hosts, test_mpirun, test_lost_rank):
             if len(sys.argv) < 2 or test.__name__ in sys.argv[1:]:
                 test(models)
     sys.exit(status())
