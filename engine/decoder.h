@@ -56,8 +56,8 @@ struct decoder {
     struct comm *world;          // of all stages
     enum wire wire;              // of prefill; see decoder_wire
     enum transport transport;    // over host, p2p and nccl the devices add up (device_exchange.h), else the host
-    bool feedback;               // of the devices' sums, as lost is of the host's
-    uint16_t *lost;              // of the wire's error feedback: bf16 [rows of a step][hidden]; NULL: there is none
+    bool feedback;               // what a compressing wire loses is made up for by the next sum
+    uint16_t *lost;              // of it so far, where the hosts add up: bf16 [rows of a step][hidden]; else NULL
     struct thread_pool *pool;    // for the exchange
     bool deals;                  // of prefill: the residual is dealt out to the ranks (sequence parallel)
     bool shows_residual;         // every rank has all of the residual behind each norm, dealt out or not

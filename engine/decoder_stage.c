@@ -5,12 +5,12 @@
 #include "engine/sum_check.h"
 #include "kernels/clock.h"
 
-static bool has_losses(const struct decoder *d) { return d->lost && wire_is_compressed(decoder_wire(d, d->phase)); }
+static bool has_losses(const struct decoder *d) { return d->feedback && wire_is_compressed(decoder_wire(d, d->phase)); }
 
 // Whoever adds up has them: the hosts, or the devices.
 static int take_losses(struct decoder *d, int from, struct error *err)
 {
-    size_t bytes = (size_t)(d->count * d->model->desc.hidden_size) * sizeof *d->lost;
+    size_t bytes = (size_t)(d->count * d->model->desc.hidden_size) * sizeof(uint16_t);
     uint16_t *lost = d->lost;
     int rc;
     if (!has_losses(d))
@@ -25,7 +25,7 @@ static int take_losses(struct decoder *d, int from, struct error *err)
 
 static int pass_on_losses(struct decoder *d, int to, struct error *err)
 {
-    size_t bytes = (size_t)(d->count * d->model->desc.hidden_size) * sizeof *d->lost;
+    size_t bytes = (size_t)(d->count * d->model->desc.hidden_size) * sizeof(uint16_t);
     uint16_t *lost = d->lost;
     int rc;
     if (!has_losses(d))

@@ -120,7 +120,7 @@ static struct device_shape rank_shape(const struct session *s, const struct rank
 static uint64_t extra_row_bytes(const struct session *s)
 {
     uint64_t hidden = (uint64_t)s->manifest->model.hidden_size, lost = s->worker.feedback ? 2 * hidden : 0;
-    return s->worker.check_sums > 0 ? 2 * lost + 4 * hidden : lost;
+    return s->worker.check_sums > 0 ? lost + 4 * hidden : lost;
 }
 
 // Of one rank on the host, for steps of so many rows.

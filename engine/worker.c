@@ -531,16 +531,16 @@ static int worker_open(struct worker *w, struct error *err)
         return rc;
     w->decoder.device = w->device;
     int64_t rows = rank_step_pass_rows(o->backend, &o->limits), hidden = w->model.desc.hidden_size;
-    if (o->feedback && !(w->decoder.lost = calloc((size_t)(rows * hidden), sizeof *w->decoder.lost)))
+    bool by_host = !decoder_devices_exchange(&w->decoder);
+    if (by_host && o->feedback && !(w->decoder.lost = calloc((size_t)(rows * hidden), sizeof *w->decoder.lost)))
         return error_set(err, ERR_MEMORY, "no memory for the wire's losses of %lld rows", (long long)rows);
-    if (o->check_sums > 0 && comm_size(w->decoder.comm) > 1 && decoder_devices_exchange(&w->decoder) &&
+    if (o->check_sums > 0 && !by_host &&
         (rc = sum_check_create(&w->decoder.check, o->check_sums, rows, hidden, o->feedback, err)))
         return rc;
     if ((rc = rank_step_create(&w->step, &w->decoder, &o->limits, o->usual_choices, err)))
         return rc;
     if (!w->env->spread) // the last stage counts in another process
         rank_step_count_passes(w->step, &w->shared->passes);
-    bool by_host = !decoder_devices_exchange(&w->decoder);
     if (w->decoder.in_parts && by_host && (rc = exchanger_create(&w->decoder.exchanger, w->decoder.comm, err)))
         return rc;
     // Now that the threads which load have been started, on any of the rank's processors.
