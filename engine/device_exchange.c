@@ -241,11 +241,6 @@ static int open_over(struct device_exchange *x, const struct backend *backend, s
     return rc ? rc : backend->exchange_open(device, &options, err);
 }
 
-static enum transport between_hosts(const struct comm *comm)
-{
-    return comm_is_local(comm) ? TRANSPORT_SHM : TRANSPORT_TCP;
-}
-
 int device_exchange_open(struct device_exchange **out, enum transport *transport, const struct backend *backend,
                          struct device *device, struct comm *comm, struct exchange_wish wish,
                          char note[DEVICE_EXCHANGE_NOTE_BYTES], struct error *err)
@@ -255,12 +250,8 @@ int device_exchange_open(struct device_exchange **out, enum transport *transport
     note[0] = 0;
     bool in_memory = wish.transport == TRANSPORT_HOST || wish.transport == TRANSPORT_P2P;
     bool carried = wish.transport == TRANSPORT_NCCL; // by a library: no memory is shared
-    if (!in_memory && !carried)
+    if (comm_size(comm) == 1 || (!in_memory && !carried))
         return 0;
-    if (comm_size(comm) == 1) { // only what goes from stage to stage is on its way
-        *transport = between_hosts(comm);
-        return 0;
-    }
     struct device_exchange *x = calloc(1, sizeof *x);
     if (!x)
         return error_set(err, ERR_MEMORY, "no memory for exchanges");
@@ -277,7 +268,7 @@ int device_exchange_open(struct device_exchange **out, enum transport *transport
         return rc;
     if (wish.transport != TRANSPORT_P2P) {
         snprintf(note, DEVICE_EXCHANGE_NOTE_BYTES, "sums of ranks through the CPU: %.200s", err->msg);
-        *transport = between_hosts(comm);
+        *transport = comm_is_local(comm) ? TRANSPORT_SHM : TRANSPORT_TCP;
         return 0;
     }
     char why[DEVICE_EXCHANGE_NOTE_BYTES];

@@ -26,8 +26,7 @@ _Static_assert((int)OP_COUNT <= (int)DEVICE_REDUCE_SCATTER, "an operation and a 
 static inline int device_operation(int half, enum comm_operation op) { return half + (int)op; }
 
 // After the device is prepared; all ranks of comm call it with the same wish. Success: *out, the caller's (device_exchange_close, after the device is
-// closed), or NULL where the host exchanges. *transport: what was agreed on; where comm is one rank, what the hosts' messages
-// take. note: "" or one sentence for the user.
+// closed), or NULL where the host exchanges. *transport: what was agreed on. note: "" or one sentence for the user.
 enum { DEVICE_EXCHANGE_NOTE_BYTES = 256 };
 int device_exchange_open(struct device_exchange **out, enum transport *transport, const struct backend *backend,
                          struct device *device, struct comm *comm, struct exchange_wish wish,
