@@ -17,7 +17,8 @@ static int take_losses(struct decoder *d, int from, struct error *err)
         return 0;
     if (!decoder_devices_exchange(d))
         return comm_receive(d->world, lost, bytes, from, err);
-    if ((rc = d->backend->lend_lost(d->device, &lost, err)) || (rc = comm_receive(d->world, lost, bytes, from, err)) ||
+    if ((rc = d->backend->lend_lost(d->device, true, &lost, err)) ||
+        (rc = comm_receive(d->world, lost, bytes, from, err)) ||
         (rc = d->checked ? sum_check_take_losses(d->check, lost, (int64_t)(bytes / sizeof *lost), err) : 0))
         return rc;
     return d->backend->returned_lost(d->device, err);
@@ -30,7 +31,7 @@ static int pass_on_losses(struct decoder *d, int to, struct error *err)
     int rc;
     if (!has_losses(d))
         return 0;
-    if (decoder_devices_exchange(d) && (rc = d->backend->lend_lost(d->device, &lost, err)))
+    if (decoder_devices_exchange(d) && (rc = d->backend->lend_lost(d->device, false, &lost, err)))
         return rc;
     return comm_send(d->world, lost, bytes, to, err);
 }

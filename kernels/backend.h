@@ -327,9 +327,9 @@ struct backend {
     // rank's own rows, all_gather_rows of BUFFER_NORMED. Its bits are those of the three; what has been added up is normed and sent on while more comes.
     int (*norm_dealt)(struct device *device, const struct dealt_norm *what, struct error *err);
     // What the wire has lost in the sums of this step, bf16 [rows of the window][hidden], for a later pipeline stage to make up for. lend_lost waits
-    // for it and lends it to the host; what the host then has there is the device's with returned_lost. With exchange_options.feedback; no other
-    // lend in between.
-    int (*lend_lost)(struct device *device, uint16_t **host, struct error *err);
+    // for it and lends it to the host, with anything in it where the host is to write all of it (overwrite); what the host then has there is the device's
+    // with returned_lost. With exchange_options.feedback; no other lend in between.
+    int (*lend_lost)(struct device *device, bool overwrite, uint16_t **host, struct error *err);
     int (*returned_lost)(struct device *device, struct error *err);
     // What is asked for between side_begin and side_end goes on beside what is asked for after it: behind all that came before side_begin, and
     // behind earlier sides. side_wait: what is asked for from now on comes behind that side (0 .. DEVICE_SIDES - 1; nothing if it never began).

@@ -81,7 +81,7 @@ int exchange_with_norm(struct device *d, const struct exchange_norm *norm, struc
 int exchange_begin_step(struct device *d, struct error *err);
 // Takes memory for what the wire loses, where it is made up for.
 int exchange_make_lost(struct device *d, struct exchange *x, struct error *err);
-int exchange_lend_lost(struct device *d, uint16_t **host, struct error *err);
+int exchange_lend_lost(struct device *d, bool overwrite, uint16_t **host, struct error *err);
 int exchange_returned_lost(struct device *d, struct error *err);
 
 // The area of a rank over host, for the host and for copies.
