@@ -32,6 +32,7 @@ VECTOR_INLINE void lanes_fp8_all(struct lanes out[4], const uint8_t *codes)
 }
 
 // Nothing to keep: a NaN stays one on its way to the sum.
+#define FLOAT_FP8_NAN 1
 struct magnitudes {
     int none;
 };
@@ -59,6 +60,7 @@ VECTOR_INLINE void lanes_fp8_all(struct lanes out[4], const uint8_t *codes)
     }
 }
 
+#define FLOAT_FP8_NAN 0
 // Doubled, which drops the sign.
 struct magnitudes {
     __m512i v;

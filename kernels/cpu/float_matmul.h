@@ -6,6 +6,7 @@
 //                                                     NaN as NaN, or as anything
 //   struct magnitudes, zero at first                  magnitudes_add(&m, codes) keeps the largest of 64 codes in each place
 //   magnitudes_nan(&m)                                whether one of them was NaN; false where lanes_fp8_all gives NaN
+//   FLOAT_FP8_NAN                                     whether lanes_fp8_all gives NaN for NaN: then the sum tells
 //   lanes_fmadd(struct lanes *sum, a, b)              *sum = a * b + *sum, rounded once
 //   lanes_store(float *, const struct lanes *)
 //   FLOAT_TILE_ROWS, FLOAT_TILE_TOKENS                sums that fit the registers; rows divide FLOAT_ROWS; tokens 3 or 6
@@ -103,7 +104,7 @@ VECTOR_INLINE float float_finish(float total, const struct matrix *w, int64_t ro
     return nan ? NAN : total * 0x1p8f * (w->shape.kind == WEIGHT_FP8 ? ((const float *)w->scale)[row] : 1.0f);
 }
 
-// nan: whether a weight is NaN, or the sum will tell.
+// nan: whether a weight is known to be NaN. Where the sum tells, it comes with any sign, which is looked at there alone: it takes instructions.
 VECTOR_INLINE void float_store(float *y, const struct lanes *sum, const struct matrix *w, int64_t row, bool nan)
 {
     float lane[LANES];
@@ -111,7 +112,7 @@ VECTOR_INLINE void float_store(float *y, const struct lanes *sum, const struct m
     f32x16 lanes;
     load16(&lanes, lane);
     float total = sum_lanes(&lanes);
-    y[row] = float_finish(total, w, row, nan || isnan(total));
+    y[row] = float_finish(total, w, row, nan || (FLOAT_FP8_NAN && isnan(total)));
 }
 
 // Few tokens: bound by memory, so `rows` rows are read side by side from one end to the other, each cache line whole at once: rows of a length

@@ -40,6 +40,7 @@ VECTOR_INLINE void lanes_fp8_all(struct lanes out[4], const uint8_t *codes)
         out[part] = lanes_fp8(codes + part / 2 * 32, part % 2);
 }
 
+#define FLOAT_FP8_NAN 0
 // Doubled, which drops the sign.
 struct magnitudes {
     __m256i v;
