@@ -191,7 +191,7 @@ struct load_target {
 };
 
 enum {
-    BACKEND_ABI = 10,
+    BACKEND_ABI = 11,
     DEVICE_TEXT_BYTES = 512,
     DEVICE_BUS_BYTES = 24,
     LOAD_LANES = 16,             // threads that copy to a device at a time
