@@ -109,6 +109,11 @@ static double activation(const struct model_desc *d, double gate, double up)
     return gate * sigmoid(gate) * up;
 }
 
+// Whether the kernels that are tested round activations to bf16; then the references do so too, and choose the same experts.
+static bool rounds(void);
+
+static double as_activation(double x) { return rounds() ? (double)bf16_to_f32(f32_to_bf16((float)x)) : x; }
+
 static void mlp_reference(const struct model_desc *d, double out[HIDDEN], const double *x, const float *gate_up,
                           const float *gate_up_bias, const float *down, int64_t size, double factor)
 {
@@ -119,7 +124,7 @@ static void mlp_reference(const struct model_desc *d, double out[HIDDEN], const 
             h[r] += x[i] * gate_up[r * HIDDEN + i];
     }
     for (int64_t r = 0; r < size; r++)
-        h[r] = activation(d, h[r], h[size + r]);
+        h[r] = as_activation(activation(d, h[r], h[size + r]));
     for (int i = 0; i < HIDDEN; i++)
         for (int64_t r = 0; r < size; r++)
             out[i] += factor * h[r] * down[i * size + r];
@@ -184,7 +189,7 @@ static void row_reference(const struct model *m, double out[HIDDEN], uint32_t to
     for (int i = 0; i < HIDDEN; i++)
         squares += (double)m->embedding[token * HIDDEN + i] * m->embedding[token * HIDDEN + i];
     for (int i = 0; i < HIDDEN; i++)
-        x[i] = m->embedding[token * HIDDEN + i] / sqrt(squares / HIDDEN + m->desc.norm_eps) * m->norm[i];
+        x[i] = as_activation(m->embedding[token * HIDDEN + i] / sqrt(squares / HIDDEN + m->desc.norm_eps) * m->norm[i]);
     for (int r = 0; r <= EXPERTS; r++) {
         logit[r] = r < EXPERTS && e->router_bias ? m->router_bias[r] : 0;
         for (int i = 0; i < HIDDEN; i++)
@@ -325,7 +330,6 @@ static void make_rows(struct token_row rows[ROWS])
         rows[i] = (struct token_row){.token = (uint32_t)(i * 7 % VOCAB), .position = i};
 }
 
-// Whether activations are rounded to bf16.
 static bool rounds(void)
 {
     struct error err;
@@ -337,9 +341,8 @@ static bool rounds(void)
 // The parts of all ranks add up to the model, whole experts or slices; ranks may hold nothing.
 static void check_against_double(void)
 {
-    // In units of the root mean square of a row. Rounding moves weights of experts, and where two are nearly equal it may choose the other.
-    const double tolerance = rounds() ? 5e-2 : 1e-5;
-    const int may_be_off = rounds() ? ROWS / 6 : 0;
+    // In units of the root mean square of a row. A number near the middle between two of bf16 may be rounded to the other; 4e-5 was seen.
+    const double tolerance = rounds() ? 1e-2 : 1e-5;
     struct token_row rows[ROWS];
     make_rows(rows);
     for (size_t c = 0; c < sizeof cases / sizeof *cases; c++)
@@ -373,7 +376,7 @@ static void check_against_double(void)
                         good &= fabs(got[i * HIDDEN + j] - want[j]) <= tolerance * sqrt(rms);
                     off += !good;
                 }
-                if (off > may_be_off)
+                if (off > 0)
                     fail_msg("case %zu, %d ranks, %s: %d rows are off", c, ranks, whole ? "whole experts" : "slices",
                              off);
                 free(got);
