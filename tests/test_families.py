@@ -27,7 +27,7 @@ GOLDEN = Path("tests/golden/families")
 CACHED_EVERY = 4  # rows of logits_bf16_cache.npy
 BOUND_CACHED = 0.001
 # Kernels that round activations to bfloat16 (kernels/cpu/bf16_rows.h) err by 1.5e-3 of a typical product, which random weights amplify. Where a
-# processor may have them, those that do not round are held to the sharp bounds beside them.
+# processor may have them, those that do not round are held to the sharp bounds beside them; above tp 1 they alone, as a slip in slicing may be small.
 FLAGS = set(Path("/proc/cpuinfo").read_text().split())
 BOUND_ROUNDED = 0.02
 BACKENDS = (("auto", BOUND_ROUNDED), ("avx512", 0)) if FLAGS & {"amx_bf16", "avx512_bf16"} else (("auto", 0),)
@@ -90,7 +90,7 @@ def check(case, tp, quant, experts, tmp):
             run(BUILD / "tpshard", "--tp", tp, "--quant", quant, *(("--group-size", 32) if quant != "none" else ()),
                 *(("--experts", experts) if experts else ()), case.path, shards, "--quiet")
             good, details = True, []
-            for backend, more in (("auto", 0),) if quant != "none" else BACKENDS if tp == 1 else BACKENDS[:1]:
+            for backend, more in (("auto", 0),) if quant != "none" else BACKENDS if tp == 1 else BACKENDS[-1:]:
                 run(BUILD / "tpengine", "logits", shards, "--token-ids", ",".join(map(str, case.golden["token_ids"])), "--output", out,
                     *(("--context", case.golden["context"]) if "context" in case.golden else ()), "--quiet", "--backend", backend)
                 logits = read_npy(out)
