@@ -1,7 +1,6 @@
 // tpengine capture: statistics of a model's inputs over a text, for tpshard convert --calib-stats. See capture.h.
 #include "engine/commands.h"
 
-#include "engine/backends.h"
 #include "engine/capture.h"
 #include "engine/text_windows.h"
 #include "formats/checked.h"
@@ -27,7 +26,8 @@ const struct option_spec capture_options[] = {
     {"window", OPTION_INT, &options.window, "N", 2, 1 << 20,
      "tokens that are read at once, as a text of their own, or the longest that the model reads if that is less"},
     {"backend", OPTION_CHOICE, &options.backend, "cpu|scalar|avx2|avx512|avx512vbmi|avx512bf16|amx", 0, 0,
-     "kernels to compute with; cpu: the fastest here"},
+     "kernels to compute with; cpu: the fastest of those with the bits of avx2, so that statistics are the same on "
+     "every machine that has it"},
     {"threads", OPTION_INT, &options.threads, "N", 0, 1024,
      "worker threads; 0: all CPUs; the statistics do not depend on it"},
     {NULL, OPTION_FLAG, NULL, NULL, 0, 0, NULL},
@@ -195,13 +195,6 @@ static int report(const struct capture_run *run, struct error *err)
     return 0;
 }
 
-// avx512 and avx512vbmi compute the bits of avx2 (kernels/kernels.h), so that they go on with each other's files and the same weights come of them.
-static const char *name_of_sums(const struct kernels *kernels)
-{
-    const bool same = strcmp(kernels->name, "avx512") == 0 || strcmp(kernels->name, "avx512vbmi") == 0;
-    return same ? "avx2" : kernels->name;
-}
-
 static int make_header(struct capture_run *run, struct checksum128 text, const char *kernels, struct error *err)
 {
     struct checksum128 model, weights;
@@ -240,17 +233,26 @@ static int check_memory(const struct capture_run *run, struct error *err)
                      1e-9 * (double)memory, 1e-9 * available);
 }
 
+// By default not the fastest of all: some round activations to bf16 (kernels/kernels.h), and weights would depend on where they were calibrated. A machine
+// without AVX2 has scalar alone.
+static int choose_kernels(const struct kernels **out, struct error *err)
+{
+    bool named = strcmp(options.backend, "cpu") != 0;
+    *out = named ? NULL : kernels_of_sums("avx2");
+    return *out ? 0 : kernels_select(out, named ? options.backend : "auto", err);
+}
+
 int capture_run(int argc, char **argv, struct error *err)
 {
     struct capture_run run = {.begin_ns = clock_now_ns()};
     struct store_options place;
-    struct backend_choice backend;
+    const struct kernels *kernels;
     struct checksum128 text;
     int rc;
     (void)argc;
     if (!options.text || !options.output)
         return error_set(err, ERR_USAGE, "capture needs --text FILE and --output FILE");
-    if ((rc = backends_select(&backend, options.backend, NULL, err)) || (rc = choose_store(&place, argv[0], err)) ||
+    if ((rc = choose_kernels(&kernels, err)) || (rc = choose_store(&place, argv[0], err)) ||
         (rc = store_open(&run.store, argv[0], &place, err)) || (rc = store_manifest(&run.manifest, run.store, err)))
         goto done;
     if (run.manifest->tp_size * run.manifest->pp_size != 1) {
@@ -259,10 +261,10 @@ int capture_run(int argc, char **argv, struct error *err)
                        argv[0], run.manifest->tp_size * run.manifest->pp_size);
         goto done;
     }
-    if ((rc = read_windows(&run, &text, err)) || (rc = make_header(&run, text, name_of_sums(backend.kernels), err)))
+    if ((rc = read_windows(&run, &text, err)) || (rc = make_header(&run, text, kernels->sums, err)))
         goto done;
     say_sizes(&run);
-    if ((rc = check_memory(&run, err)) || (rc = open_model(&run, backend.kernels, argv[0], &place, err)) ||
+    if ((rc = check_memory(&run, err)) || (rc = open_model(&run, kernels, argv[0], &place, err)) ||
         (rc = check_memory(&run, err)) ||
         (rc = capture_write(&run.decoder, &run.text, options.output, &run.header, show_layer, &run, err)))
         goto done;

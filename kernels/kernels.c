@@ -133,3 +133,30 @@ int kernels_select(const struct kernels **out, const char *wanted, struct error 
     return error_set(err, ERR_USAGE, "kernels \"%s\" %s; this machine supports: %s", wanted,
                      known ? "need instructions that this CPU or operating system lacks" : "do not exist", list);
 }
+
+const struct kernels *kernels_of_sums(const char *sums)
+{
+    for (int i = 0; kernels_all[i]; i++)
+        if (strcmp(kernels_all[i]->sums, sums) == 0 && kernels_all[i]->supported())
+            return kernels_all[i];
+    return NULL;
+}
+
+enum { TABLES = sizeof kernels_all / sizeof *kernels_all - 1 };
+
+uint32_t kernels_auto_set(void)
+{
+    uint32_t set = 0;
+    for (int i = 0; i < TABLES; i++)
+        if (kernels_all[i]->supported() && !kernels_auto_passes_by(kernels_all[i]))
+            set |= 1u << (TABLES - 1 - i);
+    return set;
+}
+
+const struct kernels *kernels_fastest(uint32_t set)
+{
+    int i = 0;
+    while (i < TABLES - 1 && !(set >> (TABLES - 1 - i) & 1))
+        i++;
+    return kernels_all[i];
+}

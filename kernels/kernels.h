@@ -129,6 +129,7 @@ struct attention_query {
 
 struct kernels {
     const char *name;        // "scalar", "avx2", "avx512", "avx512vbmi", "avx512bf16", "amx"
+    const char *sums;        // tables of the same word give the same bits: the name of one of them
     bool (*supported)(void); // CPU and operating system
 
     // Fills rows [token_begin, token_end) of act from x [.., x_stride] for a matmul with w: the parts that w's kind needs.
@@ -179,6 +180,12 @@ struct kernels {
 // The fastest supported table, or the one named ("auto", "scalar", "avx2", "avx512", "avx512vbmi", "avx512bf16", "amx"); ERR_USAGE with the list of what this
 // machine supports when the name is unknown or unsupported.
 int kernels_select(const struct kernels **out, const char *wanted, struct error *err);
+// The fastest supported table with these sums; NULL: this machine has none.
+const struct kernels *kernels_of_sums(const char *sums);
+// The tables that "auto" may take here, one bit each, and the fastest table of such a set, which is not empty. Bits count from the end of
+// kernels_all: scalar is bit 0 on every processor, so that sets of several hosts can be compared.
+uint32_t kernels_auto_set(void);
+const struct kernels *kernels_fastest(uint32_t set);
 // All tables compiled in, fastest first, NULL at the end; supported or not.
 extern const struct kernels *const kernels_all[];
 

@@ -546,6 +546,36 @@ static void test_select(void **state)
     assert_non_null(strstr(err.msg, "scalar"));
 }
 
+// Which tables go together. That their bits are the same, test_matmul and the others above see.
+static void test_sums(void **state)
+{
+    (void)state;
+    static const char *const sums[][2] = {{"scalar", "scalar"},   {"avx2", "avx2"}, {"avx512", "avx2"},
+                                          {"avx512vbmi", "avx2"}, {"amx", "amx"},   {"avx512bf16", "avx512bf16"}};
+    uint32_t set = kernels_auto_set();
+    int tables = 0;
+    while (kernels_all[tables])
+        tables++;
+    for (int n = 0; n < tables; n++) {
+        const struct kernels *k = kernels_all[n], *fastest = kernels_of_sums(k->sums);
+        size_t known = 0;
+        while (known < sizeof sums / sizeof *sums && strcmp(sums[known][0], k->name) != 0)
+            known++;
+        assert_true(known < sizeof sums / sizeof *sums);
+        assert_string_equal(k->sums, sums[known][1]);
+        assert_true(fastest || !k->supported());
+        assert_true(!fastest || (fastest->supported() && strcmp(fastest->sums, k->sums) == 0));
+        uint32_t bit = 1u << (tables - 1 - n);
+        assert_int_equal((set & bit) != 0, k->supported() && !kernels_auto_passes_by(k));
+        assert_ptr_equal(kernels_fastest(bit), k);
+        assert_ptr_equal(kernels_fastest(bit | 1), k);
+    }
+    const struct kernels *chosen;
+    assert_int_equal(kernels_select(&chosen, "auto", &(struct error){0}), 0);
+    assert_ptr_equal(kernels_fastest(set), chosen);
+    assert_null(kernels_of_sums("avx512")); // the word is avx2
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -555,7 +585,7 @@ int main(void)
         cmocka_unit_test(test_nothing_to_do),   cmocka_unit_test(test_nan),
         cmocka_unit_test(test_nan_weight),      cmocka_unit_test(test_extreme_scales),
         cmocka_unit_test(test_activation_rows), cmocka_unit_test(test_dequantize_row),
-        cmocka_unit_test(test_packed_rows),
+        cmocka_unit_test(test_packed_rows),     cmocka_unit_test(test_sums),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

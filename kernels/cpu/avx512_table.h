@@ -173,6 +173,7 @@ static void table_matmul(float *y, int64_t y_stride, const struct matrix *w, con
 
 const struct kernels AVX512_TABLE = {
     .name = AVX512_NAME,
+    .sums = "avx2",
     .supported = AVX512_SUPPORTED,
     .matmul = table_matmul,
     .attention = attention_avx512,

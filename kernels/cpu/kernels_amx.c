@@ -375,6 +375,7 @@ static void matmul(float *y, int64_t y_stride, const struct matrix *w, const str
 
 const struct kernels kernels_amx = {
     .name = "amx",
+    .sums = "amx",
     .supported = supported,
     .prepare = prepare,
     .matmul = matmul,

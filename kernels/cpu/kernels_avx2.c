@@ -317,6 +317,7 @@ static void tiled_matmul(float *y, int64_t y_stride, const struct matrix *w, con
 
 const struct kernels kernels_avx2 = {
     .name = "avx2",
+    .sums = "avx2",
     .supported = kernels_supported_avx2,
     .matmul = matmul,
     .attention = attention_avx2,

@@ -51,6 +51,7 @@ static void matmul(float *y, int64_t y_stride, const struct matrix *w, const str
 
 const struct kernels kernels_avx512bf16 = {
     .name = "avx512bf16",
+    .sums = "avx512bf16",
     .supported = supported,
     .prepare = prepare,
     .matmul = matmul,

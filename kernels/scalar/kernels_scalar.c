@@ -138,6 +138,7 @@ static void matmul(float *y, int64_t y_stride, const struct matrix *w, const str
 
 const struct kernels kernels_scalar = {
     .name = "scalar",
+    .sums = "scalar",
     .supported = supported,
     .matmul = matmul,
     .attention = attention_base,
