@@ -4,6 +4,7 @@
 #include "engine/comm_select.h"
 #include "engine/decoder_parts.h"
 #include "engine/exchange.h"
+#include "engine/rank_backends.h"
 #include "engine/rank_step.h"
 #include "engine/rank_transport.h"
 #include "engine/relay.h"
@@ -113,7 +114,6 @@ struct agreement {
     int64_t check_sums, context, num_pages;
     struct step_limits limits;
     uint32_t kv_format;
-    char backend[16], kernels[16];
 };
 
 static int agree(struct worker *w, struct error *err)
@@ -134,9 +134,8 @@ static int agree(struct worker *w, struct error *err)
     mine.limits = o->limits;
     mine.num_pages = o->num_pages;
     mine.kv_format = (uint32_t)o->kv_format;
-    snprintf(mine.backend, sizeof mine.backend, "%s", o->backend->name);
-    snprintf(mine.kernels, sizeof mine.kernels, "%s", o->kernels->name);
-    int rc = comm_handshake(w->env->comm, &mine, sizeof mine, "model contract and options", err);
+    int rc = rank_backends_agree(w->env->comm, o->backend, o->kernels, err); // first: limits follow from it
+    rc = rc ? rc : comm_handshake(w->env->comm, &mine, sizeof mine, "model contract and options", err);
     struct comm_select_options table = {
         .transport = o->transport, .tp_size = w->env->tp_size, .wire = o->wire, .feedback = o->feedback};
     return rc ? rc : comm_select_agree(w->env->comm, comm_select_hash(&table), err);

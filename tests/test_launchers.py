@@ -246,6 +246,26 @@ def test_refusals():
     expect("--launcher none runs all ranks here", got, alone[2])
 
 
+def test_unlike_processors():
+    """Ranks whose tables have the same sums go together; others are refused with a --backend for all."""
+    flags = next((line.split() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), [])
+    if "avx2" not in flags:
+        skip("ranks of unlike processors", "no AVX2 here: scalar is the only table")
+        return
+    where = master()
+    refused("other sums", 2, ("rank 0 computes with scalar, rank 1 with avx2,", "start all ranks with --backend "),
+            *[start(rank, 2, where, *PROMPTS, "--backend", ("scalar", "avx2")[rank]) for rank in range(2)])
+    if "avx512_vnni" not in flags:
+        skip("ranks with avx512 and avx2", "no AVX-512 VNNI here")
+        return
+    same = run(TPENGINE, "generate", models[2], *PROMPTS, "--backend", "avx2", env=ENVIRONMENT)
+    for tables in (("avx512", "avx2"), ("avx2", "avx512vbmi"))[:2 if "avx512vbmi" in flags else 1]:
+        where = master()
+        results = [end(process) for process in [start(rank, 2, where, *PROMPTS, "--backend", tables[rank]) for rank in range(2)]]
+        expect(f"ranks with {' and '.join(tables)}: the same text", results[0], same)
+        expect(f"ranks with {' and '.join(tables)}: the other ends with it", results[1], (0, "", ""))
+
+
 # ---- ends ----------------------------------------------------------------------------------------------------------
 
 def children(pid):
@@ -326,7 +346,7 @@ try:
     for key, words in ((2, ["--tp", "2"]), (4, ["--tp", "4"]), ("stages", ["--tp", "2", "--pp", "2"]), ("other", ["--tp", "2", "--group-size", "64"])):
         case_help.must(BUILD / "tpshard", "convert", *words, "--quant", "int4", "tests/model", models[key])
     alone = {tp: run(TPENGINE, "generate", models[tp], *PROMPTS, env=ENVIRONMENT) for tp in (2, 4, "stages")}
-    for case in (test_options, test_lws, test_mpirun, test_torchrun, test_slurm, test_refusals, test_kills, test_serve):
+    for case in (test_options, test_lws, test_mpirun, test_torchrun, test_slurm, test_refusals, test_unlike_processors, test_kills, test_serve):
         if len(sys.argv) < 2 or case.__name__ in sys.argv[1:]:
             case()
 finally:
