@@ -45,7 +45,7 @@ struct calibration_header {
     uint8_t model[16];      //  32  calibration_model_key
     uint8_t weights[16];    //  48  calibration_weights_key
     uint8_t text[16];       //  64  XXH3-128 of the text
-    char kernels[24];       //  80  what computed, "avx512"; for people; ends in NUL
+    char kernels[24];       //  80  whose sums they are, "avx2" (struct kernels); ends in NUL
     uint8_t reserved[16];   // 104  zero
     uint64_t checksum;      // 120  XXH3-64 of the bytes in front of it
 };
