@@ -258,6 +258,48 @@ static void test_nan_weight(void **state)
     }
 }
 
+// fp8g: the vector tables that do not round have the same bits; those that do are right where the sums are far from the largest numbers, but for
+// what is lost below the normal ones.
+static void check_extreme_floats(const struct test_matrix *t, const float *x, int64_t tokens)
+{
+    int64_t rows = (int64_t)t->m.shape.rows, cols = (int64_t)t->m.shape.cols;
+    struct activations act = make_activations(tokens, cols);
+    float *first = NULL;
+    for (int n = 0; kernels_all[n]; n++) {
+        const struct kernels *kernels = kernels_all[n];
+        if (!kernels->supported() || kernels == &kernels_scalar)
+            continue;
+        kernels->prepare(&act, &t->m, x, cols, 0, tokens);
+        float *y = multiply(kernels, &t->m, &act, tokens);
+        if (!rounds_floats(kernels, t->m.shape.kind)) {
+            if (first)
+                assert_same(y, first, tokens * rows, t->name);
+            free(first);
+            first = y;
+            continue;
+        }
+        int checked = 0;
+        for (int64_t i = 0; i < tokens * rows; i++) {
+            double want = 0, magnitude = 0;
+            for (int64_t col = 0; col < cols; col++) {
+                double term = t->value[i % rows * cols + col] * activation_value(kernels, &act, &t->m, i / rows, col);
+                want += term;
+                magnitude += fabs(term);
+            }
+            if (!(magnitude < 0x1p126))
+                continue;
+            checked++;
+            if (!(fabs(y[i] - want) <= sum_tolerance * magnitude + 0x1p-126))
+                fail_msg("%s, %s: token %d row %d is %.9g, not %.9g", kernels->name, t->name, (int)(i / rows),
+                         (int)(i % rows), (double)y[i], want);
+        }
+        assert_true(checked >= tokens * rows / 4);
+        free(y);
+    }
+    free(first);
+    activations_free(&act);
+}
+
 // Scales at the ends of their formats: all tables give the same bits, and where the sums fit into f32 they are right.
 static void test_extreme_scales(void **state)
 {
@@ -311,13 +353,8 @@ static void test_extreme_scales(void **state)
                 assert_same(y, want, tokens * ROWS, t.name);
                 free(y);
             }
-            if (table("avx512")) {
-                float *y = multiply(table("avx512"), &t.m, &act, tokens),
-                      *y2 = multiply(table("avx2"), &t.m, &act, tokens);
-                assert_same(y, y2, tokens * ROWS, t.name);
-                free(y);
-                free(y2);
-            }
+            if (c.kind == WEIGHT_FP8G)
+                check_extreme_floats(&t, x, tokens);
             free(want);
         }
         free(x);
@@ -520,6 +557,19 @@ static void test_packed_rows(void **state)
 
 // ---- Selection -----------------------------------------------------------------------------------------------------
 
+// Intel's processors alone are passed by for AVX512_BF16 (kernels/kernels.c).
+static bool is_intel(void)
+{
+    FILE *f = fopen("/proc/cpuinfo", "r");
+    char line[512];
+    bool found = false;
+    while (f && !found && fgets(line, sizeof line, f))
+        found = strstr(line, "GenuineIntel") != NULL;
+    if (f)
+        fclose(f);
+    return found;
+}
+
 static void test_select(void **state)
 {
     (void)state;
@@ -534,7 +584,7 @@ static void test_select(void **state)
         bool supported = kernels_all[n]->supported();
         assert_int_equal(kernels_select(&named, kernels_all[n]->name, &err), supported ? 0 : ERR_USAGE);
         assert_ptr_equal(named, supported ? kernels_all[n] : NULL);
-        bool taken = supported && !kernels_auto_passes_by(kernels_all[n]);
+        bool taken = supported && !(is_intel() && strcmp(kernels_all[n]->name, "avx512bf16") == 0);
         if (taken && first)
             assert_ptr_equal(kernels, kernels_all[n]);
         first &= !taken;
