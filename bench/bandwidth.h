@@ -1,13 +1,14 @@
 // The denominator of every memory-bound figure: bytes per second that `threads` threads can read from a block that no cache
 // holds, in four sequential streams each or in one, whichever is faster (on Intel Xeon one stream reads a fifth to a half
-// less than four). Streams are an odd number of pages and lines apart: a distance of a power of two puts them into the same
-// sets and banks, and an AMD EPYC then reads 13 GB/s instead of 32.
+// less than four). A stream is BANDWIDTH_APART shorter than its share of the block, so that streams of a block of 2^n bytes do not
+// begin a power of two apart, which puts them into the same sets and banks: an AMD EPYC then reads 13 GB/s instead of 32.
 //
 // Time is what the slowest thread itself was on a processor, not the clock on the wall: on a shared machine the rest belongs
 // to others.
 #ifndef TPSHARD_BENCH_BANDWIDTH_H
 #define TPSHARD_BENCH_BANDWIDTH_H
 
+#include <assert.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <time.h>
@@ -68,7 +69,9 @@ struct bandwidth_job {
 // Of each of BANDWIDTH_STREAMS of a thread: a multiple of 64.
 static inline uint64_t bandwidth_stream_bytes(const struct bandwidth_job *job)
 {
-    return job->bytes / (uint64_t)(job->threads * BANDWIDTH_STREAMS) / 64 * 64 - BANDWIDTH_APART;
+    uint64_t share = job->bytes / (uint64_t)(job->threads * BANDWIDTH_STREAMS) / 64 * 64;
+    assert(share > BANDWIDTH_APART);
+    return share - BANDWIDTH_APART;
 }
 
 static inline bandwidth_u64x2 bandwidth_line(const uint8_t *at)
@@ -111,7 +114,7 @@ static inline double bandwidth_of(const void *data, uint64_t bytes, int threads,
     return seconds > 0 ? read / seconds : 0;
 }
 
-// data is aligned to 64 bytes; bytes: some hundred MiB.
+// data is aligned to 64 bytes; bytes: some hundred MiB, and more than BANDWIDTH_APART for each stream of each thread.
 static inline double bandwidth_bytes_per_second(const void *data, uint64_t bytes, int threads)
 {
     double four = bandwidth_of(data, bytes, threads, BANDWIDTH_STREAMS), one = bandwidth_of(data, bytes, threads, 1);
