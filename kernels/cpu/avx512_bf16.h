@@ -44,7 +44,7 @@ VECTOR_INLINE void dot(struct lanes *sum, __m512i w, __m512i x) { sum->v = BF16_
 
 // ---- Weights -------------------------------------------------------------------------------------------------------
 
-// The upper and the lower byte of a magnitude of e4m3 as bf16: below 8 subnormal, 127 NaN.
+// The upper and the lower byte of a magnitude of e4m3 as bf16: below 8 subnormal, 127 NaN. avx512_e4m3.h has 2^-8 times as much, as sums there want.
 #define E4M3_BITS(c)                                                                                                   \
     ((c) == 127 ? 0x7fc0                                                                                               \
      : (c) >= 4 ? ((c) >= 8 ? 0x3c00 + 0x10 * (c) : 0x3c00 + 0x20 * ((c)-4))                                           \

@@ -1,4 +1,4 @@
-// What the matmuls with AVX-512 vectors share (kernels_avx512.c, kernels_amx.c): blocks of rows, a transpose, and the scales of 16 rows at once.
+// What the matmuls with AVX-512 vectors and with tiles share: blocks of rows, a transpose, and the scales of 16 rows at once.
 #ifndef TPSHARD_KERNELS_CPU_AVX512_HELP_H
 #define TPSHARD_KERNELS_CPU_AVX512_HELP_H
 
