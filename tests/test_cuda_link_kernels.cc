@@ -130,6 +130,12 @@ static void make_hands(struct hands *h, uint32_t seed, uint64_t timeout_ns)
     assert_int_equal(cudaDeviceSynchronize(), cudaSuccess);
 }
 
+static void free_hands(const struct hands *h)
+{
+    for (void *memory : {(void *)h->place, (void *)h->sent, (void *)h->result, (void *)h->area[0], (void *)h->area[1]})
+        assert_int_equal(cudaFree(memory), cudaSuccess);
+}
+
 static void give(const struct hands *h)
 {
     cudaStream_t stream;
@@ -166,15 +172,18 @@ static void test_hands(void **)
         assert_int_equal(h.result[1].rounds, HAND_ROUNDS);
         assert_int_equal(h.result[1].missed, 0);
         assert_int_equal(h.result[1].wrong, seed == 9 ? 0 : 3 * 4 + 2 * HAND_WORDS + 2 * 1000);
+        free_hands(&h);
     }
     make_hands(&h, 9, 50000000);
     take(&h);
     assert_int_equal(h.result[1].rounds, 0);
     assert_int_equal(h.result[1].missed, 1);
+    free_hands(&h);
     make_hands(&h, 9, 50000000);
     give(&h);
     assert_int_equal(h.result[0].unready, 1);
     assert_int_equal(h.result[0].posted, 0);
+    free_hands(&h);
 }
 
 int main(void)

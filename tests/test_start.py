@@ -383,7 +383,7 @@ def test_devices(work):
     with Gate(directory, part="rank-01", begin=rank_files(directory)[1].stat().st_size - MIB) as gate:
         process = subprocess.Popen([str(w) for w in (TPENGINE, "generate", gate.url, *words[2:])], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                    env={**CLEAN, "EMULATED_DEVICES": "2"})
-        ranks = wait_until(lambda: children(process.pid))
+        ranks = wait_until(lambda: (found if len(found := children(process.pid)) == 2 else None)) or [process.pid] * 2
         held = wait_until(lambda: gate.held)
         # Until rank 1 does nothing but wait; rank 0 polls its device, whose last sum an emulated device of rank 1 makes when its host has come so far.
         before_s, end = -1.0, time.monotonic() + 20
