@@ -27,6 +27,7 @@ struct CUstream_st {
     std::map<const CUstream_st *, uint64_t> behind; // of other streams' work in the capture, what its own waits for
     bool before_others = false;                     // of high priority
     bool endless = false;                           // its work never ends
+    bool gone = false;                              // destroyed; events that were recorded in it still look at `run`
     int device = -1;                                // -1: the one that is current
     uint64_t queued = 0, run = 0;
 };
@@ -117,7 +118,12 @@ using emulator::setting;
 namespace
 {
 
-CUstream_st *stream_of(cudaStream_t stream) { return stream ? stream : &default_stream; }
+CUstream_st *stream_of(cudaStream_t stream)
+{
+    if (stream && stream->gone)
+        emulator::fail("the stream was destroyed");
+    return stream ? stream : &default_stream;
+}
 
 thread_local bool not_done; // said by the work that ran last
 
@@ -411,7 +417,11 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream)
     for (size_t i = 0; i < streams.size(); i++)
         if (streams[i] == stream)
             streams.erase(streams.begin() + (long)i--);
-    delete stream;
+    static std::mutex lock;
+    static auto &destroyed = *new std::vector<CUstream_st *>; // found from here for ever: no leak
+    std::lock_guard<std::mutex> hold(lock);
+    stream->gone = true;
+    destroyed.push_back(stream);
     return error;
 }
 
