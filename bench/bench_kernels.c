@@ -112,6 +112,7 @@ int main(int argc, char **argv)
     for (int64_t i = 0; i < (int64_t)MAX_TOKENS * MAX_COLS; i++)
         x[i] = (float)(i * 7919 % 1013) / 506.0f - 1;
 
+    int measured = 0;
     for (int n = 0; kernels_all[n]; n++) {
         const struct kernels *kernels = kernels_all[n];
         // The reference is not for speed: only when asked for.
@@ -140,11 +141,15 @@ int main(int argc, char **argv)
                         struct matrix w = {job.shape, arena, arena};
                         kernels->prepare(&act, &w, x, MAX_COLS, 0, MAX_TOKENS);
                         measure(job);
+                        measured++;
                     }
     }
     activations_free(&act);
     free(x);
     free(y);
     munmap(arena, ARENA_BYTES);
-    return 0;
+    if (!measured)
+        fprintf(stderr, "bench_kernels: nothing fits these words; wanted [table [kind [tokens [rows]]]] that this "
+                        "processor runs, \"all\" for any\n");
+    return measured ? 0 : 2;
 }
