@@ -732,7 +732,8 @@ def test_engine():
                    (max(sent) > 1.02 or max(sent) > 0 and number == 2) and f"{sent} of the ranks' files were sent" or
                    (authorizations(server) != {"Bearer t2"} and authorizations(server)))
         for where, at in (("payload", 5 * MIB), ("head", 100)):
-            for path in cached(WORK / "engine"):
+            # One rank's payload: the rank that finds such a copy ends the start, maybe before the other one has found its own.
+            for path in list(cached(WORK / "engine"))[:1 if where == "payload" else None]:
                 data = bytearray(path.read_bytes())
                 data[at] ^= 8
                 path.write_bytes(data)
