@@ -179,8 +179,10 @@ static inline void close_end(struct end *e)
     }
     for (float *memory : e->memory)
         cudaFree(memory);
-    cudaFree(e->device.buffer[BUFFER_PARTIAL]);
-    cudaFree(e->device.buffer[BUFFER_RESIDUAL]);
+    float **buffers =
+        e->device.all_buffer[BUFFER_PARTIAL] ? e->device.all_buffer : e->device.buffer; // whole, or a window
+    cudaFree(buffers[BUFFER_PARTIAL]);
+    cudaFree(buffers[BUFFER_RESIDUAL]);
     cudaStreamDestroy(e->device.stream);
     comm_close(e->comm);
     munmap(e->region, e->group->region_bytes);
