@@ -92,58 +92,64 @@ static bool chosen(int argc, char **argv, int index, const char *name)
     return argc <= index || strcmp(argv[index], "all") == 0 || strcmp(argv[index], name) == 0;
 }
 
-int main(int argc, char **argv)
+// Where bytes are taken for weights and scales: +-0x30 .. 0x3f, ordinary numbers in every format. No subnormals, no NaN.
+static void fill_arena(uint8_t *arena)
 {
-    uint8_t *arena = mmap(NULL, ARENA_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    float *x = malloc(sizeof *x * MAX_TOKENS * MAX_COLS), *y = calloc((size_t)MAX_TOKENS * MAX_ROWS, sizeof *y);
-    struct activations act;
-    struct error err = {0};
-    if (arena == MAP_FAILED || !x || !y || activations_alloc(&act, MAX_TOKENS, MAX_COLS, &err)) {
-        fprintf(stderr, "bench_kernels: out of memory\n");
-        return 1;
-    }
-    // Bytes that are ordinary numbers in every format: +-0x30 .. 0x3f. No subnormals, no NaN.
     uint64_t state = 88172645463325252u;
     for (uint64_t i = 0; i < ARENA_BYTES; i += 8) {
         state ^= state << 13, state ^= state >> 7, state ^= state << 17;
         uint64_t word = (state & 0x8f8f8f8f8f8f8f8fu) | 0x3030303030303030u;
         memcpy(arena + i, &word, sizeof word);
     }
+}
+
+// All that the command line asks of one table; how many measurements.
+static int measure_table(const struct kernels *kernels, int argc, char **argv, struct job job, struct activations *act,
+                         const float *x)
+{
+    int measured = 0;
+    job.kernels = kernels;
+    job.act = act;
+    for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++)
+        for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
+            for (size_t t = 0; t < sizeof token_counts / sizeof *token_counts; t++) {
+                char tokens[32], rows[32];
+                snprintf(tokens, sizeof tokens, "%" PRId64, token_counts[t]);
+                snprintf(rows, sizeof rows, "%" PRId64, shapes[s].rows);
+                if (!chosen(argc, argv, 2, weight_kind_name(kinds[k].kind)) || !chosen(argc, argv, 3, tokens) ||
+                    !chosen(argc, argv, 4, rows))
+                    continue;
+                job.tokens = token_counts[t];
+                weight_shape_make(&job.shape, kinds[k].kind, kinds[k].group_size, (uint64_t)shapes[s].rows,
+                                  (uint64_t)shapes[s].cols);
+                struct matrix w = {job.shape, job.arena, job.arena};
+                for (job.threads = 1; job.threads <= 2; job.threads++, measured++) {
+                    kernels->prepare(act, &w, x, MAX_COLS, 0, MAX_TOKENS);
+                    measure(job);
+                }
+            }
+    return measured;
+}
+
+int main(int argc, char **argv)
+{
+    uint8_t *arena = mmap(NULL, ARENA_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    float *x = malloc(sizeof *x * MAX_TOKENS * MAX_COLS), *y = calloc((size_t)MAX_TOKENS * MAX_ROWS, sizeof *y);
+    struct activations act;
+    struct error err = {0};
+    int measured = 0;
+    if (arena == MAP_FAILED || !x || !y || activations_alloc(&act, MAX_TOKENS, MAX_COLS, &err)) {
+        fprintf(stderr, "bench_kernels: out of memory\n");
+        return 1;
+    }
+    fill_arena(arena);
     for (int64_t i = 0; i < (int64_t)MAX_TOKENS * MAX_COLS; i++)
         x[i] = (float)(i * 7919 % 1013) / 506.0f - 1;
-
-    int measured = 0;
-    for (int n = 0; kernels_all[n]; n++) {
-        const struct kernels *kernels = kernels_all[n];
-        // The reference is not for speed: only when asked for.
-        if (!kernels->supported() || !chosen(argc, argv, 1, kernels->name) ||
-            (argc < 2 && strcmp(kernels->name, "scalar") == 0))
-            continue;
-        for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++)
-            for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
-                for (size_t t = 0; t < sizeof token_counts / sizeof *token_counts; t++)
-                    for (int threads = 1; threads <= 2; threads++) {
-                        char kind[32], tokens[32], shape[32];
-                        snprintf(kind, sizeof kind, "%s", weight_kind_name(kinds[k].kind));
-                        snprintf(tokens, sizeof tokens, "%" PRId64, token_counts[t]);
-                        snprintf(shape, sizeof shape, "%" PRId64, shapes[s].rows);
-                        if (!chosen(argc, argv, 2, kind) || !chosen(argc, argv, 3, tokens) ||
-                            !chosen(argc, argv, 4, shape))
-                            continue;
-                        struct job job = {.kernels = kernels,
-                                          .act = &act,
-                                          .arena = arena,
-                                          .tokens = token_counts[t],
-                                          .threads = threads,
-                                          .y = y};
-                        weight_shape_make(&job.shape, kinds[k].kind, kinds[k].group_size, (uint64_t)shapes[s].rows,
-                                          (uint64_t)shapes[s].cols);
-                        struct matrix w = {job.shape, arena, arena};
-                        kernels->prepare(&act, &w, x, MAX_COLS, 0, MAX_TOKENS);
-                        measure(job);
-                        measured++;
-                    }
-    }
+    // The reference is not for speed: only when asked for.
+    for (int n = 0; kernels_all[n]; n++)
+        if (kernels_all[n]->supported() && chosen(argc, argv, 1, kernels_all[n]->name) &&
+            (argc > 1 || strcmp(kernels_all[n]->name, "scalar") != 0))
+            measured += measure_table(kernels_all[n], argc, argv, (struct job){.arena = arena, .y = y}, &act, x);
     activations_free(&act);
     free(x);
     free(y);

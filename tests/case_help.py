@@ -54,6 +54,17 @@ def expect_run(name, wanted, words, *command, **options):
     check(name, code == wanted and words in out + problem, f"exit status {code}, wanted {wanted}: {out}{problem}")
 
 
+def end_of(process, limit_s=120):
+    """Exit status, standard output and standard error of a process that was started with pipes for both; the status is None where it hangs."""
+    try:
+        out, problem = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, problem = process.communicate()
+        return None, out, problem + " [it did not end]"
+    return process.returncode, out, problem
+
+
 def wait_until(condition, seconds=60.0, step=0.005):
     """The condition's first true value; what it last was when there is none in time."""
     end = time.monotonic() + seconds

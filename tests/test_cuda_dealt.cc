@@ -333,15 +333,8 @@ static void test_no_rows(void **state)
 
 int main(void)
 {
-    // As test_cuda_exchange has it.
-    setenv("CUDA_MODULE_LOADING", "EAGER", 1);
-    setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1);
-    if (quick() && !emulator_present()) {
-        puts("SKIP: ranks that wait for each other's kernels, under a sanitizer; test_cuda_together has them in one "
-             "launch");
+    if (!begin_exchange_tests())
         return 0;
-    }
-    setenv("EMULATED_DEVICES", "8", 1);
     static struct way host = {TRANSPORT_HOST, 1}, p2p = {TRANSPORT_P2P, TEST_RANKS}, shared = {TRANSPORT_P2P, 1};
     const struct CMUnitTest tests[] = {
         {"bits over host", test_bits, NULL, NULL, &host},

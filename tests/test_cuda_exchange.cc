@@ -288,15 +288,8 @@ static void test_failed_recording(void **state)
 
 int main(void)
 {
-    // On a device: its code is there before a kernel waits, and each stream has a queue of its own.
-    setenv("CUDA_MODULE_LOADING", "EAGER", 1);
-    setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1);
-    if (quick() && !emulator_present()) { // what watches a kernel may run one at a time
-        puts("SKIP: ranks that wait for each other's kernels, under a sanitizer; test_cuda_together has them in one "
-             "launch");
+    if (!begin_exchange_tests())
         return 0;
-    }
-    setenv("EMULATED_DEVICES", "8", 1);
     static struct way host = {TRANSPORT_HOST, 1}, p2p = {TRANSPORT_P2P, TEST_RANKS}, shared = {TRANSPORT_P2P, 1};
     const struct CMUnitTest tests[] = {
         {"sums over host", test_sums, NULL, NULL, &host},

@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from case_help import CLEAN, check, free_port, must, run, skip, status
+from case_help import CLEAN, check, end_of, free_port, must, run, skip, status
 
 BUILD = Path(os.environ.get("BUILD", "build"))
 TPENGINE, LIBRARY = BUILD / "tpengine", BUILD / "tests/libtpengine_cuda_emulated.so"
@@ -40,23 +40,13 @@ def start(command, model, rank, world, master, words, environment, before=()):
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL, env={**ENVIRONMENT, "EMULATED_DEVICES": "2", **environment})
 
 
-def end(process):
-    try:
-        out, problem = process.communicate(timeout=LIMIT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        out, problem = process.communicate()
-        return None, out, problem + " [it did not end]"
-    return process.returncode, out, problem
-
-
 def spread(command, model, *words, world=2, of_rank=lambda rank: {}, before=lambda rank: (), **environment):
     """Exit status of each rank's process, what it said, and rank 0's result."""
     with tempfile.NamedTemporaryFile() as out:
         to = ("--output", out.name) if command == "logits" else ()
         master = f"127.0.0.1:{free_port()}"
         processes = [start(command, model, rank, world, master, (*to, *words), {**environment, **of_rank(rank)}, before(rank)) for rank in range(world)]
-        results = [end(process) for process in processes]
+        results = [end_of(process) for process in processes]
         return [code for code, _, _ in results], [text for _, _, text in results], Path(out.name).read_bytes() if to else results[0][1]
 
 
@@ -105,7 +95,7 @@ def test_two_launchers(models):
     for transport in "auto", "host":
         processes = [subprocess.Popen(engine("generate", models["text"], "--transport", transport), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
                                       env={**ENVIRONMENT, **launched(rank, port)}) for rank in range(2)]
-        results = [end(process) for process in processes]
+        results = [end_of(process) for process in processes]
         check(f"two launchers of one host: --transport {transport}", all(code == 0 for code, _, _ in results) and results[0][1] == text and
               f"wire over {'p2p' if transport == 'auto' else transport}" in results[0][2] and "several hosts" not in results[0][2], results)
 
@@ -153,7 +143,7 @@ def test_lost_rank(models):
         child = int(Path(f"/proc/{processes[1].pid}/task/{processes[1].pid}/children").read_text().split()[0])
         os.kill(child, signal.SIGKILL)
         begin = time.monotonic()
-        results = [end(process) for process in processes]
+        results = [end_of(process) for process in processes]
         took_s = time.monotonic() - begin
         said = ("connection to rank 0", "rank 1 was ended by signal 9")  # who only found that nothing came would say so
         check("a killed rank ends both", text and all(code == 7 and "rank 1 " in told and words in told for (code, _, told), words in zip(results, said)) and took_s < 60, f"{took_s:.1f} s {results}")

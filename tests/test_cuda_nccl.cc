@@ -219,98 +219,116 @@ static float value_at(int rank, int message, int64_t row, int64_t col)
     return x;
 }
 
-// Both ways, several messages one after the other without a wait between them.
+// Messages, one after the other without a wait between them, and what error feedback keeps of them: of the device, and made by the CPU.
+struct messages {
+    int64_t elems; // of one
+    float *cpu, *gpu[MESSAGES];
+    uint16_t *cpu_lost, *gpu_lost;
+};
+
+static void fill(const struct rank *rank, float *to, int m)
+{
+    const struct run *run = rank->run;
+    for (int64_t i = 0; i < run->rows * run->cols; i++)
+        to[i] = value_at(rank->number, m, i / run->cols, i % run->cols);
+}
+
+static int make_messages(struct messages *all, const struct rank *rank, struct error *err)
+{
+    *all = {};
+    all->elems = rank->run->rows * rank->run->cols;
+    all->cpu = (float *)malloc((size_t)all->elems * 4);
+    all->cpu_lost = (uint16_t *)calloc((size_t)all->elems, 2);
+    if (!all->cpu || !all->cpu_lost || cudaMalloc((void **)&all->gpu_lost, (size_t)all->elems * 2) != cudaSuccess)
+        return error_set(err, ERR_MEMORY, "no memory");
+    memset(all->gpu_lost, 0, (size_t)all->elems * 2);
+    for (int m = 0; m < MESSAGES; m++) {
+        if (cudaMalloc((void **)&all->gpu[m], (size_t)all->elems * 4) != cudaSuccess)
+            return error_set(err, ERR_MEMORY, "no memory");
+        fill(rank, all->gpu[m], m);
+    }
+    return 0;
+}
+
+static int same_message(const struct messages *all, int m, struct error *err)
+{
+    for (int64_t i = 0; i < all->elems; i++)
+        if (f32_bits(all->cpu[i]) != f32_bits(all->gpu[m][i]))
+            return error_set(err, ERR_OTHER, "message %d, value %lld is %08x, not %08x", m, (long long)i,
+                             f32_bits(all->gpu[m][i]), f32_bits(all->cpu[i]));
+    return 0;
+}
+
+static int same_losses(const struct messages *all, struct error *err)
+{
+    return memcmp(all->cpu_lost, all->gpu_lost, (size_t)all->elems * 2) == 0
+               ? 0
+               : error_set(err, ERR_OTHER, "what error feedback keeps differs");
+}
+
+static void free_messages(const struct messages *all)
+{
+    for (float *message : all->gpu)
+        cudaFree(message);
+    cudaFree(all->gpu_lost);
+    free(all->cpu), free(all->cpu_lost);
+}
+
 static int same_bits(struct rank *rank, struct error *err)
 {
     struct run *run = rank->run;
-    int64_t elems = run->rows * run->cols;
-    float *cpu = (float *)malloc((size_t)elems * 4), *gpu[MESSAGES] = {};
-    uint16_t *cpu_lost = (uint16_t *)calloc((size_t)elems, 2), *gpu_lost = NULL;
-    int rc = connect_rank(rank, err);
-    if (cudaMalloc((void **)&gpu_lost, (size_t)elems * 2) != cudaSuccess)
-        rc = error_set(err, ERR_MEMORY, "no memory");
-    else
-        memset(gpu_lost, 0, (size_t)elems * 2);
+    struct messages all;
+    int rc = make_messages(&all, rank, err);
+    rc = rc ? rc : connect_rank(rank, err);
     if (!rc) // of nothing
         rc = nccl_all_reduce(rank->nccl, NULL, NULL, run->rows, 0, 0, run->wire, nccl_place{OP_ATTENTION, 0}, err);
-    for (int m = 0; m < MESSAGES && !rc; m++) {
-        if (cudaMalloc((void **)&gpu[m], (size_t)elems * 4) != cudaSuccess)
-            rc = error_set(err, ERR_MEMORY, "no memory");
-        for (int64_t i = 0; i < elems && !rc; i++)
-            gpu[m][i] = value_at(rank->number, m, i / run->cols, i % run->cols);
-        struct nccl_place place = {OP_ATTENTION, m};
-        if (!rc)
-            rc = nccl_all_reduce(rank->nccl, gpu[m], run->feeds ? gpu_lost : NULL, run->rows, run->cols, run->cols,
-                                 run->wire, place, err);
-    }
+    for (int m = 0; m < MESSAGES && !rc; m++)
+        rc = nccl_all_reduce(rank->nccl, all.gpu[m], run->feeds ? all.gpu_lost : NULL, run->rows, run->cols, run->cols,
+                             run->wire, nccl_place{OP_ATTENTION, m}, err);
     rc = rc ? rc : nccl_wait(rank->nccl, err);
     for (int m = 0; m < MESSAGES && !rc; m++) {
-        for (int64_t i = 0; i < elems; i++)
-            cpu[i] = value_at(rank->number, m, i / run->cols, i % run->cols);
+        fill(rank, all.cpu, m);
         comm_at(rank->comm, OP_ATTENTION, m);
-        rc = comm_all_reduce(rank->comm, cpu, run->rows, run->cols, run->cols, run->wire, run->feeds ? cpu_lost : NULL,
-                             NULL, err);
-        for (int64_t i = 0; i < elems && !rc; i++)
-            if (f32_bits(cpu[i]) != f32_bits(gpu[m][i]))
-                rc = error_set(err, ERR_OTHER, "message %d, value %lld is %08x, not %08x", m, (long long)i,
-                               f32_bits(gpu[m][i]), f32_bits(cpu[i]));
+        rc = comm_all_reduce(rank->comm, all.cpu, run->rows, run->cols, run->cols, run->wire,
+                             run->feeds ? all.cpu_lost : NULL, NULL, err);
+        rc = rc ? rc : same_message(&all, m, err);
     }
-    if (!rc && run->feeds && memcmp(cpu_lost, gpu_lost, (size_t)elems * 2) != 0)
-        rc = error_set(err, ERR_OTHER, "what error feedback keeps differs");
+    rc = rc || !run->feeds ? rc : same_losses(&all, err);
     uint64_t share = (uint64_t)((run->cols + 127) / 128 + run->tp_size - 1) / (uint64_t)run->tp_size *
                      (uint64_t)run->rows * wire_group_bytes(run->wire);
     if (!rc && nccl_sent_bytes(rank->nccl) != MESSAGES * 2 * share * (uint64_t)(run->tp_size - 1))
         rc = error_set(err, ERR_OTHER, "%llu bytes were sent", (unsigned long long)nccl_sent_bytes(rank->nccl));
-    for (int m = 0; m < MESSAGES; m++)
-        cudaFree(gpu[m]);
-    cudaFree(gpu_lost);
-    free(cpu), free(cpu_lost);
+    free_messages(&all);
     return rc;
 }
 
-// The halves, whose rows have owners: several messages, without a wait between them.
+// The halves, whose rows have owners. Of the last message what the owners have is looked at.
 static int same_rows(struct rank *rank, struct error *err)
 {
     struct run *run = rank->run;
-    int64_t elems = run->rows * run->cols;
-    float *cpu = (float *)malloc((size_t)elems * 4), *gpu[MESSAGES] = {};
-    uint16_t *cpu_lost = (uint16_t *)calloc((size_t)elems, 2), *gpu_lost = NULL;
-    int rc = connect_rank(rank, err);
-    if (cudaMalloc((void **)&gpu_lost, (size_t)elems * 2) != cudaSuccess)
-        rc = error_set(err, ERR_MEMORY, "no memory");
-    else
-        memset(gpu_lost, 0, (size_t)elems * 2);
+    struct messages all;
+    int rc = make_messages(&all, rank, err);
+    rc = rc ? rc : connect_rank(rank, err);
     for (int m = 0; m < MESSAGES && !rc; m++) {
-        if (cudaMalloc((void **)&gpu[m], (size_t)elems * 4) != cudaSuccess)
-            rc = error_set(err, ERR_MEMORY, "no memory");
-        for (int64_t i = 0; i < elems && !rc; i++)
-            gpu[m][i] = value_at(rank->number, m, i / run->cols, i % run->cols);
-        struct nccl_rows rows = {gpu[m], run->rows, run->cols, m % run->tp_size, run->wire};
+        struct nccl_rows rows = {all.gpu[m], run->rows, run->cols, m % run->tp_size, run->wire};
         struct nccl_place place = {OP_ATTENTION, m};
-        rc = rc ? rc : nccl_reduce_scatter_rows(rank->nccl, &rows, run->feeds ? gpu_lost : NULL, place, err);
-        if (m < MESSAGES - 1) // of the last one what the owners have is looked at
-            rc = rc ? rc : nccl_all_gather_rows(rank->nccl, &rows, place, err);
+        rc = nccl_reduce_scatter_rows(rank->nccl, &rows, run->feeds ? all.gpu_lost : NULL, place, err);
+        if (!rc && m < MESSAGES - 1)
+            rc = nccl_all_gather_rows(rank->nccl, &rows, place, err);
     }
     rc = rc ? rc : nccl_wait(rank->nccl, err);
     for (int m = 0; m < MESSAGES && !rc; m++) {
-        for (int64_t i = 0; i < elems; i++)
-            cpu[i] = value_at(rank->number, m, i / run->cols, i % run->cols);
+        fill(rank, all.cpu, m);
         comm_at(rank->comm, OP_ATTENTION, m);
-        rc = comm_reduce_scatter_rows(rank->comm, cpu, run->rows, run->cols, m % run->tp_size, run->wire,
-                                      run->feeds ? cpu_lost : NULL, NULL, err);
+        rc = comm_reduce_scatter_rows(rank->comm, all.cpu, run->rows, run->cols, m % run->tp_size, run->wire,
+                                      run->feeds ? all.cpu_lost : NULL, NULL, err);
         if (!rc && m < MESSAGES - 1)
-            rc = comm_all_gather_rows(rank->comm, cpu, run->rows, run->cols, m % run->tp_size, run->wire, NULL, err);
-        for (int64_t i = 0; i < elems && !rc; i++)
-            if (f32_bits(cpu[i]) != f32_bits(gpu[m][i]))
-                rc = error_set(err, ERR_OTHER, "message %d, value %lld is %08x, not %08x", m, (long long)i,
-                               f32_bits(gpu[m][i]), f32_bits(cpu[i]));
+            rc =
+                comm_all_gather_rows(rank->comm, all.cpu, run->rows, run->cols, m % run->tp_size, run->wire, NULL, err);
+        rc = rc ? rc : same_message(&all, m, err);
     }
-    if (!rc && run->feeds && memcmp(cpu_lost, gpu_lost, (size_t)elems * 2) != 0)
-        rc = error_set(err, ERR_OTHER, "what error feedback keeps differs");
-    for (int m = 0; m < MESSAGES; m++)
-        cudaFree(gpu[m]);
-    cudaFree(gpu_lost);
-    free(cpu), free(cpu_lost);
+    rc = rc || !run->feeds ? rc : same_losses(&all, err);
+    free_messages(&all);
     return rc;
 }
 

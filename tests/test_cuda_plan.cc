@@ -10,41 +10,16 @@ extern "C" {
 #include <cmocka.h>
 
 #include "formats/checked.h"
-#include "formats/file_io.h"
-#include "formats/json_file.h"
 #include "kernels/buffers.h"
 #include "kernels/cuda/device.h"
-#include "shard/hf_config.h"
 #include "shard/memory_plan.h"
 #include "tests/emulator/emulator.h"
+#include "tests/plan_help.h"
 
 const struct backend *tpengine_cuda_backend(void);
 }
 
 static const uint64_t SLACK = 2 << 20; // what the plan may count too much
-
-static struct plan *make_plan(const char *name, uint32_t tp_size, enum experts_mode experts)
-{
-    struct error err;
-    struct hf_config *config = (struct hf_config *)calloc(1, sizeof *config);
-    struct plan_options options = {};
-    struct plan *plan = NULL;
-    char path[128];
-    uint8_t *text;
-    uint64_t bytes;
-    snprintf(path, sizeof path, "bench/models/%s.json", name);
-    if (file_read_all(&text, &bytes, path, JSON_FILE_CAP_BYTES, ERR_MODEL, &err) ||
-        hf_config_parse(config, (const char *)text, bytes, path, NULL, 0, NULL, NULL, &err) ||
-        plan_quant(&options.quant, "int4", NULL, NULL, 128, config->model.tied_embeddings, &err))
-        fail_msg("%s", err.msg);
-    options.tp_size = tp_size;
-    options.experts = experts;
-    if (plan_make(&plan, &config->model, &options, &err))
-        fail_msg("%s", err.msg);
-    free(text);
-    free(config);
-    return plan;
-}
 
 // The emulator's backend has small slabs.
 static uint64_t slab_difference(const struct plan *plan, uint32_t rank)
@@ -58,7 +33,7 @@ static uint64_t slab_difference(const struct plan *plan, uint32_t rank)
 static void compare(const char *name, uint32_t tp_size, enum experts_mode experts, int64_t context)
 {
     const struct backend *b = tpengine_cuda_backend();
-    struct plan *plan = make_plan(name, tp_size, experts);
+    struct plan *plan = plan_of_model(name, tp_size, experts);
     struct error err;
     for (uint32_t rank = 0; rank < tp_size; rank++) {
         struct device *device = NULL;

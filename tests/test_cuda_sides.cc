@@ -236,8 +236,8 @@ static void test_behind(void **state)
 
 int main(void)
 {
-    setenv("CUDA_MODULE_LOADING", "EAGER", 1);
-    setenv("EMULATED_DEVICES", "8", 1);
+    if (!begin_exchange_tests())
+        return 0;
     static struct way host = {TRANSPORT_HOST, 1}, p2p = {TRANSPORT_P2P, TEST_RANKS};
     const struct CMUnitTest tests[] = {
         {"sums over host", test_sums, NULL, NULL, &host},

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import case_help
 import venv_help
-from case_help import CLEAN, check, expect, free_port, report, run, skip, wait_until
+from case_help import CLEAN, check, end_of, expect, free_port, report, run, skip, wait_until
 
 BUILD = Path(os.environ.get("BUILD", "build"))
 TPENGINE = BUILD / "tpengine"
@@ -33,17 +33,6 @@ def start(rank, world, master, *words, environment=None, place=None, command="ge
                             env={**ENVIRONMENT, **(environment or {})})
 
 
-def end(process):
-    """Exit status, standard output and standard error."""
-    try:
-        out, problem = process.communicate(timeout=LIMIT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        out, problem = process.communicate()
-        return None, out, problem + " [it did not end]"
-    return process.returncode, out, problem
-
-
 def master():
     return f"127.0.0.1:{free_port()}"
 
@@ -54,7 +43,7 @@ def by_options(tp, *words, command="generate"):
     where = master()
     world = 4 if tp == "stages" else tp
     processes = [start(rank, world, where, *words, place=models[tp], command=command) for rank in reversed(range(world))]
-    results = [end(process) for process in processes][::-1]
+    results = [end_of(process) for process in processes][::-1]
     others = [result[0] for result in results[1:]]
     if any(others) or any(result[1] for result in results[1:]):
         report(f"the other ranks of {command} at tp {tp} end well and print nothing", str(results[1:]))
@@ -76,7 +65,7 @@ def test_lws():
     port = free_port()
     processes = [start(None, None, None, *PROMPTS, environment={"LWS_GROUP_SIZE": "2", "LWS_WORKER_INDEX": str(rank), "MASTER_PORT": str(port),
                                                                 "LWS_LEADER_ADDRESS": "localhost"}) for rank in (1, 0)]
-    other, first = [end(process) for process in processes]
+    other, first = [end_of(process) for process in processes]
     expect("LeaderWorkerSet: the same text", first, alone[2])
     expect("LeaderWorkerSet: the other rank ends with it", other, (0, "", ""))
 
@@ -200,7 +189,7 @@ def test_slurm():
 
 def refused(name, code, words, *processes):
     """Each of the processes ends with this status and these words."""
-    results = [end(process) for process in processes]
+    results = [end_of(process) for process in processes]
     wrong = [result for result in results if result[0] != code or any(word not in result[2] for word in words) or result[1]]
     report(name, str(wrong) if wrong else None)
 
@@ -214,7 +203,7 @@ def test_refusals():
     where = master()
     four = [start(rank, 4, where, *PROMPTS, "--join-timeout", "4", place=models[4]) for rank in (2, 0, 1, 1)]
     refused("a doubled rank", 7, ("rank 1 has come twice",), *four[1:])
-    code, _, problem = end(four[0])  # may come when the others have gone
+    code, _, problem = end_of(four[0])  # may come when the others have gone
     check("a doubled rank ends the others, too", code == 7 and ("has come twice" in problem or "was not reached" in problem), f"{code}: {problem}")
     where = master()
     refused("a missing rank", 7, ("rank 3 of 4 did not come within 2.0 s",),
@@ -230,10 +219,10 @@ def test_refusals():
     first, other = [start(rank, 2, where, *PROMPTS, "--join-timeout", "2", environment={"TPENGINE_RANK_TOKEN": f"a secret of rank {rank}", "TPENGINE_TOKEN": "same"})
                     for rank in range(2)]
     refused("other tokens of the environment", 7, ("another token",), other)
-    end(first)
+    end_of(first)
     where = master()
     both = [start(rank, 2, where, *PROMPTS, environment={"TPENGINE_RANK_TOKEN": "a secret of all ranks", "TPENGINE_TOKEN": f"{rank}"}) for rank in range(2)]
-    results = [end(process) for process in both]
+    results = [end_of(process) for process in both]
     check("the same token of the environment", [result[0] for result in results] == [0, 0] and results[0][1] == alone[2][1], str(results))
     code, _, problem = run(TPENGINE, "generate", models[2], *PROMPTS, "--rank", "0", "--world-size", "2", "--master", where,
                            env={**ENVIRONMENT, "TPENGINE_RANK_TOKEN": "short"})
@@ -261,7 +250,7 @@ def test_unlike_processors():
     same = run(TPENGINE, "generate", models[2], *PROMPTS, "--backend", "avx2", env=ENVIRONMENT)
     for tables in (("avx512", "avx2"), ("avx2", "avx512vbmi"))[:2 if "avx512vbmi" in flags else 1]:
         where = master()
-        results = [end(process) for process in [start(rank, 2, where, *PROMPTS, "--backend", tables[rank]) for rank in range(2)]]
+        results = [end_of(process) for process in [start(rank, 2, where, *PROMPTS, "--backend", tables[rank]) for rank in range(2)]]
         expect(f"ranks with {' and '.join(tables)}: the same text", results[0], same)
         expect(f"ranks with {' and '.join(tables)}: the other ends with it", results[1], (0, "", ""))
 
@@ -292,7 +281,7 @@ def kill_one(name, whose, busy, words, how=signal.SIGKILL):
         target = children(processes[rank].pid)[0] if inner else processes[rank].pid
         os.kill(target, how)
         begin = time.monotonic()
-        results = [end(process) for process in processes]
+        results = [end_of(process) for process in processes]
         seconds = time.monotonic() - begin
         survivors = results if inner else [results[1 - rank]]
         wrong = not started or any(result[0] != 7 or not any(word in result[2] for word in words) for result in survivors)
@@ -332,7 +321,7 @@ def test_serve():
         processes[1].send_signal(signal.SIGTERM)  # as launchers do to all: rank 0 decides
         time.sleep(0.3)
         processes[0].send_signal(signal.SIGTERM)
-        results = [end(process) for process in processes]
+        results = [end_of(process) for process in processes]
         report("a server over two processes drains, and both end well", None if ready and [r[0] for r in results] == [0, 0] else str(results))
     finally:
         for process in processes:

@@ -2,9 +2,6 @@
 // makes them, and the memory in which the ranks of a host make their sums.
 #include "engine/worker.h"
 #include "formats/checked.h"
-#include "formats/file_io.h"
-#include "formats/json_file.h"
-#include "shard/hf_config.h"
 #include "shard/memory_plan.h"
 
 #include <setjmp.h>
@@ -16,27 +13,9 @@
 
 #include <cmocka.h>
 
-enum { CONTEXT = 8192 };
+#include "tests/plan_help.h"
 
-static struct plan *make_plan(const char *name, uint32_t tp_size)
-{
-    struct error err;
-    struct hf_config *config = calloc(1, sizeof *config);
-    struct plan_options options = {.tp_size = tp_size};
-    struct plan *plan = NULL;
-    char path[128];
-    uint8_t *text;
-    uint64_t bytes;
-    snprintf(path, sizeof path, "bench/models/%s.json", name);
-    if (file_read_all(&text, &bytes, path, JSON_FILE_CAP_BYTES, ERR_MODEL, &err) ||
-        hf_config_parse(config, (const char *)text, bytes, path, NULL, 0, NULL, NULL, &err) ||
-        plan_quant(&options.quant, "int4", NULL, NULL, 128, config->model.tied_embeddings, &err) ||
-        plan_make(&plan, &config->model, &options, &err))
-        fail_msg("%s", err.msg);
-    free(text);
-    free(config);
-    return plan;
-}
+enum { CONTEXT = 8192 };
 
 // Two sets of a rank's, as the engine lays them out for steps of so many rows.
 static uint64_t parts_bytes(const struct plan *plan, int64_t rows)
@@ -68,7 +47,7 @@ static void test_cpu(void **state)
         {"Llama-3-70B", 8, 64},   {"Llama-3-70B", 16, 0},   {"Qwen3-30B-A3B", 4, 0},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        struct plan *plan = make_plan(cases[i].name, cases[i].tp_size);
+        struct plan *plan = plan_of_model(cases[i].name, cases[i].tp_size, EXPERTS_TP);
         struct rank_memory planned;
         memory_plan_rank(&planned, plan, 0, CONTEXT, KV_BF16);
         struct device_shape shape = {.desc = &plan->model,

@@ -355,22 +355,7 @@ static void matmul(float *y, int64_t y_stride, const struct matrix *w, const str
 }
 
 #else // the compiler knows no AMX
-
-static bool supported(void) { return false; }
-
-static void prepare(struct activations *act, const struct matrix *w, const float *x, int64_t x_stride,
-                    int64_t token_begin, int64_t token_end)
-{
-    vector_ops_prepare(act, w, x, x_stride, token_begin, token_end);
-}
-
-static void matmul(float *y, int64_t y_stride, const struct matrix *w, const struct activations *act, int64_t tokens,
-                   int64_t row_begin, int64_t row_end)
-{
-    if (!vector_ops_matmul(y, y_stride, w, act, tokens, row_begin, row_end))
-        kernels_avx512.matmul(y, y_stride, w, act, tokens, row_begin, row_end);
-}
-
+#include "kernels/cpu/kernels_absent.h"
 #endif
 
 const struct kernels kernels_amx = {
