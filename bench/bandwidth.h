@@ -3,13 +3,17 @@
 // less than four). A stream is BANDWIDTH_APART shorter than its share of the block, so that streams of a block of 2^n bytes do not
 // begin a power of two apart, which puts them into the same sets and banks: an AMD EPYC then reads 13 GB/s instead of 32.
 //
-// Time is what the slowest thread itself was on a processor, not the clock on the wall: on a shared machine the rest belongs
-// to others.
+// Several threads are timed by the clock on the wall from a common start: where a shared machine lets one of them wait, the
+// others read with more than their share meanwhile, and the time that each was on a processor makes a rate that all of them
+// together never have. Callers take medians of many rounds, as single ones are far off in both directions (an AMD EPYC gave two
+// processors 36 GB/s most of the time and 62 for moments).
 #ifndef TPSHARD_BENCH_BANDWIDTH_H
 #define TPSHARD_BENCH_BANDWIDTH_H
 
 #include <assert.h>
 #include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <time.h>
 
@@ -22,39 +26,56 @@ static inline double bench_thread_seconds(void)
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
+static inline double bench_seconds(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
 struct bench_thread {
     void (*fn)(void *arg, int thread);
     void *arg;
     int thread;
-    double seconds;
+    atomic_int *to_come; // threads that are not at the start yet; below zero: one of them never comes
+    double begin, end;
     pthread_t handle;
 };
 
 static void *bench_thread_main(void *arg)
 {
     struct bench_thread *self = arg;
-    double begin = bench_thread_seconds();
-    self->fn(self->arg, self->thread);
-    self->seconds = bench_thread_seconds() - begin;
+    atomic_fetch_sub(self->to_come, 1);
+    while (atomic_load(self->to_come) > 0)
+        sched_yield();
+    self->begin = bench_seconds();
+    if (atomic_load(self->to_come) == 0)
+        self->fn(self->arg, self->thread);
+    self->end = bench_seconds();
     return NULL;
 }
 
-// Runs fn(arg, thread) on `threads` threads; returns the seconds of the slowest, 0 when no thread could be started.
+// Runs fn(arg, thread) on `threads` threads; returns the seconds from the first one's begin, when all of them are there, to the
+// last one's end; 0 when a thread could not be started.
 static double bench_parallel(int threads, void (*fn)(void *arg, int thread), void *arg)
 {
     struct bench_thread t[BANDWIDTH_MAX_THREADS];
+    atomic_int to_come = threads;
     int started = 0;
     for (; started < threads; started++) {
-        t[started] = (struct bench_thread){.fn = fn, .arg = arg, .thread = started};
-        if (pthread_create(&t[started].handle, NULL, bench_thread_main, &t[started]))
+        t[started] = (struct bench_thread){.fn = fn, .arg = arg, .thread = started, .to_come = &to_come};
+        if (pthread_create(&t[started].handle, NULL, bench_thread_main, &t[started])) {
+            atomic_store(&to_come, -BANDWIDTH_MAX_THREADS - 1);
             break;
+        }
     }
-    double slowest = 0;
+    double begin = 0, end = 0;
     for (int i = 0; i < started; i++) {
         pthread_join(t[i].handle, NULL);
-        slowest = t[i].seconds > slowest ? t[i].seconds : slowest;
+        begin = i == 0 || t[i].begin < begin ? t[i].begin : begin;
+        end = i == 0 || t[i].end > end ? t[i].end : end;
     }
-    return started == threads ? slowest : 0;
+    return started == threads ? end - begin : 0;
 }
 
 typedef uint64_t bandwidth_u64x2 __attribute__((vector_size(16)));
