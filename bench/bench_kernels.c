@@ -142,6 +142,7 @@ int main(int argc, char **argv)
         fprintf(stderr, "bench_kernels: out of memory\n");
         return 1;
     }
+    madvise(arena, ARENA_BYTES, MADV_HUGEPAGE); // as the engine maps its file
     fill_arena(arena);
     for (int64_t i = 0; i < (int64_t)MAX_TOKENS * MAX_COLS; i++)
         x[i] = (float)(i * 7919 % 1013) / 506.0f - 1;
