@@ -65,13 +65,26 @@ struct comm_move {
     uint64_t first, count, groups_per_row, group_bytes;
 };
 
+enum wait_kind {
+    WAITS_UNKNOWN,
+    WAITS_WORLD,   // the other one's post of this phase, of the world
+    WAITS_STAGE,   // of the stage
+    WAITS_PART,    // its part of this number
+    WAITS_WRITTEN, // its channel to this rank, written so far
+    WAITS_TAKEN,   // this rank's channel to it, taken so far
+};
+
 struct rank_slot {
     _Alignas(CACHE_LINE) _Atomic uint32_t posted[GROUP_COUNT];
     struct call calls[GROUP_COUNT][2];           // of phase t in t % 2; published by posted
     _Alignas(CACHE_LINE) _Atomic uint32_t parts; // complete ones of sums in common memory, counted from FIRST_TOKEN
     struct call part_calls[PARTS_UNDER_WAY];     // of part t in t % PARTS_UNDER_WAY; published by parts
     _Alignas(CACHE_LINE) _Atomic uint32_t bell;
-    _Atomic int32_t waits_for; // rank of the world, or -1
+    // Rank of the world, or -1, and what for (enum wait_kind, a number). A rank that is stopped goes on saying it. Over a network others' kinds are not known,
+    // but who has been silent.
+    _Atomic int32_t waits_for;
+    _Atomic uint32_t wait_kind, silent;
+    _Atomic uint64_t wait_reach;
     _Atomic uint32_t messages; // sent and received
     _Alignas(CACHE_LINE) _Atomic uint64_t position;
 };
@@ -144,6 +157,8 @@ uint8_t *comm_buffer(const struct comm *comm, int rank, uint32_t token);
 struct channel *comm_channel(const struct comm_region *region, int from, int to);
 uint8_t *comm_channel_data(const struct comm_region *region, int from, int to);
 struct comm_position comm_unpack_position(uint64_t bits);
+// For which rank one waits, as far as that can still be true: -1 where what it waits for is there, or nothing has been heard of it for long.
+int comm_region_waits_for(const struct comm_region *region, int rank);
 void comm_ring(struct rank_slot *slot);
 
 // Ends with world and stage of a rank over a transport. Takes the link in every case.

@@ -12,8 +12,9 @@ enum {
     CHANNEL_TICK_MS = 5, // where messages go through it beside a rank's work
     LEAST_SILENCE_MS = 1000,
     MAX_BEAT_MS = 250,
-    CLOSE_MS = 1000, // for what the others are to know yet
-    LINGER_MS = 300, // and for them to have read it
+    SILENT_BEATS = 4, // then what a rank last said it waits for counts no more
+    CLOSE_MS = 1000,  // for what the others are to know yet
+    LINGER_MS = 300,  // and for them to have read it
 };
 
 static void clear_alarm(int event_fd)
@@ -139,6 +140,8 @@ static void watch_silence(struct link *link, int64_t passed_ns)
         if (rank == link->rank || peer->gone || peer->left || peer->refused)
             continue;
         peer->silent_ns += passed_ns;
+        if (peer->silent_ns > SILENT_BEATS * link->beat_ns)
+            atomic_store(&link_slot_of(link, rank)->silent, 1);
         int64_t start_ns = (int64_t)link->region->start_timeout_ms * 1000000;
         if (peer->silent_ns < link->silence_ns || (!peer->greeted && peer->silent_ns < start_ns))
             continue;

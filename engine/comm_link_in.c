@@ -217,6 +217,7 @@ void link_read_from(struct link *link, int rank)
         if (n <= 0)
             return;
         peer->silent_ns = 0;
+        atomic_store(&link_slot_of(link, rank)->silent, 0);
         taken += (size_t)n;
         if (direct) {
             peer->payload_got += (size_t)n;

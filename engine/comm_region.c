@@ -169,11 +169,43 @@ struct comm_position comm_region_position(const struct comm_region *region, int 
     return position;
 }
 
+// Whether what a rank waits for is there: it has not run since, or is just about to.
+static bool wait_is_over(const struct comm_region *region, int rank, int other)
+{
+    const struct rank_slot *slot = &region->slots[rank], *theirs = &region->slots[other];
+    uint64_t reach = atomic_load(&slot->wait_reach);
+    uint32_t kind = atomic_load(&slot->wait_kind);
+    bool has_channel = region->channel_bytes > 0 && rank / region->tp_size != other / region->tp_size;
+    if ((kind == WAITS_WRITTEN || kind == WAITS_TAKEN) && !has_channel)
+        return false; // of another wait than the rank that was read before
+    switch (kind) {
+    case WAITS_WORLD:
+        return (int32_t)(atomic_load(&theirs->posted[GROUP_WORLD]) - (uint32_t)reach) >= 0;
+    case WAITS_STAGE:
+        return (int32_t)(atomic_load(&theirs->posted[GROUP_STAGE]) - (uint32_t)reach) >= 0;
+    case WAITS_PART:
+        return (int32_t)(atomic_load(&theirs->parts) - (uint32_t)reach) >= 0;
+    case WAITS_WRITTEN:
+        return atomic_load(&comm_channel(region, other, rank)->written) >= reach;
+    case WAITS_TAKEN:
+        return atomic_load(&comm_channel(region, rank, other)->taken) >= reach;
+    default:
+        return false;
+    }
+}
+
+int comm_region_waits_for(const struct comm_region *region, int rank)
+{
+    const struct rank_slot *slot = &region->slots[rank];
+    int other = atomic_load(&slot->waits_for);
+    return other < 0 || atomic_load(&slot->silent) || wait_is_over(region, rank, other) ? -1 : other;
+}
+
 int comm_region_cause(const struct comm_region *region, int rank)
 {
     int cause = rank;
     for (int steps = 0; steps < region->world_size; steps++) {
-        int next = atomic_load_explicit(&region->slots[cause].waits_for, memory_order_relaxed);
+        int next = comm_region_waits_for(region, cause);
         if (next < 0)
             return cause;
         cause = next;

@@ -172,7 +172,8 @@ static void describe_missing(char text[256], const struct comm *comm, const stru
     if (call->collective == SEND)
         snprintf(text, 256, "rank %d did not take what rank %d sent it (%s)", rank, comm->first + comm->rank, place);
     else if (call->collective == RECEIVE)
-        snprintf(text, 256, "rank %d sent nothing to rank %d (%s)", rank, comm->first + comm->rank, place);
+        snprintf(text, 256, "rank %d did not send rank %d what it waits for (%s)", rank, comm->first + comm->rank,
+                 place);
     else
         snprintf(text, 256, "rank %d did not %s %s", rank, call->collective == ALL_REDUCE_END ? "finish" : "reach",
                  what);
@@ -184,7 +185,7 @@ static int missing_rank(const struct comm *comm, const struct comm_wait *wait, i
 {
     *cause = comm->first + missing;
     for (int rank = 0; rank < comm->size && !wait->counter; rank++)
-        if (!has_posted(comm, wait, rank) && atomic_load(&comm_slot(comm, rank)->waits_for) < 0) {
+        if (!has_posted(comm, wait, rank) && comm_region_waits_for(comm->region, comm->first + rank) < 0) {
             *cause = comm->first + rank;
             return *cause;
         }
@@ -199,17 +200,22 @@ static int missing_rank(const struct comm *comm, const struct comm_wait *wait, i
 static int report_missing(struct comm *comm, const struct comm_wait *wait, int rank, int timeout_ms, struct error *err)
 {
     char what[256], place[COMM_PLACE_BYTES];
-    int cause, missing = missing_rank(comm, wait, rank, &cause);
+    int cause, missing = missing_rank(comm, wait, rank, &cause), next = comm_region_waits_for(comm->region, missing);
+    if (next < 0) // it has just begun to move
+        cause = missing;
     struct comm_position position = comm_region_position(comm->region, cause);
     comm_place(place, position.op, position.layer);
     describe_missing(what, comm, wait, missing);
     struct error found;
+    char through[48] = "";
+    if (next >= 0 && next != cause)
+        snprintf(through, sizeof through, "rank %d, and in the end for ", next);
     if (cause == missing)
         error_set(&found, ERR_RANK, "%s within %.1f s; rank %d waited; rank %d was last seen in %s", what,
                   timeout_ms / 1000.0, comm->first + comm->rank, missing, place);
     else
-        error_set(&found, ERR_RANK, "%s within %.1f s, since it waits for rank %d; rank %d was last seen in %s", what,
-                  timeout_ms / 1000.0, cause, cause, place);
+        error_set(&found, ERR_RANK, "%s within %.1f s, since it waits for %srank %d; rank %d was last seen in %s", what,
+                  timeout_ms / 1000.0, through, cause, cause, place);
     comm_region_abort(comm->region, cause, &found); // it is that one's error
     return comm_check_abort(comm, err);
 }
@@ -246,6 +252,18 @@ static int look_at_cause(const struct comm *comm, const struct comm_wait *wait, 
     return starting ? region->start_timeout_ms : comm->timeout_ms;
 }
 
+// So that others can tell whether what this rank waits for is there.
+static void publish_wait(struct comm *comm, const struct comm_wait *wait)
+{
+    enum wait_kind kind = wait->for_part                      ? WAITS_PART
+                          : !wait->counter                    ? (comm->group == GROUP_WORLD ? WAITS_WORLD : WAITS_STAGE)
+                          : wait->call->collective == RECEIVE ? WAITS_WRITTEN
+                                                              : WAITS_TAKEN;
+    uint64_t reach = wait->for_part ? wait->part : wait->counter ? wait->reach : comm->token;
+    atomic_store(&comm->slot->wait_reach, reach);
+    atomic_store(&comm->slot->wait_kind, (uint32_t)kind);
+}
+
 // Sleeps until the wait is over, with a deadline. Each sleep counts for at most twice its planned length, so that a group
 // of processes that was stopped and continued as a whole goes on.
 static int sleep_for(struct comm *comm, const struct comm_wait *wait, int rank, int64_t *waited_ns, struct error *err)
@@ -253,6 +271,7 @@ static int sleep_for(struct comm *comm, const struct comm_wait *wait, int rank, 
     struct rank_slot *slot = comm->slot;
     struct patience patience = begin_patience(comm, rank, *waited_ns);
     int rc = 0;
+    publish_wait(comm, wait);
     for (;;) {
         uint32_t bell = atomic_load(&slot->bell);
         atomic_store(&slot->waits_for, comm->first + rank);

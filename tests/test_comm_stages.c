@@ -1,6 +1,6 @@
 // A grid of ranks: the groups of world and stage beside each other, and messages between stages: order, bytes, the sender ahead
 // of its receiver, waits as long as somebody moves, and errors that name the rank behind a wait.
-#include "engine/comm.h"
+#include "engine/comm_internal.h"
 #include "kernels/clock.h"
 #include "tests/comm_cases.h"
 #include "tests/comm_help.h"
@@ -184,6 +184,48 @@ static void test_waits_between_stages(void **state)
         }
 }
 
+// What a rank says of its wait counts as long as it can be true: a rank that was stopped goes on saying it.
+static void test_waits_that_are_over(void **state)
+{
+    enum { BYTES = 4096 };
+    static const struct {
+        const char *name;
+        enum wait_kind kind;
+        int waits_for; // rank 2's
+    } waits[] = {
+        {"a post of the world", WAITS_WORLD, 1}, {"a post of the stage", WAITS_STAGE, 3}, {"a part", WAITS_PART, 3},
+        {"a message", WAITS_WRITTEN, 0},         {"room for a message", WAITS_TAKEN, 1},
+    };
+    (void)state;
+    for (size_t i = 0; i < sizeof waits / sizeof *waits; i++)
+        for (int over = 0; over < 2; over++) {
+            struct comm_region *region =
+                comm_region_init(map_shared(comm_region_bytes(2, 2, 100, BYTES)), 2, 2, 100, BYTES);
+            struct rank_slot *slot = &region->slots[2], *other = &region->slots[waits[i].waits_for];
+            bool counts = waits[i].kind == WAITS_WRITTEN || waits[i].kind == WAITS_TAKEN;
+            uint64_t reach = counts ? 100 : 3, there = over ? reach : reach - 1;
+            for (int group = 0; group < GROUP_COUNT; group++)
+                atomic_store(&other->posted[group], (uint32_t)there);
+            atomic_store(&other->parts, (uint32_t)there);
+            if (counts) {
+                atomic_store(&comm_channel(region, waits[i].waits_for, 2)->written, there);
+                atomic_store(&comm_channel(region, 2, waits[i].waits_for)->taken, there);
+            }
+            atomic_store(&slot->wait_reach, reach);
+            atomic_store(&slot->wait_kind, (uint32_t)waits[i].kind);
+            atomic_store(&slot->waits_for, waits[i].waits_for);
+            int want = over ? 2 : waits[i].waits_for;
+            if (comm_region_waits_for(region, 2) != (over ? -1 : want) || comm_region_cause(region, 2) != want)
+                fail_msg("%s, %s: rank 2 waits for %d, in the end %d", waits[i].name, over ? "there" : "not yet there",
+                         comm_region_waits_for(region, 2), comm_region_cause(region, 2));
+            // Others' kinds are not known over a network, but that they are silent.
+            atomic_store(&slot->wait_kind, WAITS_UNKNOWN);
+            assert_int_equal(comm_region_waits_for(region, 2), waits[i].waits_for);
+            atomic_store(&slot->silent, 1);
+            assert_int_equal(comm_region_waits_for(region, 2), -1);
+        }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -191,6 +233,7 @@ int main(void)
         cmocka_unit_test(test_messages),
         cmocka_unit_test(test_sender_is_ahead),
         cmocka_unit_test(test_waits_between_stages),
+        cmocka_unit_test(test_waits_that_are_over),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
