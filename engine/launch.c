@@ -3,101 +3,35 @@
 // One anonymous shared mapping holds the launch area below, the region of the collectives, and the caller's area. The
 // parent sleeps in poll on an eventfd (ranks' notices, signals) and on a pidfd for each rank; ranks sleep on the futex
 // `command_number`.
-#include "engine/launch.h"
+#include "engine/launch_internal.h"
 
-#include "engine/comm_mpi.h"
-#include "engine/comm_tcp.h"
 #include "engine/process.h"
 #include "formats/checked.h"
-#include "kernels/futex.h"
 
 #include <errno.h>
 #include <poll.h>
-#include <pthread.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
-#include <sys/prctl.h>
-#include <sys/resource.h>
 #include <sys/wait.h>
+#include <unistd.h>
 
 enum {
-    CACHE_LINE = 64,
     PAGE_BYTES = 4096,
     DEFAULT_START_TIMEOUT_MS = 120000,
     DEFAULT_WAIT_TIMEOUT_MS = 10000,
-    LOOK_MS = 50,        // between two looks of the watchdog
     FAIL_GRACE_MS = 200, // for ranks to end by themselves after a failure
     STOP_GRACE_MS = 3000,
     KILL_GRACE_MS = 3000, // for the kernel to end what was killed
-};
-
-struct rank_state {
-    _Alignas(CACHE_LINE) _Atomic uint32_t started;
-    _Atomic uint32_t taken, done; // number of the last command
-    _Atomic uint32_t returned;    // from rank_main, with code
-    int code;
-};
-
-struct launch_area {
-    _Alignas(CACHE_LINE) _Atomic uint32_t command_number; // raised by every command; ranks sleep on it
-    _Atomic int command;
-    _Alignas(CACHE_LINE) _Atomic uint32_t sleeping_ranks;
-    _Alignas(CACHE_LINE) _Atomic uint32_t started_ranks, done_ranks, notices;
-    struct rank_state ranks[COMM_MAX_RANKS];
-};
-
-// The parent's view of one rank.
-struct rank_handle {
-    pid_t pid; // processes
-    int pidfd; // -1: none, waitpid is asked now and then
-    pthread_t thread;
-    bool running;
-    uint64_t progress;      // at the last look
-    int64_t silent_ns;      // since it last moved
-    struct spinner spinner; // rank side
-    struct rank_env env;
-    struct launch *launch;
-};
-
-struct launch {
-    struct launch_options options;
-    rank_main_fn *rank_main;
-    void *arg;
-    int first, end;            // the ranks that run here
-    int links[COMM_MAX_RANKS]; // [num_ranks] where ranks are other processes': what no rank has taken yet, else -1
-    struct launch_area *area;
-    struct comm_region *region;
-    void *shared;
-    size_t mapped_bytes;
-    int num_ranks; // of all stages
-    int event_fd;
-    bool ready;           // all ranks have reached rank_next_command
-    bool command_running; // posted, not yet done everywhere
-    bool last_was_notice;
-    bool handles_signals;
-    struct sigaction before_int, before_term;
-    int64_t looked_ns;
-    struct error error; // code 0: nothing has failed
-    int lost_rank;      // where it came from
-    struct rank_handle ranks[COMM_MAX_RANKS];
+    SELDOM_MS = 500,      // between two looks whether a rank is stopped
 };
 
 // ---- signals -------------------------------------------------------------------------------------------------------
 
 static volatile sig_atomic_t signal_pending, signals_seen, signal_event_fd = -1;
 static volatile sig_atomic_t somebody_waits; // has waited since the handlers are there
-
-static void wake_parent(int event_fd)
-{
-    uint64_t one = 1;
-    // It cannot fail: the counter is far from its end.
-    if (write(event_fd, &one, sizeof one) != sizeof one)
-        return;
-}
 
 static void on_signal(int number)
 {
@@ -107,7 +41,7 @@ static void on_signal(int number)
         _exit(128 + number);
     signals_seen = 1;
     signal_pending = number;
-    wake_parent(signal_event_fd);
+    launch_wake_parent(signal_event_fd);
     errno = saved;
 }
 
@@ -131,188 +65,6 @@ static void restore_signals(struct launch *launch)
     sigaction(SIGTERM, &launch->before_term, NULL);
     signal_event_fd = -1;
     launch->handles_signals = false;
-}
-
-// ---- rank side -----------------------------------------------------------------------------------------------------
-
-static struct rank_state *state_of(struct launch *launch, int rank) { return &launch->area->ranks[rank]; }
-
-// Of those that run here.
-static uint32_t num_here(const struct launch *launch) { return (uint32_t)(launch->end - launch->first); }
-
-void rank_is_ready(struct rank_env *env)
-{
-    struct launch *launch = env->launch;
-    comm_at(env->comm, OP_IDLE, -1);
-    if (!atomic_exchange(&state_of(launch, env->rank)->started, 1) &&
-        atomic_fetch_add(&launch->area->started_ranks, 1) + 1 == num_here(launch))
-        wake_parent(launch->event_fd);
-}
-
-int rank_next_command(struct rank_env *env, int *command, struct error *err)
-{
-    struct launch *launch = env->launch;
-    struct launch_area *area = launch->area;
-    struct rank_state *state = state_of(launch, env->rank);
-    struct spinner *spinner = &launch->ranks[env->rank].spinner;
-    rank_is_ready(env);
-
-    uint32_t taken = atomic_load_explicit(&state->taken, memory_order_relaxed);
-    struct spin spin = spin_begin(spinner);
-    bool slept = false;
-    while (atomic_load_explicit(&area->command_number, memory_order_acquire) == taken &&
-           !(env->spread && comm_region_aborted(launch->region))) {
-        if (spin_again(&spin))
-            continue;
-        slept = true;
-        atomic_fetch_add(&area->sleeping_ranks, 1);
-        // Ranks of other processes that are lost raise the abort word, but not the number.
-        while (atomic_load(&area->command_number) == taken && !(env->spread && comm_region_aborted(launch->region)))
-            futex_wait(&area->command_number, taken, env->spread ? LOOK_MS * 1000000ll : -1);
-        atomic_fetch_sub(&area->sleeping_ranks, 1);
-    }
-    spinner_learn(spinner, !slept);
-
-    // Ending a failed launch raises the number as well.
-    int error_rank;
-    struct error kept;
-    if (comm_region_aborted(launch->region)) {
-        if (!comm_region_error(launch->region, &error_rank, &kept))
-            error_set(&kept, ERR_RANK, "rank %d was stopped after an error elsewhere", env->rank);
-        if (err)
-            *err = kept;
-        return kept.code;
-    }
-    atomic_store(&state->taken, atomic_load(&area->command_number));
-    *command = atomic_load(&area->command);
-    return 0;
-}
-
-void rank_command_done(struct rank_env *env)
-{
-    struct launch *launch = env->launch;
-    struct rank_state *state = state_of(launch, env->rank);
-    atomic_store(&state->done, atomic_load(&state->taken));
-    if (atomic_fetch_add(&launch->area->done_ranks, 1) + 1 == num_here(launch))
-        wake_parent(launch->event_fd);
-}
-
-bool rank_is_stopped(const struct rank_env *env) { return comm_region_aborted(env->launch->region); }
-
-void rank_notify(struct rank_env *env)
-{
-    // A notice that the parent has not yet taken carries this one too.
-    if (!atomic_exchange(&env->launch->area->notices, 1))
-        wake_parent(env->launch->event_fd);
-}
-
-void rank_ends(struct rank_env *env, const struct error *why)
-{
-    comm_region_abort(env->launch->region, env->rank, why);
-    // What cannot be written is lost: nothing more can be done here.
-    if (env->launch->options.threads &&
-        (write(STDERR_FILENO, why->msg, strlen(why->msg)) < 0 || write(STDERR_FILENO, "\n", 1) < 0))
-        return;
-}
-
-void rank_failed(struct rank_env *env, int code, struct error *err)
-{
-    if (!err->msg[0])
-        error_set(err, code, "rank %d failed with code %d", env->rank, code);
-    err->code = code;
-    comm_region_abort(env->launch->region, env->rank, err);
-}
-
-static void close_links(int *links, int count)
-{
-    for (int rank = 0; rank < count; rank++) {
-        if (links[rank] >= 0)
-            close(links[rank]);
-        links[rank] = -1;
-    }
-}
-
-static int open_comm(struct launch *launch, struct rank_env *env, struct error *err)
-{
-    int timeout_ms = launch->options.wait_timeout_ms, rank, size, rc;
-    if (!env->spread)
-        return comm_open(&env->comm, launch->region, env->rank, timeout_ms, err);
-    if (!launch->options.mpi) {
-        rc = comm_open_sockets(&env->comm, launch->region, launch->links, env->rank, timeout_ms, err);
-        memset(launch->links, -1, sizeof launch->links); // they are comm's, which closes them in every case
-        return rc;
-    }
-    close_links(launch->links, launch->num_ranks);
-    if ((rc = comm_mpi_start(NULL, &rank, &size, err)))
-        return rc;
-    if (rank != env->rank)
-        return error_set(err, ERR_USAGE, "this process is rank %d to MPI and rank %d by its variables or options", rank,
-                         env->rank);
-    return comm_open_mpi(&env->comm, launch->region, timeout_ms, err);
-}
-
-// Runs rank_main and leaves its result in the shared area; its error becomes the launch's unless one came before.
-static int run_rank(struct rank_handle *handle)
-{
-    struct launch *launch = handle->launch;
-    struct rank_env *env = &handle->env;
-    struct rank_state *state = state_of(launch, env->rank);
-    struct error err = {0};
-    int code = open_comm(launch, env, &err);
-    if (!code) {
-        comm_at(env->comm, OP_START, -1);
-        code = launch->rank_main(env, launch->arg, &err);
-    }
-    if (code)
-        rank_failed(env, code, &err);
-    comm_close(env->comm);
-    env->comm = NULL;
-    // After an error the process ends without an end of MPI, which its launcher takes for what it is.
-    if (launch->options.mpi && !code)
-        comm_mpi_end(0, launch->options.wait_timeout_ms,
-                     NULL); // the work is done: nothing is lost with a rank that does not come
-    state->code = code;
-    atomic_store(&state->returned, 1);
-    return code;
-}
-
-static void *rank_thread(void *arg)
-{
-    struct rank_handle *handle = arg;
-    run_rank(handle);
-    wake_parent(handle->launch->event_fd);
-    return NULL;
-}
-
-// What this process got from its parent, but for 0, 1, 2, the event descriptor and the links: clients' connections must not outlive the parent's close.
-static void close_others(const struct launch *launch)
-{
-    unsigned keep[COMM_MAX_RANKS + 1], count = 0, next = 3;
-    keep[count++] = (unsigned)launch->event_fd;
-    for (int rank = 0; rank < launch->num_ranks; rank++)
-        if (launch->links[rank] >= 0)
-            keep[count++] = (unsigned)launch->links[rank];
-    for (;;) {
-        unsigned lowest = ~0u;
-        for (unsigned i = 0; i < count; i++)
-            lowest = keep[i] >= next && keep[i] < lowest ? keep[i] : lowest;
-        process_close_descriptors(next, lowest);
-        if (lowest == ~0u)
-            return;
-        next = lowest + 1;
-    }
-}
-
-static void rank_process(struct rank_handle *handle, pid_t parent)
-{
-    // Set before the look at the parent: it cannot end unseen in between.
-    prctl(PR_SET_PDEATHSIG, SIGKILL);
-    if (getppid() != parent)
-        _exit(error_exit_code(ERR_RANK));
-    signal(SIGINT, SIG_IGN);
-    signal(SIGTERM, SIG_IGN);
-    close_others(handle->launch);
-    _exit(error_exit_code(run_rank(handle)));
 }
 
 // ---- starting ------------------------------------------------------------------------------------------------------
@@ -347,7 +99,7 @@ static int start_thread(struct rank_handle *handle, struct error *err)
     sigfillset(&all);
     sigdelset(&all, SIGBUS);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    int failed = pthread_create(&handle->thread, NULL, rank_thread, handle);
+    int failed = pthread_create(&handle->thread, NULL, launch_rank_thread, handle);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (failed)
         return error_set(err, ERR_MEMORY, "cannot start a thread for rank %d: %s", handle->env.rank, strerror(failed));
@@ -362,11 +114,49 @@ static int start_process(struct rank_handle *handle, struct error *err)
     if (handle->pid < 0)
         return error_set_errno(err, "cannot start a process for rank %d", handle->env.rank);
     if (handle->pid == 0)
-        rank_process(handle, parent);
-    close_links(handle->launch->links, handle->launch->num_ranks); // the rank has them: others must see its end at once
+        launch_rank_process(handle, parent);
+    launch_close_links(handle->launch->links,
+                       handle->launch->num_ranks); // the rank has them: others must see its end at once
     handle->running = true;
     handle->pidfd = (int)syscall(SYS_pidfd_open, handle->pid, 0);
     return 0;
+}
+
+// The options, their defaults filled in, and the links, which are the launch's from now on.
+static void take_options(struct launch *launch, const struct launch_options *options, int num_ranks)
+{
+    launch->options = *options;
+    launch->num_ranks = num_ranks;
+    if (options->pp_size == 0)
+        launch->options.pp_size = 1;
+    if (options->start_timeout_ms <= 0)
+        launch->options.start_timeout_ms = DEFAULT_START_TIMEOUT_MS;
+    if (options->wait_timeout_ms <= 0)
+        launch->options.wait_timeout_ms = DEFAULT_WAIT_TIMEOUT_MS;
+    launch->spread = options->links != NULL;
+    launch->first = launch->spread ? options->only : 0;
+    launch->end = launch->spread ? options->only + 1 : num_ranks;
+    memset(launch->links, -1, sizeof launch->links);
+    for (int rank = 0; launch->spread && rank < num_ranks; rank++) {
+        launch->links[rank] = options->links[rank];
+        options->links[rank] = -1;
+    }
+    for (int rank = launch->first; rank < launch->end; rank++)
+        launch->ranks[rank].pidfd = -1; // also of those that a failed start never reaches
+}
+
+static int start_rank(struct launch *launch, int rank, struct error *err)
+{
+    struct rank_handle *handle = &launch->ranks[rank];
+    *handle = (struct rank_handle){.pidfd = -1, .launch = launch};
+    handle->env = (struct rank_env){.rank = rank,
+                                    .num_ranks = launch->num_ranks,
+                                    .tp_size = launch->options.tp_size,
+                                    .shared = launch->shared,
+                                    .launch = launch,
+                                    .spread = launch->spread};
+    spinner_init(&handle->spinner);
+    return launch->options.threads ? start_thread(handle, err) : start_process(handle, err);
 }
 
 int launch_start(struct launch **out, const struct launch_options *options, rank_main_fn *rank_main, void *arg,
@@ -381,25 +171,12 @@ int launch_start(struct launch **out, const struct launch_options *options, rank
         return error_set(err, ERR_USAGE, "rank %d of %d", options->only, num_ranks);
     struct launch *launch = calloc(1, sizeof *launch);
     if (!launch) {
-        close_links(options->links, options->links ? num_ranks : 0);
+        launch_close_links(options->links, options->links ? num_ranks : 0);
         return error_set(err, ERR_MEMORY, "out of memory for %d ranks", num_ranks);
     }
-    launch->options = *options;
-    launch->options.pp_size = pp_size;
-    launch->num_ranks = num_ranks;
-    if (launch->options.start_timeout_ms <= 0)
-        launch->options.start_timeout_ms = DEFAULT_START_TIMEOUT_MS;
-    if (launch->options.wait_timeout_ms <= 0)
-        launch->options.wait_timeout_ms = DEFAULT_WAIT_TIMEOUT_MS;
+    take_options(launch, options, num_ranks);
     launch->rank_main = rank_main;
     launch->arg = arg;
-    memset(launch->links, -1, sizeof launch->links);
-    for (int rank = 0; options->links && rank < num_ranks; rank++) {
-        launch->links[rank] = options->links[rank];
-        options->links[rank] = -1;
-    }
-    launch->first = options->links ? options->only : 0;
-    launch->end = options->links ? options->only + 1 : num_ranks;
     launch->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     if (launch->event_fd < 0) {
         rc = error_set_errno(err, "cannot make an event descriptor");
@@ -409,22 +186,10 @@ int launch_start(struct launch **out, const struct launch_options *options, rank
         goto fail;
     if (!options->leave_signals)
         handle_signals(launch);
-    launch->looked_ns = clock_now_ns();
-    for (int rank = launch->first; rank < launch->end; rank++)
-        launch->ranks[rank].pidfd = -1; // also of those that a failed start never reaches
-    fflush(NULL);                       // or every rank would write what is buffered once more
-    for (int rank = launch->first; rank < launch->end && !rc; rank++) {
-        struct rank_handle *handle = &launch->ranks[rank];
-        *handle = (struct rank_handle){.pidfd = -1, .launch = launch};
-        handle->env = (struct rank_env){.rank = rank,
-                                        .num_ranks = num_ranks,
-                                        .tp_size = options->tp_size,
-                                        .shared = launch->shared,
-                                        .launch = launch,
-                                        .spread = options->links != NULL};
-        spinner_init(&handle->spinner);
-        rc = options->threads ? start_thread(handle, err) : start_process(handle, err);
-    }
+    launch->looked_ns = launch->stop_looked_ns = clock_now_ns();
+    fflush(NULL); // or every rank would write what is buffered once more
+    for (int rank = launch->first; rank < launch->end && !rc; rank++)
+        rc = start_rank(launch, rank, err);
     if (rc)
         goto fail;
     *out = launch;
@@ -465,7 +230,7 @@ static void post_number(struct launch *launch, int command)
 static int explain_end(struct launch *launch, struct rank_handle *handle, int status, bool stopping, struct error *err)
 {
     int rank = handle->env.rank;
-    struct rank_state *state = state_of(launch, rank);
+    struct rank_state *state = launch_state_of(launch, rank);
     struct comm_position at = comm_region_position(launch->region, rank);
     char place[COMM_PLACE_BYTES];
     comm_place(place, at.op, at.layer);
@@ -496,7 +261,7 @@ static int reap(struct launch *launch, bool stopping, int *bad_rank, struct erro
         if (!handle->running)
             continue;
         if (launch->options.threads) {
-            if (!atomic_load(&state_of(launch, rank)->returned))
+            if (!atomic_load(&launch_state_of(launch, rank)->returned))
                 continue;
             pthread_join(handle->thread, NULL);
         } else {
@@ -627,7 +392,7 @@ static int watch(struct launch *launch, int *stuck, struct error *err)
     launch->looked_ns = now_ns;
     for (int rank = launch->first; rank < launch->end; rank++) {
         struct rank_handle *handle = &launch->ranks[rank];
-        struct rank_state *state = state_of(launch, rank);
+        struct rank_state *state = launch_state_of(launch, rank);
         struct comm_position at = comm_region_position(launch->region, rank), other = {.op = OP_COUNT, .waits_for = -1};
         bool starting = !atomic_load(&state->started) || is_starting(&at);
         bool busy = starting || (launch->command_running &&
@@ -658,6 +423,23 @@ static int watch(struct launch *launch, int *stuck, struct error *err)
     return 0;
 }
 
+// Ranks of other processes do without one that stands still, be it idle; then it ends here too: its thread for the links, or nobody, knows of that.
+static int watch_stopped(struct launch *launch, int *rank, struct error *err)
+{
+    const int64_t look_ns = (int64_t)SELDOM_MS * 1000000;
+    int64_t now_ns = clock_now_ns(), passed_ns = now_ns - launch->stop_looked_ns;
+    if (!launch->spread || launch->options.threads || passed_ns < look_ns)
+        return 0;
+    launch->stop_looked_ns = now_ns;
+    *rank = launch->first;
+    bool stopped = process_is_stopped(launch->ranks[*rank].pid);
+    launch->stopped_ns = stopped ? launch->stopped_ns + (passed_ns < 2 * look_ns ? passed_ns : look_ns) : 0;
+    if (launch->stopped_ns <= (int64_t)launch->options.wait_timeout_ms * 1000000)
+        return 0;
+    return error_set(err, ERR_RANK, "rank %d was stopped for %.1f s; the other ranks do without it by now", *rank,
+                     (double)launch->stopped_ns / 1e9);
+}
+
 // ---- parent side ---------------------------------------------------------------------------------------------------
 
 int launch_post(struct launch *launch, int command, struct error *err)
@@ -682,9 +464,10 @@ int launch_post(struct launch *launch, int command, struct error *err)
 int launch_wait(struct launch *launch, int extra_fd, struct error *err)
 {
     struct launch_area *area = launch->area;
-    uint32_t num_ranks = num_here(launch);
+    uint32_t num_ranks = launch_num_here(launch);
     somebody_waits = 1;
-    for (int timeout_ms = 0;; timeout_ms = launch->ready && !launch->command_running ? -1 : LOOK_MS) {
+    const int idle_ms = launch->spread ? SELDOM_MS : -1;
+    for (int timeout_ms = 0;; timeout_ms = launch->ready && !launch->command_running ? idle_ms : LOOK_MS) {
         if (launch->error.code) {
             if (err)
                 *err = launch->error;
@@ -699,7 +482,7 @@ int launch_wait(struct launch *launch, int extra_fd, struct error *err)
         }
         struct error found;
         int rank = 0;
-        if (reap(launch, false, &rank, &found) || watch(launch, &rank, &found))
+        if (reap(launch, false, &rank, &found) || watch(launch, &rank, &found) || watch_stopped(launch, &rank, &found))
             return fail(launch, rank, &found, err);
 
         bool was_ready = launch->ready, notice = atomic_load(&area->notices);
@@ -723,34 +506,18 @@ int launch_wait(struct launch *launch, int extra_fd, struct error *err)
     }
 }
 
-// For ranks whose work another process gives them. The others do without a rank that stands still; then it ends here too: its thread for the links, or
-// nobody, knows of that.
-static int watch_led(struct launch *launch, int64_t passed_ms, int64_t *stopped_ms, int *rank, struct error *err)
-{
-    if (comm_region_error(launch->region, rank, err))
-        return err->code;
-    *rank = launch->first;
-    *stopped_ms =
-        !launch->options.threads && process_is_stopped(launch->ranks[*rank].pid) ? *stopped_ms + passed_ms : 0;
-    if (*stopped_ms <= launch->options.wait_timeout_ms)
-        return 0;
-    return error_set(err, ERR_RANK, "rank %d was stopped for %.1f s; the other ranks do without it by now", *rank,
-                     (double)*stopped_ms / 1000);
-}
-
 int launch_wait_end(struct launch *launch, struct error *err)
 {
-    enum { SELDOM_MS = 500 };
-    int64_t stopped_ms = 0;
     somebody_waits = 1;
     while (any_running(launch)) {
-        bool ready = atomic_load(&launch->area->started_ranks) == num_here(launch);
+        bool ready = atomic_load(&launch->area->started_ranks) == launch_num_here(launch);
         struct error found;
         int rank = 0;
         wait_for_events(launch, -1, ready ? SELDOM_MS : LOOK_MS);
         signal_pending = 0;
         if (reap(launch, true, &rank, &found) ||
-            (ready ? watch_led(launch, SELDOM_MS, &stopped_ms, &rank, &found) : watch(launch, &rank, &found)))
+            (ready ? comm_region_error(launch->region, &rank, &found) || watch_stopped(launch, &rank, &found)
+                   : watch(launch, &rank, &found)))
             return fail(launch, rank, &found, err);
     }
     launch->ready = true;
@@ -766,7 +533,7 @@ int launch_stop(struct launch *launch, struct error *err)
     if (launch->area) {
         // What launch_wait has told, and what is stopped from here, is no news.
         bool told = launch->error.code != 0;
-        bool starting = atomic_load(&launch->area->started_ranks) < num_here(launch);
+        bool starting = atomic_load(&launch->area->started_ranks) < launch_num_here(launch);
         if ((launch->command_running || starting) && !comm_region_aborted(launch->region)) {
             struct error stop;
             error_set(&stop, ERR_RANK, "the ranks were stopped in the middle of %s",
@@ -786,7 +553,7 @@ int launch_stop(struct launch *launch, struct error *err)
     }
     restore_signals(launch);
     if (ended) {
-        close_links(launch->links, launch->num_ranks); // of a start that failed
+        launch_close_links(launch->links, launch->num_ranks); // of a start that failed
         if (launch->area)
             munmap(launch->area, launch->mapped_bytes);
         if (launch->event_fd >= 0)

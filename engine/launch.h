@@ -11,6 +11,9 @@
 // it the ranks at once, exit code 130 or 143. So does the first one before any launch_wait: nobody would hear of it.
 // Of several launches in one process, whichever waits next reports it.
 //
+// Where other ranks are other processes', they wait for the one rank that gets commands here, and it waits for the parent: it ends all of them when the parent
+// is stopped for longer than wait_timeout_ms while no command runs. A rank that ends over an error wakes a stopped parent, so that this one says it and ends.
+//
 // All memory that ranks and parent share is anonymous (MAP_SHARED before the fork): nothing is left behind, however
 // anyone ends.
 #ifndef TPSHARD_ENGINE_LAUNCH_H
