@@ -287,8 +287,6 @@ int advise_run(int argc, char **argv, struct error *err)
     char *text = NULL;
     size_t bytes;
     int rc;
-    if (other_rank_ran(argv[0], &rc, err))
-        return rc;
     if ((rc = check_usage(argv[0], err)) || (rc = read_text(options.text, &text, &bytes, err)) ||
         (rc = open_session(&a.session, argv[0], err)) || (rc = session_tokenizer(a.session, &tokenizer, err)) ||
         (rc = tokenizer_encode(tokenizer, text, bytes, 0, &ids, err)))

@@ -157,10 +157,7 @@ int bench_run(int argc, char **argv, struct error *err)
     wanted.default_context = options.prompt_tokens + options.gen_tokens;
     wanted.recomputes = true; // the prompts are equal
     wanted.load_first = true; // prefill and decode are measured, not the disk
-    int rc;
-    if (other_rank_ran(argv[0], &rc, err))
-        return rc;
-    rc = choose_store(&wanted.store, argv[0], err);
+    int rc = choose_store(&wanted.store, argv[0], err);
     if (!rc)
         rc = session_open(&session, argv[0], &wanted, options.batch, 0, err);
     if (rc == 0 && (rc = measure(session, &result, opened, err)) == 0) {

@@ -228,9 +228,9 @@ extern struct program_start program_start;
 // With --timings: one JSON object on standard error, of the ranks' last start. Before session_close.
 int print_timings(struct session *session, struct error *err);
 
-// For commands that run ranks, before they do anything: where a launcher has started this process for a rank other than 0, that rank has run to its end, with
-// this result, and the command is done.
-bool other_rank_ran(const char *place, int *rc, struct error *err);
+// Runs a command that runs ranks; argv[0] is the place. Where a launcher has started this process for a rank other than 0 it runs that rank instead. A failure
+// before the ranks have met is told to the other ranks.
+int run_among_ranks(int (*command)(int argc, char **argv, struct error *err), int argc, char **argv, struct error *err);
 
 extern const struct option_spec generate_options[], serve_options[], bench_options[], eval_options[], advise_options[],
     logits_options[], tokenize_options[], capture_options[], doctor_options[];

@@ -573,8 +573,6 @@ int eval_run(int argc, char **argv, struct error *err)
     (void)argc;
     struct evaluation e = {.dir = argv[0]};
     int rc;
-    if (other_rank_ran(argv[0], &rc, err))
-        return rc;
     if (!options.text)
         return error_set(err, ERR_USAGE, "eval needs --text FILE");
     if (options.layers && !options.against)

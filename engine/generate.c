@@ -406,7 +406,7 @@ int generate_run(int argc, char **argv, struct error *err)
     struct chat *chat = NULL;
     json_t *messages = NULL;
     int count = options.prompts.count > 0 ? options.prompts.count : 1, rc = check_options(err);
-    if (rc || other_rank_ran(argv[0], &rc, err))
+    if (rc)
         return rc;
     struct output *outputs = calloc((size_t)count, sizeof *outputs);
     if (!outputs)

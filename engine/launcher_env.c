@@ -148,7 +148,7 @@ static int find_torchrun(struct finder *f, struct error *err)
                          "RANK %d of WORLD_SIZE %d, but OMPI_COMM_WORLD_RANK %.12s of %.12s: say which counts with "
                          "--launcher torchrun or mpi",
                          p->rank, p->world_size, rank, size);
-    if (p->world_size == 1)
+    if (p->world_size == 1 && (p->rank == 0 || !address))
         return 0;
     if (!address)
         return error_set(err, ERR_USAGE,
@@ -285,15 +285,17 @@ int launcher_find(struct launcher_place *out, const struct launcher_options *opt
         return rc;
     if (options->local_rank != LAUNCHER_NOT_GIVEN)
         place.local_rank = (int)options->local_rank;
-    if ((rc = check_rank(&place, err)))
+    bool alone = place.world_size == 1 && place.rank == 0, has_master = options->master && options->master[0];
+    if (has_master && !alone && (rc = read_master(&place, options->master, err)))
         return rc;
-    bool has_master = options->master && options->master[0];
-    if (place.world_size == 1) { // nobody else
+    if ((rc = check_rank(&place, err))) {
+        *out = place;
+        return rc;
+    }
+    if (alone) { // nobody else
         *out = (struct launcher_place){.launcher = "none", .world_size = 1, .local_rank = place.local_rank};
         return 0;
     }
-    if (has_master && (rc = read_master(&place, options->master, err)))
-        return rc;
     if (!place.host[0])
         return error_set(err, ERR_USAGE, "%s says rank %d of %d, but not where rank 0 is: give --master HOST:PORT%s",
                          place.launcher, place.rank, place.world_size, by_options ? "" : " or set MASTER_ADDR");

@@ -46,7 +46,7 @@ typedef const char *launcher_variable(void *arg, const char *name);
 // That of the process; arg is not used.
 const char *launcher_process_variable(void *arg, const char *name);
 
-// ERR_USAGE with a sentence that names the variables.
+// ERR_USAGE with a sentence that names the variables. Where all is known but the rank is out of its world, *out is set all the same; else not.
 int launcher_find(struct launcher_place *out, const struct launcher_options *options, launcher_variable *get, void *arg,
                   struct error *err);
 

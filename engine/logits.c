@@ -46,8 +46,6 @@ int logits_run(int argc, char **argv, struct error *err)
     struct token_list ids = {0};
     const float *logits;
     int rc;
-    if (other_rank_ran(argv[0], &rc, err))
-        return rc;
     if (!options.token_ids || !options.output)
         return error_set(err, ERR_USAGE, "logits needs --token-ids 1,2,3 and --output FILE.npy");
     if ((rc = parse_token_ids(options.token_ids, &ids, err)))

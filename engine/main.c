@@ -23,18 +23,31 @@ static const struct option_spec common[] = {
     {NULL, OPTION_FLAG, NULL, NULL, 0, 0, NULL},
 };
 
+// Commands that run ranks.
+#define AMONG_RANKS(command)                                                                                           \
+    static int command##_among_ranks(int argc, char **argv, struct error *err)                                         \
+    {                                                                                                                  \
+        return run_among_ranks(command##_run, argc, argv, err);                                                        \
+    }
+AMONG_RANKS(generate)
+AMONG_RANKS(serve)
+AMONG_RANKS(bench)
+AMONG_RANKS(eval)
+AMONG_RANKS(advise)
+AMONG_RANKS(logits)
+
 static const struct command_spec commands[] = {
     {"generate", "out_dir", 1, 1, "continue one or several prompts, streaming text to standard output",
-     generate_options, generate_run},
-    {"serve", "out_dir", 1, 1, "serve an OpenAI-compatible API over HTTP", serve_options, serve_run},
-    {"bench", "out_dir", 1, 1, "measure prefill and decode; one result line", bench_options, bench_run},
+     generate_options, generate_among_ranks},
+    {"serve", "out_dir", 1, 1, "serve an OpenAI-compatible API over HTTP", serve_options, serve_among_ranks},
+    {"bench", "out_dir", 1, 1, "measure prefill and decode; one result line", bench_options, bench_among_ranks},
     {"eval", "out_dir", 1, 1, "perplexity of a text; with a reference, KL divergence, agreement and errors by layer",
-     eval_options, eval_run},
+     eval_options, eval_among_ranks},
     {"advise", "out_dir", 1, 1,
      "measure what each codec of the sums over ranks costs; with --write, the advice that --wire auto takes",
-     advise_options, advise_run},
+     advise_options, advise_among_ranks},
     {"logits", "out_dir", 1, 1, "logits of token ids as a NumPy file, float32 [tokens, vocab_size]", logits_options,
-     logits_run},
+     logits_among_ranks},
     {"tokenize", "out_dir TEXT|-", 2, 2, "token ids of a text, or with --decode the reverse", tokenize_options,
      tokenize_run},
     {"capture", "out_dir", 1, 1, "statistics of a model's inputs over a text, for tpshard convert --calib-stats",

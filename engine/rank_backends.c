@@ -35,12 +35,3 @@ int rank_sums_compare(const struct rank_sums *all, int ranks, struct error *err)
             return refuse(all, r, tables, err);
     return 0;
 }
-
-int rank_backends_agree(struct comm *world, const struct backend *backend, const struct kernels *kernels,
-                        struct error *err)
-{
-    struct rank_sums mine, all[COMM_MAX_RANKS];
-    rank_sums_of(&mine, backend, kernels);
-    int rc = comm_all_gather(world, all, &mine, sizeof mine, err);
-    return rc ? rc : rank_sums_compare(all, comm_size(world), err);
-}

@@ -19,8 +19,5 @@ void rank_sums_of(struct rank_sums *out, const struct backend *backend, const st
 // all [ranks], of which there is at least one. ERR_USAGE where sums differ: the first two ranks that do, what each computes with, and the --backend
 // that all hosts can start with.
 int rank_sums_compare(const struct rank_sums *all, int ranks, struct error *err);
-// The same over all ranks of the world, a collective: every rank leaves with the same answer.
-int rank_backends_agree(struct comm *world, const struct backend *backend, const struct kernels *kernels,
-                        struct error *err);
 
 #endif

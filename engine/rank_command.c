@@ -1,19 +1,29 @@
-// A process that a launcher started for a rank other than 0, by the same command line as rank 0's: it runs that rank and ends with it.
+// Commands that run ranks, where a launcher has started a process for each: rank 0's runs the command, another one runs its rank and ends with it.
 #include "engine/commands.h"
 
-bool other_rank_ran(const char *place, int *rc, struct error *err)
+static int run_other_rank(const char *place, struct error *err)
 {
     struct session_options wanted = session_options;
     struct session *session = NULL;
-    int rank;
-    if ((*rc = session_find_rank(&wanted, &rank, err)))
-        return true;
-    if (rank == 0)
-        return false;
+    int rc;
     // What depends on the command, rank 0's plan brings.
-    if ((*rc = choose_store(&wanted.store, place, err)) == 0 &&
-        (*rc = session_open(&session, place, &wanted, 1, 0, err)) == 0)
-        *rc = session_run_rank(session, err);
+    if ((rc = choose_store(&wanted.store, place, err)) == 0 &&
+        (rc = session_open(&session, place, &wanted, 1, 0, err)) == 0)
+        rc = session_run_rank(session, err);
     session_close(session);
-    return true;
+    return rc;
+}
+
+int run_among_ranks(int (*command)(int argc, char **argv, struct error *err), int argc, char **argv, struct error *err)
+{
+    const struct session_options given = session_options;
+    int rank;
+    session_options.given = &given;
+    int rc = session_find_rank(&given, &rank, err);
+    if (!rc)
+        rc = rank == 0 ? command(argc, argv, err) : run_other_rank(argv[0], err);
+    session_options.given = NULL;
+    if (rc)
+        session_tell_others(&given, err);
+    return rc;
 }

@@ -17,6 +17,11 @@
 #include <string.h>
 #include <unistd.h>
 
+enum {
+    FAIL_MS = 3000,
+    ASK_MS = 2000
+}; // to tell others why this rank cannot come; to ask who listens in this one's place
+
 // ---- sockets ---------------------------------------------------------------------------------------------------
 
 int meet_wait(int fd, short events, int64_t until_ns)
@@ -170,9 +175,9 @@ static int try_connect(int *out, const struct sockaddr_storage *address, int64_t
     return 0;
 }
 
-// Connects, takes the challenge and says hello. MEET_CLOSED, MEET_LATE: it may be tried again; < 0: an error.
-static int knock(const struct meeting *m, const struct sockaddr_storage *address, struct meet_hello *hello, int *out,
-                 struct error *err)
+// Connects, takes the challenge and says hello.
+int meet_knock(const struct meeting *m, const struct sockaddr_storage *address, struct meet_hello *hello, int *out,
+               struct error *err)
 {
     int64_t until_ns = clock_now_ns() + MEET_CALL_NS;
     struct meet_challenge challenge;
@@ -247,7 +252,7 @@ int meet_last_word(struct meeting *m, struct error *err)
     return rc < 0 ? rc : error_set(err, ERR_RANK, "rank 0 has ended while the ranks met");
 }
 
-static void fill_hello(const struct meeting *m, struct meet_hello *hello, enum meet_purpose purpose, int to)
+void meet_fill_hello(const struct meeting *m, struct meet_hello *hello, enum meet_purpose purpose, int to)
 {
     memset(hello, 0, sizeof *hello);
     memcpy(hello->magic, MEET_HELLO, sizeof hello->magic);
@@ -259,6 +264,8 @@ static void fill_hello(const struct meeting *m, struct meet_hello *hello, enum m
     hello->tp_size = (uint32_t)m->options->tp_size;
     hello->pp_size = (uint32_t)m->options->pp_size;
     hello->port = (uint32_t)m->port;
+    if (purpose == MEET_JOIN && m->options->offer_bytes)
+        memcpy(hello->offer, m->options->offer, m->options->offer_bytes);
     snprintf(hello->version, sizeof hello->version, "%s", m->options->version);
 }
 
@@ -290,8 +297,8 @@ static int call(struct meeting *m, struct sockaddr_storage *address, bool resolv
             snprintf(who, sizeof who, "rank 0 at %s port %d", m->options->place->host, m->options->place->port);
         else
             snprintf(who, sizeof who, "rank %d at %s port %d", to, name, meet_port(address));
-        fill_hello(m, &hello, purpose, to);
-        if (found && (rc = knock(m, address, &hello, &fd, err)) == 0 &&
+        meet_fill_hello(m, &hello, purpose, to);
+        if (found && (rc = meet_knock(m, address, &hello, &fd, err)) == 0 &&
             (rc = take_answer(m, fd, &hello, who, &noted, buffer, err)) == 0) {
             *out = fd;
             m->joined = purpose == MEET_JOIN ? hello : m->joined;
@@ -348,39 +355,119 @@ static int join(struct meeting *m, void *blob, size_t bytes, struct error *err)
     return rc;
 }
 
-int rendezvous_meet(struct rendezvous *out, const struct rendezvous_options *options, void *blob, size_t bytes,
-                    struct error *err)
+// ---- the whole ---------------------------------------------------------------------------------------------------
+
+static void begin_meeting(struct meeting *m, struct rendezvous *out, const struct rendezvous_options *options,
+                          int timeout_ms)
 {
     const struct launcher_place *place = options->place;
-    struct meeting m = {.options = options,
-                        .out = out,
-                        .rank = place->rank,
-                        .world = place->world_size,
-                        .until_ns = clock_now_ns() + (int64_t)options->timeout_ms * 1000000,
-                        .listener = -1};
-    int rc = 0;
-    *out = (struct rendezvous){.rank = m.rank, .world = m.world};
+    *m = (struct meeting){.options = options,
+                          .out = out,
+                          .rank = place->rank,
+                          .world = place->world_size,
+                          .until_ns = clock_now_ns() + (int64_t)timeout_ms * 1000000,
+                          .listener = -1};
+    *out = (struct rendezvous){.rank = m->rank, .world = m->world};
     memset(out->links, -1, sizeof out->links);
     memset(out->control, -1, sizeof out->control);
     for (int i = 0; i < MEET_WAITING; i++)
-        m.callers[i].fd = -1;
-    if (m.world < 2 || m.world > MEET_MAX_RANKS || m.world > COMM_MAX_RANKS || bytes > MEET_BLOB_MAX_BYTES)
+        m->callers[i].fd = -1;
+}
+
+static void close_meeting(struct meeting *m)
+{
+    for (int i = 0; i < MEET_WAITING; i++)
+        meet_close(&m->callers[i].fd);
+    meet_close(&m->listener);
+    explicit_bzero(m->key, sizeof m->key);
+}
+
+int rendezvous_meet(struct rendezvous *out, const struct rendezvous_options *options, void *blob, size_t bytes,
+                    struct error *err)
+{
+    struct meeting m;
+    int rc = 0;
+    begin_meeting(&m, out, options, options->timeout_ms);
+    if (m.world < 2 || m.world > MEET_MAX_RANKS || m.world > COMM_MAX_RANKS || bytes > MEET_BLOB_MAX_BYTES ||
+        options->offer_bytes > MEET_OFFER_BYTES)
         rc = error_set(err, ERR_USAGE, "%d ranks: wanted 2 to %d", m.world, COMM_MAX_RANKS);
     if (!rc)
-        rc = meet_key(m.key, options->token, place->job, err);
+        rc = meet_key(m.key, options->token, options->place->job, err);
     if (!rc)
         rc = meet_listen(&m, err);
     if (!rc)
         rc = m.rank == 0 ? meet_take_joins(&m, blob, bytes, err) : join(&m, blob, bytes, err);
     if (!rc)
         rc = meet_take_links(&m, err);
-    for (int i = 0; i < MEET_WAITING; i++)
-        meet_close(&m.callers[i].fd);
-    meet_close(&m.listener);
-    explicit_bzero(m.key, sizeof m.key);
+    close_meeting(&m);
     if (rc)
         rendezvous_close(out);
     return rc;
+}
+
+// Until rank 0 has heard it; whoever else is there instead need not.
+static void tell_rank_0(struct meeting *m, const struct error *why)
+{
+    _Alignas(8) uint8_t ignored[MEET_ANSWER_MAX_BYTES];
+    struct sockaddr_storage rank_0;
+    struct meet_hello hello;
+    bool noted = false;
+    int pause_ms = MEET_PAUSE_MS, rc = MEET_CLOSED, fd = -1;
+    for (; rc > 0 && clock_now_ns() < m->until_ns; rest_between_tries(&pause_ms)) {
+        meet_fill_hello(m, &hello, MEET_FAIL, 0);
+        hello.code = why->code;
+        snprintf((char *)hello.offer, sizeof hello.offer, "rank %d: %.480s", m->options->place->rank, why->msg);
+        if (meet_resolve(m, &rank_0, false, NULL) == 0 && (rc = meet_knock(m, &rank_0, &hello, &fd, NULL)) == 0)
+            rc = take_answer(m, fd, &hello, "rank 0", &noted, ignored, NULL);
+        meet_close(&fd);
+        if (rc <= 0)
+            return;
+    }
+}
+
+void rendezvous_fail(const struct rendezvous_options *options, const struct error *why)
+{
+    struct rendezvous nothing;
+    struct rendezvous_options own = *options;
+    struct meeting m;
+    own.offer_bytes = 0;
+    own.tp_size = own.pp_size = 1;
+    begin_meeting(&m, &nothing, &own, FAIL_MS);
+    // What is out of its range says so in the sentence.
+    m.world = m.world < 2 ? 2 : m.world < COMM_MAX_RANKS ? m.world : COMM_MAX_RANKS;
+    m.rank = m.rank < COMM_MAX_RANKS ? m.rank : COMM_MAX_RANKS - 1;
+    if (meet_key(m.key, own.token, own.place->job, NULL) == 0) {
+        if (m.rank > 0) {
+            tell_rank_0(&m, why);
+        } else if (meet_listen(&m, NULL) == 0) {
+            error_set(&m.ended, why->code, "rank 0: %.480s", why->msg);
+            meet_tell_latecomers(&m, FAIL_MS);
+        }
+    }
+    close_meeting(&m);
+    rendezvous_close(&nothing);
+}
+
+int meet_ask_other_rank_0(struct meeting *m, const struct sockaddr_storage *address, struct error *err)
+{
+    _Alignas(8) uint8_t buffer[MEET_ANSWER_MAX_BYTES];
+    const struct meet_answer *answer = (const struct meet_answer *)(const void *)buffer;
+    int64_t before_ns = m->until_ns, until_ns = clock_now_ns() + ASK_MS * 1000000ll;
+    struct meet_hello hello;
+    struct error said;
+    bool noted, refused = false;
+    int fd = -1;
+    m->until_ns = until_ns < before_ns ? until_ns : before_ns;
+    meet_fill_hello(m, &hello, MEET_JOIN, 0);
+    hello.port = (uint32_t)meet_port(address);
+    if (meet_knock(m, address, &hello, &fd, NULL) == 0 &&
+        take_answer(m, fd, &hello, "rank 0", &noted, buffer, &said) < 0)
+        refused = answer->code < 0 && meet_answer_is_genuine(buffer, sizeof *answer, m->key, hello.nonce);
+    meet_close(&fd);
+    m->until_ns = before_ns;
+    if (refused && err)
+        *err = said;
+    return refused ? said.code : 0;
 }
 
 void rendezvous_close(struct rendezvous *r)

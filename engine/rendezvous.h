@@ -7,8 +7,8 @@
 // not hidden. Without a token, which is for one host alone, the kernel says who it is: only processes of the same user are let
 // in, and called.
 //
-// A rank that is let in and does not fit (another world, another version, other shards, a rank that is there already), and one
-// that does not come, end the meeting with one sentence on all ranks that can be told.
+// A rank that is let in and does not fit (another world, another version, other shards, other options, a rank that is there already), one
+// that says that it cannot come, and one that does not come, end the meeting with one sentence on all ranks that can be told.
 #ifndef TPSHARD_ENGINE_RENDEZVOUS_H
 #define TPSHARD_ENGINE_RENDEZVOUS_H
 
@@ -28,6 +28,11 @@ struct rendezvous_options {
     int tp_size, pp_size; // world_size together
     const char *token;    // NULL: none. Only where rank 0 listens on this host alone; else ERR_USAGE
     int timeout_ms;       // of all of it
+    // What this rank wants to run with, bytes <= MEET_OFFER_BYTES, for rank 0.
+    const void *offer;
+    size_t offer_bytes;
+    // Rank 0, when all are there: offers [world], each with zeros behind it. An error ends the meeting on all ranks. NULL: all are taken.
+    int (*judge)(void *arg, const uint8_t (*offers)[MEET_OFFER_BYTES], int world, struct error *err);
     // Of a connection that was sent away while the others are waited for. May be NULL.
     void (*on_note)(void *arg, const char *sentence);
     void *arg;
@@ -44,6 +49,9 @@ struct rendezvous {
 // Success: caller owns *out (rendezvous_close).
 int rendezvous_meet(struct rendezvous *out, const struct rendezvous_options *options, void *blob, size_t bytes,
                     struct error *err);
+// Instead of it, for a rank that cannot come: the others are told why, as far as they are found within a few seconds. Of the options, offer, judge and
+// timeout_ms do not count; the place's rank may be out of its world.
+void rendezvous_fail(const struct rendezvous_options *options, const struct error *why);
 // Over the control connections: *value becomes the least of all ranks'. why (NULL: none): this rank cannot go on, for which
 // all fail.
 int rendezvous_least(struct rendezvous *r, int64_t *value, const struct error *why, int timeout_ms, struct error *err);

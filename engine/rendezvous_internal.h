@@ -33,6 +33,7 @@ struct member { // that has joined
     struct sockaddr_storage address;
     int port;
     uint8_t nonce[MEET_NONCE_BYTES];
+    uint8_t offer[MEET_OFFER_BYTES];
 };
 
 struct meeting {
@@ -47,8 +48,9 @@ struct meeting {
     struct meet_hello joined;            // other ranks: what they said to rank 0
     char sent_away[MEET_SENTENCE_BYTES]; // the last one; "": nobody
     unsigned lookups;                    // of rank 0's name
-    struct error ended; // rank 0: why a rank that does not fit has ended the meeting; code 0: it has not
-    int told;           // so many that have not joined
+    bool elsewhere;                      // rank 0: the others look for it at an address that is none of this host
+    struct error ended; // rank 0: why the meeting has ended, for those who come yet; code 0: it has not
+    int told;           // so many of them
 };
 
 // Until a descriptor is ready: > 0; 0: the time is over.
@@ -69,6 +71,14 @@ int meet_last_word(struct meeting *m, struct error *err);
 int meet_resolve(struct meeting *m, struct sockaddr_storage *out, bool passive, struct error *err);
 
 int meet_listen(struct meeting *m, struct error *err);
+// Calls once: MEET_CLOSED, MEET_LATE where it may be tried again.
+int meet_knock(const struct meeting *m, const struct sockaddr_storage *address, struct meet_hello *hello, int *out,
+               struct error *err);
+void meet_fill_hello(const struct meeting *m, struct meet_hello *hello, enum meet_purpose purpose, int to);
+// This process would be rank 0, and somebody listens in its place: the refusal of another rank 0 there. 0: there is none.
+int meet_ask_other_rank_0(struct meeting *m, const struct sockaddr_storage *address, struct error *err);
+// Rank 0: who still comes hears why the meeting has ended, until all have heard it, for so long at most.
+void meet_tell_latecomers(struct meeting *m, int limit_ms);
 // Rank 0: until all others have joined; then they are told where each one is.
 int meet_take_joins(struct meeting *m, const void *blob, size_t bytes, struct error *err);
 // Until all higher ranks have called.

@@ -84,6 +84,29 @@ static int bind_and_listen(struct sockaddr_storage *address)
     return -1;
 }
 
+static bool is_own_address(const struct sockaddr_storage *address)
+{
+    struct sockaddr_storage any_port = *address;
+    int fd = socket(address->ss_family, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    meet_set_port(&any_port, 0);
+    bool own =
+        fd >= 0 && bind(fd, (const struct sockaddr *)&any_port,
+                        address->ss_family == AF_INET6 ? sizeof(struct sockaddr_in6) : sizeof(struct sockaddr_in)) == 0;
+    if (fd >= 0)
+        close(fd);
+    return own;
+}
+
+// Where the others look for rank 0 may be another host, and another process rank 0. (Or an address that leads here in the end, which nobody else has.)
+static int look_elsewhere(struct meeting *m, struct error *err)
+{
+    struct sockaddr_storage address;
+    if (meet_resolve(m, &address, false, NULL) || is_own_address(&address))
+        return 0;
+    m->elsewhere = true;
+    return meet_ask_other_rank_0(m, &address, err);
+}
+
 int meet_listen(struct meeting *m, struct error *err)
 {
     const struct launcher_place *place = m->options->place;
@@ -96,17 +119,23 @@ int meet_listen(struct meeting *m, struct error *err)
             "file (openssl rand -hex 32) and give it to all ranks with --token-file, or set TPENGINE_RANK_TOKEN",
             place->host);
     int rc = meet_resolve(m, &address, true, err);
-    if (rc)
+    if (rc || (m->rank == 0 && !local && (rc = look_elsewhere(m, err))))
         return rc;
     m->listener = bind_and_listen(&address);
     if (m->listener < 0 && !local) { // a host without version 6 of the protocol
         set_address(&address, false, false, m->rank == 0 ? place->port : 0);
         m->listener = bind_and_listen(&address);
     }
-    if (m->listener < 0)
+    if (m->listener < 0) {
+        int why = errno;
+        set_address(&address, strcmp(place->host, "::1") == 0, true, place->port);
+        if (m->rank == 0 && why == EADDRINUSE && (rc = meet_ask_other_rank_0(m, &address, err)))
+            return rc;
+        errno = why;
         return error_set_errno(err,
                                "rank %d cannot listen at port %d for the other ranks; --master HOST:PORT names another",
                                m->rank, m->rank == 0 ? place->port : 0);
+    }
     m->port = meet_port(&address);
     return 0;
 }
@@ -214,9 +243,14 @@ static int judge(const struct meeting *m, const struct caller *caller, struct er
     if (h->world != (uint32_t)m->world)
         return error_set(why, ERR_RANK, "rank %u at %s was started as one of %u ranks, rank 0 as one of %d", h->rank,
                          name, h->world, m->world);
-    if (h->rank == 0 || h->rank >= (uint32_t)m->world)
-        return error_set(why, ERR_RANK, "a process at %s is rank %u of %d; wanted 1 to %d: rank 0 is this one", name,
-                         h->rank, m->world, m->world - 1);
+    if (h->rank == 0)
+        return error_set(why, ERR_RANK,
+                         "rank 0 has come twice: one listens at port %d, another one has called there from %s; each of "
+                         "the ranks 0 to %d is one process",
+                         m->port, name, m->world - 1);
+    if (h->rank >= (uint32_t)m->world)
+        return error_set(why, ERR_RANK, "a process at %s is rank %u of %d; ranks are numbered from 0", name, h->rank,
+                         m->world);
     if (memcmp(h->contract, o->contract, sizeof h->contract) != 0 || h->tp_size != (uint32_t)o->tp_size ||
         h->pp_size != (uint32_t)o->pp_size) {
         hex(theirs, h->contract);
@@ -238,7 +272,7 @@ static int judge(const struct meeting *m, const struct caller *caller, struct er
 static int take_join(struct meeting *m, struct caller *caller, struct error *err)
 {
     struct error why;
-    if (caller->hello.purpose != MEET_JOIN) {
+    if (caller->hello.purpose == MEET_LINK) {
         error_set(&why, ERR_RANK, "the ranks are not yet together");
         answer(m, caller->fd, caller->hello.nonce, &why);
         return 0;
@@ -247,6 +281,13 @@ static int take_join(struct meeting *m, struct caller *caller, struct error *err
         answer(m, caller->fd, caller->hello.nonce, &m->ended);
         m->told++;
         return 0;
+    }
+    if (caller->hello.purpose == MEET_FAIL) {
+        error_set(&why, caller->hello.code, "%s", (const char *)caller->hello.offer);
+        answer(m, caller->fd, caller->hello.nonce, NULL);
+        m->ended = why;
+        m->told = 1;
+        return end_meeting(m, &why, err);
     }
     if (judge(m, caller, &why)) {
         answer(m, caller->fd, caller->hello.nonce, &why);
@@ -257,6 +298,7 @@ static int take_join(struct meeting *m, struct caller *caller, struct error *err
     uint32_t rank = caller->hello.rank;
     m->members[rank] = (struct member){.address = caller->address, .port = (int)caller->hello.port};
     memcpy(m->members[rank].nonce, caller->hello.nonce, MEET_NONCE_BYTES);
+    memcpy(m->members[rank].offer, caller->hello.offer, MEET_OFFER_BYTES);
     m->out->control[rank] = caller->fd;
     caller->fd = -1;
     meet_write(m->out->control[rank], MEET_NOTED, 8, clock_now_ns() + ANSWER_MS * 1000000ll);
@@ -408,12 +450,15 @@ static void list_missing(const struct meeting *m, const int *fds, int first, cha
 
 static int report_missing(struct meeting *m, const int *fds, int first, const char *what, struct error *err)
 {
-    char missing[128];
+    char missing[128], elsewhere[300] = "";
     int count;
     struct error why;
     list_missing(m, fds, first, missing, &count);
-    error_set(&why, ERR_RANK, "rank%s %s of %d did not %s within %.1f s%s%s", count == 1 ? "" : "s", missing, m->world,
-              what, m->options->timeout_ms / 1000.0, m->sent_away[0] ? "; " : "", m->sent_away);
+    if (m->elsewhere)
+        snprintf(elsewhere, sizeof elsewhere, "; %.200s, where they look for rank 0, is no address of this host",
+                 m->options->place->host);
+    error_set(&why, ERR_RANK, "rank%s %s of %d did not %s within %.1f s%s%s%s", count == 1 ? "" : "s", missing,
+              m->world, what, m->options->timeout_ms / 1000.0, elsewhere, m->sent_away[0] ? "; " : "", m->sent_away);
     return end_meeting(m, &why, err);
 }
 
@@ -426,9 +471,9 @@ static bool all_there(const struct meeting *m, const int *fds, int first)
 }
 
 // Ranks that are just coming would look for rank 0 until their deadline.
-static void tell_latecomers(struct meeting *m)
+void meet_tell_latecomers(struct meeting *m, int limit_ms)
 {
-    int64_t until_ns = clock_now_ns() + LATECOMERS_MS * 1000000ll;
+    int64_t until_ns = clock_now_ns() + (int64_t)limit_ms * 1000000;
     struct error ignored;
     m->until_ns = until_ns < m->until_ns ? until_ns : m->until_ns;
     for (int rank = 1; rank < m->world; rank++)
@@ -437,14 +482,31 @@ static void tell_latecomers(struct meeting *m)
         serve(m, true, &ignored);
 }
 
+// Whether all want to run with the same.
+static int judge_offers(struct meeting *m, struct error *err)
+{
+    const struct rendezvous_options *o = m->options;
+    uint8_t offers[COMM_MAX_RANKS][MEET_OFFER_BYTES] = {{0}};
+    struct error why;
+    if (!o->judge)
+        return 0;
+    if (o->offer_bytes)
+        memcpy(offers[0], o->offer, o->offer_bytes);
+    for (int rank = 1; rank < m->world; rank++)
+        memcpy(offers[rank], m->members[rank].offer, MEET_OFFER_BYTES);
+    return o->judge(o->arg, (const uint8_t(*)[MEET_OFFER_BYTES])offers, m->world, &why) ? end_meeting(m, &why, err) : 0;
+}
+
 int meet_take_joins(struct meeting *m, const void *blob, size_t bytes, struct error *err)
 {
     int rc = 0;
     while (!rc && !all_there(m, m->out->control, 1))
         rc = clock_now_ns() < m->until_ns ? serve(m, true, err) : report_missing(m, m->out->control, 1, "come", err);
     if (rc && m->ended.code)
-        tell_latecomers(m);
-    return rc ? rc : answer_all(m, blob, bytes, err);
+        meet_tell_latecomers(m, LATECOMERS_MS);
+    if (rc || (rc = judge_offers(m, err)))
+        return rc;
+    return answer_all(m, blob, bytes, err);
 }
 
 int meet_take_links(struct meeting *m, struct error *err)

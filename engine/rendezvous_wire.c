@@ -96,10 +96,13 @@ int meet_hello_check(const struct meet_hello *h, const uint8_t *key, const uint8
                tags_equal(tag, h->tag);
     if (h->purpose >= MEET_PURPOSES || h->rank >= MEET_MAX_RANKS || h->to >= MEET_MAX_RANKS || h->world < 1 ||
         h->world > MEET_MAX_RANKS || h->tp_size < 1 || h->tp_size > MEET_MAX_RANKS || h->pp_size < 1 ||
-        h->pp_size > MEET_MAX_RANKS || h->port > 65535 || (h->purpose == MEET_JOIN && h->port == 0) || h->reserved)
+        h->pp_size > MEET_MAX_RANKS || h->port > 65535 || (h->purpose == MEET_JOIN && h->port == 0) ||
+        (h->purpose == MEET_FAIL ? h->code >= 0 : h->code != 0))
         return error_set(err, ERR_CORRUPT, "it says numbers out of their ranges");
     if (!memchr(h->version, 0, sizeof h->version))
         return error_set(err, ERR_CORRUPT, "its version has no end");
+    if (h->purpose == MEET_FAIL && !memchr(h->offer, 0, sizeof h->offer))
+        return error_set(err, ERR_CORRUPT, "its sentence has no end");
     return 0;
 }
 

@@ -2,7 +2,7 @@
 // the one that has connected:
 //
 //   listener -> caller  struct meet_challenge   a fresh nonce
-//   caller -> listener  struct meet_hello       who it is and what for, and a nonce of its own
+//   caller -> listener  struct meet_hello       who it is and what for, a nonce of its own, and what it brings
 //   listener -> caller  MEET_NOTED              to who joins: it is counted; the rest comes when all are there
 //   listener -> caller  struct meet_answer      yes or no; with a yes to who joins: where each rank listens, and rank 0's blob
 //
@@ -24,13 +24,14 @@ enum {
     MEET_VERSION_BYTES = 64,
     MEET_CONTRACT_BYTES = 16,
     MEET_SENTENCE_BYTES = 512,
+    MEET_OFFER_BYTES = 512,
     MEET_MAX_RANKS = 64,
     MEET_BLOB_MAX_BYTES = 4096,
 };
-#define MEET_CHALLENGE "TPMEETC1" // the digit is the version of all of this
-#define MEET_HELLO "TPMEETH1"
-#define MEET_NOTED "TPMEETN1"
-#define MEET_ANSWER "TPMEETA1"
+#define MEET_CHALLENGE "TPMEETC2" // the digit is the version of all of this
+#define MEET_HELLO "TPMEETH2"
+#define MEET_NOTED "TPMEETN2"
+#define MEET_ANSWER "TPMEETA2"
 
 struct meet_challenge {
     uint8_t magic[8]; //  0  MEET_CHALLENGE
@@ -41,6 +42,7 @@ _Static_assert(sizeof(struct meet_challenge) == 40, "on the wire");
 enum meet_purpose {
     MEET_JOIN, // rank > 0 at rank 0
     MEET_LINK, // a rank at a lower one: this connection is theirs
+    MEET_FAIL, // a rank that cannot come, at rank 0
     MEET_PURPOSES
 };
 
@@ -52,11 +54,12 @@ struct meet_hello {
     uint32_t rank, to;                     //  60  of the caller, below MEET_MAX_RANKS; of the one called
     uint32_t world, tp_size, pp_size;      //  68  1 .. MEET_MAX_RANKS
     uint32_t port;                         //  80  JOIN: where the caller listens, 1 .. 65535
-    uint32_t reserved;                     //  84  0
+    int32_t code;                          //  84  FAIL: an error's; else 0
     char version[MEET_VERSION_BYTES];      //  88  of the program; ends with a 0
-    uint8_t tag[MEET_TAG_BYTES];           // 152
+    uint8_t offer[MEET_OFFER_BYTES];       // 152  JOIN: what it wants to run with; FAIL: a sentence that ends with a 0
+    uint8_t tag[MEET_TAG_BYTES];           // 664
 };
-_Static_assert(sizeof(struct meet_hello) == 184 && offsetof(struct meet_hello, tag) == 152, "on the wire");
+_Static_assert(sizeof(struct meet_hello) == 696 && offsetof(struct meet_hello, tag) == 664, "on the wire");
 
 struct meet_address {
     uint32_t family; // 4, 6; 0: where the reader has reached rank 0

@@ -484,6 +484,7 @@ int session_open(struct session **out, const char *place, const struct session_o
         (rc = choose_backend(s, options, err)) || (rc = session_choose_exchanges(s, options, err)))
         goto fail;
     take_options(s, options);
+    session_offer_make(&s->offer, &s->worker, options->given ? options->given : options);
     s->worker.max_sequences = max_sequences;
     s->worker.logits_rows = logits_rows;
     plan_steps(s, options);

@@ -50,6 +50,8 @@ struct session_options {
         residual_rows; // most tokens of a session_forward that shows the residual stream, at least the logits_rows; 0: it does not
     bool recomputes;    // session_generate shares no prefix of earlier or other prompts, for measuring
     bool leave_signals; // SIGINT and SIGTERM are the caller's (see launch.h)
+    // What the user has said, where the caller has changed some of it: ranks of other processes compare that. NULL: these options.
+    const struct session_options *given;
 };
 extern const struct session_options session_defaults;
 
@@ -79,6 +81,9 @@ void session_stop(struct session *session);
 int session_find_rank(const struct session_options *options, int *rank, struct error *err);
 // Such a process: joins rank 0's, runs its one rank as that says, and returns when it has ended: 0 when it was told to. Of a session that has not started.
 int session_run_rank(struct session *session, struct error *err);
+// Where a launcher has started this process and it cannot come to the other ranks, or has not come to them: they are told why, as far as they are found
+// within a few seconds. Once they have met they know.
+void session_tell_others(const struct session_options *options, const struct error *why);
 // The ranks are processes that a launcher started; they start once.
 bool session_is_spread(const struct session *session);
 // Ends the ranks. Accepts NULL.

@@ -4,12 +4,13 @@
 //   session_exchanges.c how its ranks exchange
 //   session_generate.c  prompts run to their ends
 //   session_ranks.c     ranks in processes that a launcher started
+//   session_offer.c     what they compare
 //   session_plan.c      what rank 0 tells them
 //   session_links.c     what is known of the links between the devices
 #ifndef TPSHARD_ENGINE_SESSION_INTERNAL_H
 #define TPSHARD_ENGINE_SESSION_INTERNAL_H
 
-#include "engine/session.h"
+#include "engine/session_offer.h"
 
 struct session {
     struct store *store;
@@ -27,8 +28,9 @@ struct session {
     struct launcher_place where; // world_size > 1: ranks are processes that a launcher started
     const char *token_file;
     int join_timeout_ms;
-    bool met;               // has started once
-    struct error met_error; // of that; code 0: none
+    struct session_offer offer; // to the other processes' ranks
+    bool met;                   // has started once
+    struct error met_error;     // of that; code 0: none
     // While ranks run:
     struct launch *launch;
     struct link_probe *links; // of the devices, until the ranks are ready; NULL: nobody asks

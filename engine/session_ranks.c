@@ -46,30 +46,55 @@ static int check_token(const char *token, const char *from, struct error *err)
 }
 
 // The first line of the file, or the environment's. It is not the store's token, which goes to a server.
-static int read_token(const struct session *s, char token[TOKEN_MAX_BYTES], const char **out, struct error *err)
+static int read_token(const char *file, char token[TOKEN_MAX_BYTES], const char **out, struct error *err)
 {
     const char *token_of_environment = getenv("TPENGINE_RANK_TOKEN");
     *out = token_of_environment && token_of_environment[0] ? token_of_environment : NULL;
-    if (!s->token_file || !s->token_file[0])
+    if (!file || !file[0])
         return *out ? check_token(*out, "TPENGINE_RANK_TOKEN", err) : 0;
-    FILE *f = fopen(s->token_file, "re");
+    FILE *f = fopen(file, "re");
     if (!f)
-        return error_set_errno(err, "--token-file %s", s->token_file);
+        return error_set_errno(err, "--token-file %s", file);
     size_t bytes = fread(token, 1, TOKEN_MAX_BYTES - 1, f);
     bool failed = ferror(f);
     fclose(f);
     token[bytes] = 0;
     token[strcspn(token, "\r\n")] = 0;
     if (failed || !token[0])
-        return error_set(err, ERR_USAGE, "--token-file %s: its first line holds no token", s->token_file);
+        return error_set(err, ERR_USAGE, "--token-file %s: its first line holds no token", file);
     *out = token;
-    return check_token(token, s->token_file, err);
+    return check_token(token, file, err);
 }
 
 static void on_note(void *arg, const char *sentence)
 {
     (void)arg;
     fprintf(stderr, "%s\n", sentence);
+}
+
+static int judge(void *arg, const uint8_t (*offers)[MEET_OFFER_BYTES], int world, struct error *err)
+{
+    struct session_offer all[COMM_MAX_RANKS];
+    (void)arg;
+    for (int rank = 0; rank < world; rank++)
+        memcpy(&all[rank], offers[rank], sizeof all[rank]);
+    return session_offers_compare(all, world, err);
+}
+
+static const char version[] = TPSHARD_VERSION " (" TPSHARD_COMMIT ")";
+static bool has_met; // this process its fellows, or tried to
+
+void session_tell_others(const struct session_options *options, const struct error *why)
+{
+    char token[TOKEN_MAX_BYTES];
+    struct launcher_place place = {0};
+    struct rendezvous_options meeting = {.place = &place, .version = version};
+    // Also of a rank that is out of its world; of others that are not known nothing can be.
+    launcher_find(&place, &options->launcher, launcher_process_variable, NULL, NULL);
+    bool alone = place.world_size < 2 && place.rank == 0;
+    if (!has_met && !alone && place.host[0] && read_token(options->token_file, token, &meeting.token, NULL) == 0)
+        rendezvous_fail(&meeting, why);
+    explicit_bzero(token, sizeof token);
 }
 
 static int follow_plan(struct session *s, const struct session_plan *plan, struct error *err)
@@ -92,12 +117,16 @@ static int meet(struct session *s, int *links, struct error *err)
     struct error why;
     char token[TOKEN_MAX_BYTES];
     struct rendezvous_options options = {.place = &s->where,
-                                         .version = TPSHARD_VERSION " (" TPSHARD_COMMIT ")",
+                                         .version = version,
                                          .tp_size = (int)s->manifest->tp_size,
                                          .pp_size = (int)s->manifest->pp_size,
                                          .timeout_ms = s->join_timeout_ms,
+                                         .offer = &s->offer,
+                                         .offer_bytes = sizeof s->offer,
+                                         .judge = judge,
                                          .on_note = on_note};
-    int rc = read_token(s, token, &options.token, err);
+    int rc = read_token(s->token_file, token, &options.token, err);
+    has_met = true;
     if (rc)
         return rc;
     checksum128_to_bytes(s->manifest->contract, options.contract);

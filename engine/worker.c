@@ -4,7 +4,6 @@
 #include "engine/comm_select.h"
 #include "engine/decoder_parts.h"
 #include "engine/exchange.h"
-#include "engine/rank_backends.h"
 #include "engine/rank_step.h"
 #include "engine/rank_transport.h"
 #include "engine/relay.h"
@@ -134,8 +133,7 @@ static int agree(struct worker *w, struct error *err)
     mine.limits = o->limits;
     mine.num_pages = o->num_pages;
     mine.kv_format = (uint32_t)o->kv_format;
-    int rc = rank_backends_agree(w->env->comm, o->backend, o->kernels, err); // first: limits follow from it
-    rc = rc ? rc : comm_handshake(w->env->comm, &mine, sizeof mine, "model contract and options", err);
+    int rc = comm_handshake(w->env->comm, &mine, sizeof mine, "model contract and options", err);
     struct comm_select_options table = {
         .transport = o->transport, .tp_size = w->env->tp_size, .wire = o->wire, .feedback = o->feedback};
     return rc ? rc : comm_select_agree(w->env->comm, comm_select_hash(&table), err);

@@ -165,8 +165,43 @@ static void test_refusals(void **state)
     }
 }
 
+// A rank out of its world is refused, but knows where rank 0 is.
+static void test_out_of_world(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *environment, *master;
+        int64_t rank, world_size;
+        const char *host;
+        int want_rank, want_world;
+    } cases[] = {
+        {"RANK=5 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=7", NULL, NOT, NOT, "a", 5, 2},
+        {"RANK=1 WORLD_SIZE=1 MASTER_ADDR=a MASTER_PORT=7", NULL, NOT, NOT, "a", 1, 1},
+        {"RANK=1 WORLD_SIZE=1", NULL, NOT, NOT, "", 1, 1},
+        {"", "b:7", 3, 2, "b", 3, 2},
+        {"OMPI_COMM_WORLD_RANK=2 OMPI_COMM_WORLD_SIZE=2 MASTER_ADDR=c MASTER_PORT=7", NULL, NOT, NOT, "c", 2, 2},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        struct launcher_options options = {"auto", cases[i].rank, cases[i].world_size, NOT, cases[i].master};
+        struct launcher_place place = {0};
+        struct error err = {0};
+        assert_int_equal(launcher_find(&place, &options, look_up, (void *)(uintptr_t)cases[i].environment, &err),
+                         ERR_USAGE);
+        assert_non_null(strstr(err.msg, "ranks are numbered from 0"));
+        assert_string_equal(place.host, cases[i].host);
+        assert_int_equal(place.rank, cases[i].want_rank);
+        assert_int_equal(place.world_size, cases[i].want_world);
+        if (cases[i].host[0])
+            assert_int_equal(place.port, 7);
+    }
+}
+
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_places), cmocka_unit_test(test_refusals)};
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_places),
+        cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_out_of_world),
+    };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1,10 +1,15 @@
 // Ranks of hosts with unlike processors: tables with the same sums go together, others are refused with what all hosts can start with; on a device the
 // processor's table counts for nothing.
 #include "engine/rank_backends.h"
-#include "tests/comm_help.h"
 
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <string.h>
+
+#include <cmocka.h>
 
 static const struct backend device = {.name = "cuda"};
 
@@ -21,10 +26,21 @@ static const struct kernels *named(const char *name)
     return NULL;
 }
 
-static int body(struct comm *comm, void *arg, struct error *err)
+static int compare(const struct host *hosts, int count, struct error *err)
 {
-    const struct host *host = (const struct host *)arg + comm_rank(comm);
-    return rank_backends_agree(comm, host->backend, host->kernels, err);
+    struct rank_sums all[3];
+    for (int i = 0; i < count; i++)
+        rank_sums_of(&all[i], hosts[i].backend, hosts[i].kernels);
+    return rank_sums_compare(all, count, err);
+}
+
+static void refused(const struct host *hosts, int count, const char *const parts[])
+{
+    struct error err = {0};
+    assert_int_equal(compare(hosts, count, &err), ERR_USAGE);
+    for (int i = 0; parts[i]; i++)
+        if (!strstr(err.msg, parts[i]))
+            fail_msg("\"%s\", wanted \"%s\"", err.msg, parts[i]);
 }
 
 // Tables are only compared, so that it does not matter which of them this machine can run.
@@ -37,10 +53,8 @@ static void test_same_sums(void **state)
         skip(); // another kind of processor: scalar is its only table
     struct host processors[3] = {{&backend_cpu, avx512}, {&backend_cpu, avx2}, {&backend_cpu, vbmi}};
     struct host devices[3] = {{&device, amx}, {&device, named("scalar")}, {&device, avx2}};
-    for (int mode = 0; mode < MODE_COUNT; mode++) {
-        expect_success(run_ranks((enum mode)mode, 3, 100, 20000, body, processors), 3, "the same sums");
-        expect_success(run_ranks((enum mode)mode, 3, 100, 20000, body, devices), 3, "devices of unlike hosts");
-    }
+    assert_int_equal(compare(processors, 3, NULL), 0);
+    assert_int_equal(compare(devices, 3, NULL), 0);
 }
 
 static void test_other_sums(void **state)
@@ -56,15 +70,11 @@ static void test_other_sums(void **state)
         snprintf(first, sizeof first, "rank 0 computes with %s, ", kernels_all[i]->name);
         snprintf(second, sizeof second, "rank 2 with %s, ", other->name);
         struct host hosts[3] = {{&backend_cpu, kernels_all[i]}, {&backend_cpu, kernels_all[i]}, {&backend_cpu, other}};
-        expect_error(run_ranks(THREADS, 3, 100, 20000, body, hosts), 3, ERR_USAGE,
-                     (const char *[]){first, second, advice, NULL});
+        refused(hosts, 3, (const char *[]){first, second, advice, NULL});
     }
-    struct host mixed[2] = {{&backend_cpu, other}, {&device, other}};
-    expect_error(run_ranks(PROCESSES, 2, 100, 20000, body, mixed), 2, ERR_USAGE,
-                 (const char *[]){"rank 1 with cuda", "--backend cuda, or", advice, NULL});
-    struct host turned[2] = {mixed[1], mixed[0]};
-    expect_error(run_ranks(PROCESSES, 2, 100, 20000, body, turned), 2, ERR_USAGE,
-                 (const char *[]){"rank 0 computes with cuda", "--backend cuda, or", advice, NULL});
+    struct host mixed[2] = {{&backend_cpu, other}, {&device, other}}, turned[2] = {mixed[1], mixed[0]};
+    refused(mixed, 2, (const char *[]){"rank 1 with cuda", "--backend cuda, or", advice, NULL});
+    refused(turned, 2, (const char *[]){"rank 0 computes with cuda", "--backend cuda, or", advice, NULL});
 }
 
 // The advice is what all of the hosts have, not what one of them has.

@@ -445,6 +445,120 @@ static void test_wrong_token_then_right(void **state)
     close_all(2);
 }
 
+// Two processes that both take themselves for rank 0: the one that listens and the one that finds its place taken hear of each other at once, and so does
+// rank 1.
+static void test_doubled_rank_0(void **state)
+{
+    (void)state;
+    prepare(4, LONG_MS);
+    ranks[1].place.rank = 0;
+    ranks[2].place.rank = 1; // it has joined by then
+    ranks[1].delay_ms = 500;
+    start(3);
+    join(3);
+    for (int i = 0; i < 3; i++) {
+        says(&ranks[i], "rank 0 has come twice");
+        assert_int_equal(ranks[i].rc, ERR_RANK);
+        assert_true(ranks[i].seconds < LONG_MS / 2000.0);
+    }
+}
+
+static void *run_failure(void *arg)
+{
+    struct rank *r = arg;
+    struct error why;
+    poll(NULL, 0, r->delay_ms);
+    error_set(&why, ERR_MODEL, "its model is gone");
+    double begin_s = clock_now_s();
+    rendezvous_fail(&r->options, &why);
+    r->seconds = clock_now_s() - begin_s;
+    return NULL;
+}
+
+// A rank that cannot come says why to all, whichever it is, one that has no place in the world as well.
+static void test_failures(void **state)
+{
+    (void)state;
+    static const struct {
+        int who, rank, delay_ms;
+        const char *words;
+    } cases[] = {
+        {2, 2, 300, "rank 2: its model is gone"},         {1, 1, 0, "rank 1: its model is gone"},
+        {0, 0, 300, "rank 0: its model is gone"},         {2, 5, 0, "rank 5: its model is gone"},
+        {2, 100000, 0, "rank 100000: its model is gone"},
+    };
+    for (size_t c = 0; c < sizeof cases / sizeof cases[0]; c++) {
+        int who = cases[c].who;
+        prepare(3, LONG_MS);
+        ranks[who].place.rank = cases[c].rank;
+        ranks[who].delay_ms = cases[c].delay_ms;
+        for (int i = 0; i < 3; i++)
+            assert_int_equal(pthread_create(&ranks[i].thread, NULL, i == who ? run_failure : run, &ranks[i]), 0);
+        join(3);
+        for (int i = 0; i < 3; i++) {
+            assert_true(ranks[i].seconds < LONG_MS / 2000.0);
+            if (i == who)
+                continue;
+            says(&ranks[i], cases[c].words);
+            assert_int_equal(ranks[i].rc, ERR_MODEL);
+        }
+    }
+}
+
+// One who has not the token ends nothing by such words.
+static void test_failure_of_a_stranger(void **state)
+{
+    (void)state;
+    prepare(3, LONG_MS);
+    for (int i = 0; i < 3; i++)
+        ranks[i].place.world_size = ranks[i].options.tp_size = 2;
+    ranks[2].place.rank = 1;
+    ranks[2].options.token = "wrong";
+    ranks[1].delay_ms = 400;
+    for (int i = 0; i < 3; i++)
+        assert_int_equal(pthread_create(&ranks[i].thread, NULL, i == 2 ? run_failure : run, &ranks[i]), 0);
+    join(3);
+    check_mesh(2);
+    assert_non_null(strstr(ranks[0].note, "another token"));
+    close_all(2);
+}
+
+static int judge_offers(void *arg, const uint8_t (*offers)[MEET_OFFER_BYTES], int world, struct error *err)
+{
+    (void)arg;
+    for (int rank = 1; rank < world; rank++)
+        for (int i = 0; i < MEET_OFFER_BYTES; i++)
+            if (offers[rank][i] != offers[0][i])
+                return error_set(err, ERR_USAGE, "rank 0 offers %d, rank %d %d", offers[0][i], rank, offers[rank][i]);
+    return 0;
+}
+
+// What all want to run with is judged when all are there.
+static void test_offers(void **state)
+{
+    (void)state;
+    uint8_t offers[3][MEET_OFFER_BYTES];
+    for (int differs = 0; differs < 2; differs++) {
+        prepare(3, LONG_MS);
+        memset(offers, 7, sizeof offers);
+        offers[2][MEET_OFFER_BYTES - 1] = differs ? 9 : 7;
+        for (int i = 0; i < 3; i++) {
+            ranks[i].options.offer = offers[i];
+            ranks[i].options.offer_bytes = MEET_OFFER_BYTES;
+            ranks[i].options.judge = judge_offers;
+        }
+        start(3);
+        join(3);
+        for (int i = 0; i < 3 && differs; i++) {
+            says(&ranks[i], "rank 0 offers 7, rank 2 9");
+            assert_int_equal(ranks[i].rc, ERR_USAGE);
+        }
+        if (!differs)
+            check_mesh(3);
+        close_all(3);
+    }
+}
+
 // ---- strangers -----------------------------------------------------------------------------------------------------
 
 static int call_port(int port)
@@ -558,6 +672,10 @@ int main(void)
         cmocka_unit_test(test_missing_rank_0),
         cmocka_unit_test(test_wrong_token),
         cmocka_unit_test(test_wrong_token_then_right),
+        cmocka_unit_test(test_doubled_rank_0),
+        cmocka_unit_test(test_failures),
+        cmocka_unit_test(test_failure_of_a_stranger),
+        cmocka_unit_test(test_offers),
         cmocka_unit_test(test_strangers),
         cmocka_unit_test(test_stranger_listens),
         cmocka_unit_test(test_member_leaves),

@@ -683,8 +683,6 @@ int serve_run(int argc, char **argv, struct error *err)
     sigset_t ends;
     int rc;
     server->begin_s = clock_now_s();
-    if (other_rank_ran(argv[0], &rc, err))
-        return rc;
     configure_log();
     signal(SIGPIPE, SIG_IGN);
     signal(SIGINT, end_at_once);

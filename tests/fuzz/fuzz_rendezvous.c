@@ -29,6 +29,8 @@ static void hear_hello(const uint8_t *data, size_t bytes, bool sealed)
     check(genuine == sealed);
     check(hello.rank < MEET_MAX_RANKS && hello.to < MEET_MAX_RANKS && hello.world - 1 < MEET_MAX_RANKS &&
           hello.purpose < MEET_PURPOSES && hello.port <= 65535 && strlen(hello.version) < MEET_VERSION_BYTES);
+    check(hello.purpose != MEET_FAIL ? hello.code == 0
+                                     : hello.code < 0 && memchr(hello.offer, 0, sizeof hello.offer) != NULL);
     hello.rank ^= 1; // a tag is of every bit
     check(meet_hello_check(&hello, key, nonce, &genuine, NULL) || !genuine);
 }

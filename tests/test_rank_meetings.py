@@ -1,0 +1,146 @@
+#!/usr/bin/env python3
+"""Ranks that are started each by itself and do not fit: other options, other backends, a number that is there twice or out of the world, one that cannot come at
+all. Each ends all of them within seconds, long before the time that they would wait for each other, with one sentence that all of them say.
+"""
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from case_help import CLEAN, check, end_of, free_port, must, report, run, skip, status, wait_until
+from two_hosts_help import ADDRESSES, HOSTS, make_hosts, on_host, remove_hosts
+from two_hosts_help import run as run_on
+
+BUILD = Path(os.environ.get("BUILD", "build"))
+TPENGINE, CUDA = BUILD / "tpengine", BUILD / "tests/libtpengine_cuda_emulated.so"
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "OMPI_", "PMIX_", "SLURM_", "LWS_", "TORCHELASTIC_", "GROUP_RANK", "CUDA_")
+ENVIRONMENT = {key: value for key, value in CLEAN.items() if not key.startswith(LAUNCHERS)}
+WORDS = ("--prompt", "Once", "--max-tokens", 4, "--threads", 1, "--quiet")
+SOON_S = 60  # of a busy machine; without a word from the others it would be 300
+
+
+def start(rank, port, *words, world=2, place=None, command="generate", usual=WORDS, **environment):
+    """As a launcher's variables say it."""
+    variables = {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment}
+    return subprocess.Popen([str(word) for word in (TPENGINE, command, place or models["two"], *usual, *words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            stdin=subprocess.DEVNULL, env={**ENVIRONMENT, **variables})
+
+
+def refused(name, code, words, processes):
+    """Each process ends with its status (code: of all, or one for each) and says the words."""
+    begin = time.monotonic()
+    results = [end_of(process) for process in processes]
+    seconds = time.monotonic() - begin
+    codes = code if isinstance(code, tuple) else (code,) * len(results)
+    wrong = [result for result, wanted in zip(results, codes) if result[0] != wanted or result[1] or any(word not in result[2] for word in words)]
+    report(name, f"{seconds:.1f} s: {results}" if wrong or seconds > SOON_S else None)
+
+
+def on(host, *words):
+    return run_on("ip", "netns", "exec", HOSTS[host], *words, check=False)
+
+
+def test_options():
+    for name, words, said in (("wire", (("--wire", "s8x"), ()), "--wire s8x, rank 1 with --wire "),
+                              ("KV cache", ((), ("--kv-cache", "fp8")), "--kv-cache bf16, rank 1 with --kv-cache fp8"),
+                              ("rows dealt out", (("--sequence-parallel", "on"), ()), "--sequence-parallel on, rank 1 with --sequence-parallel off"),
+                              ("verification", ((), ("--verify", "off")), "--verify full, rank 1 with --verify off"),
+                              ("context", (("--context", 64), ("--context", 128)), "--context 64, rank 1 with --context 128")):
+        port = free_port()
+        refused(f"another {name} is refused with both values", 2, ("rank 0 was started with", said), [start(rank, port, *words[rank]) for rank in range(2)])
+    port = free_port()
+    results = [end_of(process) for process in [start(rank, port, *(("--threads", 2, "--load", "read") if rank else ("--wire", "bf16", "--transport", "tcp"))) for rank in range(2)]]
+    check("threads and ways of loading need not agree, nor a default that is said", [r[0] for r in results] == [0, 0] and results[0][1], results)
+    # A command's own choices are rank 0's alone.
+    port, text = free_port(), work / "text.txt"
+    text.write_text("In the beginning God created the heaven and the earth. " * 20)
+    words = ("--text", text, "--threads", 1, "--json", "--quiet")
+    results = [end_of(process) for process in [start(rank, port, command="advise", usual=words) for rank in range(2)]]
+    check("advise, which tries every codec, runs over processes", [r[0] for r in results] == [0, 0] and '"' in results[0][1], results)
+
+
+def test_mpirun():
+    if not shutil.which("mpirun") or not (BUILD / "libtpengine_mpi.so").exists():
+        skip("mpirun with two transports", "Open MPI or its headers are not installed")
+        return
+    mpirun = ["mpirun", "--oversubscribe", "--bind-to", "none", *(["--allow-run-as-root"] if os.getuid() == 0 else [])]
+    ranks = [[TPENGINE, "generate", models["two"], *WORDS, "--transport", transport] for transport in ("mpi", "tcp")]
+    begin = time.monotonic()
+    code, out, problem = run(*mpirun, "-np", 1, *ranks[0], ":", "-np", 1, *ranks[1], env=ENVIRONMENT, timeout=SOON_S)
+    check("mpirun with two transports is refused with both", code != 0 and not out and "--transport mpi, rank 1 with --transport tcp" in problem,
+          f"{time.monotonic() - begin:.1f} s, exit status {code}: {problem[-800:]}")
+
+
+def test_backends():
+    if not CUDA.exists():
+        skip("devices beside processors", "the emulated backend is not built")
+        return
+    cuda = ("--backend", "cuda", "--cuda-library", CUDA, "--context", 64)
+    for devices in range(2):
+        port = free_port()
+        words = [cuda if rank == devices else ("--backend", "cpu", "--context", 64) for rank in range(2)]
+        refused(f"rank {devices} computes on a device, the other one does not", 2, (f"rank {devices} ", "with cuda", "and their sums differ: start all ranks with --backend cuda, or"),
+                [start(rank, port, *words[rank], EMULATED_DEVICES="2") for rank in range(2)])
+
+
+def test_numbers():
+    port = free_port()
+    refused("rank 0 twice", 7, ("rank 0 has come twice",), [start(0, port), start(0, port)])
+    for wrong in 5, 1000:
+        port = free_port()
+        said = (f"says rank {wrong} of 2: ranks are numbered from 0",)
+        refused(f"rank {wrong} of 2", 2, said, [start(0, port), start(wrong, port)])
+    port = free_port()
+    refused("rank 1 alone is told of another world", 2, ("cut for 2 ranks", "has started 3"), [start(0, port), start(1, port, world=3)])
+    port = free_port()
+    refused("rank 1 is told that it is alone", 2, ("rank 1 of 1",), [start(0, port), start(1, port, world=1)])
+    port = free_port()
+    refused("rank 0 alone is told of another world", 2, ("cut for 2 ranks", "has started 3"), [start(0, port, world=3), start(1, port)])
+
+
+def test_two_hosts():
+    why = make_hosts()
+    if why:
+        skip("rank 0 on two hosts", why)
+        return
+    try:
+        token = work / "token"
+        token.write_text(os.urandom(16).hex())
+
+        def rank_0(host, *words):
+            return subprocess.Popen([*on_host(host), *map(str, (TPENGINE, "generate", models["two"], *WORDS, "--rank", 0, "--world-size", 2, "--master", f"{ADDRESSES[0]}:29555",
+                                                               "--token-file", token, *words))], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                    stdin=subprocess.DEVNULL, env=ENVIRONMENT)
+
+        said = f"{ADDRESSES[0]}, where they look for rank 0, is no address of this host"
+        refused("rank 0 where nobody looks for it", 7, ("rank 1 of 2 did not come within 1.0 s", said), [rank_0(1, "--join-timeout", 1)])
+        first = rank_0(0)
+        listens = wait_until(lambda: "29555" in on(0, "ss", "-Hltn").stdout, 30, 0.05) if shutil.which("ss") else time.sleep(3)
+        refused("rank 0 twice, on two hosts", 7, ("rank 0 has come twice",), [first, rank_0(1)])
+        check("the first one had listened", listens is not False)
+    finally:
+        remove_hosts()
+
+
+def test_ranks_that_cannot_come():
+    for rank in range(2):
+        port = free_port()
+        missing = work / "missing"
+        refused(f"rank {rank} has no model", 5, (str(missing),), [start(r, port, place=missing if r == rank else None) for r in range(2)])
+    port = free_port()
+    refused("rank 0's command does not begin", 2, ("logits needs --token-ids",), [start(r, port, command="logits", usual=("--quiet",)) for r in range(2)])
+
+
+work = Path(tempfile.mkdtemp(prefix="meetings_"))
+try:
+    models = {"two": work / "two"}
+    must(BUILD / "tpshard", "--quiet", "--tp", 2, "--quant", "int4", "tests/model", models["two"])
+    for case in (test_options, test_mpirun, test_backends, test_numbers, test_two_hosts, test_ranks_that_cannot_come):
+        if len(sys.argv) < 2 or case.__name__ in sys.argv[1:]:
+            case()
+finally:
+    shutil.rmtree(work, ignore_errors=True)
+sys.exit(status())
