@@ -423,7 +423,8 @@ static int watch(struct launch *launch, int *stuck, struct error *err)
     return 0;
 }
 
-// Ranks of other processes do without one that stands still, be it idle; then it ends here too: its thread for the links, or nobody, knows of that.
+// Ranks of other processes do without one that stands still, be it idle or at its start; then it ends here too: its thread for the links, or nobody,
+// knows of that.
 static int watch_stopped(struct launch *launch, int *rank, struct error *err)
 {
     const int64_t look_ns = (int64_t)SELDOM_MS * 1000000;
@@ -436,8 +437,8 @@ static int watch_stopped(struct launch *launch, int *rank, struct error *err)
     launch->stopped_ns = stopped ? launch->stopped_ns + (passed_ns < 2 * look_ns ? passed_ns : look_ns) : 0;
     if (launch->stopped_ns <= (int64_t)launch->options.wait_timeout_ms * 1000000)
         return 0;
-    return error_set(err, ERR_RANK, "rank %d was stopped for %.1f s; the other ranks do without it by now", *rank,
-                     (double)launch->stopped_ns / 1e9);
+    return error_set(err, ERR_RANK, "the process of rank %d was stopped for %.1f s; ranks may be silent for %.1f s",
+                     *rank, (double)launch->stopped_ns / 1e9, launch->options.wait_timeout_ms / 1000.0);
 }
 
 // ---- parent side ---------------------------------------------------------------------------------------------------
@@ -516,8 +517,8 @@ int launch_wait_end(struct launch *launch, struct error *err)
         wait_for_events(launch, -1, ready ? SELDOM_MS : LOOK_MS);
         signal_pending = 0;
         if (reap(launch, true, &rank, &found) ||
-            (ready ? comm_region_error(launch->region, &rank, &found) || watch_stopped(launch, &rank, &found)
-                   : watch(launch, &rank, &found)))
+            (ready ? comm_region_error(launch->region, &rank, &found) : watch(launch, &rank, &found)) ||
+            watch_stopped(launch, &rank, &found))
             return fail(launch, rank, &found, err);
     }
     launch->ready = true;
