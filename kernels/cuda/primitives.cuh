@@ -533,68 +533,20 @@ template <int GROUPS_LEFT> static inline void copy_async_wait() { emulator::copy
 
 // ---- tensor cores --------------------------------------------------------------------------------------------------
 
-struct emulator_fragments {
-    const uint32_t *a, *b;
-};
-
-template <float (*WIDEN)(uint16_t)> static inline void emulator_mma(emulator::lanes &all)
-{
-    float a[16][16], b[8][16];
-    for (int l = 0; l < 32; l++) {
-        const emulator_fragments *f = static_cast<const emulator_fragments *>(all.in[l]);
-        int g = l >> 2, t = l & 3;
-        for (int h = 0; h < 2; h++) {
-            for (int i = 0; i < 4; i++)
-                a[g + 8 * (i & 1)][2 * t + 8 * (i >> 1) + h] = WIDEN((uint16_t)(f->a[i] >> (16 * h)));
-            for (int i = 0; i < 2; i++)
-                b[g][2 * t + 8 * i + h] = WIDEN((uint16_t)(f->b[i] >> (16 * h)));
-        }
-    }
-    for (int l = 0; l < 32; l++) {
-        float *c = static_cast<float *>(all.out[l]);
-        for (int i = 0; i < 4; i++) {
-            const float *row = a[(l >> 2) + 8 * (i >> 1)], *column = b[2 * (l & 3) + (i & 1)];
-            float sum = 0;
-            for (int k = 0; k < 16; k++)
-                sum += row[k] * column[k];
-            c[i] += sum;
-        }
-    }
-}
 static inline void mma_f16(float *c, const uint32_t *a, const uint32_t *b)
 {
-    emulator_fragments in = {a, b};
-    emulator::meet(0xffffffffu, "mma_f16", &in, c, emulator_mma<f16_to_f32>);
+    emulator::fragments in = {a, b};
+    emulator::meet(0xffffffffu, "mma_f16", &in, c, emulator::multiply_f16);
 }
 static inline void mma_bf16(float *c, const uint32_t *a, const uint32_t *b)
 {
-    emulator_fragments in = {a, b};
-    emulator::meet(0xffffffffu, "mma_bf16", &in, c, emulator_mma<bf16_to_f32>);
+    emulator::fragments in = {a, b};
+    emulator::meet(0xffffffffu, "mma_bf16", &in, c, emulator::multiply_bf16);
 }
 static inline void mma_int8(int *c, const uint32_t *a, const uint32_t *b)
 {
-    emulator_fragments in = {a, b};
-    emulator::meet(0xffffffffu, "mma_int8", &in, c, [](emulator::lanes &all) {
-        int8_t a8[16][32], b8[8][32];
-        for (int l = 0; l < 32; l++) {
-            const emulator_fragments *f = static_cast<const emulator_fragments *>(all.in[l]);
-            int g = l >> 2, t = l & 3;
-            for (int i = 0; i < 4; i++)
-                memcpy(&a8[g + 8 * (i & 1)][4 * t + 16 * (i >> 1)], &f->a[i], 4);
-            for (int i = 0; i < 2; i++)
-                memcpy(&b8[g][4 * t + 16 * i], &f->b[i], 4);
-        }
-        for (int l = 0; l < 32; l++) {
-            int *sum = static_cast<int *>(all.out[l]);
-            for (int i = 0; i < 4; i++) {
-                const int8_t *row = a8[(l >> 2) + 8 * (i >> 1)], *column = b8[2 * (l & 3) + (i & 1)];
-                int add = 0;
-                for (int k = 0; k < 32; k++)
-                    add += row[k] * column[k];
-                sum[i] = (int)((uint32_t)sum[i] + (uint32_t)add);
-            }
-        }
-    });
+    emulator::fragments in = {a, b};
+    emulator::meet(0xffffffffu, "mma_int8", &in, c, emulator::multiply_int8);
 }
 
 struct emulator_scaled_fragments {
@@ -640,11 +592,11 @@ static inline void mma_e2m1_e4m3(float *c, const uint32_t *a, const uint32_t *b,
 }
 static inline void mma_e4m3(float *c, const uint32_t *a, uint32_t b)
 {
-    emulator_fragments in = {a, &b};
+    emulator::fragments in = {a, &b};
     emulator::meet(0xffffffffu, "mma_e4m3", &in, c, [](emulator::lanes &all) {
         float a[16][16], b[8][16];
         for (int l = 0; l < 32; l++) {
-            const emulator_fragments *f = static_cast<const emulator_fragments *>(all.in[l]);
+            const emulator::fragments *f = static_cast<const emulator::fragments *>(all.in[l]);
             for (int byte = 0; byte < 4; byte++) {
                 int col = 4 * (l & 3) + byte;
                 a[l >> 2][col] = e4m3_to_f32((uint8_t)(f->a[0] >> byte * 8));

@@ -10,13 +10,11 @@
 #include <atomic>
 #include <map>
 #include <mutex>
-#include <sched.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <string>
-#include <time.h>
 #include <tuple>
 #include <vector>
 
@@ -38,12 +36,51 @@ struct copy {
 struct thread {
     fiber *stack = nullptr;
     indices where;
-    bool done = false, ready = true;
+    bool done = false;
     place waits = {nullptr, 0};
     const char *waits_for = nullptr;
-    std::vector<copy> open;
-    std::vector<std::vector<copy>> groups;
+    std::vector<copy> copies;                                // that have not landed, in order
+    std::vector<size_t> group_ends;                          // of groups that are complete, among these
     std::map<std::pair<const void *, int>, uint32_t> visits; // of counted accesses, by place
+};
+
+// Of this thread of the host: threads of the kernel that are ready, in all blocks, and those of them that have done nothing but give way one after the
+// other, since when (0: none has).
+__thread unsigned all_ready, ways_given;
+__thread uint64_t idle_since_ns;
+
+void note_progress()
+{
+    ways_given = 0;
+    idle_since_ns = 0;
+}
+
+// Threads that are ready, in the order in which they became so.
+struct line_up {
+    enum { ROOM = 1024 }; // a block's threads, each once
+    int waiting[ROOM];
+    unsigned first = 0, count = 0;
+    int &at(unsigned i) { return waiting[(first + i) % ROOM]; }
+    void add(int t)
+    {
+        at(count++) = t;
+        all_ready++;
+    }
+    int take_first()
+    {
+        int t = at(0);
+        first++;
+        count--;
+        all_ready--;
+        return t;
+    }
+    int take(unsigned i) // the last one takes its place
+    {
+        int t = at(i);
+        at(i) = at(--count);
+        all_ready--;
+        return t;
+    }
 };
 
 // Lanes that have come to a meeting of this mask.
@@ -61,17 +98,25 @@ struct request {
 };
 
 struct array {
+    place where = {nullptr, 0};
     char *memory = nullptr;
     size_t bytes = 0;
     std::vector<uint16_t> not_landed; // copies on their way, for each unit of 16 bytes
 };
 
+struct warp {
+    meeting whole;                      // of all lanes
+    std::map<uint32_t, meeting> others; // by mask
+};
+
 struct block {
     const char *kernel = nullptr;
     std::vector<thread> threads;
-    std::vector<int> ready;
-    std::vector<std::map<uint32_t, meeting>> warps;
-    std::map<std::pair<const void *, int>, array> arrays; // by place
+    line_up ready;
+    uint64_t *random = nullptr; // the order's state; null: as they became ready
+    bool alone = true;          // no other block runs before its end
+    std::vector<warp> warps;
+    std::vector<array> arrays;
     array dynamic;
     size_t static_bytes = 0, dynamic_bytes = 0; // of shared memory
     std::vector<int> at_barrier;
@@ -81,11 +126,12 @@ struct block {
     fiber main;
     const std::function<void()> *body = nullptr;
     std::vector<range> known; // allocations that this launch has used
+    size_t used_last = 0;     // of them
     std::vector<std::map<std::tuple<const void *, int, uint32_t>, request>> requests; // by warp
     struct emulator_stats stats = {};
 };
 
-thread_local block *running;
+__thread block *running;
 // Stacks are kept from block to block, as long as the thread lives.
 struct fiber_pool {
     std::vector<fiber *> spare;
@@ -121,32 +167,52 @@ void array_new(array &a, size_t bytes)
 
 thread &self() { return running->threads[(size_t)running->current]; }
 
-void yield() { fiber_switch(self().stack, &running->main); }
+// Makes one of the threads that are ready the current one.
+void choose(block &b)
+{
+    b.current = b.random ? b.ready.take((unsigned)(next_random(*b.random) % b.ready.count)) : b.ready.take_first();
+    at = self().where;
+}
+
+// Where the current thread goes on: in the next one, or where the block began to run.
+fiber *next_fiber(block &b)
+{
+    if (!b.alone || b.endless || !b.ready.count)
+        return &b.main;
+    settle_stores();
+    choose(b);
+    return self().stack;
+}
+
+// Others run until the current thread is chosen again.
+void yield()
+{
+    fiber *own = self().stack, *next = next_fiber(*running);
+    if (next != own)
+        fiber_switch(own, next);
+}
 
 void wake(int t)
 {
-    running->threads[(size_t)t].ready = true;
     running->threads[(size_t)t].waits_for = nullptr;
-    running->ready.push_back(t);
+    running->ready.add(t);
 }
 
 void wait_for(const char *what, place where)
 {
     thread &t = self();
-    t.ready = false;
     t.waits_for = what;
     t.waits = where;
+    note_progress();
     yield();
-    at = self().where;
 }
 
 void finish_barrier()
 {
-    std::vector<int> waiting;
-    waiting.swap(running->at_barrier);
-    for (int t : waiting)
+    for (int t : running->at_barrier)
         if (t != running->current)
             wake(t);
+    running->at_barrier.clear();
 }
 
 void thread_main()
@@ -154,10 +220,12 @@ void thread_main()
     block *b = running;
     (*b->body)();
     self().done = true;
+    note_progress();
     b->alive--;
     if (b->alive > 0 && (int)b->at_barrier.size() == b->alive)
         finish_barrier();
-    fiber_exit(self().stack, &b->main);
+    fiber *own = self().stack;
+    fiber_exit(own, next_fiber(*b));
 }
 
 // ---- counting ------------------------------------------------------------------------------------------------------
@@ -247,34 +315,30 @@ fiber *take_fiber()
 void begin_block(block &b, dim3 index, dim3 size, dim3 grid, size_t dynamic_bytes)
 {
     size_t count_threads = (size_t)size.x * size.y * size.z;
-    b.threads.assign(count_threads, thread());
-    b.warps.assign((count_threads + WARP - 1) / WARP, {});
-    b.requests.assign(b.warps.size(), {});
+    b.threads.resize(count_threads);
+    b.warps.resize((count_threads + WARP - 1) / WARP);
+    b.requests.resize(b.warps.size());
     b.alive = (int)count_threads;
     b.static_bytes = 0;
     b.dynamic_bytes = dynamic_bytes;
     array_new(b.dynamic, dynamic_bytes);
     for (size_t t = 0; t < count_threads; t++) {
-        b.threads[t].stack = take_fiber();
-        b.threads[t].where = {
-            dim3((unsigned)(t % size.x), (unsigned)(t / size.x % size.y), (unsigned)(t / size.x / size.y)), index, size,
-            grid};
-        b.ready.push_back((int)t);
+        thread &one = b.threads[t];
+        one.stack = take_fiber();
+        one.where = {dim3((unsigned)(t % size.x), (unsigned)(t / size.x % size.y), (unsigned)(t / size.x / size.y)),
+                     index, size, grid};
+        one.done = false;
+        one.copies.clear();
+        one.group_ends.clear();
+        one.visits.clear();
+        b.ready.add((int)t);
     }
 }
 
-// Runs one of the threads that are ready until it waits.
-void run_thread(block &b, uint64_t &state, bool shuffled)
+// Runs one of the threads that are ready until it waits; of a block that is alone others go on then, until none is ready.
+void run_thread(block &b)
 {
-    size_t pick = shuffled ? next_random(state) % b.ready.size() : 0;
-    b.current = b.ready[pick];
-    if (shuffled) {
-        b.ready[pick] = b.ready.back();
-        b.ready.pop_back();
-    } else {
-        b.ready.erase(b.ready.begin());
-    }
-    at = self().where;
+    choose(b);
     fiber_switch(&b.main, self().stack);
     settle_stores();
     if (b.endless)
@@ -283,8 +347,8 @@ void run_thread(block &b, uint64_t &state, bool shuffled)
 
 void free_block(block &b)
 {
-    for (auto &entry : b.arrays)
-        free(entry.second.memory);
+    for (array &a : b.arrays)
+        free(a.memory);
     b.arrays.clear();
     free(b.dynamic.memory);
 }
@@ -296,10 +360,12 @@ void end_block(block &b)
     land_stores();
     for (thread &t : b.threads)
         fibers.spare.push_back(t.stack);
-    for (auto &warp : b.requests)
-        for (auto &entry : warp)
+    for (auto &of_warp : b.requests) {
+        for (auto &entry : of_warp)
             if (entry.second.present)
                 count(entry.second);
+        of_warp.clear();
+    }
     free_block(b);
 }
 
@@ -313,12 +379,12 @@ void abandon_block(block &b)
     free_block(b);
 }
 
-void run_block(block &b, dim3 index, dim3 size, dim3 grid, size_t dynamic_bytes, uint64_t &state, bool shuffled)
+void run_block(block &b, dim3 index, dim3 size, dim3 grid, size_t dynamic_bytes)
 {
     begin_block(b, index, size, grid, dynamic_bytes);
     try {
-        while (!b.ready.empty())
-            run_thread(b, state, shuffled);
+        while (b.ready.count)
+            run_thread(b);
     } catch (const endless &) {
         abandon_block(b);
         running = nullptr;
@@ -334,23 +400,25 @@ dim3 index_of(uint64_t n, dim3 grid)
 
 // All blocks at the same time, a thread of each in turn.
 void run_together(const char *kernel, dim3 grid, dim3 size, size_t dynamic_bytes, const std::function<void()> &body,
-                  uint64_t &state, bool shuffled)
+                  uint64_t *random)
 {
     std::vector<block> blocks((size_t)grid.x * grid.y * grid.z);
     for (size_t i = 0; i < blocks.size(); i++) {
         running = &blocks[i];
         blocks[i].kernel = kernel;
         blocks[i].body = &body;
+        blocks[i].random = random;
+        blocks[i].alone = blocks.size() == 1;
         begin_block(blocks[i], index_of(i, grid), size, grid, dynamic_bytes);
     }
     try {
         for (bool ran = true; ran;) {
             ran = false;
             for (block &b : blocks) {
-                if (b.ready.empty())
+                if (!b.ready.count)
                     continue;
                 running = &b;
-                run_thread(b, state, shuffled);
+                run_thread(b);
                 ran = true;
             }
         }
@@ -384,11 +452,14 @@ void run_grid(const char *kernel, dim3 grid, dim3 size, size_t dynamic_bytes, co
     b.body = &body;
     if (running)
         fail("kernel %s was launched from a kernel", kernel);
+    all_ready = 0;
+    note_progress();
     if (together) {
-        run_together(kernel, grid, size, dynamic_bytes, body, state, shuffled);
+        run_together(kernel, grid, size, dynamic_bytes, body, shuffled ? &state : nullptr);
         return;
     }
     running = &b;
+    b.random = shuffled ? &state : nullptr;
     // A permutation of the blocks without storing it: i -> (i * stride + offset) mod total.
     uint64_t stride = 1, offset = shuffled ? next_random(state) % total : 0;
     while (shuffled && total > 2) {
@@ -403,7 +474,7 @@ void run_grid(const char *kernel, dim3 grid, dim3 size, size_t dynamic_bytes, co
     }
     for (uint64_t i = 0; i < total; i++) {
         uint64_t n = (uint64_t)(((unsigned __int128)i * stride + offset) % total);
-        run_block(b, index_of(n, grid), size, grid, dynamic_bytes, state, shuffled);
+        run_block(b, index_of(n, grid), size, grid, dynamic_bytes);
     }
     running = nullptr;
     std::lock_guard<std::mutex> hold(lock);
@@ -420,7 +491,7 @@ void run_grid(const char *kernel, dim3 grid, dim3 size, size_t dynamic_bytes, co
 
 } // namespace
 
-thread_local indices at;
+__thread indices at;
 
 void fail(const char *format, ...)
 {
@@ -469,10 +540,12 @@ static void check_loading(void)
 void give_way(void)
 {
     check_loading();
-    running->ready.push_back(running->current);
-    sched_yield(); // what it waits for may be another thread's of this process, or of another process
+    running->ready.add(running->current);
+    if (++ways_given >= all_ready) { // what all wait for may be another thread's of this process, or of another process
+        ways_given = 0;
+        bide(&idle_since_ns);
+    }
     yield();
-    at = self().where;
 }
 
 void never_ends(void)
@@ -482,26 +555,23 @@ void never_ends(void)
     abort(); // nobody switches back
 }
 
-uint64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
 void *shared_array(place where, size_t bytes)
 {
-    array &a = running->arrays[{where.file, where.line}];
-    if (!a.memory) {
-        array_new(a, bytes);
-        running->static_bytes += bytes;
-        if (running->static_bytes + running->dynamic_bytes >
-            (running->dynamic_bytes > ASKED_FROM ? MOST_SHARED : UNASKED_SHARED))
-            fail("kernel %s: %zu bytes of static and %zu of dynamic shared memory are more than a launch may have",
-                 running->kernel, running->static_bytes, running->dynamic_bytes);
-    }
-    if (a.bytes != bytes)
-        fail("kernel %s: two shared arrays are declared at %s:%d", running->kernel, where.file, where.line);
+    for (array &a : running->arrays)
+        if (a.where.line == where.line && a.where.file == where.file) {
+            if (a.bytes != bytes)
+                fail("kernel %s: two shared arrays are declared at %s:%d", running->kernel, where.file, where.line);
+            return a.memory;
+        }
+    running->arrays.emplace_back();
+    array &a = running->arrays.back();
+    a.where = where;
+    array_new(a, bytes);
+    running->static_bytes += bytes;
+    if (running->static_bytes + running->dynamic_bytes >
+        (running->dynamic_bytes > ASKED_FROM ? MOST_SHARED : UNASKED_SHARED))
+        fail("kernel %s: %zu bytes of static and %zu of dynamic shared memory are more than a launch may have",
+             running->kernel, running->static_bytes, running->dynamic_bytes);
     return a.memory;
 }
 
@@ -512,7 +582,8 @@ void barrier(place where)
     block &b = *running;
     if (b.at_barrier.empty())
         b.barrier_place = where;
-    if (b.barrier_place.line != where.line || strcmp(b.barrier_place.file, where.file) != 0)
+    if (b.barrier_place.line != where.line ||
+        (b.barrier_place.file != where.file && strcmp(b.barrier_place.file, where.file) != 0))
         fail("kernel %s, block (%u, %u, %u), thread %d: divergent barrier: it came to %s:%d while others wait at %s:%d",
              b.kernel, at.block.x, at.block.y, at.block.z, b.current, where.file, where.line, b.barrier_place.file,
              b.barrier_place.line);
@@ -532,8 +603,8 @@ void meet(uint32_t mask, const char *what, const void *in, void *out, void (*run
     if (!(mask >> mine & 1))
         fail("kernel %s, thread %d: %s with a mask 0x%08x that does not hold the lane itself", b.kernel, b.current,
              what, mask);
-    meeting &m = b.warps[(size_t)warp][mask];
-    if (m.present && strcmp(m.what, what) != 0)
+    meeting &m = mask == 0xffffffffu ? b.warps[(size_t)warp].whole : b.warps[(size_t)warp].others[mask];
+    if (m.present && m.what != what && strcmp(m.what, what) != 0)
         fail("kernel %s, block (%u, %u, %u), warp %d: lanes diverge: some are at %s, lane %d at %s", b.kernel,
              at.block.x, at.block.y, at.block.z, warp, m.what, mine, what);
     m.what = what;
@@ -566,14 +637,17 @@ bool inside(const range &r, uintptr_t address, size_t bytes) { return address >=
 
 const range *known_allocation(uintptr_t address, size_t bytes)
 {
-    for (const range &r : running->known)
-        if (inside(r, address, bytes))
-            return &r;
+    block &b = *running;
+    if (b.used_last < b.known.size() && inside(b.known[b.used_last], address, bytes))
+        return &b.known[b.used_last];
+    for (b.used_last = 0; b.used_last < b.known.size(); b.used_last++)
+        if (inside(b.known[b.used_last], address, bytes))
+            return &b.known[b.used_last];
     range found = allocation_of((const void *)address);
     if (!inside(found, address, bytes))
         return nullptr;
-    running->known.push_back(found);
-    return &running->known.back();
+    b.known.push_back(found);
+    return &b.known.back();
 }
 
 array *shared_array_of(uintptr_t address, size_t bytes)
@@ -584,9 +658,9 @@ array *shared_array_of(uintptr_t address, size_t bytes)
     };
     if (holds(running->dynamic))
         return &running->dynamic;
-    for (auto &entry : running->arrays)
-        if (holds(entry.second))
-            return &entry.second;
+    for (array &a : running->arrays)
+        if (holds(a))
+            return &a;
     return nullptr;
 }
 
@@ -603,7 +677,9 @@ void *note_access(space which, place where, const void *address, size_t bytes)
     uintptr_t first = (uintptr_t)address;
     void *target = (void *)first;
     settle_stores();
-    if (first % bytes != 0)
+    if (which != GLOBAL_LOAD)
+        note_progress();
+    if (first & (bytes - 1))
         bad_access(where, bytes, "at an address that is no multiple of it");
     if (is_global(which)) {
         const range *allocation = known_allocation(first, bytes);
@@ -646,28 +722,30 @@ void copy_async(void *to, const void *from, bool valid, place where)
     note_access(SHARED_STORE, where, to, COPY_BYTES);
     memset(to, POISON, COPY_BYTES); // it may land at any time from now on
     not_landed(*shared_array_of((uintptr_t)to, COPY_BYTES), to)++;
-    self().open.push_back({to, valid ? from : nullptr});
+    self().copies.push_back({to, valid ? from : nullptr});
 }
 
-void copy_async_commit()
-{
-    self().groups.push_back(std::move(self().open));
-    self().open.clear();
-}
+void copy_async_commit() { self().group_ends.push_back(self().copies.size()); }
 
 void copy_async_wait(int groups_left)
 {
-    auto &groups = self().groups;
-    while ((int)groups.size() > groups_left) {
-        for (const copy &c : groups.front()) {
-            if (c.from)
-                memcpy(c.to, c.from, COPY_BYTES);
-            else
-                memset(c.to, 0, COPY_BYTES);
-            not_landed(*shared_array_of((uintptr_t)c.to, COPY_BYTES), c.to)--;
-        }
-        groups.erase(groups.begin());
+    thread &t = self();
+    size_t groups = t.group_ends.size();
+    if (groups <= (size_t)groups_left)
+        return;
+    size_t landing = groups - (size_t)groups_left, count = t.group_ends[landing - 1];
+    for (size_t i = 0; i < count; i++) {
+        const copy &c = t.copies[i];
+        if (c.from)
+            memcpy(c.to, c.from, COPY_BYTES);
+        else
+            memset(c.to, 0, COPY_BYTES);
+        not_landed(*shared_array_of((uintptr_t)c.to, COPY_BYTES), c.to)--;
     }
+    t.copies.erase(t.copies.begin(), t.copies.begin() + (long)count);
+    t.group_ends.erase(t.group_ends.begin(), t.group_ends.begin() + (long)landing);
+    for (size_t &end : t.group_ends)
+        end -= count;
 }
 
 } // namespace emulator

@@ -31,7 +31,7 @@ struct place {
 struct indices {
     dim3 thread, block, block_size, grid;
 };
-extern thread_local indices at;
+extern __thread indices at;
 
 // Queues a launch; the name is for messages and counts. together: all blocks run at the same time, and may wait for each other with give_way;
 // else one after the other, and only other threads of the host can do what a thread waits for. Launches together are not counted.
@@ -54,10 +54,19 @@ struct lanes {
     void *out[32];
 };
 void meet(uint32_t mask, const char *what, const void *in, void *out, void (*run)(lanes &all));
+// The tensor cores' products of a warp whose lanes bring fragments and take c, as kernels/cuda/primitives.cuh has them.
+struct fragments {
+    const uint32_t *a, *b;
+};
+void multiply_f16(lanes &all);
+void multiply_bf16(lanes &all);
+void multiply_int8(lanes &all);
 int lane(void);
 // The thread waits for what another processor writes: others run before it goes on.
 void give_way(void);
 uint64_t now_ns(void);
+// Leaves the processor to others, longer once nothing but this has been done for some time: since then, 0 at first.
+void bide(uint64_t *idle_since_ns);
 
 // The allocation that holds an address, of the device or pinned; empty where there is none.
 struct view;
@@ -70,7 +79,13 @@ range allocation_of(const void *address);
 enum space { GLOBAL_LOAD, GLOBAL_STORE, GLOBAL_POST, SHARED_LOAD, SHARED_STORE };
 static inline bool is_global(space which) { return which <= GLOBAL_POST; }
 void *through_view(const range &r, space which, void *address, size_t bytes);
-void settle_stores(void);
+extern __thread bool store_held; // one of this thread of the host
+void settle_held_store(void);
+static inline void settle_stores(void)
+{
+    if (store_held)
+        settle_held_store();
+}
 // A block has ended: all that it has stored arrives.
 void land_stores(void);
 // The kernel does not go on, and never ends: for its stream an endless is thrown.
@@ -78,7 +93,7 @@ struct endless {
 };
 [[noreturn]] void never_ends(void);
 
-// Each access is checked: aligned, inside an allocation or a shared array, not where a copy is still on its way. Returns where it goes, which is
+// Each access of a power of two bytes is checked: aligned, inside an allocation or a shared array, not where a copy is still on its way. Returns where it goes, which is
 // the address itself but where a device reaches another one through a fault.
 void *note_access(space which, place where, const void *address, size_t bytes);
 

@@ -2,6 +2,7 @@
 // unchanged.
 //
 //   block.cc    a block of threads: one fiber each, barriers, warp collectives, shared memory, asynchronous copies
+//   tensor_cores.cc  products of a warp
 //   runtime.cc  the host's side: devices, streams that run when someone waits, events, graphs
 //   memory.cc   allocations, copies, memory that other processes open
 //   peers.cc    devices that reach each other, and faults on their way

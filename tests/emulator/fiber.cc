@@ -46,6 +46,7 @@ static void arrived(fiber *f)
 // Saves what a function must keep, exchanges the stacks, and restores.
 extern "C" void emulator_switch_stack(void **from, void *to);
 __asm__(".text\n"
+        ".hidden emulator_switch_stack\n"
         ".type emulator_switch_stack, @function\n"
         "emulator_switch_stack:\n"
         "    pushq %rbp\n"

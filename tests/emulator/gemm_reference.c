@@ -1,5 +1,5 @@
 // gemm.h on the CPU, for the emulator: every descriptor is checked for the emulated device, then the product is calculated in double when
-// the stream runs. Takes the place of gemm_cublaslt.c.
+// the stream runs, some columns side by side. Takes the place of gemm_cublaslt.c.
 #include "formats/number_formats.h"
 #include "kernels/cuda/gemm.h"
 #include "tests/emulator/emulator.h"
@@ -94,29 +94,42 @@ static void put(void *at, enum gemm_format format, int64_t i, float value)
         ((uint16_t *)at)[i] = format == GEMM_F16 ? f32_to_f16(value) : f32_to_bf16(value);
 }
 
-static void widen(double *out, const void *at, enum gemm_format format, int64_t begin, int64_t count)
+static void widen(double *out, int64_t stride, const void *at, enum gemm_format format, int64_t begin, int64_t count)
 {
     for (int64_t i = 0; i < count; i++)
-        out[i] = get(at, format, begin + i);
+        out[i * stride] = get(at, format, begin + i);
+}
+
+enum { SIDE_BY_SIDE = 8 };
+
+// Columns first .. first + count of a row of y. w: [k][SIDE_BY_SIDE].
+static void run_row(const struct gemm *g, int64_t row, int64_t first, int64_t count, const double *x, const double *w)
+{
+    bool outer = g->scale == GEMM_SCALE_OUTER, scaled = g->scale != GEMM_SCALE_NONE;
+    double sum[SIDE_BY_SIDE] = {0};
+    for (int64_t c = 0; c < g->k; c++)
+        for (int j = 0; j < SIDE_BY_SIDE; j++)
+            sum[j] += x[c] * w[c * SIDE_BY_SIDE + j];
+    for (int64_t j = 0; j < count; j++) {
+        double factor = scaled ? (double)g->x_scale[outer ? row : 0] * g->w_scale[outer ? first + j : 0] : 1;
+        put(g->y, g->out, row * g->y_stride + first + j, (float)(sum[j] * factor));
+    }
 }
 
 static void run_job(void *arg)
 {
     const struct gemm *g = &((const struct job *)arg)->gemm;
-    bool outer = g->scale == GEMM_SCALE_OUTER, scaled = g->scale != GEMM_SCALE_NONE;
-    double *x = malloc((size_t)(g->m * g->k) * sizeof *x), *w = malloc((size_t)g->k * sizeof *w);
+    double *x = malloc((size_t)(g->m * g->k) * sizeof *x), *w = calloc((size_t)g->k * SIDE_BY_SIDE, sizeof *w);
     if (!x || !w)
         abort();
     for (int64_t i = 0; i < g->m; i++)
-        widen(x + i * g->k, g->x, g->in, i * g->x_stride, g->k);
-    for (int64_t j = 0; j < g->n; j++) {
-        widen(w, g->w, g->in, j * g->w_stride, g->k);
-        for (int64_t i = 0; i < g->m; i++) {
-            double sum = 0, factor = scaled ? (double)g->x_scale[outer ? i : 0] * g->w_scale[outer ? j : 0] : 1;
-            for (int64_t c = 0; c < g->k; c++)
-                sum += x[i * g->k + c] * w[c];
-            put(g->y, g->out, i * g->y_stride + j, (float)(sum * factor));
-        }
+        widen(x + i * g->k, 1, g->x, g->in, i * g->x_stride, g->k);
+    for (int64_t first = 0; first < g->n; first += SIDE_BY_SIDE) {
+        int64_t count = g->n - first < SIDE_BY_SIDE ? g->n - first : SIDE_BY_SIDE;
+        for (int64_t j = 0; j < count; j++)
+            widen(w + j, SIDE_BY_SIDE, g->w, g->in, (first + j) * g->w_stride, g->k);
+        for (int64_t i = 0; i < g->m; i++)
+            run_row(g, i, first, count, x + i * g->k, w);
     }
     free(x);
     free(w);

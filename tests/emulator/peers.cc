@@ -22,12 +22,12 @@ std::set<std::pair<int, int>> enabled; // by memory_lock
 
 alignas(LINE_BYTES) thread_local char scratch[LINE_BYTES]; // where stores go that vanish or change
 struct held_back {
-    void *to = nullptr;
-    uintptr_t offset = 0; // in its allocation
-    size_t bytes = 0;
-    bool until_end = false; // of the block
+    void *to;
+    uintptr_t offset; // in its allocation
+    size_t bytes;
+    bool until_end; // of the block
 };
-thread_local held_back held;
+thread_local held_back held; // if store_held
 struct under_way {
     char *to;
     std::string bytes;
@@ -112,17 +112,24 @@ void view_free(view *v)
     delete v;
 }
 
-void settle_stores(void)
+__thread bool store_held;
+
+static char *hold_store(void *to, uintptr_t offset, size_t bytes, bool until_end)
 {
-    if (!held.to)
-        return;
+    held = {to, offset, bytes, until_end};
+    store_held = true;
+    return scratch;
+}
+
+void settle_held_store(void)
+{
     if (held.until_end) {
         stores.push_back({(char *)held.to, std::string(scratch, held.bytes)});
     } else {
         corrupt(scratch, held.offset, held.bytes);
         memcpy(held.to, scratch, held.bytes);
     }
-    held.to = nullptr;
+    store_held = false;
 }
 
 void land_stores(void) { land(stores); }
@@ -146,8 +153,7 @@ void *through_view(const range &r, space which, void *address, size_t bytes)
     case LOOSE:
         if (which != GLOBAL_STORE)
             return address;
-        held = {address, offset, bytes, true};
-        return scratch;
+        return hold_store(address, offset, bytes, true);
     case NO_FAULT:
     case REFUSE:
     case LATE:
@@ -155,10 +161,8 @@ void *through_view(const range &r, space which, void *address, size_t bytes)
         return address;
     }
     for (size_t i = 0; i < bytes && stores; i++)
-        if (is_corrupted(offset + i)) {
-            held = {address, offset, bytes, false};
-            return scratch;
-        }
+        if (is_corrupted(offset + i))
+            return hold_store(address, offset, bytes, false);
     return address;
 }
 

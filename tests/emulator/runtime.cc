@@ -66,6 +66,25 @@ thread_local CUstream_st default_stream;
 namespace emulator
 {
 
+uint64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+void bide(uint64_t *idle_since_ns)
+{
+    enum { SPIN_NS = 20000, NAP_US = 20 };
+    uint64_t now = now_ns();
+    if (*idle_since_ns == 0)
+        *idle_since_ns = now;
+    if (now - *idle_since_ns < SPIN_NS)
+        sched_yield();
+    else
+        usleep(NAP_US);
+}
+
 thread_local int current_device;
 thread_local int running_device = -1;
 
@@ -125,7 +144,8 @@ CUstream_st *stream_of(cudaStream_t stream)
     return stream ? stream : &default_stream;
 }
 
-thread_local bool not_done; // said by the work that ran last
+thread_local bool not_done;      // said by the work that ran last
+thread_local uint64_t work_done; // of any stream, by this thread of the host
 
 // Runs what comes next; false: it waits for others and is tried again.
 bool run_next(CUstream_st *s)
@@ -146,27 +166,30 @@ bool run_next(CUstream_st *s)
         s->endless = not_done = true;
     }
     emulator::running_device = before;
-    if (not_done)
+    if (not_done) {
         s->queue.push_front(std::move(next));
-    else
-        s->run++;
-    return !not_done;
+        return false;
+    }
+    s->run++;
+    work_done++;
+    return true;
 }
 
 void run_until(CUstream_st *s, uint64_t ticket)
 {
-    while (s->run < ticket)
-        if (!run_next(s))
-            sched_yield();
+    uint64_t idle_since_ns = 0, done = 0;
+    while (s->run < ticket) {
+        if (!run_next(s) && work_done == done) {
+            emulator::bide(&idle_since_ns);
+        } else {
+            idle_since_ns = 0;
+            done = work_done;
+        }
+    }
     emulator::land_copies();
 }
 
-double now_ms()
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return 1e3 * (double)t.tv_sec + 1e-6 * (double)t.tv_nsec;
-}
+double now_ms() { return 1e-6 * (double)emulator::now_ns(); }
 
 } // namespace
 
