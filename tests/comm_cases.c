@@ -126,6 +126,21 @@ static int check_row(const struct reduce_case *shape, const float *got, const fl
     return 0;
 }
 
+// That all ranks have the same bits. Then each row need be held to its reference by one of them alone: the one that is_mine says.
+static int same_on_all(struct comm *comm, const float *data, size_t elems, struct error *err)
+{
+    uint64_t mine = 0, all[COMM_MAX_RANKS];
+    for (size_t i = 0; i < elems; i++)
+        mine = mix(mine ^ f32_bits(data[i]));
+    int rc = comm_all_gather(comm, all, &mine, sizeof mine, err);
+    for (int rank = 0; rank < comm_size(comm) && !rc; rank++)
+        if (all[rank] != mine)
+            rc = error_set(err, ERR_OTHER, "%zu values: ranks %d and %d have other bits", elems, comm_rank(comm), rank);
+    return rc;
+}
+
+static bool is_mine(struct comm *comm, int64_t row) { return row % comm_size(comm) == comm_rank(comm); }
+
 static int run_case(struct comm *comm, const struct reduce_case *shape, struct error *err)
 {
     size_t elems = (size_t)(shape->rows * shape->stride);
@@ -138,9 +153,12 @@ static int run_case(struct comm *comm, const struct reduce_case *shape, struct e
         rc = comm_all_reduce(comm, data, shape->rows, shape->cols, shape->stride, shape->wire, lost, NULL, err);
     }
     for (int64_t row = 0; row < shape->rows && !rc; row++) {
+        if (!is_mine(comm, row))
+            continue;
         reduce_case_row(shape, row, want);
         rc = check_row(shape, data + row * shape->stride, want, row, err);
     }
+    rc = rc ? rc : same_on_all(comm, data, elems, err);
     free(data);
     free(want);
     free(lost);
@@ -192,6 +210,23 @@ static void reference_rows_group(const struct reduce_case *shape, int64_t row, i
     wire_decode_group(all, bytes, count, shape->wire);
 }
 
+// step 0: at its owner, when the ranks' parts are added up; 1: at any rank, when the owners have sent their rows.
+static int check_dealt_row(const struct reduce_case *shape, const float *got, int64_t row, int owner, int step,
+                           struct error *err)
+{
+    float sum[WIRE_GROUP], all[WIRE_GROUP];
+    for (int64_t col = 0; col < shape->cols; col++) {
+        if (col % WIRE_GROUP == 0)
+            reference_rows_group(shape, row, col, owner, sum, all);
+        float want = step ? all[col % WIRE_GROUP] : sum[col % WIRE_GROUP];
+        if (f32_bits(got[col]) != f32_bits(want))
+            return error_set(err, ERR_OTHER, "rows in %s, step %d: row %lld col %lld is %08x, wanted %08x",
+                             wire_name(shape->wire), step, (long long)row, (long long)col, f32_bits(got[col]),
+                             f32_bits(want));
+    }
+    return 0;
+}
+
 int comm_cases_rows(struct comm *comm, void *arg, struct error *err)
 {
     (void)arg;
@@ -206,7 +241,7 @@ int comm_cases_rows(struct comm *comm, void *arg, struct error *err)
                                         .stride = shapes[i][1],
                                         .wire = (enum wire)wire};
             size_t elems = (size_t)(shape.rows * shape.cols);
-            float *data = malloc(elems * sizeof *data), sum[WIRE_GROUP], all[WIRE_GROUP];
+            float *data = malloc(elems * sizeof *data);
             reduce_case_fill(&shape, 0, comm_rank(comm), data);
             comm_at(comm, OP_MLP, wire);
             for (int step = 0; step < 2 && !rc; step++) {
@@ -214,18 +249,13 @@ int comm_cases_rows(struct comm *comm, void *arg, struct error *err)
                          ? comm_reduce_scatter_rows(comm, data, shape.rows, shape.cols, FIRST_OWNER, shape.wire, NULL,
                                                     NULL, err)
                          : comm_all_gather_rows(comm, data, shape.rows, shape.cols, FIRST_OWNER, shape.wire, NULL, err);
-                for (size_t at = 0; at < elems && !rc; at++) {
-                    int64_t row = (int64_t)at / shape.cols, col = (int64_t)at % shape.cols;
+                for (int64_t row = 0; row < shape.rows && !rc; row++) {
                     int owner = (int)((FIRST_OWNER + row) % shape.tp_size);
-                    if (col % WIRE_GROUP == 0)
-                        reference_rows_group(&shape, row, col, owner, sum, all);
-                    float want = step ? all[col % WIRE_GROUP] : sum[col % WIRE_GROUP];
-                    if ((step || owner == comm_rank(comm)) && f32_bits(data[at]) != f32_bits(want))
-                        rc = error_set(err, ERR_OTHER, "rows in %s, step %d: row %lld col %lld is %08x, wanted %08x",
-                                       wire_name(shape.wire), step, (long long)row, (long long)col, f32_bits(data[at]),
-                                       f32_bits(want));
+                    if (step ? is_mine(comm, row) : owner == comm_rank(comm))
+                        rc = check_dealt_row(&shape, data + row * shape.cols, row, owner, step, err);
                 }
             }
+            rc = rc ? rc : same_on_all(comm, data, elems, err);
             free(data);
         }
     return rc;
