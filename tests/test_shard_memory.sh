@@ -36,6 +36,14 @@ within() { # NAME
     fi
 }
 
+# The checkpoint, and beside it as much again at most: in bf16, or in int8 twice.
+needed=$((2 * (layers * 67 + 70) + 100))
+free=$(df -Pk "$work" | awk 'NR == 2 { print int($4 / 1024) }')
+if [ "${free:-0}" -lt $needed ]; then
+    echo "SKIP it takes $needed MiB of disk, and under $BUILD there are ${free:-0} MiB free (LAYERS=2 makes it smaller)"
+    exit 77
+fi
+
 python3 scripts/make_synthetic_checkpoint.py --layers "$layers" --hidden $hidden --intermediate $intermediate \
     --heads 32 --kv-heads 8 --head-dim 64 --vocab $vocab --files 4 "$work/source" >"$work/out" ||
     { echo "SKIP no python3"; exit 77; }
