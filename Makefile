@@ -118,14 +118,12 @@ endif
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: FORCE all programs tests host-tests host-objects demo test check bench gpu-check install uninstall fuzz check-fresh format clean man help
+.PHONY: FORCE all programs tests host-tests demo test check bench gpu-check install uninstall fuzz check-fresh format clean man help
 
 all: programs ## build the programs, and the CUDA backend where nvcc is there (the default)
 programs: $(PROGRAMS) $(CUDA_BACKEND) $(MPI_LIBRARY) $(ALL_OBJ)
 tests: host-tests $(EMULATED_TESTS) $(EMULATED_BENCH) $(EMULATED_BACKEND) $(NCCL_STAND_IN)
 host-tests: programs $(TEST_PROGRAMS) $(FUZZ_PROGRAMS) $(IO_SHIM)
-# All that these are linked from.
-host-objects: $(ALL_OBJ) $(call objects,$(wildcard shard/main.c engine/main.c) $(TEST_SRC) $(TEST_HELPER_SRC) $(FUZZ_SRC)) $(IO_SHIM)
 
 # ---- Compiling and linking -----------------------------------------------------------------------------------------
 
@@ -182,7 +180,7 @@ $(BUILD)/libtpengine_mpi.so: $(call objects,$(MPI_SRC))
 # The page is embedded by the assembler, which writes no dependencies.
 $(BUILD)/obj/engine/serve/page.o: engine/serve/page.html
 
--include $(shell find $(BUILD)/obj -name '*.d' 2>/dev/null)
+-include $(shell find $(BUILD)/obj $(BUILD)/warned -name '*.d' 2>/dev/null)
 
 # ---- CUDA ----------------------------------------------------------------------------------------------------------
 
@@ -222,12 +220,14 @@ comma := ,
 EMULATED_OPTIMIZE = $(if $(SANITIZE),-O1 $(if $(findstring clang,$(CC)),-mllvm -pragma-unroll-threshold=64),-O2)
 EMULATED_DEBUG = $(if $(SANITIZE),-g1,-g) # lines are all that a sanitizer tells
 EMULATED_CXXFLAGS = -std=gnu++17 -D_GNU_SOURCE $(EMULATED_FLAGS) -I. -I$(BUILD) $(EMULATED_OPTIMIZE) $(EMULATED_DEBUG) -ffp-contract=off -fno-math-errno \
-                    -fPIC -Wall -Wextra -Wno-unknown-pragmas -Wno-pass-failed $(WERROR) $(SANITIZE) \
+                    -fPIC -ftls-model=initial-exec -Wall -Wextra -Wno-unknown-pragmas -Wno-pass-failed $(WERROR) $(SANITIZE) \
                     $(if $(SANITIZE),$(if $(findstring clang,$(CC)),-fno-sanitize=function$(comma)vptr))
 EMULATED_CFLAGS = $(filter-out -fPIE,$(HOUSE_CFLAGS)) -fPIC $(EMULATED_FLAGS)
 emulated = $(patsubst %,$(BUILD)/obj/emulated/%.o,$(1))
 EMULATED_OBJ := $(call emulated,$(CUDA_SRC) $(filter-out %/gemm_cublaslt.c,$(CUDA_HOST_SRC)) $(EMULATOR_SRC))
 
+# What every kernel's test runs most of.
+$(BUILD)/obj/emulated/tests/emulator/%.o: EMULATED_OPTIMIZE = $(if $(SANITIZE),-O2,-O3)
 $(BUILD)/obj/emulated/%.cu.o: %.cu $(BUILD)/flags
 	$(call say,CXX,$<) mkdir -p $(@D) && $(EMULATED_CXX) -x c++ $(EMULATED_CXXFLAGS) -MMD -MP -c -o $@ $<
 $(BUILD)/obj/emulated/%.cc.o: %.cc $(BUILD)/flags
@@ -297,20 +297,23 @@ gpu-check: ## on a machine with a GPU: build, tests on the device, benchmarks, a
 CPPCHECK ?= cppcheck
 LINT_SRC = $(FORMATS_SRC) $(KERNELS_SRC) $(wildcard shard/*.c engine/*.c engine/serve/*.c tests/*.c tests/fuzz/*.c bench/*.c)
 
-# One mark per file, newer than its object: a changed header brings the file back. Sizes of tests and benchmarks are
-# small and known: there a product of two ints may widen afterwards.
-TIDY_FLAGS = --quiet $(if $(filter tests/% bench/%,$<),--checks=-bugprone-implicit-widening-of-multiplication-result)
-.PHONY: tidy cppcheck
+# One mark per file that the compiler has no warning for. No code is made: what links and runs is compiled elsewhere.
+.PHONY: warnings tidy cppcheck
 # The CUDA backend's host side is read as the emulator sees it; gemm_cublaslt.c needs the toolkit.
 EMULATED_LINT_SRC := $(filter-out %/gemm_cublaslt.c,$(CUDA_HOST_SRC))
-tidy: $(LINT_SRC:%.c=$(BUILD)/tidy/%.ok) $(EMULATED_LINT_SRC:%.c=$(BUILD)/tidy/%.ok)
-$(BUILD)/tidy/kernels/cuda/%.ok: kernels/cuda/%.c $(BUILD)/obj/emulated/kernels/cuda/%.c.o .clang-tidy
+ALL_LINT_SRC := $(LINT_SRC) $(EMULATED_LINT_SRC)
+lint_flags = $(if $(filter engine/mpi/%,$(1)),$(MPI_CFLAGS),$(HOUSE_CFLAGS)) $(if $(filter kernels/cuda/%,$(1)),$(EMULATED_FLAGS)) $(call file_flags,$(1))
+warnings: $(patsubst %.c,$(BUILD)/warned/%.ok,$(ALL_LINT_SRC) $(if $(MPI),$(MPI_SRC)))
+$(BUILD)/warned/%.ok: %.c $(BUILD)/flags | $(BUILD)/version.h
+	$(call say,CC,$<) mkdir -p $(@D) && $(CC) $(call lint_flags,$<) $(CFLAGS) -fsyntax-only -MMD -MP -MT $@ -MF $(@:.ok=.d) $< && touch $@
+
+# Likewise, newer than the mark above: a changed header brings the file back. Sizes of tests and benchmarks are
+# small and known: there a product of two ints may widen afterwards.
+TIDY_FLAGS = --quiet $(if $(filter tests/% bench/%,$<),--checks=-bugprone-implicit-widening-of-multiplication-result)
+tidy: $(ALL_LINT_SRC:%.c=$(BUILD)/tidy/%.ok)
+$(BUILD)/tidy/%.ok: %.c $(BUILD)/warned/%.ok .clang-tidy
 	$(call say,TIDY,$<) mkdir -p $(@D) && \
-	    if $(CLANG_TIDY) $(TIDY_FLAGS) $< -- $(HOUSE_CFLAGS) $(EMULATED_FLAGS) > $@.log 2>&1; \
-	    then mv $@.log $@; else cat $@.log; exit 1; fi
-$(BUILD)/tidy/%.ok: %.c $(BUILD)/obj/%.o .clang-tidy
-	$(call say,TIDY,$<) mkdir -p $(@D) && \
-	    if $(CLANG_TIDY) $(TIDY_FLAGS) $< -- $(HOUSE_CFLAGS) $(call file_flags,$<) > $@.log 2>&1; \
+	    if $(CLANG_TIDY) $(TIDY_FLAGS) $< -- $(call lint_flags,$<) > $@.log 2>&1; \
 	    then mv $@.log $@; else cat $@.log; exit 1; fi
 
 # It is quick to claim log(0), and readdir has been safe for long.
