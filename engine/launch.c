@@ -431,14 +431,17 @@ static int watch_stopped(struct launch *launch, int *rank, struct error *err)
     int64_t now_ns = clock_now_ns(), passed_ns = now_ns - launch->stop_looked_ns;
     if (!launch->spread || launch->options.threads || passed_ns < look_ns)
         return 0;
-    launch->stop_looked_ns = now_ns;
+    bool was = launch->is_stopped;
     *rank = launch->first;
-    bool stopped = process_is_stopped(launch->ranks[*rank].pid);
-    launch->stopped_ns = stopped ? launch->stopped_ns + (passed_ns < 2 * look_ns ? passed_ns : look_ns) : 0;
-    if (launch->stopped_ns <= (int64_t)launch->options.wait_timeout_ms * 1000000)
+    launch->stop_looked_ns = now_ns;
+    launch->is_stopped = process_is_stopped(launch->ranks[*rank].pid);
+    launch->stopped_ns =
+        was && launch->is_stopped ? launch->stopped_ns + (passed_ns < 2 * look_ns ? passed_ns : look_ns) : 0;
+    // The others report who is missing by themselves, so they get the first word.
+    if (launch->stopped_ns <= (int64_t)launch->options.wait_timeout_ms * 1250000)
         return 0;
-    return error_set(err, ERR_RANK, "the process of rank %d was stopped for %.1f s; ranks may be silent for %.1f s",
-                     *rank, (double)launch->stopped_ns / 1e9, launch->options.wait_timeout_ms / 1000.0);
+    return error_set(err, ERR_RANK, "rank %d stood still for %.1f s; ranks may be silent for %.1f s", *rank,
+                     (double)launch->stopped_ns / 1e9, launch->options.wait_timeout_ms / 1000.0);
 }
 
 // ---- parent side ---------------------------------------------------------------------------------------------------

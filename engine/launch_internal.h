@@ -65,9 +65,11 @@ struct launch {
     bool handles_signals;
     struct sigaction before_int, before_term;
     int64_t looked_ns;
-    int64_t stop_looked_ns, stopped_ns; // whether the one rank here is stopped, where others are elsewhere
-    struct error error;                 // code 0: nothing has failed
-    int lost_rank;                      // where it came from
+    int64_t stop_looked_ns,
+        stopped_ns; // where other ranks are elsewhere: how long this one has been stopped, as far as it was seen
+    bool is_stopped;
+    struct error error; // code 0: nothing has failed
+    int lost_rank;      // where it came from
     struct rank_handle ranks[COMM_MAX_RANKS];
 };
 
