@@ -18,7 +18,7 @@
 #include <unistd.h>
 
 enum {
-    FAIL_MS = 3000,
+    FAIL_MS = 5000,
     ASK_MS = 2000
 }; // to tell others why this rank cannot come; to ask who listens in this one's place
 

@@ -19,7 +19,8 @@ TPENGINE, CUDA = BUILD / "tpengine", BUILD / "tests/libtpengine_cuda_emulated.so
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "OMPI_", "PMIX_", "SLURM_", "LWS_", "TORCHELASTIC_", "GROUP_RANK", "CUDA_")
 ENVIRONMENT = {key: value for key, value in CLEAN.items() if not key.startswith(LAUNCHERS)}
 WORDS = ("--prompt", "Once", "--max-tokens", 4, "--threads", 1, "--quiet")
-SOON_S = 60  # of a busy machine; without a word from the others it would be 300
+JOIN_S = 30  # for the others to come; nobody waits so long who hears why they do not
+LIMIT_S = 60
 
 
 def start(rank, port, *words, world=2, place=None, command="generate", usual=WORDS, **environment):
@@ -29,14 +30,21 @@ def start(rank, port, *words, world=2, place=None, command="generate", usual=WOR
                             stdin=subprocess.DEVNULL, env={**ENVIRONMENT, **variables})
 
 
-def refused(name, code, words, processes):
-    """Each process ends with its status (code: of all, or one for each) and says the words."""
-    begin = time.monotonic()
-    results = [end_of(process) for process in processes]
-    seconds = time.monotonic() - begin
-    codes = code if isinstance(code, tuple) else (code,) * len(results)
-    wrong = [result for result, wanted in zip(results, codes) if result[0] != wanted or result[1] or any(word not in result[2] for word in words)]
-    report(name, f"{seconds:.1f} s: {results}" if wrong or seconds > SOON_S else None)
+def refused(name, code, words, *ranks):
+    """Each process ends with this status and says the words. ranks: arguments of start. Who fails tells the others within some seconds; on a machine that is so
+    busy that one of them begins later, they are started once more."""
+    for _ in range(3):
+        port, begin = free_port(), time.monotonic()
+        results = [end_of(process) for process in [start(rank, port, "--join-timeout", JOIN_S, *more, **options) for rank, more, options in ranks]]
+        seconds = time.monotonic() - begin
+        if seconds < JOIN_S:
+            break
+    said_by(name, code, words, results, seconds)
+
+
+def said_by(name, code, words, results, seconds=0.0):
+    wrong = [result for result in results if result[0] != code or result[1] or any(word not in result[2] for word in words)]
+    report(name, f"{seconds:.1f} s: {results}" if wrong or seconds >= JOIN_S else None)
 
 
 def on(host, *words):
@@ -49,8 +57,7 @@ def test_options():
                               ("rows dealt out", (("--sequence-parallel", "on"), ()), "--sequence-parallel on, rank 1 with --sequence-parallel off"),
                               ("verification", ((), ("--verify", "off")), "--verify full, rank 1 with --verify off"),
                               ("context", (("--context", 64), ("--context", 128)), "--context 64, rank 1 with --context 128")):
-        port = free_port()
-        refused(f"another {name} is refused with both values", 2, ("rank 0 was started with", said), [start(rank, port, *words[rank]) for rank in range(2)])
+        refused(f"another {name} is refused with both values", 2, ("rank 0 was started with", said), *[(rank, words[rank], {}) for rank in range(2)])
     port = free_port()
     results = [end_of(process) for process in [start(rank, port, *(("--threads", 2, "--load", "read") if rank else ("--wire", "bf16", "--transport", "tcp"))) for rank in range(2)]]
     check("threads and ways of loading need not agree, nor a default that is said", [r[0] for r in results] == [0, 0] and results[0][1], results)
@@ -69,7 +76,7 @@ def test_mpirun():
     mpirun = ["mpirun", "--oversubscribe", "--bind-to", "none", *(["--allow-run-as-root"] if os.getuid() == 0 else [])]
     ranks = [[TPENGINE, "generate", models["two"], *WORDS, "--transport", transport] for transport in ("mpi", "tcp")]
     begin = time.monotonic()
-    code, out, problem = run(*mpirun, "-np", 1, *ranks[0], ":", "-np", 1, *ranks[1], env=ENVIRONMENT, timeout=SOON_S)
+    code, out, problem = run(*mpirun, "-np", 1, *ranks[0], ":", "-np", 1, *ranks[1], env=ENVIRONMENT, timeout=LIMIT_S)
     check("mpirun with two transports is refused with both", code != 0 and not out and "--transport mpi, rank 1 with --transport tcp" in problem,
           f"{time.monotonic() - begin:.1f} s, exit status {code}: {problem[-800:]}")
 
@@ -80,25 +87,19 @@ def test_backends():
         return
     cuda = ("--backend", "cuda", "--cuda-library", CUDA, "--context", 64)
     for devices in range(2):
-        port = free_port()
         words = [cuda if rank == devices else ("--backend", "cpu", "--context", 64) for rank in range(2)]
         refused(f"rank {devices} computes on a device, the other one does not", 2, (f"rank {devices} ", "with cuda", "and their sums differ: start all ranks with --backend cuda, or"),
-                [start(rank, port, *words[rank], EMULATED_DEVICES="2") for rank in range(2)])
+                *[(rank, words[rank], {"EMULATED_DEVICES": "2"}) for rank in range(2)])
 
 
 def test_numbers():
-    port = free_port()
-    refused("rank 0 twice", 7, ("rank 0 has come twice",), [start(0, port), start(0, port)])
+    refused("rank 0 twice", 7, ("rank 0 has come twice",), (0, (), {}), (0, (), {}))
     for wrong in 5, 1000:
-        port = free_port()
-        said = (f"says rank {wrong} of 2: ranks are numbered from 0",)
-        refused(f"rank {wrong} of 2", 2, said, [start(0, port), start(wrong, port)])
-    port = free_port()
-    refused("rank 1 alone is told of another world", 2, ("cut for 2 ranks", "has started 3"), [start(0, port), start(1, port, world=3)])
-    port = free_port()
-    refused("rank 1 is told that it is alone", 2, ("rank 1 of 1",), [start(0, port), start(1, port, world=1)])
-    port = free_port()
-    refused("rank 0 alone is told of another world", 2, ("cut for 2 ranks", "has started 3"), [start(0, port, world=3), start(1, port)])
+        refused(f"rank {wrong} of 2", 2, (f"says rank {wrong} of 2: ranks are numbered from 0",), (0, (), {}), (wrong, (), {}))
+    cut = ("cut for 2 ranks", "has started 3")
+    refused("rank 1 alone is told of another world", 2, cut, (0, (), {}), (1, (), {"world": 3}))
+    refused("rank 0 alone is told of another world", 2, cut, (0, (), {"world": 3}), (1, (), {}))
+    refused("rank 1 is told that it is alone", 2, ("rank 1 of 1",), (0, (), {}), (1, (), {"world": 1}))
 
 
 def test_two_hosts():
@@ -116,22 +117,20 @@ def test_two_hosts():
                                     stdin=subprocess.DEVNULL, env=ENVIRONMENT)
 
         said = f"{ADDRESSES[0]}, where they look for rank 0, is no address of this host"
-        refused("rank 0 where nobody looks for it", 7, ("rank 1 of 2 did not come within 1.0 s", said), [rank_0(1, "--join-timeout", 1)])
+        said_by("rank 0 where nobody looks for it", 7, ("rank 1 of 2 did not come within 1.0 s", said), [end_of(rank_0(1, "--join-timeout", 1))])
         first = rank_0(0)
         listens = wait_until(lambda: "29555" in on(0, "ss", "-Hltn").stdout, 30, 0.05) if shutil.which("ss") else time.sleep(3)
-        refused("rank 0 twice, on two hosts", 7, ("rank 0 has come twice",), [first, rank_0(1)])
+        said_by("rank 0 twice, on two hosts", 7, ("rank 0 has come twice",), [end_of(process) for process in [first, rank_0(1)]])
         check("the first one had listened", listens is not False)
     finally:
         remove_hosts()
 
 
 def test_ranks_that_cannot_come():
+    missing = work / "missing"
     for rank in range(2):
-        port = free_port()
-        missing = work / "missing"
-        refused(f"rank {rank} has no model", 5, (str(missing),), [start(r, port, place=missing if r == rank else None) for r in range(2)])
-    port = free_port()
-    refused("rank 0's command does not begin", 2, ("logits needs --token-ids",), [start(r, port, command="logits", usual=("--quiet",)) for r in range(2)])
+        refused(f"rank {rank} has no model", 5, (str(missing),), *[(r, (), {"place": missing if r == rank else None}) for r in range(2)])
+    refused("rank 0's command does not begin", 2, ("logits needs --token-ids",), *[(r, (), {"command": "logits", "usual": ("--quiet",)}) for r in range(2)])
 
 
 work = Path(tempfile.mkdtemp(prefix="meetings_"))
