@@ -277,20 +277,11 @@ static int two_shot(struct run *r, struct error *err)
 
 // ---- one-shot ------------------------------------------------------------------------------------------------------
 
-static uint64_t one_shot_bytes(const struct run *r, int rank)
-{
-    uint64_t mine = owned(r, rank, 0, r->groups);
-    return (r->groups - mine) * r->group_bytes + mine * F32_GROUP_BYTES;
-}
-
-// Every rank's groups, those that it owns as they are; what a rank does not own it sends, to itself as well, in the codec.
 static void write_all(const struct run *r)
 {
-    for (uint64_t group = 0; group < r->groups; group++) {
-        const float *x = r->data + group * WIRE_GROUP;
-        wire_encode_group(stage(r, r->rank, 0, group), x, WIRE_GROUP,
-                          owner(r, group) == r->rank ? WIRE_F32 : r->message->choice.wire);
-    }
+    for (uint64_t group = 0; group < r->groups; group++)
+        wire_encode_group(stage(r, r->rank, 0, group), r->data + group * WIRE_GROUP, WIRE_GROUP,
+                          r->message->choice.wire);
 }
 
 static void add_up_all(const struct run *r)
@@ -302,7 +293,7 @@ static void add_up_all(const struct run *r)
         float *x = r->data + group * WIRE_GROUP;
         for (int rank = 0; rank < r->message->tp_size; rank++)
             parts[rank] = stage(r, rank, 0, group);
-        wire_decode_group(x, parts[own], WIRE_GROUP, WIRE_F32);
+        wire_decode_group(x, parts[own], WIRE_GROUP, r->message->choice.wire);
         wire_add_up_group(encoded, x, parts, own, r->message->tp_size, WIRE_GROUP, r->message->choice.wire);
     }
 }
@@ -310,22 +301,19 @@ static void add_up_all(const struct run *r)
 static int one_shot(struct run *r, struct error *err)
 {
     double written[LINK_MAX_RANKS], there = 0;
-    uint64_t bytes = one_shot_bytes(r, r->rank), read = 0,
-             copies = over_host(r) ? 1 : (uint64_t)r->message->tp_size - 1;
+    uint64_t bytes = r->groups * r->group_bytes, others = (uint64_t)r->message->tp_size - 1;
     if (r->data)
         write_all(r);
     double encoded = compute(r, 0, r->groups * F32_GROUP_BYTES + bytes);
-    int rc = exchange_times(r, send_out(r, encoded, bytes * copies), written, err);
+    int rc = exchange_times(r, send_out(r, encoded, over_host(r) ? bytes : others * bytes), written, err);
     for (int rank = 0; rank < r->message->tp_size && !rc; rank++)
-        if (rank != r->rank) {
-            there = fmax(there, take_in(r, written[rank], one_shot_bytes(r, rank)));
-            read += one_shot_bytes(r, rank);
-        }
+        if (rank != r->rank)
+            there = fmax(there, take_in(r, written[rank], bytes));
     if (rc)
         return rc;
     if (r->data)
         add_up_all(r);
-    compute(r, there, read + r->groups * F32_GROUP_BYTES);
+    compute(r, there, others * bytes + r->groups * F32_GROUP_BYTES);
     return 0;
 }
 
@@ -370,7 +358,6 @@ void link_formula(const struct link_message *message, uint64_t *to_bytes, uint64
     uint64_t m = groups * wire_group_bytes(message->choice.wire);
     bool host = message->transport == TRANSPORT_HOST;
     if (message->choice.algorithm == ALGORITHM_ONE_SHOT) {
-        m = m / n * (n - 1) + groups / n * F32_GROUP_BYTES;
         *from_bytes = (n - 1) * m;
         *to_bytes = host ? m : *from_bytes;
     } else {
@@ -396,7 +383,9 @@ static void define_sum(const struct run *r, uint64_t group, float sum[WIRE_GROUP
     float part[WIRE_GROUP];
     memset(sum, 0, WIRE_GROUP * sizeof *sum);
     for (int rank = 0; rank < r->message->tp_size; rank++) {
-        enum wire wire = rank == owner(r, group) ? WIRE_F32 : r->message->choice.wire;
+        enum wire wire = r->message->choice.wire;
+        if (rank == owner(r, group))
+            wire = wire_of_own(wire);
         for (uint64_t i = 0; i < WIRE_GROUP; i++)
             part[i] = value_of(rank, group * WIRE_GROUP + i);
         wire_encode_group(bytes, part, WIRE_GROUP, wire);
@@ -456,6 +445,9 @@ static int check_message(const struct link_message *m, struct error *err)
                          "%d ranks, %lld x %lld values, %s: wanted 2 to %d ranks and rows of whole groups", m->tp_size,
                          (long long)m->rows, (long long)m->cols, exchange_algorithm_name(m->choice.algorithm),
                          LINK_MAX_RANKS);
+    if (m->choice.algorithm == ALGORITHM_ONE_SHOT && wire_is_compressed(m->choice.wire))
+        return error_set(err, ERR_USAGE, "one-shot in %s: wanted a wire that does not compress, bf16 or f32",
+                         wire_name(m->choice.wire));
     return 0;
 }
 

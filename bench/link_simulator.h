@@ -50,7 +50,7 @@ double link_seconds(const struct link_message *message);
 // What rank 0 sends and receives by the formulae: n ranks, M bytes of the message in its codec.
 //   p2p two-shot  2 (n - 1) / n M each way          host two-shot  M to the host, 2 (n - 1) / n M from it
 //   p2p one-shot  (n - 1) M each way                host one-shot  M to the host, (n - 1) M from it
-// In M of a one-shot the 1 / n of the groups that a rank owns count as f32. Exact where n divides a row's groups.
+// Exact where n divides a row's groups; of a one-shot always.
 void link_formula(const struct link_message *message, uint64_t *to_bytes, uint64_t *from_bytes);
 
 #endif

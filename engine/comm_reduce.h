@@ -1,8 +1,8 @@
 // The arithmetic of an all_reduce, on any transport: what a rank writes for the others and makes of what they wrote. A
 // message is cut into pieces of whole groups; of each piece every rank
 //   1. reduce_encode: writes its groups for their owners;
-//   2. reduce_add_up: adds up what came for the groups that it owns, in rank order, its own part exact; what the encoded
-//      sum decodes to is the result, and the encoded sum is written for the others;
+//   2. reduce_add_up: adds up what came for the groups that it owns, in rank order, its own part in wire_of_own's codec, with
+//      error feedback exact; what the encoded sum decodes to is the result, and the encoded sum is written for the others;
 //   3. reduce_decode: decodes the sums of the other owners.
 // Between these all ranks wait for each other. Group g of a row belongs to rank g % tp_size.
 //

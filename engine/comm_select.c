@@ -18,7 +18,7 @@ enum {
     KB = 1 << 10,
     MB = 1 << 20,
     OVERLAP_BYTES = 8 * MB,
-    HASH_VERSION = 3, // rises with the meaning of an algorithm
+    HASH_VERSION = 4, // rises with the meaning of an algorithm
 };
 
 // The first row that fits is taken.
@@ -30,13 +30,13 @@ struct row {
     uint64_t chunk_bytes;
 };
 static const struct row table[] = {
-    {HOST, LOSSLESS, 2, 64 * KB, ALGORITHM_ONE_SHOT, 0},
-    {HOST, LOSSLESS, 4, 16 * KB, ALGORITHM_ONE_SHOT, 0},
+    {HOST, LOSSLESS, 2, 256 * KB, ALGORITHM_ONE_SHOT, 0},
+    {HOST, LOSSLESS, 4, 32 * KB, ALGORITHM_ONE_SHOT, 0},
     {HOST, LOSSLESS, COMM_MAX_RANKS, 8 * KB, ALGORITHM_ONE_SHOT, 0},
     {HOST, ANY, COMM_MAX_RANKS, 256 * KB, ALGORITHM_TWO_SHOT, 0},
     {HOST, ANY, COMM_MAX_RANKS, 512 * KB, ALGORITHM_CHUNKS, 256 * KB},
     {HOST, ANY, COMM_MAX_RANKS, 1 * MB, ALGORITHM_CHUNKS, 512 * KB},
-    {P2P, LOSSLESS, 2, 128 * KB, ALGORITHM_ONE_SHOT, 0},
+    {P2P, LOSSLESS, 2, 1 * MB, ALGORITHM_ONE_SHOT, 0},
     {P2P, LOSSLESS, 4, 32 * KB, ALGORITHM_ONE_SHOT, 0},
     {P2P, LOSSLESS, COMM_MAX_RANKS, 8 * KB, ALGORITHM_ONE_SHOT, 0},
     {P2P, ANY, COMM_MAX_RANKS, 1 * MB, ALGORITHM_TWO_SHOT, 0},

@@ -6,9 +6,9 @@
 //
 // The bounds of the table are those of bench/bench_links, a simulation with published rates of PCIe 4.0 x16; not measured by this
 // project on GPUs.
-//   one-shot   its one phase less is worth 3 us over P2P and 4.6 over the host, and it moves more: with M bytes of bf16, 1.5 M instead
-//              of 1 M for two ranks, 3.75 M instead of 1.5 M for four, 7.9 M instead of 1.75 M for eight.
-//   two-shot   in one kernel, as long as copy engines, which take both directions at once, do not win by more than their start costs:
+//   one-shot   its one phase less is worth 3 us over P2P and 4.6 over the host. For two ranks it moves as much as two-shot, M bytes; for more
+//              ranks more: 3 M instead of 1.5 M for four, 7 M instead of 1.75 M for eight. Not for what compresses (exchange_choice.h).
+//   two-shot   in one kernel, as one-shot; as long as copy engines, which take both directions at once, do not win by more than their start costs:
 //              up to 256 KB over the host, which a kernel reads at half the speed of a copy, up to 1 MB over P2P.
 //   chunks     beyond; a few of each message, and two of each rank stay in a processor's last cache.
 // Halves of a sum, where rows are dealt out to the ranks, take the row of the whole sum: each has half of its bytes and half of its phases, so that one

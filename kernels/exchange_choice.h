@@ -3,7 +3,7 @@
 //
 // Law: all algorithms give the same bits, those of engine/comm_reduce.h, so that the size of a message,
 // which depends on the company of a row, decides how bytes move and never what a row becomes (laws 4 and 9). The owner of group g
-// of a row is rank g % tp_size; it adds up in rank order, its own part exact in f32; what the encoded sum decodes to is the result.
+// of a row is rank g % tp_size; it adds up in rank order, its own part in wire_of_own's codec; what the encoded sum decodes to is the result.
 #ifndef TPSHARD_KERNELS_EXCHANGE_CHOICE_H
 #define TPSHARD_KERNELS_EXCHANGE_CHOICE_H
 
@@ -23,8 +23,8 @@ enum transport {
 
 // n: ranks, M: bytes of the message in its codec. Per rank and direction:
 enum exchange_algorithm {
-    // One phase: every rank sends its whole message to all others, in the codec but for the groups that it owns, which go as f32;
-    // every rank does the work of all owners. (n - 1) M, the owned groups of M counted as f32.
+    // One phase: every rank sends its whole message to all others and does the work of all owners. (n - 1) M; over host memory M to the
+    // host, (n - 1) M from it. For codecs of which wire_of_own is the same, those that do not compress.
     ALGORITHM_ONE_SHOT,
     // Two phases: groups to their owners, sums back. 2 (n - 1) / n M. Over host memory a byte is written once for all readers: M to
     // the host, 2 (n - 1) / n M from it.

@@ -44,6 +44,9 @@ bool wire_from_name(const char *name, enum wire *wire);
 uint64_t wire_group_bytes(enum wire wire);
 // Eight bits and a little a value: for messages whose bytes cost time, those of prefill.
 static inline bool wire_is_compressed(enum wire wire) { return wire == WIRE_FP8 || wire == WIRE_S8X; }
+// The codec of an owner's own part in a sum without error feedback. In bf16 it is rounded like the others', so that one message to all tells everything
+// that a sum is made of (ALGORITHM_ONE_SHOT of exchange_choice.h) and costs no byte more; what compresses keeps it exact.
+TP_HD enum wire wire_of_own(enum wire wire) { return wire == WIRE_BF16 ? WIRE_BF16 : WIRE_F32; }
 static inline uint64_t wire_groups(uint64_t cols) { return (cols + WIRE_GROUP - 1) / WIRE_GROUP; }
 
 // In all of these 1 <= count <= WIRE_GROUP, and the buffers do not overlap.
@@ -58,7 +61,7 @@ void wire_decode_group(float *out, const uint8_t *in, int count, enum wire wire)
 // t[i] - decoded[i], rounded; 0 where that is NaN or infinite. decoded may be x.
 void wire_feed_group(uint8_t *out, float *decoded, const float *x, uint16_t *lost, int count, enum wire wire);
 // What an owner does: the sum, from 0 and in order, of parts[0 .. ranks - 1], encoded, but for parts[own] (not read), in
-// whose place x is; out becomes the encoded sum and x what it decodes to.
+// whose place x is as wire_of_own would bring it; out becomes the encoded sum and x what it decodes to.
 void wire_add_up_group(uint8_t *out, float *x, const uint8_t *const *parts, int own, int ranks, int count,
                        enum wire wire);
 

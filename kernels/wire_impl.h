@@ -55,6 +55,13 @@ static inline __m256i bf16_bits(__m256 x)
     return _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
 }
 
+// Of eight floats none of which is NaN; of any, NaN as they are.
+static inline __m256 as_bf16(__m256 x) { return _mm256_castsi256_ps(_mm256_slli_epi32(bf16_bits(x), 16)); }
+static inline __m256 through_bf16(__m256 x)
+{
+    return _mm256_blendv_ps(as_bf16(x), x, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+}
+
 static inline __m256 bf16_floats(const uint8_t *in)
 {
     __m128i bits = _mm_loadu_si128((const __m128i *)(const void *)in);
@@ -140,7 +147,8 @@ static inline void bf16_add_up(uint8_t *restrict out, float *restrict x, const u
     for (int i = 0; i < WIRE_GROUP; i += 8) {
         __m256 sum = _mm256_setzero_ps();
         for (int rank = 0; rank < ranks; rank++)
-            sum = _mm256_add_ps(sum, rank == own ? _mm256_loadu_ps(x + i) : bf16_floats(parts[rank] + 2 * i));
+            sum = _mm256_add_ps(sum,
+                                rank == own ? through_bf16(_mm256_loadu_ps(x + i)) : bf16_floats(parts[rank] + 2 * i));
         sum = _mm256_blendv_ps(sum, not_a_number, _mm256_cmp_ps(sum, sum, _CMP_UNORD_Q));
         __m256i bits = bf16_bits(sum);
         __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
@@ -150,19 +158,13 @@ static inline void bf16_add_up(uint8_t *restrict out, float *restrict x, const u
     }
 }
 
-static inline __m256 as_bf16(__m256 x) { return _mm256_castsi256_ps(_mm256_slli_epi32(bf16_bits(x), 16)); }
-
-static inline void bf16_sum(float *restrict out, const float *const *parts, int own, int ranks)
+static inline void bf16_sum(float *restrict out, const float *const *parts, int ranks)
 {
     const __m256 not_a_number = _mm256_castsi256_ps(_mm256_set1_epi32(WIRE_NAN_BITS));
     for (int i = 0; i < WIRE_GROUP; i += 8) {
         __m256 sum = _mm256_setzero_ps();
-        for (int rank = 0; rank < ranks; rank++) {
-            __m256 x = _mm256_loadu_ps(parts[rank] + i);
-            if (rank != own)
-                x = _mm256_blendv_ps(as_bf16(x), x, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-            sum = _mm256_add_ps(sum, x);
-        }
+        for (int rank = 0; rank < ranks; rank++)
+            sum = _mm256_add_ps(sum, through_bf16(_mm256_loadu_ps(parts[rank] + i)));
         __m256 nan = _mm256_cmp_ps(sum, sum, _CMP_UNORD_Q);
         sum = _mm256_blendv_ps(_mm256_add_ps(_mm256_setzero_ps(), as_bf16(sum)), not_a_number, nan);
         _mm256_storeu_ps(out + i, sum);
@@ -341,7 +343,7 @@ static inline void keep_lost(uint16_t *restrict lost, const float *restrict t, c
 
 // ---- any count -----------------------------------------------------------------------------------------------------
 
-#define DEFINE_CODEC(codec)                                                                                            \
+#define DEFINE_CODEC(codec, mine_in)                                                                                   \
     static void codec##_encode_any(uint8_t *out, const float *x, int count)                                            \
     {                                                                                                                  \
         if (count == WIRE_GROUP) {                                                                                     \
@@ -376,12 +378,14 @@ static inline void keep_lost(uint16_t *restrict lost, const float *restrict t, c
     static void codec##_add_up_any(uint8_t *out, float *x, const uint8_t *const *parts, int own, int ranks, int count) \
     {                                                                                                                  \
         float sum[WIRE_GROUP] = {0}, mine[WIRE_GROUP] = {0};                                                           \
+        uint8_t bytes[WIRE_MAX_GROUP_BYTES];                                                                           \
         memcpy(mine, x, (size_t)count * sizeof *x);                                                                    \
+        mine_in##_encode(bytes, mine);                                                                                 \
         for (int rank = 0; rank < ranks; rank++)                                                                       \
             if (rank != own)                                                                                           \
                 codec##_add(sum, parts[rank]);                                                                         \
             else                                                                                                       \
-                f32_add(sum, (const uint8_t *)mine);                                                                   \
+                mine_in##_add(sum, bytes);                                                                             \
         codec##_encode(out, sum);                                                                                      \
         codec##_decode(mine, out);                                                                                     \
         memcpy(x, mine, (size_t)count * sizeof *x);                                                                    \
@@ -393,7 +397,8 @@ static inline void keep_lost(uint16_t *restrict lost, const float *restrict t, c
         for (int rank = 0; rank < ranks; rank++) {                                                                     \
             memcpy(part, parts[rank], (size_t)count * sizeof *part);                                                   \
             if (rank == own) {                                                                                         \
-                f32_add(sum, (const uint8_t *)part);                                                                   \
+                mine_in##_encode(bytes, part);                                                                         \
+                mine_in##_add(sum, bytes);                                                                             \
             } else {                                                                                                   \
                 codec##_encode(bytes, part);                                                                           \
                 codec##_add(sum, bytes);                                                                               \
@@ -417,10 +422,11 @@ static inline void keep_lost(uint16_t *restrict lost, const float *restrict t, c
         memcpy(decoded, back, (size_t)count * sizeof *back);                                                           \
     }
 
-DEFINE_CODEC(bf16)
-DEFINE_CODEC(fp8)
-DEFINE_CODEC(s8x)
-DEFINE_CODEC(f32)
+// And the codec of an owner's own part: wire_of_own.
+DEFINE_CODEC(bf16, bf16)
+DEFINE_CODEC(fp8, f32)
+DEFINE_CODEC(s8x, f32)
+DEFINE_CODEC(f32, f32)
 
 #ifdef __AVX2__
 static void bf16_add_up_fast(uint8_t *out, float *x, const uint8_t *const *parts, int own, int ranks, int count)
@@ -436,9 +442,9 @@ static void bf16_sum_fast(float *out, const float *const *parts, int own, int ra
     if (count < WIRE_GROUP)
         bf16_sum_any(out, parts, own, ranks, count);
     else if (ranks == 2) // the loop over ranks is unrolled
-        bf16_sum(out, parts, own, 2);
+        bf16_sum(out, parts, 2);
     else
-        bf16_sum(out, parts, own, ranks);
+        bf16_sum(out, parts, ranks);
 }
 #else
 #define bf16_add_up_fast bf16_add_up_any

@@ -57,7 +57,7 @@ static void reference_group(const struct reduce_case *shape, int64_t row, int64_
         for (int rank = 0; rank < shape->tp_size; rank++) {
             for (int i = 0; i < count; i++)
                 part[i] = input_value(shape, call, rank, row, col + i);
-            if (rank == owner) {
+            if (rank == owner && (shape->fed || shape->wire != WIRE_BF16)) {
                 for (int i = 0; i < count; i++)
                     sum[i] += part[i];
             } else {

@@ -92,7 +92,7 @@ static void want_group(const struct bits_case *c, int key, int64_t col, float *o
         for (int rank = 0; rank < c->tp_size; rank++) {
             for (int i = 0; i < count; i++)
                 part[i] = input(c, call, rank, key, col + i);
-            if (rank != owner) {
+            if (rank != owner || (c->wire == WIRE_BF16 && !c->fed && !c->dealt)) {
                 over_wire(c, bytes, ignored, part, lost[rank], count);
                 wire_add_group(sum, bytes, count, c->wire);
             } else {

@@ -119,7 +119,8 @@ static void run_sums(struct end *e, struct report *report, int argument)
         for (int algorithm = ALGORITHM_ONE_SHOT; algorithm <= ALGORITHM_CHUNKS; algorithm++)
             for (int wire = 0; wire < WIRE_COUNT; wire++) {
                 // Of long messages one each; eight ranks are many for the emulator.
-                if ((s.rows > 100 && (wire != algorithm || e->group->tp_size > 2)) ||
+                if ((algorithm == ALGORITHM_ONE_SHOT && wire_is_compressed((enum wire)wire)) || // never together
+                    (s.rows > 100 && (wire != algorithm || e->group->tp_size > 2)) ||
                     (e->group->tp_size == 8 && (s.rows > 10 || wire % 2)))
                     continue;
                 uint64_t chunk_rows = s.rows > 100 ? 512 : 4;
@@ -159,7 +160,9 @@ static void run_on(struct end *e, struct report *report, int argument)
     e->device.count = 12;
     memset(e->device.buffer[BUFFER_PARTIAL], 0, 12 * 256 * 4);
     for (uint64_t i = (uint64_t)argument; report->rc == 0; i++) {
-        struct exchange_choice choice = {(enum exchange_algorithm)(i % 3), i % 2 ? WIRE_S8X : WIRE_BF16, 4 * 256};
+        enum exchange_algorithm algorithm = (enum exchange_algorithm)(i % 3);
+        struct exchange_choice choice = {algorithm, algorithm != ALGORITHM_ONE_SHOT && i % 2 ? WIRE_S8X : WIRE_BF16,
+                                         4 * 256};
         report->rc = exchange_all_reduce(&e->device, BUFFER_PARTIAL, &choice, false, OP_MLP, 5, &err);
         report->rc = report->rc ? report->rc : exchange_flush(&e->device, &err);
         struct dealt_rows rows = {(int64_t)(i % 2), 11, (int)(i % (uint64_t)e->group->tp_size)};

@@ -52,7 +52,9 @@ static void test_bytes_and_bits(void **state)
             for (size_t a = 0; a < sizeof algorithms / sizeof *algorithms; a++)
                 for (int wire = 0; wire < WIRE_COUNT; wire++) {
                     uint64_t to, from;
-                    if (algorithms[a].algorithm == ALGORITHM_CHUNKS && wire != (tp_size > 2 ? WIRE_S8X : WIRE_BF16))
+                    bool once = algorithms[a].algorithm == ALGORITHM_ONE_SHOT;
+                    if ((algorithms[a].algorithm == ALGORITHM_CHUNKS && wire != (tp_size > 2 ? WIRE_S8X : WIRE_BF16)) ||
+                        (once && wire_is_compressed((enum wire)wire)))
                         continue;
                     struct link_message message = message_of(transports[t], algorithms[a], tp_size, 2, 2048);
                     message.choice.wire = (enum wire)wire;
@@ -88,7 +90,10 @@ static void test_formulae(void **state)
         {TRANSPORT_HOST, ALGORITHM_CHUNKS, WIRE_FP8, 2, 4224, 4224},
         {TRANSPORT_P2P, ALGORITHM_ONE_SHOT, WIRE_F32, 4, 3 * 16384, 3 * 16384},
         {TRANSPORT_HOST, ALGORITHM_ONE_SHOT, WIRE_F32, 8, 16384, 7 * 16384},
-        {TRANSPORT_HOST, ALGORITHM_ONE_SHOT, WIRE_BF16, 4, 10240, 3 * 10240}, // a quarter of it as f32
+        {TRANSPORT_P2P, ALGORITHM_ONE_SHOT, WIRE_BF16, 2, 8192, 8192},
+        {TRANSPORT_HOST, ALGORITHM_ONE_SHOT, WIRE_BF16, 2, 8192, 8192},
+        {TRANSPORT_HOST, ALGORITHM_ONE_SHOT, WIRE_BF16, 4, 8192, 3 * 8192},
+        {TRANSPORT_P2P, ALGORITHM_ONE_SHOT, WIRE_BF16, 8, 7 * 8192, 7 * 8192},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct exchange_choice choice = {cases[i].algorithm, cases[i].wire, 4096};
@@ -108,16 +113,14 @@ static void test_odd_shapes(void **state)
         for (size_t a = 0; a < sizeof algorithms / sizeof *algorithms; a++) {
             struct link_message message = message_of(transports[t], algorithms[a], 3, 5, 7 * 128);
             struct link_result result = simulate(&message);
-            uint64_t to = 0, from = 0, all = 5 * 7 * 256, owned = 5 * 7 * 512;
+            uint64_t to = 0, from = 0, all = 5 * 7 * 256;
             for (int rank = 0; rank < 3; rank++) {
                 to += result.to_bytes[rank];
                 from += result.from_bytes[rank];
             }
             bool one = algorithms[a].algorithm == ALGORITHM_ONE_SHOT, host = transports[t] == TRANSPORT_HOST;
-            uint64_t once =
-                one ? 2 * all + owned : 3 * all; // two of three ranks send a group in bf16, its owner as f32
-            assert_int_equal(to, one ? (host ? once : 2 * once) : host ? 3 * all : 4 * all);
-            assert_int_equal(from, one ? 2 * once : 4 * all);
+            assert_int_equal(to, host ? 3 * all : one ? 6 * all : 4 * all);
+            assert_int_equal(from, one ? 6 * all : 4 * all);
         }
 }
 
@@ -144,9 +147,9 @@ static void test_clock(void **state)
         assert_true(took_s > least_s && took_s < 1.35 * least_s);
         assert_true(took_s < 0.6 * seconds_of(TRANSPORT_HOST, bf16, tp_size, 2048));
     }
-    // The latencies that the rates were fitted to: 16 KB over P2P and the host, without what the owned groups add.
-    assert_true(fabs(seconds_of(TRANSPORT_P2P, small, 2, 1) - 5.8e-6) < 0.6e-6);
-    assert_true(fabs(seconds_of(TRANSPORT_HOST, small, 2, 1) - 8.7e-6) < 1.3e-6);
+    // The latencies that the rates were fitted to: 16 KB over P2P and the host.
+    assert_true(fabs(seconds_of(TRANSPORT_P2P, small, 2, 1) - 5.8e-6) < 0.3e-6);
+    assert_true(fabs(seconds_of(TRANSPORT_HOST, small, 2, 1) - 8.7e-6) < 0.3e-6);
     // A slower link takes longer, and so does memory that all cards share.
     message = message_of(TRANSPORT_HOST, chunks, 4, 2048, 8192);
     double before_s = link_seconds(&message);
@@ -204,11 +207,13 @@ static void test_table(void **state)
 static void test_refusals(void **state)
 {
     (void)state;
-    struct exchange_choice two_shot = {ALGORITHM_TWO_SHOT, WIRE_BF16, 0}, unknown = {ALGORITHM_COUNT, WIRE_BF16, 0};
+    struct exchange_choice two_shot = {ALGORITHM_TWO_SHOT, WIRE_BF16, 0}, unknown = {ALGORITHM_COUNT, WIRE_BF16, 0},
+                           compressed = {ALGORITHM_ONE_SHOT, WIRE_S8X, 0};
     const struct link_message messages[] = {
-        message_of(TRANSPORT_NCCL, two_shot, 2, 1, 128), message_of(TRANSPORT_HOST, two_shot, 1, 1, 128),
-        message_of(TRANSPORT_HOST, two_shot, 9, 1, 128), message_of(TRANSPORT_HOST, two_shot, 2, 0, 128),
-        message_of(TRANSPORT_HOST, two_shot, 2, 1, 100), message_of(TRANSPORT_P2P, unknown, 2, 1, 128),
+        message_of(TRANSPORT_NCCL, two_shot, 2, 1, 128),  message_of(TRANSPORT_HOST, two_shot, 1, 1, 128),
+        message_of(TRANSPORT_HOST, two_shot, 9, 1, 128),  message_of(TRANSPORT_HOST, two_shot, 2, 0, 128),
+        message_of(TRANSPORT_HOST, two_shot, 2, 1, 100),  message_of(TRANSPORT_P2P, unknown, 2, 1, 128),
+        message_of(TRANSPORT_P2P, compressed, 2, 1, 128),
     };
     for (size_t i = 0; i < sizeof messages / sizeof *messages; i++) {
         struct link_result result;

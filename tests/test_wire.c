@@ -134,9 +134,10 @@ static void check_add_up(const struct wire_target *target, enum wire wire, const
         for (int i = 0; i < WIRE_GROUP; i++)
             part[i] = rank == own ? x[i] : -x[(i + 5 * rank) % WIRE_GROUP];
         wire_target_at(0)->encode[wire](bytes[rank], part, count);
-        if (rank == own)
+        bool exact = rank == own && wire != WIRE_BF16;
+        if (exact)
             wire_target_at(0)->encode[WIRE_F32](want_out, part, count);
-        wire_target_at(0)->add[rank == own ? WIRE_F32 : wire](sum, rank == own ? want_out : bytes[rank], count);
+        wire_target_at(0)->add[exact ? WIRE_F32 : wire](sum, exact ? want_out : bytes[rank], count);
     }
     wire_target_at(0)->encode[wire](want_out, sum, count);
     wire_target_at(0)->decode[wire](want, want_out, count);
@@ -327,7 +328,7 @@ static void one_shot(int tp_size, enum wire wire)
     }
 }
 
-// As in comm_all_reduce: the owner's part exact, the sum through the codec once more.
+// As in comm_all_reduce: the owner's part exact but with bf16, the sum through the codec once more.
 static void two_shot(int tp_size, enum wire wire)
 {
     uint8_t bytes[WIRE_MAX_GROUP_BYTES];
@@ -336,7 +337,7 @@ static void two_shot(int tp_size, enum wire wire)
         float sum[WIRE_GROUP] = {0};
         for (int rank = 0; rank < tp_size; rank++) {
             wire_encode_group(bytes, parts[rank] + col, WIRE_GROUP, wire);
-            if (rank != owner)
+            if (rank != owner || wire == WIRE_BF16)
                 wire_add_group(sum, bytes, WIRE_GROUP, wire);
             else
                 for (int i = 0; i < WIRE_GROUP; i++)

@@ -271,32 +271,26 @@ __device__ __forceinline__ void send_all(const struct exchange_ranks &ranks, con
                                          const struct unit &u, uint64_t slot)
 {
     for (uint32_t i = threadIdx.x / WARP; i < u.count; i += blockDim.x / WARP) {
-        bool own = (int)((u.first + i) % (uint32_t)ranks.tp_size) == ranks.rank;
-        enum wire wire = own ? WIRE_F32 : m.wire;
         float x[LANE_VALUES];
         read_place(x, place_of(m, u.row, u.first + i));
-        struct wire_lane c = encode(x, wire);
+        struct wire_lane c = encode(x, m.wire);
         for (int e = 0; e < ranks.num_every; e++)
-            store_coded(ranks.every[e] + slot + i * WIRE_MAX_GROUP_BYTES, c, wire);
+            store_coded(ranks.every[e] + slot + i * bytes_of(m.wire), c, m.wire);
     }
 }
 
-// The work of all owners: sums in rank order, an owner's own part exact.
+// The work of all owners: sums in rank order.
 __device__ __forceinline__ void add_all(const struct exchange_ranks &ranks, const struct exchange_message &m,
                                         const struct unit &u, uint64_t slot)
 {
     for (uint32_t i = threadIdx.x / WARP; i < u.count; i += blockDim.x / WARP) {
-        int owner = (int)((u.first + i) % (uint32_t)ranks.tp_size);
         struct place p = place_of(m, u.row, u.first + i);
         float x[LANE_VALUES], sum[LANE_VALUES] = {};
         read_place(x, p);
-        for (int r = 0; r < ranks.tp_size; r++) {
-            enum wire wire = r == owner ? WIRE_F32 : m.wire;
-            add_coded(sum,
-                      r == ranks.rank ? encode(x, wire)
-                                      : load_coded(ranks.from[r] + slot + i * WIRE_MAX_GROUP_BYTES, wire),
-                      wire);
-        }
+        struct wire_lane own = encode(x, m.wire);
+        for (int r = 0; r < ranks.tp_size; r++)
+            add_coded(sum, r == ranks.rank ? own : load_coded(ranks.from[r] + slot + i * bytes_of(m.wire), m.wire),
+                      m.wire);
         decode(x, encode(sum, m.wire), m.wire);
         write_place(p, x);
     }
@@ -376,9 +370,12 @@ __device__ __forceinline__ void sum_parts(float *sum, const struct exchange_rank
                                           const struct exchange_message &m, const struct place &p, uint64_t offset)
 {
     float x[LANE_VALUES];
+    bool rounds = m.half == EXCHANGE_WHOLE && !m.lost && wire_of_own(m.wire) == WIRE_BF16;
     read_place(x, p);
-    for (int i = 0; i < LANE_VALUES; i++)
+    for (int i = 0; i < LANE_VALUES; i++) {
         sum[i] = 0;
+        x[i] = rounds ? bf16_to_f32(f32_to_bf16(x[i])) : x[i];
+    }
     for (int r = 0; r < ranks.tp_size; r++) {
         if (r == ranks.rank)
             for (int i = 0; i < LANE_VALUES; i++)
@@ -571,7 +568,8 @@ extern "C" cudaError_t launch_exchange_one_shot(const struct exchange_ranks *ran
                                                 const struct exchange_norm *norm, int blocks, cudaStream_t stream)
 {
     unsigned grid = blocks_of(message, ranks->tp_size, blocks);
-    if (message->lost || message->half != EXCHANGE_WHOLE || (norm && message->rows > EXCHANGE_NORM_ROWS))
+    if (message->lost || message->half != EXCHANGE_WHOLE || wire_is_compressed(message->wire) ||
+        (norm && message->rows > EXCHANGE_NORM_ROWS))
         return cudaErrorInvalidValue;
     if (grid == 0)
         return cudaSuccess;

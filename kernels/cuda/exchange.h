@@ -104,8 +104,8 @@ struct exchange_norm {
     float eps;
 };
 
-// One phase: every rank sends all its groups, its own as f32. norm (NULL: none) for at most EXCHANGE_NORM_ROWS rows. No feedback. blocks: at most
-// so many, the same on all ranks.
+// One phase: every rank sends all its groups. norm (NULL: none) for at most EXCHANGE_NORM_ROWS rows. No feedback, no wire that compresses. blocks: at
+// most so many, the same on all ranks.
 cudaError_t launch_exchange_one_shot(const struct exchange_ranks *ranks, const struct exchange_message *message,
                                      const struct exchange_norm *norm, int blocks, cudaStream_t stream);
 // Two phases: parts to their owners, sums back.

@@ -116,6 +116,9 @@ __global__ void __launch_bounds__(BLOCK_WARPS *WARP)
         float own[LANE_VALUES], sum[LANE_VALUES] = {};
         int64_t slots = (int64_t)view.share_rows * view.slots_per_row;
         wire_read(own, slot.x, slot.count, view.aligned);
+        if (wire_of_own(WIRE) == WIRE_BF16 && to && !view.lost)
+            for (int i = 0; i < LANE_VALUES; i++)
+                own[i] = bf16_to_f32(f32_to_bf16(own[i]));
         for (int rank = 0; rank < view.tp_size; rank++) {
             if (rank == view.rank)
                 for (int i = 0; i < LANE_VALUES; i++)

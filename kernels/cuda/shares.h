@@ -1,6 +1,6 @@
 // An all_reduce whose messages are packed by owner, as a library that moves bytes between ranks (NCCL) wants them. The arithmetic is that of
 // engine/comm_reduce.h, bit for bit: group g of a row belongs to rank g % tp_size, the owner adds up in rank order, its own part
-// exact, and what the sum is coded as is what every rank gets.
+// in wire_of_own's codec, and what the sum is coded as is what every rank gets.
 //
 // A share: the groups of a piece of a message that one rank owns, row by row, slots_per_row in each row. Where a row's groups do not divide
 // evenly the last slot of some ranks' rows is empty: zeros. All shares of a piece have the same size.
@@ -10,7 +10,8 @@
 //   3. share_decode:  from [tp_size][share], by owner -> x
 //
 // Its halves, where whole rows have owners (engine/comm_rows.h): of the rows that a rank owns it has the share, rows behind each other. Where the rows do
-// not divide evenly the last row of some ranks' shares is empty. The first half is 1 and 2, without coding the sums; the second is 3 behind
+// not divide evenly the last row of some ranks' shares is empty. The first half is 1 and 2, the own part exact and the sums not coded; the second is 3
+// behind
 //
 //   2. share_encode_own:  x of the own rows -> to [share], and x, which becomes what that decodes to
 #ifndef TPSHARD_KERNELS_CUDA_SHARES_H
