@@ -57,7 +57,7 @@ static bool read_list(const char *path, cpu_set_t *out)
 }
 
 // False when they cannot be told.
-static bool read_nodes(struct nodes *out, const char *system_dir, const cpu_set_t *allowed)
+static bool try_nodes(struct nodes *out, const char *system_dir, const cpu_set_t *allowed)
 {
     char path[512];
     cpu_set_t online;
@@ -81,6 +81,15 @@ static bool read_nodes(struct nodes *out, const char *system_dir, const cpu_set_
         out->cpus[out->count++] = cpus;
     }
     return out->count > 0;
+}
+
+// What cannot be told is one node.
+static void read_nodes(struct nodes *out, const char *system_dir, const cpu_set_t *allowed)
+{
+    if (try_nodes(out, system_dir, allowed))
+        return;
+    out->count = 1;
+    out->cpus[0] = *allowed;
 }
 
 // Part `index` of `parts` of the processors; at least one.
@@ -139,10 +148,7 @@ struct numa_place numa_place_of(const char *system_dir, const cpu_set_t *allowed
     CPU_ZERO(&anywhere.cpus);
     if (pin == PIN_NONE || CPU_COUNT(allowed) == 0)
         return anywhere;
-    if (!read_nodes(&nodes, system_dir, allowed)) {
-        nodes.count = 1;
-        nodes.cpus[0] = *allowed;
-    }
+    read_nodes(&nodes, system_dir, allowed);
     if (nodes.count == 1 && pin == PIN_NODE)
         return anywhere;
     for (int r = 0; r < tp_size && pin == PIN_NODE; r++) {
@@ -151,6 +157,63 @@ struct numa_place numa_place_of(const char *system_dir, const cpu_set_t *allowed
             return anywhere;
     }
     return place_on(&nodes, pin, rank, tp_size, &sharing);
+}
+
+// The ranks that have the fewest processors for each.
+struct misfit {
+    struct numa_place place;
+    int rank, sharing, fits; // fits: threads of each
+};
+
+static struct misfit narrowest(const struct nodes *nodes, enum numa_pin pin, int tp_size)
+{
+    struct misfit least = {.fits = CPU_SETSIZE};
+    for (int rank = 0; rank < tp_size; rank++) {
+        int sharing;
+        struct numa_place place = place_on(nodes, pin, rank, tp_size, &sharing);
+        sharing = pin == PIN_CORE ? 1 : sharing; // each has its part
+        if (CPU_COUNT(&place.cpus) / sharing < least.fits)
+            least = (struct misfit){place, rank, sharing, CPU_COUNT(&place.cpus) / sharing};
+    }
+    return least;
+}
+
+void numa_note(char text[NUMA_NOTE_BYTES], const char *system_dir, const cpu_set_t *allowed, enum numa_pin pin,
+               int tp_size, int threads)
+{
+    struct nodes nodes;
+    char where[32] = "its nodes";
+    int cpus = CPU_COUNT(allowed), each = cpus > tp_size ? cpus / tp_size : 1;
+    text[0] = 0;
+    if (cpus == 0 || threads == 1)
+        return;
+    if ((int64_t)tp_size * threads > cpus) {
+        snprintf(text, NUMA_NOTE_BYTES,
+                 "%d rank%s of %d threads %s %d processor%s here, so threads wait for each other: --threads %d fits",
+                 tp_size, tp_size == 1 ? "" : "s", threads, tp_size == 1 ? "has" : "have", cpus, cpus == 1 ? "" : "s",
+                 each);
+        return;
+    }
+    read_nodes(&nodes, system_dir, allowed);
+    if (pin == PIN_NONE || nodes.count == 1)
+        return;
+    struct misfit least = narrowest(&nodes, pin, tp_size);
+    if (least.fits >= threads)
+        return;
+    int count = CPU_COUNT(&least.place.cpus);
+    if (least.place.node >= 0)
+        snprintf(where, sizeof where, "NUMA node %d", least.place.node);
+    each = least.fits > 1 ? least.fits : 1;
+    if (pin == PIN_CORE)
+        snprintf(text, NUMA_NOTE_BYTES,
+                 "--pin core: rank %d has %d processor%s of %s for %d threads, so some share one: --threads %d fits",
+                 least.rank, count, count == 1 ? "" : "s", where, threads, each);
+    else
+        snprintf(text, NUMA_NOTE_BYTES,
+                 "--pin node keeps no rank to its node: %d rank%s of %d threads would have the %d processor%s of %s: "
+                 "--threads %d %s",
+                 least.sharing, least.sharing == 1 ? "" : "s", threads, count, count == 1 ? "" : "s", where, each,
+                 least.fits > 0 ? "fits" : "comes nearest");
 }
 
 int numa_keep_to(const struct numa_place *place, struct error *err)

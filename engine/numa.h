@@ -3,7 +3,7 @@
 //
 // Ranks take nodes in order, as evenly as their numbers allow; with fewer ranks than nodes a rank has several. Nodes without a processor that
 // the process may use do not count. A machine of one node is left alone, but for PIN_CORE; and so are all ranks where a node has fewer
-// processors than its ranks have threads.
+// processors than its ranks have threads (numa_note says so).
 #ifndef TPSHARD_ENGINE_NUMA_H
 #define TPSHARD_ENGINE_NUMA_H
 
@@ -31,6 +31,11 @@ struct numa_place {
 // allowed processors.
 struct numa_place numa_place_of(const char *system_dir, const cpu_set_t *allowed, enum numa_pin pin, int rank,
                                 int tp_size, int threads);
+enum { NUMA_NOTE_BYTES = 256 };
+// "", or one sentence for the user: that all these ranks' threads cannot run at the same time on the allowed processors, or why they cannot be kept
+// where pin asks, and which --threads can. Ranks of one thread are never too many: no option would change that.
+void numa_note(char text[NUMA_NOTE_BYTES], const char *system_dir, const cpu_set_t *allowed, enum numa_pin pin,
+               int tp_size, int threads);
 // The calling thread, and threads and memory that it makes from now on, keep to the place. Where the kernel lets nobody choose memory it is
 // taken where it is touched first, which is there as well.
 int numa_keep_to(const struct numa_place *place, struct error *err);

@@ -440,6 +440,10 @@ static void take_options(struct session *s, const struct session_options *option
     w->kv_format = kv_format_from_name(options->kv_cache);
     w->residual_rows = options->residual_rows;
     w->pin = w->backend == &backend_cpu ? numa_pin_from_name(options->pin) : PIN_NONE;
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0)
+        numa_note(s->threads_note, NUMA_SYSTEM_DIR, &allowed,
+                  spread && w->local_size == 0 ? PIN_NONE : (enum numa_pin)w->pin, (int)here, w->threads);
 }
 
 static int open_store(struct session *s, const char *place, const struct session_options *options, struct error *err)
@@ -526,11 +530,14 @@ void session_print_devices(struct session *s, FILE *out)
 {
     if (s->backend_note)
         fprintf(out, "%s\n", s->backend_note);
+    if (s->threads_note[0])
+        fprintf(out, "%s\n", s->threads_note);
     for (uint32_t r = 0; r < s->manifest->num_ranks && s->worker.backend != &backend_cpu; r++)
         if (r == 0 || strcmp(s->shared->device[r], s->shared->device[r - 1]) != 0)
             fprintf(out, "rank %u: %s\n", r, s->shared->device[r]);
 }
 int session_threads(const struct session *s) { return s->worker.threads; }
+const char *session_threads_note(const struct session *s) { return s->threads_note; }
 bool session_feeds_back(const struct session *s) { return s->worker.feedback; }
 
 const char *session_wire(const struct session *s) { return wire_name(s->worker.wire); }

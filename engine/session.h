@@ -94,9 +94,10 @@ struct store *session_store(struct session *session);
 struct shared_area *session_shared(struct session *session); // NULL before the start
 int64_t session_context(const struct session *session);
 const char *session_backend(const struct session *session); // "cuda", or the name of the host's kernel table
-// What devices the ranks run on and how, one line each; after the start. Equal lines are said once; the host's CPU needs none.
+// What devices the ranks run on and how, one line each, and session_threads_note; after the start. Equal lines are said once; the host's CPU needs none.
 void session_print_devices(struct session *session, FILE *out);
-int session_threads(const struct session *session); // of each rank
+int session_threads(const struct session *session);              // of each rank
+const char *session_threads_note(const struct session *session); // numa_note of the ranks of this machine
 const char *session_wire(const struct session *session);
 const char *session_transport(const struct session *session); // between the ranks; after the start: as they have agreed
 // After the start, how the rows of long prompts travel: "plain", "overlap", "sequence-parallel" or "sequence-parallel+overlap". Overlap: steps as long

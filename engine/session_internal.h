@@ -10,6 +10,7 @@
 #ifndef TPSHARD_ENGINE_SESSION_INTERNAL_H
 #define TPSHARD_ENGINE_SESSION_INTERNAL_H
 
+#include "engine/numa.h"
 #include "engine/session_offer.h"
 
 struct session {
@@ -19,6 +20,7 @@ struct session {
     struct manifest *manifest;
     struct worker_options worker;
     const char *backend_note; // for the user; NULL: none
+    char threads_note[NUMA_NOTE_BYTES];
     bool ranks_are_threads, leave_signals, recomputes;
     int timeout_ms;
     int64_t draft_tokens;

@@ -160,6 +160,78 @@ static void test_too_small_nodes(void **state)
     assert_int_equal(numa_place_of(dir, &allowed, PIN_NODE, 2, 3, 2).node, -1);
 }
 
+static const struct {
+    const char *name, *online, *cpulists[MOST_NODES];
+    int last_allowed;
+    enum numa_pin pin;
+    int tp_size, threads;
+    const char *want;
+} notes[] = {
+    {"all fit", "0-1", {"0-3", "4-7"}, 7, PIN_NODE, 2, 4, ""},
+    {"not pinned", "0-1", {"0-6", "7"}, 7, PIN_NONE, 2, 4, ""},
+    {"more threads than processors",
+     "0",
+     {"0-1"},
+     1,
+     PIN_NONE,
+     2,
+     512,
+     "2 ranks of 512 threads have 2 processors here, so threads wait for each other: --threads 1 fits"},
+    {"one rank, one processor",
+     "0",
+     {"0-7"},
+     0,
+     PIN_NODE,
+     1,
+     1024,
+     "1 rank of 1024 threads has 1 processor here, so threads wait for each other: --threads 1 fits"},
+    {"more ranks than processors", "0", {"0-1"}, 1, PIN_NODE, 4, 1, ""},
+    {"a small node",
+     "0-1",
+     {"0-4", "5-7"},
+     7,
+     PIN_NODE,
+     2,
+     4,
+     "--pin node keeps no rank to its node: 1 rank of 4 threads would have the 3 processors of NUMA node 1: "
+     "--threads 3 fits"},
+    {"two ranks on a node of one",
+     "0-1",
+     {"0-6", "7"},
+     7,
+     PIN_NODE,
+     4,
+     2,
+     "--pin node keeps no rank to its node: 2 ranks of 2 threads would have the 1 processor of NUMA node 1: "
+     "--threads 1 comes nearest"},
+    {"cores of a small node",
+     "0-1",
+     {"0-4", "5-7"},
+     7,
+     PIN_CORE,
+     2,
+     4,
+     "--pin core: rank 1 has 3 processors of NUMA node 1 for 4 threads, so some share one: --threads 3 fits"},
+    {"a rank with several nodes", "0-2", {"0-1", "2-3", "4-7"}, 7, PIN_NODE, 1, 8, ""},
+};
+
+// What is left as it is, is said; and only then.
+static void test_notes(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < sizeof notes / sizeof *notes; i++) {
+        char dir[128], got[NUMA_NOTE_BYTES];
+        cpu_set_t allowed = range(0, notes[i].last_allowed);
+        make_tree(dir, notes[i].online, notes[i].cpulists);
+        numa_note(got, dir, &allowed, notes[i].pin, notes[i].tp_size, notes[i].threads);
+        if (strcmp(got, notes[i].want) != 0)
+            fail_msg("%s: \"%s\", wanted \"%s\"", notes[i].name, got, notes[i].want);
+        struct numa_place place = numa_place_of(dir, &allowed, notes[i].pin, 0, notes[i].tp_size, notes[i].threads);
+        bool several = strchr(notes[i].online, '-') != NULL && notes[i].pin == PIN_NODE;
+        assert_int_equal(several && CPU_COUNT(&place.cpus) == 0, strncmp(got, "--pin node", 10) == 0);
+    }
+}
+
 // However many nodes and ranks: nobody is without a processor, and every allowed one is somebody's.
 static void test_all_are_used(void **state)
 {
@@ -296,7 +368,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_places),       cmocka_unit_test(test_too_small_nodes),
         cmocka_unit_test(test_all_are_used), cmocka_unit_test(test_place_is_kept_to),
-        cmocka_unit_test(test_names),
+        cmocka_unit_test(test_names),        cmocka_unit_test(test_notes),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }

@@ -40,5 +40,8 @@ static void log_loads(struct session *session, const struct engine_stats *stats)
 void start_log(struct session *session, const struct engine_stats *stats)
 {
     log_devices(stats);
+    if (session_threads_note(session)[0])
+        log_line(LOG_WARNING, "threads",
+                 (struct log_field[]){{.key = "reason", .type = LOG_TEXT, .text = session_threads_note(session)}, {0}});
     log_loads(session, stats);
 }
