@@ -198,7 +198,7 @@ static int move_residuals(struct capture *c, float *kept, int64_t count, bool ba
     int rc = 0;
     for (int i = 0; i < 2 && !rc; i++, kept += elems) {
         float *rows = NULL;
-        if ((rc = b->lend(c->decoder->device, buffers[i], &rows, err)))
+        if ((rc = b->lend(c->decoder->device, buffers[i], back, &rows, err)))
             return rc;
         memcpy(back ? rows : kept, back ? kept : rows, elems * sizeof *rows);
         rc = b->returned(c->decoder->device, buffers[i], err);

@@ -33,7 +33,7 @@ static int exchange_squares(struct decoder *d, const struct block *block, struct
         return rc;
     if (decoder_devices_exchange(d)) // from zeros in rank order: the same numbers, since none of them is -0
         return part_sum_on_device(d, BUFFER_SQUARES, 2, WIRE_F32, block->op, (int)block->layer, err);
-    if ((rc = b->lend(d->device, BUFFER_SQUARES, &squares, err)))
+    if ((rc = b->lend(d->device, BUFFER_SQUARES, false, &squares, err)))
         return rc;
     for (int64_t row = 0; row < d->part->count; row += PIECE) {
         int64_t values = 2 * (d->part->count - row < PIECE ? d->part->count - row : PIECE);

@@ -297,7 +297,7 @@ static int gather_exactly(struct decoder *d, enum buffer buffer, int64_t first, 
     if (decoder_devices_exchange(d))
         return half_on_device(d, EXCHANGE_OWN_TO_ALL, buffer, &(struct dealt_rows){first, count, owner}, WIRE_F32, op,
                               layer, err);
-    int rc = d->backend->lend(d->device, buffer, &rows, err);
+    int rc = d->backend->lend(d->device, buffer, false, &rows, err);
     if (rc)
         return rc;
     struct exchange exchange = {.kind = EXCHANGE_OWN_TO_ALL,
@@ -337,7 +337,7 @@ static int norm_and_send(struct decoder *d, struct decoder_part *part, const str
     if (decoder_devices_exchange(d))
         return half_on_device(d, EXCHANGE_OWN_TO_ALL, BUFFER_NORMED, &rows, decoder_wire(d, d->phase), block->op,
                               (int)block->layer, err);
-    if ((rc = b->lend(d->device, BUFFER_NORMED, &normed, err)))
+    if ((rc = b->lend(d->device, BUFFER_NORMED, false, &normed, err)))
         return rc;
     struct exchange exchange = exchange_of(d, part, block, EXCHANGE_OWN_TO_ALL, normed);
     return begin_exchange(d, part, &exchange, err);
@@ -480,7 +480,7 @@ int part_leave(struct decoder *d, const struct block *block, struct error *err)
                                 block->op, (int)block->layer, err);
         return end_side(d, part, rc, err);
     }
-    if ((rc = join_other(d, true, err)) || (rc = d->backend->lend(d->device, BUFFER_PARTIAL, &partial, err)))
+    if ((rc = join_other(d, true, err)) || (rc = d->backend->lend(d->device, BUFFER_PARTIAL, false, &partial, err)))
         return rc;
     struct exchange exchange = exchange_of(d, part, block, d->dealt ? EXCHANGE_SUM_TO_OWN : EXCHANGE_SUM, partial);
     if (d->lost && wire_is_compressed(exchange.wire))
@@ -531,7 +531,7 @@ int part_sum_embedding(struct decoder *d, struct error *err)
         return half_on_device(d, EXCHANGE_SUM_TO_OWN, BUFFER_RESIDUAL, &all, WIRE_BF16, OP_EMBED, -1, err);
     if (decoder_devices_exchange(d))
         return sum_on_device(d, BUFFER_RESIDUAL, d->count, d->model->desc.hidden_size, WIRE_BF16, OP_EMBED, -1, err);
-    if ((rc = d->backend->lend(d->device, BUFFER_RESIDUAL, &rows, err)))
+    if ((rc = d->backend->lend(d->device, BUFFER_RESIDUAL, false, &rows, err)))
         return rc;
     struct exchange exchange = {.kind = d->dealt ? EXCHANGE_SUM_TO_OWN : EXCHANGE_SUM,
                                 .op = OP_EMBED,

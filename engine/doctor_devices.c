@@ -97,13 +97,13 @@ static int prepare_values(void *arg, const struct doctor_size *size, struct erro
     float *data;
     int rc;
     if ((rc = b->begin(r->device, rows, size->rows, phase, &pages, err)) ||
-        (rc = b->lend(r->device, BUFFER_PARTIAL, &data, err)))
+        (rc = b->lend(r->device, BUFFER_PARTIAL, true, &data, err)))
         return rc;
     for (int64_t i = 0; i < size->rows * DOCTOR_COLS; i++)
         data[i] = doctor_value(r->rank, i % DOCTOR_COLS);
     if ((rc = b->returned(r->device, BUFFER_PARTIAL, err)))
         return rc;
-    return b->lend(r->device, BUFFER_SQUARES, &data, err); // waits for it
+    return b->lend(r->device, BUFFER_SQUARES, false, &data, err); // waits for it
 }
 
 static int check_sums(void *arg, const struct doctor_size *size, struct error *err)
@@ -111,7 +111,7 @@ static int check_sums(void *arg, const struct doctor_size *size, struct error *e
     const struct rank *r = arg;
     const struct doctor_times *out = r->run->out;
     float *data, tolerance = wire_is_compressed(size->wire) ? 0.08f : 0; // of the largest in a group; fp8 keeps 3 bits
-    int rc = r->run->backend->lend(r->device, BUFFER_PARTIAL, &data, err);
+    int rc = r->run->backend->lend(r->device, BUFFER_PARTIAL, false, &data, err);
     for (int64_t i = 0; i < size->rows * DOCTOR_COLS && !rc; i++) {
         float want = 0, most = 0;
         for (int rank = 0; rank < out->ranks; rank++) {
@@ -137,7 +137,8 @@ static int add_up(void *arg, const struct doctor_size *size, int count, struct e
     int rc = 0;
     for (int i = 0; i < count && !rc; i++)
         rc = b->all_reduce(r->device, BUFFER_PARTIAL, &choice, false, OP_MLP, i, err);
-    return rc ? rc : b->lend(r->device, BUFFER_SQUARES, &none, err); // a few bytes, behind all that was asked for
+    return rc ? rc
+              : b->lend(r->device, BUFFER_SQUARES, false, &none, err); // a few bytes, behind all that was asked for
 }
 
 static int run_rank(void *arg, int rank, struct error *err)

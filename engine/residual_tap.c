@@ -12,7 +12,7 @@ static int show(struct residual_tap *tap, struct decoder *d, int64_t stage, stru
     if (d->count > tap->room - tap->at)
         return error_set(err, ERR_OTHER, "the residual stream of %lld rows does not fit where %lld have room",
                          (long long)(tap->at + d->count), (long long)tap->room);
-    if ((rc = d->backend->lend(d->device, BUFFER_RESIDUAL, &rows, err)))
+    if ((rc = d->backend->lend(d->device, BUFFER_RESIDUAL, false, &rows, err)))
         return rc;
     memcpy(tap->rows + (size_t)(stage * tap->room + tap->at) * hidden, rows, (size_t)d->count * hidden * sizeof *rows);
     return d->backend->returned(d->device, BUFFER_RESIDUAL, err);

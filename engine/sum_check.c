@@ -69,7 +69,7 @@ int sum_check_take(struct sum_check *c, const struct backend *backend, struct de
     if (count > c->elems)
         return error_set(err, ERR_OTHER, "a sum of %lld values is to be checked; there is room for %lld",
                          (long long)count, (long long)c->elems);
-    int rc = backend->lend(device, sum->buffer, &part, err);
+    int rc = backend->lend(device, sum->buffer, false, &part, err);
     if (rc)
         return rc;
     memcpy(c->values, part, (size_t)count * sizeof *part);
@@ -109,7 +109,7 @@ int sum_check_compare(struct sum_check *c, const struct backend *backend, struct
     comm_at(comm, sum->op, sum->layer);
     if ((rc = comm_all_reduce(comm, c->values, sum->rows, sum->cols, sum->cols, sum->wire,
                               sum->feedback ? c->lost : NULL, pool, err)) ||
-        (rc = backend->lend(device, sum->buffer, &found, err)))
+        (rc = backend->lend(device, sum->buffer, false, &found, err)))
         return rc;
     if (memcmp(found, c->values, (size_t)(sum->rows * sum->cols) * sizeof *found) != 0)
         return report(c, comm, transport, sum, found, err);

@@ -191,7 +191,7 @@ struct load_target {
 };
 
 enum {
-    BACKEND_ABI = 11,
+    BACKEND_ABI = 12,
     DEVICE_TEXT_BYTES = 512,
     DEVICE_BUS_BYTES = 24,
     LOAD_LANES = 16,             // threads that copy to a device at a time
@@ -283,8 +283,9 @@ struct backend {
     int (*route)(struct device *device, int64_t layer, struct error *err);
     // partial = factor * partial (0 without a shared expert) + this rank's part of the chosen experts. input: norm's.
     int (*experts)(struct device *device, int64_t layer, struct error *err);
-    // Lends a buffer's rows to the host (f32), which changes them; returned takes them back.
-    int (*lend)(struct device *device, enum buffer buffer, float **host, struct error *err);
+    // Lends a buffer's rows to the host (f32), with anything in them where the host is to write all of them (overwrite); returned takes back what it
+    // has changed.
+    int (*lend)(struct device *device, enum buffer buffer, bool overwrite, float **host, struct error *err);
     int (*returned)(struct device *device, enum buffer buffer, struct error *err);
 
     // ---- part of the rows; the three are NULL where a backend cannot do it ---------------------------------------------

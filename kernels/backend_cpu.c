@@ -534,9 +534,9 @@ static int cpu_place_partial(struct device *d, float *rows, const struct rank_pa
     return 0;
 }
 
-static int cpu_lend(struct device *d, enum buffer buffer, float **host, struct error *err)
+static int cpu_lend(struct device *d, enum buffer buffer, bool overwrite, float **host, struct error *err)
 {
-    (void)err;
+    (void)overwrite, (void)err;
     if (buffer == BUFFER_PARTIAL)
         finish_sum(d);
     *host = d->buffers[buffer];

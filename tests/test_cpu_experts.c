@@ -268,7 +268,7 @@ static void run_rank(const struct model *m, const struct rank_share *share, cons
     }
     assert_int_equal(b->experts(device, 0, &err), 0);
     float *partial;
-    assert_int_equal(b->lend(device, BUFFER_PARTIAL, &partial, &err), 0);
+    assert_int_equal(b->lend(device, BUFFER_PARTIAL, false, &partial, &err), 0);
     for (int64_t i = 0; i < count * HIDDEN; i++)
         out[i] += partial[i];
     b->close(device);

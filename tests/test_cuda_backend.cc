@@ -4,6 +4,8 @@
 
 #include <pthread.h>
 
+#include <vector>
+
 extern "C" const struct backend *tpengine_cuda_backend(void);
 
 namespace
@@ -124,11 +126,17 @@ int whole_run(struct fixture *f)
         if ((rc = sampled_step(f, next, 2, PHASE_DECODE, &pages)))
             return rc;
     if ((rc = b->begin(d, prompt, 3, PHASE_PREFILL, &pages, err)) || (rc = tiny_layers(b, d, f->m, err)) ||
-        (rc = b->lend(d, BUFFER_PARTIAL, &lent, err)))
+        (rc = b->lend(d, BUFFER_PARTIAL, false, &lent, err)))
         return rc;
     lent[0] += 1;
-    if ((rc = b->returned(d, BUFFER_PARTIAL, err)))
+    std::vector<float> left(lent, lent + 3 * m->desc.hidden_size);
+    if ((rc = b->returned(d, BUFFER_PARTIAL, err)) || (rc = b->lend(d, BUFFER_RESIDUAL, true, &lent, err)))
         return rc;
+    // What is to be overwritten is not copied first.
+    assert_memory_equal(lent, left.data(), left.size() * sizeof(float));
+    if ((rc = b->lend(d, BUFFER_RESIDUAL, false, &lent, err)))
+        return rc;
+    assert_memory_not_equal(lent, left.data(), left.size() * sizeof(float));
     return b->logits(d, &m->layers[0].mlp_join, NULL, 3, logits, VOCAB, err);
 }
 

@@ -275,7 +275,7 @@ static void check_router(const struct kernels *k, const json_t *test)
     struct kv_pages kv_pages = {.pages = pages, .pages_per_sequence = 1};
     float *host;
     assert_int_equal(backend_cpu.begin(device, rows, 3, PHASE_DECODE, &kv_pages, &err), 0);
-    assert_int_equal(backend_cpu.lend(device, BUFFER_ROUTER, &host, &err), 0);
+    assert_int_equal(backend_cpu.lend(device, BUFFER_ROUTER, false, &host, &err), 0);
     for (int64_t i = 0; i < num_experts; i++) {
         host[i] = (float)i;
         host[num_experts + i] = logits[i];
@@ -284,7 +284,7 @@ static void check_router(const struct kernels *k, const json_t *test)
     assert_int_equal(backend_cpu.returned(device, BUFFER_ROUTER, &err), 0);
     assert_int_equal(backend_cpu.route(device, 0, &err), 0);
     assert_int_equal(backend_cpu.experts(device, 0, &err), 0);
-    assert_int_equal(backend_cpu.lend(device, BUFFER_PARTIAL, &host, &err), 0);
+    assert_int_equal(backend_cpu.lend(device, BUFFER_PARTIAL, false, &host, &err), 0);
     assert_near(test, k, host + HIDDEN, want, HIDDEN, 2e-6, 0);
     backend_cpu.close(device);
     thread_pool_free(pool);

@@ -402,9 +402,9 @@ static int fake_begin(struct device *d, const struct token_row *rows, int64_t co
     return 0;
 }
 
-static int fake_lend(struct device *d, enum buffer buffer, float **host, struct error *err)
+static int fake_lend(struct device *d, enum buffer buffer, bool overwrite, float **host, struct error *err)
 {
-    (void)err;
+    (void)overwrite, (void)err;
     if (fake_mode == SLOW_TO_LEND && buffer == BUFFER_PARTIAL)
         usleep(LEND_US);
     *host = buffer == BUFFER_PARTIAL ? d->data[0] : d->squares[0];

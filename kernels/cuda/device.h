@@ -219,7 +219,7 @@ int step_window(struct device *d, int64_t first, int64_t count, struct error *er
 int step_norm_own(struct device *d, const struct join *join, const float *weight, int64_t first, int64_t stride,
                   struct error *err);
 int step_take_normed(struct device *d, const float *order, const struct matrix *next, struct error *err);
-int step_lend(struct device *d, enum buffer buffer, float **host, struct error *err);
+int step_lend(struct device *d, enum buffer buffer, bool overwrite, float **host, struct error *err);
 int step_returned(struct device *d, enum buffer buffer, struct error *err);
 int step_logits(struct device *d, const struct join *join, const int64_t *row_index, int64_t count, float *host,
                 int64_t stride, struct error *err);

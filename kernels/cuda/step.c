@@ -192,14 +192,14 @@ static uint64_t lent_bytes(const struct device *d, enum buffer buffer)
     return (uint64_t)(d->count * buffer_width(d->shape.desc, d->shape.share, buffer)) * sizeof(float);
 }
 
-// Windows lend beside each other.
+// Windows lend beside each other. What was lent before may still be on its way back to the device: the host waits for that, too.
 static float *lent_place(const struct device *d) { return d->lent + d->window_first * d->shape.desc->hidden_size; }
 
-int step_lend(struct device *d, enum buffer buffer, float **host, struct error *err)
+int step_lend(struct device *d, enum buffer buffer, bool overwrite, float **host, struct error *err)
 {
     float *place = lent_place(d);
     int rc = exchange_flush(d, err);
-    if (!rc)
+    if (!rc && !overwrite)
         rc = CHECK(cudaMemcpyAsync(place, d->buffer[buffer], lent_bytes(d, buffer), cudaMemcpyDeviceToHost, d->stream),
                    "copying a sum's part");
     *host = place;
