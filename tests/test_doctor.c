@@ -174,15 +174,51 @@ static void test_claims_and_acs(void **state)
     doctor_probe_free(system, sizeof *system);
 }
 
-// Links as they were seen: a driver that claims what is not so hinders, one that refuses does not; ends are named as the cards on their buses.
+// Of two cards and three devices, two of them on the cards' buses; freed with free_links.
+struct links_report {
+    struct doctor_system *system;
+    struct doctor_nvml *nvml;
+    struct doctor_devices counted;
+    struct link_board board;
+    struct doctor_report report;
+};
+
+static struct links_report *new_links(void)
+{
+    struct links_report *links = calloc(1, sizeof *links);
+    assert_non_null(links);
+    links->system = new_system(2);
+    links->nvml = doctor_probe_new(sizeof *links->nvml);
+    assert_non_null(links->nvml);
+    links->counted = (struct doctor_devices){.probe.end = PROBE_DONE, .count = 3};
+    links->report.system = links->system;
+    links->report.nvml = links->nvml;
+    links->report.devices = &links->counted;
+    links->report.links = &links->board;
+    links->board.num_ends = links->board.group = 3;
+    snprintf(links->board.end[0].bus, sizeof links->board.end[0].bus, "0000:02:00.0");
+    snprintf(links->board.end[1].bus, sizeof links->board.end[1].bus, "0000:01:00.0");
+    links->board.end[2].device = 2;
+    for (int a = 0; a < 3; a++)
+        for (int b = 0; b < 3; b++)
+            links->board.result[a][b].fault = LINK_GOOD;
+    return links;
+}
+
+static void free_links(struct links_report *links)
+{
+    doctor_probe_free(links->nvml, sizeof *links->nvml);
+    doctor_probe_free(links->system, sizeof *links->system);
+    free(links);
+}
+
+// Links as they were seen: a driver that claims what is not so hinders, one that refuses does not.
 static void test_links_between_devices(void **state)
 {
     (void)state;
-    struct doctor_system *system = new_system(2);
-    struct doctor_nvml *nvml = doctor_probe_new(sizeof *nvml);
-    struct doctor_devices counted = {.probe.end = PROBE_DONE, .count = 3};
-    struct doctor_report *report = calloc(1, sizeof *report);
-    struct link_board *board = calloc(1, sizeof *board);
+    struct links_report *links = new_links();
+    struct doctor_report *report = &links->report;
+    struct link_board *board = &links->board;
     static const struct {
         enum link_fault fault;
         uint32_t claimed, crossing;
@@ -197,19 +233,7 @@ static void test_links_between_devices(void **state)
         {LINK_REFUSED, 0, 0, false, "it is lost: ranks go through the host's memory, which needs no P2P", "claims"},
         {LINK_GOOD, 1, 0, false, NULL, "it is lost"},
     };
-    assert_true(nvml && report && board);
-    report->system = system;
-    report->nvml = nvml;
-    report->devices = &counted;
-    report->links = board;
-    board->num_ends = board->group = 3;
-    snprintf(board->end[0].bus, sizeof board->end[0].bus, "0000:02:00.0");
-    snprintf(board->end[1].bus, sizeof board->end[1].bus, "0000:01:00.0");
-    board->end[2].device = 2;
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        for (int a = 0; a < 3; a++)
-            for (int b = 0; b < 3; b++)
-                board->result[a][b].fault = LINK_GOOD;
         board->result[1][2].fault = (uint32_t)cases[i].fault;
         board->result[1][2].claimed = cases[i].claimed;
         board->result[1][2].crossing = cases[i].crossing;
@@ -225,22 +249,27 @@ static void test_links_between_devices(void **state)
     board->result[1][2].fault = board->result[2][0].fault = LINK_STALE;
     doctor_advice(report);
     assert_true(found(report, "(and other links are no better)", true));
+    free_links(links);
+}
 
+// Ends are named as the cards on their buses; devices that could not be counted hinder.
+static void test_names_and_counts(void **state)
+{
+    (void)state;
+    struct links_report *links = new_links();
+    struct doctor_report *report = &links->report;
     static const char *const names[] = {"GPU1", "GPU0", "device 2"};
     for (int end = 0; end < 3; end++) {
         char name[DOCTOR_END_BYTES];
         doctor_end_name(name, report, end);
         assert_string_equal(name, names[end]);
     }
-    counted.probe.end = PROBE_LATE;
-    counted.probe.seconds = 5;
-    snprintf(counted.probe.at, sizeof counted.probe.at, "the start of the driver");
+    links->counted.probe.end = PROBE_LATE;
+    links->counted.probe.seconds = 5;
+    snprintf(links->counted.probe.at, sizeof links->counted.probe.at, "the start of the driver");
     doctor_advice(report);
     assert_true(found(report, "counting the devices was ended after 5.0 s, at the start of the driver", true));
-    free(board);
-    free(report);
-    doctor_probe_free(nvml, sizeof *nvml);
-    doctor_probe_free(system, sizeof *system);
+    free_links(links);
 }
 
 // ---- bodies ------------------------------------------------------------------------------------------------------------
@@ -503,6 +532,7 @@ int main(void)
         cmocka_unit_test(test_nvml_that_hangs),
         cmocka_unit_test(test_claims_and_acs),
         cmocka_unit_test(test_links_between_devices),
+        cmocka_unit_test(test_names_and_counts),
         cmocka_unit_test(test_bodies),
         cmocka_unit_test(test_measured_in_time),
         cmocka_unit_test(test_devices_measured),
