@@ -90,7 +90,8 @@ static int sum_on_device(struct decoder *d, enum buffer buffer, int64_t rows, in
     if ((rc = wait_for_loading(d, err)))
         return rc;
     // The message of two numbers a row is one row.
-    struct checked_sum sum = {.buffer = buffer,
+    struct checked_sum sum = {.kind = EXCHANGE_SUM,
+                              .buffer = buffer,
                               .rows = buffer == BUFFER_SQUARES ? 1 : rows,
                               .cols = buffer == BUFFER_SQUARES ? rows * cols : cols,
                               .wire = choice.wire,
@@ -147,13 +148,28 @@ static int half_on_device(struct decoder *d, enum exchange_kind kind, enum buffe
 {
     const struct backend *b = d->backend;
     struct half half = half_of(d, kind, buffer, rows, wire, op);
+    struct checked_sum sum = {.kind = kind,
+                              .buffer = buffer,
+                              .first = rows->first,
+                              .rows = rows->count,
+                              .cols = d->model->desc.hidden_size,
+                              .first_owner = rows->first_owner,
+                              .wire = half.choice.wire,
+                              .feedback = half.feedback,
+                              .op = op,
+                              .layer = layer};
     int rc = wait_for_loading(d, err);
     if (rc)
         return rc;
     count_half(d, &half);
+    if (d->checked && (rc = sum_check_take(d->check, b, d->device, &sum, err)))
+        return rc;
     if (kind == EXCHANGE_OWN_TO_ALL)
-        return b->all_gather_rows(d->device, buffer, rows, &half.choice, half.operation, layer, err);
-    return b->reduce_scatter_rows(d->device, buffer, rows, &half.choice, half.feedback, half.operation, layer, err);
+        rc = b->all_gather_rows(d->device, buffer, rows, &half.choice, half.operation, layer, err);
+    else
+        rc = b->reduce_scatter_rows(d->device, buffer, rows, &half.choice, half.feedback, half.operation, layer, err);
+    return rc || !d->checked ? rc
+                             : sum_check_compare(d->check, b, d->device, d->comm, d->pool, d->transport, &sum, err);
 }
 
 static struct dealt_rows rows_of(const struct decoder_part *part)
@@ -372,7 +388,8 @@ static int sum_to_own(struct decoder *d, const struct block *block, struct error
                           (int)block->layer, err);
 }
 
-// On devices all that is between two blocks is one: the sum to its owners, their norm for the next block, the normed rows to all.
+// On devices all that is between two blocks is one: the sum to its owners, their norm for the next block, the normed rows to all. Of a step that is
+// checked each is looked at, so each is for itself.
 static int norm_for_next(struct decoder *d, const struct block *block, const struct block *next, struct error *err)
 {
     struct decoder_part *part = d->part;
@@ -402,7 +419,7 @@ static int leave_dealt_on_device(struct decoder *d, const struct block *block, s
     bool last = number == 2 * d->model->desc.num_layers;
     struct block next = block_at(d->model, last ? 0 : number);
     int rc = begin_side(d, part, err);
-    rc = rc ? rc : last ? sum_to_own(d, block, err) : norm_for_next(d, block, &next, err);
+    rc = rc ? rc : last || d->checked ? sum_to_own(d, block, err) : norm_for_next(d, block, &next, err);
     return end_side(d, part, rc, err);
 }
 

@@ -118,10 +118,6 @@ static int choose_check(struct session *s, int64_t every, struct error *err)
                          "--check-sums: over %s the processors add up, not the devices: there is nothing to compare "
                          "with; give --transport p2p, host or nccl, or leave --check-sums out",
                          transport_name(w->transport));
-    if (w->deals)
-        return error_set(err, ERR_USAGE,
-                         "--check-sums: sums whose rows are dealt out (--sequence-parallel on) are not "
-                         "checked; give one of the two");
     return 0;
 }
 

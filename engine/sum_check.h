@@ -2,12 +2,13 @@
 // (link_probe.h), and may lose or change data later all the same: then ranks compute on with wrong numbers, and nothing else would tell.
 //
 // Of a step that is checked, all sums are: the parts are copied from the devices before the devices add them up, the processors add them up
-// over the ranks' comm, and what the devices have made of them must be the same bits (law 5). So a step that is checked takes much longer than
+// over the ranks' comm, and what the devices have made of them must be the same bits (law 5). Where rows are dealt out to the ranks, both halves are:
+// the sums of a rank's own rows, and the rows that it has of the others. So a step that is checked takes much longer than
 // others, is neither cut in parts nor kept, and gives the same results. Which steps are checked, all ranks know alike: they count them.
 #ifndef TPSHARD_ENGINE_SUM_CHECK_H
 #define TPSHARD_ENGINE_SUM_CHECK_H
 
-#include "engine/comm.h"
+#include "engine/exchange.h"
 #include "kernels/backend.h"
 #include "kernels/thread_pool.h"
 
@@ -29,10 +30,13 @@ bool sum_check_begin(struct sum_check *check);
 // sums with feedback make up for.
 int sum_check_take_losses(struct sum_check *check, const uint16_t *lost, int64_t count, struct error *err);
 
-// A sum of the step: buffer's rows, as the backend's all_reduce adds them up.
+// A sum of the step, or a half of one: buffer's rows from `first` on, as the backend's all_reduce (EXCHANGE_SUM), reduce_scatter_rows
+// (EXCHANGE_SUM_TO_OWN) or all_gather_rows (EXCHANGE_OWN_TO_ALL) leaves them.
 struct checked_sum {
+    enum exchange_kind kind;
     enum buffer buffer;
-    int64_t rows, cols; // rows * cols values in all; cols: of a row of the message
+    int64_t first, rows, cols; // rows * cols values in all; cols: of a row of the message
+    int64_t first_owner;       // of a half: of row `first`
     enum wire wire;
     bool feedback;
     enum comm_operation op;

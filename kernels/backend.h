@@ -192,7 +192,7 @@ struct load_target {
 
 enum {
     BACKEND_ABI = 12,
-    DEVICE_TEXT_BYTES = 512,
+    DEVICE_TEXT_BYTES = 768,
     DEVICE_BUS_BYTES = 24,
     LOAD_LANES = 16,             // threads that copy to a device at a time
     LOAD_BUFFER_BYTES = 8 << 20, // of one lane, at most

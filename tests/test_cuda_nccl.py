@@ -143,6 +143,14 @@ def test_checked_sums(place, tmp):
         got = logits(place, shards, ids, tmp / "got.npy", *words, "--check-sums", 1, STAND_IN_FAULT=f"{CORRUPT}:{rank}:{message}")
         check(f"a bit of message {message} is changed: {where} is named", isinstance(got, str) and f"the devices' sum of {where} over nccl" in got and "exit 6" in got,
               got[:400])
+    dealt = (*words, "--sequence-parallel", "on")
+    want_dealt = logits(place, shards, ids, tmp / "want.npy", *dealt)
+    check("checked halves of sums are the same bytes", logits(place, shards, ids, tmp / "got.npy", *dealt, "--check-sums", 1) == want_dealt and isinstance(want_dealt, bytes),
+          want_dealt[:300])
+    for rank, message, what in (2, 0, "the devices' sum of the embedding"), (1, 3, "the rows that the devices have from others for layer 0 (mlp)"), \
+            (0, 4, "the devices' sum of layer 0 (mlp)"):
+        got = logits(place, shards, ids, tmp / "got.npy", *dealt, "--check-sums", 1, STAND_IN_FAULT=f"{CORRUPT}:{rank}:{message}")
+        check(f"dealt out, a bit of message {message} is changed: {what}", isinstance(got, str) and f"{what} over nccl" in got and "exit 6" in got, got[:400])
     got = logits(place, shards, ids, tmp / "got.npy", *words, STAND_IN_FAULT=f"{CORRUPT}:1:4")
     check("which nobody sees without it", isinstance(got, bytes) and got != want, got[:300])
     words = ("generate", tmp / "model", "--prompt", "And the", "--max-tokens", 5, "--seed", 1, "--context", 64, "--ignore-eos", "--transport", "nccl", *DEVICE)
