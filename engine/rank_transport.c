@@ -9,6 +9,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#define SEE_ALL "; for p2p, show each rank all GPUs of the host (Slurm: --gpus-per-node, not --gpus-per-task)"
+
 // What ranks of a launcher tell each other before they open their devices.
 struct place {
     uint64_t host, shown; // shown: of what names the devices that a process may see
@@ -68,7 +70,7 @@ static int look_where(struct rank_transport *t, struct place *all, struct error 
         if (all[r].shown != all[0].shown) {
             snprintf(why, sizeof why,
                      "ranks %d and %d are shown devices of their own (CUDA_VISIBLE_DEVICES), between which no rank "
-                     "can try the links",
+                     "can try the links" SEE_ALL,
                      o->first, o->first + r);
             return do_without(t, TRANSPORT_HOST, why, err);
         }
@@ -114,7 +116,7 @@ static void compare_devices(const struct rank_transport *t, char (*bus)[DEVICE_B
         if (strcmp(bus[r], board->end[r].bus) != 0) {
             seen->good = seen->slow = false;
             snprintf(seen->why, sizeof seen->why,
-                     "the device of rank %d (%.23s) is not shown to rank %d, which was to try its links",
+                     "the device of rank %d (%.23s) is not shown to rank %d, which was to try its links" SEE_ALL,
                      t->options.first + r, bus[r], t->options.first);
         }
 }

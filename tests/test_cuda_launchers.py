@@ -50,14 +50,16 @@ def spread(command, model, *words, world=2, of_rank=lambda rank: {}, before=lamb
         return [code for code, _, _ in results], [text for _, _, text in results], Path(out.name).read_bytes() if to else results[0][1]
 
 
+SEE_ALL = "; for p2p, show each rank all GPUs of the host (Slurm: --gpus-per-node, not --gpus-per-task)"
+
 # name, words, environment, of rank 1 alone, transport that is taken, what is said
 CASES = (("auto", (), {}, {}, "p2p", None),
          ("threads of their processes", ("--ranks", "thread", "--wire", "s8x"), {}, {}, "p2p", None),
          ("a link that lies", (), {"EMULATED_PEERS": "1>0:mirror"}, {}, "host", MIRROR),
          ("devices that each rank is shown alone", (), {"EMULATED_DEVICES": "1", "LOCAL_RANK": "1"}, {"EMULATED_FIRST": "1"}, "host",
-          "not over p2p: the device of rank 1 (0000:02:00.0) is not shown to rank 0, which was to try its links"),
+          "not over p2p: the device of rank 1 (0000:02:00.0) is not shown to rank 0, which was to try its links" + SEE_ALL),
          ("devices that each rank names for itself, and no memory to pin", (), {"CUDA_VISIBLE_DEVICES": "0", "EMULATED_LOCKED": "1000000"}, {"CUDA_VISIBLE_DEVICES": "1"}, "tcp",
-          "not over p2p: ranks 0 and 1 are shown devices of their own (CUDA_VISIBLE_DEVICES), between which no rank can try the links; sums of ranks through the CPU: "))
+          "not over p2p: ranks 0 and 1 are shown devices of their own (CUDA_VISIBLE_DEVICES), between which no rank can try the links" + SEE_ALL + "; sums of ranks through the CPU: "))
 
 
 def test_one_host(models):
