@@ -9,12 +9,13 @@
 #include <limits.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 static struct {
     const char *root;
     const char *cuda_library;
     double deadline_s;
-    bool no_times;
+    bool no_times, mpi;
 } options = {.root = "", .cuda_library = NULL, .deadline_s = 10};
 
 const struct option_spec doctor_options[] = {
@@ -23,7 +24,10 @@ const struct option_spec doctor_options[] = {
     {"no-times", OPTION_FLAG, &options.no_times, NULL, 0, 0,
      "measure no copies and no exchanges; what devices do with each other's memory is tried all the same"},
     {"root", OPTION_TEXT, &options.root, "DIR", 0, 0,
-     "read /sys, /proc and /dev below DIR, as they were copied from another machine"},
+     "read /sys, /proc and /dev below DIR, as they were copied from another machine; nothing is measured"},
+    {"mpi", OPTION_FLAG, &options.mpi, NULL, 0, 0,
+     "as one of the ranks that mpirun has started, on any hosts: what sums over MPI take between them, and nothing "
+     "else"},
     {"cuda-library", OPTION_TEXT, &options.cuda_library, "FILE", 0, 0,
      "the CUDA backend, if it is not beside tpengine or in ../lib"},
     {NULL, OPTION_FLAG, NULL, NULL, 0, 0, NULL},
@@ -34,7 +38,7 @@ static const struct {
     enum transport transport;
     int ranks; // 0: of all devices
 } measured[] = {{TRANSPORT_P2P, 0}, {TRANSPORT_HOST, 0}, {TRANSPORT_NCCL, 0}, {TRANSPORT_SHM, 2},
-                {TRANSPORT_SHM, 4}, {TRANSPORT_TCP, 2},  {TRANSPORT_TCP, 4}};
+                {TRANSPORT_SHM, 4}, {TRANSPORT_TCP, 2},  {TRANSPORT_TCP, 4},  {TRANSPORT_MPI, 2}};
 enum { TIMES = sizeof measured / sizeof *measured };
 _Static_assert((int)TIMES <= (int)DOCTOR_TIMES, "the report has room for all");
 
@@ -129,7 +133,10 @@ static int choose(struct doctor *d, struct error *err)
     struct doctor_report *report = &d->report;
     char path[PATH_MAX];
     bool devices = on_devices(d), proven = d->links && link_probe_verdict(d->links, unproven);
-    const char *why = d->system->num_cards == 0 ? "there is no GPU" : "the ranks compute on the CPU here";
+    bool copied = options.root[0] && d->system->num_cards > 0;
+    const char *why = d->system->num_cards == 0 ? "there is no GPU"
+                      : copied                  ? "devices are tried on the machine itself, not by a copy of its files"
+                                                : "the ranks compute on the CPU here";
     if (!devices)
         report->missing[TRANSPORT_HOST] = report->missing[TRANSPORT_P2P] = report->missing[TRANSPORT_NCCL] = why;
     else if (!proven)
@@ -139,17 +146,24 @@ static int choose(struct doctor *d, struct error *err)
     if (!backends_find_library(path, "libtpengine_mpi.so"))
         report->missing[TRANSPORT_MPI] =
             "libtpengine_mpi.so, built where Open MPI's headers are, is neither beside tpengine nor in ../lib";
+    else if (!doctor_mpi_can_start())
+        report->missing[TRANSPORT_MPI] = "mpirun, which starts its ranks, is not in PATH";
     snprintf(report->why, sizeof report->why, "%s",
-             !devices   ? "ranks compute on the CPU of one host and share its memory"
+             copied     ? "where ranks compute on the CPU; what its GPUs can do, doctor says on the machine itself"
+             : !devices ? "ranks compute on the CPU of one host and share its memory"
              : proven   ? "what a device writes into another one's memory was seen to arrive there, in every direction"
              : d->links ? "it needs no way from device to device"
                         : "it needs no way from device to device; ranks that start try whether there is one");
     return comm_select_transport(&report->transport, "auto", report->missing, err);
 }
 
-// Two ranks share a card that is alone; NCCL has a card for each. What is merely slow is measured.
+// Two ranks share a card that is alone; NCCL has a card for each. What is merely slow is measured. mpirun does not start within another one.
 static bool can_measure(const struct doctor *d, enum transport transport)
 {
+    if (transport == TRANSPORT_SHM || transport == TRANSPORT_TCP)
+        return true;
+    if (transport == TRANSPORT_MPI)
+        return !d->report.missing[transport] && !getenv("OMPI_COMM_WORLD_SIZE");
     bool works = transport == TRANSPORT_P2P ? d->links && link_probe_delivers(d->links) : !d->report.missing[transport];
     return works && on_devices(d) && d->devices->count >= (transport == TRANSPORT_NCCL ? 2 : 1);
 }
@@ -158,15 +172,17 @@ static int ranks_of_devices(int devices) { return devices < 2 ? 2 : devices < DO
 
 static int measure(struct doctor *d, struct error *err)
 {
-    for (int i = 0; i < TIMES && !options.no_times; i++) {
+    for (int i = 0; i < TIMES && !options.no_times && !options.root[0]; i++) {
         enum transport transport = measured[i].transport;
         int devices = d->devices ? d->devices->count : 0;
-        if (measured[i].ranks == 0 && !can_measure(d, transport))
+        if (!can_measure(d, transport))
             continue;
         d->times[i] = doctor_probe_new(sizeof *d->times[i]);
         if (!d->times[i])
             return error_set(err, ERR_MEMORY, "no memory for what is measured");
-        if (measured[i].ranks > 0)
+        if (transport == TRANSPORT_MPI)
+            doctor_mpi_measure(d->times[i], measured[i].ranks, options.deadline_s);
+        else if (measured[i].ranks > 0)
             doctor_links_measure(d->times[i], transport, measured[i].ranks, options.deadline_s);
         else
             doctor_devices_measure(d->times[i], d->backend.backend, d->backend.kernels, transport,
@@ -196,11 +212,42 @@ static int examine(struct doctor *d, struct error *err)
     return 0;
 }
 
+static int check_root(struct error *err)
+{
+    char sys[PATH_MAX], proc[PATH_MAX];
+    snprintf(sys, sizeof sys, "%s/sys", options.root);
+    snprintf(proc, sizeof proc, "%s/proc", options.root);
+    if (!options.root[0] || access(sys, X_OK) == 0 || access(proc, X_OK) == 0)
+        return 0;
+    if (access(options.root, X_OK))
+        return error_set_errno(err, "--root %s", options.root);
+    return error_set(
+        err, ERR_USAGE,
+        "--root %s: there is neither sys nor proc in it: copy /sys, /proc and /dev of the other machine to it",
+        options.root);
+}
+
+static int run_mpi_rank(struct error *err)
+{
+    struct doctor_times times = {0};
+    const struct doctor_report report = {.times = {&times}, .num_times = 1};
+    bool first = false;
+    int rc = doctor_mpi_rank(&times, &first, err);
+    if (!rc && first && common_options.json)
+        rc = doctor_print_times_json(&report, err);
+    else if (!rc && first)
+        doctor_print_times(&report, stdout);
+    return rc;
+}
+
 int doctor_run(int argc, char **argv, struct error *err)
 {
     (void)argc, (void)argv;
     static struct doctor d; // large
-    int rc = examine(&d, err);
+    if (options.mpi)
+        return run_mpi_rank(err);
+    int rc = check_root(err);
+    rc = rc ? rc : examine(&d, err);
     if (!rc && common_options.json)
         rc = doctor_print_json(&d.report, err);
     else if (!rc)

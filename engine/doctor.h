@@ -142,6 +142,15 @@ void doctor_run_ranks(struct doctor_times *out, int (*rank_main)(void *arg, int 
 // What a rank adds up, [size->rows][DOCTOR_COLS]: numbers whose sum every codec carries exactly or nearly so.
 static inline float doctor_value(int rank, int64_t col) { return (float)(col % 16 + rank); }
 
+// ---- over MPI: doctor_mpi.c ------------------------------------------------------------------------------------------
+
+// Its ranks are processes that mpirun starts: whether there is one, in PATH.
+bool doctor_mpi_can_start(void);
+// The same as doctor_links_measure for TRANSPORT_MPI: mpirun starts this program again, as ranks that measure.
+void doctor_mpi_measure(struct doctor_times *out, int ranks, double seconds);
+// Such a rank: adds up with the others, and ends MPI. *first: out is filled in. An error is for the program to end with, which ends all ranks.
+int doctor_mpi_rank(struct doctor_times *out, bool *first, struct error *err);
+
 // ---- a card's own link: doctor_cards.c -----------------------------------------------------------------------------
 
 struct doctor_copies {
@@ -194,5 +203,8 @@ void doctor_end_name(char name[DOCTOR_END_BYTES], const struct doctor_report *re
 
 void doctor_print(const struct doctor_report *report, FILE *out);
 int doctor_print_json(const struct doctor_report *report, struct error *err);
+// The measured times alone; the report's system may be NULL.
+void doctor_print_times(const struct doctor_report *report, FILE *out);
+int doctor_print_times_json(const struct doctor_report *report, struct error *err);
 
 #endif

@@ -22,13 +22,13 @@ __attribute__((format(printf, 3, 4))) static void add(struct doctor_report *repo
     va_end(words);
 }
 
-static void judge_probe(struct doctor_report *report, const struct probe *probe, const char *what)
+static void judge_probe(struct doctor_report *report, const struct probe *probe, bool hinders, const char *what)
 {
     char sentence[PROBE_SENTENCE_BYTES];
     if (probe->end == PROBE_NOT_RUN || (probe->end == PROBE_DONE && !probe->err.code))
         return;
     doctor_probe_sentence(sentence, probe);
-    add(report, true, "%s %.400s", what, sentence);
+    add(report, hinders, "%s %.400s", what, sentence);
 }
 
 static void judge_driver(struct doctor_report *report)
@@ -103,7 +103,7 @@ static void judge_copies(struct doctor_report *report)
         char what[64];
         snprintf(what, sizeof what, "copying to and from device %d", i);
         if (!report->some_hidden)
-            judge_probe(report, &copies->probe, what);
+            judge_probe(report, &copies->probe, true, what);
         if (i >= report->system->num_cards || report->some_hidden || !(least > 0))
             continue;
         const struct doctor_card *card = &report->system->cards[i];
@@ -284,16 +284,17 @@ static void sort(struct doctor_report *report)
 void doctor_advice(struct doctor_report *report)
 {
     report->num_findings = 0;
-    judge_probe(report, &report->system->probe, "reading what the system says of itself");
+    judge_probe(report, &report->system->probe, true, "reading what the system says of itself");
     judge_driver(report);
-    judge_probe(report, &report->nvml->probe, "asking the driver through NVML");
+    judge_probe(report, &report->nvml->probe, true, "asking the driver through NVML");
     if (report->devices)
-        judge_probe(report, &report->devices->probe, "counting the devices");
+        judge_probe(report, &report->devices->probe, true, "counting the devices");
     for (int i = 0; i < report->num_times; i++) {
         char what[64];
         snprintf(what, sizeof what, "measuring %s with %d ranks", transport_name(report->times[i]->transport),
                  report->times[i]->ranks);
-        judge_probe(report, &report->times[i]->probe, what);
+        // Ranks over MPI are there for who wants them.
+        judge_probe(report, &report->times[i]->probe, report->times[i]->transport != TRANSPORT_MPI, what);
     }
     for (int i = 0; i < report->system->num_cards; i++)
         judge_width(report, i);

@@ -3,6 +3,7 @@
 
 #include "engine/comm_select.h"
 #include "engine/commands.h"
+#include "kernels/thread_pool.h"
 
 #include <math.h>
 #include <string.h>
@@ -244,14 +245,15 @@ static void size_name(char text[24], const struct doctor_size *size)
         snprintf(text, 24, "%.0f MiB %s", bytes / 0x1p20, wire_name(size->wire));
 }
 
-static void print_times(const struct doctor_report *report, FILE *out)
+void doctor_print_times(const struct doctor_report *report, FILE *out)
 {
     char name[24], sentence[PROBE_SENTENCE_BYTES];
+    int processors = thread_pool_default_threads();
     if (report->num_times == 0)
         return;
     fprintf(out,
-            "\ntimes   of one sum over ranks in microseconds, by what it would be in bf16 and by the codec it took; "
-            "processes of this host\n");
+            "%stimes   of one sum over ranks in microseconds, by what it would be in bf16 and by the codec it took%s\n",
+            report->system ? "\n" : "", report->system ? "; processes of this host" : "");
     fprintf(out, "  %-10s %5s", "transport", "ranks");
     for (int i = 0; i < DOCTOR_SIZES; i++) {
         size_name(name, &doctor_sizes[i]);
@@ -268,6 +270,8 @@ static void print_times(const struct doctor_report *report, FILE *out)
                 fprintf(out, " %12s", "-");
         if (times->devices > 0 && times->devices < times->ranks)
             fprintf(out, "  by turns on %d device%s", times->devices, times->devices == 1 ? "" : "s");
+        if (times->devices == 0 && report->system && times->ranks > processors)
+            fprintf(out, "  by turns on %d processor%s", processors, processors == 1 ? "" : "s");
         if (times->probe.end != PROBE_DONE || times->probe.err.code) {
             doctor_probe_sentence(sentence, &times->probe);
             fprintf(out, "  it %s", sentence);
@@ -290,7 +294,7 @@ static void print_choice(const struct doctor_report *report, FILE *out)
         struct exchange_choice choice = comm_select(report->transport, ranks, bytes, phase,
                                                     phase == PHASE_DECODE ? WIRE_S8X : doctor_sizes[i].wire);
         size_name(name, &doctor_sizes[i]);
-        fprintf(out, "  %-14s %s, %d ranks: %s in %s", name, phase == PHASE_DECODE ? "decode " : "prefill", ranks,
+        fprintf(out, "  %-14s %s, %d ranks: %s in %s", name, phase == PHASE_DECODE ? "decode" : "prefill", ranks,
                 exchange_algorithm_name(choice.algorithm), wire_name(choice.wire));
         if (choice.chunk_bytes)
             fprintf(out, ", chunks of %llu KiB", (unsigned long long)choice.chunk_bytes / 1024);
@@ -315,7 +319,7 @@ void doctor_print(const struct doctor_report *report, FILE *out)
     print_copies(report, out);
     print_links(report, out);
     print_transports(report, out);
-    print_times(report, out);
+    doctor_print_times(report, out);
     print_choice(report, out);
     print_findings(report, out);
 }
@@ -405,6 +409,11 @@ static json_t *times_json(const struct doctor_report *report)
                                                  wire_name(doctor_sizes[size].wire), "us", times->us[size]));
         }
     return all;
+}
+
+int doctor_print_times_json(const struct doctor_report *report, struct error *err)
+{
+    return print_report(json_pack("{s:i, s:o}", "schema_version", 1, "times", times_json(report)), err);
 }
 
 int doctor_print_json(const struct doctor_report *report, struct error *err)

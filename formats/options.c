@@ -477,6 +477,9 @@ int options_main(const struct program_spec *program, int argc, char **argv)
     if (count < command->min_arguments || count > command->max_arguments) {
         if (skip == 1 && count == 1)
             unknown_command(program, argv[0], &err);
+        else if (!command->arguments[0])
+            error_set(&err, ERR_USAGE, "%s takes no arguments, and found \"%s\"; see %s %s --help", command->name,
+                      argv[0], program->name, command->name);
         else
             error_set(&err, ERR_USAGE, "%s takes: %s; found %d argument%s; see %s %s --help", command->name,
                       command->arguments, count, count == 1 ? "" : "s", program->name, command->name);

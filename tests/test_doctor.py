@@ -176,12 +176,39 @@ code, out, problem = doctor(Machine(driver=None), "--json")
 check("JSON: transports", json.loads(out)["transports"]["shm"] is True and json.loads(out)["transports"]["p2p"] == "there is no GPU", out)
 check("JSON: nothing to change", code == 0 and json.loads(out)["change"] is None and json.loads(out)["transport"] == "shm", out + problem)
 
+# What is not there is refused, before anything is read.
+for name, words, code, there in (("a folder that is not there", ("--root", work / "none"), 5, "none: No such file or directory"),
+                                 ("a folder of other things", ("--root", "tests/model"), 2, "--root tests/model: there is neither sys nor proc in it"),
+                                 ("an argument", ("model",), 2, 'doctor takes no arguments, and found "model"')):
+    got, out, problem = run(ENGINE, "doctor", "--no-times", *words, env=CLEAN)
+    check(f"{name} is refused", got == code and there in problem and not out, f"exit status {got}: {out}{problem}")
+code, out, problem = run(ENGINE, "doctor", "--root", two_cards().root, env=CLEAN)
+check("nothing is measured for another machine", code == 0 and "times  " not in out and "doctor says on the machine itself" in out
+      and "p2p   between GPUs of one host that reach each other; not here: devices are tried on the machine itself" in out, out + problem)
+
 # This machine, really measured.
 code, out, problem = run(ENGINE, "doctor", "--json", "--deadline", "100", env=CLEAN)
 times = json.loads(out)["times"]
 for transport, ranks in ("shm", 2), ("shm", 4), ("tcp", 2), ("tcp", 4):
     mine = [t for t in times if t["transport"] == transport and t["ranks"] == ranks]
     check(f"{transport} of {ranks} ranks is measured", len(mine) == 5 and all(t["us"] > 0 for t in mine) and {t["wire"] for t in mine} == {"bf16", "s8x"}, out + problem)
+mpi = json.loads(out)["transports"]["mpi"]
+if mpi is True:
+    mine = [t for t in times if t["transport"] == "mpi"]
+    check("mpi of 2 ranks is measured", len(mine) == 5 and all(t["us"] > 0 and t["ranks"] == 2 for t in mine), out + problem)
+    code, out, problem = run("mpirun", "--oversubscribe", "--bind-to", "none", "-n", 3, ENGINE, "doctor", "--mpi",
+                             env={**CLEAN, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"})
+    check("and of 3 that mpirun starts", code == 0 and re.search(r"^times .*\n +transport .*\n +mpi +3( +[0-9.]+){5}\n$", out), out + problem)
+    code, out, problem = run(ENGINE, "doctor", "--mpi", env=CLEAN)
+    check("one rank has nobody to add up with", code == 2 and "MPI has started 1: mpirun -n 2 tpengine doctor --mpi" in problem, out + problem)
+else:
+    skip("sums over mpi", mpi)
+# A mpirun that fails is no hindrance, and its words are told.
+write(work / "bin/mpirun", "#!/bin/sh\necho ------ >&2\necho 'no slots here' >&2\nexit 1\n")
+os.chmod(work / "bin/mpirun", 0o755)
+if mpi is True:
+    code, out, problem = run(ENGINE, "doctor", "--deadline", "100", env={**CLEAN, "PATH": f"{work / 'bin'}:{os.environ['PATH']}"})
+    check("a mpirun that fails", code == 0 and "note    measuring mpi with 2 ranks ended, at mpirun -n 2 tpengine doctor --mpi: no slots here" in out, out + problem)
 code, out, problem = run(ENGINE, "doctor", "--deadline", "0.1", env=CLEAN)
 check("measuring too short a time ends", code in (0, HINDERED), f"exit status {code}: {out}{problem}")
 code, out, problem = run(ENGINE, "--help-man", env=CLEAN)
@@ -220,6 +247,12 @@ for transport, wanted, words in ("auto", 0, "bf16 wire over shm"), ("shm", 0, "b
         ("nccl", 2, "--transport nccl: it is for GPUs, and these ranks compute on the CPU"), ("ib", 2, "--transport"):
     code, out, problem = run(ENGINE, "generate", model, "--backend", "cpu", "--transport", transport, "--prompt", "And", "--max-tokens", 3, env=CLEAN)
     check(f"--transport {transport}", code == wanted and words in problem, f"exit status {code}: {out}{problem}")
+
+# More threads than processors run, and are told; only then.
+cpus = len(os.sched_getaffinity(0))
+for threads, said in (cpus + 1, f"2 ranks of {cpus + 1} threads have {cpus} processor"), (1, None):
+    code, out, problem = run(ENGINE, "generate", model, "--backend", "cpu", "--threads", threads, "--prompt", "And", "--max-tokens", 3, env=CLEAN)
+    check(f"--threads {threads}", code == 0 and (f"{said}" in problem and "so threads wait for each other: --threads" in problem if said else "threads wait" not in problem), problem)
 
 shutil.rmtree(work)
 sys.exit(status())
