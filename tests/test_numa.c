@@ -204,6 +204,15 @@ static const struct {
      2,
      "--pin node keeps no rank to its node: 2 ranks of 2 threads would have the 1 processor of NUMA node 1: "
      "--threads 1 comes nearest"},
+    {"two ranks on a node for one of them",
+     "0-1",
+     {"0-7", "8-10"},
+     10,
+     PIN_NODE,
+     4,
+     2,
+     "--pin node keeps no rank to its node: 2 ranks of 2 threads would have the 3 processors of NUMA node 1: "
+     "--threads 1 fits"},
     {"cores of a small node",
      "0-1",
      {"0-4", "5-7"},
