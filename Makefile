@@ -218,7 +218,7 @@ EMULATED_CXX = $(or $(CXX_OF_$(notdir $(CC))),$(CXX))
 comma := ,
 # Sanitizers need minutes for what the kernels' pragmas unroll; and their C++ checks want a run-time part that a C program lacks.
 EMULATED_OPTIMIZE = $(if $(SANITIZE),-O1 $(if $(findstring clang,$(CC)),-mllvm -pragma-unroll-threshold=64),-O2)
-EMULATED_DEBUG = $(if $(SANITIZE),-g1,-g) # lines are all that a sanitizer tells
+EMULATED_DEBUG = -g1 # lines are all that is needed of what the compiler works longest on
 EMULATED_CXXFLAGS = -std=gnu++17 -D_GNU_SOURCE $(EMULATED_FLAGS) -I. -I$(BUILD) $(EMULATED_OPTIMIZE) $(EMULATED_DEBUG) -ffp-contract=off -fno-math-errno \
                     -fPIC -ftls-model=initial-exec -Wall -Wextra -Wno-unknown-pragmas -Wno-pass-failed $(WERROR) $(SANITIZE) \
                     $(if $(SANITIZE),$(if $(findstring clang,$(CC)),-fno-sanitize=function$(comma)vptr))
