@@ -12,6 +12,7 @@
 enum {
     TILED_TOKENS = 2, // at most
     TILED_PREFETCH_BYTES = 5120,
+    TILED_SCALES_AHEAD_BYTES = 512, // of one tile
 };
 
 // What the tokens give to a step of 64 columns, or 128 where a group is so large.
@@ -148,6 +149,11 @@ VECTOR_INLINE void tiled_block(float *y, int64_t y_stride, const struct matrix *
 {
     const bool halves = group_size == 128; // a group is two tiles long
     const int step = halves ? 128 : 64, tiles = step / 64 * BLOCK_VECTORS, words = halves ? 4 : group_size / 16;
+    const int scale_lines = step / group_size *
+                            (kind == WEIGHT_INT4Z        ? 4
+                             : weight_group_chosen(kind) ? 2
+                                                         : 1) *
+                            LANES / 64;
     int64_t cols = (int64_t)w->shape.cols_padded;
     const uint8_t *codes = (const uint8_t *)w->data + row * cols / 2, *next = tile_scales(w, row + BLOCK_ROWS).first;
     struct tile_scales scales[BLOCK_VECTORS];
@@ -165,6 +171,13 @@ VECTOR_INLINE void tiled_block(float *y, int64_t y_stride, const struct matrix *
         // Scales of the next block, as many as the step uses: they stand by themselves, and would come late.
         for (int64_t i = 0; i < BLOCK_VECTORS * step_bytes; i += 64)
             prefetch(next + BLOCK_VECTORS * at + i);
+        // To L1 those of this block, where a step takes whole lines of each tile: from four places, products would wait for them.
+        UNROLL
+        for (int line = 0; line < scale_lines; line++) {
+            UNROLL
+            for (int64_t i = 0; i < BLOCK_VECTORS; i++)
+                _mm_prefetch((const char *)scales[i].first + at + TILED_SCALES_AHEAD_BYTES + 64 * line, _MM_HINT_T0);
+        }
         NO_UNROLL
         for (int64_t tile = 0; tile < tiles; tile++) {
             int64_t i = tile % BLOCK_VECTORS;
