@@ -24,7 +24,7 @@ NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/c
 CLANG_FORMAT ?= $(firstword $(notdir $(shell command -v clang-format-14)) clang-format)
 CLANG_TIDY ?= $(firstword $(notdir $(shell command -v clang-tidy-14)) clang-tidy)
 
-OPTIMIZE ?= -O3 -g
+OPTIMIZE ?= -O3 -g1
 WERROR ?= -Werror
 SANITIZE ?=
 WARNINGS = -Wall -Wextra -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wvla $(WERROR)

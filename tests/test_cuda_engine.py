@@ -75,13 +75,13 @@ def test_families(tmp):
         golden = json.loads((case / "golden.json").read_text())
         want = read_npy(case / "logits.npy")
         context = ("--context", golden["context"]) if "context" in golden else ()
-        # Latent attention rounds the absorbed queries to bf16 as well.
-        bound = 0.03 if case.name.startswith("deepseek") else 0.02
+        # Latent attention rounds the absorbed queries to bf16 as well. Gemma 3 norms sums before it adds them, so what parts lose in bf16 counts more.
+        bound = 0.03 if case.name.startswith("deepseek") else 0.025 if case.name.startswith("gemma3") else 0.02
         for tp in (1, 3) if case.name in few or case.name in ("gpt_oss", "deepseek_v2", "qwen2_moe") else (3,):
             shards = tmp / f"{case.name}-{tp}"
             run(BUILD / "tpshard", "--tp", tp, "--quant", "none", case, shards, "--quiet")
             error = relative_error(logits(shards, golden["token_ids"], tmp / "out.npy", *DEVICE, *context), want)
-            check(f"{case.name} tp {tp}", error <= bound, f"error {100 * error:.3f} % of rms, bound {100 * bound:.0f} %")
+            check(f"{case.name} tp {tp}", error <= bound, f"error {100 * error:.3f} % of rms, bound {100 * bound:.1f} %")
             shutil.rmtree(shards)
 
 
