@@ -127,6 +127,18 @@ def test_failures(tmp):
            (1, "incomplete", "compute-sanitizer was not begun: it does not support the device"))
 
 
+# What says that it cannot run here has not passed; what leaves out a part of itself has.
+def test_skipped(tmp):
+    machine = Machine(tmp, tools={"compute-sanitizer": "echo ========= COMPUTE-SANITIZER\n" + TOOLS["compute-sanitizer"]},
+                      carried={"tests/test_cuda_slab": '[ -z "${SANITIZED:-}" ] || { echo "SKIP: kernels that wait"; exit 0; }\necho all well\n',
+                               "tests/test_cuda_linear": '[ -z "${SANITIZED:-}" ] || echo "SKIP: large ones"\necho the others pass\n'})
+    code, report = machine.run()
+    expect("a run with tests that are skipped", (code, report["status"], report["reason"]), (0, "passed", ""))
+    for line in ("test_cuda_slab: passed in ", "memcheck test_cuda_slab: skipped (kernels that wait) in ", "synccheck test_cuda_slab: skipped (kernels that wait) in ",
+                 "racecheck test_cuda_linear: passed in ", "memcheck generate: passed in "):
+        check(f"the report has {line}", len(lines_of(report, "tests", line)) == 1, report["tests"])
+
+
 def test_time(tmp):
     machine = Machine(tmp, carried={"gpu_exchange": "sleep 60\n"})
     code, report = machine.run(GPU_CHECK_S="6")
@@ -159,7 +171,7 @@ def test_overlap(tmp):
 
 def main():
     with tempfile.TemporaryDirectory() as name:
-        for test in (test_whole, test_no_device, test_failures, test_time):
+        for test in (test_whole, test_no_device, test_failures, test_skipped, test_time):
             test(Path(name) / "machine")
         test_overlap(Path(name))
     return status()
