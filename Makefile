@@ -298,7 +298,8 @@ CPPCHECK ?= cppcheck
 LINT_SRC = $(FORMATS_SRC) $(KERNELS_SRC) $(wildcard shard/*.c engine/*.c engine/serve/*.c tests/*.c tests/fuzz/*.c bench/*.c)
 
 # One mark per file that the compiler has no warning for. No code is made: what links and runs is compiled elsewhere.
-.PHONY: warnings tidy cppcheck
+.PHONY: warnings unsanitized tidy cppcheck
+unsanitized: $(IO_SHIM) $(MPI_LIBRARY)
 # The CUDA backend's host side is read as the emulator sees it; gemm_cublaslt.c needs the toolkit.
 EMULATED_LINT_SRC := $(filter-out %/gemm_cublaslt.c,$(CUDA_HOST_SRC))
 ALL_LINT_SRC := $(LINT_SRC) $(EMULATED_LINT_SRC)
