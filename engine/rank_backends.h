@@ -3,13 +3,13 @@
 #ifndef TPSHARD_ENGINE_RANK_BACKENDS_H
 #define TPSHARD_ENGINE_RANK_BACKENDS_H
 
-#include "engine/comm.h"
+#include "formats/error.h"
 #include "kernels/backend.h"
 #include "kernels/kernels.h"
 
 #include <stdint.h>
 
-// Of one rank, as all others get it.
+// Of one rank, as rank 0 gets it. Both texts end with a 0.
 struct rank_sums {
     char name[16], sums[16];
     uint32_t tables; // of its processor: kernels_auto_set

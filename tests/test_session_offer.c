@@ -61,7 +61,7 @@ static void test_options(void **state)
     REFUSED(r.given.check_sums = 8, "--check-sums 0, rank 2 with --check-sums 8");
     REFUSED(r.given.kv_cache = "int4", "--kv-cache bf16, rank 2 with --kv-cache int4");
     REFUSED(r.given.verify = "sample", "--verify full, rank 2 with --verify sample");
-    REFUSED(r.given.context = 512, "--context 0, rank 2 with --context 512");
+    REFUSED(r.given.context = 512, "--context (the default), rank 2 with --context 512");
     // Devices: what is asked for has no other way out, as auto has.
     REFUSED((r.worker.transport = TRANSPORT_P2P, r.worker.transport_is_auto = true),
             "--transport tcp, rank 2 with --transport auto");
@@ -100,12 +100,32 @@ static void test_what_computes(void **state)
     refused("a device", &r, "rank 0 computes with scalar, rank 2 with cuda, and their sums differ");
 }
 
+// Any bytes may come, of which nothing is shown.
+static void test_no_offers(void **state)
+{
+    (void)state;
+    struct rank r = usual();
+    struct session_offer all[RANKS];
+    char *const texts[] = {(char *)&all[2], all[2].sums.name, all[2].sums.sums, all[2].words[0],
+                           all[2].words[SESSION_OFFER_WORDS - 1]};
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
+        struct error err = {0};
+        for (int rank = 0; rank < RANKS; rank++)
+            session_offer_make(&all[rank], &r.worker, &r.given);
+        memset(texts[i], 'A', i ? 16 : sizeof all[2]);
+        if (session_offers_compare(all, RANKS, &err) != ERR_RANK || strstr(err.msg, "AA") ||
+            !strstr(err.msg, "rank 2 does not say what it would compute with"))
+            fail_msg("text %zu: %d \"%s\"", i, err.code, err.msg);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_options),
         cmocka_unit_test(test_what_need_not_agree),
         cmocka_unit_test(test_what_computes),
+        cmocka_unit_test(test_no_offers),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
