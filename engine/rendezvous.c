@@ -18,9 +18,9 @@
 #include <unistd.h>
 
 enum {
-    FAIL_MS = 5000,
-    ASK_MS = 2000
-}; // to tell others why this rank cannot come; to ask who listens in this one's place
+    FAIL_MS = 5000, // to tell others why this rank cannot come
+    ASK_MS = 2000,  // to ask who listens in this one's place
+};
 
 // ---- sockets ---------------------------------------------------------------------------------------------------
 
@@ -114,7 +114,7 @@ bool meet_is_loopback(const struct sockaddr_storage *a)
     return IN6_IS_ADDR_LOOPBACK(v6) || (IN6_IS_ADDR_V4MAPPED(v6) && v6->s6_addr[12] == 127);
 }
 
-static socklen_t length_of(const struct sockaddr_storage *a)
+socklen_t meet_address_bytes(const struct sockaddr_storage *a)
 {
     return a->ss_family == AF_INET6 ? sizeof(struct sockaddr_in6) : sizeof(struct sockaddr_in);
 }
@@ -159,7 +159,7 @@ static int try_connect(int *out, const struct sockaddr_storage *address, int64_t
     if (fd < 0)
         return MEET_CLOSED;
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
-    if (connect(fd, (const struct sockaddr *)address, length_of(address)) != 0) {
+    if (connect(fd, (const struct sockaddr *)address, meet_address_bytes(address)) != 0) {
         if (errno != EINPROGRESS) {
             close(fd);
             return MEET_CLOSED;
@@ -602,5 +602,5 @@ int rendezvous_least(struct rendezvous *r, int64_t *value, const struct error *w
         all.sentence[sizeof all.sentence - 1] = 0;
     }
     *value = all.value;
-    return all.code ? error_set(err, all.code < 0 ? all.code : ERR_OTHER, "%s", all.sentence) : 0;
+    return all.code ? error_set(err, meet_is_code(all.code) ? all.code : ERR_OTHER, "%s", all.sentence) : 0;
 }

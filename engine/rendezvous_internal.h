@@ -62,6 +62,7 @@ void meet_close(int *fd);
 void meet_name(char name[MEET_NAME_BYTES], const struct sockaddr_storage *address);
 int meet_port(const struct sockaddr_storage *address);
 void meet_set_port(struct sockaddr_storage *address, int port);
+socklen_t meet_address_bytes(const struct sockaddr_storage *address); // as bind and connect want it
 bool meet_is_loopback(const struct sockaddr_storage *address);
 // Without a token only processes of this one's user are ranks: 0, or ERR_RANK for the other end of a connection within this host.
 int meet_check_user(const struct meeting *m, int fd, struct error *err);

@@ -74,9 +74,8 @@ static int bind_and_listen(struct sockaddr_storage *address)
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
     if (address->ss_family == AF_INET6)
         setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &no, sizeof no);
-    if (bind(fd, (const struct sockaddr *)address,
-             address->ss_family == AF_INET6 ? sizeof(struct sockaddr_in6) : sizeof(struct sockaddr_in)) == 0 &&
-        listen(fd, BACKLOG) == 0 && getsockname(fd, (struct sockaddr *)address, &bytes) == 0)
+    if (bind(fd, (const struct sockaddr *)address, meet_address_bytes(address)) == 0 && listen(fd, BACKLOG) == 0 &&
+        getsockname(fd, (struct sockaddr *)address, &bytes) == 0)
         return fd;
     int saved = errno;
     close(fd);
@@ -89,9 +88,7 @@ static bool is_own_address(const struct sockaddr_storage *address)
     struct sockaddr_storage any_port = *address;
     int fd = socket(address->ss_family, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     meet_set_port(&any_port, 0);
-    bool own =
-        fd >= 0 && bind(fd, (const struct sockaddr *)&any_port,
-                        address->ss_family == AF_INET6 ? sizeof(struct sockaddr_in6) : sizeof(struct sockaddr_in)) == 0;
+    bool own = fd >= 0 && bind(fd, (const struct sockaddr *)&any_port, meet_address_bytes(&any_port)) == 0;
     if (fd >= 0)
         close(fd);
     return own;

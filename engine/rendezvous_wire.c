@@ -86,6 +86,8 @@ void meet_hello_seal(struct meet_hello *hello, const uint8_t *key, const uint8_t
     memcpy(hello->tag, tag, sizeof tag);
 }
 
+bool meet_is_code(int32_t code) { return code < 0 && code >= -255; }
+
 int meet_hello_check(const struct meet_hello *h, const uint8_t *key, const uint8_t *nonce, bool *genuine,
                      struct error *err)
 {
@@ -97,7 +99,7 @@ int meet_hello_check(const struct meet_hello *h, const uint8_t *key, const uint8
     if (h->purpose >= MEET_PURPOSES || h->rank >= MEET_MAX_RANKS || h->to >= MEET_MAX_RANKS || h->world < 1 ||
         h->world > MEET_MAX_RANKS || h->tp_size < 1 || h->tp_size > MEET_MAX_RANKS || h->pp_size < 1 ||
         h->pp_size > MEET_MAX_RANKS || h->port > 65535 || (h->purpose == MEET_JOIN && h->port == 0) ||
-        (h->purpose == MEET_FAIL ? h->code >= 0 : h->code != 0))
+        (h->purpose == MEET_FAIL ? !meet_is_code(h->code) : h->code != 0))
         return error_set(err, ERR_CORRUPT, "it says numbers out of their ranges");
     if (!memchr(h->version, 0, sizeof h->version))
         return error_set(err, ERR_CORRUPT, "its version has no end");
@@ -117,7 +119,7 @@ void meet_answer_seal(uint8_t *answer, size_t bytes, const uint8_t *key, const u
 int meet_answer_rest(const struct meet_answer *head, size_t *rest, struct error *err)
 {
     if (memcmp(head->magic, MEET_ANSWER, sizeof head->magic) != 0 || head->num_addresses > MEET_MAX_RANKS ||
-        head->blob_bytes > MEET_BLOB_MAX_BYTES || head->reserved || head->code > 0 ||
+        head->blob_bytes > MEET_BLOB_MAX_BYTES || head->reserved || (head->code && !meet_is_code(head->code)) ||
         !memchr(head->sentence, 0, sizeof head->sentence))
         return error_set(err, ERR_CORRUPT, "its answer is none of this version");
     *rest = head->num_addresses * sizeof(struct meet_address) + head->blob_bytes;

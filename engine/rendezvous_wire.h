@@ -54,7 +54,7 @@ struct meet_hello {
     uint32_t rank, to;                     //  60  of the caller, below MEET_MAX_RANKS; of the one called
     uint32_t world, tp_size, pp_size;      //  68  1 .. MEET_MAX_RANKS
     uint32_t port;                         //  80  JOIN: where the caller listens, 1 .. 65535
-    int32_t code;                          //  84  FAIL: an error's; else 0
+    int32_t code;                          //  84  FAIL: an error's (meet_is_code); else 0
     char version[MEET_VERSION_BYTES];      //  88  of the program; ends with a 0
     uint8_t offer[MEET_OFFER_BYTES];       // 152  JOIN: what it wants to run with; FAIL: a sentence that ends with a 0
     uint8_t tag[MEET_TAG_BYTES];           // 664
@@ -72,7 +72,7 @@ _Static_assert(sizeof(struct meet_address) == 32, "on the wire");
 
 struct meet_answer {
     uint8_t magic[8];                   //   0  MEET_ANSWER
-    int32_t code;                       //   8  0: yes; else an error's code
+    int32_t code;                       //   8  0: yes; else an error's code (meet_is_code)
     uint32_t num_addresses, blob_bytes; //  12  follow this; at most MEET_MAX_RANKS, MEET_BLOB_MAX_BYTES
     uint32_t reserved;                  //  20  0
     char sentence[MEET_SENTENCE_BYTES]; //  24  why not; ends with a 0
@@ -88,6 +88,8 @@ int meet_nonce(uint8_t nonce[MEET_NONCE_BYTES], struct error *err);
 
 // nonce: of the challenge. Sets the tag.
 void meet_hello_seal(struct meet_hello *hello, const uint8_t *key, const uint8_t *nonce);
+// An error's code as another process may say it: negated it is an exit status, and never that of a success.
+bool meet_is_code(int32_t code);
 // Whether these are a hello at all and in their ranges (else ERR_CORRUPT), and whether the tag is right.
 int meet_hello_check(const struct meet_hello *hello, const uint8_t *key, const uint8_t *nonce, bool *genuine,
                      struct error *err);

@@ -29,8 +29,9 @@ static void hear_hello(const uint8_t *data, size_t bytes, bool sealed)
     check(genuine == sealed);
     check(hello.rank < MEET_MAX_RANKS && hello.to < MEET_MAX_RANKS && hello.world - 1 < MEET_MAX_RANKS &&
           hello.purpose < MEET_PURPOSES && hello.port <= 65535 && strlen(hello.version) < MEET_VERSION_BYTES);
-    check(hello.purpose != MEET_FAIL ? hello.code == 0
-                                     : hello.code < 0 && memchr(hello.offer, 0, sizeof hello.offer) != NULL);
+    check(hello.purpose != MEET_FAIL
+              ? hello.code == 0
+              : hello.code < 0 && hello.code >= -255 && memchr(hello.offer, 0, sizeof hello.offer) != NULL);
     hello.rank ^= 1; // a tag is of every bit
     check(meet_hello_check(&hello, key, nonce, &genuine, NULL) || !genuine);
 }
@@ -47,7 +48,7 @@ static void hear_answer(const uint8_t *data, size_t bytes, bool sealed)
         check(err.code == ERR_CORRUPT && err.msg[0]);
         return;
     }
-    check(rest <= MEET_ANSWER_MAX_BYTES - sizeof *answer && answer->code <= 0 &&
+    check(rest <= MEET_ANSWER_MAX_BYTES - sizeof *answer && answer->code <= 0 && answer->code >= -255 &&
           strlen(answer->sentence) < MEET_SENTENCE_BYTES);
     size_t all = sizeof *answer + rest;
     if (sealed)
