@@ -186,7 +186,7 @@ int launch_start(struct launch **out, const struct launch_options *options, rank
         goto fail;
     if (!options->leave_signals)
         handle_signals(launch);
-    launch->looked_ns = launch->stop_looked_ns = clock_now_ns();
+    launch->looked_ns = launch->stop_watch.looked_ns = clock_now_ns();
     fflush(NULL); // or every rank would write what is buffered once more
     for (int rank = launch->first; rank < launch->end && !rc; rank++)
         rc = start_rank(launch, rank, err);
@@ -427,21 +427,15 @@ static int watch(struct launch *launch, int *stuck, struct error *err)
 // knows of that.
 static int watch_stopped(struct launch *launch, int *rank, struct error *err)
 {
-    const int64_t look_ns = (int64_t)SELDOM_MS * 1000000;
-    int64_t now_ns = clock_now_ns(), passed_ns = now_ns - launch->stop_looked_ns;
-    if (!launch->spread || launch->options.threads || passed_ns < look_ns)
+    if (!launch->spread || launch->options.threads)
         return 0;
-    bool was = launch->is_stopped;
     *rank = launch->first;
-    launch->stop_looked_ns = now_ns;
-    launch->is_stopped = process_is_stopped(launch->ranks[*rank].pid);
-    launch->stopped_ns =
-        was && launch->is_stopped ? launch->stopped_ns + (passed_ns < 2 * look_ns ? passed_ns : look_ns) : 0;
+    int64_t stopped_ns = launch_stopped_ns(&launch->stop_watch, launch->ranks[*rank].pid, SELDOM_MS);
     // The others report who is missing by themselves, so they get the first word.
-    if (launch->stopped_ns <= (int64_t)launch->options.wait_timeout_ms * 1250000)
+    if (stopped_ns <= (int64_t)launch->options.wait_timeout_ms * 1250000)
         return 0;
     return error_set(err, ERR_RANK, "rank %d stood still for %.1f s; ranks may be silent for %.1f s", *rank,
-                     (double)launch->stopped_ns / 1e9, launch->options.wait_timeout_ms / 1000.0);
+                     (double)stopped_ns / 1e9, launch->options.wait_timeout_ms / 1000.0);
 }
 
 // ---- parent side ---------------------------------------------------------------------------------------------------

@@ -33,6 +33,12 @@ struct launch_area {
     struct rank_state ranks[COMM_MAX_RANKS];
 };
 
+// How long a process has been stopped, as far as it was seen. Zeros, or looked_ns of the time when it begins.
+struct stop_watch {
+    int64_t looked_ns, stopped_ns;
+    bool stopped; // at the last look
+};
+
 // The parent's view of one rank.
 struct rank_handle {
     pid_t pid; // processes
@@ -65,11 +71,9 @@ struct launch {
     bool handles_signals;
     struct sigaction before_int, before_term;
     int64_t looked_ns;
-    int64_t stop_looked_ns,
-        stopped_ns; // where other ranks are elsewhere: how long this one has been stopped, as far as it was seen
-    bool is_stopped;
-    struct error error; // code 0: nothing has failed
-    int lost_rank;      // where it came from
+    struct stop_watch stop_watch; // where other ranks are elsewhere: of the one that runs here
+    struct error error;           // code 0: nothing has failed
+    int lost_rank;                // where it came from
     struct rank_handle ranks[COMM_MAX_RANKS];
 };
 
@@ -80,6 +84,9 @@ static inline uint32_t launch_num_here(const struct launch *launch) { return (ui
 
 void launch_wake_parent(int event_fd); // from a signal handler too
 void launch_close_links(int *links, int count);
+
+// Looks at the process every look_ms and returns its stop_watch's stopped_ns. Time in which the caller itself did not run counts little.
+int64_t launch_stopped_ns(struct stop_watch *watch, pid_t pid, int look_ms);
 
 // A rank from its begin to its end: a thread's function, of a struct rank_handle; and what a forked process of `parent` becomes.
 void *launch_rank_thread(void *handle);

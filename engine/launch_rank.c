@@ -29,40 +29,40 @@ void launch_close_links(int *links, int count)
     }
 }
 
-// ---- the parent, as a rank sees it -------------------------------------------------------------------------------
+int64_t launch_stopped_ns(struct stop_watch *watch, pid_t pid, int look_ms)
+{
+    const int64_t look_ns = (int64_t)look_ms * 1000000;
+    int64_t now_ns = clock_now_ns(), passed_ns = now_ns - watch->looked_ns;
+    if (passed_ns < look_ns)
+        return watch->stopped_ns;
+    bool was = watch->stopped;
+    watch->looked_ns = now_ns;
+    watch->stopped = process_is_stopped(pid);
+    watch->stopped_ns = was && watch->stopped ? watch->stopped_ns + (passed_ns < 2 * look_ns ? passed_ns : look_ns) : 0;
+    return watch->stopped_ns;
+}
 
-// Ranks of other processes wait for rank 0 without a deadline while there is nothing to do, and rank 0 for its parent: nobody else
-// would ever notice that the parent stands still.
-struct parent_watch {
-    int64_t looked_ns, stopped_ns;
-    bool stopped;
-};
+// ---- the parent, as a rank sees it -------------------------------------------------------------------------------
 
 static bool parent_is_stopped(const struct launch *launch)
 {
     return !launch->options.threads && process_is_stopped(getppid());
 }
 
-// Ends all ranks when the parent has been stopped for longer than a rank may be silent. Time in which this process itself did not run counts little.
-static void watch_parent(struct rank_env *env, struct parent_watch *watch)
+// Ends all ranks when the parent has been stopped for longer than a rank may be silent. Ranks of other processes wait for rank 0 without a deadline while
+// there is nothing to do, and rank 0 for its parent: nobody else would ever notice that the parent stands still.
+static void watch_parent(struct rank_env *env, struct stop_watch *watch)
 {
     struct launch *launch = env->launch;
-    const int64_t look_ns = (int64_t)PARENT_LOOK_MS * 1000000;
-    int64_t now_ns = clock_now_ns(), passed_ns = now_ns - watch->looked_ns;
-    if (passed_ns < look_ns)
-        return;
-    bool was = watch->stopped;
-    watch->looked_ns = now_ns;
-    watch->stopped = parent_is_stopped(launch);
-    watch->stopped_ns = was && watch->stopped ? watch->stopped_ns + (passed_ns < 2 * look_ns ? passed_ns : look_ns) : 0;
-    if (watch->stopped_ns <= (int64_t)launch->options.wait_timeout_ms * 1000000)
+    int64_t stopped_ns = launch->options.threads ? 0 : launch_stopped_ns(watch, getppid(), PARENT_LOOK_MS);
+    if (stopped_ns <= (int64_t)launch->options.wait_timeout_ms * 1000000)
         return;
     char host[64] = "";
     struct error found;
     gethostname(host, sizeof host - 1);
     error_set(&found, ERR_RANK,
               "rank %d gets no work: the process that was started for it (%d on %s) was stopped for %.1f s", env->rank,
-              (int)getppid(), host, (double)watch->stopped_ns / 1e9);
+              (int)getppid(), host, (double)stopped_ns / 1e9);
     comm_region_abort(launch->region, env->rank, &found);
 }
 
@@ -89,7 +89,7 @@ static void sleep_for_command(struct rank_env *env, uint32_t taken)
 {
     struct launch *launch = env->launch;
     struct launch_area *area = launch->area;
-    struct parent_watch watch = {.looked_ns = clock_now_ns()};
+    struct stop_watch watch = {.looked_ns = clock_now_ns()};
     atomic_fetch_add(&area->sleeping_ranks, 1);
     // Ranks of other processes that are lost raise the abort word, but not the number.
     while (atomic_load(&area->command_number) == taken && !(env->spread && comm_region_aborted(launch->region))) {
