@@ -184,10 +184,37 @@ static void test_waits_between_stages(void **state)
         }
 }
 
+// All counters that a wait may be for: of two stages of two ranks, and of the messages between them.
+static void set_counters(struct comm_region *region, uint64_t value)
+{
+    for (int rank = 0; rank < 4; rank++) {
+        for (int group = 0; group < GROUP_COUNT; group++)
+            atomic_store(&region->slots[rank].posted[group], (uint32_t)value);
+        atomic_store(&region->slots[rank].parts, (uint32_t)value);
+        for (int other = rank < 2 ? 2 : 0; other < (rank < 2 ? 4 : 2); other++) {
+            atomic_store(&comm_channel(region, rank, other)->written, value);
+            atomic_store(&comm_channel(region, rank, other)->taken, value);
+        }
+    }
+}
+
+// The one that rank 2's wait is for.
+static void set_counter(struct comm_region *region, enum wait_kind kind, int other, uint64_t value)
+{
+    struct rank_slot *slot = &region->slots[other];
+    if (kind == WAITS_WRITTEN)
+        atomic_store(&comm_channel(region, other, 2)->written, value);
+    else if (kind == WAITS_TAKEN)
+        atomic_store(&comm_channel(region, 2, other)->taken, value);
+    else
+        atomic_store(kind == WAITS_PART ? &slot->parts : &slot->posted[kind == WAITS_WORLD ? GROUP_WORLD : GROUP_STAGE],
+                     (uint32_t)value);
+}
+
 // What a rank says of its wait counts as long as it can be true: a rank that was stopped goes on saying it.
 static void test_waits_that_are_over(void **state)
 {
-    enum { BYTES = 4096 };
+    enum { BYTES = 4096, REACH = 100 };
     static const struct {
         const char *name;
         enum wait_kind kind;
@@ -201,17 +228,11 @@ static void test_waits_that_are_over(void **state)
         for (int over = 0; over < 2; over++) {
             struct comm_region *region =
                 comm_region_init(map_shared(comm_region_bytes(2, 2, 100, BYTES)), 2, 2, 100, BYTES);
-            struct rank_slot *slot = &region->slots[2], *other = &region->slots[waits[i].waits_for];
-            bool counts = waits[i].kind == WAITS_WRITTEN || waits[i].kind == WAITS_TAKEN;
-            uint64_t reach = counts ? 100 : 3, there = over ? reach : reach - 1;
-            for (int group = 0; group < GROUP_COUNT; group++)
-                atomic_store(&other->posted[group], (uint32_t)there);
-            atomic_store(&other->parts, (uint32_t)there);
-            if (counts) {
-                atomic_store(&comm_channel(region, waits[i].waits_for, 2)->written, there);
-                atomic_store(&comm_channel(region, 2, waits[i].waits_for)->taken, there);
-            }
-            atomic_store(&slot->wait_reach, reach);
+            struct rank_slot *slot = &region->slots[2];
+            // All others say the opposite.
+            set_counters(region, over ? REACH - 1 : REACH);
+            set_counter(region, waits[i].kind, waits[i].waits_for, over ? REACH : REACH - 1);
+            atomic_store(&slot->wait_reach, REACH);
             atomic_store(&slot->wait_kind, (uint32_t)waits[i].kind);
             atomic_store(&slot->waits_for, waits[i].waits_for);
             int want = over ? 2 : waits[i].waits_for;
@@ -226,6 +247,39 @@ static void test_waits_that_are_over(void **state)
         }
 }
 
+// The sentence gives the rank behind a wait, through others too. tests/test_rank_stops.py reads sentences of this form.
+static void test_reasons(void **state)
+{
+    enum { BYTES = 4096, STAGES = 4, DEADLINE_MS = 100 };
+    static const char *const sentences[STAGES] = {
+        [2] = "rank 1 did not send rank 2 what it waits for (embedding) within 0.1 s, since it waits for rank 0; "
+              "rank 0 was last seen in attention of layer 3",
+        [3] =
+            "rank 2 did not send rank 3 what it waits for (embedding) within 0.1 s, since it waits for rank 1, and in "
+            "the end for rank 0; rank 0 was last seen in attention of layer 3"};
+    (void)state;
+    for (int waiter = 2; waiter < STAGES; waiter++) {
+        struct comm_region *region =
+            comm_region_init(map_shared(comm_region_bytes(1, STAGES, 100, BYTES)), 1, STAGES, 100, BYTES);
+        struct comm *cause, *comm;
+        struct error err = {0};
+        uint8_t data[16];
+        for (int rank = 1; rank < waiter; rank++) {
+            atomic_store(&region->slots[rank].wait_reach, 1);
+            atomic_store(&region->slots[rank].wait_kind, WAITS_WRITTEN);
+            atomic_store(&region->slots[rank].waits_for, rank - 1);
+        }
+        assert_int_equal(comm_open(&cause, region, 0, DEADLINE_MS, &err), 0);
+        assert_int_equal(comm_open(&comm, region, waiter, DEADLINE_MS, &err), 0);
+        comm_at(cause, OP_ATTENTION, 3);
+        comm_at(comm, OP_EMBED, -1);
+        assert_int_equal(comm_receive(comm, data, sizeof data, waiter - 1, &err), ERR_RANK);
+        assert_string_equal(err.msg, sentences[waiter]);
+        comm_close(comm);
+        comm_close(cause);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -234,6 +288,7 @@ int main(void)
         cmocka_unit_test(test_sender_is_ahead),
         cmocka_unit_test(test_waits_between_stages),
         cmocka_unit_test(test_waits_that_are_over),
+        cmocka_unit_test(test_reasons),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from case_help import CLEAN, check, end_of, free_port, must, report, status, wait_until
+from case_help import CLEAN, check, end_of, expect, free_port, must, report, status, wait_until
 
 BUILD = Path(os.environ.get("BUILD", "build"))
 TPENGINE = BUILD / "tpengine"
@@ -163,6 +163,10 @@ def stop_a_rank(place, rank, tokens, launched):
 
 def test_sentences():
     """Stages: whichever rank stands still, it is named, and no other one is the reason."""
+    # As test_comm_stages (test_reasons) holds the engine to: other words would be seen there.
+    begin = "rank 2 did not send rank 3 what it waits for (embedding) within 0.1 s, since it waits for "
+    expect("reasons are read from sentences", [reasons(begin + words) for words in ("rank 0; rank 0 was last seen in attention of layer 3",
+           "rank 1, and in the end for rank 0; rank 0 was last seen in attention of layer 3")], [[0], [0]])
     for launched in (False, True):
         wrong, whys = [], 0
         for turn in range(2 if QUICK else 4):
