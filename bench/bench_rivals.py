@@ -417,8 +417,8 @@ def print_table(title, header, rows):
 
 
 def share_of_read(line):
-    batch = line.get("batch") or 1
-    return line["decode_tokens_per_s"] / batch * bytes_per_token(line["model"], line["format"], line["engine"]) / 1e9 / line["limits"]["read_gb_s"]
+    batch, read = line.get("batch") or 1, line["limits"]["read_gb_s"]
+    return line["decode_tokens_per_s"] / batch * bytes_per_token(line["model"], line["format"], line["engine"]) / 1e9 / read if read else None
 
 
 def share_of_peak(line):
