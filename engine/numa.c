@@ -189,9 +189,9 @@ void numa_note(char text[NUMA_NOTE_BYTES], const char *system_dir, const cpu_set
         return;
     if ((int64_t)tp_size * threads > cpus) {
         snprintf(text, NUMA_NOTE_BYTES,
-                 "%d rank%s of %d threads %s %d processor%s here, so threads wait for each other: --threads %d fits",
+                 "%d rank%s of %d threads %s %d processor%s here, so threads wait for each other: --threads %d %s",
                  tp_size, tp_size == 1 ? "" : "s", threads, tp_size == 1 ? "has" : "have", cpus, cpus == 1 ? "" : "s",
-                 each);
+                 each, tp_size > cpus ? "comes nearest" : "fits");
         return;
     }
     read_nodes(&nodes, system_dir, allowed);
