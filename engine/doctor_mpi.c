@@ -112,11 +112,30 @@ static void read_text(int fd, char text[TEXT_BYTES])
     text[length > 0 ? length : 0] = 0;
 }
 
-// The first line that says something; mpirun frames what it has to say.
-static void first_words(char line[200], const char *text)
+// The last line of a rank, which is the cause; else the first one that says something: mpirun frames what it has to say.
+static void take_words(char line[190], const char *text)
 {
-    text += strcspn(text, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz");
-    snprintf(line, 200, "%.*s", (int)strcspn(text, "\n"), text);
+    static const char ours[] = "tpengine: ";
+    const char *words = text + strcspn(text, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz");
+    for (const char *at = text; *at; at += strcspn(at, "\n"), at += *at == '\n')
+        if (strncmp(at, ours, sizeof ours - 1) == 0)
+            words = at;
+    snprintf(line, 190, "%.*s", (int)strcspn(words, "\n"), words);
+}
+
+// How mpirun has ended without all times, and what was said.
+static void set_end(struct error *err, int status, const char *text)
+{
+    char line[190];
+    take_words(line, text);
+    const char *between = line[0] ? ": " : " and said nothing";
+    if (WIFSIGNALED(status))
+        error_set(err, ERR_OTHER, "it was ended by signal %d%s%s", WTERMSIG(status), between, line);
+    else if (WEXITSTATUS(status) != 0)
+        error_set(err, ERR_OTHER, "it ended with status %d%s%s", WEXITSTATUS(status), between, line);
+    else
+        error_set(err, ERR_OTHER, "its report has not the times of %d sizes%s%s", DOCTOR_SIZES, line[0] ? ": " : "",
+                  line);
 }
 
 // What --json has printed: the sizes in their order.
@@ -134,7 +153,7 @@ static bool take_times(struct doctor_times *out, const char *text)
 
 static void run_mpirun(struct probe *probe, void *arg)
 {
-    static char text[TEXT_BYTES], line[200];
+    static char text[TEXT_BYTES];
     struct doctor_times *times = (struct doctor_times *)(void *)probe;
     int out = memfd_create("out", MFD_CLOEXEC), problem = memfd_create("problem", MFD_CLOEXEC), status = -1;
     (void)arg;
@@ -152,8 +171,7 @@ static void run_mpirun(struct probe *probe, void *arg)
         return;
     }
     read_text(problem, text);
-    first_words(line, text);
-    error_set(&probe->err, ERR_OTHER, "%s", line[0] ? line : "it said nothing");
+    set_end(&probe->err, status, text);
 }
 
 void doctor_mpi_measure(struct doctor_times *out, int ranks, double seconds)

@@ -204,11 +204,15 @@ if mpi is True:
 else:
     skip("sums over mpi", mpi)
 # A mpirun that fails is no hindrance, and its words are told.
-write(work / "bin/mpirun", "#!/bin/sh\necho ------ >&2\necho 'no slots here' >&2\nexit 1\n")
-os.chmod(work / "bin/mpirun", 0o755)
-if mpi is True:
+MPIRUNS = (("warns before a rank says the cause", "echo 'mpirun: a warning' >&2; echo 'tpengine: no library' >&2; echo 'mpirun: a rank ended' >&2; exit 5",
+            "it ended with status 5: tpengine: no library"),
+           ("is ended by a signal", "kill -9 $$", "it was ended by signal 9 and said nothing"),
+           ("reports too little", """echo '{"times": [{"us": 1.5}]}'; echo ------ >&2; echo 'no slots here' >&2""", "its report has not the times of 5 sizes: no slots here"))
+for name, text, words in MPIRUNS if mpi is True else ():
+    write(work / "bin/mpirun", f"#!/bin/sh\n{text}\n")
+    os.chmod(work / "bin/mpirun", 0o755)
     code, out, problem = run(ENGINE, "doctor", "--deadline", "100", env={**CLEAN, "PATH": f"{work / 'bin'}:{os.environ['PATH']}"})
-    check("a mpirun that fails", code == 0 and "note    measuring mpi with 2 ranks ended, at mpirun -n 2 tpengine doctor --mpi: no slots here" in out, out + problem)
+    check(f"a mpirun that {name}", code == 0 and f"note    measuring mpi with 2 ranks ended, at mpirun -n 2 tpengine doctor --mpi: {words}\n" in out, out + problem)
 code, out, problem = run(ENGINE, "doctor", "--deadline", "0.1", env=CLEAN)
 check("measuring too short a time ends", code in (0, HINDERED), f"exit status {code}: {out}{problem}")
 code, out, problem = run(ENGINE, "--help-man", env=CLEAN)
