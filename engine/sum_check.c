@@ -67,9 +67,10 @@ int sum_check_take(struct sum_check *c, const struct backend *backend, struct de
 {
     float *part;
     int64_t count = sum->rows * sum->cols;
-    if (count > c->elems)
-        return error_set(err, ERR_OTHER, "a sum of %lld values is to be checked; there is room for %lld",
-                         (long long)count, (long long)c->elems);
+    int64_t end = sum->first * sum->cols + count; // c->lost is read from sum->first on
+    if (end > c->elems)
+        return error_set(err, ERR_OTHER, "a sum of values %lld to %lld is to be checked; there is room for %lld",
+                         (long long)(end - count), (long long)end, (long long)c->elems);
     int rc = backend->lend(device, sum->buffer, false, &part, err);
     if (rc)
         return rc;
