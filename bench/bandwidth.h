@@ -10,6 +10,8 @@
 #ifndef TPSHARD_BENCH_BANDWIDTH_H
 #define TPSHARD_BENCH_BANDWIDTH_H
 
+#include "kernels/clock.h"
+
 #include <assert.h>
 #include <pthread.h>
 #include <sched.h>
@@ -23,13 +25,6 @@ static inline double bench_thread_seconds(void)
 {
     struct timespec t;
     clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-static inline double bench_seconds(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
@@ -48,10 +43,10 @@ static void *bench_thread_main(void *arg)
     atomic_fetch_sub(self->to_come, 1);
     while (atomic_load(self->to_come) > 0)
         sched_yield();
-    self->begin = bench_seconds();
+    self->begin = clock_now_s();
     if (atomic_load(self->to_come) == 0)
         self->fn(self->arg, self->thread);
-    self->end = bench_seconds();
+    self->end = clock_now_s();
     return NULL;
 }
 
