@@ -308,10 +308,9 @@ static void test_orders(void **state)
     emulator_seed(0);
 }
 
-// A graph with both algorithms in it: tokens are counted on the device. The first copy gives each launch the same numbers.
-static void test_graph(void **state)
+// A graph with two sums in it, each two-shot or not: tokens are counted on the device. The first copy gives each launch the same numbers.
+static void check_graph(const bool (&two_shot)[2], enum wire wire)
 {
-    (void)state;
     enum { TP_SIZE = 4, ROWS = 3, COLS = 384, LAUNCHES = 4 };
     struct together t;
     cudaStream_t stream;
@@ -322,30 +321,30 @@ static void test_graph(void **state)
     std::vector<values> want(TP_SIZE, values(count));
     std::vector<std::vector<uint16_t>> none;
     open_together(&t, TP_SIZE, ROWS, COLS);
-    set_messages(&t, WIRE_BF16, false);
+    set_messages(&t, wire, false);
     float *first = (float *)device_zeros((int64_t)(TP_SIZE * count * sizeof(float)));
     for (size_t r = 0; r < want.size(); r++) {
         exchange_fill(want[r].data(), 5, (int)r, ROWS, COLS);
         memcpy(first + r * count, want[r].data(), count * sizeof(float));
     }
-    finish(launch_exchange_together(t.ranks, t.messages, TP_SIZE, false, BLOCKS, NULL)); // loads the code
-    finish(launch_exchange_together(t.ranks, t.messages, TP_SIZE, true, BLOCKS, NULL));
+    for (bool two : two_shot) // loads the code
+        finish(launch_exchange_together(t.ranks, t.messages, TP_SIZE, two, BLOCKS, NULL));
     assert_int_equal(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
     assert_int_equal(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), cudaSuccess);
     assert_int_equal(cudaMemcpyAsync(t.data, first, TP_SIZE * count * sizeof(float), cudaMemcpyDeviceToDevice, stream),
                      cudaSuccess);
-    for (bool two_shot : {false, true})
-        assert_int_equal(launch_exchange_together(t.ranks, t.messages, TP_SIZE, two_shot, BLOCKS, stream), cudaSuccess);
+    for (bool two : two_shot)
+        assert_int_equal(launch_exchange_together(t.ranks, t.messages, TP_SIZE, two, BLOCKS, stream), cudaSuccess);
     assert_int_equal(cudaStreamEndCapture(stream, &graph), cudaSuccess);
     assert_int_equal(cudaGraphInstantiate(&exec, graph, 0), cudaSuccess);
-    sum_on_cpu(want, none, ROWS, COLS, WIRE_BF16);
-    sum_on_cpu(want, none, ROWS, COLS, WIRE_BF16);
+    sum_on_cpu(want, none, ROWS, COLS, wire);
+    sum_on_cpu(want, none, ROWS, COLS, wire);
     for (int i = 0; i < LAUNCHES; i++) {
         for (int k = 0; k < replays; k++)
             assert_int_equal(cudaGraphLaunch(exec, stream), cudaSuccess);
         assert_int_equal(cudaStreamSynchronize(stream), cudaSuccess);
         assert_int_equal(*t.abort_word, 0);
-        compare(&t, want, none, true, WIRE_BF16);
+        compare(&t, want, none, true, wire);
         memset(t.data, 0xff, TP_SIZE * count * sizeof(float));
     }
     assert_int_equal(t.states[0].calls, 2 + 2 * LAUNCHES * replays);
@@ -354,6 +353,13 @@ static void test_graph(void **state)
     cudaStreamDestroy(stream);
     cudaFree(first);
     close_together(&t);
+}
+
+static void test_graph(void **state)
+{
+    (void)state;
+    check_graph({false, true}, WIRE_BF16);
+    check_graph({true, true}, WIRE_S8X);
 }
 
 static int over_host(void **state)
