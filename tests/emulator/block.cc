@@ -679,6 +679,8 @@ void *note_access(space which, place where, const void *address, size_t bytes)
     settle_stores();
     if (which != GLOBAL_LOAD)
         note_progress();
+    if (bytes == 0 || (bytes & (bytes - 1)))
+        bad_access(where, bytes, "that are no power of two");
     if (first & (bytes - 1))
         bad_access(where, bytes, "at an address that is no multiple of it");
     if (is_global(which)) {

@@ -93,8 +93,8 @@ struct endless {
 };
 [[noreturn]] void never_ends(void);
 
-// Each access of a power of two bytes is checked: aligned, inside an allocation or a shared array, not where a copy is still on its way. Returns where it goes, which is
-// the address itself but where a device reaches another one through a fault.
+// Each access is checked: a power of two bytes, aligned to them, inside an allocation or a shared array, not where a copy is still on its way.
+// Returns where it goes, which is the address itself but where a device reaches another one through a fault.
 void *note_access(space which, place where, const void *address, size_t bytes);
 
 // See emulator_misread_scales.
