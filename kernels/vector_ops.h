@@ -121,11 +121,16 @@ VECTOR_INLINE const uint8_t *tile_scales_at(const struct tile_scales *scales, in
     return scales->first + (col >> scales->group_shift) * scales->group_bytes;
 }
 
+// Of a tile and a group: scales of f16, behind them zeros of int4z, else scales of a byte.
+VECTOR_INLINE int64_t tile_group_bytes(enum weight_kind kind)
+{
+    return kind == WEIGHT_INT4Z ? 64 : weight_group_chosen(kind) ? 32 : 16;
+}
+
 VECTOR_INLINE struct tile_scales tile_scales(const struct matrix *w, int64_t row)
 {
     int group_shift = __builtin_ctz(w->shape.group_size); // a division here would be felt
-    enum weight_kind kind = w->shape.kind;
-    int64_t group_bytes = kind == WEIGHT_INT4Z ? 64 : weight_group_chosen(kind) ? 32 : 16;
+    int64_t group_bytes = tile_group_bytes(w->shape.kind);
     int64_t tile = row / 16, tile_bytes = ((int64_t)w->shape.cols_padded >> group_shift) * group_bytes;
     struct tile_scales scales = {(const uint8_t *)w->scale + tile * tile_bytes, group_bytes, group_shift, NULL};
     if (w->shape.kind == WEIGHT_NVFP4) { // behind each block of four tiles stand its 64 globals

@@ -142,6 +142,7 @@ VECTOR_INLINE void few_columns(const struct few_job *job, int tokens, enum weigh
         NO_UNROLL
         for (int64_t pair = 0; pair < FEW_PAIRS; pair++) {
             const bool last = pair + 1 == FEW_PAIRS;
+            _Static_assert(FEW_PAIRS == 2, "what is not last is the first pair, and `next` the second");
             const uint8_t *next = codes + (last ? unit_bytes : 2 * WEIGHT_TILE_BYTES);
             if (last && col + unit_cols >= job->cols)
                 next = job->next;

@@ -60,7 +60,7 @@ VECTOR_INLINE __m512 load_scale(enum weight_kind kind, const uint8_t *scale)
 // The same of `groups` groups of a tile, one behind the other; at most four.
 VECTOR_INLINE void load_group_scales(__m512 *out, enum weight_kind kind, const uint8_t *scales, int groups)
 {
-    const int group_bytes = kind == WEIGHT_INT4Z ? 4 * LANES : weight_group_chosen(kind) ? 2 * LANES : LANES;
+    const int64_t group_bytes = tile_group_bytes(kind);
     if (kind == WEIGHT_NVFP4 && groups == 4) {
         __m512i all = _mm512_loadu_si512(scales), sign = _mm512_set1_epi8((char)0x80);
         bool nan = _mm512_cmpeq_epi8_mask(_mm512_or_si512(all, sign), _mm512_set1_epi8(-1)) != 0;

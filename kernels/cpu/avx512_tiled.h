@@ -149,11 +149,7 @@ VECTOR_INLINE void tiled_block(float *y, int64_t y_stride, const struct matrix *
 {
     const bool halves = group_size == 128; // a group is two tiles long
     const int step = halves ? 128 : 64, tiles = step / 64 * BLOCK_VECTORS, words = halves ? 4 : group_size / 16;
-    const int scale_lines = step / group_size *
-                            (kind == WEIGHT_INT4Z        ? 4
-                             : weight_group_chosen(kind) ? 2
-                                                         : 1) *
-                            LANES / 64;
+    const int scale_lines = step / group_size * (int)tile_group_bytes(kind) / 64;
     int64_t cols = (int64_t)w->shape.cols_padded;
     const uint8_t *codes = (const uint8_t *)w->data + row * cols / 2, *next = tile_scales(w, row + BLOCK_ROWS).first;
     struct tile_scales scales[BLOCK_VECTORS];
