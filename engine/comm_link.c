@@ -148,7 +148,7 @@ static void watch_silence(struct link *link, int64_t passed_ns)
         char how[128];
         snprintf(how, sizeof how, "rank %d has heard nothing from it for %.1f s", link->rank,
                  (double)peer->silent_ns / 1e9);
-        link_lose(link, rank, how);
+        link_give_up(link, rank, how);
     }
 }
 

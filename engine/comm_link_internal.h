@@ -30,7 +30,8 @@ struct peer {
     size_t payload_got;
     struct frame_error error;
     bool greeted, left, gone; // HELLO and BYE have come; nothing more will
-    bool refused; // what it sent was not as it must be: what more it sends is dropped, but it is told the error
+    // What it sent was not as it must be, or it was silent for too long: what more it sends is dropped, but it is told the error.
+    bool refused;
     int64_t silent_ns;
     // What goes out.
     struct out_frame queue[LINK_MAX_QUEUE], now;
@@ -64,8 +65,9 @@ struct rank_slot *link_slot_of(const struct link *link, int rank);
 void link_raise_alarm(int event_fd);
 // All ranks end over an error, unless something came first.
 void link_end_all(struct link *link, int rank, const struct error *found);
-// A rank is lost: how, or as errno says of its connection.
-void link_lose(struct link *link, int rank, const char *how);
+// A rank is lost: its connection, as errno says. Or how else, while its connection still stands: it is told the error as all others are, which it reads
+// when it runs again, before the connection's end.
+void link_give_up(struct link *link, int rank, const char *how);
 void link_lose_connection(struct link *link, int rank);
 
 struct frame_head link_make_head(const struct link *link, enum frame_kind kind);

@@ -23,13 +23,8 @@ void link_end_all(struct link *link, int rank, const struct error *found)
     link_raise_alarm(link->wake_main);
 }
 
-void link_lose(struct link *link, int rank, const char *how)
+static void end_over(struct link *link, int rank, const char *how)
 {
-    struct peer *peer = &link->peers[rank];
-    bool known = peer->gone || peer->left || link->closing || comm_region_aborted(link->region);
-    peer->gone = true;
-    if (known)
-        return;
     char place[COMM_PLACE_BYTES];
     struct comm_position at = comm_region_position(link->region, rank);
     comm_place(place, at.op, at.layer);
@@ -38,14 +33,28 @@ void link_lose(struct link *link, int rank, const char *how)
     link_end_all(link, rank, &found);
 }
 
+void link_give_up(struct link *link, int rank, const char *how)
+{
+    struct peer *peer = &link->peers[rank];
+    bool known = peer->left || link->closing || comm_region_aborted(link->region);
+    peer->refused = true;
+    if (!known)
+        end_over(link, rank, how);
+}
+
 void link_lose_connection(struct link *link, int rank)
 {
+    struct peer *peer = &link->peers[rank];
+    bool known = peer->gone || peer->left || link->closing || comm_region_aborted(link->region);
+    peer->gone = true;
+    if (known)
+        return;
     char how[128];
     if (errno)
         snprintf(how, sizeof how, "its connection to rank %d broke (%s)", link->rank, strerror(errno));
     else
         snprintf(how, sizeof how, "it closed its connection to rank %d", link->rank);
-    link_lose(link, rank, how);
+    end_over(link, rank, how);
 }
 
 // ---- what goes out -----------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ static void watch_parent(struct rank_env *env, struct stop_watch *watch)
     comm_region_abort(launch->region, env->rank, &found);
 }
 
-// After an error a parent that is stopped is to say it and end.
+// A parent that is stopped is to end with its rank, and after an error to say it: launchers wait for it.
 static void continue_parent(const struct launch *launch, pid_t parent)
 {
     if (launch->spread && parent_is_stopped(launch) && getppid() == parent)
@@ -253,7 +253,6 @@ _Noreturn void launch_rank_process(struct rank_handle *handle, pid_t parent)
     signal(SIGTERM, SIG_IGN);
     close_others(handle->launch);
     int code = run_rank(handle);
-    if (code)
-        continue_parent(handle->launch, parent);
+    continue_parent(handle->launch, parent);
     _exit(error_exit_code(code));
 }

@@ -124,21 +124,40 @@ def test_short_stop():
 
 
 def test_started_process_of_rank_1():
-    """Nobody waits for it: it only waits for its rank, which goes on."""
+    """Nobody waits for it: it only waits for its rank, which goes on, and wakes it at the end."""
     for _ in range(10):
         processes, text = talkers(2, models["two"], 900, "--timeout", 1)
         try:
             processes[1].send_signal(signal.SIGSTOP)
             stood = processes[1].poll() is None
             time.sleep(2.5)
-            first, stands = end_of(processes[0]), processes[1].poll() is None
-            processes[1].send_signal(signal.SIGCONT)
-            other = end_of(processes[1])
+            first = end_of(processes[0])
+            other = end_of(processes[1])  # its rank continues it at the end
         finally:
             kill_all(processes)
         if stood:  # it was not done before
             break
-    check("rank 1's started process is stopped: the work goes on", text and stands and first[0] == 0 and other == (0, "", ""), f"{first} {stands} {other}")
+    check("rank 1's started process is stopped: the work goes on", text and first[0] == 0 and other == (0, "", ""), f"{first} {other}")
+
+
+def test_wakes_too_late():
+    """A rank that was given up and continues says what the others said of it, not that they are lost."""
+    for _ in range(10):
+        processes, text = talkers(2, models["two"], 3000, "--timeout", 2)
+        try:
+            rank = children(processes[0].pid)[0]
+            os.kill(rank, signal.SIGSTOP)
+            time.sleep(2.3)
+            os.kill(rank, signal.SIGCONT)
+            results = [end_of(process) for process in processes]
+        except (IndexError, ProcessLookupError):
+            continue  # it was done before
+        finally:
+            kill_all(processes)
+        if any(result[0] for result in results):
+            break
+    wrong = [result for result in results if result[0] != 7 or "rank 1 is lost" in result[2] or "rank 0 " not in result[2]]
+    report("a rank that continues too late says that it was silent", f"{results}" if wrong or not text else None)
 
 
 def reasons(problem):
@@ -187,7 +206,7 @@ try:
     models = {"two": work / "two", "stages": work / "stages"}
     for key, words in (("two", ()), ("stages", ("--pp", 2))):
         must(BUILD / "tpshard", "--quiet", "--tp", 2, *words, "--quant", "int4", "tests/model", models[key])
-    for case in (test_started_process_of_rank_0, test_start, test_short_stop, test_started_process_of_rank_1, test_sentences):
+    for case in (test_started_process_of_rank_0, test_start, test_short_stop, test_started_process_of_rank_1, test_wakes_too_late, test_sentences):
         if len(sys.argv) < 2 or case.__name__ in sys.argv[1:]:
             case()
 finally:
