@@ -1,6 +1,8 @@
 // Commands that run ranks, where a launcher has started a process for each: rank 0's runs the command, another one runs its rank and ends with it.
 #include "engine/commands.h"
 
+#include <stdio.h>
+
 static int run_other_rank(const char *place, struct error *err)
 {
     struct session_options wanted = session_options;
@@ -23,7 +25,10 @@ int run_among_ranks(int (*command)(int argc, char **argv, struct error *err), in
     if (!rc)
         rc = rank == 0 ? command(argc, argv, err) : run_other_rank(argv[0], err);
     session_options.given = NULL;
-    if (rc)
+    if (rc) { // its own sentence comes first: to find the others can take seconds
+        fprintf(stderr, "tpengine: %s\n", err->msg);
         session_tell_others(&given, err);
+        err->msg[0] = 0;
+    }
     return rc;
 }

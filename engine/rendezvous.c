@@ -269,9 +269,10 @@ void meet_fill_hello(const struct meeting *m, struct meet_hello *hello, enum mee
     snprintf(hello->version, sizeof hello->version, "%s", m->options->version);
 }
 
-static void rest_between_tries(int *pause_ms)
+static void rest_between_tries(const struct meeting *m, int *pause_ms)
 {
-    poll(NULL, 0, *pause_ms);
+    int64_t left_ns = m->until_ns - clock_now_ns(), left_ms = left_ns > 0 ? left_ns / 1000000 + 1 : 0;
+    poll(NULL, 0, *pause_ms < left_ms ? *pause_ms : (int)left_ms);
     *pause_ms = *pause_ms * 2 < MEET_PAUSE_MAX_MS ? *pause_ms * 2 : MEET_PAUSE_MAX_MS;
 }
 
@@ -290,7 +291,7 @@ static int call(struct meeting *m, struct sockaddr_storage *address, bool resolv
     char who[LAUNCHER_HOST_BYTES + 64], name[MEET_NAME_BYTES];
     bool noted = false;
     int pause_ms = MEET_PAUSE_MS, rc = MEET_CLOSED, fd = -1, ended;
-    for (;; rest_between_tries(&pause_ms)) {
+    for (;; rest_between_tries(m, &pause_ms)) {
         bool found = !resolve || meet_resolve(m, address, false, NULL) == 0;
         meet_name(name, address);
         if (resolve)
@@ -376,6 +377,7 @@ static void begin_meeting(struct meeting *m, struct rendezvous *out, const struc
 
 static void close_meeting(struct meeting *m)
 {
+    meet_note_rest(m);
     for (int i = 0; i < MEET_WAITING; i++)
         meet_close(&m->callers[i].fd);
     meet_close(&m->listener);
@@ -413,7 +415,7 @@ static void tell_rank_0(struct meeting *m, const struct error *why)
     struct meet_hello hello;
     bool noted = false;
     int pause_ms = MEET_PAUSE_MS, rc = MEET_CLOSED, fd = -1;
-    for (; rc > 0 && clock_now_ns() < m->until_ns; rest_between_tries(&pause_ms)) {
+    for (; rc > 0 && clock_now_ns() < m->until_ns; rest_between_tries(m, &pause_ms)) {
         meet_fill_hello(m, &hello, MEET_FAIL, 0);
         hello.code = why->code;
         snprintf((char *)hello.offer, sizeof hello.offer, "rank %d: %.480s", m->options->place->rank, why->msg);
@@ -430,9 +432,10 @@ void rendezvous_fail(const struct rendezvous_options *options, const struct erro
     struct rendezvous nothing;
     struct rendezvous_options own = *options;
     struct meeting m;
+    int limit_ms = own.timeout_ms > 0 && own.timeout_ms < FAIL_MS ? own.timeout_ms : FAIL_MS;
     own.offer_bytes = 0;
     own.tp_size = own.pp_size = 1;
-    begin_meeting(&m, &nothing, &own, FAIL_MS);
+    begin_meeting(&m, &nothing, &own, limit_ms);
     // What is out of its range says so in the sentence.
     m.world = m.world < 2 ? 2 : m.world < COMM_MAX_RANKS ? m.world : COMM_MAX_RANKS;
     m.rank = m.rank < COMM_MAX_RANKS ? m.rank : COMM_MAX_RANKS - 1;
@@ -441,7 +444,7 @@ void rendezvous_fail(const struct rendezvous_options *options, const struct erro
             tell_rank_0(&m, why);
         } else if (meet_listen(&m, NULL) == 0) {
             error_set(&m.ended, why->code, "rank 0: %.480s", why->msg);
-            meet_tell_latecomers(&m, FAIL_MS);
+            meet_tell_latecomers(&m, limit_ms);
         }
     }
     close_meeting(&m);

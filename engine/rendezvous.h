@@ -49,8 +49,8 @@ struct rendezvous {
 // Success: caller owns *out (rendezvous_close).
 int rendezvous_meet(struct rendezvous *out, const struct rendezvous_options *options, void *blob, size_t bytes,
                     struct error *err);
-// Instead of it, for a rank that cannot come: the others are told why, as far as they are found within a few seconds. Of the options, offer, judge and
-// timeout_ms do not count; the place's rank may be out of its world.
+// Instead of it, for a rank that cannot come: the others are told why, as far as they are found within a few seconds, and within timeout_ms where
+// that is above 0. Of the options, offer and judge do not count; the place's rank may be out of its world.
 void rendezvous_fail(const struct rendezvous_options *options, const struct error *why);
 // Over the control connections: *value becomes the least of all ranks'. why (NULL: none): this rank cannot go on, for which
 // all fail.

@@ -47,6 +47,8 @@ struct meeting {
     struct member members[COMM_MAX_RANKS];
     struct meet_hello joined;            // other ranks: what they said to rank 0
     char sent_away[MEET_SENTENCE_BYTES]; // the last one; "": nobody
+    int noted;                           // so many, up to those that are noted at once
+    int64_t noted_ns, unnoted;           // the last one of these, and those since then that were not
     unsigned lookups;                    // of rank 0's name
     bool elsewhere;                      // rank 0: the others look for it at an address that is none of this host
     struct error ended; // rank 0: why the meeting has ended, for those who come yet; code 0: it has not
@@ -84,5 +86,7 @@ void meet_tell_latecomers(struct meeting *m, int limit_ms);
 int meet_take_joins(struct meeting *m, const void *blob, size_t bytes, struct error *err);
 // Until all higher ranks have called.
 int meet_take_links(struct meeting *m, struct error *err);
+// At the end: how many callers were sent away without a note.
+void meet_note_rest(struct meeting *m);
 
 #endif

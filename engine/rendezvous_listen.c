@@ -12,7 +12,7 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { BACKLOG = 128, ANSWER_MS = 1000, LATECOMERS_MS = 2000, MEMBER = 1000 };
+enum { BACKLOG = 128, ANSWER_MS = 1000, LATECOMERS_MS = 2000, MEMBER = 1000, NOTED_AT_ONCE = 5, NOTED_MS = 1000 };
 
 // ---- where to listen -------------------------------------------------------------------------------------------
 
@@ -98,7 +98,13 @@ static bool is_own_address(const struct sockaddr_storage *address)
 static int look_elsewhere(struct meeting *m, struct error *err)
 {
     struct sockaddr_storage address;
-    if (meet_resolve(m, &address, false, NULL) || is_own_address(&address))
+    struct error unknown;
+    if (meet_resolve(m, &address, false, &unknown)) {
+        if (m->options->on_note)
+            m->options->on_note(m->options->arg, unknown.msg);
+        return 0;
+    }
+    if (is_own_address(&address))
         return 0;
     m->elsewhere = true;
     return meet_ask_other_rank_0(m, &address, err);
@@ -139,13 +145,37 @@ int meet_listen(struct meeting *m, struct error *err)
 
 // ---- answers ---------------------------------------------------------------------------------------------------
 
+static void note(const struct meeting *m, const char *sentence)
+{
+    if (m->options->on_note)
+        m->options->on_note(m->options->arg, sentence);
+}
+
+void meet_note_rest(struct meeting *m)
+{
+    char sentence[MEET_SENTENCE_BYTES];
+    if (m->unnoted == 0)
+        return;
+    snprintf(sentence, sizeof sentence, "%lld more callers were sent away", (long long)m->unnoted);
+    note(m, sentence);
+    m->unnoted = 0;
+}
+
+// Anybody may call, as often as they like: the first ones are noted, later ones at most once a second, with the number of those in between.
 static void send_away(struct meeting *m, const struct caller *caller, const char *why)
 {
     char name[MEET_NAME_BYTES];
+    int64_t now_ns = clock_now_ns();
     meet_name(name, &caller->address);
     snprintf(m->sent_away, sizeof m->sent_away, "a caller from %s was sent away: %.300s", name, why);
-    if (m->options->on_note)
-        m->options->on_note(m->options->arg, m->sent_away);
+    if (m->noted >= NOTED_AT_ONCE && now_ns - m->noted_ns < NOTED_MS * 1000000ll) {
+        m->unnoted++;
+        return;
+    }
+    meet_note_rest(m);
+    note(m, m->sent_away);
+    m->noted += m->noted < NOTED_AT_ONCE;
+    m->noted_ns = now_ns;
 }
 
 static bool answer(const struct meeting *m, int fd, const uint8_t *nonce, const struct error *why)

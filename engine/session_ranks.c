@@ -7,6 +7,7 @@
 #include "formats/checksum.h"
 #include "version.h"
 
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -88,7 +89,8 @@ void session_tell_others(const struct session_options *options, const struct err
 {
     char token[TOKEN_MAX_BYTES];
     struct launcher_place place = {0};
-    struct rendezvous_options meeting = {.place = &place, .version = version};
+    struct rendezvous_options meeting = {
+        .place = &place, .version = version, .timeout_ms = (int)(options->join_timeout_s * 1000)};
     // Also of a rank that is out of its world; of others that are not known nothing can be.
     launcher_find(&place, &options->launcher, launcher_process_variable, NULL, NULL);
     bool alone = place.world_size < 2 && place.rank == 0;
@@ -153,13 +155,25 @@ static int meet(struct session *s, int *links, struct error *err)
     return rc;
 }
 
+// The caller's handlers for both signals, which it may have blocked until it watches its ranks: the others can take minutes to come.
+static void meet_with_signals(struct session *s, int *links, struct error *err)
+{
+    sigset_t ends, before;
+    sigemptyset(&ends);
+    sigaddset(&ends, SIGINT);
+    sigaddset(&ends, SIGTERM);
+    pthread_sigmask(SIG_UNBLOCK, &ends, &before);
+    meet(s, links, err);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
 int session_meet(struct session *s, int *links, struct error *err)
 {
     // A second start finds nobody: the others have ended.
     if (s->met && !s->met_error.code)
         error_set(&s->met_error, ERR_RANK, "the ranks of other processes have ended: start all of them again");
     else if (!s->met)
-        meet(s, links, &s->met_error);
+        meet_with_signals(s, links, &s->met_error);
     s->met = true;
     if (s->met_error.code && err)
         *err = s->met_error;

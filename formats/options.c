@@ -417,7 +417,8 @@ static bool has_word(int argc, char **argv, const char *word)
 
 static int fail(const struct program_spec *program, const struct error *err)
 {
-    fprintf(stderr, "%s: %s\n", program->name, err->msg);
+    if (err->msg[0])
+        fprintf(stderr, "%s: %s\n", program->name, err->msg);
     return error_exit_code(err->code);
 }
 

@@ -53,7 +53,7 @@ struct program_spec {
 
 // Parses everything and runs the command. Handles --help, --version and the hidden --help-man, --help-completion-bash itself (stdout).
 // Returns the exit status: of the command, or 2 with a sentence on stderr (and "did you mean") for a wrong command line.
-// The command's error is printed once on stderr as "name: sentence".
+// The command's error is printed once on stderr as "name: sentence"; one with an empty sentence is one that the command has printed.
 int options_main(const struct program_spec *program, int argc, char **argv);
 
 #endif

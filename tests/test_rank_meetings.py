@@ -4,6 +4,7 @@ all. Each ends all of them within seconds, long before the time that they would 
 """
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -97,6 +98,21 @@ def test_backends():
                 *[(rank, words[rank], {"EMULATED_DEVICES": "2"}) for rank in range(2)])
 
 
+def sockets(port, state):
+    """Sockets of this machine at a local port, in a state as /proc says it."""
+    rows = [row.split() for name in ("tcp", "tcp6") if Path(f"/proc/net/{name}").exists() for row in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return any(row[3] == state and int(row[1].split(":")[1], 16) == port for row in rows)
+
+
+def listens(port):
+    return sockets(port, "0A")
+
+
+def joins(port):
+    """A rank has a connection, which it has used."""
+    return sockets(port, "01") and not time.sleep(0.5)
+
+
 def test_numbers():
     refused("rank 0 twice", 7, ("rank 0 has come twice",), (0, (), {}), (0, (), {}))
     for wrong in 5, 1000:
@@ -131,7 +147,43 @@ def test_two_hosts():
         remove_hosts()
 
 
+def test_signals():
+    """A server that waits for the other ranks has nothing to drain: a signal ends it at once, and those that have come hear of it."""
+    for joined in range(2):
+        port = free_port()
+        server = start(0, port, "--join-timeout", JOIN_S, "--port", free_port(), command="serve", usual=("--threads", 1), world=2 + joined, place=models["three"] if joined else None)
+        other = start(1, port, "--join-timeout", JOIN_S, world=3, place=models["three"]) if joined else None
+        wait_until(lambda: joins(port) if joined else listens(port), 30, 0.05)
+        begin = time.monotonic()
+        server.send_signal(signal.SIGINT if joined else signal.SIGTERM)
+        results = [end_of(process) for process in (server, other) if process]
+        seconds, heard = time.monotonic() - begin, not joined or (results[1][0] == 7 and "has ended while rank 1 waited" in results[1][2])
+        check(f"a server that waits for ranks ends at a signal, {joined} of them joined", results[0][0] == (130 if joined else 143) and heard and seconds < JOIN_S / 2, f"{seconds:.1f} s: {results}")
+
+
+def test_restart():
+    port, http_port = free_port(), free_port()
+    processes = [start(rank, port, "--port", http_port, "--restart", command="serve", usual=("--threads", 1)) for rank in range(2)]
+    lines = []
+    while (line := processes[0].stderr.readline()) and '"ready"' not in line and "ready" not in line.split():
+        lines.append(line)
+    processes[0].send_signal(signal.SIGTERM)
+    results = [end_of(process) for process in processes]
+    check("serve among started ranks says that it does not restart them", "--restart is not used" in "".join(lines) + results[0][2] and [r[0] for r in results] == [0, 0], f"{lines} {results}")
+
+
+def test_name_of_rank_0():
+    token = work / "secret"
+    token.write_text(os.urandom(16).hex())
+    code, out, problem = end_of(start(0, free_port(), "--join-timeout", 1, "--token-file", token, MASTER_ADDR="no-such-host.invalid"))
+    check("rank 0 that cannot look up its own name says so", code == 7 and "rank 0 cannot look up rank 0's host no-such-host.invalid" in problem, problem)
+
+
 def test_ranks_that_cannot_come():
+    begin = time.monotonic()
+    code, out, problem = end_of(start(1, free_port(), "--join-timeout", 1, place=work / "missing"))
+    seconds = time.monotonic() - begin
+    check("a rank that cannot come tries to say so for --join-timeout at most", code == 5 and str(work / "missing") in problem and problem.count("tpengine: ") == 1 and seconds < 4, f"{seconds:.1f} s: {problem}")
     missing = work / "missing"
     for rank in range(2):
         refused(f"rank {rank} has no model", 5, (str(missing),), *[(r, (), {"place": missing if r == rank else None}) for r in range(2)])
@@ -140,9 +192,10 @@ def test_ranks_that_cannot_come():
 
 work = Path(tempfile.mkdtemp(prefix="meetings_"))
 try:
-    models = {"two": work / "two"}
-    must(BUILD / "tpshard", "--quiet", "--tp", 2, "--quant", "int4", "tests/model", models["two"])
-    for case in (test_options, test_mpirun, test_backends, test_numbers, test_two_hosts, test_ranks_that_cannot_come):
+    models = {"two": work / "two", "three": work / "three"}
+    for ranks, name in enumerate(models, 2):
+        must(BUILD / "tpshard", "--quiet", "--tp", ranks, "--quant", "int4", "tests/model", models[name])
+    for case in (test_options, test_mpirun, test_backends, test_numbers, test_two_hosts, test_signals, test_restart, test_name_of_rank_0, test_ranks_that_cannot_come):
         if len(sys.argv) < 2 or case.__name__ in sys.argv[1:]:
             case()
     check(f"at most {REPEATS} starts were repeated", repeats <= REPEATS, f"{repeats} were")

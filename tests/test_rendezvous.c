@@ -606,6 +606,28 @@ static void test_strangers(void **state)
     close_all(3);
 }
 
+// Whoever calls again and again does not fill the log.
+static void test_many_strangers(void **state)
+{
+    (void)state;
+    enum { CALLS = 400 };
+    int port = prepare(2, LONG_MS);
+    ranks[1].delay_ms = 1500;
+    double begin_s = clock_now_s();
+    start(2);
+    for (int i = 0; i < CALLS && clock_now_s() - begin_s < 1.2; i++) {
+        int fd = call_port(port);
+        (void)!send(fd, "GET / HTTP/1.0\r\n\r\n", 18, MSG_NOSIGNAL);
+        close(fd);
+    }
+    join(2);
+    check_mesh(2);
+    // The first five, one each second with a number before it, and a number at the end.
+    assert_in_range(ranks[0].notes, 2, 5 + 2 * (int)(clock_now_s() - begin_s + 1) + 1);
+    assert_non_null(strstr(ranks[0].note, "more callers were sent away"));
+    close_all(2);
+}
+
 // Something else listens where rank 0 should.
 static void *run_stranger(void *arg)
 {
@@ -677,6 +699,7 @@ int main(void)
         cmocka_unit_test(test_failure_of_a_stranger),
         cmocka_unit_test(test_offers),
         cmocka_unit_test(test_strangers),
+        cmocka_unit_test(test_many_strangers),
         cmocka_unit_test(test_stranger_listens),
         cmocka_unit_test(test_member_leaves),
     };

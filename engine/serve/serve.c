@@ -547,18 +547,22 @@ static int open_model(struct server *server, const char *place, struct error *er
 
 static int open_engine(struct server *server, struct error *err)
 {
+    bool restarts = options.restart && !session_is_spread(server->session); // else their launcher starts all again
     const struct engine_options chosen = {
         .max_queue = options.max_queue,
         .draft_tokens = options.draft_tokens,
         .share_prefixes = strcmp(options.prefix_cache, "on") == 0,
         .drain_timeout_s = options.drain_s,
-        .restart = options.restart && !session_is_spread(server->session), // else their launcher starts all again
+        .restart = restarts,
         .restart_delay_s = options.restart_delay_s,
         .restart_limit = options.restart_limit,
         .alive_s = notify_watchdog_s(),
         .on_alive = tell_watchdog,
     };
     struct engine *engine;
+    if (options.restart && !restarts)
+        log_line(LOG_WARNING, "--restart is not used: who started the ranks, each by itself, starts all of them again",
+                 NULL);
     int rc = engine_create(&engine, server->session, &chosen, err);
     if (rc)
         return rc;
