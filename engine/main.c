@@ -58,7 +58,19 @@ static const struct command_spec commands[] = {
     {NULL, NULL, 0, 0, NULL, NULL, NULL},
 };
 
+// A rank's process that does not begin would be waited for.
+static void refused(const struct command_spec *command, const struct error *why)
+{
+    int (*const among_ranks[])(int, char **, struct error *) = {generate_among_ranks, serve_among_ranks,
+                                                                bench_among_ranks,    eval_among_ranks,
+                                                                advise_among_ranks,   logits_among_ranks};
+    for (size_t i = 0; i < sizeof among_ranks / sizeof among_ranks[0]; i++)
+        if (command->run == among_ranks[i])
+            session_tell_others(&session_options, why);
+}
+
 static const struct program_spec program = {
+    .refused = refused,
     .name = "tpengine",
     .summary = "run a sharded language model on tensor-parallel ranks",
     .version = TPSHARD_VERSION " (" TPSHARD_COMMIT ")",

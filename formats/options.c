@@ -205,19 +205,29 @@ static void environment_name(char *buffer, size_t bytes, const char *prefix, con
         *c = *c == '-' ? '_' : (char)toupper((unsigned char)*c);
 }
 
+// What is wrong first is told; what comes after it is read all the same.
+static int keep_first(int first, int rc, struct error *err, const struct error *found)
+{
+    if (first || !rc)
+        return first;
+    *err = *found;
+    return rc;
+}
+
 static int read_environment(const struct program_spec *program, const struct option_spec *option, struct error *err)
 {
+    struct error found;
+    int first = 0;
     for (; option && option->name; option++) {
         char name[96];
         environment_name(name, sizeof name, program->environment_prefix, option->name);
         const char *text = getenv(name);
-        int rc;
-        if (text && *text && (rc = set_value(option, name, text, err)))
-            return rc;
+        if (text && *text)
+            first = keep_first(first, set_value(option, name, text, &found), err, &found);
         if (text && *text && option->type == OPTION_LIST)
             ((struct option_list *)option->value)->from_environment = true;
     }
-    return 0;
+    return first;
 }
 
 // A list given on the command line replaces one from the environment.
@@ -227,12 +237,43 @@ static void forget_environment_list(const struct option_spec *option)
         *(struct option_list *)option->value = (struct option_list){.count = 0};
 }
 
+// The option argv[*i] and its value, beyond which *i is moved.
+static int parse_option(const struct program_spec *program, const struct command_spec *command, int argc, char **argv,
+                        int *i, struct error *err)
+{
+    char *word = argv[*i];
+    if (word[1] != '-')
+        return error_set(err, ERR_USAGE, "options are written with two dashes; \"%s\" is not one", word);
+    const char *name = word + 2;
+    size_t length = strcspn(name, "=");
+    const struct option_spec *option = find_option(command->options, name, length);
+    if (!option)
+        option = find_option(program->common, name, length);
+    if (!option) {
+        char copy[64];
+        snprintf(copy, sizeof copy, "%.*s", (int)(length < 60 ? length : 60), name);
+        return unknown_option(program, command, copy, err);
+    }
+    const char *text = name[length] == '=' ? name + length + 1 : NULL;
+    if (option->type != OPTION_FLAG && !text) {
+        if (*i + 1 == argc)
+            return error_set(err, ERR_USAGE, "--%s needs a value: --%s %s", option->name, option->name,
+                             option->argument);
+        text = argv[++*i];
+    }
+    char origin[80];
+    snprintf(origin, sizeof origin, "--%s", option->name);
+    forget_environment_list(option);
+    return set_value(option, origin, text, err);
+}
+
 // Splits argv into options (set at once) and positional arguments (moved to the front; *count of them).
 static int parse_arguments(const struct program_spec *program, const struct command_spec *command, int argc,
                            char **argv, int *count, struct error *err)
 {
     bool only_arguments = false;
-    int kept = 0;
+    struct error found;
+    int kept = 0, first = 0;
     for (int i = 0; i < argc; i++) {
         char *word = argv[i];
         if (only_arguments || word[0] != '-' || strcmp(word, "-") == 0) {
@@ -243,34 +284,10 @@ static int parse_arguments(const struct program_spec *program, const struct comm
             only_arguments = true;
             continue;
         }
-        if (word[1] != '-')
-            return error_set(err, ERR_USAGE, "options are written with two dashes; \"%s\" is not one", word);
-        const char *name = word + 2;
-        size_t length = strcspn(name, "=");
-        const struct option_spec *option = find_option(command->options, name, length);
-        if (!option)
-            option = find_option(program->common, name, length);
-        if (!option) {
-            char copy[64];
-            snprintf(copy, sizeof copy, "%.*s", (int)(length < 60 ? length : 60), name);
-            return unknown_option(program, command, copy, err);
-        }
-        const char *text = name[length] == '=' ? name + length + 1 : NULL;
-        if (option->type != OPTION_FLAG && !text) {
-            if (i + 1 == argc)
-                return error_set(err, ERR_USAGE, "--%s needs a value: --%s %s", option->name, option->name,
-                                 option->argument);
-            text = argv[++i];
-        }
-        char origin[80];
-        snprintf(origin, sizeof origin, "--%s", option->name);
-        forget_environment_list(option);
-        int rc = set_value(option, origin, text, err);
-        if (rc)
-            return rc;
+        first = keep_first(first, parse_option(program, command, argc, argv, &i, &found), err, &found);
     }
     *count = kept;
-    return 0;
+    return first;
 }
 
 // ---- help ------------------------------------------------------------------------------------------------------
@@ -407,19 +424,37 @@ static void print_completion(const struct program_spec *program)
 
 // ---- main ------------------------------------------------------------------------------------------------------
 
+static int fail(const struct program_spec *program, const struct error *err)
+{
+    if (err->msg[0])
+        fprintf(stderr, "%s: %s\n", program->name, err->msg);
+    return error_exit_code(err->code);
+}
+
+static int refuse(const struct program_spec *program, const struct command_spec *command, const struct error *err)
+{
+    int status = fail(program, err);
+    if (program->refused)
+        program->refused(command, err);
+    return status;
+}
+
+// The environment, and the command line, which counts more.
+static int read_options(const struct program_spec *program, const struct command_spec *command, int argc, char **argv,
+                        int *count, struct error *err)
+{
+    struct error found;
+    int first = keep_first(0, read_environment(program, program->common, &found), err, &found);
+    first = keep_first(first, read_environment(program, command->options, &found), err, &found);
+    return keep_first(first, parse_arguments(program, command, argc, argv, count, &found), err, &found);
+}
+
 static bool has_word(int argc, char **argv, const char *word)
 {
     for (int i = 0; i < argc && strcmp(argv[i], "--") != 0; i++)
         if (strcmp(argv[i], word) == 0)
             return true;
     return false;
-}
-
-static int fail(const struct program_spec *program, const struct error *err)
-{
-    if (err->msg[0])
-        fprintf(stderr, "%s: %s\n", program->name, err->msg);
-    return error_exit_code(err->code);
 }
 
 // "tool --quiet command ..." means "tool command ... --quiet".
@@ -472,9 +507,8 @@ int options_main(const struct program_spec *program, int argc, char **argv)
         return 0;
     }
     int count = 0;
-    if (read_environment(program, program->common, &err) || read_environment(program, command->options, &err) ||
-        parse_arguments(program, command, argc, argv, &count, &err))
-        return fail(program, &err);
+    if (read_options(program, command, argc, argv, &count, &err))
+        return refuse(program, command, &err);
     if (count < command->min_arguments || count > command->max_arguments) {
         if (skip == 1 && count == 1)
             unknown_command(program, argv[0], &err);
@@ -484,7 +518,7 @@ int options_main(const struct program_spec *program, int argc, char **argv)
         else
             error_set(&err, ERR_USAGE, "%s takes: %s; found %d argument%s; see %s %s --help", command->name,
                       command->arguments, count, count == 1 ? "" : "s", program->name, command->name);
-        return fail(program, &err);
+        return refuse(program, command, &err);
     }
     int rc = command->run(count, argv, &err);
     if (!rc && (fflush(stdout) || ferror(stdout)))

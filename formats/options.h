@@ -49,6 +49,8 @@ struct program_spec {
     const struct option_spec *common; // options of every command (--json, --quiet ...)
     const char *examples;             // a few lines for --help and the man page
     const char *exit_status;          // lines for the man page
+    // Of a wrong command line, after its sentence was printed; all options that could be read have their values. May be NULL.
+    void (*refused)(const struct command_spec *command, const struct error *why);
 };
 
 // Parses everything and runs the command. Handles --help, --version and the hidden --help-man, --help-completion-bash itself (stdout).

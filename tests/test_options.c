@@ -18,8 +18,15 @@ static struct {
     uint64_t memory;
     const char *kind, *text;
     struct option_list list, other_list;
-    int ran, arguments;
+    int ran, arguments, refused;
+    char why[256];
 } got;
+
+static void refused(const struct command_spec *command, const struct error *why)
+{
+    got.refused++;
+    snprintf(got.why, sizeof got.why, "%s: %.200s", command->name, why->msg);
+}
 
 static int run(int argc, char **argv, struct error *err)
 {
@@ -46,7 +53,8 @@ static const struct option_spec common[] = {{"json", OPTION_FLAG, &got.json, NUL
 static const struct command_spec commands[] = {{"convert", "in out", 1, 2, "converts", own, run},
                                                {"inspect", "dir", 1, 1, "shows", NULL, run},
                                                {NULL, NULL, 0, 0, NULL, NULL, NULL}};
-static const struct program_spec program = {"tool", "a tool", "1", "TOOL_", commands, true, common, "examples", "exit"};
+static const struct program_spec program = {"tool", "a tool", "1",        "TOOL_", commands,
+                                            true,   common,   "examples", "exit",  refused};
 
 // Words separated by blanks; the exit status.
 static int call(const char *line)
@@ -126,6 +134,28 @@ static void test_values(void **state)
     assert_int_equal(got.arguments, 2);
 }
 
+// Who waits for a process with a wrong command line is told its first fault; where they are can stand before it and behind it.
+static void test_refused(void **state)
+{
+    (void)state;
+    assert_int_equal(call("tool convert a --text before --nonsense 1 --count 99 --share 0.25 --kind int8"), 2);
+    assert_int_equal(got.refused, 1);
+    assert_non_null(strstr(got.why, "convert: convert has no option --nonsense"));
+    assert_string_equal(got.text, "before");
+    assert_string_equal(got.kind, "int8");
+    assert_true(got.share == 0.25 && got.count == 7);
+    setenv("TOOL_COUNT", "abc", 1);
+    assert_int_equal(call("tool convert a --nonsense --text behind"), 2);
+    unsetenv("TOOL_COUNT");
+    assert_int_equal(got.refused, 1);
+    assert_non_null(strstr(got.why, "TOOL_COUNT"));
+    assert_string_equal(got.text, "behind");
+    assert_int_equal(call("tool convert"), 2);
+    assert_int_equal(got.refused, 1);
+    assert_int_equal(call("tool convert corrupt"), 4); // it has begun
+    assert_int_equal(got.refused, 0);
+}
+
 static void test_environment(void **state)
 {
     (void)state;
@@ -155,6 +185,6 @@ static void test_environment(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_status), cmocka_unit_test(test_values),
-                                       cmocka_unit_test(test_environment)};
+                                       cmocka_unit_test(test_refused), cmocka_unit_test(test_environment)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

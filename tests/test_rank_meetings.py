@@ -187,6 +187,9 @@ def test_ranks_that_cannot_come():
     missing = work / "missing"
     for rank in range(2):
         refused(f"rank {rank} has no model", 5, (str(missing),), *[(r, (), {"place": missing if r == rank else None}) for r in range(2)])
+    for rank in range(2):
+        refused(f"rank {rank} has an option that is not there", 2, ("generate has no option --bogus",), *[(r, ("--bogus", 1) if r == rank else (), {}) for r in range(2)])
+        refused(f"rank {rank} has a variable that is no number", 2, ("TPENGINE_TIMEOUT",), *[(r, (), {"TPENGINE_TIMEOUT": "abc"} if r == rank else {}) for r in range(2)])
     refused("rank 0's command does not begin", 2, ("logits needs --token-ids",), *[(r, (), {"command": "logits", "usual": ("--quiet",)}) for r in range(2)])
 
 
