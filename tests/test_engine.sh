@@ -136,7 +136,8 @@ only_memory_codes() { # 8 at least once, besides it success and what a loader th
     return "$seen"
 }
 memory_codes=""
-for limit in $(seq 5000 500 12000); do
+own_kib=$(($(size "$tpengine" | awk 'NR == 2 { print $4 }') / 1024 + 1000)) # below that the kernel cannot even map the program and its stack
+for limit in $(seq "$own_kib" 500 $((own_kib + 7000))); do
     (ulimit -v "$limit"; exec timeout 20 "$tpengine" generate "$work/int4-2" --prompt x --context 1024 --max-tokens 2 --quiet >"$work/out" 2>"$work/err")
     memory_codes+=" $?"
 done
