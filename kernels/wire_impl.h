@@ -423,10 +423,10 @@ static inline void keep_lost(uint16_t *restrict lost, const float *restrict t, c
     }
 
 // And the codec of an owner's own part: wire_of_own.
-DEFINE_CODEC(bf16, bf16)
+DEFINE_CODEC(bf16, bf16) // NOLINT(bugprone-branch-clone) one codec for both
 DEFINE_CODEC(fp8, f32)
 DEFINE_CODEC(s8x, f32)
-DEFINE_CODEC(f32, f32)
+DEFINE_CODEC(f32, f32) // NOLINT(bugprone-branch-clone)
 
 #ifdef __AVX2__
 static void bf16_add_up_fast(uint8_t *out, float *x, const uint8_t *const *parts, int own, int ranks, int count)

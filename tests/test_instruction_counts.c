@@ -69,7 +69,7 @@ static long count_instructions(void (*run)(void *arg), void *arg)
         run(arg);
         step(false);
         long counted = steps;
-        _exit(write(ends[1], &counted, sizeof counted) != sizeof counted);
+        _exit(write(ends[1], &counted, sizeof counted) == sizeof counted ? 0 : 1);
     }
     int status;
     long count = -1;

@@ -105,7 +105,7 @@ static void test_no_offers(void **state)
 {
     (void)state;
     struct rank r = usual();
-    struct session_offer all[RANKS];
+    struct session_offer all[RANKS] = {0};
     char *const texts[] = {(char *)&all[2], all[2].sums.name, all[2].sums.sums, all[2].words[0],
                            all[2].words[SESSION_OFFER_WORDS - 1]};
     for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {

@@ -75,7 +75,9 @@ VECTOR_INLINE void few_start(i32x16 dot[FEW_TILE][2], const struct panel_token *
     UNROLL
     for (int t = 0; t < tokens; t++) {
         dot[t][0] = (i32x16)_mm512_set1_epi32(x[t].start[group]);
-        dot[t][1] = high_16 ? (i32x16){0} : dot[t][0];
+        dot[t][1] = dot[t][0];
+        if (high_16)
+            dot[t][1] = (i32x16){0};
     }
 }
 
