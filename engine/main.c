@@ -157,13 +157,6 @@ int read_text(const char *path, char **out, size_t *bytes, struct error *err)
     return 0;
 }
 
-static double process_cpu_s(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
 static void end_at_once(int number)
 {
     static const char *const sentences[] = {"tpengine: stopped by SIGINT\n", "tpengine: stopped by SIGTERM\n"};
@@ -183,7 +176,7 @@ static void handle_signal(int number)
 
 int main(int argc, char **argv)
 {
-    program_start = (struct program_start){.main_ns = clock_now_ns(), .exec_s = process_cpu_s()};
+    program_start = (struct program_start){.main_ns = clock_now_ns(), .exec_s = clock_process_cpu_s()};
     handle_signal(SIGINT);
     handle_signal(SIGTERM);
     session_options = session_defaults;

@@ -67,21 +67,26 @@ def servers(*words):
     return processes, http_port if wait_until(lambda: ask(http_port, "/health"), 60, 0.05) else None
 
 
-def all_end(name, begin, find, words):
-    """One process of a run is stopped: all end with status 7 and these words."""
+def catch(begin, act):
+    """Of the first of ten runs in which `act` was before the end: the processes' results, what begin() gave beside them, seconds since the act."""
     for _ in range(10):
-        processes, ready = begin()
+        processes, given = begin()
         try:
-            os.kill(find(processes), signal.SIGSTOP)
+            act(processes)
             began = time.monotonic()
-            results = [end_of(process) for process in processes]
-            seconds = time.monotonic() - began
+            results = [end_of(process, 40) for process in processes]
+            if any(result[0] != 0 for result in results):  # None: it hangs
+                return results, given, time.monotonic() - began
         except (IndexError, ProcessLookupError):
-            continue  # it was done before
+            pass  # it was done before
         finally:
             kill_all(processes)
-        if any(result[0] for result in results):
-            break
+    return [(None, "", "ten runs were over before")], None, 0
+
+
+def all_end(name, begin, find, words):
+    """One process of a run is stopped: all end with status 7 and these words."""
+    results, ready, seconds = catch(begin, lambda processes: os.kill(find(processes), signal.SIGSTOP))
     wrong = [result for result in results if result[0] != 7 or words not in result[2]]
     report(name, f"{ready} {seconds:.1f} s: {results}" if wrong or not ready or seconds > 40 else None)
 
@@ -142,20 +147,13 @@ def test_started_process_of_rank_1():
 
 def test_wakes_too_late():
     """A rank that was given up and continues says what the others said of it, not that they are lost."""
-    for _ in range(10):
-        processes, text = talkers(2, models["two"], 3000, "--timeout", 2)
-        try:
-            rank = children(processes[0].pid)[0]
-            os.kill(rank, signal.SIGSTOP)
-            time.sleep(2.3)
-            os.kill(rank, signal.SIGCONT)
-            results = [end_of(process) for process in processes]
-        except (IndexError, ProcessLookupError):
-            continue  # it was done before
-        finally:
-            kill_all(processes)
-        if any(result[0] for result in results):
-            break
+    def sleep_too_long(processes):
+        rank = children(processes[0].pid)[0]
+        os.kill(rank, signal.SIGSTOP)
+        time.sleep(2.3)
+        os.kill(rank, signal.SIGCONT)
+
+    results, text, _ = catch(lambda: talkers(2, models["two"], 3000, "--timeout", 2), sleep_too_long)
     wrong = [result for result in results if result[0] != 7 or "rank 1 is lost" in result[2] or "rank 0 " not in result[2]]
     report("a rank that continues too late says that it was silent", f"{results}" if wrong or not text else None)
 
@@ -167,17 +165,16 @@ def reasons(problem):
 
 def stop_a_rank(place, rank, tokens, launched):
     """Results of all processes of four ranks, one of which is stopped."""
-    port, words = free_port(), (*TALK, "--max-tokens", 3000, "--timeout", 1)
-    processes = [start("generate", place, r if launched else None, 4, port, *words) for r in range(4 if launched else 1)]
-    try:
-        processes[0].stdout.read(tokens)
+    def begin():
+        port, words = free_port(), (*TALK, "--max-tokens", 3000, "--timeout", 1)
+        processes = [start("generate", place, r if launched else None, 4, port, *words) for r in range(4 if launched else 1)]
+        return processes, processes[0].stdout.read(tokens)
+
+    def stop(processes):
         ranks = [children(process.pid)[0] for process in processes] if launched else children(processes[0].pid)
         os.kill(ranks[rank], signal.SIGSTOP)
-        return [end_of(process) for process in processes]
-    except (IndexError, ProcessLookupError):
-        return [(0, "", "")]  # it was done before
-    finally:
-        kill_all(processes)
+
+    return catch(begin, stop)[0]
 
 
 def test_sentences():
@@ -189,12 +186,8 @@ def test_sentences():
     for launched in (False, True):
         wrong, whys = [], 0
         for turn in range(2 if QUICK else 4):
-            rank, results = (turn + launched) % 4, []
-            for tries in range(10):
-                results = stop_a_rank(models["stages"], rank, 40 + 37 * turn, launched)
-                if any(code for code, _, _ in results):
-                    break
-            for code, _, problem in results:
+            rank = (turn + launched) % 4
+            for code, _, problem in stop_a_rank(models["stages"], rank, 40 + 37 * turn, launched):
                 whys += bool(reasons(problem))
                 if code != 7 or f"rank {rank}" not in problem or any(why != rank for why in reasons(problem)):
                     wrong.append((rank, code, problem))

@@ -11,18 +11,28 @@ namespace emulator
 namespace
 {
 
-enum { ROWS = 16, COLS = 8, WARP = 32 };
+enum { ROWS = 16, COLS = 8, WARP = 32, ROW_BYTES = 32 };
+
+// Rows of A, ROW_BYTES each whatever their type, from the lanes' words.
+void gather_rows(void *rows, const lanes &all)
+{
+    for (int l = 0; l < WARP; l++) {
+        const fragments *f = static_cast<const fragments *>(all.in[l]);
+        for (int i = 0; i < 4; i++)
+            memcpy((char *)rows + ((l >> 2) + 8 * (i & 1)) * ROW_BYTES + 4 * (l & 3) + 16 * (i >> 1), &f->a[i],
+                   sizeof f->a[i]);
+    }
+}
 
 template <float (*WIDEN)(uint16_t)> void multiply(lanes &all)
 {
     enum { K = 16 };
     uint16_t a16[ROWS * K], b16[K * COLS];
     float a[ROWS * K], b[K * COLS];
+    gather_rows(a16, all);
     for (int l = 0; l < WARP; l++) {
         const fragments *f = static_cast<const fragments *>(all.in[l]);
         int g = l >> 2, t = l & 3;
-        for (int i = 0; i < 4; i++)
-            memcpy(&a16[(g + 8 * (i & 1)) * K + 2 * t + 8 * (i >> 1)], &f->a[i], sizeof f->a[i]);
         for (int i = 0; i < 4; i++)
             b16[(2 * t + 8 * (i >> 1) + (i & 1)) * COLS + g] = (uint16_t)(f->b[i >> 1] >> 16 * (i & 1));
     }
@@ -52,11 +62,10 @@ void multiply_int8(lanes &all)
     enum { K = 32 };
     int8_t a8[ROWS * K], b8[COLS * K];
     int16_t a[ROWS * K], b[COLS * K];
+    gather_rows(a8, all);
     for (int l = 0; l < WARP; l++) {
         const fragments *f = static_cast<const fragments *>(all.in[l]);
         int g = l >> 2, t = l & 3;
-        for (int i = 0; i < 4; i++)
-            memcpy(&a8[(g + 8 * (i & 1)) * K + 4 * t + 16 * (i >> 1)], &f->a[i], sizeof f->a[i]);
         for (int i = 0; i < 2; i++)
             memcpy(&b8[g * K + 4 * t + 16 * i], &f->b[i], sizeof f->b[i]);
     }
